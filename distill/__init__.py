@@ -1,0 +1,1 @@
+"""Distilling a larger teacher into Hymba, also when the tokenizers differ."""

@@ -1,0 +1,177 @@
+"""Configuration of Hymba: the keys of the released `config.json`, checked for what can be built."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class HymbaConfig(PreTrainedConfig):
+    """Settings of a Hymba model (arXiv 2411.13676).
+
+    Attributes:
+        hidden_size: Width d of the residual stream; each of the ``num_attention_heads`` query heads is d / heads wide.
+        sliding_window: A query of a windowed layer sees itself, this many tokens before it, and the meta tokens. None:
+            no layer has a window.
+        global_attn_idx: Layers without a window.
+        kv_reuse_group: Groups of layers; the first layer of a group makes keys and values, the others reuse them.
+        num_memory_tokens: Learned meta tokens in front of every text.
+        mamba_expand: The SSM is ``mamba_expand * hidden_size`` wide; attention values are this much wider than keys.
+        mamba_dt_rank: Rank of the time step's projection, or "auto" for a sixteenth of ``hidden_size``.
+        kq_norm: "none", "rms" (one weight for every head) or "perhead-rms".
+        rope_type: None or "default" for plain RoPE; "ntk" for a base widened once, from
+            ``orig_max_position_embeddings`` to ``max_position_embeddings``; "dynamic_ntk" for a base that each text's
+            length widens.
+        mlp_hidden_act: "silu" (gated) or "relu2" (squared ReLU without a gate).
+
+    The other keys are those of the released checkpoints; what the released code never built is refused.
+    """
+
+    model_type = "hymba"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32001
+    hidden_size: int = 1600
+    intermediate_size: int = 5504
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 25
+    num_key_value_heads: int = 5
+    sliding_window: int | None = 1024
+    global_attn_idx: list[int] | None = None
+    kv_reuse_group: list[list[int]] | None = None
+    kv_reuse_every_i_layer: int = -1
+    kv_weight_reuse: bool = False
+    num_memory_tokens: int = 128
+    memory_tokens_interspersed_every: int = 0
+    attn_hidden_size: int = -1
+    kq_head_dim: int = -1
+    v_head_dim: int = 128
+    kq_norm: str = "none"
+    rope: bool = True
+    rope_theta: float | int = 10000.0
+    rope_type: str | None = "ntk"
+    max_position_embeddings: int = 8192
+    orig_max_position_embeddings: int | None = 2048
+    seq_length: int = 8192
+    attention_dropout: float | int = 0.0
+    num_mamba: int = 1
+    mamba_expand: int = 2
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_dt_rank: int | str = "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    mamba_inner_layernorms: bool = True
+    use_mamba_kernels: bool = True
+    hidden_act: str = "silu"
+    mlp_hidden_act: str = "silu"
+    num_experts: int = 1
+    num_experts_per_tok: int = 1
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    calc_logits_for_entire_prompt: bool = False
+    attn_implementation_new: str = "flex"
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The released file names code of its own, an attention implementation that transformers does not know and a
+        # cache switched off; left in, each would be obeyed by from_pretrained, save_pretrained or generate.
+        kwargs.pop("auto_map", None)
+        if kwargs.get("attn_implementation") == "flex":
+            kwargs.pop("attn_implementation")
+        self.use_cache = True
+        # There is one expert, so there is nothing to balance; trainers take a non-zero coefficient for a router.
+        self.router_aux_loss_coef = 0.0
+        if self.mamba_dt_rank == "auto":
+            self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        self.global_attn_idx = list(self.global_attn_idx or [])
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim * self.mamba_expand
+
+    @property
+    def ssm_size(self) -> int:
+        """Width E of the SSM half, and of the attention half's output."""
+        return self.mamba_expand * self.hidden_size
+
+    def is_global(self, layer: int) -> bool:
+        """Whether the layer attends without a window."""
+        return self.sliding_window is None or layer in (self.global_attn_idx or [])
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values this layer uses: itself, or the first of its group."""
+        return next((group[0] for group in self.kv_reuse_group or [] if layer in group), layer)
+
+    def validate_architecture(self) -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            ValueError: With the field, its value and what was expected.
+        """
+        for field, only in {
+            "num_experts": 1,
+            "num_mamba": 1,
+            "memory_tokens_interspersed_every": 0,
+            "kv_reuse_every_i_layer": -1,
+            "kv_weight_reuse": False,
+            "attn_hidden_size": -1,
+            "kq_head_dim": -1,
+            "attention_dropout": 0,
+        }.items():
+            if getattr(self, field) != only:
+                raise ValueError(f"{field} is {getattr(self, field)}; only {only} is supported")
+        for field, choices in {
+            "kq_norm": ("none", "rms", "perhead-rms"),
+            "rope_type": (None, "default", "ntk", "dynamic_ntk"),
+            "mlp_hidden_act": ("silu", "relu2"),
+        }.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected one of {choices}")
+        for field, divisor in {
+            "hidden_size": "num_attention_heads",
+            "num_attention_heads": "num_key_value_heads",
+        }.items():
+            if getattr(self, field) % getattr(self, divisor):
+                raise ValueError(
+                    f"{field} ({getattr(self, field)}) must be a multiple of {divisor} ({getattr(self, divisor)})"
+                )
+        if self.rope and self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads is {self.head_dim}; RoPE turns pairs, so it must be even"
+            )
+        self._validate_layers()
+
+    def _validate_layers(self) -> None:
+        layers = range(self.num_hidden_layers)
+        if outside := [layer for layer in self.global_attn_idx or [] if layer not in layers]:
+            raise ValueError(f"global_attn_idx names layers {outside}; there are {self.num_hidden_layers}")
+        grouped = [layer for group in self.kv_reuse_group or [] for layer in group]
+        if outside := [layer for layer in grouped if layer not in layers]:
+            raise ValueError(f"kv_reuse_group names layers {outside}; there are {self.num_hidden_layers}")
+        if len(set(grouped)) != len(grouped) or any(
+            list(group) != sorted(group) for group in self.kv_reuse_group or []
+        ):
+            raise ValueError(
+                f"kv_reuse_group is {self.kv_reuse_group}; each layer may stand in one group only, after its producer"
+            )
+
+
+__all__ = ["HymbaConfig"]

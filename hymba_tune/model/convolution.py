@@ -1,0 +1,109 @@
+"""The causal depthwise convolution in front of the SSM, over texts laid end to end.
+
+Glossary: T tokens, S texts, E channels, K width of the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+
+
+def packed_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Convolve the meta tokens and every text, each text continuing from the meta tokens or from a cache.
+
+    Args:
+        x: ``(M + T, E)``.
+        weight: ``(E, K)``.
+        bias: ``(E,)`` or None.
+        documents: Where the texts lie.
+        tails: ``(S, K - 1, E)``, the inputs before each text, held by a cache; None where the meta tokens are in x.
+
+    Returns:
+        ``(M + T, E)``, and each text's own last inputs ``(S, K - 1, E)`` for a cache to hold.
+    """
+    if tails is not None or not documents.num_meta:
+        return causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=documents.cu_seqlens)
+    x_meta, x_text = x.split([documents.num_meta, documents.starts[-1]])
+    y_meta, tail = causal_conv1d(x_meta, weight, bias)
+    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=documents.cu_seqlens)
+    return torch.cat([y_meta, y_text]), tails
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution in which token t sees its own text's tokens t - K + 1 to t.
+
+    Args:
+        x: ``(T, E)``.
+        weight: ``(E, K)``; ``weight[:, -1]`` meets the token itself.
+        bias: ``(E,)``.
+        initial: Inputs before the texts, ``(K - 1, E)`` for all or ``(S, K - 1, E)``; zeros when not given.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given.
+
+    Returns:
+        ``(T, E)`` in x's dtype, and the last K - 1 inputs of each text ``(S, K - 1, E)``.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, x.shape[0]], device=x.device)
+    y: Tensor = _ShiftedProducts.apply(x, weight, bias)
+    before = weight.shape[1] - 1
+    if before == 0:
+        return y, x.new_zeros(len(cu_seqlens) - 1, 0, x.shape[1])
+    initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
+    initial = initial.expand(len(cu_seqlens) - 1, before, -1)
+    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    steps = torch.arange(before, device=x.device)
+    # The first K - 1 tokens of a text look back beyond it: not at their neighbours in x, but at its initial inputs.
+    rows = starts + steps
+    inside = rows < ends
+    around = torch.cat([initial, x[rows.clamp(max=x.shape[0] - 1)]], 1)
+    heads = sum(around[:, k : k + before] * weight[:, k] for k in range(before + 1))
+    heads = heads if bias is None else heads + bias
+    y = y.index_copy_(0, rows[inside], heads[inside].to(y.dtype))
+    rows = ends - before + steps
+    from_initial = initial.gather(1, (rows - starts + before).clamp(0, before - 1)[..., None].expand_as(initial))
+    tails = torch.where((rows >= starts)[..., None], x[rows.clamp(min=0)], from_initial)
+    return y, tails
+
+
+class _ShiftedProducts(torch.autograd.Function):
+    """The convolution of one text that begins from zeros, as K shifted multiply-adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        taps = weight.t().contiguous()
+        y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
+        for lag in range(1, min(len(taps), x.shape[0])):
+            y[lag:].addcmul_(x[:-lag], taps[-1 - lag])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        taps = weight.t().contiguous()
+        dx = dy * taps[-1]
+        d_taps = torch.zeros_like(taps)
+        d_taps[-1] = _sum_of_products(dy, x)
+        for lag in range(1, min(len(taps), x.shape[0])):
+            dx[:-lag].addcmul_(dy[lag:], taps[-1 - lag])
+            d_taps[-1 - lag] = _sum_of_products(dy[lag:], x[:-lag])
+        return dx, d_taps.t(), dy.sum(0) if ctx.has_bias else None
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)

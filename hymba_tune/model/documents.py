@@ -1,0 +1,226 @@
+"""The packed layout: every text of a batch laid end to end, its padding taken out, behind the meta tokens.
+
+The meta tokens are document zero. They are computed once, since nothing before them depends on a text, and every text
+continues from them: it sees their keys and values, its convolution starts from their last inputs and its SSM from
+their last state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the texts of one forward pass lie.
+
+    The rows of the packed hidden states are the meta tokens (none when a cache already holds them), then T tokens of S
+    texts.
+
+    Attributes:
+        shape: ``(B, L)`` of the inputs.
+        kept: ``(T,)`` places of the text tokens in the flattened inputs, or None where nothing was padding.
+        cu_seqlens: ``(S + 1,)`` int64, where each text begins among the T tokens, and where the last ends.
+        lengths: Tokens of each text.
+        num_meta: Rows of meta tokens in front.
+        positions: ``(num_meta + T,)`` int64 positions for RoPE; text begins at the number of meta tokens.
+        past: ``(S,)`` int64, tokens of each text that a cache already holds, or None without a cache.
+    """
+
+    shape: tuple[int, int]
+    kept: Tensor | None
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    num_meta: int
+    positions: Tensor
+    past: Tensor | None = None
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """``(T,)`` number of the text each token belongs to."""
+        texts = torch.arange(len(self.lengths), device=self.cu_seqlens.device)
+        return texts.repeat_interleave(self.cu_seqlens.diff(), output_size=self.starts[-1])
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each text among the T, and T."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        return tuple(starts)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """``(T,)`` places of the tokens in an ``(S, max length)`` grid whose rows end flush at the right."""
+        longest = max(self.lengths)
+        offsets = torch.arange(self.starts[-1], device=self.cu_seqlens.device) - self.cu_seqlens[1:][self.ids]
+        return (self.ids + 1) * longest + offsets
+
+    def to_grid(self, packed: Tensor) -> Tensor:
+        """Lay ``(T, ...)`` tokens out as ``(S, max length, ...)``, zeros in front of the shorter texts."""
+        count, longest = len(self.lengths), max(self.lengths)
+        if count * longest == packed.shape[0]:
+            return packed.view(count, longest, *packed.shape[1:])
+        grid = packed.new_zeros(count * longest, *packed.shape[1:])
+        grid = grid.index_copy(0, self.slots, packed)
+        return grid.view(count, longest, *packed.shape[1:])
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """Undo `to_grid`."""
+        flat = grid.flatten(0, 1)
+        return flat if flat.shape[0] == self.starts[-1] else flat[self.slots]
+
+    def pack(self, inputs: Tensor) -> Tensor:
+        """Take ``(B, L, ...)`` inputs to their ``(T, ...)`` text tokens."""
+        flat = inputs.flatten(0, 1)
+        return flat if self.kept is None else flat[self.kept]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Take ``(T, ...)`` text tokens back to ``(B, L, ...)``, zeros where there was padding."""
+        if self.kept is not None:
+            empty = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+            packed = empty.index_copy(0, self.kept, packed)
+        return packed.view(*self.shape, *packed.shape[1:])
+
+    def next_labels(self, labels: Tensor) -> Tensor:
+        """The label each text token is to predict: its successor's, and -100 at the end of a text.
+
+        Args:
+            labels: ``(B, L)``, -100 where nothing is learned.
+
+        Returns:
+            ``(T,)``.
+        """
+        successors = self.pack(labels).roll(-1)
+        return successors.index_fill(0, self.cu_seqlens[1:] - 1, -100)
+
+    def select(self, texts: list[int]) -> tuple[Documents, Tensor]:
+        """Some of the texts alone, and the ``(T',)`` places of their tokens among the T."""
+        device = self.cu_seqlens.device
+        places = torch.cat([torch.arange(self.starts[i], self.starts[i + 1], device=device) for i in texts])
+        lengths = [self.lengths[i] for i in texts]
+        return _layout(lengths, self.num_meta, (1, len(places)), None, device), places
+
+
+def _layout(
+    lengths: list[int], num_meta: int, shape: tuple[int, int], kept: Tensor | None, device: torch.device
+) -> Documents:
+    """Texts of these lengths, in order, behind ``num_meta`` meta tokens."""
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    texts = torch.arange(sum(lengths), device=device) - cu_seqlens[:-1].repeat_interleave(
+        cu_seqlens.diff(), output_size=sum(lengths)
+    )
+    positions = torch.cat([torch.arange(num_meta, device=device), num_meta + texts])
+    return Documents(shape, kept, cu_seqlens, tuple(lengths), num_meta, positions)
+
+
+def find_documents(
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    num_meta: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Documents:
+    """Find the texts in a batch.
+
+    Args:
+        shape: ``(B, L)`` of the inputs.
+        device: Where the inputs are.
+        num_meta: Meta tokens in front of every text.
+        attention_mask: ``(B, L)``, 0 at padding, on either side. Without other word, each row is one text.
+        position_ids: ``(B, L)`` or ``(1, L)``; a text begins wherever they restart at 0.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts in the flattened inputs.
+
+    Raises:
+        ValueError: If a row is all padding, positions neither restart at 0 nor go on by one, or a shape is wrong.
+    """
+    batch, length = shape
+    kept, row_lengths = None, [length] * batch
+    if attention_mask is not None:
+        mask = _checked_mask(attention_mask, (batch, length))
+        row_lengths = mask.sum(1).tolist()
+        if 0 in row_lengths:
+            raise ValueError(
+                f"row {row_lengths.index(0)} of attention_mask is all padding; expected at least one token"
+            )
+        if sum(row_lengths) < batch * length:
+            kept = mask.flatten().nonzero().squeeze(1)
+    lengths = row_lengths
+    if cu_seqlens is not None:
+        lengths = _lengths_from_offsets(cu_seqlens, sum(row_lengths))
+    elif position_ids is not None:
+        positions = position_ids.expand(batch, length).flatten()
+        lengths = _lengths_from_positions(positions if kept is None else positions[kept], row_lengths)
+    return _layout(lengths, num_meta, shape, kept, device)
+
+
+def continue_documents(
+    shape: tuple[int, int], past: Tensor, *, num_meta: int, attention_mask: Tensor | None = None
+) -> Documents:
+    """Find the new tokens of texts whose beginnings a cache holds: row i goes on with text i.
+
+    Args:
+        shape: ``(B, L)`` of the new inputs.
+        past: ``(B,)`` int64, tokens of each text in the cache.
+        num_meta: Meta tokens in front of every text, held by the cache.
+        attention_mask: ``(B, columns seen before + L)`` or ``(B, L)``, 0 at padding.
+
+    Raises:
+        ValueError: If the cache holds another number of texts, or the mask has a wrong shape.
+    """
+    batch, length = shape
+    if past.shape[0] != batch:
+        raise ValueError(f"the cache holds {past.shape[0]} texts; expected {batch}, one for each row of the inputs")
+    kept, lengths = None, [length] * batch
+    if attention_mask is not None:
+        mask = _checked_mask(attention_mask[:, -length:], shape)
+        lengths = mask.sum(1).tolist()
+        if sum(lengths) < batch * length:
+            kept = mask.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.tensor([0, *lengths], device=past.device).cumsum(0)
+    # Token t of text i stands behind the meta tokens, what the cache holds of i, and the text's new tokens before t.
+    first = num_meta + past - cu_seqlens[:-1]
+    total = sum(lengths)
+    positions = torch.arange(total, device=past.device) + first.repeat_interleave(cu_seqlens.diff(), output_size=total)
+    return Documents(shape, kept, cu_seqlens, tuple(lengths), 0, positions, past)
+
+
+def _checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {shape}, 1 at tokens and 0 at padding"
+        )
+    return mask.bool()
+
+
+def _lengths_from_offsets(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if offsets[0] != 0 or offsets[-1] != tokens or min(lengths) <= 0:
+        raise ValueError(
+            f"cu_seq_lens_q is {offsets}; expected offsets that rise from 0 to the {tokens} tokens of the batch"
+        )
+    return lengths
+
+
+def _lengths_from_positions(positions: Tensor, row_lengths: list[int]) -> list[int]:
+    begins = positions == 0
+    row_starts = torch.tensor([0, *row_lengths], device=positions.device).cumsum(0)
+    goes_on = positions == torch.cat([positions[:1], positions[:-1] + 1])
+    goes_on[row_starts[:-1]] = False
+    if not (begins | goes_on).all():
+        wrong = int((~(begins | goes_on)).nonzero()[0])
+        row = int(torch.searchsorted(row_starts, wrong, right=True)) - 1
+        raise ValueError(
+            f"position_ids of row {row} jump to {int(positions[wrong])} at its token {wrong - int(row_starts[row])}; "
+            "expected them to start at 0, to go on by one, and to restart at 0 where another text begins"
+        )
+    offsets = [*begins.nonzero().squeeze(1).tolist(), len(positions)]
+    return [end - start for start, end in pairwise(offsets)]

@@ -1,0 +1,238 @@
+"""One layer of Hymba: attention heads and Mamba heads on one projection, then an MLP (arXiv 2411.13676, section 2).
+
+Hidden states are packed, ``(rows, d)``: the M meta tokens once, then the T tokens of all texts (see `Documents`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import cached_attention, packed_attention
+from .cache import HymbaCache, visible_keys
+from .configuration_hymba import HymbaConfig
+from .convolution import packed_conv1d
+from .documents import Documents
+from .rotary import rotate
+from .scan import packed_scan
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class HymbaRMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in float32, cast back, then the weight.
+
+    Args:
+        shape: Shape of the weight; it broadcasts over the input, whose last dimension is normalised.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(..., width)``."""
+        wide = at_least_float32(x)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class HymbaHeadNorm(HymbaRMSNorm):
+    """A norm of each head; its weight is ``(width,)`` for all or ``(1, heads, 1, width)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(rows, heads, width)``."""
+        per_head = self.weight.ndim > 1
+        return super().forward(x[:, :, None])[:, :, 0] if per_head else super().forward(x)
+
+
+class HymbaHeadNorms(nn.Module):
+    """Norms of the queries and keys, before RoPE. A layer that makes no keys owns a key norm all the same."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        per_head = config.kq_norm == "perhead-rms"
+        shapes: list[Any] = [(1, count, 1, config.head_dim) if per_head else config.head_dim for count in heads]
+        self.q_norm, self.k_norm = (HymbaHeadNorm(shape, config.rms_norm_eps) for shape in shapes)
+
+
+class HymbaFloat32Linear(nn.Linear):
+    """A projection computed in float32 whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project ``(..., in)`` to ``(..., out)`` in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else at_least_float32(self.bias)
+            return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
+
+
+class HymbaMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, or ``down(relu(up(x)) ** 2)``."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        gated = config.mlp_hidden_act == "silu"
+        self.gate_proj = nn.Linear(width, inner, bias=False) if gated else None
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(rows, d)`` to ``(rows, d)``."""
+        up = self.up_proj(x)
+        return self.down_proj(
+            self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        )
+
+
+class HymbaExperts(nn.Module):
+    """The one expert there is, under the names that checkpoints give it."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([HymbaMLP(config)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(rows, d)`` to ``(rows, d)``."""
+        return self.experts[0](x)
+
+
+class HymbaMixer(nn.Module):
+    """Attention heads and SSM heads on one input projection, averaged after a norm each.
+
+    A layer whose keys and values another layer makes has no rows for them in its projection.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.source = config.kv_source(layer)
+        self.window = None if config.is_global(layer) else config.sliding_window
+        self.head_dim, self.value_dim = config.head_dim, config.value_dim
+        inner, state, rank = config.ssm_size, config.mamba_d_state, int(config.mamba_dt_rank)
+        groups = config.num_key_value_heads if self.source == layer else 0
+        self.widths = [config.hidden_size, groups * self.head_dim, groups * self.value_dim, inner, inner]
+        self.state_widths = [rank, state, state]
+        eps, bias = config.rms_norm_eps, config.mamba_proj_bias
+
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=bias)
+        self.self_attn = HymbaHeadNorms(config) if config.kq_norm != "none" else None
+        # Holds the convolution's weights under their released names; `packed_conv1d` computes it.
+        self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
+        self.x_proj = nn.ModuleList([nn.Linear(inner, sum(self.state_widths), bias=False)])
+        inner_norms = config.mamba_inner_layernorms
+        self.dt_layernorm = HymbaRMSNorm(rank, eps) if inner_norms else None
+        self.B_layernorm = HymbaRMSNorm(state, eps) if inner_norms else None
+        self.C_layernorm = HymbaRMSNorm(state, eps) if inner_norms else None
+        self.dt_proj = nn.ModuleList([HymbaFloat32Linear(rank, inner)])
+        self.A_log = nn.ParameterList([nn.Parameter(torch.empty(inner, state))])
+        self.D = nn.ParameterList([nn.Parameter(torch.empty(inner))])
+        self.pre_avg_layernorm1 = HymbaRMSNorm(inner, eps)
+        self.pre_avg_layernorm2 = HymbaRMSNorm(inner, eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        documents: Documents,
+        tables: tuple[Tensor, Tensor] | None,
+        cache: HymbaCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the tokens of each text.
+
+        Args:
+            hidden: ``(rows, d)``, normed.
+            key: Keys of the layer this one takes them from, or None if it makes its own.
+            value: Likewise, values.
+            documents: Where the texts lie.
+            tables: Cosines and sines of `rotary_tables`, or None without RoPE.
+            cache: What is kept for generation.
+
+        Returns:
+            ``(rows, d)``, and the keys and values used.
+        """
+        query, new_key, new_value, x, gate = self.in_proj(hidden).split(self.widths, -1)
+        query = self._heads(query, self.head_dim, "q_norm", tables)
+        if key is None or value is None:
+            key = self._heads(new_key, self.head_dim, "k_norm", tables)
+            value = new_value.unflatten(-1, (-1, self.value_dim))
+            key, value = self._remember(key, value, documents, cache)
+        if cache is None or documents.past is None:
+            attended = packed_attention(query, key, value, documents, self.window)
+        else:
+            visible = visible_keys(documents, key.shape[1], self.window)
+            grid = documents.to_grid(query)
+            attended = documents.from_grid(cached_attention(grid, cache.meta.get(self.source), key, value, visible))
+        scanned = self._ssm(x, gate, documents, cache)
+        joined = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)) / 2
+        return self.out_proj(joined), key, value
+
+    def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        heads = flat.unflatten(-1, (-1, width))
+        if self.self_attn is not None:
+            heads = getattr(self.self_attn, norm)(heads)
+        return heads if tables is None else rotate(heads, tables)
+
+    def _remember(
+        self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Put new keys and values into the cache; what the queries look at is theirs, or a continued text's whole."""
+        if cache is None:
+            return key, value
+        meta = documents.num_meta
+        if meta:
+            cache.store_meta(self.layer, key[:meta], value[:meta])
+        held = cache.extend(self.layer, key[meta:], value[meta:], documents)
+        return (key, value) if documents.past is None else held
+
+    def _ssm(self, x: Tensor, gate: Tensor, documents: Documents, cache: HymbaCache | None) -> Tensor:
+        tails = cache.tails.get(self.layer) if cache is not None else None
+        states = cache.states.get(self.layer) if cache is not None else None
+        x, tails = packed_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents, tails)
+        x = nn.functional.silu(x)
+        dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
+        if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
+            dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
+        A = -torch.exp(at_least_float32(self.A_log[0]))
+        y, states = packed_scan(x, self.dt_proj[0](dt), A, B, C, self.D[0], gate, documents, states)
+        if cache is not None:
+            cache.tails[self.layer], cache.states[self.layer] = tails, states
+        return y
+
+
+class HymbaDecoderLayer(GradientCheckpointingLayer):
+    """The mixer, then the MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: HymbaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mamba = HymbaMixer(config, layer)
+        self.pre_moe_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = HymbaExperts(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        documents: Documents,
+        tables: tuple[Tensor, Tensor] | None,
+        cache: HymbaCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `HymbaMixer.forward`, on the residual stream."""
+        mixed, key, value = self.mamba(self.input_layernorm(hidden), key, value, documents, tables, cache)
+        hidden = hidden + mixed
+        return hidden + self.moe(self.pre_moe_layernorm(hidden)), key, value

@@ -1,0 +1,300 @@
+"""Hymba for transformers: attention heads and Mamba heads side by side, behind learned meta tokens (arXiv 2411.13676).
+
+Hidden states are packed, ``(M + T, d)``: the M meta tokens once, then the T tokens of all texts (see `Documents`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache import HymbaCache
+from .configuration_hymba import HymbaConfig
+from .documents import Documents, continue_documents, find_documents
+from .layers import HymbaDecoderLayer, HymbaMixer, HymbaRMSNorm, at_least_float32
+from .loss import linear_cross_entropy
+from .rotary import rotary_base, rotary_tables
+
+# Released checkpoints store the meta tokens as a bare parameter; here they are an embedding, which adapters can target.
+# The lookahead leaves names alone that are an embedding's already, an adapter's among them.
+register_checkpoint_conversion_mapping(
+    "hymba", [WeightRenaming(r"memory_tokens(?!\.)", "memory_tokens.weight")], overwrite=True
+)
+
+
+class HymbaPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of Hymba."""
+
+    config_class = HymbaConfig
+    config: HymbaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("HymbaDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    # Attention is our own, exact in the packed layout; "sdpa" is only the name under which transformers takes it.
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+    # An SSM state cannot be taken back to an earlier token: generate refuses assisted decoding by this.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HymbaMixer):
+            rank, state = module.state_widths[:2]
+            init.uniform_(module.conv1d.weight, -0.5, 0.5)
+            init.uniform_(module.dt_proj[0].weight, -(rank**-0.5), rank**-0.5)
+            # Time steps spread evenly, on a log scale, from 0.001 to 0.1; the bias is softplus's inverse of them.
+            bias = module.dt_proj[0].bias
+            steps = torch.exp(torch.rand_like(bias, dtype=torch.float32) * math.log(100) + math.log(0.001))
+            init.copy_(bias, steps + torch.log(-torch.expm1(-steps)))
+            rates = torch.arange(1, state + 1, dtype=torch.float32, device=bias.device).log()
+            init.copy_(module.A_log[0], rates.expand_as(module.A_log[0]))
+            init.ones_(module.D[0])
+
+
+class HymbaModel(HymbaPreTrainedModel):
+    """The layers between the embeddings and the head."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        meta = config.num_memory_tokens
+        self.memory_tokens = nn.Embedding(meta, config.hidden_size) if meta else None
+        self.layers = nn.ModuleList(HymbaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_rename_memory_tokens)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        documents: Documents | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the layers over a batch in any layout.
+
+        Args:
+            input_ids: ``(B, L)``.
+            attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache; 0 at padding, on either side.
+            position_ids: ``(B, L)``, restarting at 0 where another text begins in a row. The meta tokens do not count.
+            past_key_values: Texts to go on with.
+            inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
+            use_cache: Return a cache. Off unless asked for.
+            output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
+            cu_seq_lens_q: Offsets of the texts in the flattened batch.
+            documents: What `find_documents` makes of the inputs above, for a caller that has it already.
+            return_dict: False for a tuple.
+
+        Returns:
+            Hidden states ``(B, L, d)``, zero at padding.
+
+        Raises:
+            ValueError: If an input is malformed; the message says which row and what was expected.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = HymbaCache(self.config) if use_cache and past_key_values is None else past_key_values
+        if documents is None:
+            documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
+        hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
+        if cache is not None:
+            cache.advance(documents)
+        unpacked = tuple(documents.unpack(hidden) for hidden in hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=unpacked[-1],
+            past_key_values=cache,
+            hidden_states=unpacked if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def find_documents(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        cache: HymbaCache | None,
+    ) -> Documents:
+        """Where the texts of ``(B, L, ...)`` inputs lie; the other arguments and errors are those of `forward`."""
+        shape, meta = (inputs.shape[0], inputs.shape[1]), self.config.num_memory_tokens
+        if cache is not None and not isinstance(cache, HymbaCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a HymbaCache")
+        if cache is not None and self.config.rope_type == "dynamic_ntk":
+            raise ValueError(
+                "rope_type dynamic_ntk turns all keys anew as a text grows: no cache fits; use_cache=False"
+            )
+        if cache is not None and cache.lengths is not None:
+            return continue_documents(shape, cache.lengths, num_meta=meta, attention_mask=attention_mask)
+        documents = find_documents(
+            shape,
+            inputs.device,
+            num_meta=meta,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seq_lens_q,
+        )
+        if cache is not None and len(documents.lengths) != shape[0]:
+            raise ValueError(f"{len(documents.lengths)} texts in {shape[0]} rows; a cache takes one text a row")
+        return documents
+
+    def _run_by_base(
+        self, embeds: Tensor, documents: Documents, cache: HymbaCache | None, keep_all: bool
+    ) -> list[Tensor]:
+        """One packed pass for each RoPE base: dynamic_ntk gives long texts, meta tokens included, bases of their own."""
+        meta = self.config.num_memory_tokens
+        bases = [rotary_base(self.config, meta + length) for length in documents.lengths]
+        if len(set(bases)) == 1:
+            return self._run(embeds, documents, bases[0], cache, keep_all)
+        parts, places = [], []
+        for base in dict.fromkeys(bases):
+            chosen, where = documents.select([i for i, other in enumerate(bases) if other == base])
+            parts.append(self._run(embeds[where], chosen, base, cache, keep_all))
+            places.append(where)
+        order = torch.cat(places).argsort()
+        return [torch.cat(hidden)[order] for hidden in zip(*parts, strict=True)]
+
+    def _run(
+        self, embeds: Tensor, documents: Documents, base: float, cache: HymbaCache | None, keep_all: bool
+    ) -> list[Tensor]:
+        """Take the ``(T, d)`` embeddings through the layers; the last result is normed, the others if ``keep_all``."""
+        hidden, meta = embeds, documents.num_meta
+        if self.memory_tokens is not None and meta:
+            tokens = self.memory_tokens(torch.arange(meta, device=embeds.device))
+            hidden = torch.cat([tokens.to(embeds.dtype), embeds])
+        tables = None
+        if self.config.rope:
+            tables = rotary_tables(documents.positions, base, self.config.head_dim, hidden.dtype)
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+        hidden_states = []
+        for layer in self.layers:
+            if keep_all:
+                hidden_states.append(hidden[meta:])
+            key, value = made.get(layer.mamba.source, (None, None))
+            hidden, key, value = layer(hidden, key, value, documents, tables, cache)
+            made[layer.mamba.layer] = key, value
+        return [*hidden_states, self.final_layernorm(hidden[meta:])]
+
+
+def _rename_memory_tokens(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
+    """Let a plain ``load_state_dict`` of a released checkpoint do what the conversion mapping does."""
+    if (name := f"{prefix}memory_tokens") in state_dict:
+        state_dict[f"{name}.weight"] = state_dict.pop(name)
+
+
+class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
+    """Hymba with its head, for training and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' way)
+
+    def __init__(self, config: HymbaConfig) -> None:
+        super().__init__(config)
+        self.model = HymbaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next tokens; see `HymbaModel.forward` for the layouts taken.
+
+        Args:
+            input_ids: ``(B, L)``.
+            attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache.
+            position_ids: ``(B, L)``.
+            past_key_values: Texts to go on with.
+            inputs_embeds: ``(B, L, d)``.
+            labels: ``(B, L)``, -100 where nothing is learned. The first token of a text is never a target.
+            use_cache: Return a cache.
+            output_hidden_states: Return hidden states.
+            cu_seq_lens_q: Offsets of the texts in the flattened batch.
+            logits_to_keep: How many columns, from the right, or which ones, to compute logits for; 0 for all.
+            num_items_in_batch: What the summed loss is divided by; the number of learned tokens when not given.
+            skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
+            return_dict: False for a tuple.
+
+        Returns:
+            The loss, nats a token, and float32 logits ``(B, L, V)``.
+        """
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None:
+            raise ValueError("give either input_ids or inputs_embeds")
+        cache = HymbaCache(self.config) if use_cache and past_key_values is None else past_key_values
+        documents = self.model.find_documents(inputs, attention_mask, position_ids, cu_seq_lens_q, cache)
+        outputs = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=cache,
+            output_hidden_states=output_hidden_states,
+            documents=documents,
+        )
+        hidden: Tensor = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            targets = documents.next_labels(labels)
+            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, self.lm_head.bias, targets)
+            loss = total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        logits = None
+        if not skip_logits:
+            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = at_least_float32(self.lm_head(hidden[:, columns]))
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> None:
+        """Give `generate` a cache of ours: transformers' own ones hold neither shared meta tokens nor ragged rows.
+
+        Raises:
+            ValueError: If another kind of cache is asked for.
+        """
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; "
+                "Hymba keeps a cache of its own, so leave it out"
+            )
+        if self.config.rope_type == "dynamic_ntk":
+            generation_config.use_cache = False
+        if (given := model_kwargs.get("past_key_values")) is not None:
+            given._is_user_defined = True  # `generate` asks for this mark and leaves such a cache to its user
+        elif generation_config.use_cache:
+            model_kwargs["past_key_values"] = HymbaCache(self.config)

@@ -1,0 +1,224 @@
+"""The selective scan of Mamba-1, over texts laid end to end.
+
+    s_t = exp(dt_t A) * s_{t-1} + (dt_t u_t) B_t^T        y_t = s_t C_t + D * u_t        (arXiv 2312.00752, section 3)
+
+Glossary: T tokens, S texts, E channels, N size of a channel's state; u input, dt time step, z gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+
+CHUNK = 16
+"""Steps between two states that the backward starts from; the states between are computed again."""
+
+
+def packed_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    documents: Documents,
+    states: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scan the meta tokens and every text, each text continuing from the meta tokens or from a cache.
+
+    Args:
+        u: ``(M + T, E)``; ``dt``, ``B``, ``C``, ``z`` have as many rows.
+        dt: Time steps before softplus.
+        A: ``(E, N)``.
+        B: Input projections ``(M + T, N)``.
+        C: Output projections ``(M + T, N)``.
+        D: ``(E,)``.
+        z: Gates.
+        documents: Where the texts lie.
+        states: ``(S, E, N)`` held by a cache; None where the meta tokens are in u.
+
+    Returns:
+        ``(M + T, E)`` in u's dtype, and each text's final state ``(S, E, N)`` in float32.
+    """
+    if states is not None or not documents.num_meta:
+        return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=documents.cu_seqlens)
+    rows = [documents.num_meta, documents.starts[-1]]
+    (u_meta, u), (dt_meta, dt), (B_meta, B), (C_meta, C), (z_meta, z) = (x.split(rows) for x in (u, dt, B, C, z))
+    y_meta, state = selective_scan(u_meta, dt_meta, A, B_meta, C_meta, D, z_meta)
+    y, states = selective_scan(u, dt, A, B, C, D, z, initial_state=state[0], cu_seqlens=documents.cu_seqlens)
+    return torch.cat([y_meta, y]), states
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The selective scan; everything is differentiable.
+
+    Args:
+        u: ``(T, E)``, any float dtype. The state is float32, or float64 if u is.
+        dt: ``(T, E)``; ``softplus(dt + dt_bias)`` is the time step.
+        A: ``(E, N)``, negative.
+        B: ``(T, N)``.
+        C: ``(T, N)``.
+        D: ``(E,)`` weight of the skip connection.
+        z: ``(T, E)`` gate; the output is multiplied by ``silu(z)``.
+        dt_bias: ``(E,)``.
+        initial_state: ``(E, N)`` for every text or ``(S, E, N)``; zeros when not given.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given.
+        backend: "reference" (the recurrence, step by step), "torch" (texts side by side, in chunks), or "auto".
+
+    Returns:
+        y ``(T, E)`` in u's dtype and the final state ``(S, E, N)``.
+
+    Raises:
+        ValueError: If the backend is unknown.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"scan backend {backend!r}; expected one of auto, {', '.join(BACKENDS)}")
+    wide = torch.promote_types(u.dtype, torch.float32)
+    lengths = [u.shape[0]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    delta = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
+    delta = torch.nn.functional.softplus(delta)
+    state = A.new_zeros(A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
+    state = state.expand(len(lengths), *A.shape)
+    scan = BACKENDS["torch" if backend == "auto" else backend]
+    y, state = scan(u.to(wide), delta, A.to(wide), B.to(wide), C.to(wide), state, lengths)
+    if D is not None:
+        y = torch.addcmul(y, u.to(wide), D.to(wide))
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.to(wide))
+    return y.to(u.dtype), state
+
+
+def _reference_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written, a token at a time."""
+    outputs, finals = [], []
+    tokens = [iter(x.unbind(0)) for x in (u, delta, B, C)]
+    for text, length in zip(state.unbind(0), lengths, strict=True):
+        s = text
+        for _ in range(length):
+            u_t, delta_t, B_t, C_t = (next(x) for x in tokens)
+            s = torch.exp(delta_t[:, None] * A) * s + (delta_t * u_t)[:, None] * B_t
+            outputs.append(s @ C_t)
+        finals.append(s)
+    return torch.stack(outputs) if outputs else torch.empty_like(u), torch.stack(finals)
+
+
+def _chunked_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """All texts side by side, chunk after chunk; only the states between chunks are kept for the backward."""
+    y, final = _ChunkedScan.apply(u, delta, A, B, C, state, lengths)
+    return y, final
+
+
+BACKENDS = {"reference": _reference_scan, "torch": _chunked_scan}
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """The scan with texts sorted by length, so that those still running are always the first ones.
+
+    Within a chunk every tensor has a time axis in front: ``(chunk, texts, E, N)`` for what the state is made of. A
+    text that ends inside a chunk is padded with time steps of zero, which leave its state as it is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+        state = initial[order]
+        y = torch.empty_like(u)
+        kept = []
+        for tokens, valid in _chunks(lengths, order, u.device):
+            running = tokens.shape[1]
+            kept.append(state[:running].clone())
+            states, _ = _chunk_states(kept[-1], *_chunk_inputs(u, delta, B, tokens, valid), A)
+            y[tokens[valid]] = _read(states, C[tokens])[valid]
+            state[:running] = states[-1]
+        final = torch.empty_like(state)
+        final[order] = state
+        ctx.save_for_backward(u, delta, A, B, C, *kept)
+        ctx.texts = lengths, order
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, *kept = ctx.saved_tensors
+        lengths, order = ctx.texts
+        du, d_delta, dB, dC = torch.empty_like(u), torch.empty_like(u), torch.empty_like(B), torch.empty_like(C)
+        dA = torch.zeros_like(A)
+        d_state = d_final[order]
+        chunks = list(_chunks(lengths, order, u.device))
+        for (tokens, valid), first in zip(reversed(chunks), reversed(kept), strict=True):
+            running = tokens.shape[1]
+            u_c, delta_c, B_c = _chunk_inputs(u, delta, B, tokens, valid)
+            states, decay = _chunk_states(first, u_c, delta_c, B_c, A)
+            dy_c = dy[tokens].masked_fill_(~valid[..., None], 0)
+            # How y's and the later states' gradients reach each state, from the last step to the first.
+            d_states = dy_c[..., None] * C[tokens][:, :, None]
+            d_states[-1] += d_state[:running]
+            for t in range(len(tokens) - 1, 0, -1):
+                d_states[t - 1].addcmul_(decay[t], d_states[t])
+            d_state[:running] = decay[0] * d_states[0]
+            d_input = torch.einsum("tsen,tsn->tse", d_states, B_c)
+            d_exponent = d_states.mul(decay)
+            d_exponent[1:] *= states[:-1]
+            d_exponent[0] *= first
+            token = tokens[valid]
+            dC[token] = torch.einsum("tsen,tse->tsn", states, dy_c)[valid]
+            dB[token] = torch.einsum("tsen,tse->tsn", d_states, delta_c * u_c)[valid]
+            du[token] = (d_input * delta_c)[valid]
+            d_delta[token] = torch.einsum("tsen,en->tse", d_exponent, A).addcmul_(d_input, u_c)[valid]
+            dA += torch.einsum("tsen,tse->en", d_exponent, delta_c)
+        d_initial = torch.empty_like(d_state)
+        d_initial[order] = d_state
+        return du, d_delta, dA, dB, dC, d_initial, None
+
+
+def _chunks(lengths: list[int], order: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each chunk of time, the ``(chunk, texts)`` tokens of the texts still running, and which are not padding."""
+    ends = torch.tensor(lengths, device=device).cumsum(0)[order]
+    sizes = torch.tensor(lengths, device=device)[order]
+    for begin in range(0, max(lengths, default=0), CHUNK):
+        running = sum(length > begin for length in lengths)
+        steps = torch.arange(begin, min(begin + CHUNK, max(lengths)), device=device)[:, None]
+        valid = steps < sizes[:running]
+        yield (ends - sizes)[:running] + torch.minimum(steps, sizes[:running] - 1), valid
+
+
+def _chunk_inputs(u: Tensor, delta: Tensor, B: Tensor, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return u[tokens], delta[tokens].masked_fill_(~valid[..., None], 0), B[tokens]
+
+
+def _chunk_states(first: Tensor, u: Tensor, delta: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """States after each step of a chunk, and the decays between them, both ``(chunk, texts, E, N)``."""
+    decay = torch.mul(delta[..., None], A).exp_()
+    states = (delta * u)[..., None] * B[:, :, None]
+    previous = first
+    for t in range(len(states)):
+        previous = states[t].addcmul_(decay[t], previous)
+    return states, decay
+
+
+def _read(states: Tensor, C: Tensor) -> Tensor:
+    return torch.einsum("tsen,tsn->tse", states, C)

@@ -1,0 +1,1 @@
+"""Quantising Hymba with bitsandbytes."""

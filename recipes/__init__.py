@@ -1,0 +1,1 @@
+"""Recipes: settings of whole runs, as YAML."""
