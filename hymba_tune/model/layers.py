@@ -66,14 +66,22 @@ class HymbaHeadNorms(nn.Module):
         self.q_norm, self.k_norm = (HymbaHeadNorm(shape, config.rms_norm_eps) for shape in shapes)
 
 
-class HymbaFloat32Linear(nn.Linear):
-    """A projection computed in float32 whatever its weights are stored in."""
+class HymbaTimeStep(nn.Linear):
+    """The projection to time steps, computed in float32 whatever its weights are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., in)`` to ``(..., out)`` in float32."""
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else at_least_float32(self.bias)
             return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
+
+
+class HymbaDecay(nn.ParameterList):
+    """Holds the logarithm of -A, ``(E, N)``: how fast each state decays."""
+
+
+class HymbaSkip(nn.ParameterList):
+    """Holds D, ``(E,)``: how much of its input a channel passes on past the state."""
 
 
 class HymbaMLP(nn.Module):
@@ -135,9 +143,9 @@ class HymbaMixer(nn.Module):
         self.dt_layernorm = HymbaRMSNorm(rank, eps) if inner_norms else None
         self.B_layernorm = HymbaRMSNorm(state, eps) if inner_norms else None
         self.C_layernorm = HymbaRMSNorm(state, eps) if inner_norms else None
-        self.dt_proj = nn.ModuleList([HymbaFloat32Linear(rank, inner)])
-        self.A_log = nn.ParameterList([nn.Parameter(torch.empty(inner, state))])
-        self.D = nn.ParameterList([nn.Parameter(torch.empty(inner))])
+        self.dt_proj = nn.ModuleList([HymbaTimeStep(rank, inner)])
+        self.A_log = HymbaDecay([nn.Parameter(torch.empty(inner, state))])
+        self.D = HymbaSkip([nn.Parameter(torch.empty(inner))])
         self.pre_avg_layernorm1 = HymbaRMSNorm(inner, eps)
         self.pre_avg_layernorm2 = HymbaRMSNorm(inner, eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=bias)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
-from .layers import HymbaDecoderLayer, HymbaMixer, HymbaRMSNorm, at_least_float32
+from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
 from .loss import linear_cross_entropy
 from .rotary import rotary_base, rotary_tables
 
@@ -51,18 +51,20 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Only modules that hold parameters themselves are asked about: transformers takes others for initialised.
         super()._init_weights(module)
-        if isinstance(module, HymbaMixer):
-            rank, state = module.state_widths[:2]
-            init.uniform_(module.conv1d.weight, -0.5, 0.5)
-            init.uniform_(module.dt_proj[0].weight, -(rank**-0.5), rank**-0.5)
+        if isinstance(module, nn.Conv1d):
+            init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)
+        elif isinstance(module, HymbaTimeStep):
+            init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
             # Time steps spread evenly, on a log scale, from 0.001 to 0.1; the bias is softplus's inverse of them.
-            bias = module.dt_proj[0].bias
-            steps = torch.exp(torch.rand_like(bias, dtype=torch.float32) * math.log(100) + math.log(0.001))
-            init.copy_(bias, steps + torch.log(-torch.expm1(-steps)))
-            rates = torch.arange(1, state + 1, dtype=torch.float32, device=bias.device).log()
-            init.copy_(module.A_log[0], rates.expand_as(module.A_log[0]))
-            init.ones_(module.D[0])
+            steps = torch.exp(torch.rand_like(module.bias, dtype=torch.float32) * math.log(100) + math.log(0.001))
+            init.copy_(module.bias, steps + torch.log(-torch.expm1(-steps)))
+        elif isinstance(module, HymbaDecay):
+            rates = torch.arange(1, module[0].shape[1] + 1, dtype=torch.float32, device=module[0].device).log()
+            init.copy_(module[0], rates.expand_as(module[0]))
+        elif isinstance(module, HymbaSkip):
+            init.ones_(module[0])
 
 
 class HymbaModel(HymbaPreTrainedModel):
@@ -163,7 +165,7 @@ class HymbaModel(HymbaPreTrainedModel):
     def _run_by_base(
         self, embeds: Tensor, documents: Documents, cache: HymbaCache | None, keep_all: bool
     ) -> list[Tensor]:
-        """One packed pass for each RoPE base: dynamic_ntk gives long texts, meta tokens included, bases of their own."""
+        """One packed pass for each RoPE base: dynamic_ntk gives each long text, and its meta tokens, one of its own."""
         meta = self.config.num_memory_tokens
         bases = [rotary_base(self.config, meta + length) for length in documents.lengths]
         if len(set(bases)) == 1:
