@@ -6,13 +6,16 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from cyclopts import Parameter
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Names = Annotated[list[str], Parameter(negative="", consume_multiple=True, show_default=False)]
 
 
 class Method(StrEnum):
@@ -41,7 +44,14 @@ class OnBadRow(StrEnum):
 class Config(BaseModel):
     """The base of all settings: unknown keys are errors and values are checked also when assigned."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_enum_values=False)
+    @classmethod
+    def kinds(cls) -> Iterator[type[Config]]:
+        """Every kind of settings there is."""
+        for kind in cls.__subclasses__():
+            yield kind
+            yield from kind.kinds()
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
 class ModelOptions(Config):
@@ -58,22 +68,41 @@ class ModelOptions(Config):
 class DataOptions(Config):
     """Which data, and how its rows are read."""
 
-    data: list[str] = Field(default_factory=list)
+    data: Names = Field(default_factory=list)
     """JSONL, JSON, CSV or Parquet files, a Hub dataset id, or demo (packaged)."""
-    eval_data: list[str] = Field(default_factory=list)
+    eval_data: Names = Field(default_factory=list)
     """Held-out data in the same formats; without it, a split of --data is held out."""
     eval_split: Fraction = 0.05
     """Share of --data that is held out when there is no --eval-data; 0 trains on everything."""
     eval_max_rows: int = Field(default=500, ge=1)
     """Rows the held-out data is cut to, so that an evaluation stays short."""
-    map: dict[str, str] = Field(default_factory=dict)
+    map: Names = Field(default_factory=list)
     """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
     max_length: int = Field(default=2048, ge=8)
     """Tokens a row is cut to (common: 512 to 8192)."""
-    packing: bool = True
-    """Lay several rows end to end in one, exactly: no row sees another."""
+    packing: bool = False
+    """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
+    costs nothing here, packed or not."""
+
+    @field_validator("map", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """Recipes may write a mapping."""
+        return [f"{ours}={theirs}" for ours, theirs in value.items()] if isinstance(value, dict) else value
+
+    @field_validator("map")
+    @classmethod
+    def _are_pairs(cls, value: list[str]) -> list[str]:
+        if wrong := [pair for pair in value if not all(pair.partition("="))]:
+            raise ValueError(f"{wrong[0]!r} is not a pair such as prompt=question")
+        return value
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """``map``, ours to theirs."""
+        return dict(pair.split("=", 1) for pair in self.map)
 
 
 class AdapterOptions(Config):
@@ -89,7 +118,7 @@ class AdapterOptions(Config):
     """Dropout on the adapter's input."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank) instead."""
-    targets: list[str] = Field(default_factory=lambda: ["all"])
+    targets: Names = Field(default_factory=lambda: ["all"])
     """A preset (all, attention-ssm, attention, ssm, mlp) or module names such as in_proj and x_proj.0."""
     meta_tokens: MetaTokens = MetaTokens.lora
     """How the meta tokens are trained beside an adapter: lora, full or frozen."""
@@ -127,12 +156,12 @@ class TrainingOptions(Config):
     save_every: int | None = Field(default=None, ge=1)
     """Steps between two checkpoints. When not given: with each evaluation."""
     out: Path | None = None
-    """Run directory. When not given: runs/<model>-<data>-<time>."""
+    """Run directory. When not given: runs/MODEL-DATA-TIME."""
     resume: Path | None = None
     """Run directory to go on with, from its last whole checkpoint."""
 
 
-class SFTConfig(ModelOptions, DataOptions, AdapterOptions, TrainingOptions):
+class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
     """Supervised fine-tuning."""
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ The folder needs only torch and transformers, so that it can be copied beside ex
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
@@ -11,5 +12,7 @@ from .modeling_hymba import HymbaForCausalLM, HymbaModel
 
 AutoConfig.register("hymba", HymbaConfig, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
+# The released folder asks for a LlamaTokenizer, which AutoTokenizer builds anew with other ids than its tokenizer.json.
+TOKENIZER_MAPPING_NAMES["hymba"] = "TokenizersBackend"
 
 __all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel"]

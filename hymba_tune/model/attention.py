@@ -35,6 +35,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     Returns:
         ``(M + T, H * v)``, in the query's dtype.
     """
+    # Under autocast a head norm's float32 weight widens queries and keys.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output: Tensor = _BlockedAttention.apply(query, key, value, documents, window)
     return output
 

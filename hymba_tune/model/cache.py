@@ -57,7 +57,10 @@ class HymbaCache(Cache):
         key = self._append(self.keys.get(layer), key, documents)
         value = self._append(self.values.get(layer), value, documents)
         columns = slice(None) if layer in self._unbounded else slice(-(self._window or 0), None)
-        self.keys[layer], self.values[layer] = key[:, columns], value[:, columns]
+        for held, seen in ((self.keys, key), (self.values, value)):
+            kept = seen[:, columns]
+            # What a first pass makes are views of a whole projection, which must not live on with them.
+            held[layer] = kept.clone() if documents.past is None else kept
         return key, value
 
     def advance(self, documents: Documents) -> None:

@@ -142,6 +142,8 @@ def find_documents(
         ValueError: If a row is all padding, positions neither restart at 0 nor go on by one, or a shape is wrong.
     """
     batch, length = shape
+    if batch * length == 0:
+        raise ValueError(f"the inputs have shape {shape}; expected at least one token")
     kept, row_lengths = None, [length] * batch
     if attention_mask is not None:
         mask = _checked_mask(attention_mask, (batch, length))
@@ -156,6 +158,10 @@ def find_documents(
     if cu_seqlens is not None:
         lengths = _lengths_from_offsets(cu_seqlens, sum(row_lengths))
     elif position_ids is not None:
+        if tuple(position_ids.shape) not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, length)} or {(1, length)}"
+            )
         positions = position_ids.expand(batch, length).flatten()
         lengths = _lengths_from_positions(positions if kept is None else positions[kept], row_lengths)
     return _layout(lengths, num_meta, shape, kept, device)

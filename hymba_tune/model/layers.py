@@ -209,7 +209,7 @@ class HymbaMixer(nn.Module):
     def _ssm(self, x: Tensor, gate: Tensor, documents: Documents, cache: HymbaCache | None) -> Tensor:
         tails = cache.tails.get(self.layer) if cache is not None else None
         states = cache.states.get(self.layer) if cache is not None else None
-        x, tails = packed_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents, tails)
+        x, tails = packed_conv1d(x, self.conv1d.weight.squeeze(1).to(x.dtype), self.conv1d.bias, documents, tails)
         x = nn.functional.silu(x)
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:

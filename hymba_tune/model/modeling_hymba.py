@@ -281,6 +281,21 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare a step as transformers does, prompts flush at the right: `generate` goes on from the last column."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        # Every row is one text: the mask says all, and transformers' positions are wrong behind padding on the right.
+        inputs["position_ids"] = None
+        mask = inputs.get("attention_mask")
+        if mask is None or mask[:, -1].all():
+            return inputs
+        name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        tokens = inputs[name]
+        mask = mask[:, -tokens.shape[1] :]
+        order = mask.int().argsort(dim=1, stable=True)  # padding first, then the tokens as they were
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return inputs | {name: tokens[rows, order], "attention_mask": mask[rows, order]}
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:

@@ -31,8 +31,9 @@ def rotary_base(config: HymbaConfig, length: int) -> float:
 
 def rotary_tables(positions: Tensor, base: float, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``(rows, 1, width)`` for heads of this width at these ``(rows,)`` positions."""
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions[:, None].float() / base**exponents
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=wide) / width
+    angles = positions[:, None] / base**exponents
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -41,4 +42,4 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn ``(rows, heads, width)`` by its positions; feature i is paired with feature i + width / 2."""
     cos, sin = tables
     first, second = heads.chunk(2, -1)
-    return heads * cos + torch.cat([-second, first], -1) * sin
+    return (heads * cos + torch.cat([-second, first], -1) * sin).to(heads.dtype)

@@ -7,13 +7,17 @@ Glossary: T tokens, S texts, E channels, N size of a channel's state; u input, d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu, softplus
 
 from .documents import Documents
+from .scan_native import DTYPES, native_scan, native_unavailable
 
 CHUNK = 16
 """Steps between two states that the backward starts from; the states between are computed again."""
@@ -82,31 +86,100 @@ def selective_scan(
         dt_bias: ``(E,)``.
         initial_state: ``(E, N)`` for every text or ``(S, E, N)``; zeros when not given.
         cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given.
-        backend: "reference" (the recurrence, step by step), "torch" (texts side by side, in chunks), or "auto".
+        backend: "reference" (the recurrence, step by step), "torch" (texts side by side, in chunks), "native" (C++ on
+            the CPU, float32 and bfloat16), or "auto", the fastest that can.
 
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)``.
 
     Raises:
-        ValueError: If the backend is unknown.
+        ValueError: If a shape does not fit the others, or the backend is unknown or cannot take these tensors.
     """
+    lengths = _checked_lengths(u, cu_seqlens)
+    _check_shapes(u, A, len(lengths), dt=dt, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    if initial_state is not None:
+        initial_state = initial_state.expand(len(lengths), *A.shape)
+    scan = BACKENDS[_choose(backend, u)]
+    return scan(u, dt, A, B, C, D, z, dt_bias, initial_state, lengths)
+
+
+def _checked_lengths(u: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    if cu_seqlens is None:
+        return [u.shape[0]]
+    offsets: list[int] = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if offsets[:1] != [0] or offsets[-1] != u.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens is {offsets}; expected offsets that rise from 0 to the {u.shape[0]} rows of u")
+    return lengths
+
+
+def _check_shapes(u: Tensor, A: Tensor, texts: int, **tensors: Tensor | None) -> None:
+    (tokens, channels), states = u.shape, A.shape[-1]
+    shapes = {
+        **dict.fromkeys(("dt", "z"), [(tokens, channels)]),
+        **dict.fromkeys(("B", "C"), [(tokens, states)]),
+        **dict.fromkeys(("D", "dt_bias"), [(channels,)]),
+        "A": [(channels, states)],
+        "initial_state": [(channels, states), (texts, channels, states)],
+    }
+    for name, tensor in {"A": A, **tensors}.items():
+        if tensor is not None and tensor.shape not in shapes[name]:
+            expected = " or ".join(map(str, shapes[name]))
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}, as u is {tuple(u.shape)}")
+
+
+def _choose(backend: str, u: Tensor) -> str:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"scan backend {backend!r}; expected one of auto, {', '.join(BACKENDS)}")
-    wide = torch.promote_types(u.dtype, torch.float32)
-    lengths = [u.shape[0]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    delta = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
-    delta = torch.nn.functional.softplus(delta)
-    state = A.new_zeros(A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
-    state = state.expand(len(lengths), *A.shape)
-    scan = BACKENDS["torch" if backend == "auto" else backend]
-    y, state = scan(u.to(wide), delta, A.to(wide), B.to(wide), C.to(wide), state, lengths)
-    if D is not None:
-        y = torch.addcmul(y, u.to(wide), D.to(wide))
-    if z is not None:
-        y = y * torch.nn.functional.silu(z.to(wide))
-    return y.to(u.dtype), state
+    if backend in ("auto", "native"):
+        obstacle = _native_obstacle(u)
+        if backend == "native" and obstacle:
+            raise ValueError(f"the native scan cannot be used: {obstacle}; auto, reference and torch can")
+        return "torch" if obstacle else "native"
+    return backend
 
 
+def _native_obstacle(u: Tensor) -> str | None:
+    if u.device.type != "cpu":
+        return f"it runs on the CPU, and u is on {u.device}"
+    if u.dtype not in DTYPES:
+        return f"it takes {' and '.join(map(str, DTYPES))}, and u is {u.dtype}"
+    return native_unavailable()
+
+
+Scan = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _unfused(recurrence: Scan) -> Scan:
+    """A backend from a recurrence alone: time steps, skip connection and gate around it, in float32 or float64."""
+
+    @wraps(recurrence)
+    def scan(
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        state: Tensor | None,
+        lengths: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(u.dtype, torch.float32)
+        dtype = u.dtype
+        u, dt, A, B, C = (x.to(wide) for x in (u, dt, A, B, C))
+        delta = softplus(dt if dt_bias is None else dt + dt_bias.to(wide))
+        state = A.new_zeros(len(lengths), *A.shape) if state is None else state.to(wide)
+        y, final = recurrence(u, delta, A, B, C, state, lengths)
+        y = y if D is None else torch.addcmul(y, u, D.to(wide))
+        y = y if z is None else y * silu(z.to(wide))
+        return y.to(dtype), final
+
+    return scan
+
+
+@_unfused
 def _reference_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +196,7 @@ def _reference_scan(
     return torch.stack(outputs) if outputs else torch.empty_like(u), torch.stack(finals)
 
 
+@_unfused
 def _chunked_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +205,7 @@ def _chunked_scan(
     return y, final
 
 
-BACKENDS = {"reference": _reference_scan, "torch": _chunked_scan}
+BACKENDS: dict[str, Scan] = {"reference": _reference_scan, "torch": _chunked_scan, "native": native_scan}
 
 
 class _ChunkedScan(torch.autograd.Function):

@@ -1,0 +1,59 @@
+"""`hymba-tune`: hands the words of a command line to its verb, and the user's mistakes back in one message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts.config import Env
+from hymba_tune.cli.chat import chat
+from hymba_tune.cli.merge import merge
+from hymba_tune.cli.screen import error_console
+from hymba_tune.cli.settings import explain
+from hymba_tune.cli.sft import sft
+from pydantic import ValidationError as PydanticError
+
+from hymba_tune import __version__
+from hymba_tune.errors import HymbaTuneError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = App(
+    name="hymba-tune",
+    help="Fine-tune Hymba models on the machine you have.",
+    help_epilogue="Try it: hymba-tune sft --model hymba-nano --data demo --steps 100. With --debug, errors show where.",
+    version=__version__,
+    config=Env("HYMBA_TUNE_", command=True),
+    default_parameter=Parameter(show_env_var=False),
+    result_action="return_value",
+)
+for verb in (sft, chat, merge):
+    app.command(verb)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, 2 for what the user can mend, 130 when interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in words
+    sys.exit(_run([word for word in words if word != "--debug"], debug=debug))
+
+
+def _run(words: list[str], *, debug: bool) -> int:
+    try:
+        app(words, exit_on_error=False, print_error=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (HymbaTuneError, CycloptsError) as error:
+        if debug:
+            raise
+        error_console.print(_message(error), markup=False, highlight=False)
+        return USER_ERROR
+    return 0
+
+
+def _message(error: HymbaTuneError | CycloptsError) -> str:
+    cause = error.__cause__
+    if isinstance(error, ValidationError) and isinstance(cause, PydanticError):
+        return explain(cause)
+    return str(error)

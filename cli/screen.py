@@ -1,0 +1,83 @@
+"""What a person sees while something runs: a banner, progress, and a table that grows a row at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hymba_tune.train.screen import Row, Screen
+
+console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
+COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
+QUIET_SECONDS = 2.0
+"""Progress that takes less is not worth showing."""
+
+
+class RichScreen(Screen):
+    """Shows a run on the terminal, 60 columns wide; plain text when it is piped."""
+
+    def __init__(self) -> None:
+        self._eval_loss: float | None = None
+        self._has_header = False
+
+    @contextmanager
+    def working(self, label: str) -> Iterator[Callable[[int], None]]:
+        """A line that turns while something is done, if it takes long enough to see."""
+        started = time.monotonic()
+        with console.status(Text(label, style="dim")) as status:
+            yield lambda done: status.update(Text(f"{label} · {done:,}", style="dim"))
+        if (seconds := time.monotonic() - started) > QUIET_SECONDS and not console.is_terminal:
+            console.print(f" {label} · {seconds:.0f} s", markup=False)
+
+    def banner(self, lines: dict[str, str]) -> None:
+        """Labels and lines, aligned."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, line in lines.items():
+            table.add_row(f" {label}", Text(line))
+        console.print(table)
+        console.print()
+
+    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+        """One line of the table."""
+        if not self._has_header:
+            console.print("".join(f"{name:>{width}}" for name, width in COLUMNS.items()), style="dim", markup=False)
+            self._has_header = True
+        cells = {
+            "step": f"{row.step}/{total_steps}",
+            "loss": _format(row.loss, ".3f"),
+            "eval": self._trend(row.eval_loss),
+            "lr": _format(row.learning_rate, ".1e"),
+            "tok/s": _format(row.tokens_per_s, ",.0f"),
+            "mem": f"{row.memory_bytes / 2**30:.1f} GB" if row.memory_bytes else "",
+            "left": "" if seconds_left is None else _duration(seconds_left),
+        }
+        console.print("".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()), markup=False)
+
+    def note(self, text: str) -> None:
+        """A line on its own."""
+        console.print(f" {text}", markup=False)
+
+    def _trend(self, eval_loss: float | None) -> str:
+        if eval_loss is None:
+            return ""
+        before, self._eval_loss = self._eval_loss, eval_loss
+        mark = " " if before is None else "▼" if eval_loss < before else "▲"
+        return f"{eval_loss:.3f} {mark}"
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,105 @@
+"""One set of settings from a recipe and the flags on top of it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from hymba_tune.config import Config
+from hymba_tune.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+LIMITS = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "enum": "must be {expected}",
+    "literal_error": "must be {expected}",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "missing": "is missing",
+}
+
+
+def combine(recipe: str | None, flags: C) -> C:
+    """The flags, over the recipe's settings.
+
+    Args:
+        recipe: A YAML file, or the name of a packaged recipe.
+        flags: Whose explicitly set fields win.
+
+    Raises:
+        ConfigError: If the recipe cannot be read, or a setting is unknown or out of its range.
+    """
+    if recipe is None:
+        return flags
+    path = _find(recipe)
+    settings = _read(path)
+    known = type(flags).model_fields
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{path}: there is no setting {key!r}.", fix=f"did you mean {near[0]!r}?" if near else "remove it"
+            )
+    settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
+    try:
+        return type(flags).model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """Say what is wrong with settings, a line each: ``--rank 0: must be at least 1 (common: 8 to 64)``."""
+    fields = next(kind.model_fields for kind in Config.kinds() if kind.__name__ == error.title)
+    return "\n".join(_explain_one(dict(problem), fields) for problem in error.errors())
+
+
+def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
+    limit = LIMITS.get(problem["type"], "")
+    said = limit.format(**problem.get("ctx", {})) if limit else problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return str(said)
+    field = str(problem["loc"][0])
+    flag = "--" + field.replace("_", "-")
+    common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None
+    value = "" if problem["type"] == "missing" else f" {problem['input']}"
+    return f"{flag}{value}: {said}{common[0] if common else ''}."
+
+
+def _find(recipe: str) -> Path:
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("hymba_tune.recipes")))
+    names = sorted(file.stem for file in packaged.glob("*.yaml"))
+    if path.stem in names and path.parent == Path():
+        return packaged / f"{path.stem}.yaml"
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    raise ConfigError(
+        f"--config {recipe}: no such file.",
+        expected=f"a YAML file, or a packaged recipe: {', '.join(names)}",
+        fix=f"--config {near[0]}" if near else "",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", expected="YAML: a setting and its value a line") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds a {type(settings).__name__}.", expected="a setting and its value a line")
+    return settings

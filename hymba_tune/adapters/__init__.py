@@ -1,0 +1,25 @@
+"""Adapters on plain PEFT: what they change, saving and loading, merging."""
+
+from hymba_tune.adapters.attach import add_adapter, load_adapter, note_on_base, restrict_rows
+from hymba_tune.adapters.merge import merge
+from hymba_tune.adapters.moved import AdapterWatch
+from hymba_tune.adapters.opening import base_of, merge_into, open_model
+from hymba_tune.adapters.presets import PRESETS, lora_config
+from hymba_tune.adapters.summary import count_parameters, describe, short_count
+
+__all__ = [
+    "PRESETS",
+    "AdapterWatch",
+    "add_adapter",
+    "base_of",
+    "count_parameters",
+    "describe",
+    "load_adapter",
+    "lora_config",
+    "merge",
+    "merge_into",
+    "note_on_base",
+    "open_model",
+    "restrict_rows",
+    "short_count",
+]

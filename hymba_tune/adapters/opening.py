@@ -1,0 +1,71 @@
+"""Models by any name, the adapters that runs have trained folded in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hymba_tune.adapters.attach import load_adapter
+from hymba_tune.adapters.merge import merge
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_tokenizer, load_weights
+from hymba_tune.config import MergeConfig
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.registry import ModelSource, resolve_model
+
+
+def base_of(source: ModelSource) -> ModelSource:
+    """The model that an adapter belongs to.
+
+    Raises:
+        CheckpointError: If the adapter does not say.
+        HymbaTuneError: If that model cannot be found.
+    """
+    if not source.base:
+        raise CheckpointError(
+            f"{source.adapter} does not say which model it belongs to.",
+            expected="base_model_name_or_path in its adapter_config.json",
+        )
+    return resolve_model(source.base)
+
+
+def open_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a model; where it is an adapter, its base model with the adapter folded in.
+
+    Raises:
+        CheckpointError: If weights or adapter cannot be used; see `load_weights` and `load_adapter`.
+    """
+    if source.adapter is None:
+        return load_weights(source, dtype=dtype, device=device)
+    return merge(load_adapter(open_model(base_of(source), dtype=dtype, device=device), source.adapter))
+
+
+def merge_into(config: MergeConfig) -> Path:
+    """Write a model, its adapters folded in, as one: safetensors under the released names, config and tokenizer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If the folder holds something already.
+        CheckpointError: If there is no adapter to fold in, or it cannot be used.
+    """
+    source = resolve_model(config.model)
+    if source.adapter is None:
+        raise CheckpointError(
+            f"{source.name} has no adapter: it is one model already.", expected="a run with an adapter"
+        )
+    if config.out.exists() and (config.out.is_file() or any(config.out.iterdir())):
+        raise ConfigError(f"--out {config.out} exists and is not empty.", expected="a new or empty folder")
+    device = choose_device(config.device)
+    model = open_model(source, dtype=choose_dtype(config.dtype, device), device=device)
+    # Written aside, so that nothing half-written is ever taken for a model.
+    partial = config.out.with_name(f"{config.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    load_tokenizer(source.folder).save_pretrained(partial)
+    if config.out.exists():
+        config.out.rmdir()
+    return partial.rename(config.out)

@@ -1,0 +1,1 @@
+"""What the package carries: the model `hymba-nano`, the demo data, and the builders that made them."""

@@ -1,0 +1,173 @@
+"""Opening models and tokenizers; weights are checked against the model before they are loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import hymba_tune.model  # noqa: F401 (registers Hymba with the Auto classes)
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.registry import ModelSource
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+META_TOKENS = "model.memory_tokens"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such device.", expected="auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.", fix="--device cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of this name; "auto" is bfloat16 where the device computes in it, else float32.
+
+    Raises:
+        ConfigError: If the device cannot train in it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError("--dtype float16 needs a CUDA device.", fix="--dtype bfloat16 or --dtype float32 on a CPU")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without these instructions a CPU only emulates bfloat16, several times slower than float32.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable, not a Hymba's, or asks for what cannot be built.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
+    if config.model_type != "hymba":
+        raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder, with the ids of its own tokenizer.json.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"No tokenizer can be read from {folder}: {error}", expected="tokenizer.json") from error
+
+
+def load_weights(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model with its weights, which are checked by their names and shapes before they are read.
+
+    Raises:
+        CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
+    """
+    config = load_config(source)
+    check_weights(source.folder, config)
+    return AutoModelForCausalLM.from_pretrained(
+        source.folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True
+    )
+
+
+def check_weights(folder: Path, config: Any) -> None:
+    """Compare the safetensors files in a folder with the model that the configuration describes.
+
+    Reads headers only.
+
+    Raises:
+        CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
+    """
+    found: dict[str, tuple[list[int], str]] = {}
+    for file in _weight_files(folder):
+        found.update({name: (shape, file.name) for name, shape in _read_header(file).items()})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {
+        name.replace(f"{META_TOKENS}.weight", META_TOKENS): list(t.shape) for name, t in model.state_dict().items()
+    }
+    if config.tie_word_embeddings:
+        # Tied to the embedding, and written by some tools all the same.
+        head = expected.pop("lm_head.weight")
+        if "lm_head.weight" in found and found["lm_head.weight"][0] == head:
+            del found["lm_head.weight"]
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{folder}: tensor {name} is missing.", expected=f"a tensor of shape {shape}")
+        if found[name][0] != shape:
+            raise CheckpointError(
+                f"{folder / found[name][1]}: tensor {name} has shape {found[name][0]}.",
+                expected=f"{shape}, as config.json says",
+            )
+    if extra := [name for name in found if name not in expected]:
+        raise CheckpointError(
+            f"{folder / found[extra[0]][1]}: tensor {extra[0]} belongs to no part of the model"
+            + (f", nor do {len(extra) - 1} others." if len(extra) > 1 else "."),
+            expected="only the tensors that config.json describes",
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        raise CheckpointError(f"{folder}: no weights.", expected=f"{SINGLE}, or shards with {INDEX}")
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX} points outside its folder: {name}", expected="plain file names")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: the shard {name} is missing.", fix="download or copy the model again")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, whose size must be what its header says."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError("its header does not fit into the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}", fix="download or copy it again") from error
+    if size != end:
+        last = max(header, key=lambda name: header[name]["data_offsets"][1])
+        raise CheckpointError(
+            f"{file} is cut short: {size:,} bytes, and its last tensor {last} ends at {end:,}.",
+            fix="download or copy it again",
+        )
+    return {name: entry["shape"] for name, entry in header.items()}

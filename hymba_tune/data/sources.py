@@ -1,0 +1,124 @@
+"""What ``--data`` may name: files, datasets of the Hugging Face Hub, and the packaged demo."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+from hymba_tune.data.readers import KINDS, kind, read_file
+from hymba_tune.data.rows import Place, Row, listing
+from hymba_tune.errors import DataError, HubError
+
+DEMO = "demo"
+HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
+NAMEABLE = f"a file ending in {listing(KINDS)} (or one of these and .gz), a Hub dataset owner/name, or {DEMO}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of rows that can be read again and again.
+
+    Attributes:
+        name: What its user calls it.
+        read: Starts a new pass over the rows.
+        held_out: The evaluation data that comes with it, if any does.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Row]]
+    held_out: Source | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        """A pass over the rows.
+
+        Raises:
+            DataError: If it cannot be read, or has no rows.
+        """
+        empty = True
+        for row in self.read():
+            empty = False
+            yield row
+        if empty:
+            raise DataError(f"Cannot use {self.name}: it has no rows.", expected="at least one")
+
+
+def open_sources(names: Sequence[str]) -> list[Source]:
+    """Find every source; see `open_source`."""
+    return [open_source(name) for name in names]
+
+
+def open_source(name: str) -> Source:
+    """Find what a name on the command line stands for, without reading its rows.
+
+    Args:
+        name: A file, ``demo``, or ``owner/name`` on the Hub: in full ``owner/name:config@split``, the split being
+            ``train`` where none is given.
+
+    Returns:
+        The source. A Hub dataset is downloaded by then, or found in its cache.
+
+    Raises:
+        DataError: If there is no such file, or it is of no known kind.
+        HubError: If the Hub cannot be reached or has no such dataset.
+    """
+    if name == DEMO:
+        return Source(DEMO, lambda: _read_demo("train"), Source(f"{DEMO} (eval)", lambda: _read_demo("eval")))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if kind(file) in KINDS)
+        fix = f"name its files: {listing(files[:3])}" if files else ""
+        raise DataError(f"Cannot use {name}: it is a folder.", expected=NAMEABLE, fix=fix)
+    if path.exists():
+        if kind(path) not in KINDS:
+            raise DataError(f"Cannot use {name}: its ending says nothing known.", expected=NAMEABLE, fix="rename it")
+        return Source(name, lambda: read_file(path, name))
+    hub = HUB_NAME.fullmatch(name)
+    if hub and kind(path) not in KINDS and not path.parent.is_dir():
+        return _open_hub(name, hub["path"], hub["config"], hub["split"] or "train")
+    raise DataError(f"Cannot find {name}.", expected=NAMEABLE, fix=_near_names(path))
+
+
+def _read_demo(split: str) -> Iterator[Row]:
+    packaged = resources.files("hymba_tune.assets") / DEMO / f"{split}.jsonl"
+    with resources.as_file(packaged) as path:
+        yield from read_file(path, f"{DEMO} ({split})")
+
+
+def _near_names(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()])
+    return f"did you mean {listing(path.parent / name for name in near)}?" if near else ""
+
+
+def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
+    import datasets  # takes more than a second, which runs on local files need not spend here
+
+    try:
+        rows = datasets.load_dataset(path, config, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise HubError(
+            f"Cannot use {name}: there is no such file, and {error}",
+            fix="correct the name; for a private or gated dataset, log in: hf auth login",
+        ) from error
+    except ConnectionError as error:
+        raise HubError(
+            f"Cannot load {name}: the Hugging Face Hub cannot be reached, and there is no such file.",
+            expected="a connection, or the dataset in the local cache",
+            fix="--data FILE, or --data demo to try the kit",
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"Cannot load {name}: {str(error).strip()}",
+            fix=f"choose what to load: {path}:CONFIG, {path}@SPLIT or {path}:CONFIG@SPLIT",
+        ) from error
+
+    def read() -> Iterator[Row]:
+        for number, value in enumerate(rows, start=1):
+            yield Row(Place(name, number, "row"), value)
+
+    return Source(name, read)

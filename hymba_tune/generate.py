@@ -1,0 +1,119 @@
+"""Answers from a model: one conversation in, its next answer out, as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from hymba_tune.adapters import open_model
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_tokenizer
+from hymba_tune.config import ChatConfig
+from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_template
+from hymba_tune.registry import resolve_model
+
+
+class _Passing(TextStreamer):  # type: ignore[misc]
+    """Hands every finished piece of text on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take a piece from the streamer."""
+        del stream_end
+        self._on_text(text)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Write the assistant's next answer.
+
+    Args:
+        model: In any mode; it is left as it was.
+        tokenizer: With a chat template.
+        conversation: Its last message is not the assistant's.
+        max_new_tokens: Tokens the answer may have.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        on_text: Called with each piece of the answer as it is written.
+
+    Returns:
+        The answer, without the token that ends it.
+    """
+    ids = torch.tensor([encode_prompt(conversation, tokenizer)], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=_Passing(tokenizer, on_text) if on_text else None,
+                **sampling,
+            )
+    finally:
+        model.train(training)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        config: Which model, and how it answers.
+
+    Raises:
+        HymbaTuneError: If the model cannot be found or loaded.
+    """
+
+    def __init__(self, config: ChatConfig) -> None:
+        source = resolve_model(config.model)
+        device = choose_device(config.device)
+        self.name = source.name
+        self._config = config
+        self._tokenizer = with_chat_template(load_tokenizer(source.folder))
+        self._model = open_model(source, dtype=choose_dtype(config.dtype, device), device=device)
+        self._messages: list[Message] = []
+        if config.seed is not None:
+            set_seed(config.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self._messages = [Message("system", self._config.system)] if self._config.system else []
+
+    def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
+        """Say something, and get the model's answer to all that was said so far.
+
+        Args:
+            text: What the user says.
+            on_text: Called with each piece of the answer as it is written.
+        """
+        messages = [*self._messages, Message("user", text)]
+        said = answer(
+            self._model,
+            self._tokenizer,
+            Conversation(tuple(messages)),
+            max_new_tokens=self._config.max_new_tokens,
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            on_text=on_text,
+        )
+        # Kept only now, so that an interrupted answer leaves the conversation as it was.
+        self._messages = [*messages, Message("assistant", said)]
+        return said

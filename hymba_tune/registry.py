@@ -1,0 +1,112 @@
+"""Which models there are and where: names that people type, to folders on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from hymba_tune.errors import CheckpointError, ConfigError, HubError
+
+ALIASES = {
+    "hymba-1.5b": "nvidia/Hymba-1.5B-Base",
+    "hymba-1.5b-base": "nvidia/Hymba-1.5B-Base",
+    "hymba-1.5b-instruct": "nvidia/Hymba-1.5B-Instruct",
+}
+NANO = "hymba-nano"
+"""The packaged model."""
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        name: What the user called it, or the run's name.
+        folder: Its configuration, tokenizer and, without an adapter, its weights.
+        adapter: Folder of the adapter that a run trained.
+        base: The model that the adapter belongs to, as the run named it.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+    base: str | None = None
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Find a model: an alias, a run directory, a folder, or a Hub id, which is downloaded.
+
+    Raises:
+        ConfigError: If the name is none of these.
+        CheckpointError: If a folder holds no model.
+        HubError: If the Hub cannot be reached, or refuses.
+    """
+    if name == NANO:
+        return ModelSource(NANO, Path(str(resources.files("hymba_tune.assets") / NANO)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _local(name, path)
+    hub_id = ALIASES.get(name.lower(), name)
+    if hub_id.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        near = difflib.get_close_matches(name, [NANO, *ALIASES], n=1)
+        raise ConfigError(
+            f"--model {name}: no such folder, and not the name of a model.",
+            expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *ALIASES])}",
+            fix=f"--model {near[0] if near else NANO}",
+        )
+    return ModelSource(hub_id, _download(hub_id))
+
+
+def _local(name: str, path: Path) -> ModelSource:
+    if (path / "run.json").is_file():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return ModelSource(name, path)
+    if (path / "adapter_config.json").is_file():
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return ModelSource(name, path, adapter=path, base=base or "")
+    raise CheckpointError(
+        f"{path}: no model in this folder.",
+        expected="a config.json with weights, an adapter_config.json, or the run.json of a run",
+        fix="name the folder that holds one of these",
+    )
+
+
+def _run(path: Path) -> ModelSource:
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    if (path / "model" / "config.json").is_file():
+        return ModelSource(path.name, path / "model")
+    if (path / "adapter" / "adapter_config.json").is_file():
+        return ModelSource(path.name, path / "adapter", adapter=path / "adapter", base=str(run["model"]))
+    raise CheckpointError(
+        f"{path}: this run has no model yet.",
+        expected="an adapter/ or model/ folder, written when a run ends",
+        fix=f"finish it: hymba-tune sft --resume {path}",
+    )
+
+
+def _download(hub_id: str) -> Path:
+    offer = "--model hymba-nano (packaged, needs no network), or the path of a downloaded folder"
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
+    except GatedRepoError as error:
+        raise HubError(
+            f"{hub_id} is gated on the Hub.",
+            fix=f"ask for access at https://huggingface.co/{hub_id}, then: hf auth login",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"Cannot reach the Hub for {hub_id}, and it is not in the cache.", fix=offer) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{hub_id}: no such model on the Hub, or it is private.",
+            fix=f"check the name, or hf auth login; or {offer}",
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(f"Cannot load {hub_id} from the Hub: {error}", fix=offer) from error

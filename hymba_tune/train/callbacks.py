@@ -1,0 +1,146 @@
+"""What a run notices while the trainer works."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hymba_tune.adapters import AdapterWatch
+from hymba_tune.errors import TrainingError
+from hymba_tune.train.run import Run
+from hymba_tune.train.screen import Row, Screen
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Writes ``metrics.jsonl`` and shows each line."""
+
+    def __init__(self, run: Run, screen: Screen) -> None:
+        self._run, self._screen = run, screen
+        self._seconds, self._tokens = 0.0, 0
+        self._steps, self._step_seconds = 0, 0.0
+        self._started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start counting tokens where the run, or its checkpoint, stands."""
+        del args, control
+        self._tokens = state.num_input_tokens_seen
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock: time between steps, such as an evaluation's, does not count."""
+        del args, state, control
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        del args, state, control
+        seconds = time.perf_counter() - self._started
+        self._seconds += seconds
+        self._step_seconds += seconds
+        self._steps += 1
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Write and show a line. The trainer logs losses and evaluations at different times."""
+        del control
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        speed = None
+        if "loss" in logs and self._seconds:
+            speed = (state.num_input_tokens_seen - self._tokens) / self._seconds
+            self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
+        row = Row(
+            step=state.global_step,
+            loss=logs.get("loss"),
+            eval_loss=logs.get("eval_loss"),
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm"),
+            tokens_per_s=speed,
+            memory_bytes=peak_memory(args.device),
+        )
+        self._run.log(row)
+        left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None
+        self._screen.row(row, total_steps=state.max_steps, seconds_left=left)
+
+
+class FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Stops a run in which a part of the adapter is not trained at all."""
+
+    def __init__(self) -> None:
+        self._watch: AdapterWatch | None = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
+    ) -> None:
+        """Look at the adapter before the first step that has a learning rate."""
+        del args, control
+        if self._watch is None and state.global_step == 0:
+            self._watch = AdapterWatch(model)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **_: Any,
+    ) -> None:
+        """Look again after it.
+
+        Raises:
+            TrainingError: Naming the modules that did not move.
+        """
+        del args, state, control
+        if self._watch is None or not any(group["lr"] > 0 for group in optimizer.param_groups):
+            return
+        unmoved, self._watch = self._watch.unmoved(), None
+        if unmoved:
+            raise TrainingError(
+                f"{len(unmoved)} adapted modules did not move at the first step: {', '.join(unmoved[:5])}.",
+                expected="every adapted module to be reached by a gradient",
+                fix="leave them out of --targets",
+            )
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """Ends a run after the step it is at, with a checkpoint, when Ctrl-C is pressed. A second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take over the signal."""
+        del args, state, control
+        self._before = signal.signal(signal.SIGINT, self._press)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, if asked to."""
+        del args, state
+        if self.pressed:
+            control.should_save = control.should_training_stop = True
+
+    def release(self) -> None:
+        """Give the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, signal_number: int, frame: FrameType | None) -> None:
+        del signal_number, frame
+        self.pressed = True
+        signal.signal(signal.SIGINT, self._before)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the CUDA device's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

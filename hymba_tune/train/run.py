@@ -1,0 +1,205 @@
+"""A run's directory: what was asked, what happened, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+import yaml
+
+from hymba_tune.config import SFTConfig
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.train.screen import Row
+
+LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+WHOLE = "whole"
+"""File that a checkpoint gets last: without it, writing was cut short."""
+
+
+class Run:
+    """``runs/<name>/``.
+
+    Args:
+        path: The directory, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer saves what it needs to go on."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, where all of it was trained."""
+        return self.path / "model"
+
+    @classmethod
+    def choose(cls, config: SFTConfig) -> Run:
+        """The directory a new run is to have.
+
+        Raises:
+            ConfigError: If ``--out`` holds something already, or cannot be written.
+        """
+        if config.out is None:
+            parts = [Path(config.model).name, Path(config.data[0]).stem, time.strftime("%m%d-%H%M%S")]
+            return cls(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower())
+        if config.out.is_file():
+            raise ConfigError(f"--out {config.out} is a file.", expected="a new or empty directory")
+        if config.out.is_dir() and any(config.out.iterdir()):
+            go_on = f"--resume {config.out} to go on with it, or " if (config.out / "config.yaml").is_file() else ""
+            raise ConfigError(f"--out {config.out} is not empty.", fix=f"{go_on}another --out")
+        return cls(config.out)
+
+    def create(self, config: SFTConfig) -> None:
+        """Make the directory and write the resolved settings.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            settings = config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
+            (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings the run was started with.
+
+        Raises:
+            CheckpointError: If this is not a run's directory.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint that was written to its end.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        whole = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
+        if not whole:
+            raise CheckpointError(
+                f"{self.path} has no whole checkpoint to go on from.", fix="start again: hymba-tune sft --out <new>"
+            )
+        return max(whole, key=_step)
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to ``run.json``, beside the versions and the machine."""
+        facts = {**self.facts(), **facts}
+        facts["versions"] = {name: metadata.version(name) for name in LIBRARIES}
+        facts["machine"] = {"python": platform.python_version(), "platform": platform.platform()}
+        partial = self.path / "run.json.partial"
+        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(self.path / "run.json")
+
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says; nothing before the first `record`."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def log(self, row: Row) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        known = {name: value for name, value in asdict(row).items() if value is not None}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(known) + "\n")
+
+    def rows(self) -> list[Row]:
+        """The lines of ``metrics.jsonl``."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [Row(**json.loads(line)) for line in lines]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
+        rows = [row for row in self.rows() if row.step <= step]
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        for row in rows:
+            self.log(row)
+
+    def evaluations(self) -> Iterator[Row]:
+        """The lines that carry a held-out loss."""
+        return (row for row in self.rows() if row.eval_loss is not None)
+
+    @contextmanager
+    def capturing_logs(self) -> Iterator[None]:
+        """Send what libraries log and warn about to ``log.txt`` instead of the screen."""
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        transformers_logger, progress = transformers.utils.logging, datasets.are_progress_bars_disabled()
+        logging.captureWarnings(True)
+        logging.getLogger().addHandler(handler)
+        transformers_logger.disable_default_handler()
+        transformers_logger.enable_propagation()
+        transformers_logger.disable_progress_bar()
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            transformers_logger.enable_default_handler()
+            transformers_logger.disable_propagation()
+            transformers_logger.enable_progress_bar()
+            if not progress:
+                datasets.enable_progress_bars()
+
+    def write_card(self, config: SFTConfig) -> None:
+        """Write ``README.md``: what was trained on what, how it did, and how to use it."""
+        facts, evaluations = self.facts(), list(self.evaluations())
+        trained = "model" if self.model.is_dir() else "adapter"
+        lines = [
+            *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
+            *("", f"# {self.name}", ""),
+            f"{config.model}, fine-tuned with hymba-tune ({config.method.value}) on {', '.join(config.data)}.",
+            "",
+        ]
+        if evaluations:
+            first, last = evaluations[0], evaluations[-1]
+            lines += [
+                *("| held-out loss | step | nats a token |", "|---|---|---|"),
+                f"| before | {first.step} | {first.eval_loss:.4f} |",
+                f"| after | {last.step} | {last.eval_loss:.4f} |",
+                "",
+            ]
+        data = facts["data"]
+        lines += [
+            f"Data: {data['rows']:,} rows, {data['tokens']:,} tokens, {data['learned']:,} of them learned; "
+            f"SHA-256 of the encoded rows {data['fingerprint']}.",
+            f"Training: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens; all settings are in config.yaml.",
+            "",
+            f"The {trained}/ folder holds the {trained}. Chat with it: `hymba-tune chat {self.path}`",
+        ]
+        (self.path / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,49 @@
+"""What training has to say while it works; the command line shows it, a library's user may pass this silent one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a run's metrics; None where the step has no such number.
+
+    Attributes:
+        step: Optimiser steps done.
+        loss: Mean over the steps since the last row, nats a learned token.
+        eval_loss: Mean over the held-out data's learned tokens, nats.
+        learning_rate: Of the last step.
+        grad_norm: Of the last step, before it was clipped.
+        tokens_per_s: Tokens read a second since the last row, evaluations not counted.
+        memory_bytes: Peak memory so far, of the GPU or, on a CPU, of the process.
+    """
+
+    step: int
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    memory_bytes: int | None = None
+
+
+class Screen:
+    """Shows nothing."""
+
+    @contextmanager
+    def working(self, label: str) -> Iterator[Callable[[int], None]]:
+        """Something that may take a while; what it yields is called with how much is done."""
+        del label
+        yield lambda _: None
+
+    def banner(self, lines: dict[str, str]) -> None:
+        """What is about to run, a label and a line each."""
+
+    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+        """New numbers."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that needs no answer."""

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.data import (
+    HYMBA_TEMPLATE,
+    IGNORED,
+    Conversation,
+    Encoded,
+    Message,
+    Text,
+    encode,
+    encode_prompt,
+    render_prompt,
+    with_chat_template,
+)
+from hymba_tune.errors import DataError
+from tests.data.small_tokenizers import (
+    CHATML,
+    LLAMA3,
+    MISTRAL,
+    byte_level,
+    sentencepiece_like,
+    turns,
+    without_markers,
+)
+
+ENOUGH = 100_000
+TWO_ANSWERS = turns("What is 6 times 7?", "  The answer\n\nis 42. ", "Sure?", "Yes: <42>, 漢字 😀", system="Be brief.")
+# ▁ is how SentencePiece spells a space, so it cannot come back; surrogates are no characters.
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+ANSWERS = WORDS.map(str.strip).filter(bool)
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+
+
+def learned_runs(row: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What is learned, as text, an entry for each unbroken run of learned tokens."""
+    runs: list[list[int]] = [[]]
+    for label in row.labels:
+        if label != IGNORED:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@settings(max_examples=40, deadline=None)
+@given(questions=st.lists(WORDS, min_size=2, max_size=2), answers=st.lists(ANSWERS, min_size=2, max_size=2))
+def test_learned_tokens_spell_the_answers_and_their_ends(
+    any_tokenizer: PreTrainedTokenizerFast, questions: list[str], answers: list[str]
+) -> None:
+    messages = turns(questions[0], answers[0], questions[1], answers[1])
+    (row,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
+    expected = [answer + any_tokenizer.eos_token for answer in answers]
+    assert [run.strip() for run in learned_runs(row, any_tokenizer)] == expected
+    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(question=WORDS, answer=ANSWERS)
+def test_learned_tokens_of_the_released_tokenizer_spell_the_answers(
+    released: PreTrainedTokenizerFast, question: str, answer: str
+) -> None:
+    (row,) = encode(Conversation(turns(question, answer)), released, ENOUGH)
+    assert learned_runs(row, released) == [answer + "</s>"]
+
+
+def test_labels_are_those_of_generation_markers(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    marked = any_tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in TWO_ANSWERS],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    (row,) = encode(Conversation(TWO_ANSWERS), any_tokenizer, ENOUGH)
+    assert row.input_ids == marked["input_ids"]
+    assert [int(label != IGNORED) for label in row.labels] == marked["assistant_masks"]
+
+
+def test_offsets_that_leave_out_white_space_change_nothing() -> None:
+    trimmed, whole = (byte_level(CHATML, CHATML_TOKENS, "<|im_end|>", trim_offsets=trim) for trim in (True, False))
+    assert encode(Conversation(TWO_ANSWERS), trimmed, ENOUGH) == encode(Conversation(TWO_ANSWERS), whole, ENOUGH)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, HYMBA_TEMPLATE])
+def test_markers_are_not_needed(template: str) -> None:
+    conversation = Conversation(TWO_ANSWERS)
+    plain = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    with_markers, without = sentencepiece_like(template), sentencepiece_like(without_markers(plain))
+    assert "generation %}" not in without.chat_template
+    assert encode(conversation, with_markers, ENOUGH) == encode(conversation, without, ENOUGH)
+
+
+def test_end_of_sequence_follows_an_answer_where_the_template_writes_none() -> None:
+    # Neither an end of its own after the answer, nor a prompt for the next one.
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    tokenizer = sentencepiece_like(template)
+    (row,) = encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), tokenizer, ENOUGH)
+    assert learned_runs(row, tokenizer) == ["Hello</s>", "So long</s>"]
+    prompt = render_prompt(Conversation(turns("Hi", "Hello", "Bye")), tokenizer)
+    assert prompt == "user: Hi\nassistant: Hello</s>\nuser: Bye\nassistant: "
+
+
+def test_end_of_sequence_that_the_template_writes_is_not_doubled() -> None:
+    tokenizer = sentencepiece_like(MISTRAL.replace("| trim + eos_token", "| trim + ' ' + eos_token"))
+    (row,) = encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), tokenizer, ENOUGH)
+    assert learned_runs(row, tokenizer) == ["Hello </s>", "So long </s>"]
+    assert row.input_ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_answers_that_repeat_other_text_are_told_apart(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = turns("user", "assistant", "assistant", "user", "a", "a")
+    (row,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
+    eos = any_tokenizer.eos_token
+    assert [run.strip() for run in learned_runs(row, any_tokenizer)] == [f"assistant{eos}", f"user{eos}", f"a{eos}"]
+
+
+def test_messages_after_the_last_answer_are_not_learned(hymba: PreTrainedTokenizerFast) -> None:
+    (row,) = encode(Conversation(turns("Hi", "Hello", "And this?")), hymba, ENOUGH)
+    assert learned_runs(row, hymba) == ["Hello</s>"]
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+@pytest.mark.parametrize("template", [HYMBA_TEMPLATE, HYMBA_TEMPLATE.replace("{{- bos_token -}}", "")])
+def test_beginning_of_sequence_comes_once(template: str, *, add_bos: bool, add_eos: bool) -> None:
+    tokenizer = sentencepiece_like(template, add_bos=add_bos, add_eos=add_eos)
+    begins = int(add_bos or template is HYMBA_TEMPLATE)
+    conversation = Conversation(turns("Hi", "Hello"))
+    (row,) = encode(conversation, tokenizer, ENOUGH)
+    prompt = encode_prompt(Conversation(turns("Hi")), tokenizer)
+    for ids in (row.input_ids, prompt):
+        assert ids.count(tokenizer.bos_token_id) == ids[:1].count(tokenizer.bos_token_id) == begins
+    assert row.input_ids.count(tokenizer.eos_token_id) == 1
+    assert prompt.count(tokenizer.eos_token_id) == 0
+
+
+def test_prompt_is_what_training_shows(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = encode(Conversation(TWO_ANSWERS), any_tokenizer, ENOUGH)
+    first_learned = next(index for index, label in enumerate(row.labels) if label != IGNORED)
+    assert encode_prompt(Conversation(TWO_ANSWERS[:2]), any_tokenizer) == row.input_ids[:first_learned]
+    second = encode_prompt(Conversation(TWO_ANSWERS[:4]), any_tokenizer)
+    assert second == row.input_ids[: len(second)]
+    assert learned_runs(Encoded(row.input_ids[len(second) :], row.labels[len(second) :]), any_tokenizer)[0].strip() == (
+        TWO_ANSWERS[4].content + any_tokenizer.eos_token
+    )
+
+
+def test_template_that_opens_the_last_answer_in_its_own_way_is_followed() -> None:
+    # As models that think do: the last answer has an empty thought before it, earlier ones have none.
+    thought = "{% generation %}{{ '<think></think>' if loop.last else '' }}"
+    template = CHATML.replace("{% generation %}", thought)
+    tokenizer = byte_level(template, CHATML_TOKENS, "<|im_end|>")
+    (row,) = encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), tokenizer, ENOUGH)
+    assert learned_runs(row, tokenizer) == ["Hello<|im_end|>", "So long<|im_end|>"]
+    assert render_prompt(Conversation(turns("Hi")), tokenizer).endswith("<|im_start|>assistant\n<think></think>")
+
+
+def test_template_that_changes_answers_is_refused() -> None:
+    tokenizer = sentencepiece_like(MISTRAL.replace("message.content | trim", "message.content | upper"))
+    with pytest.raises(DataError, match="rewrites the conversation around message 2, an answer") as refusal:
+        encode(Conversation(turns("Hi", "Hello")), tokenizer, ENOUGH)
+    assert "take chat_template out of the tokenizer" in str(refusal.value)
+
+
+def test_template_that_moves_messages_is_refused() -> None:
+    reversed_history = "{% for message in messages | reverse %}{{ message.content + '\n' }}{% endfor %}"
+    with pytest.raises(DataError, match="rewrites the conversation"):
+        encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), sentencepiece_like(reversed_history), ENOUGH)
+
+
+def test_refusal_of_the_template_is_passed_on() -> None:
+    messages = (Message("user", "Hi"), Message("tool", "{}"), Message("assistant", "Hello"))
+    with pytest.raises(DataError, match=r"refuses the conversation \(Only user and assistant turns, please\)"):
+        encode(Conversation(messages), sentencepiece_like(MISTRAL), ENOUGH)
+
+
+def test_tokenizer_without_an_end_is_refused() -> None:
+    tokenizer = sentencepiece_like(HYMBA_TEMPLATE)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        encode(Text("Hi"), tokenizer, ENOUGH)
+
+
+def test_cut_conversation_keeps_the_beginning_and_no_end(hymba: PreTrainedTokenizerFast) -> None:
+    conversation = Conversation(turns("Hi", "Hello " * 50))
+    (whole,) = encode(conversation, hymba, ENOUGH)
+    (cut,) = encode(conversation, hymba, len(whole.input_ids) - 20)
+    assert cut.input_ids == whole.input_ids[:-20]
+    assert cut.labels == whole.labels[:-20]
+    assert hymba.eos_token_id not in cut.input_ids
+
+
+def test_conversation_whose_answer_is_cut_off_gives_no_row(hymba: PreTrainedTokenizerFast) -> None:
+    prompt = Conversation(turns("Hi " * 50))
+    conversation = Conversation((*prompt.messages, Message("assistant", "Hello")))
+    length = len(encode_prompt(prompt, hymba))
+    assert encode(conversation, hymba, length) == []
+    assert len(encode(conversation, hymba, length + 1)) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=ANSWERS, max_length=st.integers(8, 20))
+def test_long_text_loses_no_token(hymba: PreTrainedTokenizerFast, text: str, max_length: int) -> None:
+    (whole,) = encode(Text(text), hymba, ENOUGH)
+    pieces = encode(Text(text), hymba, max_length)
+    assert whole.input_ids == [*hymba(text).input_ids, hymba.eos_token_id]
+    assert [token for piece in pieces for token in piece.input_ids] == whole.input_ids
+    for piece in pieces:
+        assert 2 <= len(piece.input_ids) <= max_length
+        assert piece.labels == [IGNORED, *piece.input_ids[1:]]
+
+
+def test_text_that_has_its_own_marks_gets_no_second_ones(hymba: PreTrainedTokenizerFast) -> None:
+    assert encode(Text("<s>Hello</s>"), hymba, ENOUGH) == encode(Text("Hello"), hymba, ENOUGH)
+
+
+class TestHymbaTemplate:
+    """The corrected template against the released one."""
+
+    full = Conversation(
+        (*TWO_ANSWERS[:2], Message("tool", " {} "), *TWO_ANSWERS[2:], Message("user", "x")),
+        tools=({"name": "add", "description": "<é>", "parameters": {"a": 1}}, {"name": "b"}),
+        contexts=("one ", " two"),
+    )
+
+    @pytest.mark.parametrize("tools", [0, 1, 2])
+    @pytest.mark.parametrize("contexts", [0, 1, 2])
+    @pytest.mark.parametrize("first_message", [0, 1])
+    def test_writes_what_the_released_one_does(
+        self, released: PreTrainedTokenizerFast, tools: int, contexts: int, first_message: int
+    ) -> None:
+        arguments = {
+            "conversation": [{"role": m.role, "content": m.content} for m in self.full.messages[first_message:]],
+            "tools": list(self.full.tools[:tools]) or None,
+            "contexts": list(self.full.contexts[:contexts]) or None,
+            "add_generation_prompt": True,
+            "tokenize": False,
+        }
+        corrected = with_chat_template(released).apply_chat_template(**arguments)
+        assert corrected.count("<s>") == 1
+        assert corrected.count("</s>") == 2
+        assert corrected.replace("<s>", "").replace("</s>", "") == released.apply_chat_template(**arguments)
+
+    def test_trains_as_the_released_one_with_ends_put_in(self, released: PreTrainedTokenizerFast) -> None:
+        assert encode(self.full, released, ENOUGH) == encode(self.full, with_chat_template(released), ENOUGH)
+
+    def test_begins_with_the_ids_of_the_released_tokenizer(self, released: PreTrainedTokenizerFast) -> None:
+        prompt = Conversation(turns("Hi"))
+        assert (
+            encode_prompt(prompt, with_chat_template(released)) == released(render_prompt(prompt, released)).input_ids
+        )
+
+    def test_replaces_the_released_one_and_survives_saving(
+        self, released: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        before = released.chat_template
+        corrected = with_chat_template(released)
+        assert (corrected.chat_template, released.chat_template) == (HYMBA_TEMPLATE, before)
+        corrected.save_pretrained(tmp_path)
+        again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert encode(self.full, again, ENOUGH) == encode(self.full, corrected, ENOUGH)
+
+    def test_is_given_to_a_tokenizer_that_has_none(self) -> None:
+        assert with_chat_template(sentencepiece_like(None)).chat_template == HYMBA_TEMPLATE
+
+    @pytest.mark.parametrize("template", [CHATML, MISTRAL, HYMBA_TEMPLATE, "{{ raise_exception('never') }}"])
+    def test_leaves_other_templates_alone(self, template: str) -> None:
+        tokenizer = sentencepiece_like(template)
+        assert with_chat_template(tokenizer) is tokenizer

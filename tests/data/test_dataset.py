@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.config import OnBadRow
+from hymba_tune.data import (
+    Conversation,
+    Place,
+    Row,
+    RowError,
+    Source,
+    Text,
+    build_dataset,
+    encode,
+    open_source,
+    sample_prompts,
+    split_dataset,
+)
+from hymba_tune.errors import ConfigError, DataError
+from tests.data.small_tokenizers import turns
+
+GOOD = {"prompt": "Hi", "completion": "Hello"}
+EMPTY = {"prompt": "Hi", "completion": ""}
+LONG = {"prompt": "word " * 200, "completion": "Hello"}
+
+
+def source(rows: Sequence[object], name: str = "support.jsonl") -> Source:
+    return Source(name, lambda: iter(Row(Place(name, number), row) for number, row in enumerate(rows, start=1)))
+
+
+def numbered(count: int) -> Source:
+    return source([{"prompt": f"Count to {number}.", "completion": str(number)} for number in range(count)])
+
+
+def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> None:
+    sources = [source([GOOD, {"text": "one two three " * 30}]), source([{"prompt": "Bye", "completion": "So " * 60}])]
+    dataset, report = build_dataset(sources, hymba, max_length=50)
+    examples = [Conversation(turns("Hi", "Hello")), Text("one two three " * 30), Conversation(turns("Bye", "So " * 60))]
+    expected = [row for example in examples for row in encode(example, hymba, 50)]
+    assert dataset.to_list() == [{"input_ids": row.input_ids, "labels": row.labels} for row in expected]
+    assert (report.rows, report.conversations, report.texts, report.cut) == (3, 2, 1, 2)
+    assert report.tokens == sum(len(row.input_ids) for row in expected)
+    assert report.learned == sum(row.learned for row in expected)
+
+
+def test_batching_changes_nothing(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"{number}?", "completion": "word " * (number % 7 + 1)} for number in range(50)]
+    whole, report = build_dataset([source(rows)], hymba, max_length=64)
+    monkeypatch.setattr("hymba_tune.data.dataset.BATCH_ROWS", 3)
+    monkeypatch.setattr("hymba_tune.data.dataset.BATCH_CHARS", 150)
+    seen: list[int] = []
+    small, again = build_dataset([source(rows)], hymba, max_length=64, progress=seen.append)
+    assert small.to_list() == whole.to_list()
+    assert again == report
+    assert seen == sorted(seen)
+    assert len(seen) > 50 / 3
+    assert seen[-1] == 50
+
+
+def test_fingerprint_is_of_the_tokens(hymba: PreTrainedTokenizerFast) -> None:
+    def fingerprint(*rows: object, max_length: int = 64) -> str:
+        return build_dataset([source(rows)], hymba, max_length=max_length)[1].fingerprint
+
+    base = fingerprint(GOOD, {"prompt": "Bye", "completion": "So long"})
+    assert (
+        fingerprint({"instruction": "Hi", "output": "Hello", "id": 1}, {"prompt": "Bye", "completion": "So long"})
+        == base
+    )
+    others = [
+        fingerprint(GOOD),
+        fingerprint({"prompt": "Bye", "completion": "So long"}, GOOD),
+        fingerprint(GOOD, {"prompt": "Bye", "completion": "So long!"}),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_bad_row_stops_with_its_place_and_how_many_there_are(hymba: PreTrainedTokenizerFast) -> None:
+    bot = {"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}
+    with pytest.raises(RowError) as refusal:
+        build_dataset([source([GOOD, bot, GOOD, EMPTY, "text"])], hymba, max_length=64)
+    assert str(refusal.value).splitlines() == [
+        'Cannot use support.jsonl, line 2: message 2 has role "bot".',
+        "  expected   one of: system, user, assistant, tool",
+        "  to fix     rename the role, or --map role.bot=assistant",
+        "  to skip    --on-bad-row skip   (3 such rows in the file)",
+    ]
+
+
+def test_unreadable_row_stops_with_its_place(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(GOOD)}\n{{"prompt": "Hi"\n')
+    with pytest.raises(RowError, match=r"a\.jsonl, line 2: not JSON at column 16(.|\n)*the only one in the file"):
+        build_dataset([open_source(str(path))], hymba, max_length=64)
+
+
+def test_row_that_the_template_refuses_is_a_bad_row(hymba: PreTrainedTokenizerFast) -> None:
+    picky = "{% if messages[0].content == 'Hi' %}{{ raise_exception('no greetings') }}{% endif %}" + hymba.chat_template
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hymba, "chat_template", picky)
+        with pytest.raises(RowError, match=r"support\.jsonl, line 2: the chat template refuses .*no greetings"):
+            build_dataset([source([{**GOOD, "prompt": "Bye"}, GOOD])], hymba, max_length=64)
+
+
+def test_skipped_rows_are_counted_and_listed(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    dataset, report = build_dataset([source([GOOD, EMPTY, LONG])], hymba, max_length=64, on_bad_row=OnBadRow.skip)
+    assert len(dataset) == 1
+    assert (report.rows, report.conversations, report.bad_rows, report.too_long) == (3, 1, 1, 1)
+    report.write_dropped(tmp_path / "dropped.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    assert listed[0] == {
+        "file": "support.jsonl",
+        "line": 2,
+        "reason": "bad row",
+        "what": '"completion" is an empty answer',
+    }
+    assert (listed[1]["line"], listed[1]["reason"]) == (3, "too long")
+    assert re.fullmatch(r"its first answer begins at token [\d,]+ of [\d,]+, past --max-length 64", listed[1]["what"])
+    assert json.loads(json.dumps(report.counts()))["fingerprint"] == report.fingerprint
+
+
+def test_too_long_rows_do_not_stop(hymba: PreTrainedTokenizerFast) -> None:
+    _, report = build_dataset([source([LONG, GOOD])], hymba, max_length=64, on_bad_row=OnBadRow.stop)
+    assert (report.too_long, report.conversations) == (1, 1)
+
+
+def test_nothing_to_learn_is_refused(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"of 2 rows, 2 are too long and 0 bad(.|\n)*a larger --max-length"):
+        build_dataset([source([LONG, LONG])], hymba, max_length=64, cache_dir=tmp_path)
+    with pytest.raises(
+        DataError, match=r"0 are too long and 1 bad\. The first, support\.jsonl, line 1: .*empty answer"
+    ):
+        build_dataset([source([EMPTY])], hymba, max_length=64, on_bad_row=OnBadRow.skip, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_mapping_is_refused_before_any_row_is_read(hymba: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="promt"):
+        build_dataset([source([])], hymba, max_length=64, mapping={"promt": "question"})
+
+
+def test_cache_holds_one_file_for_the_same_data(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    first, report = build_dataset([numbered(5)], hymba, max_length=64, cache_dir=tmp_path / "cache")
+    second, _ = build_dataset([numbered(5)], hymba, max_length=64, cache_dir=tmp_path / "cache")
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [f"{report.fingerprint}.arrow"]
+    assert first.to_list() == second.to_list()
+
+
+class TestSplit:
+    """Holding out evaluation data."""
+
+    def test_parts_are_the_whole_in_order(self, hymba: PreTrainedTokenizerFast) -> None:
+        dataset, _ = build_dataset([numbered(40)], hymba, max_length=64)
+        train, held_out = split_dataset(dataset, 0.25, seed=3)
+        assert held_out is not None
+        assert (len(train), len(held_out)) == (30, 10)
+        order = {str(row): index for index, row in enumerate(dataset.to_list())}
+        parts = [[order[str(row)] for row in part.to_list()] for part in (train, held_out)]
+        assert parts == [sorted(part) for part in parts]
+        assert sorted(parts[0] + parts[1]) == list(range(40))
+
+    def test_seed_decides(self, hymba: PreTrainedTokenizerFast) -> None:
+        dataset, _ = build_dataset([numbered(40)], hymba, max_length=64)
+        draws = [split_dataset(dataset, 0.25, seed=seed)[1].to_list() for seed in (1, 1, 2)]
+        assert draws[0] == draws[1] != draws[2]
+
+    @pytest.mark.parametrize(
+        ("rows", "fraction", "max_rows", "sizes"),
+        [(40, 0.5, 3, (37, 3)), (5, 0.05, 500, (4, 1)), (2, 0.99, 500, (1, 1))],
+    )
+    def test_sizes(
+        self, hymba: PreTrainedTokenizerFast, rows: int, fraction: float, max_rows: int, sizes: tuple[int, int]
+    ) -> None:
+        dataset, _ = build_dataset([numbered(rows)], hymba, max_length=64)
+        train, held_out = split_dataset(dataset, fraction, seed=0, max_rows=max_rows)
+        assert (len(train), len(held_out)) == sizes
+
+    def test_nothing_is_held_out_of_nothing(self, hymba: PreTrainedTokenizerFast) -> None:
+        dataset, _ = build_dataset([numbered(1)], hymba, max_length=64)
+        assert split_dataset(dataset, 0.0, seed=0) == (dataset, None)
+        with pytest.raises(DataError, match=r"there is only 1 row(.|\n)*--eval-split 0"):
+            split_dataset(dataset, 0.5, seed=0)
+
+
+def test_samples_are_prompts_with_their_answers() -> None:
+    talk = [
+        {"role": message.role, "content": message.content} for message in turns("Hi", "Hello", "Bye", "So long", "?")
+    ]
+    rows = [{"messages": talk, "contexts": ["c"]}, EMPTY, {"text": "x"}, {"q": "1", "a": "2"}, GOOD]
+    samples = sample_prompts([source(rows), source([GOOD])], 2)
+    assert samples == [
+        (Conversation(turns("Hi", "Hello", "Bye"), contexts=("c",)), "So long"),
+        (Conversation(turns("Hi")), "Hello"),
+    ]
+    assert sample_prompts([source(rows)], 5, {"prompt": "q", "completion": "a"}) == [(Conversation(turns("1")), "2")]

@@ -1,0 +1,101 @@
+"""Attention over packed texts against the naive twin on each text behind the meta tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model import attention
+from hymba_tune.model.attention import packed_attention
+from hymba_tune.model.documents import Documents, find_documents
+from tests.reference.naive_attention import naive_attention
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
+
+LENGTHS = {
+    "one_text_of_1": [1],
+    "one_text_of_7": [7],
+    "one_text_of_65": [65],
+    "one_text_longer_than_two_blocks": [2 * attention.BLOCK + 3],
+    "texts_of_1": [1, 1, 1],
+    "texts_across_blocks": [1, 7, 65, 150, 1, 40],
+    "a_text_a_block": [attention.BLOCK, attention.BLOCK],
+}
+WINDOWS = {"global": None, "window_of_0": 0, "window_of_1": 1, "window_of_20": 20, "window_beyond_all": 1000}
+GROUPS, KEY, VALUE = 2, 4, 6
+
+
+def documents(lengths: list[int], meta: int) -> Documents:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return find_documents((1, sum(lengths)), torch.device("cpu"), num_meta=meta, cu_seqlens=offsets)
+
+
+def random_inputs(rows: int, heads: int = 2 * GROUPS) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, float64 leaves."""
+    shapes = (rows, heads, KEY), (rows, GROUPS, KEY), (rows, GROUPS, VALUE)
+    query, key, value = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], meta: int, window: int | None) -> Tensor:
+    """The meta tokens alone, then each text behind them."""
+    outputs = [naive_attention(query[:meta], key[:meta], value[:meta], meta, window)] if meta else []
+    begin = meta
+    for length in lengths:
+        rows = torch.cat([torch.arange(meta), torch.arange(begin, begin + length)])
+        outputs.append(naive_attention(query[rows], key[rows], value[rows], meta, window)[meta:])
+        begin += length
+    return torch.cat(outputs).flatten(1)
+
+
+def with_gradients(inputs: tuple[Tensor, ...], output: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of a random weighing of it."""
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    grads = torch.autograd.grad(output, inputs, weight)
+    return dict(zip(("output", "query", "key", "value"), (output, *grads), strict=True))
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("meta", [0, 1, 5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_equals_naive_twin(lengths: list[int], meta: int, window: int | None) -> None:
+    inputs = random_inputs(meta + sum(lengths))
+    actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, meta), window))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, window)))
+
+
+@pytest.mark.parametrize("heads", [GROUPS, 3 * GROUPS])
+def test_any_number_of_heads_a_group(heads: int) -> None:
+    lengths = [9, 1, 30]
+    inputs = random_inputs(5 + 40, heads)
+    actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, 5), 7))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, 5, 7)))
+
+
+def test_more_meta_tokens_than_a_block() -> None:
+    meta, lengths = attention.BLOCK + 5, [9, 20]
+    inputs = random_inputs(meta + 29)
+    actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, meta), 7))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, 7)))
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    places, inputs = documents([3, 1, 2], 1), random_inputs(7)
+    assert torch.autograd.gradcheck(lambda *tensors: packed_attention(*tensors, places, window), inputs)
+
+
+def test_float32_and_bfloat16_are_close_to_float64() -> None:
+    lengths = LENGTHS["texts_across_blocks"]
+    wide = tuple(x.detach().bfloat16().double().requires_grad_() for x in random_inputs(5 + sum(lengths)))
+    expected = with_gradients(wide, naive(*wide, lengths, 5, 20))
+    for dtype, close, close_gradient in (
+        (torch.float32, FLOAT32, FLOAT32_GRADIENT),
+        (torch.bfloat16, BFLOAT16, BFLOAT16),
+    ):
+        narrow = tuple(x.detach().to(dtype).requires_grad_() for x in wide)
+        actual = with_gradients(narrow, packed_attention(*narrow, documents(lengths, 5), 20))
+        for name, tensor in expected.items():
+            assert actual[name].dtype == dtype
+            (close if name == "output" else close_gradient).check(actual[name], tensor, name)

@@ -1,0 +1,190 @@
+"""Going on from a cache equals one pass over the whole text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model import HymbaCache, HymbaForCausalLM
+from tests.tiny import CONFIG, random_texts, tiny_model
+from tests.tolerances import BFLOAT16_MODEL, TWINS
+
+TEXTS = random_texts([23, 4, 1, 12])
+LONGEST = max(len(text) for text in TEXTS)
+WINDOW = CONFIG["sliding_window"]
+MODELS: dict[str, dict[str, Any]] = {
+    "as_released": {},
+    "no_meta_tokens": {"num_memory_tokens": 0},
+    "one_meta_token": {"num_memory_tokens": 1},
+    "no_window": {"sliding_window": None},
+    "window_of_one": {"sliding_window": 1},
+    "long_window": {"sliding_window": 100},
+    "global_consumer_of_windowed_producer": {"kv_reuse_group": [[2, 3]]},
+    "windowed_consumer_of_global_producer": {"kv_reuse_group": [[0, 1, 2]]},
+    "normed_heads": {"kq_norm": "perhead-rms"},
+    "no_rope": {"rope": False},
+    "d_conv_1": {"mamba_d_conv": 1},
+    "d_conv_7": {"mamba_d_conv": 7},
+}
+
+
+def whole(model: HymbaForCausalLM, text: Tensor) -> Tensor:
+    """Logits ``(L, V)`` of one pass."""
+    with torch.no_grad():
+        logits: Tensor = model(text[None]).logits[0]
+    return logits
+
+
+def in_pieces(model: HymbaForCausalLM, cuts: list[list[int]], *, left: bool = True) -> list[Tensor]:
+    """Logits of each text, fed as pieces: ``cuts[step][i]`` tokens of text i at a step, unequal ones padded."""
+    logits: list[list[Tensor]] = [[] for _ in TEXTS]
+    fed = [0] * len(TEXTS)
+    seen = torch.zeros(len(TEXTS), 0, dtype=torch.long)
+    cache = None
+    for lengths in cuts:
+        ids = torch.full((len(TEXTS), max(lengths)), 7)
+        mask = torch.zeros_like(ids)
+        places = [slice(ids.shape[1] - n, None) if left else slice(0, n) for n in lengths]
+        for i, (text, n, place) in enumerate(zip(TEXTS, lengths, places, strict=True)):
+            ids[i, place], mask[i, place] = text[fed[i] : fed[i] + n], 1
+            fed[i] += n
+        seen = torch.cat([seen, mask], 1)
+        with torch.no_grad():
+            output = model(ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        for own, row, place in zip(logits, output.logits, places, strict=True):
+            own.append(row[place])
+    return [torch.cat(own) for own in logits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+def test_token_by_token_equals_the_whole(overrides: dict[str, Any], dtype: torch.dtype) -> None:
+    model, text = tiny_model(dtype, **overrides), TEXTS[0]
+    cache, logits = HymbaCache(model.config), []
+    with torch.no_grad():
+        for token in text:
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0])
+    TWINS[dtype][0].check(torch.cat(logits), whole(model, text))
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["padded_left", "padded_right"])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+def test_pieces_of_unequal_lengths_equal_the_whole(overrides: dict[str, Any], left: bool) -> None:
+    model = tiny_model(torch.float64, **overrides)
+    cuts = [[9, 2, 1, 3], [1, 1, 0, 1], [7, 0, 0, 1], [4, 1, 0, 7], [2, 0, 0, 0]]
+    for i, (actual, text) in enumerate(zip(in_pieces(model, cuts, left=left), TEXTS, strict=True)):
+        TWINS[torch.float64][0].check(actual, whole(model, text), f"text {i}")
+
+
+def test_bfloat16_token_by_token_is_close_to_the_whole() -> None:
+    model = tiny_model(torch.bfloat16)
+    cache, logits = HymbaCache(model.config), []
+    with torch.no_grad():
+        for token in TEXTS[0]:
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0])
+    BFLOAT16_MODEL.check(torch.cat(logits), whole(model.float(), TEXTS[0]))
+
+
+def test_a_mask_of_the_new_columns_only_is_taken() -> None:
+    model, ids = tiny_model(torch.float64), torch.stack(random_texts([12, 12]))
+    first = model(ids[:, :5], use_cache=True).past_key_values
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    logits = model(ids[:, 5:9], past_key_values=first, attention_mask=mask).logits
+    second = model(ids[:, :5], use_cache=True).past_key_values
+    with_past = torch.cat([torch.ones(2, 5), mask], 1)
+    assert torch.equal(logits, model(ids[:, 5:9], past_key_values=second, attention_mask=with_past).logits)
+
+
+def test_keeps_no_more_than_later_tokens_need() -> None:
+    model = tiny_model(global_attn_idx=[0, 3], kv_reuse_group=[[1, 2]])
+    cache = model(torch.stack(random_texts([20, 20])), use_cache=True).past_key_values
+    keys, heads = {layer: key.shape for layer, key in cache.keys.items()}, (2, 4)
+    assert keys == {0: (2, 20, *heads), 1: (2, WINDOW, *heads), 3: (2, 20, *heads)}
+    assert {layer: value.shape[:2] for layer, value in cache.values.items()} == {
+        layer: shape[:2] for layer, shape in keys.items()
+    }
+    assert cache.meta.keys() == keys.keys()
+    assert all(key.shape == (5, *heads) for key, _ in cache.meta.values())
+    assert cache.tails.keys() == cache.states.keys() == set(range(4))
+
+
+def test_holds_no_memory_of_the_prompt_beside_what_it_keeps() -> None:
+    cache = tiny_model()(random_texts([20])[0][None], use_cache=True).past_key_values
+    for held in (*cache.keys.values(), *cache.values.values(), *cache.tails.values(), *cache.states.values()):
+        assert held.untyped_storage().nbytes() == held.nbytes
+
+
+def test_states_are_float32_in_a_bfloat16_model() -> None:
+    cache = tiny_model(torch.bfloat16)(TEXTS[0][None], use_cache=True).past_key_values
+    assert {state.dtype for state in cache.states.values()} == {torch.float32}
+    assert {key.dtype for key in cache.keys.values()} == {torch.bfloat16}
+
+
+def test_counts_columns_and_tokens() -> None:
+    model, ids = tiny_model(), torch.stack(random_texts([6, 6]))
+    cache = HymbaCache(model.config)
+    assert cache.get_seq_length() == 0
+    model(ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    assert cache.lengths is not None
+    assert cache.lengths.tolist() == [4, 6]
+
+
+def next_logits(model: HymbaForCausalLM, cache: HymbaCache, rows: int) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.arange(rows)[:, None] % 2 + 5, past_key_values=cache).logits
+    return logits
+
+
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+def test_rows_move(method: str) -> None:
+    model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9, 9]))
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9, [0] * 8 + [1]])
+    rows = torch.tensor([2, 0, 0, 1])
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    getattr(cache, method)(rows)
+    expected = model(ids[rows], attention_mask=mask[rows], use_cache=True).past_key_values
+    TWINS[torch.float64][0].check(next_logits(model, cache, 4), next_logits(model, expected, 4))
+
+
+def test_rows_repeat() -> None:
+    model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9]))
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    repeated = ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
+    expected = model(repeated[0], attention_mask=repeated[1], use_cache=True).past_key_values
+    TWINS[torch.float64][0].check(next_logits(model, cache, 6), next_logits(model, expected, 6))
+
+
+def test_reset_forgets_everything() -> None:
+    model = tiny_model(torch.float64)
+    cache = HymbaCache(model.config)
+    model(TEXTS[0][None], past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(TEXTS[3][None], past_key_values=cache).logits, model(TEXTS[3][None]).logits)
+
+
+def test_crop_is_refused() -> None:
+    with pytest.raises(ValueError, match="HymbaCache cannot be cropped to 3 tokens: its SSM states are those of"):
+        HymbaCache(tiny_model().config).crop(3)
+
+
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_no_cache_unless_asked_for(use_cache: bool | None) -> None:
+    model = tiny_model()
+    assert model(TEXTS[0][None], use_cache=use_cache).past_key_values is None
+    assert model.model(TEXTS[0][None], use_cache=use_cache).past_key_values is None
+
+
+def test_a_given_cache_is_used_and_returned() -> None:
+    model = tiny_model()
+    cache = HymbaCache(model.config)
+    assert model(TEXTS[0][None], past_key_values=cache).past_key_values is cache
+    assert model.model(TEXTS[3][None], past_key_values=cache).past_key_values is cache
+    assert cache.get_seq_length() == len(TEXTS[0]) + len(TEXTS[3])

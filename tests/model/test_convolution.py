@@ -1,0 +1,113 @@
+"""The convolution of many texts against the naive twin on each: outputs, last inputs, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model.convolution import causal_conv1d
+from tests.reference.naive_convolution import naive_convolution
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
+
+LENGTHS = {
+    "one_text_of_1": [1],
+    "one_text_of_2": [2],
+    "one_text_of_7": [7],
+    "one_text_of_65": [65],
+    "texts_of_1": [1, 1, 1, 1],
+    "many_texts": [1, 7, 65, 2, 3, 1],
+}
+CHANNELS = 5
+
+
+def random_inputs(lengths: list[int], width: int, initial: str, *, bias: bool = True) -> dict[str, Tensor]:
+    """Float64 leaves; ``initial`` is "none", "shared" or "own" inputs before the texts."""
+    inputs = {"x": torch.randn(sum(lengths), CHANNELS), "weight": torch.randn(CHANNELS, width)}
+    if bias:
+        inputs["bias"] = torch.randn(CHANNELS)
+    if initial != "none":
+        texts = [len(lengths)] if initial == "own" else []
+        inputs["initial"] = torch.randn(*texts, width - 1, CHANNELS)
+    return {name: x.double().requires_grad_() for name, x in inputs.items()}
+
+
+def convolve(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    return causal_conv1d(**inputs, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+
+
+def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    outputs, tails = [], []
+    for text, x in enumerate(inputs["x"].split(lengths)):
+        own = inputs | {"x": x}
+        if "initial" in own and own["initial"].ndim == 3:
+            own["initial"] = own["initial"][text]
+        y, tail = naive_convolution(**own)
+        outputs.append(y)
+        tails.append(tail)
+    return torch.cat(outputs), torch.stack(tails)
+
+
+def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The outputs, and the gradients of a random weighing of them."""
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    pairs = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.numel()]
+    total = torch.stack([(output * weight).sum() for output, weight in pairs]).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    return dict(zip(("y", "tails", *inputs), (*outputs, *grads), strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7])
+@pytest.mark.parametrize("initial", ["none", "shared", "own"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_equals_naive_twin(lengths: list[int], initial: str, width: int) -> None:
+    inputs = random_inputs(lengths, width, initial)
+    actual = with_gradients(inputs, convolve(inputs, lengths))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, lengths)))
+
+
+def test_no_bias() -> None:
+    inputs = random_inputs([7, 1], 4, "own", bias=False)
+    actual = with_gradients(inputs, convolve(inputs, [7, 1]))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, [7, 1])))
+
+
+def test_one_text_needs_no_offsets() -> None:
+    inputs = random_inputs([9], 4, "own")
+    FLOAT64.check_all(with_gradients(inputs, causal_conv1d(**inputs)), with_gradients(inputs, convolve(inputs, [9])))
+
+
+def test_float32_and_bfloat16_are_close_to_float64() -> None:
+    lengths = LENGTHS["many_texts"]
+    inputs = {
+        name: x.detach().bfloat16().double().requires_grad_() for name, x in random_inputs(lengths, 4, "own").items()
+    }
+    expected = with_gradients(inputs, naive(inputs, lengths))
+    for dtype, close, close_gradient in (
+        (torch.float32, FLOAT32, FLOAT32_GRADIENT),
+        (torch.bfloat16, BFLOAT16, BFLOAT16),
+    ):
+        narrow = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+        actual = with_gradients(narrow, convolve(narrow, lengths))
+        assert actual["y"].dtype == dtype
+        for name, tensor in expected.items():
+            (close if name in ("y", "tails") else close_gradient).check(actual[name], tensor, name)
+
+
+def test_gradcheck() -> None:
+    lengths = [3, 1, 6]
+    inputs = random_inputs(lengths, 4, "own")
+    assert torch.autograd.gradcheck(
+        lambda *tensors: convolve(dict(zip(inputs, tensors, strict=True)), lengths), tuple(inputs.values())
+    )
+
+
+def test_texts_go_on_from_their_last_inputs() -> None:
+    x, weight = torch.randn(9, CHANNELS).double(), torch.randn(CHANNELS, 4).double()
+    whole, _ = causal_conv1d(x, weight)
+    parts, tail = [], None
+    for piece in x.split([1, 1, 5, 2]):
+        y, tail = causal_conv1d(piece, weight, initial=tail)
+        parts.append(y)
+    FLOAT64.check(torch.cat(parts), whole)

@@ -1,0 +1,148 @@
+"""The selective scan of many texts against the naive twin on each: outputs, final states, every gradient."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import hymba_tune.model.scan as scan_module
+from hymba_tune.model.scan import BACKENDS, selective_scan
+from hymba_tune.model.scan_native import native_unavailable
+from tests.reference.naive_scan import naive_scan
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
+
+LENGTHS = {
+    "one_text_of_1": [1],
+    "one_text_of_7": [7],
+    "one_text_of_65": [65],
+    "texts_of_1": [1, 1, 1],
+    "many_texts": [1, 7, 65, 1, 16, 17, 33],
+}
+CHANNELS, STATE = 5, 3
+EVERYTHING = ("D", "z", "dt_bias", "initial")
+WITHOUT = {
+    "everything": (),
+    "no_initial_state": ("initial",),
+    "no_gate": ("z",),
+    "no_skip": ("D",),
+    "no_bias": ("dt_bias",),
+    "bare": EVERYTHING,
+}
+
+
+def random_inputs(lengths: list[int], *, without: tuple[str, ...] = (), shared: bool = False) -> dict[str, Tensor]:
+    """Float64 leaves; ``shared`` gives every text the same initial state."""
+    tokens = sum(lengths)
+    inputs = {
+        "u": torch.randn(tokens, CHANNELS),
+        "dt": torch.randn(tokens, CHANNELS),
+        "A": -torch.rand(CHANNELS, STATE) - 0.1,
+        "B": torch.randn(tokens, STATE),
+        "C": torch.randn(tokens, STATE),
+        "D": torch.randn(CHANNELS),
+        "z": torch.randn(tokens, CHANNELS),
+        "dt_bias": torch.randn(CHANNELS),
+        "initial": torch.randn(CHANNELS, STATE) if shared else torch.randn(len(lengths), CHANNELS, STATE),
+    }
+    return {name: x.double().requires_grad_() for name, x in inputs.items() if name not in without}
+
+
+def scan(inputs: dict[str, Tensor], lengths: list[int], backend: str = "auto") -> tuple[Tensor, Tensor]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    given = {name: x for name, x in inputs.items() if name != "initial"}
+    return selective_scan(**given, initial_state=inputs.get("initial"), cu_seqlens=offsets, backend=backend)
+
+
+def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    outputs, finals = [], []
+    for text, (begin, end) in enumerate(pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist())):
+        own = {name: x[begin:end] if name in ("u", "dt", "B", "C", "z") else x for name, x in inputs.items()}
+        if "initial" in own and own["initial"].ndim == 3:
+            own["initial"] = own["initial"][text]
+        y, final = naive_scan(**own)
+        outputs.append(y)
+        finals.append(final)
+    return torch.cat(outputs), torch.stack(finals)
+
+
+def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The outputs, and the gradients of a random weighing of them."""
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
+    return dict(zip(("y", "final state", *inputs), (*outputs, *grads), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("without", WITHOUT.values(), ids=WITHOUT.keys())
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_equals_naive_twin(lengths: list[int], without: tuple[str, ...], backend: str) -> None:
+    inputs = random_inputs(lengths, without=without)
+    actual = with_gradients(inputs, scan(inputs, lengths, backend))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, lengths)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_one_initial_state_for_every_text(backend: str) -> None:
+    lengths = [5, 1, 18]
+    inputs = random_inputs(lengths, shared=True)
+    actual = with_gradients(inputs, scan(inputs, lengths, backend))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, lengths)))
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_float32_is_close_to_float64(backend: str | None) -> None:
+    if backend == "native" and native_unavailable():  # `doctor` says why; "auto" then takes another
+        backend = "auto"
+    lengths = LENGTHS["many_texts"]
+    wide = random_inputs(lengths)
+    narrow = {name: x.detach().float().requires_grad_() for name, x in wide.items()}
+    actual = with_gradients(narrow, scan(narrow, lengths, backend or "auto"))
+    expected = with_gradients(wide, naive(wide, lengths))
+    for name, tensor in expected.items():
+        (FLOAT32 if name in ("y", "final state") else FLOAT32_GRADIENT).check(actual[name], tensor, name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_bfloat16_keeps_a_float32_state(backend: str) -> None:
+    lengths = LENGTHS["many_texts"]
+    inputs = {name: x.detach().bfloat16() for name, x in random_inputs(lengths).items()}
+    expected = naive({name: x.double() for name, x in inputs.items()}, lengths)
+    y, final = scan(inputs, lengths, backend)
+    assert y.dtype == torch.bfloat16
+    assert final.dtype == torch.float32
+    BFLOAT16.check(y, expected[0], "y")
+    FLOAT32.check(final, expected[1], "final state")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "CHUNK", 2)
+    lengths = [3, 1, 5]
+    inputs = random_inputs(lengths)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: scan(dict(zip(inputs, tensors, strict=True)), lengths, backend), tuple(inputs.values())
+    )
+
+
+def test_texts_go_on_from_their_final_states() -> None:
+    lengths = [20, 3]
+    inputs = random_inputs(lengths)
+    y, final = scan(inputs, lengths)
+    first = [torch.arange(11), torch.arange(20, 22)]
+    rest = [torch.arange(11, 20), torch.arange(22, 23)]
+    state, parts = inputs["initial"], []
+    for rows in (first, rest):
+        own = {name: x[torch.cat(rows)] if len(x) == 23 else x for name, x in inputs.items()}
+        part, state = scan(own | {"initial": state}, [len(row) for row in rows])
+        parts.append(part)
+    FLOAT64.check(torch.cat(parts)[torch.cat([*first, *rest]).argsort()], y)
+    FLOAT64.check(state, final)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="scan backend 'cuda'; expected one of auto, reference, torch"):
+        scan(random_inputs([3]), [3], "cuda")

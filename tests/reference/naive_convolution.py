@@ -1,0 +1,27 @@
+"""The causal depthwise convolution, a token and a tap at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def naive_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolve one text.
+
+    Args:
+        x: ``(T, E)``.
+        weight: ``(E, K)``.
+        bias: ``(E,)``.
+        initial: ``(K - 1, E)`` inputs before the text; zeros when not given.
+
+    Returns:
+        ``(T, E)``, and the last K - 1 inputs, those before the text included.
+    """
+    taps = weight.shape[1]
+    before = x.new_zeros(taps - 1, x.shape[1]) if initial is None else initial
+    seen = torch.cat([before, x])
+    y = torch.stack([sum(seen[t + k] * weight[:, k] for k in range(taps)) for t in range(x.shape[0])])
+    return (y if bias is None else y + bias), seen[x.shape[0] :]
