@@ -61,7 +61,7 @@ def combine(recipe: str | None, flags: C) -> C:
 
 def explain(error: ValidationError) -> str:
     """Say what is wrong with settings, a line each: ``--rank 0: must be at least 1 (common: 8 to 64)``."""
-    fields = next(kind.model_fields for kind in Config.kinds() if kind.__name__ == error.title)
+    fields = next(kind.model_fields for kind in Config.kinds() if kind.__name__ in error.title)
     return "\n".join(_explain_one(dict(problem), fields) for problem in error.errors())
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -105,9 +105,10 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         DataError: If the tokenizer has no end-of-sequence token, or its chat template refuses the conversation or
             writes it so that answers cannot be told from the rest.
     """
-    if isinstance(example, Conversation):
-        return _mark_answers(_apply_template(example, example.messages, tokenizer), example, tokenizer)
     eos = _eos_token(tokenizer)
+    if isinstance(example, Conversation):
+        example = _without_ends(example, eos)
+        return _mark_answers(_apply_template(example, example.messages, tokenizer), example, tokenizer)
     text = example.text.removesuffix(eos) + eos
     return Rendered(text, ((0, len(text)),), plain=True)
 
@@ -122,6 +123,7 @@ def render_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
     Raises:
         DataError: As `render`.
     """
+    prompt = _without_ends(prompt, _eos_token(tokenizer))
     asked, header = _openings(prompt, len(prompt.messages), tokenizer)
     # What a template writes when asked to let the model go on may lack the header of an answer, but for white space,
     # which belongs to the answer's first token.
@@ -132,6 +134,18 @@ def render_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
 def encode_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of `render_prompt`, beginning-of-sequence token included."""
     return tokenize([Rendered(render_prompt(prompt, tokenizer), ())], tokenizer)[0].input_ids
+
+
+def _without_ends(conversation: Conversation, eos: str) -> Conversation:
+    """The conversation without end-of-sequence tokens that its answers bring along, so that none is doubled."""
+
+    def bare(message: Message) -> Message:
+        content = message.content.rstrip()
+        if message.role == "assistant" and content.endswith(eos):
+            return replace(message, content=content.removesuffix(eos))
+        return message
+
+    return replace(conversation, messages=tuple(bare(message) for message in conversation.messages))
 
 
 def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
 BATCH_ROWS = 256
+LOOK_AHEAD = 10_000  # rows, a second or two, to say whether a bad row is the only one
 BATCH_CHARS = 2**20  # what bounds memory where rows are megabytes long
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
@@ -157,18 +159,34 @@ def _rendered_rows(
         rows = iter(source)
         for row in rows:
             report.rows += 1
-            example = _attempt(row, names)
-            problem = example if isinstance(example, DataError) else None
-            count = 0
-            try:
-                yield row.place, render(example, tokenizer)
-def _attempt(row: Row, names: Names) -> Example | DataError:
-    if row.error:
-        return row.error
+            rendered = _attempt(row, names, tokenizer)
+            if isinstance(rendered, Rendered):
+                yield row.place, rendered
+            elif on_bad_row is OnBadRow.skip:
+                report.dropped.append(Dropped(row.place, "bad row", rendered.what))
+            else:
+                ahead = (_attempt(other, names, tokenizer) for other in islice(rows, LOOK_AHEAD))
+                bad = [isinstance(other, DataError) for other in ahead]
+                raise RowError(row.place, rendered, extent=_extent(bad))
+
+
+def _attempt(row: Row, names: Names, tokenizer: PreTrainedTokenizerBase) -> Rendered | DataError:
     try:
-        return parse(row.value, names)
+        return render(_example(row, names), tokenizer)
     except DataError as problem:
         return problem
+
+
+def _example(row: Row, names: Names) -> Example:
+    if row.error:
+        raise row.error
+    return parse(row.value, names)
+
+
+def _extent(bad: list[bool]) -> str:
+    """How many bad rows there are, from the first one on and as far as was looked ahead."""
+    count = f"{1 + sum(bad)} such rows" if any(bad) else "the only one"
+    return f"{count} in the file" if len(bad) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
 
 
 def _batches(rows: Iterator[tuple[Place, Rendered]]) -> Iterator[list[tuple[Place, Rendered]]]:
@@ -260,9 +278,16 @@ def sample_prompts(
         mapping: As for `build_dataset`.
     """
     names = Names.parse(mapping or {})
-    examples = (_attempt(row, names) for source in sources for row in source)
-    conversations = (example for example in examples if isinstance(example, Conversation))
-    return [_before_last_answer(conversation) for conversation in islice(conversations, count)]
+    samples = (_before_last_answer(talk) for source in sources for talk in _conversations(source, names))
+    return list(islice(samples, count))
+
+
+def _conversations(source: Source, names: Names) -> Iterator[Conversation]:
+    for row in source:
+        with suppress(DataError):
+            example = _example(row, names)
+            if isinstance(example, Conversation):
+                yield example
 
 
 def _before_last_answer(conversation: Conversation) -> tuple[Conversation, str]:

@@ -42,16 +42,15 @@ class RowError(DataError):
     Args:
         place: Where the row stands.
         problem: What is wrong with it, from whoever found it without knowing the place.
-        count: Rows of the same file that cannot be used, this one included; 0 says nothing about others.
+        extent: How many such rows there are, in words.
     """
 
-    def __init__(self, place: Place, problem: DataError, *, count: int = 0) -> None:
-        counted = {0: "", 1: "   (the only one in the file)"}.get(count, f"   ({count} such rows in the file)")
+    def __init__(self, place: Place, problem: DataError, *, extent: str) -> None:
         super().__init__(
             f"Cannot use {place}: {problem.what}.",
             expected=problem.details["expected"],
             fix=problem.details["to fix"],
-            skip=f"--on-bad-row skip{counted}",
+            skip=f"--on-bad-row skip   ({extent})",
         )
 
 

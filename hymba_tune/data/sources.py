@@ -9,13 +9,15 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
+import datasets
+
 from hymba_tune.data.readers import KINDS, kind, read_file
 from hymba_tune.data.rows import Place, Row, listing
 from hymba_tune.errors import DataError, HubError
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
-NAMEABLE = f"a file ending in {listing(KINDS)} (or one of these and .gz), a Hub dataset owner/name, or {DEMO}"
+NAMEABLE = f"{listing(KINDS)} (also with .gz), owner/name on the Hub, or {DEMO}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def open_source(name: str) -> Source:
         raise DataError(f"Cannot use {name}: it is a folder.", expected=NAMEABLE, fix=fix)
     if path.exists():
         if kind(path) not in KINDS:
-            raise DataError(f"Cannot use {name}: its ending says nothing known.", expected=NAMEABLE, fix="rename it")
+            raise DataError(f"Cannot use {name}: its ending is none of the known ones.", expected=NAMEABLE)
         return Source(name, lambda: read_file(path, name))
     hub = HUB_NAME.fullmatch(name)
     if hub and kind(path) not in KINDS and not path.parent.is_dir():
@@ -96,8 +98,6 @@ def _near_names(path: Path) -> str:
 
 
 def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
-    import datasets  # takes more than a second, which runs on local files need not spend here
-
     try:
         rows = datasets.load_dataset(path, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:

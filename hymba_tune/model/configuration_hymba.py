@@ -1,6 +1,6 @@
 """Configuration of Hymba: the keys of the released `config.json`, checked for what can be built."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: `strict` checks the types only where they are not strings.
 
 import math
 from typing import Any

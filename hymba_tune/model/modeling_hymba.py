@@ -281,9 +281,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepare a step as transformers does, prompts flush at the right: `generate` goes on from the last column."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Every row is one text: the mask says all, and transformers' positions are wrong behind padding on the right.
         inputs["position_ids"] = None
         mask = inputs.get("attention_mask")

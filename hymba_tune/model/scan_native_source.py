@@ -17,7 +17,7 @@ SOURCE = r"""
 #include <thread>
 #include <vector>
 #if defined(__SSE2__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -79,8 +79,18 @@ template <class Work> void parallel(int64_t threads, int64_t items, Work work) {
 }
 
 inline V splat(float x) { return x - V{}; }
-inline V above(V x, float low) { return x < splat(low) ? splat(low) : x; }
-inline V below(V x, float high) { return x > splat(high) ? splat(high) : x; }
+
+// Within [low, high], or NaN.
+inline V clamp(V x, float low, float high) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
+#elif defined(__AVX__)
+    return _mm256_min_ps(splat(high), _mm256_max_ps(splat(low), x));
+#else
+    x = x < splat(low) ? splat(low) : x;
+    return x > splat(high) ? splat(high) : x;
+#endif
+}
 
 // 2^(k + f) for whole k from -127 to 128, where it is 0 and infinity, and |f| <= 1/2; rounded is k + ROUND.
 constexpr float ROUND = 12582912 + 127;  // adding it rounds to a whole number and leaves the exponent's bits lowest
@@ -95,13 +105,13 @@ inline V pow2(V rounded, V f) {
 }
 
 inline V exp2(V x) {
-    x = below(above(x, -127), 128);
+    x = clamp(x, -127, 128);
     V rounded = x + ROUND;
     return pow2(rounded, x - (rounded - ROUND));
 }
 
 inline V exp(V x) {
-    x = below(above(x, -88), 89);
+    x = clamp(x, -88, 89);
     V rounded = x * LOG2E + ROUND, k = rounded - ROUND;
     V f = (x - k * 0.693359375f) + k * 2.12194440e-4f;  // ln 2 in two parts, the first exact
     return pow2(rounded, f * LOG2E);
@@ -116,7 +126,7 @@ inline V softplus(V x) {
     p = p * q + 1.99994385e-1f;
     p = p * q + 3.33333373e-1f;
     V log1p = (s + s) * (p * q + 1.f);
-    return x > splat(20) ? x : above(x, 0) + log1p;
+    return x > splat(20) ? x : (x < 0 ? V{} : x) + log1p;
 }
 
 inline V sigmoid(V x) {

@@ -52,6 +52,11 @@ class HymbaTrainer(SFTTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Those that weight decay draws to zero: not the SSM's rates A and skips D, for which zero is no neutral value."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Past TRL's, which writes a model card into every checkpoint.
         Trainer._save_checkpoint(self, model, trial)

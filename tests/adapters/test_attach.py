@@ -118,7 +118,7 @@ def test_what_is_trained_is_float32(method: str, meta: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("meta", MetaTokens)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_saved_and_loaded_is_the_same(method: str, meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted_model("all", meta, dtype, **METHODS[method])
     train(model)

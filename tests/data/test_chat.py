@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,13 @@ def test_end_of_sequence_that_the_template_writes_is_not_doubled() -> None:
     assert row.input_ids.count(tokenizer.eos_token_id) == 2
 
 
+def test_end_of_sequence_that_the_data_brings_along_is_not_doubled(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    eos = any_tokenizer.eos_token
+    bare, ended = turns("Hi", "Hello", "Bye", "So long"), turns("Hi", f"Hello{eos}", "Bye", f"So long {eos}\n")
+    assert encode(Conversation(ended), any_tokenizer, ENOUGH)[0].labels.count(any_tokenizer.eos_token_id) == 2
+    assert render_prompt(Conversation(ended[:3]), any_tokenizer) == render_prompt(Conversation(bare[:3]), any_tokenizer)
+
+
 def test_answers_that_repeat_other_text_are_told_apart(any_tokenizer: PreTrainedTokenizerFast) -> None:
     messages = turns("user", "assistant", "assistant", "user", "a", "a")
     (row,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
@@ -217,6 +225,16 @@ def test_long_text_loses_no_token(hymba: PreTrainedTokenizerFast, text: str, max
 
 def test_text_that_has_its_own_marks_gets_no_second_ones(hymba: PreTrainedTokenizerFast) -> None:
     assert encode(Text("<s>Hello</s>"), hymba, ENOUGH) == encode(Text("Hello"), hymba, ENOUGH)
+
+
+def test_prompts_of_gsm8k_are_what_training_shows(shared: Path, released: PreTrainedTokenizerFast) -> None:
+    lines = (shared / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:50]
+    for row in map(json.loads, lines):
+        prompt = encode_prompt(Conversation(turns(row["question"])), released)
+        (whole,) = encode(Conversation(turns(row["question"], row["answer"])), released, ENOUGH)
+        assert whole.input_ids[: len(prompt)] == prompt
+        assert set(whole.labels[: len(prompt)]) == {IGNORED}
+        assert whole.labels[len(prompt)] != IGNORED
 
 
 class TestHymbaTemplate:

@@ -92,6 +92,12 @@ def test_bad_row_stops_with_its_place_and_how_many_there_are(hymba: PreTrainedTo
     ]
 
 
+def test_looking_ahead_for_bad_rows_ends(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymba_tune.data.dataset.LOOK_AHEAD", 2)
+    with pytest.raises(RowError, match=r"\(2 such rows among 2 rows\)"):
+        build_dataset([source([EMPTY, EMPTY, GOOD, EMPTY])], hymba, max_length=64)
+
+
 def test_unreadable_row_stops_with_its_place(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{json.dumps(GOOD)}\n{{"prompt": "Hi"\n')

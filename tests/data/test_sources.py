@@ -61,7 +61,7 @@ def test_folder_names_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.docx", "a", "a.txt.gz", "a.jsonl.zst"])
 def test_unknown_ending_lists_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"its ending says nothing known(.|\n)*\.jsonl, .*\.parquet"):
+    with pytest.raises(DataError, match=r"its ending is none of the known ones(.|\n)*\.jsonl, .*\.parquet"):
         open_source(str(tmp_path / name))
 
 

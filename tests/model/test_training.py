@@ -1,0 +1,131 @@
+"""A fresh model trains, in every precision and with checkpointed activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from hymba_tune.model import HymbaConfig, HymbaForCausalLM, layers
+from tests.tiny import CONFIG, gradients, random_texts, tiny_model
+from tests.tolerances import BFLOAT16_MODEL, FLOAT64
+
+IDS = torch.stack(random_texts([16, 16]))
+
+
+def fresh_model(**overrides: Any) -> HymbaForCausalLM:
+    return HymbaForCausalLM(HymbaConfig(**CONFIG | overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"kq_norm": "rms", "mlp_hidden_act": "relu2"}, {"tie_word_embeddings": False, "num_memory_tokens": 0}],
+    ids=["as_released", "normed_heads_and_relu2", "untied_without_meta_tokens"],
+)
+def test_fresh_model_learns_a_text(overrides: dict[str, Any]) -> None:
+    model = fresh_model(**overrides)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = model(IDS[:1], labels=IDS[:1]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(torch.tensor(CONFIG["vocab_size"]).log().item(), abs=0.3)
+    assert losses[-1] < 0.1
+
+
+def test_fresh_models_of_one_seed_are_the_same() -> None:
+    torch.manual_seed(5)
+    model = fresh_model()
+    torch.manual_seed(5)
+    again = fresh_model()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_fresh_time_steps_lie_between_a_thousandth_and_a_tenth() -> None:
+    for layer in fresh_model(hidden_size=240).model.layers:
+        steps = softplus(layer.mamba.dt_proj[0].bias.detach())
+        assert 0.001 <= steps.min() < 0.0015
+        assert 0.07 < steps.max() <= 0.1
+
+
+def test_fresh_states_decay_at_whole_rates() -> None:
+    for layer in fresh_model().model.layers:
+        assert torch.allclose(layer.mamba.A_log[0].exp(), torch.tensor([1.0, 2.0, 3.0]).expand(48, 3))
+        assert (layer.mamba.D[0] == 1).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+@pytest.mark.parametrize("rope_type", ["ntk", "dynamic_ntk"])
+def test_checkpointed_activations_change_no_gradient(rope_type: str, use_reentrant: bool) -> None:
+    model = tiny_model(torch.float64, rope_type=rope_type).train()
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    inputs = {"input_ids": IDS, "labels": IDS, "attention_mask": mask}
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls: list[bool] = []
+    model.model.layers[2].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model(**inputs).loss.backward()
+    assert len(calls) > len(set(CONFIG["rope_type"] if "rope_type" in CONFIG else [rope_type]))
+    FLOAT64.check_all(gradients(model), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+def test_checkpointed_activations_reach_frozen_models_inputs(use_reentrant: bool) -> None:
+    """As adapters need it: nothing is learned but what a hook on the embeddings lets through."""
+    model = tiny_model(torch.float64).train()
+    model.requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    seen: list[Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(IDS, labels=IDS).loss.backward()
+    assert seen[0].grad_fn is not None or seen[0].requires_grad
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    expected = tiny_model()(IDS, labels=IDS)
+    actual = tiny_model(torch.bfloat16)(IDS, labels=IDS)
+    assert actual.logits.dtype == actual.loss.dtype == torch.float32
+    BFLOAT16_MODEL.check(actual.logits, expected.logits)
+    BFLOAT16_MODEL.check(actual.loss, expected.loss)
+
+
+@pytest.mark.parametrize("kq_norm", ["none", "rms", "perhead-rms"])
+def test_autocast_is_close_to_float32(kq_norm: str) -> None:
+    model = tiny_model(kq_norm=kq_norm)
+    expected = model(IDS, labels=IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(IDS, labels=IDS)
+    actual.loss.backward()
+    BFLOAT16_MODEL.check(actual.logits, expected.logits)
+    assert {x.dtype for x in gradients(model).values() if x is not None} == {torch.float32}
+
+
+def test_decays_and_skips_of_a_bfloat16_model_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(torch.bfloat16)
+    seen: list[tuple[Tensor, ...]] = []
+    scan = layers.packed_scan
+
+    def spy(*args: Any) -> Any:
+        seen.append(args)
+        return scan(*args)
+
+    monkeypatch.setattr(layers, "packed_scan", spy)
+    model(IDS)
+    for layer, (_, dt, A, *_) in zip(model.model.layers, seen, strict=True):
+        assert dt.dtype == torch.float32
+        assert torch.equal(A, -torch.exp(layer.mamba.A_log[0].float()))
+
+
+def test_layers_are_kept_whole_when_spread_over_devices() -> None:
+    model = tiny_model()
+    assert list(model._no_split_modules) == [type(model.model.layers[0]).__name__]
