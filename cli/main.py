@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Env
@@ -35,6 +36,8 @@ for verb in (sft, chat, merge):
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, 2 for what the user can mend, 130 when interrupted."""
     words = list(sys.argv[1:] if words is None else words)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a run's table is followed while it grows, piped or not
     debug = "--debug" in words
     sys.exit(_run([word for word in words if word != "--debug"], debug=debug))
 

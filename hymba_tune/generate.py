@@ -14,7 +14,7 @@ from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_temp
 from hymba_tune.registry import resolve_model
 
 
-class _Passing(TextStreamer):  # type: ignore[misc]
+class _Passing(TextStreamer):
     """Hands every finished piece of text on."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:

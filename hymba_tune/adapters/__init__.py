@@ -1,6 +1,6 @@
 """Adapters on plain PEFT: what they change, saving and loading, merging."""
 
-from hymba_tune.adapters.attach import add_adapter, load_adapter, note_on_base, restrict_rows
+from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.merge import merge
 from hymba_tune.adapters.moved import AdapterWatch
 from hymba_tune.adapters.opening import base_of, merge_into, open_model
@@ -18,7 +18,6 @@ __all__ = [
     "lora_config",
     "merge",
     "merge_into",
-    "note_on_base",
     "open_model",
     "restrict_rows",
     "short_count",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[st
         # the norms of the weights, and the new adapter would not be its base.
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_variant:
             module.lora_variant[ADAPTER].init(module, ADAPTER)
+    # Left to itself, PEFT asks the Hub at every saving whether the vocabulary has grown.
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     restrict_rows(adapted, targets)
     return adapted
 
@@ -104,14 +107,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     set_peft_model_state_dict(adapted, tensors, ADAPTER)
     # Widening the factors, PEFT lets those of an embedding be trained again.
     return adapted if trainable else adapted.eval().requires_grad_(False)
-
-
-def note_on_base(model: PeftModel) -> str | None:
-    """A remark if the adapter was made for a model of another name than the one it is on, else None."""
-    made_for, base = model.peft_config[ADAPTER].base_model_name_or_path, model.get_base_model().name_or_path
-    if not made_for or made_for == base:
-        return None
-    return f"the adapter was made for {made_for} and is used on {base}; they have the same shapes"
 
 
 @contextlib.contextmanager

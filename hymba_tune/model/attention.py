@@ -99,12 +99,13 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sums = ctx.saved_tensors
+        documents, window = ctx.layout
         groups, width = key.shape[0], query.shape[-1]
         d_output, output = _by_group(d_output.view_as(output), groups), _by_group(output, groups)
         # Softmax's backward needs each query's sum of its weights times their gradients, which is this dot product.
         inner = (d_output * output).sum(-1, dtype=log_sums.dtype)
         d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for block, keys, hidden in _blocks(*ctx.layout, query.device):
+        for block, keys, hidden in _blocks(documents, window, query.device):
             block_query, block_key, block_output = query[:, :, block], _gather(key, keys), d_output[:, :, block]
             weights = _scores(block_query, block_key, hidden).sub_(log_sums[:, :, block, None]).exp_()
             block_output = block_output.flatten(1, 2)
@@ -119,7 +120,8 @@ class _BlockedAttention(torch.autograd.Function):
 
 def _by_group(tensor: Tensor, groups: int) -> Tensor:
     """``(rows, H, width)`` seen as ``(G, R, rows, width)``."""
-    return tensor.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    rows, _, width = tensor.shape
+    return tensor.view(rows, groups, -1, width).permute(1, 2, 0, 3)
 
 
 def _scores(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def causal_conv1d(
     rows = starts + steps
     inside = rows < ends
     around = torch.cat([initial, x[rows.clamp(max=x.shape[0] - 1)]], 1)
-    heads = sum(around[:, k : k + before] * weight[:, k] for k in range(before + 1))
+    heads = torch.stack([around[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
     heads = heads if bias is None else heads + bias
     y = y.index_copy_(0, rows[inside], heads[inside].to(y.dtype))
     rows = ends - before + steps

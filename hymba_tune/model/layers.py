@@ -99,9 +99,9 @@ class HymbaMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(rows, d)`` to ``(rows, d)``."""
         up = self.up_proj(x)
-        return self.down_proj(
-            self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
-        )
+        inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        projected: Tensor = self.down_proj(inner)
+        return projected
 
 
 class HymbaExperts(nn.Module):
@@ -113,7 +113,8 @@ class HymbaExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(rows, d)`` to ``(rows, d)``."""
-        return self.experts[0](x)
+        output: Tensor = self.experts[0](x)
+        return output
 
 
 class HymbaMixer(nn.Module):

@@ -148,6 +148,8 @@ class HymbaModel(HymbaPreTrainedModel):
             raise ValueError(
                 "rope_type dynamic_ntk turns all keys anew as a text grows: no cache fits; use_cache=False"
             )
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("checkpointed layers run again in the backward and no cache fits: use_cache=False")
         if cache is not None and cache.lengths is not None:
             return continue_documents(shape, cache.lengths, num_meta=meta, attention_mask=attention_mask)
         documents = find_documents(
@@ -189,14 +191,14 @@ class HymbaModel(HymbaPreTrainedModel):
         tables = None
         if self.config.rope:
             tables = rotary_tables(documents.positions, base, self.config.head_dim, hidden.dtype)
-        made: dict[int, tuple[Tensor, Tensor]] = {}
+        made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         hidden_states = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if keep_all:
                 hidden_states.append(hidden[meta:])
-            key, value = made.get(layer.mamba.source, (None, None))
+            key, value = made.get(self.config.kv_source(index), (None, None))
             hidden, key, value = layer(hidden, key, value, documents, tables, cache)
-            made[layer.mamba.layer] = key, value
+            made[index] = key, value
         return [*hidden_states, self.final_layernorm(hidden[meta:])]
 
 

@@ -18,7 +18,7 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
 
 
-class Metrics(TrainerCallback):  # type: ignore[misc]
+class Metrics(TrainerCallback):
     """Writes ``metrics.jsonl`` and shows each line."""
 
     def __init__(self, run: Run, screen: Screen) -> None:
@@ -70,7 +70,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._screen.row(row, total_steps=state.max_steps, seconds_left=left)
 
 
-class FirstStep(TrainerCallback):  # type: ignore[misc]
+class FirstStep(TrainerCallback):
     """Stops a run in which a part of the adapter is not trained at all."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class FirstStep(TrainerCallback):  # type: ignore[misc]
             )
 
 
-class Interrupt(TrainerCallback):  # type: ignore[misc]
+class Interrupt(TrainerCallback):
     """Ends a run after the step it is at, with a checkpoint, when Ctrl-C is pressed. A second one ends it at once."""
 
     def __init__(self) -> None:

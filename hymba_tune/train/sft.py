@@ -19,6 +19,7 @@ from hymba_tune.checkpoint import check_weights, choose_device, choose_dtype, lo
 from hymba_tune.config import Method, SFTConfig
 from hymba_tune.data import (
     DataReport,
+    Source,
     build_dataset,
     open_sources,
     sample_prompts,
@@ -144,10 +145,10 @@ def _adapter_config(config: SFTConfig, model: PreTrainedModel) -> Any:
 def _read_data(setup: Setup, screen: Screen) -> Data:
     config = setup.config
 
-    def encode(names: list[str], label: str) -> tuple[datasets.Dataset, DataReport]:
+    def encode(sources: list[Source], label: str) -> tuple[datasets.Dataset, DataReport]:
         with screen.working(label) as progress:
             return build_dataset(
-                open_sources(names),
+                sources,
                 setup.tokenizer,
                 max_length=config.max_length,
                 mapping=config.mapping,
@@ -155,14 +156,17 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
                 progress=progress,
             )
 
-    train, report = encode(config.data, "reading the data")
+    sources = open_sources(config.data)
+    # Some sources come with held-out data of their own.
+    given = open_sources(config.eval_data) or [source.held_out for source in sources if source.held_out]
+    train, report = encode(sources, "reading the data")
     held_out: datasets.Dataset | None
-    if config.eval_data:
-        held_out, _ = encode(config.eval_data, "reading the evaluation data")
+    if given:
+        held_out, _ = encode(given, "reading the evaluation data")
         held_out = held_out.select(range(min(len(held_out), config.eval_max_rows)))
     else:
         train, held_out = split_dataset(train, config.eval_split, seed=config.seed, max_rows=config.eval_max_rows)
-    prompts = sample_prompts(open_sources(config.eval_data or config.data), SAMPLES, config.mapping)
+    prompts = sample_prompts(given or sources, SAMPLES, config.mapping)
     return Data(train, held_out, report, prompts)
 
 

@@ -50,10 +50,10 @@ class HymbaTrainer(SFTTrainer):
             total += torch.stack([loss.double(), _targets(inputs).double()])
         loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Those that weight decay draws to zero: not the SSM's rates A and skips D, for which zero is no neutral value."""
+        """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
 

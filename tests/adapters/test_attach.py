@@ -8,7 +8,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymba_tune.adapters import PRESETS, add_adapter, load_adapter, merge, note_on_base, restrict_rows
+from hymba_tune.adapters import PRESETS, add_adapter, load_adapter, merge, restrict_rows
 from hymba_tune.config import MetaTokens, Method
 from hymba_tune.errors import CheckpointError, ConfigError
 from tests.adapters.small import METHODS, adapted_model, config_for, logits, token_ids, train
@@ -156,18 +156,6 @@ def test_activation_checkpointing_gives_the_same_gradients(meta: str) -> None:
         gradients.append({name: parameter.grad.clone() for name, parameter in trained(model).items()})
     plain, checkpointed = gradients
     assert all(torch.equal(gradient, checkpointed[name]) for name, gradient in plain.items())
-
-
-def test_adapter_for_a_model_of_another_name_is_remarked_on(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path / "one")
-    base = type(tiny_model()).from_pretrained(tmp_path / "one")
-    folder = save(add_adapter(base, config_for(base), ["all"]), tmp_path / "adapter")
-    (tmp_path / "one").rename(tmp_path / "two")
-    other = load_adapter(type(base).from_pretrained(tmp_path / "two"), folder)
-    assert note_on_base(other) is not None
-    assert f"made for {tmp_path / 'one'} and is used on {tmp_path / 'two'}" in str(note_on_base(other))
-    (tmp_path / "two").rename(tmp_path / "one")
-    assert note_on_base(load_adapter(type(base).from_pretrained(tmp_path / "one"), folder)) is None
 
 
 def without_config(folder: Path) -> None:

@@ -157,6 +157,22 @@ def test_checkpoint_that_holds_the_tied_head_as_well_loads(tmp_path: Path) -> No
     assert_same_weights(load(tmp_path), model)
 
 
+def test_folder_as_released_loads_without_its_code_and_generates(tmp_path: Path) -> None:
+    """Its config names code to run, an attention that transformers does not know, and no cache."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"}
+    config |= {"auto_map": code, "attn_implementation": "flex", "use_cache": False, "router_aux_loss_coef": 0.001}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "use_cache": False}))
+    loaded = load(tmp_path)
+    assert_same_weights(loaded, model)
+    ids = random_texts([9])[0][None]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_head_stays_tied(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)

@@ -29,14 +29,14 @@ def test_fresh_model_learns_a_text(overrides: dict[str, Any]) -> None:
     model = fresh_model(**overrides)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         loss = model(IDS[:1], labels=IDS[:1]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(torch.tensor(CONFIG["vocab_size"]).log().item(), abs=0.3)
-    assert losses[-1] < 0.1
+    assert losses[-1] < 0.2
 
 
 def test_fresh_models_of_one_seed_are_the_same() -> None:
@@ -60,35 +60,49 @@ def test_fresh_states_decay_at_whole_rates() -> None:
         assert (layer.mamba.D[0] == 1).all()
 
 
+def gradients_of_a_padded_batch(model: HymbaForCausalLM) -> dict[str, Tensor | None]:
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    model.zero_grad()
+    model(IDS, labels=IDS, attention_mask=mask).loss.backward()
+    return gradients(model)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize("rope_type", ["ntk", "dynamic_ntk"])
 def test_checkpointed_activations_change_no_gradient(rope_type: str, use_reentrant: bool) -> None:
     model = tiny_model(torch.float64, rope_type=rope_type).train()
-    mask = torch.ones_like(IDS)
-    mask[0, :5] = 0
-    inputs = {"input_ids": IDS, "labels": IDS, "attention_mask": mask}
-    model(**inputs).loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    calls: list[bool] = []
-    model.model.layers[2].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    model(**inputs).loss.backward()
-    assert len(calls) > len(set(CONFIG["rope_type"] if "rope_type" in CONFIG else [rope_type]))
-    FLOAT64.check_all(gradients(model), expected)
+    calls: list[Tensor] = []
+    model.model.layers[2].mamba.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    expected, once = gradients_of_a_padded_batch(model), len(calls)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    FLOAT64.check_all(gradients_of_a_padded_batch(model), expected)
+    assert len(calls) == once + 2 * once  # the backward computed the layer again
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-def test_checkpointed_activations_reach_frozen_models_inputs(use_reentrant: bool) -> None:
-    """As adapters need it: nothing is learned but what a hook on the embeddings lets through."""
-    model = tiny_model(torch.float64).train()
-    model.requires_grad_(False)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+def test_checkpointed_activations_of_a_frozen_model_reach_what_is_learned(use_reentrant: bool) -> None:
+    model = tiny_model(torch.float64).train().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mamba.in_proj.weight.requires_grad_()
+    expected = gradients_of_a_padded_batch(model)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    seen: list[Tensor] = []
-    model.model.embed_tokens.register_forward_hook(lambda _, __, output: seen.append(output))
-    model(IDS, labels=IDS).loss.backward()
-    assert seen[0].grad_fn is not None or seen[0].requires_grad
+    FLOAT64.check_all(gradients_of_a_padded_batch(model), expected)
+
+
+def test_checkpointed_activations_leave_generation_as_it_is() -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    expected = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_cache_beside_checkpointed_activations_is_refused() -> None:
+    model = tiny_model().train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="checkpointed layers run again in the backward and no cache fits"):
+        model(IDS, use_cache=True)
 
 
 def test_bfloat16_is_close_to_float32() -> None:

@@ -1,0 +1,119 @@
+"""The house stands as it was drawn: imports point one way, and every folder of code is a declared package."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import hymba_tune
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["setuptools"]["package-dir"]}
+
+FLOORS = [
+    {"errors"},
+    {"config"},
+    {"registry"},
+    {"model"},
+    {"checkpoint"},
+    {"adapters", "data"},
+    {"assets", "generate"},
+    {"evaluate", "hub", "quant"},
+    {"train"},
+    {"distill"},
+    {"doctor", "plan", "recipes"},
+    {"cli"},
+]
+"""Rooms from the ground up: each may import those below, never one above or beside it."""
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+STRANGERS = {("data", "registry"), ("data", "model"), ("data", "checkpoint")}
+"""Rooms that know nothing of one below them: data knows no models."""
+MODEL_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
+"""What the model's folder may need where it is copied beside weights; transformers brings the last."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, wherever its folder lies."""
+    found = {}
+    for package, folder in PACKAGE_DIRS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room_of(module: str) -> str:
+    """``hymba_tune.train.sft`` lies in ``train``; ``hymba_tune`` itself in no room."""
+    return module.removeprefix("hymba_tune").removeprefix(".").split(".")[0]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Each import anywhere in a module: its dots, and the name in full; ``from a import b`` counts as ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, ".".join(filter(None, [node.module, alias.name]))) for alias in node.names)
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of the package that a module imports; a name of the package itself, as its version, is none."""
+    names = [name for level, name in imports(path) if not level and name.split(".")[0] == "hymba_tune"]
+    return {
+        room_of(name) for name in names if any(name == m or name.startswith(f"{m}.") for m in MODULES if room_of(m))
+    }
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    room = room_of(module)
+    assert not room or room in FLOOR, f"{room} stands on no floor: give it one in FLOORS"
+    for imported in rooms_imported(MODULES[module]) - {room}:
+        assert room, f"{module} imports {imported}; the package itself imports nothing"
+        assert FLOOR[imported] < FLOOR[room], f"{module} imports {imported}, which is not below {room}"
+        assert (room, imported) not in STRANGERS, f"{module} imports {imported}, of which {room} knows nothing"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_model_imports_relatively(module: str) -> None:
+    for level, name in imports(MODULES[module]):
+        if room_of(module) == "model":
+            assert level <= 1, f"{module} imports {name} from above its folder"
+            libraries = MODEL_LIBRARIES | sys.stdlib_module_names
+            assert level or name.split(".")[0] in libraries, f"{module} imports {name}; the folder must stand alone"
+        else:
+            assert not level, f"{module} imports {name} relatively"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_mapped_folders_are_imported_under_the_package_only(module: str) -> None:
+    folders = set(PACKAGE_DIRS.values()) - {"hymba_tune"}
+    assert not [name for level, name in imports(MODULES[module]) if not level and name.split(".")[0] in folders]
+
+
+def test_declared_packages_are_the_folders() -> None:
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_every_module_lies_in_a_package() -> None:
+    for path in MODULES.values():
+        assert (path.parent / "__init__.py").is_file(), f"{path} lies in a folder without __init__.py"
+
+
+def test_nothing_is_installed_beside_the_package() -> None:
+    assert (distribution("hymba-tune").read_text("top_level.txt") or "").split() == ["hymba_tune"]
+
+
+def test_version_is_one() -> None:
+    assert PROJECT["project"]["version"] == hymba_tune.__version__
