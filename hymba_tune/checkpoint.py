@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hymba_tune.model  # noqa: F401 (registers Hymba with the Auto classes)
@@ -66,7 +67,7 @@ def load_config(source: ModelSource) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
         raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")
@@ -137,8 +138,13 @@ def check_weights(folder: Path, config: Any) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / INDEX} is no index of shards: {error!r}", fix="download or copy it again"
+            ) from error
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -161,8 +167,9 @@ def _read_header(file: Path) -> dict[str, list[int]]:
                 raise ValueError("its header does not fit into the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        shapes = {name: entry["shape"] for name, entry in header.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}", fix="download or copy it again") from error
     if size != end:
         last = max(header, key=lambda name: header[name]["data_offsets"][1])
@@ -170,4 +177,4 @@ def _read_header(file: Path) -> dict[str, list[int]]:
             f"{file} is cut short: {size:,} bytes, and its last tensor {last} ends at {end:,}.",
             fix="download or copy it again",
         )
-    return {name: entry["shape"] for name, entry in header.items()}
+    return shapes

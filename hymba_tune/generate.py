@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation import BaseStreamer
 
 from hymba_tune.adapters import open_model
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_tokenizer
@@ -14,17 +17,36 @@ from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_temp
 from hymba_tune.registry import resolve_model
 
 
-class _Passing(TextStreamer):
+class _Passing(BaseStreamer):
     """Hands every finished piece of text on."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._ids: list[int] | None = None
+        self._passed = 0
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take a piece from the streamer."""
-        del stream_end
-        self._on_text(text)
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, which comes first, or a token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.tolist()
+        # White space may turn out to be the answer's end, and a character that lacks bytes be another one.
+        self._pass(_decode(self._tokenizer, self._ids).rstrip("\ufffd").rstrip())
+
+    def end(self) -> None:
+        """Pass on what was held back."""
+        self._pass(_decode(self._tokenizer, self._ids or []))
+
+    def _pass(self, text: str) -> None:
+        if piece := text[self._passed :]:
+            self._on_text(piece)
+            self._passed = len(text)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of a whole answer: decoded in parts, each would lose the space that it begins with."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def answer(
@@ -52,7 +74,10 @@ def answer(
         The answer, without the token that ends it.
     """
     ids = torch.tensor([encode_prompt(conversation, tokenizer)], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        # Left to itself, transformers samples from the 50 likeliest tokens only.
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     training = model.training
     model.eval()
     try:
@@ -68,7 +93,7 @@ def answer(
             )
     finally:
         model.train(training)
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return _decode(tokenizer, written[0, ids.shape[1] :].tolist())
 
 
 class Chat:

@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 
@@ -54,8 +55,9 @@ def resolve_model(name: str) -> ModelSource:
     if path.is_dir():
         return _local(name, path)
     hub_id = ALIASES.get(name.lower(), name)
-    if hub_id.count("/") != 1 or path.is_absolute() or name.startswith("."):
-        near = difflib.get_close_matches(name, [NANO, *ALIASES], n=1)
+    if hub_id.count("/") != 1 or path.is_absolute() or (hub_id == name and path.parent.is_dir()):
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(name, [NANO, *ALIASES, *(str(p) for p in beside if p.is_dir())], n=1)
         raise ConfigError(
             f"--model {name}: no such folder, and not the name of a model.",
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *ALIASES])}",
@@ -70,7 +72,7 @@ def _local(name: str, path: Path) -> ModelSource:
     if (path / "config.json").is_file():
         return ModelSource(name, path)
     if (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
         return ModelSource(name, path, adapter=path, base=base or "")
     raise CheckpointError(
         f"{path}: no model in this folder.",
@@ -80,7 +82,7 @@ def _local(name: str, path: Path) -> ModelSource:
 
 
 def _run(path: Path) -> ModelSource:
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    run = _read_json(path / "run.json")
     if (path / "model" / "config.json").is_file():
         return ModelSource(path.name, path / "model")
     if (path / "adapter" / "adapter_config.json").is_file():
@@ -90,6 +92,13 @@ def _run(path: Path) -> ModelSource:
         expected="an adapter/ or model/ folder, written when a run ends",
         fix=f"finish it: hymba-tune sft --resume {path}",
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
 def _download(hub_id: str) -> Path:
@@ -108,5 +117,5 @@ def _download(hub_id: str) -> Path:
             f"{hub_id}: no such model on the Hub, or it is private.",
             fix=f"check the name, or hf auth login; or {offer}",
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # a name it refuses, a full disk, and whatever the transport below raises midway
         raise HubError(f"Cannot load {hub_id} from the Hub: {error}", fix=offer) from error

@@ -25,3 +25,28 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data; {folder} is not a folder (set HYMBA_TUNE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random model with the packaged tokenizer. To be left as it is."""
+    from tests.runs import save_model  # slow to import, and not every session needs it
+
+    return save_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of conversations."""
+    from tests.runs import save_questions
+
+    return save_questions(tmp_path_factory.mktemp("data") / "questions.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a LoRA run of 30 steps. To be left as it is."""
+    from tests.runs import run, settings
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return run(settings(small_model, questions, out, steps=30, eval_split=0.2, eval_every=10, log_every=5)).path

@@ -96,9 +96,14 @@ def selective_scan(
         ValueError: If a shape does not fit the others, or the backend is unknown or cannot take these tensors.
     """
     lengths = _checked_lengths(u, cu_seqlens)
-    _check_shapes(u, A, len(lengths), dt=dt, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    if initial_state is not None:
-        initial_state = initial_state.expand(len(lengths), *A.shape)
+    if initial_state is not None and initial_state.ndim == 2:
+        initial_state = initial_state.expand(len(lengths), -1, -1)
+    (tokens, channels), states = u.shape, A.shape[-1]
+    _check_shapes((tokens, channels), dt=dt, z=z)
+    _check_shapes((tokens, states), B=B, C=C)
+    _check_shapes((channels, states), A=A)
+    _check_shapes((channels,), D=D, dt_bias=dt_bias)
+    _check_shapes((len(lengths), channels, states), initial_state=initial_state)
     scan = BACKENDS[_choose(backend, u)]
     return scan(u, dt, A, B, C, D, z, dt_bias, initial_state, lengths)
 
@@ -113,19 +118,10 @@ def _checked_lengths(u: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     return lengths
 
 
-def _check_shapes(u: Tensor, A: Tensor, texts: int, **tensors: Tensor | None) -> None:
-    (tokens, channels), states = u.shape, A.shape[-1]
-    shapes = {
-        **dict.fromkeys(("dt", "z"), [(tokens, channels)]),
-        **dict.fromkeys(("B", "C"), [(tokens, states)]),
-        **dict.fromkeys(("D", "dt_bias"), [(channels,)]),
-        "A": [(channels, states)],
-        "initial_state": [(channels, states), (texts, channels, states)],
-    }
-    for name, tensor in {"A": A, **tensors}.items():
-        if tensor is not None and tensor.shape not in shapes[name]:
-            expected = " or ".join(map(str, shapes[name]))
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}, as u is {tuple(u.shape)}")
+def _check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
 def _choose(backend: str, u: Tensor) -> str:

@@ -6,6 +6,7 @@ float32. The backward is written by hand and keeps one state for every `CHUNK` t
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -26,12 +27,15 @@ from torch.autograd.function import once_differentiable
 from .scan_native_source import SOURCE
 
 DTYPES = (torch.float32, torch.bfloat16)
+INPUTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 CHUNK = 16
 """Steps between two states that the backward starts from."""
 GROUP = 64
 """Channels a thread takes at a time."""
+THREAD_WORTH = 2**17
+"""Elements of ``(T, E, N)`` that it is worth starting another thread for."""
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *(f"-DCHUNK={CHUNK}", f"-DGROUP={GROUP}"),
 )
@@ -77,21 +81,25 @@ def native_scan(
         RuntimeError: If there is no native scan on this machine.
     """
     u, dt, B, C = (_readable(x) for x in (u, dt, B, C))
-    A, D, dt_bias = (None if x is None else x.float().contiguous() for x in (A, D, dt_bias))
     z = None if z is None else _readable(z)
-    if state is not None and not (state := state.float())[:1].is_contiguous():
-        state = state.contiguous()
+    A = A.float().contiguous()
+    D, dt_bias = (None if x is None else x.float().contiguous() for x in (D, dt_bias))
+    if state is not None:
+        state = state.float()
+        state = state if state[:1].is_contiguous() else state.contiguous()
     y, final = _NativeScan.apply(u, dt, A, B, C, D, z, dt_bias, state, lengths, torch.is_grad_enabled())
     return y, final
 
 
 def _readable(x: Tensor) -> Tensor:
-    """In a dtype the C++ reads, and with rows that are contiguous: columns of a wider matrix are."""
+    """In a dtype the C++ reads, and with contiguous rows, which columns of a wider matrix have as well."""
     x = x if x.dtype in DTYPES else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _NativeScan(torch.autograd.Function):
+    """The C++ under autograd; ``differentiable`` is whether a backward may come."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -105,48 +113,50 @@ class _NativeScan(torch.autograd.Function):
         dt_bias: Tensor | None,
         state: Tensor | None,
         lengths: list[int],
-        keep: bool,
+        differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
-        channels, states = A.shape
         kept = None
-        if keep and any(ctx.needs_input_grad):
+        if differentiable and any(ctx.needs_input_grad):
             chunks = sum(-(-length // CHUNK) for length in lengths)
-            kept = A.new_empty(chunks, -(-channels // GROUP) * GROUP, states)
+            kept = A.new_empty(chunks, _groups(u) * GROUP, A.shape[1])
         y = u.new_empty(u.shape)
-        final = A.new_empty(len(lengths), channels, states)
+        final = A.new_empty(len(lengths), *A.shape)
+        inputs = (u, dt, A, B, C, D, z, dt_bias)
+        named = dict(zip(INPUTS, inputs, strict=True))
         stride = 0 if state is None else state.stride(0)
-        inputs = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-        _run("forward", lengths, **inputs, initial=state, initial_stride=stride, kept=kept, y=y, final=final)
-        ctx.save_for_backward(*inputs.values(), kept)
-        ctx.lengths = lengths
-        ctx.has_state = state is not None
+        _call("forward", A.shape, lengths, **named, initial=state, initial_stride=stride, kept=kept, y=y, final=final)
+        ctx.save_for_backward(*inputs, kept)
+        ctx.texts = lengths, state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, D, z, dt_bias, kept = ctx.saved_tensors
-        inputs = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-        grads = {
-            name: None if x is None else x.new_empty(x.shape, dtype=torch.float32 if name in "BC" else x.dtype)
-            for name, x in inputs.items()
-        }
-        d_state = A.new_empty(len(ctx.lengths), *A.shape)
-        _run(
+        *inputs, kept = ctx.saved_tensors
+        lengths, has_state = ctx.texts
+        u, _, A, B, *_ = inputs
+        grads = [None if x is None else x.new_empty(x.shape) for x in inputs]
+        d_state = A.new_empty(len(lengths), *A.shape)
+        dB_groups, dC_groups = A.new_empty(2, _groups(u), *B.shape)
+        _call(
             "backward",
-            ctx.lengths,
-            **inputs,
-            **{f"d_{name}" if name.startswith("dt") else f"d{name}": grad for name, grad in grads.items()},
+            A.shape,
+            lengths,
+            **dict(zip(INPUTS, inputs, strict=True)),
+            **{f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)},
+            kept=kept,
             dy=None if dy is None else _readable(dy),
             d_final=None if d_final is None else d_final.contiguous(),
             d_initial=d_state,
-            kept=kept,
-            dB_groups=(groups := A.new_empty(2, -(-u.shape[1] // GROUP), *B.shape))[0],
-            dC_groups=groups[1],
+            dB_groups=dB_groups,
+            dC_groups=dC_groups,
         )
-        grads["B"], grads["C"] = grads["B"].to(B.dtype), grads["C"].to(C.dtype)
-        return *grads.values(), d_state if ctx.has_state else None, None, None
+        return *grads, d_state if has_state else None, None, None
+
+
+def _groups(u: Tensor) -> int:
+    return -(-u.shape[1] // GROUP)
 
 
 class _Rows(ctypes.Structure):
@@ -163,24 +173,25 @@ class _Scan(ctypes.Structure):
     _fields_ = (
         *_fields("texts E N threads", ctypes.c_int64),
         *_fields("offsets", ctypes.c_void_p),
-        *_fields("u dt B C z y dy du d_dt dz", _Rows),
+        *_fields("u dt B C z y dy du ddt dB dC dz", _Rows),
         *_fields("A D dt_bias initial", ctypes.c_void_p),
         *_fields("initial_stride", ctypes.c_int64),
-        *_fields("final kept d_final dA dD d_dt_bias d_initial dB dC dB_groups dC_groups", ctypes.c_void_p),
+        *_fields("final kept d_final dA dD ddt_bias d_initial dB_groups dC_groups", ctypes.c_void_p),
     )
 
 
-def _run(function: str, lengths: list[int], *, A: Tensor, **arguments: Tensor | int | None) -> None:
+def _call(function: str, shape: torch.Size, lengths: list[int], **arguments: Tensor | int | None) -> None:
+    """Run ``forward`` or ``backward`` of the library on ``(E, N)`` states; None is a null pointer."""
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the native scan cannot run: {library}")
     offsets = (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths))
-    scan = _Scan(len(lengths), *A.shape, torch.get_num_threads(), ctypes.addressof(offsets), A=A.data_ptr())
-    kinds = dict(_Scan._fields_)
+    threads = min(torch.get_num_threads(), 1 + sum(lengths) * shape.numel() // THREAD_WORTH)
+    scan = _Scan(len(lengths), *shape, threads, ctypes.addressof(offsets))
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             address = value.data_ptr()
-            rows = kinds[name] is _Rows
+            rows = isinstance(getattr(scan, name), _Rows)
             setattr(scan, name, _Rows(address, value.stride(0), value.dtype == torch.bfloat16) if rows else address)
         elif value is not None:
             setattr(scan, name, value)
@@ -190,45 +201,45 @@ def _run(function: str, lengths: list[int], *, A: Tensor, **arguments: Tensor | 
 @cache
 def _load() -> ctypes.CDLL | str:
     """The compiled library, or why there is none."""
-    command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), "")]
-    if not shutil.which(command[0]):
-        return f"no C++ compiler was found ($CXX, {', '.join(COMPILERS)})"
     try:
+        command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
         return ctypes.CDLL(str(_compiled(command)))
+    except FileNotFoundError as error:
+        return f"no C++ compiler: {error.filename} was not found; install g++ or clang++, or name one in $CXX"
     except subprocess.CalledProcessError as error:
-        return f"{shlex.join(command)} failed: {error.stderr.strip()}"
-    except OSError as error:
-        return f"{shlex.join(command)}: {error}"
+        return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _compiled(command: list[str]) -> Path:
     """The library for this source, compiler and CPU: from the cache, or compiled into it."""
-    native = [*command, *FLAGS, "-march=native"]
-    # The macros a compiler predefines name its version and every instruction set of the CPU.
-    macros = _output([*native, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\0".join([SOURCE, *native, macros]).encode()).hexdigest()[:16]
+    # The macros that a compiler predefines name its version and every instruction set of the CPU.
+    macros = _output([*command, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256("\0".join([SOURCE, *command, *FLAGS, macros]).encode()).hexdigest()[:16]
     folder = _cache_folder()
     library = folder / f"scan-{key}.so"
     if not library.exists():
-        # Another process may be at the same: each writes its own file, and the last rename wins.
+        # Other processes may be compiling it too: each has a folder of its own, and a rename cannot be seen half done.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source, built = Path(scratch, "scan.cpp"), Path(scratch, "scan.so")
             source.write_text(SOURCE)
-            _output([*native, str(source), "-o", str(built)])
+            _output([*command, *FLAGS, str(source), "-o", str(built)])
             built.replace(library)
     return library
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
 
 
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hymba-tune"
+    """The user's cache, or where that cannot be written a folder that goes when the process ends."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune")
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="hymba-tune-"))
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = Path(tempfile.mkdtemp(prefix="hymba-tune-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

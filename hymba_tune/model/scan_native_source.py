@@ -46,12 +46,12 @@ struct Rows {
 struct Scan {
     int64_t texts, E, N, threads;
     const int64_t *offsets;
-    Rows u, dt, B, C, z, y, dy, du, d_dt, dz;
+    Rows u, dt, B, C, z, y, dy, du, ddt, dB, dC, dz;
     const float *A, *D, *dt_bias, *initial;
     int64_t initial_stride;
     float *final, *kept;
     const float *d_final;
-    float *dA, *dD, *d_dt_bias, *d_initial, *dB, *dC, *dB_groups, *dC_groups;
+    float *dA, *dD, *ddt_bias, *d_initial, *dB_groups, *dC_groups;
 };
 
 // States that fade out become denormal, and arithmetic on those is many times slower.
@@ -95,11 +95,10 @@ inline V clamp(V x, float low, float high) {
 // 2^(k + f) for whole k from -127 to 128, where it is 0 and infinity, and |f| <= 1/2; rounded is k + ROUND.
 constexpr float ROUND = 12582912 + 127;  // adding it rounds to a whole number and leaves the exponent's bits lowest
 inline V pow2(V rounded, V f) {
-    V p = f * 1.53353620e-4f + 1.33988750e-3f;
-    p = p * f + 9.61843692e-3f;
-    p = p * f + 5.55033237e-2f;
-    p = p * f + 2.40226477e-1f;
-    p = p * f + 6.93147182e-1f;
+    V p = f * 1.32647273e-3f + 9.67151299e-3f;  // least relative error, 9e-8
+    p = p * f + 5.55073358e-2f;
+    p = p * f + 2.40222424e-1f;
+    p = p * f + 6.93147004e-1f;
     p = p * f + 1.f;
     return p * (V)((I)rounded << 23);
 }
@@ -117,22 +116,22 @@ inline V exp(V x) {
     return pow2(rounded, f * LOG2E);
 }
 
-inline V exp_minus_abs(V x) { return exp(x < 0 ? x : -x); }
+// Softplus and its slope, the sigmoid; both from exp(-|x|).
+struct Softplus {
+    V value, slope;
+    explicit Softplus(V x) {
+        V w = exp(x < 0.f ? x : -x), s = w / (w + 2.f), q = s * s;
+        V p = q * 1.21504687e-1f + 1.07138284e-1f;  // log(1 + w) = 2 atanh(s)
+        p = p * q + 1.43084422e-1f;
+        p = p * q + 1.99994385e-1f;
+        p = p * q + 3.33333373e-1f;
+        V log1p = (s + s) * (p * q + 1.f);
+        value = x > splat(20) ? x : (x < 0.f ? V{} : x) + log1p;
+        slope = (x < 0.f ? w : splat(1)) / (w + 1.f);
+    }
+};
 
-inline V softplus(V x) {
-    V w = exp_minus_abs(x), s = w / (w + 2.f), q = s * s;
-    V p = q * 1.21504687e-1f + 1.07138284e-1f;  // log(1 + w) = 2 atanh(s)
-    p = p * q + 1.43084422e-1f;
-    p = p * q + 1.99994385e-1f;
-    p = p * q + 3.33333373e-1f;
-    V log1p = (s + s) * (p * q + 1.f);
-    return x > splat(20) ? x : (x < 0 ? V{} : x) + log1p;
-}
-
-inline V sigmoid(V x) {
-    V w = exp_minus_abs(x), s = 1.f / (w + 1.f);
-    return x < 0 ? w * s : s;
-}
+inline V sigmoid(V x) { return Softplus(x).slope; }
 
 inline V load(const float *x, int lanes) {
     V v{};
@@ -188,8 +187,8 @@ struct Block {
     int64_t column;
     int lanes;
     V D{}, dt_bias{};
-    V dD{}, d_dt_bias{};
-    std::vector<V> A{}, state{}, dA{}, d_state{};  // A in powers of two; d_state is the gradient of the state behind the chunk
+    V dD{}, ddt_bias{};
+    std::vector<V> A{}, state{}, dA{}, d_state{};  // A in powers of two; d_state is the gradient behind the chunk
 };
 
 // What the blocks share: a chunk's B and C, and their gradients, still a sum for each lane.
@@ -259,7 +258,7 @@ void forward_chunk(const Group &group, Block &block, int64_t begin, int steps) {
     V delta[CHUNK], input[CHUNK], y[CHUNK];
     for (int t = 0; t < steps; t++) {
         V u = load(p.u, begin + t, block.column, block.lanes);
-        delta[t] = softplus(load(p.dt, begin + t, block.column, block.lanes) + block.dt_bias);
+        delta[t] = Softplus(load(p.dt, begin + t, block.column, block.lanes) + block.dt_bias).value;
         input[t] = delta[t] * u;
         y[t] = block.D * u;
     }
@@ -300,7 +299,8 @@ void forward_group(const Scan &p, int64_t index) {
 
 // The chunk as the backward of one block sees it: dy is y's gradient in front of the gate, d_input that of delta * u.
 struct Chunk {
-    V delta[CHUNK], input[CHUNK], y[CHUNK], dy[CHUNK], d_input[CHUNK], d_delta[CHUNK];
+    V u[CHUNK], delta[CHUNK], d_delta[CHUNK], slope[CHUNK], input[CHUNK], d_input[CHUNK];
+    V y[CHUNK], dy[CHUNK], dz[CHUNK];
 };
 
 // R states of each channel through a chunk, and their gradients back.
@@ -347,17 +347,18 @@ void backward_chunk(Group &group, Block &block, int64_t begin, int steps) {
     const int64_t column = block.column;
     const int lanes = block.lanes;
     Chunk c;
-    V u[CHUNK], dt[CHUNK];
     for (int t = 0; t < steps; t++) {
-        u[t] = load(p.u, begin + t, column, lanes);
-        dt[t] = load(p.dt, begin + t, column, lanes) + block.dt_bias;
-        c.delta[t] = softplus(dt[t]);
-        c.input[t] = c.delta[t] * u[t];
-        c.y[t] = block.D * u[t];
+        Softplus delta(load(p.dt, begin + t, column, lanes) + block.dt_bias);
+        c.u[t] = load(p.u, begin + t, column, lanes);
+        c.delta[t] = delta.value;
+        c.slope[t] = delta.slope;
+        c.input[t] = c.delta[t] * c.u[t];
+        c.y[t] = block.D * c.u[t];
         c.dy[t] = load(p.dy, begin + t, column, lanes);
         if (p.z.data) {
-            V z = load(p.z, begin + t, column, lanes);
-            c.dy[t] *= z * sigmoid(z);
+            V z = load(p.z, begin + t, column, lanes), s = sigmoid(z);
+            c.dz[t] = c.dy[t] * (s * (1.f + z * (1.f - s)));  // times y, once that is known
+            c.dy[t] *= z * s;
         }
         c.d_input[t] = c.d_delta[t] = V{};
     }
@@ -365,16 +366,12 @@ void backward_chunk(Group &group, Block &block, int64_t begin, int steps) {
     for (; n + 4 <= p.N; n += 4) retreat<4>(group, block, n, steps, c);
     for (; n < p.N; n++) retreat<1>(group, block, n, steps, c);
     for (int t = 0; t < steps; t++) {
-        if (p.z.data) {
-            V z = load(p.z, begin + t, column, lanes), s = sigmoid(z);
-            V slope = s * (1.f + z * (1.f - s));
-            store(p.dz, begin + t, column, lanes, load(p.dy, begin + t, column, lanes) * c.y[t] * slope);
-        }
-        V d_dt = (c.d_delta[t] * LN2 + c.d_input[t] * u[t]) * sigmoid(dt[t]);
-        block.dD += c.dy[t] * u[t];
-        block.d_dt_bias += d_dt;
-        store(p.d_dt, begin + t, column, lanes, d_dt);
+        V ddt = (c.d_delta[t] * LN2 + c.d_input[t] * c.u[t]) * c.slope[t];
+        block.dD += c.dy[t] * c.u[t];
+        block.ddt_bias += ddt;
+        store(p.ddt, begin + t, column, lanes, ddt);
         store(p.du, begin + t, column, lanes, c.d_input[t] * c.delta[t] + c.dy[t] * block.D);
+        if (p.z.data) store(p.dz, begin + t, column, lanes, c.dz[t] * c.y[t]);
     }
 }
 
@@ -414,14 +411,19 @@ void backward_group(const Scan &p, int64_t index) {
     for (Block &block : group.blocks) {
         scatter(block.dA.data(), p.N, block.lanes, p.dA + block.column * p.N);
         if (p.D) memcpy(p.dD + block.column, &block.dD, 4 * block.lanes);
-        if (p.dt_bias) memcpy(p.d_dt_bias + block.column, &block.d_dt_bias, 4 * block.lanes);
+        if (p.dt_bias) memcpy(p.ddt_bias + block.column, &block.ddt_bias, 4 * block.lanes);
     }
 }
 
-void sum_groups(const float *groups, int64_t count, int64_t size, float *out) {
-    std::fill(out, out + size, 0.f);
-    for (int64_t group = 0; group < count; group++)
-        for (int64_t i = 0; i < size; i++) out[i] += groups[group * size + i];
+void sum_groups(const float *groups, int64_t count, const Scan &p, const Rows &out) {
+    int64_t rows = p.offsets[p.texts];
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t n = 0; n < p.N; n += W) {
+            int lanes = (int)std::min<int64_t>(W, p.N - n);
+            V total{};
+            for (int64_t group = 0; group < count; group++) total += load(groups + (group * rows + t) * p.N + n, lanes);
+            store(out, t, n, lanes, total);
+        }
 }
 
 }  // namespace
@@ -431,9 +433,9 @@ extern "C" void forward(const Scan *p) {
 }
 
 extern "C" void backward(const Scan *p) {
-    int64_t groups = (p->E + GROUP - 1) / GROUP, size = p->offsets[p->texts] * p->N;
+    int64_t groups = (p->E + GROUP - 1) / GROUP;
     parallel(p->threads, groups, [=](int64_t index) { backward_group(*p, index); });
-    sum_groups(p->dB_groups, groups, size, p->dB);
-    sum_groups(p->dC_groups, groups, size, p->dC);
+    sum_groups(p->dB_groups, groups, *p, p->dB);
+    sum_groups(p->dC_groups, groups, *p, p->dC);
 }
 """

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import transformers
 import yaml
+from pydantic import ValidationError
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError
@@ -87,16 +88,23 @@ class Run:
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self) -> SFTConfig:
         """The settings the run was started with.
 
         Raises:
-            CheckpointError: If this is not a run's directory.
+            CheckpointError: If this is not a run's directory, or its settings cannot be read.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        try:
+            return SFTConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValidationError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
+
+    def whole_checkpoints(self) -> list[Path]:
+        """The checkpoints that were written to their end."""
+        return [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
 
     def last_checkpoint(self) -> Path:
         """The newest checkpoint that was written to its end.
@@ -104,7 +112,7 @@ class Run:
         Raises:
             CheckpointError: If there is none.
         """
-        whole = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
+        whole = self.whole_checkpoints()
         if not whole:
             raise CheckpointError(
                 f"{self.path} has no whole checkpoint to go on from.", fix="start again: hymba-tune sft --out <new>"

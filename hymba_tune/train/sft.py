@@ -56,16 +56,13 @@ def resume_config(given: SFTConfig) -> SFTConfig:
     assert given.resume is not None
     saved = Run(given.resume).read_config()
     changed = {name: getattr(given, name) for name in given.model_fields_set}
-    fixed = {
-        n: v for n, v in changed.items() if n not in CHANGEABLE and SFTConfig(**{**saved, n: v}) != SFTConfig(**saved)
-    }
-    if fixed:
+    if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
         raise ConfigError(
             f"--resume goes on with {given.resume} as it was started; {', '.join(sorted(fixed))} cannot change.",
             expected=f"at most: {', '.join(sorted(CHANGEABLE - {'resume'}))}",
             fix="leave it out, or start a new run with --model RUN",
         )
-    return SFTConfig(**{**saved, **changed})
+    return saved.model_copy(update=changed)
 
 
 def run_sft(config: SFTConfig, screen: Screen) -> Run:
@@ -103,7 +100,7 @@ def run_sft(config: SFTConfig, screen: Screen) -> Run:
                 _sample(setup, data, trainer, "before", screen)
             return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
-        if not run.checkpoints.is_dir() and not resuming:
+        if not run.whole_checkpoints() and not resuming:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 

@@ -148,6 +148,15 @@ def test_backbone_alone_takes_released_names() -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 
+def test_checkpoint_of_the_modules_own_names_loads(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = saved_tensors(tmp_path)
+    tensors["model.memory_tokens.weight"] = tensors.pop("model.memory_tokens")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same_weights(load(tmp_path), model)
+
+
 def test_checkpoint_that_holds_the_tied_head_as_well_loads(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)

@@ -99,12 +99,35 @@ def test_config_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert settings(AutoConfig.from_pretrained(tmp_path)) == settings(config)
 
 
-class TestReleasedConfig:
-    """The folder that NVIDIA released, read without running its code and without the network."""
+ODD_KEYS: dict[str, Any] = {
+    "architectures": ["HymbaForCausalLM"],
+    "attn_implementation": "flex",
+    "auto_map": {
+        "AutoConfig": "configuration_hymba.HymbaConfig",
+        "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
+    },
+    "conv_dim": {str(layer): 3200 for layer in range(32)},
+    "layer_type": ["h"] * 32,
+    "model_type": "hymba",
+    "router_aux_loss_coef": 0.001,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0",
+    "use_cache": False,
+}
+"""Those of the released file that newer transformers reads in its own way."""
 
-    @pytest.fixture
-    def folder(self, shared: Path) -> Path:
-        return shared / "reference/hymba-1.5b-base"
+
+class TestReleasedConfig:
+    """The folder that NVIDIA released, or one like it, read without running its code and without the network."""
+
+    @pytest.fixture(params=["alike", "released"])
+    def folder(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        if request.param == "released":
+            shared: Path = request.getfixturevalue("shared")
+            return shared / "reference/hymba-1.5b-base"
+        alike = tmp_path_factory.mktemp("released")
+        (alike / "config.json").write_text(json.dumps(RELEASED | ODD_KEYS))
+        return alike
 
     def test_loads_without_a_question(self, folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder)

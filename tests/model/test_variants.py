@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "intermediate_size": 20},
     "expand_1": {"mamba_expand": 1},
     "expand_3": {"mamba_expand": 3},
-    "automatic_dt_rank": {"mamba_dt_rank": "auto"},
+    "automatic_dt_rank": {"mamba_dt_rank": "auto", "hidden_size": 60},
     "large_state": {"mamba_d_state": 16},
     "no_meta_tokens": {"num_memory_tokens": 0},
     "one_meta_token": {"num_memory_tokens": 1},
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-TEXTS = random_texts([14, 1, 12])
+TEXTS = random_texts([1, 14, 2, 12])
 LABELS = [text.where(torch.arange(len(text)) % 3 > 0, -100) for text in TEXTS]
 
 

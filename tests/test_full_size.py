@@ -1,0 +1,109 @@
+"""The full 1.5B size, with random weights: does it load in little memory, and take a step?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from hymba_tune.model import HymbaConfig
+
+LAYERS_A_SHARD = 8
+RELEASED = HymbaConfig(
+    global_attn_idx=[0, 15, 31],
+    kv_reuse_group=[[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 31, 2)],
+)
+
+LOAD = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from hymba_tune.checkpoint import load_weights
+from hymba_tune.registry import resolve_model
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load_weights(resolve_model(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
+checksum = sum(float(p.float().sum()) for p in model.parameters())
+print(json.dumps({"bytes": peak() - before, "parameters": model.num_parameters(), "finite": checksum == checksum}))
+"""
+
+STEP = """
+import json, sys
+import torch
+from hymba_tune.adapters import AdapterWatch, add_adapter, lora_config, open_model
+from hymba_tune.config import MetaTokens, Method
+from hymba_tune.registry import resolve_model
+
+base = open_model(resolve_model(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
+config = lora_config(
+    base, targets=["all"], method=Method.lora, rank=8, alpha=None, dropout=0.0, rslora=False, meta_tokens=MetaTokens.lora
+)
+model = add_adapter(base, config, ["all"]).train()
+ids = torch.randint(3, 32000, (1, 8), generator=torch.Generator().manual_seed(0))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+watch, losses = AdapterWatch(model), []
+for _ in range(2):
+    loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+print(json.dumps({"losses": losses, "unmoved": watch.unmoved()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in the released layout, written shard by shard."""
+    folder = tmp_path_factory.mktemp("hymba-1.5b")
+    RELEASED.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(RELEASED)
+    shapes = {n.replace("memory_tokens.weight", "memory_tokens"): p.shape for n, p in model.named_parameters()}
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        layer = int(name.split(".")[2]) // LAYERS_A_SHARD + 1 if ".layers." in name else 0
+        shards.setdefault(f"model-{layer}.safetensors", {})[name] = shape
+    for file, names in shards.items():
+        save_file({name: _random(name, shape) for name, shape in names.items()}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _random(name: str, shape: torch.Size) -> torch.Tensor:
+    if "norm" in name or name.endswith(".D.0"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    if name.endswith("A_log.0"):
+        return torch.arange(1, shape[1] + 1).log().expand(shape).to(torch.bfloat16).contiguous()
+    return torch.randn(shape, dtype=torch.bfloat16) * 0.02
+
+
+def _run(code: str, folder: Path) -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_full_size_loads_within_a_third_more_than_its_file(full_size: Path) -> None:
+    size = sum(file.stat().st_size for file in full_size.glob("*.safetensors"))
+    loaded = _run(LOAD, full_size)
+    assert loaded["parameters"] == 1_522_797_824
+    assert loaded["finite"]
+    assert loaded["bytes"] < 1.3 * size
+
+
+@pytest.mark.slow
+def test_full_size_takes_a_lora_step_in_bfloat16_on_a_cpu(full_size: Path) -> None:
+    stepped = _run(STEP, full_size)
+    assert stepped["unmoved"] == []
+    first, second = stepped["losses"]
+    assert second < first

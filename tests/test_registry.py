@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from hymba_tune import registry
+from hymba_tune.errors import CheckpointError, ConfigError, HubError
+from hymba_tune.registry import ALIASES, resolve_model
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
+    """Stands in for the Hub: hands out a folder for whatever it is asked for."""
+    download = Mock(return_value=str(tmp_path / "downloaded"))
+    monkeypatch.setattr(registry, "snapshot_download", download)
+    return download
+
+
+def save_run(folder: Path, *results: str, model: str = "hymba-nano") -> Path:
+    for result in results:
+        (folder / result).parent.mkdir(parents=True, exist_ok=True)
+        (folder / result).write_text("{}")
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"model": model}))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*ALIASES, "Hymba-1.5B"])
+def test_alias_is_downloaded_under_its_full_name(name: str, hub: Mock, tmp_path: Path) -> None:
+    source = resolve_model(name)
+    assert hub.call_args.args == (ALIASES[name.lower()],)
+    assert (source.name, source.folder) == (ALIASES[name.lower()], tmp_path / "downloaded")
+
+
+def test_hub_id_is_downloaded_without_code_or_pickles(hub: Mock) -> None:
+    assert resolve_model("me/my-hymba").name == "me/my-hymba"
+    wanted = hub.call_args.kwargs["allow_patterns"]
+    names = ("modeling_hymba.py", "pytorch_model.bin", "model.safetensors", "config.json", "tokenizer.json")
+    assert [name for name in names if any(Path(name).match(pattern) for pattern in wanted)] == list(names[2:])
+
+
+def test_packaged_model_needs_no_network(hub: Mock) -> None:
+    source = resolve_model("hymba-nano")
+    assert json.loads((source.folder / "config.json").read_text())["model_type"] == "hymba"
+    assert not hub.called
+
+
+def test_folder_is_taken_before_the_hub(hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me/model").mkdir(parents=True)
+    (tmp_path / "me/model/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("me/model").folder == Path("me/model")
+    assert not hub.called
+
+
+def test_run_with_an_adapter_names_its_base(tmp_path: Path) -> None:
+    source = resolve_model(str(save_run(tmp_path / "mine", "adapter/adapter_config.json")))
+    assert (source.name, source.base) == ("mine", "hymba-nano")
+    assert source.folder == source.adapter == tmp_path / "mine/adapter"
+
+
+def test_run_with_a_model_is_that_model(tmp_path: Path) -> None:
+    source = resolve_model(str(save_run(tmp_path / "mine", "model/config.json")))
+    assert (source.name, source.folder) == ("mine", tmp_path / "mine/model")
+    assert source.adapter is None
+
+
+def test_unfinished_run_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"mine: this run has no model yet\.(.|\n)*sft --resume .*mine"):
+        resolve_model(str(save_run(tmp_path / "mine")))
+
+
+def test_adapter_folder_names_its_base(finished_run: Path, small_model: Path) -> None:
+    source = resolve_model(str(finished_run / "adapter"))
+    assert source.base == str(small_model)
+    assert source.adapter == finished_run / "adapter"
+
+
+def test_adapter_folder_beside_its_run_is_found_by_another_name(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "adapter", tmp_path / "moved")
+    assert resolve_model(str(tmp_path / "moved")).adapter == tmp_path / "moved"
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model in this folder\.\n  expected   a config\.json"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["run.json", "adapter_config.json"])
+@pytest.mark.parametrize("text", ["{", "3"])
+def test_unreadable_record(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("hymba-nono", "hymba-nano"), ("hymba-1.5b-instrct", "hymba-1.5b-instruct"), ("runs/secnd", "runs/second")],
+)
+def test_unknown_name_suggests_a_near_one(
+    name: str, near: str, hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/second").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"no such folder, and not the name of a model\.(.|\n)*--model {near}$"):
+        resolve_model(name)
+    assert not hub.called
+
+
+@pytest.mark.parametrize("name", ["./mine/model", "../model", "/no/such/model", "~/no-such-model", "a/b/c", "runs/x"])
+def test_path_that_does_not_exist_is_not_asked_of_the_hub(
+    name: str, hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"--model {name}: no such folder"):
+        resolve_model(name)
+    assert not hub.called
+
+
+def test_offline_and_not_in_the_cache() -> None:
+    with pytest.raises(HubError, match=r"Cannot reach the Hub for nvidia/Hymba-1\.5B-Base(.|\n)*--model hymba-nano"):
+        resolve_model("hymba-1.5b")
+
+
+def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("refused", response=Mock(headers={}))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (http_error(GatedRepoError), r"me/it is gated on the Hub\.(.|\n)*https://huggingface\.co/me/it, then: hf auth"),
+        (http_error(RepositoryNotFoundError), r"me/it: no such model on the Hub, or it is private(.|\n)*hymba-nano"),
+        (LocalEntryNotFoundError("offline"), r"Cannot reach the Hub for me/it(.|\n)*--model hymba-nano"),
+        (http_error(HfHubHTTPError), r"Cannot load me/it from the Hub: refused(.|\n)*--model hymba-nano"),
+        (HFValidationError("no id"), r"Cannot load me/it from the Hub: no id(.|\n)*--model hymba-nano"),
+        (OSError(28, "No space left"), r"Cannot load me/it from the Hub: .*No space left(.|\n)*--model hymba-nano"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_hub_refuses(error: Any, message: str, hub: Mock) -> None:
+    hub.side_effect = error
+    with pytest.raises(HubError, match=message):
+        resolve_model("me/it")
