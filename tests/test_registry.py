@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -86,11 +85,6 @@ def test_adapter_folder_names_its_base(finished_run: Path, small_model: Path) ->
     source = resolve_model(str(finished_run / "adapter"))
     assert source.base == str(small_model)
     assert source.adapter == finished_run / "adapter"
-
-
-def test_adapter_folder_beside_its_run_is_found_by_another_name(finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished_run / "adapter", tmp_path / "moved")
-    assert resolve_model(str(tmp_path / "moved")).adapter == tmp_path / "moved"
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ class HymbaConfig(PreTrainedConfig):
         }.items():
             if getattr(self, field) != only:
                 raise ValueError(f"{field} is {getattr(self, field)}; only {only} is supported")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in (*sizes, "num_key_value_heads", "mamba_expand", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected a whole number of at least 1")
         for field, choices in {
             "kq_norm": ("none", "rms", "perhead-rms"),
             "rope_type": (None, "default", "ntk", "dynamic_ntk"),
@@ -153,9 +157,9 @@ class HymbaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{field} ({getattr(self, field)}) must be a multiple of {divisor} ({getattr(self, divisor)})"
                 )
-        if self.rope and self.head_dim % 2:
+        if self.rope and (self.head_dim % 2 or self.head_dim < 4):
             raise ValueError(
-                f"hidden_size / num_attention_heads is {self.head_dim}; RoPE turns pairs, so it must be even"
+                f"hidden_size / num_attention_heads is {self.head_dim}; RoPE turns pairs, so it must be even and at least 4"
             )
         self._validate_layers()
 

@@ -11,20 +11,19 @@ CHUNK = 1024
 """Tokens whose logits are held at a time."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against the targets.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of ``hidden @ weight.T`` against the targets.
 
     Args:
         hidden: ``(T, d)``.
         weight: ``(V, d)``.
-        bias: ``(V,)`` or None.
         targets: ``(T,)``, -100 where nothing is learned; those tokens cost nothing.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), nats.
     """
     learned = targets != -100
-    loss: Tensor = _LinearCrossEntropy.apply(hidden[learned], weight, bias, targets[learned])
+    loss: Tensor = _LinearCrossEntropy.apply(hidden[learned], weight, targets[learned])
     return loss
 
 
@@ -32,32 +31,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The forward computes the gradients as well: then no logits have to be kept or computed again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_hidden, need_weight, _ = ctx.needs_input_grad
         weight = weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
         for begin in range(0, hidden.shape[0], CHUNK):
             rows = slice(begin, begin + CHUNK)
-            log_probs = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
+            log_probs = torch.nn.functional.linear(hidden[rows], weight).to(wide)
             log_probs -= log_probs.logsumexp(-1, keepdim=True)
             loss -= log_probs.gather(1, targets[rows, None]).sum()
             if not any(ctx.needs_input_grad):
                 continue
             d_logits = log_probs.exp_()
             d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[rows]] -= 1
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
                 d_weight += d_logits.mT @ hidden[rows]
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = weight.dtype
+        ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
     @staticmethod

@@ -105,7 +105,7 @@ class HymbaModel(HymbaPreTrainedModel):
             inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
             use_cache: Return a cache. Off unless asked for.
             output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
-            cu_seq_lens_q: Offsets of the texts in the flattened batch.
+            cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             documents: What `find_documents` makes of the inputs above, for a caller that has it already.
             return_dict: False for a tuple.
 
@@ -247,7 +247,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             labels: ``(B, L)``, -100 where nothing is learned. The first token of a text is never a target.
             use_cache: Return a cache.
             output_hidden_states: Return hidden states.
-            cu_seq_lens_q: Offsets of the texts in the flattened batch.
+            cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             logits_to_keep: How many columns, from the right, or which ones, to compute logits for; 0 for all.
             num_items_in_batch: What the summed loss is divided by; the number of learned tokens when not given.
             skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
@@ -272,7 +272,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             targets = documents.next_labels(labels)
-            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, self.lm_head.bias, targets)
+            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, targets)
             loss = total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         logits = None
         if not skip_logits:
@@ -282,6 +282,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Read generation settings as transformers does; the released ones switch the cache off, for want of one."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config.use_cache = True
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu, softplus
 
 from .documents import Documents
@@ -208,7 +209,8 @@ class _ChunkedScan(torch.autograd.Function):
     """The scan with texts sorted by length, so that those still running are always the first ones.
 
     Within a chunk every tensor has a time axis in front: ``(chunk, texts, E, N)`` for what the state is made of. A
-    text that ends inside a chunk is padded with time steps of zero, which leave its state as it is.
+    text that ends inside a chunk is padded with time steps of zero, which leave its state as it is. Memory of that
+    size is taken once and used by every chunk: fresh memory would cost more than the arithmetic.
     """
 
     @staticmethod
@@ -219,11 +221,13 @@ class _ChunkedScan(torch.autograd.Function):
         state = initial[order]
         y = torch.empty_like(u)
         kept = []
+        memory = A.new_empty(2, CHUNK * len(lengths), *A.shape)
         for tokens, valid in _chunks(lengths, order, u.device):
             running = tokens.shape[1]
             kept.append(state[:running].clone())
-            states, _ = _chunk_states(kept[-1], *_chunk_inputs(u, delta, B, tokens, valid), A)
-            y[tokens[valid]] = _read(states, C[tokens])[valid]
+            states, decay = _shaped(memory, tokens)
+            _fill_states(states, decay, kept[-1], *_chunk_inputs(u, delta, B, tokens, valid), A)
+            y[tokens[valid]] = torch.mul(states, C[tokens][:, :, None], out=decay).sum(-1)[valid]
             state[:running] = states[-1]
         final = torch.empty_like(state)
         final[order] = state
@@ -232,37 +236,46 @@ class _ChunkedScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, *kept = ctx.saved_tensors
         lengths, order = ctx.texts
         du, d_delta, dB, dC = torch.empty_like(u), torch.empty_like(u), torch.empty_like(B), torch.empty_like(C)
         dA = torch.zeros_like(A)
         d_state = d_final[order]
+        memory = A.new_empty(4, CHUNK * len(lengths), *A.shape)
         chunks = list(_chunks(lengths, order, u.device))
         for (tokens, valid), first in zip(reversed(chunks), reversed(kept), strict=True):
             running = tokens.shape[1]
+            token = tokens[valid]
+            states, decay, d_states, products = _shaped(memory, tokens)
             u_c, delta_c, B_c = _chunk_inputs(u, delta, B, tokens, valid)
-            states, decay = _chunk_states(first, u_c, delta_c, B_c, A)
+            _fill_states(states, decay, first, u_c, delta_c, B_c, A)
             dy_c = dy[tokens].masked_fill_(~valid[..., None], 0)
             # How y's and the later states' gradients reach each state, from the last step to the first.
-            d_states = dy_c[..., None] * C[tokens][:, :, None]
+            torch.mul(dy_c[..., None], C[tokens][:, :, None], out=d_states)
             d_states[-1] += d_state[:running]
-            for t in range(len(tokens) - 1, 0, -1):
-                d_states[t - 1].addcmul_(decay[t], d_states[t])
-            d_state[:running] = decay[0] * d_states[0]
-            d_input = torch.einsum("tsen,tsn->tse", d_states, B_c)
-            d_exponent = d_states.mul(decay)
-            d_exponent[1:] *= states[:-1]
+            steps = list(zip(d_states.unbind(), decay.unbind(), strict=True))
+            for (d_later, decay_t), (d_earlier, _) in pairwise(reversed(steps)):
+                d_earlier.addcmul_(decay_t, d_later)
+            dC[token] = (dy_c[:, :, None] @ states)[:, :, 0][valid]
+            dB[token] = ((delta_c * u_c)[:, :, None] @ d_states)[:, :, 0][valid]
+            d_input = torch.mul(d_states, B_c[:, :, None], out=products).sum(-1)
+            d_exponent = decay.mul_(d_states)
+            d_state[:running] = d_exponent[0]
             d_exponent[0] *= first
-            token = tokens[valid]
-            dC[token] = torch.einsum("tsen,tse->tsn", states, dy_c)[valid]
-            dB[token] = torch.einsum("tsen,tse->tsn", d_states, delta_c * u_c)[valid]
+            d_exponent[1:] *= states[:-1]
+            dA += torch.mul(d_exponent, delta_c[..., None], out=products).sum((0, 1))
             du[token] = (d_input * delta_c)[valid]
-            d_delta[token] = torch.einsum("tsen,en->tse", d_exponent, A).addcmul_(d_input, u_c)[valid]
-            dA += torch.einsum("tsen,tse->en", d_exponent, delta_c)
+            d_delta[token] = d_exponent.mul_(A).sum(-1).addcmul_(d_input, u_c)[valid]
         d_initial = torch.empty_like(d_state)
         d_initial[order] = d_state
         return du, d_delta, dA, dB, dC, d_initial, None
+
+
+def _shaped(memory: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Memory for as many ``(chunk, texts, E, N)`` tensors as it has rows."""
+    return memory[:, : tokens.numel()].view(-1, *tokens.shape, *memory.shape[2:]).unbind()
 
 
 def _chunks(lengths: list[int], order: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -280,15 +293,10 @@ def _chunk_inputs(u: Tensor, delta: Tensor, B: Tensor, tokens: Tensor, valid: Te
     return u[tokens], delta[tokens].masked_fill_(~valid[..., None], 0), B[tokens]
 
 
-def _chunk_states(first: Tensor, u: Tensor, delta: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """States after each step of a chunk, and the decays between them, both ``(chunk, texts, E, N)``."""
-    decay = torch.mul(delta[..., None], A).exp_()
-    states = (delta * u)[..., None] * B[:, :, None]
+def _fill_states(states: Tensor, decay: Tensor, first: Tensor, u: Tensor, delta: Tensor, B: Tensor, A: Tensor) -> None:
+    """The states after each step of a chunk, and the decays between them, both ``(chunk, texts, E, N)``."""
+    torch.mul(delta[..., None], A, out=decay).exp_()
+    torch.mul((delta * u)[..., None], B[:, :, None], out=states)
     previous = first
-    for t in range(len(states)):
-        previous = states[t].addcmul_(decay[t], previous)
-    return states, decay
-
-
-def _read(states: Tensor, C: Tensor) -> Tensor:
-    return torch.einsum("tsen,tsn->tse", states, C)
+    for state, decay_t in zip(states.unbind(), decay.unbind(), strict=True):
+        previous = state.addcmul_(decay_t, previous)

@@ -39,7 +39,7 @@ typedef uint16_t H __attribute__((vector_size(2 * W)));
 
 // A matrix whose rows are contiguous; data is null where there is none.
 struct Rows {
-    char *data;
+    void *data;
     int64_t stride, bf16;
 };
 
@@ -133,10 +133,14 @@ struct Softplus {
 
 inline V sigmoid(V x) { return Softplus(x).slope; }
 
+template <class Element> inline void copy(void *to, const void *from, int lanes) {
+    if (lanes == W) memcpy(to, from, W * sizeof(Element));  // a size known to the compiler is one instruction
+    else memcpy(to, from, lanes * sizeof(Element));
+}
+
 inline V load(const float *x, int lanes) {
     V v{};
-    if (lanes == W) memcpy(&v, x, sizeof v);
-    else memcpy(&v, x, 4 * lanes);
+    copy<float>(&v, x, lanes);
     return v;
 }
 
@@ -145,22 +149,16 @@ inline V load(const Rows &x, int64_t row, int64_t column, int lanes) {
     int64_t place = row * x.stride + column;
     if (!x.bf16) return load((const float *)x.data + place, lanes);
     H half{};
-    if (lanes == W) memcpy(&half, x.data + 2 * place, sizeof half);
-    else memcpy(&half, x.data + 2 * place, 2 * lanes);
+    copy<uint16_t>(&half, (const uint16_t *)x.data + place, lanes);
     return (V)(__builtin_convertvector(half, U) << 16);
 }
 
 inline void store(const Rows &x, int64_t row, int64_t column, int lanes, V v) {
     int64_t place = row * x.stride + column;
-    if (x.bf16) {
-        U bits = (U)v, even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        H half = __builtin_convertvector((U)(v == v ? (I)even : I{} + 0x7fc0), H);
-        if (lanes == W) memcpy(x.data + 2 * place, &half, sizeof half);
-        else memcpy(x.data + 2 * place, &half, 2 * lanes);
-    } else {
-        if (lanes == W) memcpy(x.data + 4 * place, &v, sizeof v);
-        else memcpy(x.data + 4 * place, &v, 4 * lanes);
-    }
+    if (!x.bf16) return copy<float>((float *)x.data + place, &v, lanes);
+    U bits = (U)v, even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    H half = __builtin_convertvector((U)(v == v ? (I)even : I{} + 0x7fc0), H);
+    copy<uint16_t>((uint16_t *)x.data + place, &half, lanes);
 }
 
 // W rows of an (E, N) matrix to N vectors, and back; zeros beyond the last channel or where there is no matrix.
@@ -215,13 +213,10 @@ struct Group {
 
     void read(const Rows &x, int64_t begin, int steps, std::vector<float> &out) {
         for (int t = 0; t < steps; t++)
-            for (int64_t n = 0; n < p.N; n++) {
-                int64_t place = (begin + t) * x.stride + n;
-                if (!x.bf16) out[t * p.N + n] = ((const float *)x.data)[place];
-                else {
-                    uint32_t bits = (uint32_t)((const uint16_t *)x.data)[place] << 16;
-                    memcpy(&out[t * p.N + n], &bits, 4);
-                }
+            for (int64_t n = 0; n < p.N; n += W) {
+                int lanes = (int)std::min<int64_t>(W, p.N - n);
+                V v = load(x, begin + t, n, lanes);
+                copy<float>(&out[t * p.N + n], &v, lanes);
             }
     }
 
@@ -410,8 +405,8 @@ void backward_group(const Scan &p, int64_t index) {
     }
     for (Block &block : group.blocks) {
         scatter(block.dA.data(), p.N, block.lanes, p.dA + block.column * p.N);
-        if (p.D) memcpy(p.dD + block.column, &block.dD, 4 * block.lanes);
-        if (p.dt_bias) memcpy(p.ddt_bias + block.column, &block.ddt_bias, 4 * block.lanes);
+        if (p.D) copy<float>(p.dD + block.column, &block.dD, block.lanes);
+        if (p.dt_bias) copy<float>(p.ddt_bias + block.column, &block.ddt_bias, block.lanes);
     }
 }
 

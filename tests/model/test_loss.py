@@ -14,17 +14,15 @@ from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 WIDTH, VOCABULARY = 6, 11
 
 
-def random_inputs(tokens: int, *, bias: bool) -> tuple[dict[str, Tensor], Tensor]:
+def random_inputs(tokens: int) -> tuple[dict[str, Tensor], Tensor]:
     """Hidden states, head and targets, a third of which are ignored."""
     inputs = {"hidden": torch.randn(tokens, WIDTH), "weight": torch.randn(VOCABULARY, WIDTH)}
-    if bias:
-        inputs["bias"] = torch.randn(VOCABULARY)
     targets = torch.randint(VOCABULARY, (tokens,)).where(torch.arange(tokens) % 3 > 0, -100)
     return {name: x.double().requires_grad_() for name, x in inputs.items()}, targets
 
 
 def chunked(inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    return linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs.get("bias"), targets)
+    return linear_cross_entropy(inputs["hidden"], inputs["weight"], targets)
 
 
 def with_gradients(inputs: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
@@ -33,30 +31,29 @@ def with_gradients(inputs: dict[str, Tensor], total: Tensor) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [2, 7, 65])
-def test_equals_cross_entropy(tokens: int, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_cross_entropy(tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", chunk)
-    inputs, targets = random_inputs(tokens, bias=bias)
+    inputs, targets = random_inputs(tokens)
     expected = cross_entropy(linear(*inputs.values()), targets, reduction="sum")
     FLOAT64.check_all(with_gradients(inputs, chunked(inputs, targets)), with_gradients(inputs, expected))
 
 
 def test_nothing_learned_costs_nothing() -> None:
-    inputs, targets = random_inputs(7, bias=True)
+    inputs, targets = random_inputs(7)
     for name, tensor in with_gradients(inputs, chunked(inputs, torch.full_like(targets, -100))).items():
         assert not tensor.any(), name
 
 
 def test_no_tokens_cost_nothing() -> None:
-    inputs, targets = random_inputs(0, bias=True)
+    inputs, targets = random_inputs(0)
     for name, tensor in with_gradients(inputs, chunked(inputs, targets)).items():
         assert not tensor.any(), name
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
-    inputs, targets = random_inputs(7, bias=True)
+    inputs, targets = random_inputs(7)
     expected = with_gradients(inputs, chunked(inputs, targets))
     inputs[frozen].requires_grad_(False)
     learned = {name: x for name, x in inputs.items() if name != frozen}
@@ -67,14 +64,14 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
 
 
 def test_nothing_needs_a_gradient() -> None:
-    inputs, targets = random_inputs(7, bias=True)
+    inputs, targets = random_inputs(7)
     expected = chunked(inputs, targets)
     with torch.no_grad():
         assert torch.equal(chunked(inputs, targets), expected)
 
 
 def test_large_logits_stay_finite() -> None:
-    inputs, targets = random_inputs(7, bias=False)
+    inputs, targets = random_inputs(7)
     inputs["weight"] = (1e4 * inputs["weight"]).detach().requires_grad_()
     expected = cross_entropy(linear(*inputs.values()), targets, reduction="sum")
     FLOAT64.check_all(with_gradients(inputs, chunked(inputs, targets)), with_gradients(inputs, expected))
@@ -82,7 +79,7 @@ def test_large_logits_stay_finite() -> None:
 
 def test_float32_and_bfloat16_are_close_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 16)
-    inputs, targets = random_inputs(65, bias=True)
+    inputs, targets = random_inputs(65)
     inputs = {name: x.detach().bfloat16().double().requires_grad_() for name, x in inputs.items()}
     expected = with_gradients(inputs, cross_entropy(linear(*inputs.values()), targets, reduction="sum"))
     for dtype, close, close_gradient in (
@@ -97,7 +94,7 @@ def test_float32_and_bfloat16_are_close_to_float64(monkeypatch: pytest.MonkeyPat
 
 
 def test_gradcheck() -> None:
-    inputs, targets = random_inputs(5, bias=True)
+    inputs, targets = random_inputs(5)
     assert torch.autograd.gradcheck(
         lambda *tensors: chunked(dict(zip(inputs, tensors, strict=True)), targets), tuple(inputs.values())
     )

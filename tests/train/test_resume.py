@@ -1,0 +1,171 @@
+"""A run that was stopped and gone on with ends with the weights it would have had."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.adapters import merge_into
+from hymba_tune.config import MergeConfig, SFTConfig
+from hymba_tune.errors import CheckpointError, ConfigError, DataError
+from hymba_tune.train.run import WHOLE, Run
+from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.sft import resume_config
+from tests.runs import run, same_tensors, save_questions, settings, tensors
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
+    "packing": {"packing": True, "max_length": 64, "meta_tokens": "full"},
+    "dora_bfloat16": {"method": "dora", "dtype": "bfloat16", "meta_tokens": "full"},
+    "attention_rows": {"targets": ["attention"], "weight_decay": 0.1, "meta_tokens": "frozen"},
+    "full": {"method": "full", "weight_decay": 0.1},
+    "full_bfloat16": {"method": "full", "dtype": "bfloat16"},
+}
+
+
+class Pressing(Screen):
+    """Presses Ctrl-C when a step's row comes."""
+
+    def __init__(self, step: int, *, times: int = 1) -> None:
+        self._step, self._times = step, times
+
+    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+        del total_steps, seconds_left
+        if row.step == self._step and row.loss is not None:
+            for _ in range(self._times):
+                signal.raise_signal(signal.SIGINT)
+
+
+def result(finished: Run) -> Path:
+    return finished.model if finished.model.is_dir() else finished.adapter
+
+
+def losses(finished: Run) -> list[tuple[int, float | None, float | None]]:
+    return [(row.step, row.loss, row.eval_loss) for row in finished.rows()]
+
+
+def resumed(path: Path, **changes: Any) -> Run:
+    return run(resume_config(SFTConfig(resume=path, **changes)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(method: str, small_model: Path, questions: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 5, "save_every": 2, "eval_every": 2} | METHODS[method]
+    whole = run(settings(small_model, questions, tmp_path / "whole", **changes))
+    killed = Path(shutil.copytree(whole.path, tmp_path / "killed"))
+    # As if killed while checkpoint 4 was written: the one before is taken.
+    for folder in ("adapter", "model", "checkpoints/checkpoint-5"):
+        shutil.rmtree(killed / folder, ignore_errors=True)
+    (killed / "checkpoints/checkpoint-4" / WHOLE).unlink()
+    torn = next((killed / "checkpoints/checkpoint-4").glob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert Run(killed).last_checkpoint().name == "checkpoint-2"
+
+    finished = resumed(killed)
+    assert same_tensors(result(finished), result(whole))
+    assert losses(finished) == losses(whole)
+    assert finished.facts()["tokens_seen"] == whole.facts()["tokens_seen"]
+
+
+@pytest.fixture
+def stopped(small_model: Path, questions: Path, tmp_path: Path) -> Path:
+    """A run of which Ctrl-C left two steps out of four."""
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        run(settings(small_model, questions, out, steps=4, save_every=4, eval_every=4), Pressing(2))
+    return out
+
+
+def test_interrupted_run_saves_the_step_it_is_at_and_goes_on(
+    stopped: Path, small_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    # The press comes with the row of step 2, after that step's turn to notice it: the run stops after the next one.
+    assert Run(stopped).last_checkpoint().name == "checkpoint-3"
+    assert not (stopped / "adapter").exists()
+    whole = run(settings(small_model, questions, tmp_path / "whole", steps=4, save_every=4, eval_every=4))
+    assert same_tensors(resumed(stopped).adapter, whole.adapter)
+    assert losses(Run(stopped)) == losses(whole)
+
+
+def test_second_press_ends_the_run_at_once(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        run(settings(small_model, questions, tmp_path / "out", save_every=2), Pressing(1, times=2))
+    assert not interrupt.value.args
+    assert not (tmp_path / "out").exists()
+
+
+def test_signal_is_given_back(stopped: Path) -> None:
+    assert stopped.is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_samples_before_training_are_kept(stopped: Path) -> None:
+    before = (stopped / "samples.json").read_text()
+    assert '"after"' not in before
+    assert resumed(stopped).path == stopped
+    after = (stopped / "samples.json").read_text()
+    assert '"after"' in after
+    assert before.split('"before"')[1].split("\n")[0] in after
+
+
+def test_run_can_be_made_longer(finished_run: Path, tmp_path: Path) -> None:
+    longer = Path(shutil.copytree(finished_run, tmp_path / "longer"))
+    finished = resumed(longer, steps=32)
+    assert finished.facts()["steps"] == 32
+    assert [row.step for row in finished.evaluations()] == [0, 10, 20, 30, 32]
+    assert not same_tensors(finished.adapter, finished_run / "adapter")
+
+
+def test_rows_that_a_preset_leaves_alone_stay_so_after_resuming(
+    small_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    changes = {"targets": ["attention"], "weight_decay": 0.1, "meta_tokens": "frozen", "save_every": 2}
+    out = tmp_path / "out"
+    run(settings(small_model, questions, out, **changes))
+    finished = resumed(out, steps=4)
+    folder = merge_into(MergeConfig(model=str(finished.path), out=tmp_path / "merged", dtype="float32"))
+    merged, base = tensors(folder), tensors(small_model)
+    names = [name for name in base if name.endswith("in_proj.weight")]
+    assert len(names) == 3
+    for name in names:
+        side = base[name].shape[0] - 2 * 64  # queries, keys, values; behind them the SSM's input and gate
+        assert torch.equal(merged[name][side:], base[name][side:])
+        assert not torch.equal(merged[name][:side], base[name][:side])
+
+
+def test_fixed_settings_cannot_change(finished_run: Path, tmp_path: Path) -> None:
+    given = SFTConfig(resume=finished_run, rank=8, lr=1.0, out=tmp_path, steps=40)
+    with pytest.raises(ConfigError, match=r"as it was started; lr, out, rank cannot change\.\n  expected   at most: dev"):
+        resume_config(given)
+
+
+def test_settings_given_again_as_they_were_are_no_change(finished_run: Path) -> None:
+    config = resume_config(SFTConfig(resume=finished_run, rank=4, log_every=7))
+    assert (config.rank, config.log_every, config.steps) == (4, 7, 30)
+
+
+def test_folder_that_is_no_run_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a run: it has no config.yaml"):
+        resumed(tmp_path)
+
+
+def test_run_without_a_whole_checkpoint_cannot_be_gone_on_with(finished_run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished_run, tmp_path / "copy"))
+    for mark in copy.rglob(WHOLE):
+        mark.unlink()
+    with pytest.raises(CheckpointError, match=r"copy has no whole checkpoint to go on from\.(.|\n)*--out <new>"):
+        resumed(copy)
+    assert (copy / "adapter").is_dir()
+
+
+def test_changed_data_cannot_be_gone_on_with(small_model: Path, tmp_path: Path) -> None:
+    data = save_questions(tmp_path / "data.jsonl")
+    out = run(settings(small_model, data, tmp_path / "out")).path
+    save_questions(data, count=25)
+    with pytest.raises(DataError, match=r"The data of .*out has changed since the run was started\.(.|\n)*--model RUN"):
+        resumed(out, steps=3)
