@@ -29,7 +29,7 @@ check: .venv/installed  ## Lint, format, types, and the wheel: built, installed 
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ELSEWHERE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	$(ELSEWHERE)/bin/pip install --quiet --no-deps build/wheel/*.whl
-	$(BIN)/mypy --python-executable $(ELSEWHERE)/bin/python
+	cd $(ELSEWHERE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable bin/python
 	cd $(ELSEWHERE) && bin/hymba-tune --version && \
 		bin/hymba-tune sft --model hymba-nano --data demo --steps 2 --eval-max-rows 8 --out run && \
 		bin/hymba-tune chat run --prompt "Hello" --max-new-tokens 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from hymba_tune.cli.screen import console
+from hymba_tune.cli.screen import console, quiet_libraries
 from rich.text import Text
 
 from hymba_tune.config import ChatConfig
@@ -28,6 +28,7 @@ def chat(
     """
     from hymba_tune.generate import Chat
 
+    quiet_libraries()
     if model is not None:
         flags.model = model
     with console.status(Text("loading the weights", style="dim")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from hymba_tune.cli.screen import RichScreen, console
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 
 from hymba_tune.config import MergeConfig
 
@@ -27,6 +27,7 @@ def merge(
     """
     from hymba_tune.adapters import merge_into
 
+    quiet_libraries()
     if run is not None:
         flags.model = run
     with RichScreen().working("merging"):

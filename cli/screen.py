@@ -12,8 +12,8 @@ from rich.text import Text
 
 from hymba_tune.train.screen import Row, Screen
 
-console = Console(highlight=False)
-error_console = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+error_console = Console(stderr=True, highlight=False, emoji=False)
 COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
 QUIET_SECONDS = 2.0
 """Progress that takes less is not worth showing."""
@@ -71,6 +71,14 @@ class RichScreen(Screen):
         before, self._eval_loss = self._eval_loss, eval_loss
         mark = " " if before is None else "▼" if eval_loss < before else "▲"
         return f"{eval_loss:.3f} {mark}"
+
+
+def quiet_libraries() -> None:
+    """Keep what transformers shows of its own work off the screen, where no run's log takes it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -73,7 +73,8 @@ def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     field = str(problem["loc"][0])
     flag = "--" + field.replace("_", "-")
     common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None
-    value = "" if problem["type"] == "missing" else f" {problem['input']}"
+    given = problem["input"] if isinstance(problem["input"], list) else [problem["input"]]
+    value = "" if problem["type"] == "missing" else f" {' '.join(map(str, given))}"
     return f"{flag}{value}: {said}{common[0] if common else ''}."
 
 

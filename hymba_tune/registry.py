@@ -66,6 +66,12 @@ def resolve_model(name: str) -> ModelSource:
     return ModelSource(hub_id, _download(hub_id))
 
 
+def lasting_name(name: str) -> str:
+    """The name under which `resolve_model` finds the same model from anywhere: an absolute path, or a Hub id."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != NANO and path.is_dir() else ALIASES.get(name.lower(), name)
+
+
 def _local(name: str, path: Path) -> ModelSource:
     if (path / "run.json").is_file():
         return _run(path)

@@ -285,5 +285,5 @@ def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(
 
 @pytest.mark.parametrize("supported", [False, True])
 def test_bfloat16_is_the_default_where_the_gpu_computes_in_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
     assert choose_dtype("auto", torch.device("cuda")) is (torch.bfloat16 if supported else torch.float32)

@@ -132,8 +132,8 @@ def test_sampling_takes_from_all_tokens(model: Any, tokenizer: Any, monkeypatch:
 def test_chat_keeps_what_was_said(chat: Callable[..., Chat], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[tuple[str, str]]] = []
 
-    def record(model: Any, tokenizer: Any, conversation: Conversation, **_: Any) -> str:
-        seen.append([(message.role, message.content) for message in conversation.messages])
+    def record(*given: Any, **_: Any) -> str:
+        seen.append([(message.role, message.content) for message in given[2].messages])
         return f"answer {len(seen)}"
 
     monkeypatch.setattr("hymba_tune.generate.answer", record)
@@ -147,13 +147,11 @@ def test_chat_keeps_what_was_said(chat: Callable[..., Chat], monkeypatch: pytest
     assert seen[-1] == [("system", "Be brief."), ("user", "three")]
 
 
-def test_interrupted_answer_leaves_the_conversation_as_it_was(
-    chat: Callable[..., Chat], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_answer_leaves_the_conversation_as_it_was(chat: Callable[..., Chat]) -> None:
     talk = chat(temperature=0)
     expected = chat(temperature=0).ask("two")
 
-    def interrupt(piece: str) -> None:
+    def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

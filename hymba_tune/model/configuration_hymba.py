@@ -159,7 +159,8 @@ class HymbaConfig(PreTrainedConfig):
                 )
         if self.rope and (self.head_dim % 2 or self.head_dim < 4):
             raise ValueError(
-                f"hidden_size / num_attention_heads is {self.head_dim}; RoPE turns pairs, so it must be even and at least 4"
+                f"hidden_size / num_attention_heads is {self.head_dim}; "
+                "RoPE turns pairs, so it must be even and at least 4"
             )
         self._validate_layers()
 

@@ -14,7 +14,7 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from hymba_tune.adapters import add_adapter, base_of, count_parameters, lora_config, open_model, restrict_rows
+from hymba_tune.adapters import add_adapter, base_of, count_parameters, lora_config, open_model
 from hymba_tune.checkpoint import check_weights, choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import Method, SFTConfig
 from hymba_tune.data import (
@@ -28,7 +28,7 @@ from hymba_tune.data import (
 )
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import answer
-from hymba_tune.registry import resolve_model
+from hymba_tune.registry import lasting_name, resolve_model
 from hymba_tune.train.banner import describe_run
 from hymba_tune.train.callbacks import FirstStep, Interrupt, Metrics, peak_memory
 from hymba_tune.train.run import Run
@@ -94,7 +94,12 @@ def run_sft(config: SFTConfig, screen: Screen) -> Run:
                 model = _open(setup)
             trainer = _trainer(setup, data, model, screen)
             screen.banner(describe_run(setup, data, trainer))
-            run.record(model=config.model, data=data.report.counts(), device=str(setup.device), dtype=str(setup.dtype))
+            run.record(
+                model=lasting_name(config.model),
+                data=data.report.counts(),
+                device=str(setup.device),
+                dtype=str(setup.dtype),
+            )
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 _sample(setup, data, trainer, "before", screen)
@@ -180,7 +185,7 @@ def _check_same_data(run: Run, report: DataReport) -> None:
 def _open(setup: Setup) -> PreTrainedModel:
     config = setup.config
     model = open_model(setup.source, dtype=setup.weights_dtype, device=setup.device)
-    model.name_or_path = config.model
+    model.name_or_path = lasting_name(config.model)
     if config.method is Method.full:
         return model
     return add_adapter(model, _adapter_config(config, model), config.targets)
@@ -253,8 +258,6 @@ def _train(setup: Setup, data: Data, trainer: HymbaTrainer, checkpoint: Path | N
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
-    if config.method is not Method.full:
-        restrict_rows(trainer.model, config.targets)
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

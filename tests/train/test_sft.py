@@ -159,6 +159,7 @@ def test_every_method_trains(
     # Adapters stay in float32, in which they were trained; a model is saved in the format it is meant for.
     kind = getattr(torch, dtype) if method == "full" else torch.float32
     assert {tensor.dtype for tensor in saved.values()} == {kind}
+    assert {tensor.dtype for tensor in tensors(finished.last_checkpoint()).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", [{"lora_dropout": 0.3}, {"method": "full"}], ids=["lora", "full"])
@@ -233,6 +234,7 @@ def test_data_must_be_given(small_model: Path, tmp_path: Path) -> None:
         ({"dtype": "float16", "device": "cpu"}, ConfigError, r"--dtype float16 needs a CUDA device"),
         ({"device": "gpu"}, ConfigError, r"--device gpu: no such device"),
         ({"map": ["prmpt=a"]}, ConfigError, r"prmpt"),
+        ({"out": Path("broken.jsonl/out")}, ConfigError, r"--out broken\.jsonl/out cannot be written: Not a directory"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,11 +10,14 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import PeftModel
 
+from hymba_tune.adapters import add_adapter
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.data import build_dataset, open_sources
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.trainer import HymbaTrainer
+from tests.adapters.small import config_for
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 
@@ -27,8 +30,12 @@ def data(small_model: Path, questions: Path) -> Dataset:
 
 @pytest.fixture
 def trainer(small_model: Path, data: Dataset, tmp_path: Path) -> Callable[..., HymbaTrainer]:
-    def make(*, rows: Dataset = data, batch_size: int = 8, grad_accum: int = 1, **changes: Any) -> HymbaTrainer:
+    def make(
+        *, rows: Dataset = data, batch_size: int = 8, grad_accum: int = 1, adapted: bool = False, **changes: Any
+    ) -> HymbaTrainer:
         model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu"))
+        if adapted:
+            model = add_adapter(model, config_for(model), ["all"])
         args = trl.SFTConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=batch_size,
@@ -121,9 +128,12 @@ def test_first_tokens_are_no_targets_even_where_they_are_labelled(
         FLOAT32.check(torch.tensor(fit.evaluate()["eval_loss"]), total / count)
 
 
-def test_model_keeps_its_own_forward(trainer: Callable[..., HymbaTrainer]) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_model_keeps_its_own_forward(adapted: bool, trainer: Callable[..., HymbaTrainer]) -> None:
     """TRL puts one of its own on the instance, which would go on computing with these weights in a copy."""
-    assert "forward" not in vars(trainer().model)
+    model = trainer(adapted=adapted).model
+    assert isinstance(model, PeftModel) is adapted
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def test_weight_decay_leaves_rates_and_skips_alone(trainer: Callable[..., HymbaTrainer]) -> None:

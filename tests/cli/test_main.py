@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hymba_tune.cli.main import main
+
+import hymba_tune
+from hymba_tune.errors import ConfigError
+from tests.cli.conftest import Command
+
+
+@pytest.mark.parametrize("verb", ["sft", "chat", "merge"])
+def test_help_of_a_verb_shows_an_example(verb: str, command: Command) -> None:
+    result = command(verb, "--help")
+    assert result.code == 0
+    assert f"Example: hymba-tune {verb} " in result.out
+    assert "--model" in result.out
+
+
+def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:
+    for words in ([], ["--help"]):
+        result = command(*words)
+        assert result.code == 0
+        assert all(verb in result.out for verb in ("sft", "chat", "merge"))
+        assert "Try it: hymba-tune sft --model hymba-nano --data demo" in result.out
+
+
+def test_version(command: Command) -> None:
+    assert command("--version").out.strip() == hymba_tune.__version__
+
+
+def test_help_comes_without_importing_torch() -> None:
+    code = (
+        "import sys\n"
+        "from hymba_tune.cli.main import main\n"
+        "try: main(['sft', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+MISTAKES = {
+    "--rank 0": "--rank 0: must be at least 1 (common: 8 to 64).\n",
+    "--rank x": "--rank x: must be a whole number (common: 8 to 64).\n",
+    "--steps 1.5": "--steps 1.5: must be a whole number.\n",
+    "--max-length 4": "--max-length 4: must be at least 8 (common: 512 to 8192).\n",
+    "--lr 0": "--lr 0: must be more than 0.0.\n",
+    "--lr fast": "--lr fast: must be a number.\n",
+    "--eval-split 1": "--eval-split 1: must be less than 1.0.\n",
+    "--method lara": "--method lara: must be 'lora', 'dora' or 'full'.\n",
+    "--dtype int8": "--dtype int8: must be 'auto', 'float32', 'bfloat16' or 'float16'.\n",
+    "--map prompt": "--map prompt: 'prompt' is not a pair such as prompt=question.\n",
+    "--rank 0 --lr 0": "--rank 0: must be at least 1 (common: 8 to 64).\n--lr 0: must be more than 0.0.\n",
+    "--rnk 3": "Unknown option: --rnk. Did you mean --rank?\n",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistake_gets_one_message(words: str, command: Command) -> None:
+    result = command("sft", *words.split())
+    assert result.code == 2
+    assert result.err == MISTAKES[words]
+    assert not result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sfft"], 'Did you mean "sft"?'),
+        (["sft"], "--data is missing."),
+        (["merge", "runs/x"], "--out requires an argument"),
+        (["chat", "--top-p", "2"], "--top-p 2: must be at most 1."),
+        (["chat", "no-such-model"], "--model no-such-model: no such folder"),
+        (["sft", "--method", "full", "--targets", "mlp"], "targets: --method full trains every weight"),
+        (["sft", "--method", "dora", "--targets", "ssm"], "targets: ssm adapts only some rows of in_proj"),
+        (["sft", "--resume", "no/run"], "no/run is not a run: it has no config.yaml."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_ends_with_exit_code_2_and_no_traceback(words: list[str], message: str, command: Command) -> None:
+    result = command(*words)
+    assert result.code == 2
+    assert message in result.err
+    assert "Traceback" not in result.err + result.out
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--data is missing"):
+        main(["sft", "--debug"])
+    assert not capsys.readouterr().err
+
+
+def test_interrupt_ends_with_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hymba_tune.train.sft.run_sft", interrupt)
+    result = command("sft", "--data", "demo")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_stopped_run_says_how_to_go_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("runs/mine")
+
+    monkeypatch.setattr("hymba_tune.train.sft.run_sft", interrupt)
+    result = command("sft", "--data", "demo")
+    assert result.code == 130
+    assert "to go on: hymba-tune sft --resume runs/mine" in result.out
+
+
+def test_words_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["hymba-tune", "sft", "--rank", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--rank 0" in capsys.readouterr().err
+
+
+def test_offline_user_is_offered_the_packaged_model(command: Command, tmp_path: Path) -> None:
+    result = command("sft", "--data", "demo", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "Cannot reach the Hub for nvidia/Hymba-1.5B-Base" in result.err
+    assert "--model hymba-nano" in result.err
+    assert not (tmp_path / "out").exists()

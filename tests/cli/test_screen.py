@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from hymba_tune.cli.screen import RichScreen
+from rich.cells import cell_len
+
+from hymba_tune.train.screen import Row
+
+
+def test_table_fits_60_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = RichScreen()
+    row = Row(99_999, 12.345, None, 2e-4, 1.0, 123_456.0, 139 * 2**30)
+    screen.row(row, total_steps=99_999, seconds_left=86_400)
+    screen.row(Row(99_999, eval_loss=12.345), total_steps=99_999, seconds_left=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert max(map(cell_len, lines)) <= 60
+
+
+def test_columns_stand_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = RichScreen()
+    screen.row(Row(3, 1.5, 1.25, 2e-4, 1.0, 1234.4, 2**30), total_steps=9, seconds_left=59.6)
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "loss", "eval", "lr", "tok/s", "mem", "left"]
+    assert row.split() == ["3/9", "1.500", "1.250", "2.0e-04", "1,234", "1.0", "GB", "60", "s"]
+    assert len(row) == len(header)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(59, "59 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")])
+def test_time_to_go(seconds: float, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    RichScreen().row(Row(1, loss=1.0), total_steps=9, seconds_left=seconds)
+    assert capsys.readouterr().out.rstrip().endswith(words)
+
+
+def test_evaluations_say_whether_it_got_better(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = RichScreen()
+    for step, loss in enumerate((2.0, 1.5, 1.75)):
+        screen.row(Row(step, eval_loss=loss), total_steps=9, seconds_left=None)
+    assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["2.000"],
+        ["1.500", "▼"],
+        ["1.750", "▲"],
+    ]
+
+
+def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    RichScreen().banner({"data": "word " * 40, "run": "runs/[mine]"})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(" data  word")
+    assert lines[1].startswith("       word")
+    assert " run   runs/[mine]" in [line.rstrip() for line in lines]
+
+
+def test_what_takes_long_is_told_where_nothing_can_turn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 1.0, 10.0, 15.2))
+    monkeypatch.setattr("hymba_tune.cli.screen.time.monotonic", lambda: next(clock))
+    screen = RichScreen()
+    for label in ("quick", "slow"):
+        with screen.working(label) as progress:
+            progress(1000)
+    assert capsys.readouterr().out == " slow · 5 s\n"
+
+
+def test_note_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    RichScreen().note("[x]")
+    assert capsys.readouterr().out == " [x]\n"

@@ -1,0 +1,150 @@
+"""From data to a merged model that answers, as a person does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from hymba_tune.generate import Chat
+from tests.cli.conftest import Command, Result
+from tests.runs import ANSWER_TOKENS
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hymba_tune.train.sft.SAMPLE_TOKENS", ANSWER_TOKENS)
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_plain(result: Result, columns: int = 80) -> None:
+    """Success, and text that reads well in a file."""
+    assert result.code == 0, result.err
+    assert not result.err
+    assert "\x1b" not in result.out
+    assert "\r" not in result.out
+    assert max(map(cell_len, result.out.splitlines())) <= columns
+
+
+def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").symlink_to(small_model)
+    (tmp_path / "data.jsonl").symlink_to(questions)
+    flags = "--rank 4 --lr 0.01 --steps 4 --batch-size 4 --log-every 2 --eval-every 2 --dtype float32 --out runs/mine"
+    trained = command("sft", "--model", "small", "--data", "data.jsonl", *flags.split())
+    assert_plain(trained)
+    assert " trained  LoRA r4 on all (7 kinds × 3 layers) + meta tokens" in trained.out
+    table = [line.split() for line in trained.out.splitlines() if "/4 " in line]
+    assert [line[0] for line in table] == ["0/4", "2/4", "2/4", "4/4", "4/4"]
+    assert "step   loss     eval" in trained.out
+    assert "▼" in trained.out
+    assert "held-out loss" in trained.out
+    assert "hymba-tune chat runs/mine" in trained.out
+    assert "hymba-tune merge runs/mine --out mine-merged" in trained.out
+
+    ask = [
+        "--prompt",
+        "I see two cats. What do I see?",
+        "--temperature",
+        0,
+        "--max-new-tokens",
+        8,
+        "--dtype",
+        "float32",
+    ]
+    said = command("chat", "runs/mine", *ask)
+    assert_plain(said)
+    assert said.out.strip()
+
+    merged = command("merge", "runs/mine", "--out", "mine-merged", "--dtype", "float32")
+    assert_plain(merged)
+    assert "hymba-tune chat mine-merged" in merged.out
+    assert command("chat", "mine-merged", *ask) == said
+    assert command("chat", "small", *ask) != said
+    assert command("chat", "--model", "mine-merged", *ask) == said
+
+    again = command("merge", "runs/mine", "--out", "mine-merged")
+    assert again.code == 2
+    assert "--out mine-merged exists and is not empty." in again.err
+
+    longer = command("sft", "--resume", "runs/mine", "--steps", 6)
+    assert_plain(longer)
+    assert "6/6" in longer.out
+
+
+def test_recipe_runs(command: Command, small_model: Path, questions: Path, tmp_path: Path) -> None:
+    recipe = f"model: {small_model}\ndata: [{questions}]\nsteps: 1\nrank: 2\neval_split: 0\ndtype: float32\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    assert command("sft", "--config", "mine.yaml", "--rank", 3, "--out", "run").code == 0
+    assert "rank: 3" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_run_without_held_out_data_or_conversations_still_reports(
+    command: Command, small_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time there was a cat."}\n' * 4)
+    flags = "--data texts.jsonl --steps 1 --eval-split 0 --dtype float32 --out run"
+    result = command("sft", "--model", small_model, *flags.split())
+    assert result.code == 0, result.err
+    assert "4 texts" in result.out
+    assert "none held out" in result.out
+    assert "held-out loss" not in result.out
+    assert "everything is in run" in result.out
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that a person types; then Ctrl-D."""
+    lines: list[str] = []
+
+    def read(prompt: str = "") -> str:
+        del prompt
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr("builtins.input", read)
+    return lines
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the model was told."""
+    told: list[str] = []
+
+    def ask(_: Chat, text: str, on_text: Callable[[str], None]) -> str:
+        told.append(text)
+        for piece in ("You said: ", text, f" [{len(told)}]"):
+            on_text(piece)
+        return ""
+
+    monkeypatch.setattr(Chat, "ask", ask)
+    monkeypatch.setattr(Chat, "reset", lambda _: told.append("reset"))
+    return told
+
+
+def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+    Path("small").symlink_to(small_model)
+    typed += ["hello", "", "  ", "[red]what?[/red]", "/reset", "again", "/quit", "never"]
+    result = command("chat", "small", "--dtype", "float32")
+    assert_plain(result)
+    assert heard == ["reset", "hello", "[red]what?[/red]", "reset", "again"]
+    assert "You said: [red]what?[/red] [3]\n" in result.out
+    assert result.out.startswith(" small · /reset to start over, /quit or Ctrl-D to end\n")
+    assert typed == ["never"]
+
+
+def test_chat_ends_at_the_end_of_input(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+    typed += ["hello"]
+    assert command("chat", small_model, "--dtype", "float32").code == 0
+    assert heard == ["reset", "hello"]
+
+
+def test_chat_prints_an_answer_in_lines_as_it_was_written(
+    command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "one " * 60 + "[bold]\n    :smile: two"
+
+    monkeypatch.setattr(Chat, "ask", lambda _, __, on_text: on_text(text))
+    assert command("chat", small_model, "--prompt", "x").out == text + "\n"
