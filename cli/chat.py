@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 from cyclopts import Parameter
-from hymba_tune.cli.screen import console, quiet_libraries
 from rich.text import Text
 
+from hymba_tune.cli.screen import console, quiet_libraries
 from hymba_tune.config import ChatConfig
 
 
@@ -17,7 +18,7 @@ def chat(
     *,
     flags: Annotated[ChatConfig, Parameter(name="*")] = ChatConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Talk to a model or a run. Ctrl-D or /quit ends, /reset forgets what was said.
+    """Talk to a model or a run. Ctrl-D or /quit ends, Ctrl-C stops an answer, /reset forgets what was said.
 
     Example: hymba-tune chat runs/my-run --prompt "How many legs have three cats?"
 
@@ -50,7 +51,8 @@ def chat(
         if said == "/reset":
             talk.reset()
         elif said:
-            talk.ask(said, _write)
+            with suppress(KeyboardInterrupt):  # ends this answer only
+                talk.ask(said, _write)
             console.print()
 
 

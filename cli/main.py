@@ -8,14 +8,14 @@ from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Env
+from pydantic import ValidationError as PydanticError
+
+from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
 from hymba_tune.cli.merge import merge
 from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
-from pydantic import ValidationError as PydanticError
-
-from hymba_tune import __version__
 from hymba_tune.errors import HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -50,7 +50,7 @@ def _run(words: list[str], *, debug: bool) -> int:
     except (HymbaTuneError, CycloptsError) as error:
         if debug:
             raise
-        error_console.print(_message(error), markup=False, highlight=False)
+        error_console.print(_message(error), markup=False, highlight=False, soft_wrap=True)
         return USER_ERROR
     return 0
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.config import MergeConfig
 
 
 def merge(
-    run: Annotated[str | None, Parameter(name="RUN")] = None,
+    run: Annotated[str, Parameter(name="RUN")],
     /,
     *,
     flags: Annotated[MergeConfig, Parameter(name="*")],
@@ -23,13 +23,12 @@ def merge(
     Parameters
     ----------
     run
-        A run directory, or whatever --model takes.
+        A run directory, or an adapter's folder.
     """
     from hymba_tune.adapters import merge_into
 
     quiet_libraries()
-    if run is not None:
-        flags.model = run
+    flags.model = run
     with RichScreen().working("merging"):
         folder = merge_into(flags)
-    console.print(f" merged into {folder}\n talk to it  hymba-tune chat {folder}", markup=False)
+    console.print(f" merged into {folder}\n talk to it  hymba-tune chat {folder}", markup=False, soft_wrap=True)

@@ -6,10 +6,10 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from hymba_tune.cli.screen import RichScreen, console
-from hymba_tune.cli.settings import combine
 from rich.text import Text
 
+from hymba_tune.cli.screen import RichScreen, console
+from hymba_tune.cli.settings import combine
 from hymba_tune.config import SFTConfig
 
 if TYPE_CHECKING:
@@ -52,5 +52,7 @@ def _show_result(run: Run) -> None:
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
             console.print(Text(f" {label:<8}", style="dim").append(samples[0][label], style=style))
-    console.print(f"\n everything is in {run.path}\n talk to it       hymba-tune chat {run.path}", markup=False)
-    console.print(f" one model of it  hymba-tune merge {run.path} --out {run.name}-merged", markup=False)
+    lines = [f"everything is in {run.path}", f"talk to it       hymba-tune chat {run.path}"]
+    if run.adapter.is_dir():
+        lines.append(f"one model of it  hymba-tune merge {run.path} --out {run.name}-merged")
+    console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)

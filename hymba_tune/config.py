@@ -196,5 +196,10 @@ class ChatConfig(ModelOptions):
 class MergeConfig(ModelOptions):
     """Folding an adapter into its base model."""
 
+    model: Annotated[str, Parameter(parse=False)] = ""
+    """The run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the merged weights: auto keeps the base model's."""
+
     out: Path
     """Folder of the merged model; must not exist or be empty."""

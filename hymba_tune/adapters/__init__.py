@@ -3,7 +3,7 @@
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.merge import merge
 from hymba_tune.adapters.moved import AdapterWatch
-from hymba_tune.adapters.opening import base_of, merge_into, open_model
+from hymba_tune.adapters.opening import merge_into, open_model, weights_of
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
 
@@ -11,7 +11,6 @@ __all__ = [
     "PRESETS",
     "AdapterWatch",
     "add_adapter",
-    "base_of",
     "count_parameters",
     "describe",
     "load_adapter",
@@ -21,4 +20,5 @@ __all__ = [
     "open_model",
     "restrict_rows",
     "short_count",
+    "weights_of",
 ]

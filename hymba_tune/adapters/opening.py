@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.adapters.attach import load_adapter
 from hymba_tune.adapters.merge import merge
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_tokenizer, load_weights
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, load_weights
 from hymba_tune.config import MergeConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import ModelSource, resolve_model
@@ -29,6 +29,13 @@ def base_of(source: ModelSource) -> ModelSource:
             expected="base_model_name_or_path in its adapter_config.json",
         )
     return resolve_model(source.base)
+
+
+def weights_of(source: ModelSource) -> ModelSource:
+    """The model below all adapters; errors are those of `base_of`."""
+    while source.adapter is not None:
+        source = base_of(source)
+    return source
 
 
 def open_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -60,7 +67,9 @@ def merge_into(config: MergeConfig) -> Path:
     if config.out.exists() and (config.out.is_file() or any(config.out.iterdir())):
         raise ConfigError(f"--out {config.out} exists and is not empty.", expected="a new or empty folder")
     device = choose_device(config.device)
-    model = open_model(source, dtype=choose_dtype(config.dtype, device), device=device)
+    stored = load_config(weights_of(source)).dtype or torch.float32
+    dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    model = open_model(source, dtype=dtype, device=device)
     # Written aside, so that nothing half-written is ever taken for a model.
     partial = config.out.with_name(f"{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -94,17 +94,17 @@ def selective_scan(
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)``.
 
     Raises:
-        ValueError: If a shape does not fit the others, or the backend is unknown or cannot take these tensors.
+        ValueError: If a shape or device does not fit u's, or the backend is unknown or cannot take these tensors.
     """
     lengths = _checked_lengths(u, cu_seqlens)
     if initial_state is not None and initial_state.ndim == 2:
         initial_state = initial_state.expand(len(lengths), -1, -1)
     (tokens, channels), states = u.shape, A.shape[-1]
-    _check_shapes((tokens, channels), dt=dt, z=z)
-    _check_shapes((tokens, states), B=B, C=C)
-    _check_shapes((channels, states), A=A)
-    _check_shapes((channels,), D=D, dt_bias=dt_bias)
-    _check_shapes((len(lengths), channels, states), initial_state=initial_state)
+    _check(u.device, (tokens, channels), dt=dt, z=z)
+    _check(u.device, (tokens, states), B=B, C=C)
+    _check(u.device, (channels, states), A=A)
+    _check(u.device, (channels,), D=D, dt_bias=dt_bias)
+    _check(u.device, (len(lengths), channels, states), initial_state=initial_state)
     scan = BACKENDS[_choose(backend, u)]
     return scan(u, dt, A, B, C, D, z, dt_bias, initial_state, lengths)
 
@@ -119,10 +119,12 @@ def _checked_lengths(u: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     return lengths
 
 
-def _check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+def _check(device: torch.device, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where u is")
 
 
 def _choose(backend: str, u: Tensor) -> str:
@@ -221,7 +223,7 @@ class _ChunkedScan(torch.autograd.Function):
         state = initial[order]
         y = torch.empty_like(u)
         kept = []
-        memory = A.new_empty(2, CHUNK * len(lengths), *A.shape)
+        memory = _memory(2, lengths, A)
         for tokens, valid in _chunks(lengths, order, u.device):
             running = tokens.shape[1]
             kept.append(state[:running].clone())
@@ -243,7 +245,7 @@ class _ChunkedScan(torch.autograd.Function):
         du, d_delta, dB, dC = torch.empty_like(u), torch.empty_like(u), torch.empty_like(B), torch.empty_like(C)
         dA = torch.zeros_like(A)
         d_state = d_final[order]
-        memory = A.new_empty(4, CHUNK * len(lengths), *A.shape)
+        memory = _memory(4, lengths, A)
         chunks = list(_chunks(lengths, order, u.device))
         for (tokens, valid), first in zip(reversed(chunks), reversed(kept), strict=True):
             running = tokens.shape[1]
@@ -273,8 +275,13 @@ class _ChunkedScan(torch.autograd.Function):
         return du, d_delta, dA, dB, dC, d_initial, None
 
 
+def _memory(count: int, lengths: list[int], A: Tensor) -> Tensor:
+    """Memory for that many ``(chunk, texts, E, N)`` tensors of any chunk."""
+    return A.new_empty(count, min(CHUNK, max(lengths, default=0)) * len(lengths), *A.shape)
+
+
 def _shaped(memory: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """Memory for as many ``(chunk, texts, E, N)`` tensors as it has rows."""
+    """The tensors of the chunk of these ``(chunk, texts)`` tokens."""
     return memory[:, : tokens.numel()].view(-1, *tokens.shape, *memory.shape[2:]).unbind()
 
 

@@ -14,7 +14,7 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from hymba_tune.adapters import add_adapter, base_of, count_parameters, lora_config, open_model
+from hymba_tune.adapters import add_adapter, count_parameters, lora_config, open_model, weights_of
 from hymba_tune.checkpoint import check_weights, choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import Method, SFTConfig
 from hymba_tune.data import (
@@ -37,7 +37,7 @@ from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.trainer import HymbaTrainer
 
 SAMPLES = 2
-"""Held-out prompts that are answered before and after."""
+"""Prompts that are answered before and after: the first of the evaluation data, or else of the data."""
 SAMPLE_TOKENS = 96
 EVALUATIONS = 5
 """Evaluations, and checkpoints, a run gets unless told otherwise."""
@@ -120,9 +120,7 @@ def _check(config: SFTConfig) -> Setup:
     dtype = choose_dtype(config.dtype, device)
     source = resolve_model(config.model)
     tokenizer = with_chat_template(load_tokenizer(source.folder))
-    weights = source
-    while weights.adapter is not None:
-        weights = base_of(weights)
+    weights = weights_of(source)
     model_config = load_config(weights)
     check_weights(weights.folder, model_config)
     if config.method is not Method.full:
@@ -273,6 +271,7 @@ def _train(setup: Setup, data: Data, trainer: HymbaTrainer, checkpoint: Path | N
     if config.method is Method.full:
         trained.to(setup.dtype)
     trained.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run's own card says what there is to say
     setup.tokenizer.save_pretrained(folder)
     trainable, total = count_parameters(trained)
     run.record(
@@ -287,7 +286,7 @@ def _train(setup: Setup, data: Data, trainer: HymbaTrainer, checkpoint: Path | N
 
 
 def _sample(setup: Setup, data: Data, trainer: HymbaTrainer, when: str, screen: Screen) -> None:
-    """Answer a few held-out prompts, into ``samples.json``."""
+    """Answer a few prompts, into ``samples.json``."""
     path = setup.run.path / "samples.json"
     samples = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if not samples:

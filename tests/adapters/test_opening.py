@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hymba_tune.adapters import base_of, load_adapter, merge_into, open_model
+from hymba_tune.adapters import load_adapter, merge_into, open_model
+from hymba_tune.adapters.opening import base_of
 from hymba_tune.config import MergeConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import resolve_model

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hymba_tune.cli.main import main
 
 import hymba_tune
+from hymba_tune.cli.main import main
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from hymba_tune.cli.screen import RichScreen
 from rich.cells import cell_len
 
+from hymba_tune.cli.screen import RichScreen
 from hymba_tune.train.screen import Row
 
 

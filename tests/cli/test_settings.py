@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hymba_tune.cli.settings import combine
 
+from hymba_tune.cli.settings import combine
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command

@@ -220,12 +220,14 @@ def test_extreme_time_steps_and_growth() -> None:
     assert scan(grows | {"initial_state": torch.ones(1, 1)}, [5])[0].isinf().all()
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_shapes_and_devices_that_do_not_fit_are_refused() -> None:
     inputs = random_inputs([3, 4])
     wrong = {"dt": (7, 16), "B": (8, 5), "A": (16, 5), "D": (16,), "initial_state": (3, 17, 5)}
     for name, shape in wrong.items():
         with pytest.raises(ValueError, match=rf"{name} has shape \({shape[0]},"):
             scan(inputs | {name: torch.zeros(shape)}, [3, 4])
+    with pytest.raises(ValueError, match="D is on meta; expected cpu, where u is"):
+        scan(inputs | {"D": torch.zeros(17, device="meta")}, [3, 4])
     for offsets in ([0, 3, 8], [1, 7], [0, 5, 3, 7], []):
         with pytest.raises(ValueError, match=r"cu_seqlens is .* expected offsets that rise from 0 to the 7 rows of u"):
             selective_scan(**random_inputs([7], without=OPTIONAL), cu_seqlens=torch.tensor(offsets))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hymba_tune.cli.settings import combine
 
+from hymba_tune.cli.settings import combine
 from hymba_tune.config import SFTConfig
 from tests.conftest import ROOT
 from tests.runs import run
