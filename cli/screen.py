@@ -69,7 +69,7 @@ class RichScreen(Screen):
         if eval_loss is None:
             return ""
         before, self._eval_loss = self._eval_loss, eval_loss
-        mark = " " if before is None else "▼" if eval_loss < before else "▲"
+        mark = " " if before is None or before == eval_loss else "▼" if eval_loss < before else "▲"
         return f"{eval_loss:.3f} {mark}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hymba_tune.adapters import count_parameters, describe, short_count
+from hymba_tune.config import Method
 from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.trainer import HymbaTrainer
 
@@ -12,13 +13,14 @@ from hymba_tune.train.trainer import HymbaTrainer
 def describe_run(setup: Setup, data: Data, trainer: HymbaTrainer) -> dict[str, str]:
     """A label and a line for each thing worth knowing before a run."""
     config, report = setup.config, data.report
-    _, total = count_parameters(trainer.model)
+    trainable, total = count_parameters(trainer.model)
+    size = total if config.method is Method.full else total - trainable
     dtype = str(setup.dtype).removeprefix("torch.")
     dropped = {"too long": report.too_long, "bad rows": report.bad_rows}
     lost = [f"{count:,} {why}" for why, count in dropped.items() if count]
     lengths = f"packed to {config.max_length:,}" if config.packing else f"up to {config.max_length:,} tokens each"
     lines = {
-        "model": f"{setup.source.name} · {short_count(total)} · {dtype} · {_device(setup.device)}",
+        "model": f"{setup.source.name} · {short_count(size)} · {dtype} · {_device(setup.device)}",
         "trained": describe(trainer.model, config.targets),
         "data": " · ".join(
             [
