@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may depend on the network
-# Read when torch is imported: for tensors of a few hundred elements, handing them to threads takes longer than the work.
+# Read when torch is imported: tensors of a few hundred elements take longer to hand to threads than to compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
