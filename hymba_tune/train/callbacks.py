@@ -29,7 +29,9 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start counting tokens where the run, or its checkpoint, stands."""
-        del args, control
+        del control
+        # The trainer goes on with the intervals that its checkpoint was saved with, whatever is asked for now.
+        state.compute_steps(args, state.max_steps)
         self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -172,3 +172,11 @@ def test_changed_data_cannot_be_gone_on_with(small_model: Path, tmp_path: Path) 
     save_questions(data, count=25)
     with pytest.raises(DataError, match=r"The data of .*out has changed since the run was started\.(.|\n)*--model RUN"):
         resumed(out, steps=3)
+
+
+def test_intervals_given_on_resuming_count(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    stopped = run(settings(small_model, questions, tmp_path / "run", steps=3, log_every=3, eval_every=3))
+    finished = resumed(stopped.path, steps=6, log_every=1, eval_every=2)
+    rows = [row for row in finished.rows() if row.step > 3]
+    assert [row.step for row in rows if row.loss is not None] == [4, 5, 6]
+    assert [row.step for row in rows if row.eval_loss is not None] == [4, 6]
