@@ -33,7 +33,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded rows, and a few held-out prompts with their answers."""
+    """Encoded rows, and a few prompts with their answers."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
