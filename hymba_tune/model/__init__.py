@@ -6,6 +6,7 @@ The folder needs only torch and transformers, so that it can be copied beside ex
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from .backends import use_kernels
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .modeling_hymba import HymbaForCausalLM, HymbaModel
@@ -15,4 +16,4 @@ AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
 # The released folder asks for a LlamaTokenizer, which AutoTokenizer builds anew with other ids than its tokenizer.json.
 TOKENIZER_MAPPING_NAMES["hymba"] = "TokenizersBackend"
 
-__all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel"]
+__all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "use_kernels"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import Backend, Operation, Problem, Task
 from .documents import Documents
 
 
@@ -58,7 +59,7 @@ def causal_conv1d(
     """
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, x.shape[0]], device=x.device)
-    y: Tensor = _ShiftedProducts.apply(x, weight, bias)
+    y: Tensor = CONVOLUTION.choose(Task.of(x, weight, bias)).run(x, weight, bias)
     before = weight.shape[1] - 1
     if before == 0:
         return y, x.new_zeros(len(cu_seqlens) - 1, 0, x.shape[1])
@@ -79,8 +80,14 @@ def causal_conv1d(
     return y, tails
 
 
+def shifted_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution ``(T, E)`` of one text that begins from zeros, in plain torch."""
+    y: Tensor = _ShiftedProducts.apply(x, weight, bias)
+    return y
+
+
 class _ShiftedProducts(torch.autograd.Function):
-    """The convolution of one text that begins from zeros, as K shifted multiply-adds."""
+    """The convolution as K shifted multiply-adds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,3 +114,17 @@ class _ShiftedProducts(torch.autograd.Function):
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
+
+
+def _small_problem(task: Task) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in ((50, 24), (24, 4), (24,))
+    ]
+    for leaf in leaves:
+        leaf.requires_grad_(task.gradients)
+    return Problem(lambda backend: (backend.run(*leaves),), leaves)
+
+
+CONVOLUTION = Operation("conv", [Backend("torch", shifted_products)], plain="torch", problem=_small_problem)
+"""The ways to compute the convolution, the fastest first."""

@@ -75,6 +75,27 @@ class Documents:
         flat = grid.flatten(0, 1)
         return flat if flat.shape[0] == self.starts[-1] else flat[self.slots]
 
+    @cached_property
+    def behind_meta(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The classic layout for what needs it: every text behind meta tokens of its own.
+
+        Returns:
+            The ``(S * M + T,)`` packed rows that make it, the ``(M + T,)`` places in it of each packed row (the meta
+            tokens' in front of the first text), and the ``S + 1`` offsets of its texts.
+        """
+        device, meta, total = self.cu_seqlens.device, self.num_meta, self.starts[-1]
+        offsets = tuple(start + meta * text for text, start in enumerate(self.starts))
+        tokens, rows = (
+            torch.arange(meta + total, device=device),
+            torch.empty(offsets[-1], dtype=torch.int64, device=device),
+        )
+        places = torch.cat([tokens[:meta], tokens[:total] + (self.ids + 1) * meta])
+        own = torch.tensor(offsets[:-1], device=device)[:, None] + tokens[:meta]
+        rows = tokens.new_empty(offsets[-1])
+        rows[own] = tokens[:meta].expand_as(own)
+        rows[places[meta:]] = tokens[meta:]
+        return rows, places, offsets
+
     def pack(self, inputs: Tensor) -> Tensor:
         """Take ``(B, L, ...)`` inputs to their ``(T, ...)`` text tokens."""
         flat = inputs.flatten(0, 1)

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .scan_inputs import ScanInputs
 from .scan_native_source import SOURCE
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,37 +43,14 @@ FLAGS = (
 COMPILERS = ("g++", "clang++", "c++")
 
 
-def native_unavailable() -> str | None:
+def native_missing() -> str | None:
     """Why the native scan cannot run on this machine, or None if it can; compiles it the first time."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
-def native_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    lengths: list[int],
-) -> tuple[Tensor, Tensor]:
-    """The scan of `selective_scan`, on texts of these lengths.
-
-    Args:
-        u: ``(T, E)``, float32 or bfloat16, on the CPU.
-        dt: ``(T, E)``, before softplus.
-        A: ``(E, N)``.
-        B: ``(T, N)``.
-        C: ``(T, N)``.
-        D: ``(E,)`` or None.
-        z: ``(T, E)`` or None.
-        dt_bias: ``(E,)`` or None.
-        state: ``(S, E, N)``, which may be expanded from ``(E, N)``, or None for zeros.
-        lengths: Tokens of each of the S texts.
+def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The scan of `selective_scan` on the CPU, in float32 or bfloat16.
 
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)`` in float32.
@@ -80,6 +58,7 @@ def native_scan(
     Raises:
         RuntimeError: If there is no native scan on this machine.
     """
+    u, dt, A, B, C, D, z, dt_bias, state, _ = inputs
     u, dt, B, C = (_readable(x) for x in (u, dt, B, C))
     z = None if z is None else _readable(z)
     A = A.float().contiguous()
@@ -87,7 +66,7 @@ def native_scan(
     if state is not None:
         state = state.float()
         state = state if state[:1].is_contiguous() else state.contiguous()
-    y, final = _NativeScan.apply(u, dt, A, B, C, D, z, dt_bias, state, lengths, torch.is_grad_enabled())
+    y, final = _NativeScan.apply(u, dt, A, B, C, D, z, dt_bias, state, inputs.offsets, torch.is_grad_enabled())
     return y, final
 
 
@@ -112,21 +91,21 @@ class _NativeScan(torch.autograd.Function):
         z: Tensor | None,
         dt_bias: Tensor | None,
         state: Tensor | None,
-        lengths: list[int],
+        offsets: tuple[int, ...],
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         kept = None
         if differentiable and any(ctx.needs_input_grad):
-            chunks = sum(-(-length // CHUNK) for length in lengths)
+            chunks = sum(-(-(end - start) // CHUNK) for start, end in pairwise(offsets))
             kept = A.new_empty(chunks, _groups(u) * GROUP, A.shape[1])
         y = u.new_empty(u.shape)
-        final = A.new_empty(len(lengths), *A.shape)
+        final = A.new_empty(len(offsets) - 1, *A.shape)
         inputs = (u, dt, A, B, C, D, z, dt_bias)
         named = dict(zip(INPUTS, inputs, strict=True))
         stride = 0 if state is None else state.stride(0)
-        _call("forward", A.shape, lengths, **named, initial=state, initial_stride=stride, kept=kept, y=y, final=final)
+        _call("forward", A.shape, offsets, **named, initial=state, initial_stride=stride, kept=kept, y=y, final=final)
         ctx.save_for_backward(*inputs, kept)
-        ctx.texts = lengths, state is not None
+        ctx.texts = offsets, state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -134,15 +113,15 @@ class _NativeScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, kept = ctx.saved_tensors
-        lengths, has_state = ctx.texts
+        offsets, has_state = ctx.texts
         u, _, A, B, *_ = inputs
         grads = [None if x is None else x.new_empty(x.shape) for x in inputs]
-        d_state = A.new_empty(len(lengths), *A.shape)
+        d_state = A.new_empty(len(offsets) - 1, *A.shape)
         dB_groups, dC_groups = A.new_empty(2, _groups(u), *B.shape)
         _call(
             "backward",
             A.shape,
-            lengths,
+            offsets,
             **dict(zip(INPUTS, inputs, strict=True)),
             **{f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)},
             kept=kept,
@@ -180,14 +159,14 @@ class _Scan(ctypes.Structure):
     )
 
 
-def _call(function: str, shape: torch.Size, lengths: list[int], **arguments: Tensor | int | None) -> None:
+def _call(function: str, shape: torch.Size, offsets: tuple[int, ...], **arguments: Tensor | int | None) -> None:
     """Run ``forward`` or ``backward`` of the library on ``(E, N)`` states; None is a null pointer."""
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the native scan cannot run: {library}")
-    offsets = (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths))
-    threads = min(torch.get_num_threads(), 1 + sum(lengths) * shape.numel() // THREAD_WORTH)
-    scan = _Scan(len(lengths), *shape, threads, ctypes.addressof(offsets))
+    texts = (ctypes.c_int64 * len(offsets))(*offsets)
+    threads = min(torch.get_num_threads(), 1 + offsets[-1] * shape.numel() // THREAD_WORTH)
+    scan = _Scan(len(offsets) - 1, *shape, threads, ctypes.addressof(texts))
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             address = value.data_ptr()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model import attention
+from hymba_tune.model import attention_blocks
 from hymba_tune.model.attention import packed_attention
 from hymba_tune.model.documents import Documents, find_documents
 from tests.reference.naive_attention import naive_attention
@@ -16,10 +16,10 @@ LENGTHS = {
     "one_text_of_1": [1],
     "one_text_of_7": [7],
     "one_text_of_65": [65],
-    "one_text_longer_than_two_blocks": [2 * attention.BLOCK + 3],
+    "one_text_longer_than_two_blocks": [2 * attention_blocks.BLOCK + 3],
     "texts_of_1": [1, 1, 1],
     "texts_across_blocks": [1, 7, 65, 150, 1, 40],
-    "a_text_a_block": [attention.BLOCK, attention.BLOCK],
+    "a_text_a_block": [attention_blocks.BLOCK, attention_blocks.BLOCK],
 }
 WINDOWS = {"global": None, "window_of_0": 0, "window_of_1": 1, "window_of_20": 20, "window_beyond_all": 1000}
 GROUPS, KEY, VALUE = 2, 4, 6
@@ -73,7 +73,7 @@ def test_any_number_of_heads_a_group(heads: int) -> None:
 
 
 def test_more_meta_tokens_than_a_block() -> None:
-    meta, lengths = attention.BLOCK + 5, [9, 20]
+    meta, lengths = attention_blocks.BLOCK + 5, [9, 20]
     inputs = random_inputs(meta + 29)
     actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, meta), 7))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, 7)))
@@ -81,7 +81,7 @@ def test_more_meta_tokens_than_a_block() -> None:
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention_blocks, "BLOCK", 2)
     places, inputs = documents([3, 1, 2], 1), random_inputs(7)
     assert torch.autograd.gradcheck(lambda *tensors: packed_attention(*tensors, places, window), inputs)
 

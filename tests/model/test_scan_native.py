@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hymba_tune.model import scan_native
 from hymba_tune.model.scan import selective_scan
-from hymba_tune.model.scan_native import native_scan, native_unavailable
+from hymba_tune.model.scan_inputs import ScanInputs
+from hymba_tune.model.scan_native import native_missing, native_scan
 from tests.tolerances import FLOAT32, Tolerance
 
 BFLOAT16_ROUNDING = Tolerance(4e-3, float("inf"), "the result alone is rounded, once, to eight bits")
@@ -25,7 +26,7 @@ OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 @pytest.fixture
 def native() -> None:
     """Skips where there is no compiler: the scan then takes another way, which the tests of the fallback check."""
-    if reason := native_unavailable():
+    if reason := native_missing():
         pytest.skip(reason)
 
 
@@ -236,25 +237,25 @@ def test_shapes_and_devices_that_do_not_fit_are_refused() -> None:
 def test_what_native_cannot_take_is_refused_when_forced() -> None:
     inputs = {name: x.double() for name, x in random_inputs([3]).items()}
     with pytest.raises(
-        ValueError, match=r"native scan cannot be used: .*u is torch.float64; auto, reference and torch"
+        ValueError, match=r"native cannot be used: it takes float32 and bfloat16, not float64; torch and reference can"
     ):
         scan(inputs, [3])
     meta = {name: x.float().to("meta") for name, x in inputs.items()}
-    with pytest.raises(ValueError, match="native scan cannot be used: it runs on the CPU, and u is on meta"):
+    with pytest.raises(ValueError, match="native cannot be used: it runs on cpu, not on meta"):
         selective_scan(**meta, backend="native")
 
 
 @pytest.mark.usefixtures("cache_folder")
 def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = native_unavailable()
+    reason = native_missing()
     assert reason == ("no C++ compiler: no-such-compiler was not found; install g++ or clang++, or name one in $CXX")
     inputs = random_inputs([3])
     assert scan(inputs, [3], "auto")[0].equal(scan(inputs, [3], "torch")[0])
-    with pytest.raises(ValueError, match=r"native scan cannot be used: no C\+\+ compiler: no-such-compiler"):
+    with pytest.raises(ValueError, match=r"native cannot be used: no C\+\+ compiler: no-such-compiler"):
         scan(inputs, [3])
     with pytest.raises(RuntimeError, match=r"native scan cannot run: no C\+\+ compiler: no-such-compiler"):
-        native_scan(*(inputs[name] for name in scan_native.INPUTS), None, [3])
+        native_scan(ScanInputs(*(inputs[name] for name in scan_native.INPUTS), None, (0, 3)))
 
 
 @pytest.mark.usefixtures("cache_folder")
@@ -272,20 +273,20 @@ def test_a_compiler_that_fails_is_reported(
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(ValueError, match=f"native scan cannot be used: .*({reason})"):
+    with pytest.raises(ValueError, match=f"native cannot be used: .*({reason})"):
         scan(random_inputs([3]), [3])
     scan(random_inputs([3]), [3], "auto")
 
 
 @pytest.mark.usefixtures("native")
 def test_compiled_once_and_kept(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native_unavailable() is None
+    assert native_missing() is None
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
     scan_native._load.cache_clear()
     asked: list[list[str]] = []
     output = scan_native._output
     monkeypatch.setattr(scan_native, "_output", lambda command: asked.append(command) or output(command))
-    assert native_unavailable() is None
+    assert native_missing() is None
     assert ["-E" in command for command in asked] == [True]  # only what the compiler and the CPU are
 
 
@@ -294,7 +295,7 @@ def test_another_compiler_flag_is_another_library(cache_folder: Path, monkeypatc
     for flags in (scan_native.FLAGS, (*scan_native.FLAGS, "-O1")):
         monkeypatch.setattr(scan_native, "FLAGS", flags)
         scan_native._load.cache_clear()
-        assert native_unavailable() is None
+        assert native_missing() is None
     assert len(list(cache_folder.iterdir())) == 2
 
 
@@ -305,13 +306,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native_unavailable() is None
+    assert native_missing() is None
     assert not cache_folder.exists()
 
 
 @pytest.mark.usefixtures("native")
 def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
-    code = "from hymba_tune.model.scan_native import native_unavailable as reason; raise SystemExit(reason())"
+    code = "from hymba_tune.model.scan_native import native_missing as reason; raise SystemExit(reason())"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]

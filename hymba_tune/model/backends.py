@@ -1,0 +1,231 @@
+"""Several ways to compute one operation: what each can do, which one is taken, and why not another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a backend is asked for.
+
+    Attributes:
+        device: Type of the device, such as "cpu".
+        dtype: Of the inputs.
+        gradients: Whether a backward may come.
+        continues: Whether texts go on from what a cache holds.
+        widths: Of a query head and of a value head, for attention.
+    """
+
+    device: str
+    dtype: torch.dtype
+    gradients: bool = True
+    continues: bool = False
+    widths: tuple[int, int] = (64, 128)
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None, **more: Any) -> Task:
+        """The task of computing with these tensors, the first of which is never None."""
+        first = tensors[0]
+        assert first is not None
+        gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        return cls(first.device.type, first.dtype, gradients, **more)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _fits(_: Task) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operation, with what it declares to be able to do.
+
+    Attributes:
+        name: What it is called in settings.
+        run: The function; its arguments are the operation's.
+        devices: Types of devices it runs on; None for any.
+        dtypes: Of the inputs; None for any.
+        gradients: Whether it has a backward.
+        initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
+        foreign: Whether it is compiled at run time or comes from another package. It is then tried on a small problem
+            first, so that one that does not compile, or computes something else, is never trusted with a run.
+        missing: Why it cannot be used on this machine and what to install, or None if it can.
+        unfit: Why it cannot take a task, for reasons not among the above, or None if it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    gradients: bool = True
+    initial_state: bool = True
+    foreign: bool = False
+    missing: Callable[[], str | None] = _nothing
+    unfit: Callable[[Task], str | None] = _fits
+
+    def obstacle(self, task: Task) -> str | None:
+        """Why it cannot take a task, or None if it can."""
+        if self.devices is not None and task.device not in self.devices:
+            return f"it runs on {_joined(self.devices)}, not on {task.device}"
+        if self.dtypes is not None and task.dtype not in self.dtypes:
+            return f"it takes {_joined(map(_short, self.dtypes))}, not {_short(task.dtype)}"
+        if task.gradients and not self.gradients:
+            return "it has no backward"
+        if task.continues and not self.initial_state:
+            return "it cannot go on from a state"
+        return self.missing() or self.unfit(task)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small instance of an operation: how a backend computes it, and from which tensors."""
+
+    compute: Callable[[Backend], tuple[Tensor, ...]]
+    leaves: list[Tensor]
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation that has backends, by name."""
+
+
+class Operation:
+    """An operation and its backends.
+
+    Args:
+        name: What it is called in settings.
+        backends: The fastest first. The one called ``plain`` is what the others are compared with.
+        plain: A backend that can do everything.
+        problem: Makes a small problem for a task.
+    """
+
+    def __init__(self, name: str, backends: list[Backend], *, plain: str, problem: Callable[[Task], Problem]) -> None:
+        self.backends = {backend.name: backend for backend in backends}
+        self.name = name
+        self.chosen = AUTO
+        self._plain = self.backends[plain]
+        self._problem = problem
+        self._trials: dict[tuple[str, Task], str | None] = {}
+        OPERATIONS[name] = self
+
+    def choose(self, task: Task, name: str | None = None) -> Backend:
+        """The backend that takes a task.
+
+        Args:
+            task: What is to be computed.
+            name: A backend, or "auto" for the fastest that can; what `use_kernels` chose when not given.
+
+        Raises:
+            ValueError: If there is no backend of this name, or it cannot take the task; the message says which can.
+        """
+        name = name or self.chosen
+        if name == AUTO:
+            return next(backend for backend in self.backends.values() if self._obstacle(backend, task) is None)
+        self.check(name)
+        if reason := self._obstacle(self.backends[name], task):
+            able = [other for other, why in self.obstacles(task).items() if why is None]
+            raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(able)} can")
+        return self.backends[name]
+
+    def check(self, name: str) -> None:
+        """Refuse a name that no backend has.
+
+        Raises:
+            ValueError: Listing the names there are.
+        """
+        if name not in (AUTO, *self.backends):
+            raise ValueError(f"{self.name} backend {name!r}; expected one of {', '.join((AUTO, *self.backends))}")
+
+    def obstacles(self, task: Task) -> dict[str, str | None]:
+        """For each backend why it cannot take the task, or None if it can; the fastest first."""
+        return {name: self._obstacle(backend, task) for name, backend in self.backends.items()}
+
+    def _obstacle(self, backend: Backend, task: Task) -> str | None:
+        if reason := backend.obstacle(task):
+            return reason
+        if not backend.foreign:
+            return None
+        key = backend.name, task
+        if key not in self._trials:
+            self._trials[key] = reason = self._try(backend, task)
+            if reason:
+                logger.warning("The %s backend %s is left out: %s", self.name, backend.name, reason)
+        return self._trials[key]
+
+    def _try(self, backend: Backend, task: Task) -> str | None:
+        """What goes wrong when a small problem is computed, or None."""
+        with torch.enable_grad(), torch.autocast(task.device, enabled=False):
+            problem = self._problem(task)
+            expected = _results(problem, self._plain, task)
+            try:
+                actual = _results(problem, backend, task)
+            except Exception as error:  # compilers and foreign packages raise anything
+                return f"it failed on a small problem: {type(error).__name__}: {_first_line(error)}"
+        # Rounding of two ways to compute the same; a wrong kernel is off by more than all of it.
+        allowed = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize else 5e-2
+        errors = [_relative_error(*pair) for pair in zip(actual, expected, strict=True)]
+        return None if max(errors) <= allowed else f"its results are off by {max(errors):.1e}; {allowed:.0e} is allowed"
+
+
+def use_kernels(**choices: str) -> dict[str, str]:
+    """Choose backends for this process: ``use_kernels(scan="torch", attention="auto")``.
+
+    Args:
+        **choices: By operation (scan, conv, attention) a backend's name, or "auto" for the fastest that can.
+
+    Returns:
+        What was chosen before, to be given back to this function.
+
+    Raises:
+        ValueError: If there is no such operation or backend.
+    """
+    for operation, name in choices.items():
+        if operation not in OPERATIONS:
+            raise ValueError(f"{operation!r} has no kernels to choose; expected one of {', '.join(OPERATIONS)}")
+        OPERATIONS[operation].check(name)
+    before = {operation: OPERATIONS[operation].chosen for operation in choices}
+    for operation, name in choices.items():
+        OPERATIONS[operation].chosen = name
+    return before
+
+
+def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:
+    """The outputs, and the gradients of their weighed sum if the task asks for gradients."""
+    outputs = problem.compute(backend)
+    if not task.gradients:
+        return list(outputs)
+    weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x).to(x.dtype) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, problem.leaves, weights)]
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """NaN counts as infinitely far."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+    return error if error == error else float("inf")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _joined(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
