@@ -33,7 +33,7 @@ def chat(
     if model is not None:
         flags.model = model
     with console.status(Text("loading the weights", style="dim")):
-        talk = Chat(flags)
+        talk = Chat(flags, _note)
     if flags.prompt is not None:
         talk.ask(flags.prompt, _write)
         console.print()
@@ -58,3 +58,7 @@ def chat(
 
 def _write(piece: str) -> None:
     console.print(piece, end="", markup=False, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    console.print(f" {text}", style="dim", markup=False)

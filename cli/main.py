@@ -12,6 +12,7 @@ from pydantic import ValidationError as PydanticError
 
 from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
+from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.merge import merge
 from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.settings import explain
@@ -29,7 +30,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, chat, merge):
+for verb in (sft, chat, merge, doctor):
     app.command(verb)
 
 

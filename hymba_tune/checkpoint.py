@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import hymba_tune.model  # noqa: F401 (registers Hymba with the Auto classes)
 from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
+from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
 from hymba_tune.registry import ModelSource
 
 INDEX = "model.safetensors.index.json"
@@ -57,6 +59,53 @@ def _computes_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without these instructions a CPU only emulates bfloat16, several times slower than float32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_kernels(
+    chosen: Mapping[str, str], config: Any, device: torch.device, dtype: torch.dtype
+) -> dict[str, Choice]:
+    """Choose the ways to compute for this process, and say which will be taken to train with.
+
+    Args:
+        chosen: Backends by operation: ``{"scan": "torch"}``; the fastest that can for the others.
+        config: The model's configuration.
+        device: Where it computes.
+        dtype: In which number format.
+
+    Returns:
+        What is taken and why not another, by operation.
+
+    Raises:
+        ConfigError: If there is no such backend, or it cannot do it; the message says which can.
+    """
+    task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim))
+    try:
+        use_kernels(**(dict.fromkeys(OPERATIONS, AUTO) | chosen))
+        return survey(task)
+    except ValueError as error:
+        raise ConfigError(f"--kernels: {error}.", fix="hymba-tune doctor shows what can be used here") from error
+
+
+def check_length(tokens: int, config: Any, *, strict: bool) -> str | None:
+    """Compare a text's length with what the model was made for.
+
+    Args:
+        tokens: Of the longest text, meta tokens not counted.
+        config: The model's configuration.
+        strict: Whether more is refused.
+
+    Returns:
+        A warning, or None if it is not longer.
+
+    Raises:
+        ConfigError: If it is longer and ``strict``.
+    """
+    if tokens <= config.max_position_embeddings:
+        return None
+    said = f"{tokens:,} tokens are more than the {config.max_position_embeddings:,} the model was made for"
+    if strict:
+        raise ConfigError(f"--strict-length: {said} (max_position_embeddings).", fix="shorter texts, or leave it out")
+    return f"{said}; expect worse answers"
 
 
 def load_config(source: ModelSource) -> Any:

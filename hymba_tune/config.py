@@ -12,10 +12,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Names = Annotated[list[str], Parameter(negative="", consume_multiple=True, show_default=False)]
+
+
+def _written_as_pairs(value: Any) -> Any:
+    """Recipes may write a mapping."""
+    return [f"{name}={choice}" for name, choice in value.items()] if isinstance(value, dict) else value
+
+
+def _checked_pairs(value: list[str]) -> list[str]:
+    if wrong := [pair for pair in value if not all(pair.partition("="))]:
+        raise ValueError(f"{wrong[0]!r} is not a pair such as name=value")
+    return value
+
+
+Pairs = Annotated[Names, BeforeValidator(_written_as_pairs), AfterValidator(_checked_pairs)]
 
 
 class Method(StrEnum):
@@ -39,6 +53,11 @@ class OnBadRow(StrEnum):
 
     stop = "stop"
     skip = "skip"
+
+
+def as_mapping(pairs: Pairs) -> dict[str, str]:
+    """Pairs such as ``prompt=question`` by their first halves."""
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 class Config(BaseModel):
@@ -65,6 +84,15 @@ class ModelOptions(Config):
     """auto takes the first CUDA device, else the CPU. Or: cpu, cuda, cuda:1."""
 
 
+class EngineOptions(Config):
+    """How the model computes."""
+
+    kernels: Pairs = Field(default_factory=list)
+    """Ways to compute, instead of the fastest: --kernels scan=torch attention=sdpa (see hymba-tune doctor)."""
+    strict_length: bool = False
+    """Refuse texts longer than the model was made for (max_position_embeddings), which otherwise get a warning."""
+
+
 class DataOptions(Config):
     """Which data, and how its rows are read."""
 
@@ -76,7 +104,7 @@ class DataOptions(Config):
     """Share of --data that is held out when there is no --eval-data; 0 trains on everything."""
     eval_max_rows: int = Field(default=500, ge=1)
     """Rows the held-out data is cut to, so that an evaluation stays short."""
-    map: Names = Field(default_factory=list)
+    map: Pairs = Field(default_factory=list)
     """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
@@ -85,24 +113,6 @@ class DataOptions(Config):
     packing: bool = False
     """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
     costs nothing here, packed or not."""
-
-    @field_validator("map", mode="before")
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        """Recipes may write a mapping."""
-        return [f"{ours}={theirs}" for ours, theirs in value.items()] if isinstance(value, dict) else value
-
-    @field_validator("map")
-    @classmethod
-    def _are_pairs(cls, value: list[str]) -> list[str]:
-        if wrong := [pair for pair in value if not all(pair.partition("="))]:
-            raise ValueError(f"{wrong[0]!r} is not a pair such as prompt=question")
-        return value
-
-    @property
-    def mapping(self) -> dict[str, str]:
-        """``map``, ours to theirs."""
-        return dict(pair.split("=", 1) for pair in self.map)
 
 
 class AdapterOptions(Config):
@@ -161,7 +171,7 @@ class TrainingOptions(Config):
     """Run directory to go on with, from its last whole checkpoint."""
 
 
-class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
+class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
     """Supervised fine-tuning."""
 
     @model_validator(mode="after")
@@ -176,7 +186,7 @@ class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
         return self
 
 
-class ChatConfig(ModelOptions):
+class ChatConfig(EngineOptions, ModelOptions):
     """Talking to a model."""
 
     prompt: str | None = None
@@ -203,3 +213,12 @@ class MergeConfig(ModelOptions):
 
     out: Path
     """Folder of the merged model; must not exist or be empty."""
+
+
+class DoctorConfig(Config):
+    """What this machine can do."""
+
+    device: str = "auto"
+    """The device to ask about: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The number format to ask about."""

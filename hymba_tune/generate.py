@@ -10,9 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation import BaseStreamer
 
-from hymba_tune.adapters import open_model
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_tokenizer
-from hymba_tune.config import ChatConfig
+from hymba_tune.adapters import open_model, weights_of
+from hymba_tune.checkpoint import (
+    check_length,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    load_config,
+    load_tokenizer,
+)
+from hymba_tune.config import ChatConfig, as_mapping
 from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_template
 from hymba_tune.registry import resolve_model
 
@@ -101,18 +108,22 @@ class Chat:
 
     Args:
         config: Which model, and how it answers.
+        on_note: Called with what is worth knowing, once.
 
     Raises:
         HymbaTuneError: If the model cannot be found or loaded.
     """
 
-    def __init__(self, config: ChatConfig) -> None:
+    def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
         source = resolve_model(config.model)
         device = choose_device(config.device)
         self.name = source.name
         self._config = config
+        self._on_note: Callable[[str], None] | None = on_note
         self._tokenizer = with_chat_template(load_tokenizer(source.folder))
-        self._model = open_model(source, dtype=choose_dtype(config.dtype, device), device=device)
+        dtype = choose_dtype(config.dtype, device)
+        choose_kernels(as_mapping(config.kernels), load_config(weights_of(source)), device, dtype)
+        self._model = open_model(source, dtype=dtype, device=device)
         self._messages: list[Message] = []
         if config.seed is not None:
             set_seed(config.seed)
@@ -128,8 +139,12 @@ class Chat:
         Args:
             text: What the user says.
             on_text: Called with each piece of the answer as it is written.
+
+        Raises:
+            ConfigError: If it is to be strict about lengths, and the longest answer would not fit.
         """
         messages = [*self._messages, Message("user", text)]
+        self._check_length(Conversation(tuple(messages)))
         said = answer(
             self._model,
             self._tokenizer,
@@ -142,3 +157,11 @@ class Chat:
         # Kept only now, so that an interrupted answer leaves the conversation as it was.
         self._messages = [*messages, Message("assistant", said)]
         return said
+
+    def _check_length(self, conversation: Conversation) -> None:
+        strict, tokens = self._config.strict_length, len(encode_prompt(conversation, self._tokenizer))
+        longest = tokens + self._config.max_new_tokens if strict else tokens
+        warning = check_length(longest, self._model.config, strict=strict)
+        if warning and self._on_note:
+            self._on_note(warning)
+            self._on_note = None

@@ -52,6 +52,7 @@ class DataReport:
         cut: Rows longer than the maximum length: conversations that lost their end, texts that go on in further rows.
         tokens: Tokens kept.
         learned: Those of them that carry loss.
+        longest: Tokens of the longest row kept.
         dropped: Rows left out, in order.
         fingerprint: SHA-256 over the token ids and labels of all rows in order: the same for the same training data,
             whatever files and formats it came from.
@@ -63,6 +64,7 @@ class DataReport:
     cut: int = 0
     tokens: int = 0
     learned: int = 0
+    longest: int = 0
     dropped: list[Dropped] = field(default_factory=list)
     fingerprint: str = ""
 
@@ -78,7 +80,7 @@ class DataReport:
 
     def counts(self) -> dict[str, int | str]:
         """The report without the list of dropped rows, for ``run.json``."""
-        names = ("rows", "conversations", "texts", "cut", "tokens", "learned", "too_long", "bad_rows", "fingerprint")
+        names = "rows conversations texts cut tokens learned longest too_long bad_rows fingerprint".split()
         return {name: getattr(self, name) for name in names}
 
     def write_dropped(self, path: Path) -> None:
@@ -219,6 +221,7 @@ def _encode_batch(
         report.conversations += not rendered.plain
         report.tokens += sum(len(row.input_ids) for row in rows)
         report.learned += sum(row.learned for row in rows)
+        report.longest = max(report.longest, *(len(row.input_ids) for row in rows))
         kept += rows
     return kept
 

@@ -131,7 +131,7 @@ class Operation:
         Raises:
             ValueError: If there is no backend of this name, or it cannot take the task; the message says which can.
         """
-        name = name or self.chosen
+        name = name or self._standing(task)
         if name == AUTO:
             return next(backend for backend in self.backends.values() if self._obstacle(backend, task) is None)
         self.check(name)
@@ -139,6 +139,11 @@ class Operation:
             able = [other for other, why in self.obstacles(task).items() if why is None]
             raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(able)} can")
         return self.backends[name]
+
+    def _standing(self, task: Task) -> str:
+        """What `use_kernels` chose; where that cannot go on from a cache, generation takes the fastest that can."""
+        chosen = self.backends.get(self.chosen)
+        return AUTO if chosen and task.continues and not chosen.initial_state else self.chosen
 
     def check(self, name: str) -> None:
         """Refuse a name that no backend has.
@@ -200,6 +205,35 @@ def use_kernels(**choices: str) -> dict[str, str]:
     for operation, name in choices.items():
         OPERATIONS[operation].chosen = name
     return before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of an operation's backends.
+
+    Attributes:
+        taken: The one that computes.
+        usable: The others that could, the fastest first.
+        obstacles: Why the rest cannot, by name.
+    """
+
+    taken: str
+    usable: list[str]
+    obstacles: dict[str, str]
+
+
+def survey(task: Task) -> dict[str, Choice]:
+    """What is taken for a task and why not another, by operation.
+
+    Raises:
+        ValueError: If a backend that `use_kernels` chose cannot take the task.
+    """
+    found = {}
+    for name, operation in OPERATIONS.items():
+        taken, obstacles = operation.choose(task).name, operation.obstacles(task)
+        usable = [other for other, why in obstacles.items() if why is None and other != taken]
+        found[name] = Choice(taken, usable, {other: why for other, why in obstacles.items() if why is not None})
+    return found
 
 
 def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:

@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
@@ -23,6 +24,8 @@ from .documents import Documents, continue_documents, find_documents
 from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
 from .loss import linear_cross_entropy
 from .rotary import rotary_base, rotary_tables
+
+logger = logging.get_logger(__name__)
 
 # Released checkpoints store the meta tokens as a bare parameter; here they are an embedding, which adapters can target.
 # The lookahead leaves names alone that are an embedding's already, an adapter's among them.
@@ -121,6 +124,9 @@ class HymbaModel(HymbaPreTrainedModel):
         cache = HymbaCache(self.config) if use_cache and past_key_values is None else past_key_values
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
+        held, limit = cache.get_seq_length() if cache is not None else 0, self.config.max_position_embeddings
+        if (longest := held + max(documents.lengths)) > limit:
+            logger.warning_once(f"a text has {longest} tokens, more than max_position_embeddings, {limit}")
         hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
         if cache is not None:
             cache.advance(documents)

@@ -21,6 +21,7 @@ def describe_run(setup: Setup, data: Data, trainer: HymbaTrainer) -> dict[str, s
     lengths = f"packed to {config.max_length:,}" if config.packing else f"up to {config.max_length:,} tokens each"
     lines = {
         "model": f"{setup.source.name} · {short_count(size)} · {dtype} · {_device(setup.device)}",
+        "kernels": " · ".join(f"{name} {choice.taken}" for name, choice in setup.kernels.items()),
         "trained": describe(trainer.model, config.targets),
         "data": " · ".join(
             [
@@ -35,8 +36,9 @@ def describe_run(setup: Setup, data: Data, trainer: HymbaTrainer) -> dict[str, s
         ),
         "run": str(setup.run.path),
     }
-    if report.cut:
-        lines["note"] = f"{report.cut:,} rows are longer than --max-length and were cut to it"
+    cut = f"{report.cut:,} rows are longer than --max-length and were cut to it" if report.cut else None
+    if notes := [note for note in (cut, data.length_warning) if note]:
+        lines["note"] = " · ".join(notes)
     return lines
 
 

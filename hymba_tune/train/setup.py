@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hymba_tune.config import Method, SFTConfig
 from hymba_tune.data import Conversation, DataReport
+from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource
 from hymba_tune.train.run import Run
 
@@ -24,6 +25,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    model_config: PretrainedConfig
+    kernels: dict[str, Choice]
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -39,3 +42,4 @@ class Data:
     held_out: datasets.Dataset | None
     report: DataReport
     prompts: list[tuple[Conversation, str]]
+    length_warning: str | None

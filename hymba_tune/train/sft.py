@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ import trl
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hymba_tune.adapters import add_adapter, count_parameters, lora_config, open_model, weights_of
-from hymba_tune.checkpoint import check_weights, choose_device, choose_dtype, load_config, load_tokenizer
-from hymba_tune.config import Method, SFTConfig
+from hymba_tune.checkpoint import (
+    check_length,
+    check_weights,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    load_config,
+    load_tokenizer,
+)
+from hymba_tune.config import Method, SFTConfig, as_mapping
 from hymba_tune.data import (
     DataReport,
     Source,
@@ -41,7 +50,7 @@ SAMPLES = 2
 SAMPLE_TOKENS = 96
 EVALUATIONS = 5
 """Evaluations, and checkpoints, a run gets unless told otherwise."""
-CHANGEABLE = {"epochs", "steps", "device", "log_every", "eval_every", "save_every", "resume"}
+CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume"}
 """Settings that a run may be gone on with differently."""
 LEARNING_RATES = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
@@ -99,6 +108,7 @@ def run_sft(config: SFTConfig, screen: Screen) -> Run:
                 data=data.report.counts(),
                 device=str(setup.device),
                 dtype=str(setup.dtype),
+                kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
             )
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
@@ -126,7 +136,8 @@ def _check(config: SFTConfig) -> Setup:
     if config.method is not Method.full:
         with torch.device("meta"):
             _adapter_config(config, AutoModelForCausalLM.from_config(model_config))
-    return Setup(run, config, source, tokenizer, device, dtype)
+    kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
+    return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
 
 
 def _adapter_config(config: SFTConfig, model: PreTrainedModel) -> Any:
@@ -151,7 +162,7 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
                 sources,
                 setup.tokenizer,
                 max_length=config.max_length,
-                mapping=config.mapping,
+                mapping=as_mapping(config.map),
                 on_bad_row=config.on_bad_row,
                 progress=progress,
             )
@@ -166,8 +177,9 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
         held_out = held_out.select(range(min(len(held_out), config.eval_max_rows)))
     else:
         train, held_out = split_dataset(train, config.eval_split, seed=config.seed, max_rows=config.eval_max_rows)
-    prompts = sample_prompts(given or sources, SAMPLES, config.mapping)
-    return Data(train, held_out, report, prompts)
+    prompts = sample_prompts(given or sources, SAMPLES, as_mapping(config.map))
+    warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
+    return Data(train, held_out, report, prompts, warning)
 
 
 def _check_same_data(run: Run, report: DataReport) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hymba_tune.cli.settings import combine
-from hymba_tune.config import SFTConfig
+from hymba_tune.config import SFTConfig, as_mapping
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 
@@ -19,7 +19,7 @@ def test_flags_win_over_a_recipe(recipe: Path) -> None:
     recipe.write_text("rank: 4\nlr: 1.0e-3\ntargets: [mlp]\nmap: {prompt: question}\n")
     config = combine(str(recipe), SFTConfig(rank=16, seed=3))
     assert (config.rank, config.lr, config.seed) == (16, 1e-3, 3)  # also where the flag says what the default is
-    assert (config.targets, config.mapping) == (["mlp"], {"prompt": "question"})
+    assert (config.targets, as_mapping(config.map)) == (["mlp"], {"prompt": "question"})
 
 
 def test_without_a_recipe_the_flags_are_all() -> None:
@@ -47,7 +47,7 @@ def test_packaged_recipe_is_found_by_name() -> None:
         ("rank: x\nepochs: -1", r"--rank x: must be a whole number .*\n--epochs -1: must be more than 0\.0\."),
         ("rank: 1.5", r"--rank 1\.5: must be a whole number"),
         ("packing: maybe", r"--packing maybe: must be true or false"),
-        ("map: [a]", r"--map a: 'a' is not a pair such as prompt=question\."),
+        ("map: [a]", r"--map a: 'a' is not a pair such as name=value\."),
         ("data: {a: 1}", r"--data \{'a': 1\}: "),
         ("method: full\ntargets: [mlp]", r"targets: --method full trains every weight"),
         ("a: [\n", r"recipe\.yaml cannot be read: (.|\n)*line 2(.|\n)*expected   YAML: a setting"),
