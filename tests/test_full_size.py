@@ -13,13 +13,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from hymba_tune.model import HymbaConfig
+from tests.tiny import RELEASED
 
 LAYERS_A_SHARD = 8
-RELEASED = HymbaConfig(
-    global_attn_idx=[0, 15, 31],
-    kv_reuse_group=[[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 31, 2)],
-)
 
 LOAD = """
 import json, resource, sys

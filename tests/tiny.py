@@ -27,6 +27,12 @@ CONFIG: dict[str, Any] = {
     "orig_max_position_embeddings": 16,
 }
 
+RELEASED = HymbaConfig(
+    global_attn_idx=[0, 15, 31],
+    kv_reuse_group=[[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 31, 2)],
+)
+"""The shape of the released 1.5B model."""
+
 
 def tiny_model(dtype: torch.dtype = torch.float32, **overrides: Any) -> HymbaForCausalLM:
     """A model of `CONFIG`, every parameter of it drawn at random (always the same ones for the same config)."""

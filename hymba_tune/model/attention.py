@@ -45,29 +45,32 @@ def cached_attention(
     Args:
         query: ``(S, L, H, a)``.
         meta: Keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens, or None if the model has none.
-        key: ``(S, K, G, a)``.
-        value: ``(S, K, G, v)``.
+        key: ``(S, G, K, a)``.
+        value: ``(S, G, K, v)``.
         visible: ``(S, L, K)`` bool, which keys each query sees.
 
     Returns:
         ``(S, L, H * v)``.
     """
-    meta_key, meta_value = meta or (key[0, :0], value[0, :0])
-    count, length, heads, width = query.shape
-    groups = key.shape[2]
-    grouped = query.view(count, length, groups, heads // groups, width) * width**-0.5
-    to_meta = torch.einsum("slgra,mga->sglrm", grouped, meta_key)
-    to_text = torch.einsum("slgra,skga->sglrk", grouped, key)
-    to_text = to_text.masked_fill(~visible[:, None, :, None], float("-inf"))
-    weights = (
-        torch.cat([to_meta, to_text], -1)
-        .softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
-        .to(value.dtype)
-    )
-    on_meta, on_text = weights.split([meta_key.shape[0], key.shape[1]], -1)
-    output = torch.einsum("sglrm,mgv->slgrv", on_meta, meta_value)
-    output = output + torch.einsum("sglrk,skgv->slgrv", on_text, value)
-    return output.reshape(count, length, -1)
+    count, length, _, width = query.shape
+    groups = key.shape[1]
+    # A group's queries are rows of one product with its keys, which are read where they lie.
+    grouped = (query * width**-0.5).view(count, length, groups, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    hidden = ~visible[:, None, None]
+    scores = (grouped @ key.mT).unflatten(2, (-1, length)).masked_fill(hidden, float("-inf")).flatten(2, 3)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if meta is None:
+        output = scores.softmax(-1, dtype=wide).to(value.dtype) @ value
+    else:
+        # The batch's queries are rows of one product with the meta tokens' keys.
+        meta_key, meta_value = (held.transpose(0, 1) for held in meta)
+        to_meta = grouped.transpose(0, 1).flatten(1, 2) @ meta_key.mT
+        to_meta = to_meta.unflatten(1, (count, -1)).transpose(0, 1)
+        weights = torch.cat([to_meta, scores], -1).softmax(-1, dtype=wide).to(value.dtype)
+        on_meta, on_text = weights.split([to_meta.shape[-1], scores.shape[-1]], -1)
+        output = (on_meta.transpose(0, 1).flatten(1, 2) @ meta_value).unflatten(1, (count, -1)).transpose(0, 1)
+        output = output + on_text @ value
+    return output.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(count, length, -1)
 
 
 def _small_problem(task: Task) -> Problem:

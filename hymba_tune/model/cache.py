@@ -1,8 +1,12 @@
-"""What generation keeps of the texts it goes on with."""
+"""What generation keeps of the texts it goes on with.
+
+Glossary: S texts, T new tokens, L the most new tokens that a text has, G key/value heads, C columns of a buffer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +15,37 @@ from transformers.cache_utils import Cache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents
 
+GROWTH = 32
+"""Columns that a full buffer gains at a time: copying it is then a small part of reading it."""
+
+
+class Seen(NamedTuple):
+    """What the new tokens of continued texts look at.
+
+    Attributes:
+        key: ``(S, G, K, a)``.
+        value: ``(S, G, K, v)``.
+        positions: ``(S, K)`` place of each key in its text; negative where there is none.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+
 
 class HymbaCache(Cache):
     """Keys and values, convolution inputs and SSM states of S texts, each of its own length.
 
-    Layers that make keys and values keep those of their texts, windowed ones only the last window; layers that reuse
-    another's keep none. Keys and values of the meta tokens are kept once for all texts. Keys lie flush at the right:
-    the last column holds the newest token of every text.
+    Layers that make keys and values keep those of their texts; layers that reuse another's keep none. Token t of a
+    text stands in column t modulo C of its buffer. Buffers grow with the longest text, windowed ones only until they
+    hold a window and the token that looks at it: from then on a new token takes the column of the one that has left
+    the window, and nothing is moved. Keys and values of the meta tokens are kept once for all texts.
 
     Attributes:
         lengths: ``(S,)`` tokens of each text so far, padding not counted; None before the first pass.
         meta: Keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens, by layer.
-        keys: Keys ``(S, K, G, a)``, by layer.
-        values: Values ``(S, K, G, v)``, by layer.
+        keys: Keys ``(S, G, C, a)``, by layer.
+        values: Values ``(S, G, C, v)``, by layer.
         tails: Last inputs of the convolutions ``(S, width - 1, E)``, by layer.
         states: SSM states ``(S, E, N)`` in float32, by layer.
     """
@@ -39,35 +61,69 @@ class HymbaCache(Cache):
         self.tails: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
         self._columns = 0
-        self._window = config.sliding_window
+        self._longest = 0  # the longest text has no more tokens than this; known without waiting for the device
         # A windowed layer whose keys a global one reuses has to keep them all.
         layers = range(config.num_hidden_layers)
-        self._unbounded = {config.kv_source(layer) for layer in layers if config.is_global(layer)}
+        unbounded = {config.kv_source(layer) for layer in layers if config.is_global(layer)}
+        window = config.sliding_window
+        self._limits = {layer: window + 1 for layer in layers if window is not None and layer not in unbounded}
+        # Of one pass: what tokens look at, where they go, and which keys they see.
+        self._seen: dict[int, Seen] = {}
+        self._places: dict[int, _Places] = {}
+        self._visible: dict[tuple[int, int | None], Tensor] = {}
 
     def store_meta(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the meta tokens' keys ``(M, G, a)`` and values ``(M, G, v)``."""
         self.meta[layer] = key.clone(), value.clone()
 
-    def extend(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' keys ``(T, G, a)`` and values ``(T, G, v)``.
+    def extend(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> None:
+        """Add the new tokens' keys ``(T, G, a)`` and values ``(T, G, v)``."""
+        held, new = self.keys.get(layer), max(documents.lengths)
+        reach = self._longest + new
+        limit = self._limits.get(layer, reach + GROWTH)
+        columns = min(limit, reach)
+        if held is not None:
+            columns = held.shape[2] if reach <= held.shape[2] else min(limit, reach + GROWTH)
+        # One token takes the column of a token that it does not see; several would take those that the first still do.
+        if held is not None and reach > columns and new > 1:
+            self._seen[layer] = self._seen_beside(layer, key, value, documents)
+        if columns not in self._places:
+            self._places[columns] = _Places.find(documents, columns)
+        places = self._places[columns]
+        self.keys[layer] = _write(held, key, places)
+        self.values[layer] = _write(self.values.get(layer), value, places)
+        self._seen.setdefault(layer, Seen(self.keys[layer], self.values[layer], places.positions))
+
+    def seen(self, layer: int) -> Seen:
+        """What the new tokens look at in a layer that `extend` was called for in this pass."""
+        return self._seen[layer]
+
+    def visible(self, layer: int, documents: Documents, window: int | None) -> Tensor:
+        """Which of what is `seen` in a layer each new token sees.
+
+        Args:
+            layer: The layer that made the keys.
+            documents: Texts that this cache goes on with.
+            window: Tokens a query looks back, or None for the whole text.
 
         Returns:
-            All that the new tokens may look at, ``(S, K, G, a)`` and ``(S, K, G, v)``, flush at the right.
+            ``(S, L, K)`` bool, each text's tokens flush at the right.
         """
-        key = self._append(self.keys.get(layer), key, documents)
-        value = self._append(self.values.get(layer), value, documents)
-        columns = slice(None) if layer in self._unbounded else slice(-(self._window or 0), None)
-        for held, seen in ((self.keys, key), (self.values, value)):
-            kept = seen[:, columns]
-            # What a first pass makes are views of a whole projection, which must not live on with them.
-            held[layer] = kept.clone() if documents.past is None else kept
-        return key, value
+        positions = self._seen[layer].positions
+        if (known := (id(positions), window)) not in self._visible:
+            queries, keys = _new_positions(documents)[:, :, None], positions[:, None]
+            visible = (keys >= 0) & (keys <= queries)
+            self._visible[known] = visible if window is None else visible & (queries - keys <= window)
+        return self._visible[known]
 
     def advance(self, documents: Documents) -> None:
         """Count the new tokens, after every layer has kept its part of them."""
         new = documents.cu_seqlens.diff()
         self.lengths = new if documents.past is None else documents.past + new
         self._columns += documents.shape[1]
+        self._longest += max(documents.lengths)
+        for memory in (self._seen, self._places, self._visible):
+            memory.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has seen the same)
         """Columns of input seen so far, padding counted, as `generate` counts them."""
@@ -87,7 +143,7 @@ class HymbaCache(Cache):
 
     def reset(self) -> None:
         """Forget every text."""
-        self.lengths, self._columns = None, 0
+        self.lengths, self._columns, self._longest = None, 0, 0
         for held in (self.meta, self.keys, self.values, self.tails, self.states):
             held.clear()
 
@@ -102,18 +158,19 @@ class HymbaCache(Cache):
             "Assisted decoding needs this and does not work with Hymba."
         )
 
-    def _append(self, held: Tensor | None, new: Tensor, documents: Documents) -> Tensor:
-        grid = documents.to_grid(new)
-        if held is None:
-            return grid
-        joined = torch.cat([held, grid], 1)
-        if len(set(documents.lengths)) == 1:
-            return joined
-        # Shorter texts have a gap between what was held and what is new: move what was held over it.
-        gaps = grid.shape[1] - documents.cu_seqlens.diff()[:, None]
-        columns = torch.arange(joined.shape[1], device=joined.device)
-        moved = torch.where(columns >= held.shape[1] + gaps, columns, (columns - gaps).clamp(min=0))
-        return joined.gather(1, moved[..., None, None].expand_as(joined))
+    def _seen_beside(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> Seen:
+        """What is held, with the new tokens beside it instead of in their columns."""
+        assert documents.past is not None
+        held_key, held_value, new = self.keys[layer], self.values[layer], _new_positions(documents)
+        return Seen(
+            torch.cat([held_key, documents.to_grid(key).transpose(1, 2)], 2),
+            torch.cat([held_value, documents.to_grid(value).transpose(1, 2)], 2),
+            torch.cat(
+                # Shorter texts have zeros in front of their new tokens.
+                [_positions(documents.past, held_key.shape[2]), new.where(new >= documents.past[:, None], -1)],
+                1,
+            ),
+        )
 
     def _map_texts(self, move: Callable[[Tensor], Tensor]) -> None:
         for held in (self.keys, self.values, self.tails, self.states):
@@ -122,22 +179,60 @@ class HymbaCache(Cache):
             self.lengths = move(self.lengths)
 
 
-def visible_keys(documents: Documents, columns: int, window: int | None) -> Tensor:
-    """Which of the keys that `HymbaCache.extend` returned each new token sees.
+class _Places(NamedTuple):
+    """Where new tokens go in buffers of C columns.
 
-    Args:
-        documents: Texts that a cache goes on with.
-        columns: K, the number of keys a text.
-        window: Tokens a query looks back, or None for the whole text.
-
-    Returns:
-        ``(S, max length, K)`` bool.
+    Attributes:
+        rows: Those of the T tokens that stay, or None for all.
+        texts: Number of the text of each of them.
+        columns: The column that each of them takes.
+        positions: ``(S, C)`` place in its text of what then stands in each column; negative for nothing.
     """
+
+    rows: Tensor | None
+    texts: Tensor
+    columns: Tensor
+    positions: Tensor
+
+    @classmethod
+    def find(cls, documents: Documents, count: int) -> _Places:
+        """The places of a pass's tokens."""
+        ids, starts = documents.ids, documents.cu_seqlens[:-1]
+        first = -starts if documents.past is None else documents.past - starts
+        positions = torch.arange(len(ids), device=ids.device) + first[ids]
+        rows = None
+        if max(documents.lengths) > count:  # of a text's tokens that share a column the last one stays
+            ends = documents.cu_seqlens[1:][ids]
+            total = sum(min(length, count) for length in documents.lengths)
+            lasting = torch.arange(len(ids), device=ids.device) >= ends - count
+            rows = lasting.int().argsort(descending=True, stable=True)[:total]
+            ids, positions = ids[rows], positions[rows]
+        lengths = documents.cu_seqlens.diff() + (0 if documents.past is None else documents.past)
+        return cls(rows, ids, positions % count, _positions(lengths, count))
+
+
+def _write(held: Tensor | None, new: Tensor, places: _Places) -> Tensor:
+    """Put ``(T, G, width)`` tokens into a buffer ``(S, G, C, width)``, a larger one if those held do not suffice."""
+    count, columns = places.positions.shape
+    buffer = held
+    if held is None or held.shape[2] < columns:
+        buffer = new.new_zeros(count, new.shape[1], columns, new.shape[2])
+        if held is not None:
+            buffer[:, :, : held.shape[2]] = held
+    assert buffer is not None
+    buffer[places.texts, :, places.columns] = new if places.rows is None else new[places.rows]
+    return buffer
+
+
+def _positions(lengths: Tensor, columns: int) -> Tensor:
+    """``(S, columns)`` place in its text of the newest token of each column, negative if there has been none."""
+    last = lengths[:, None] - 1
+    return last - (last - torch.arange(columns, device=lengths.device)) % columns
+
+
+def _new_positions(documents: Documents) -> Tensor:
+    """``(S, L)`` places in their texts of continued texts' new tokens, flush at the right."""
     assert documents.past is not None  # only continued texts are asked about
-    lengths = (documents.past + documents.cu_seqlens.diff())[:, None, None]
     longest = max(documents.lengths)
-    device = lengths.device
-    queries = lengths - longest + torch.arange(longest, device=device)[:, None]
-    keys = lengths - columns + torch.arange(columns, device=device)
-    visible = (keys >= 0) & (keys <= queries)
-    return visible if window is None else visible & (queries - keys <= window)
+    lengths = documents.past + documents.cu_seqlens.diff()
+    return lengths[:, None] - longest + torch.arange(longest, device=lengths.device)

@@ -5,7 +5,9 @@ Glossary: T tokens, S texts, E channels, K width of the convolution.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +32,10 @@ def packed_conv1d(
         ``(M + T, E)``, and each text's own last inputs ``(S, K - 1, E)`` for a cache to hold.
     """
     if tails is not None or not documents.num_meta:
-        return causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=documents.cu_seqlens)
+        return causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=documents.starts)
     x_meta, x_text = x.split([documents.num_meta, documents.starts[-1]])
     y_meta, tail = causal_conv1d(x_meta, weight, bias)
-    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=documents.cu_seqlens)
+    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=documents.starts)
     return torch.cat([y_meta, y_text]), tails
 
 
@@ -43,7 +45,8 @@ def causal_conv1d(
     bias: Tensor | None = None,
     *,
     initial: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution in which token t sees its own text's tokens t - K + 1 to t.
 
@@ -52,32 +55,65 @@ def causal_conv1d(
         weight: ``(E, K)``; ``weight[:, -1]`` meets the token itself.
         bias: ``(E,)``.
         initial: Inputs before the texts, ``(K - 1, E)`` for all or ``(S, K - 1, E)``; zeros when not given.
-        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given. A tensor on a GPU is waited for.
+        backend: A key of ``CONVOLUTION.backends``, or "auto", the fastest that can; what `use_kernels` chose when not
+            given.
 
     Returns:
         ``(T, E)`` in x's dtype, and the last K - 1 inputs of each text ``(S, K - 1, E)``.
+
+    Raises:
+        ValueError: If the backend is unknown or cannot take these tensors.
     """
-    if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, x.shape[0]], device=x.device)
-    y: Tensor = CONVOLUTION.choose(Task.of(x, weight, bias)).run(x, weight, bias)
-    before = weight.shape[1] - 1
+    y: Tensor = CONVOLUTION.choose(Task.of(x, weight, bias), backend).run(x, weight, bias)
+    offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
+    texts, before = len(offsets) - 1, weight.shape[1] - 1
     if before == 0:
-        return y, x.new_zeros(len(cu_seqlens) - 1, 0, x.shape[1])
+        return y, x.new_zeros(texts, 0, x.shape[1])
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
-    initial = initial.expand(len(cu_seqlens) - 1, before, -1)
-    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    steps = torch.arange(before, device=x.device)
+    initial = initial.expand(texts, before, -1)
+    borders = _borders(offsets, before, x.device)
     # The first K - 1 tokens of a text look back beyond it: not at their neighbours in x, but at its initial inputs.
-    rows = starts + steps
-    inside = rows < ends
-    around = torch.cat([initial, x[rows.clamp(max=x.shape[0] - 1)]], 1)
+    around = torch.cat([initial, x[borders.first]], 1)
     heads = torch.stack([around[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
     heads = heads if bias is None else heads + bias
-    y = y.index_copy_(0, rows[inside], heads[inside].to(y.dtype))
-    rows = ends - before + steps
-    from_initial = initial.gather(1, (rows - starts + before).clamp(0, before - 1)[..., None].expand_as(initial))
-    tails = torch.where((rows >= starts)[..., None], x[rows.clamp(min=0)], from_initial)
-    return y, tails
+    y = y.index_copy_(0, borders.first.flatten()[borders.own], heads.flatten(0, 1)[borders.own].to(y.dtype))
+    texts_of_tails = torch.arange(texts, device=x.device)[:, None]
+    return y, torch.where(borders.from_x[..., None], x[borders.last], initial[texts_of_tails, borders.from_initial])
+
+
+class _Borders(NamedTuple):
+    """Where texts begin and end, K - 1 tokens of each; all but ``own`` are ``(S, K - 1)``.
+
+    Attributes:
+        first: Rows of the first tokens; of a shorter text others too, which are not its own.
+        own: Places, in the flattened ``first``, of the rows that are.
+        last: Rows of the last tokens.
+        from_x: Whether a text is long enough for that row to be its own.
+        from_initial: Otherwise, which of its initial inputs takes the row's place.
+    """
+
+    first: Tensor
+    own: Tensor
+    last: Tensor
+    from_x: Tensor
+    from_initial: Tensor
+
+
+@lru_cache(maxsize=16)
+def _borders(offsets: tuple[int, ...], before: int, device: torch.device) -> _Borders:
+    """Kept for the other layers, which ask for the same."""
+    bounds, steps = torch.tensor(offsets, device="cpu")[:, None], torch.arange(before, device="cpu")
+    starts, ends, last_row = bounds[:-1], bounds[1:], max(offsets[-1] - 1, 0)
+    first, last = starts + steps, ends - before + steps
+    found = _Borders(
+        first.clamp(max=last_row),
+        (first < ends).flatten().nonzero().squeeze(1),
+        last.clamp(min=0),
+        last >= starts,
+        (last - starts + before).clamp(0, before - 1),
+    )
+    return _Borders(*(index.to(device) for index in found))
 
 
 def shifted_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -148,6 +148,7 @@ def find_documents(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    may_be_empty: bool = False,
 ) -> Documents:
     """Find the texts in a batch.
 
@@ -158,9 +159,11 @@ def find_documents(
         attention_mask: ``(B, L)``, 0 at padding, on either side. Without other word, each row is one text.
         position_ids: ``(B, L)`` or ``(1, L)``; a text begins wherever they restart at 0.
         cu_seqlens: ``(S + 1,)`` offsets of the texts in the flattened inputs.
+        may_be_empty: Whether a row may be all padding: a cache holds a text whose tokens are still to come.
 
     Raises:
-        ValueError: If a row is all padding, positions neither restart at 0 nor go on by one, or a shape is wrong.
+        ValueError: If a row is all padding and may not be, positions neither restart at 0 nor go on by one, or a shape
+            is wrong.
     """
     batch, length = shape
     if batch * length == 0:
@@ -169,7 +172,7 @@ def find_documents(
     if attention_mask is not None:
         mask = _checked_mask(attention_mask, (batch, length))
         row_lengths = mask.sum(1).tolist()
-        if 0 in row_lengths:
+        if 0 in row_lengths and not (may_be_empty and any(row_lengths)):
             raise ValueError(
                 f"row {row_lengths.index(0)} of attention_mask is all padding; expected at least one token"
             )

@@ -5,15 +5,17 @@ Hidden states are packed, ``(rows, d)``: the M meta tokens once, then the T toke
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import cached_attention, packed_attention
-from .cache import HymbaCache, visible_keys
+from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
@@ -71,7 +73,8 @@ class HymbaTimeStep(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., in)`` to ``(..., out)`` in float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
             bias = None if self.bias is None else at_least_float32(self.bias)
             return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
 
@@ -178,13 +181,16 @@ class HymbaMixer(nn.Module):
         if key is None or value is None:
             key = self._heads(new_key, self.head_dim, "k_norm", tables)
             value = new_value.unflatten(-1, (-1, self.value_dim))
-            key, value = self._remember(key, value, documents, cache)
+            if cache is not None:
+                self._remember(key, value, documents, cache)
         if cache is None or documents.past is None:
             attended = packed_attention(query, key, value, documents, self.window)
         else:
-            visible = visible_keys(documents, key.shape[1], self.window)
-            grid = documents.to_grid(query)
-            attended = documents.from_grid(cached_attention(grid, cache.meta.get(self.source), key, value, visible))
+            seen, visible = cache.seen(self.source), cache.visible(self.source, documents, self.window)
+            grid = cached_attention(
+                documents.to_grid(query), cache.meta.get(self.source), seen.key, seen.value, visible
+            )
+            attended = documents.from_grid(grid)
         scanned = self._ssm(x, gate, documents, cache)
         joined = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)) / 2
         return self.out_proj(joined), key, value
@@ -195,17 +201,11 @@ class HymbaMixer(nn.Module):
             heads = getattr(self.self_attn, norm)(heads)
         return heads if tables is None else rotate(heads, tables)
 
-    def _remember(
-        self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Put new keys and values into the cache; what the queries look at is theirs, or a continued text's whole."""
-        if cache is None:
-            return key, value
+    def _remember(self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache) -> None:
         meta = documents.num_meta
         if meta:
             cache.store_meta(self.layer, key[:meta], value[:meta])
-        held = cache.extend(self.layer, key[meta:], value[meta:], documents)
-        return (key, value) if documents.past is None else held
+        cache.extend(self.layer, key[meta:], value[meta:], documents)
 
     def _ssm(self, x: Tensor, gate: Tensor, documents: Documents, cache: HymbaCache | None) -> Tensor:
         tails = cache.tails.get(self.layer) if cache is not None else None

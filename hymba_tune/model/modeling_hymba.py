@@ -165,6 +165,7 @@ class HymbaModel(HymbaPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seq_lens_q,
+            may_be_empty=cache is not None,
         )
         if cache is not None and len(documents.lengths) != shape[0]:
             raise ValueError(f"{len(documents.lengths)} texts in {shape[0]} rows; a cache takes one text a row")

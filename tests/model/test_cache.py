@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model import HymbaCache, HymbaForCausalLM
-from tests.tiny import CONFIG, random_texts, tiny_model
+from hymba_tune.model import HymbaCache, HymbaForCausalLM, HymbaModel
+from hymba_tune.model.attention import ATTENTION
+from hymba_tune.model.backends import Backend
+from hymba_tune.model.scan import SCAN
+from hymba_tune.model.scan_inputs import ScanInputs
+from tests.tiny import CONFIG, RELEASED, random_texts, tiny_model
 from tests.tolerances import BFLOAT16_MODEL, TWINS
 
 TEXTS = random_texts([23, 4, 1, 12])
@@ -102,14 +106,58 @@ def test_a_mask_of_the_new_columns_only_is_taken() -> None:
 def test_keeps_no_more_than_later_tokens_need() -> None:
     model = tiny_model(global_attn_idx=[0, 3], kv_reuse_group=[[1, 2]])
     cache = model(torch.stack(random_texts([20, 20])), use_cache=True).past_key_values
-    keys, heads = {layer: key.shape for layer, key in cache.keys.items()}, (2, 4)
-    assert keys == {0: (2, 20, *heads), 1: (2, WINDOW, *heads), 3: (2, 20, *heads)}
-    assert {layer: value.shape[:2] for layer, value in cache.values.items()} == {
-        layer: shape[:2] for layer, shape in keys.items()
+    keys = {layer: key.shape for layer, key in cache.keys.items()}
+    # A window, and the token that looks at it.
+    assert keys == {0: (2, 2, 20, 4), 1: (2, 2, WINDOW + 1, 4), 3: (2, 2, 20, 4)}
+    assert {layer: value.shape[:3] for layer, value in cache.values.items()} == {
+        layer: shape[:3] for layer, shape in keys.items()
     }
     assert cache.meta.keys() == keys.keys()
-    assert all(key.shape == (5, *heads) for key, _ in cache.meta.values())
+    assert all(key.shape == (5, 2, 4) for key, _ in cache.meta.values())
     assert cache.tails.keys() == cache.states.keys() == set(range(4))
+
+
+def live_bytes(cache: HymbaCache) -> tuple[int, int]:
+    """Bytes of the keys and values, and of the SSM's inputs and states (these counted as bfloat16), a batch of one."""
+    keys = [*cache.keys.values(), *cache.values.values(), *(x for pair in cache.meta.values() for x in pair)]
+    ssm = [*cache.tails.values(), *(state.bfloat16() for state in cache.states.values())]
+    return sum(x.nbytes for x in keys), sum(x.nbytes for x in ssm)
+
+
+def shapes_of_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(inputs.u), inputs.A.new_empty(len(inputs.lengths), *inputs.A.shape)
+
+
+def shapes_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: object) -> Tensor:
+    return query.new_empty(len(query), query.shape[1] * value.shape[2])
+
+
+@pytest.mark.parametrize("written", [8192, 8189], ids=["all at once", "the last tokens one by one"])
+def test_bytes_of_the_released_model_at_8192_tokens(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: nothing is computed, and every tensor has its size."""
+    # Step by step, even without computing, these two would take half a minute.
+    monkeypatch.setitem(SCAN.backends, "native", Backend("native", shapes_of_scan))
+    monkeypatch.setitem(ATTENTION.backends, "blocks", Backend("blocks", shapes_of_attention))
+    with torch.device("meta"):
+        model = HymbaModel(RELEASED).bfloat16()
+        ids = torch.zeros(1, 8192, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(ids[:, :written], use_cache=True).past_key_values
+        for token in ids[:, written:].unbind(1):
+            model(token[:, None], past_key_values=cache)
+    keys, ssm = live_bytes(cache)
+    assert keys <= (78.95e6 if written == 8192 else 79.1e6)
+    assert keys + ssm <= 83e6
+    consumers = [layer for layer in range(32) if model.config.kv_source(layer) != layer]
+    assert consumers
+    assert not any(layer in held for layer in consumers for held in (cache.keys, cache.values, cache.meta))
+
+
+def test_meta_tokens_are_held_once_for_a_batch() -> None:
+    model, ids = tiny_model(), random_texts([20])[0][None]
+    one = model(ids, use_cache=True).past_key_values
+    four = model(ids.expand(4, -1), use_cache=True).past_key_values
+    assert all(torch.equal(four.meta[layer][0], key) for layer, (key, _) in one.meta.items())
 
 
 def test_holds_no_memory_of_the_prompt_beside_what_it_keeps() -> None:

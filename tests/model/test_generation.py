@@ -149,6 +149,12 @@ def test_prefill_in_chunks_changes_nothing() -> None:
     assert written(model, inputs, prefill_chunk_size=4) == written(model, inputs)
 
 
+@pytest.mark.parametrize("size", [3, 4, 8])
+def test_prefill_in_chunks_of_a_padded_batch_changes_nothing(size: int) -> None:
+    """The first chunks of the short prompts are all padding."""
+    assert written(writer(), padded(PROMPTS, left=True), prefill_chunk_size=size) == expected_rows()
+
+
 def test_released_generation_config_writes_the_same() -> None:
     model, expected = writer(), expected_rows()
     model.generation_config = GenerationConfig(
