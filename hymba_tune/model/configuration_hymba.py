@@ -3,7 +3,9 @@
 # No `from __future__ import annotations` here: `strict` checks the types only where they are not strings.
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -32,6 +34,8 @@ class HymbaConfig(PreTrainedConfig):
     """
 
     model_type = "hymba"
+    # trl asks every model for it that is not one of transformers' own.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
     keys_to_ignore_at_inference = ("past_key_values",)
 
     vocab_size: int = 32001
