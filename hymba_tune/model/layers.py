@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import cached_attention, packed_attention
@@ -19,6 +18,7 @@ from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
+from .elementwise import gated_silu, rms_norm
 from .rotary import rotate
 from .scan import packed_scan
 
@@ -43,9 +43,7 @@ class HymbaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., width)``."""
-        wide = at_least_float32(x)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class HymbaHeadNorm(HymbaRMSNorm):
@@ -97,12 +95,11 @@ class HymbaMLP(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=False) if gated else None
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
-        self.activation = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(rows, d)`` to ``(rows, d)``."""
         up = self.up_proj(x)
-        inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        inner = torch.relu(up).square() if self.gate_proj is None else gated_silu(self.gate_proj(x), up)
         projected: Tensor = self.down_proj(inner)
         return projected
 
