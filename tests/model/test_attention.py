@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.model import attention_blocks
 from hymba_tune.model.attention import packed_attention
@@ -99,3 +102,30 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
         for name, tensor in expected.items():
             assert actual[name].dtype == dtype
             (close if name == "output" else close_gradient).check(actual[name], tensor, name)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that is made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, operator: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple) else (result,)
+        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("lengths", [[1], [0.5, 0.25, 0.25], [0.01] * 100], ids=["one", "three", "a hundred"])
+def test_nothing_in_a_windowed_layer_grows_faster_than_the_tokens(lengths: list[float]) -> None:
+    largest = []
+    for tokens in (1000, 4000):
+        inputs = random_inputs(5 + tokens)
+        with LargestTensor() as mode:
+            output = packed_attention(*inputs, documents([int(tokens * share) for share in lengths], 5), 64)
+            output.sum().backward()
+        largest.append(mode.elements)
+    assert largest[1] <= 4.1 * largest[0]
+    assert largest[1] < 4000 * 4000 / 16  # what a mask of all pairs would have, many times over
