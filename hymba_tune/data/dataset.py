@@ -80,8 +80,8 @@ class DataReport:
 
     def counts(self) -> dict[str, int | str]:
         """The report without the list of dropped rows, for ``run.json``."""
-        names = "rows conversations texts cut tokens learned longest too_long bad_rows fingerprint".split()
-        return {name: getattr(self, name) for name in names}
+        sizes = ("rows", "conversations", "texts", "cut", "tokens", "learned", "longest", "too_long", "bad_rows")
+        return {name: getattr(self, name) for name in (*sizes, "fingerprint")}
 
     def write_dropped(self, path: Path) -> None:
         """Write the dropped rows as JSON lines of ``file``, ``line`` (or ``row``), ``reason`` and ``what``."""

@@ -129,6 +129,7 @@ def _blocks(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # generation may make what training uses
 def _mask(
     queries: int, keys: int, borders: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -101,6 +101,7 @@ class _Borders(NamedTuple):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # generation may make what training uses
 def _borders(offsets: tuple[int, ...], before: int, device: torch.device) -> _Borders:
     """Kept for the other layers, which ask for the same."""
     bounds, steps = torch.tensor(offsets, device="cpu")[:, None], torch.arange(before, device="cpu")

@@ -125,8 +125,8 @@ class HymbaModel(HymbaPreTrainedModel):
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
         held, limit = cache.get_seq_length() if cache is not None else 0, self.config.max_position_embeddings
-        if (longest := held + max(documents.lengths)) > limit:
-            logger.warning_once(f"a text has {longest} tokens, more than max_position_embeddings, {limit}")
+        if held + max(documents.lengths) > limit:
+            logger.warning_once(f"a text is longer than max_position_embeddings, {limit} tokens")
         hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
         if cache is not None:
             cache.advance(documents)
