@@ -1,0 +1,140 @@
+"""Check every backend on an NVIDIA card, and measure: kernels, a training step of the released size, generation.
+
+    python benchmarks/gpu.py                     # everything, some minutes on a fast card
+    python benchmarks/gpu.py --only parity scan  # sections by name
+    python benchmarks/gpu.py --quick             # toy sizes, on a CPU too, to see that it runs
+
+It runs from a checkout with nothing installed but torch, triton, transformers, peft and rich. Each section writes its
+results when it ends, however it ends; one that fails does not stop the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peft
+import torch
+import transformers
+from gpu_decode import decode
+from gpu_kernels import attention, scan
+from gpu_measure import Bench, OutOfTimeError, alive, free, highest_clock, reason
+from gpu_parity import parity
+from gpu_step import step
+from harness import HERE, Options
+from rich.console import Console
+
+from hymba_tune.model import use_kernels
+from hymba_tune.model.backends import Task, survey
+
+SHARES = {"parity": 0.35, "scan": 0.25, "attention": 0.25}
+"""Of the time given, at most, for a section; the others may take what is left."""
+console = Console(highlight=False)
+
+
+def card(bench: Bench) -> None:
+    """Report the card, what it can do at most, and which kernels the model takes on it."""
+    notes = ["limits as measured here; the other tables compare with them"]
+    facts: dict[str, str | float | None] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    with bench.table("card", ("fact", "value"), notes) as rows:
+        if bench.device.type == "cuda":
+            properties, clock = torch.cuda.get_device_properties(bench.device), highest_clock(bench.device)
+            facts["memory, GB"] = properties.total_memory / 1e9
+            facts["multiprocessors"] = str(properties.multi_processor_count)
+            facts["highest clock, MHz"] = None if clock is None else clock / 1e6
+        facts["copy bandwidth, GB/s"] = bench.limits.bandwidth / 1e9
+        facts["bf16 matmul, TFLOP/s"] = bench.limits.matmul / 1e12
+        rows.extend({"fact": fact, "value": value} for fact, value in facts.items())
+        for what, gradients in (("training", True), ("generation", False)):
+            task = Task(bench.device.type, torch.bfloat16, gradients, continues=not gradients)
+            for operation, choice in survey(task).items():
+                rows.append({"fact": f"{operation} in {what}", "value": choice.taken})
+                notes += [f"{operation} in {what}: not {name}, {why}" for name, why in choice.obstacles.items()]
+
+
+SECTIONS = {"card": card, "parity": parity, "scan": scan, "attention": attention, "step": step, "decode": decode}
+"""In this order: what is wrong is worth knowing before what is fast."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sections; 1 if anything failed or was wrong."""
+    given = _read(arguments)
+    device = torch.device(given.device)
+    use_kernels(**{operation: name for operation, _, name in (choice.partition("=") for choice in given.kernels)})
+    if device.type == "cuda":
+        # Beyond its limit torch.compile gives up without an error; this process meets more shapes than a run does.
+        torch._dynamo.config.recompile_limit = 64
+    out = given.out or (None if given.quick else HERE / "results")
+    options = Options(given.quick, 1 if given.quick else given.repeats, device, (torch.float32, torch.bfloat16), out)
+    end = time.monotonic() + 60 * given.minutes
+    bench = Bench(options, end)
+    for place, name in enumerate(given.only):
+        bench.deadline = min(end, time.monotonic() + 60 * given.minutes * SHARES.get(name, 1))
+        run(bench, name)
+        if not alive(device):
+            # A kernel that faults takes the device away from this process, not from the next.
+            _run_elsewhere(given, given.only[place + 1 :], end)
+            break
+        free()
+    for failure in bench.failures:
+        console.print(f"failed: {failure}", markup=False)
+    return 1 if bench.failures else 0
+
+
+def run(bench: Bench, name: str) -> None:
+    """Run a section; what ends it early is printed and kept."""
+    begin = time.monotonic()
+    try:
+        SECTIONS[name](bench)
+    except OutOfTimeError as error:
+        console.print(f"{name} was cut short: {error}", markup=False)
+    except Exception as error:
+        console.print_exception(max_frames=8)
+        bench.failures.append(f"{name}: {reason(error)}")
+    console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
+
+
+def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one round; written only if --out is given")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds that count, at most (default 10)")
+    parser.add_argument("--minutes", type=float, default=8, help="when to begin nothing new (default 8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU")
+    parser.add_argument(
+        "--kernels", nargs="+", default=[], metavar="OPERATION=BACKEND", help="as use_kernels takes them"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results)")
+    given = parser.parse_args(arguments)
+    if given.device == "cpu" and not given.quick:
+        parser.error("there is no GPU to measure; --quick runs on a CPU, with toy sizes")
+    return given
+
+
+def _run_elsewhere(given: argparse.Namespace, sections: Sequence[str], end: float) -> None:
+    """Run sections in a process of their own, within what is left of the time."""
+    if not sections:
+        return
+    left = (end - time.monotonic()) / 60
+    command = [sys.executable, __file__, "--only", *sections, "--minutes", str(left), "--repeats", str(given.repeats)]
+    command += ["--device", given.device, *(["--quick"] if given.quick else [])]
+    command += ["--kernels", *given.kernels] if given.kernels else []
+    command += ["--out", str(given.out)] if given.out else []
+    subprocess.run(command, check=False)
+
+
+if __name__ == "__main__":
+    # A time limit's signal ends the section like an error does: with its rows written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

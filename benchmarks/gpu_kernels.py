@@ -1,0 +1,206 @@
+"""One layer's scan and attention at the released size: how fast is each backend, and how fast could it be?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from gpu_measure import Bench, Failure, Limits, Measured, Row
+from harness import Cell
+from torch import Tensor
+
+from hymba_tune.model.backends import OPERATIONS, Backend, Task
+from hymba_tune.model.documents import Documents, find_documents
+from hymba_tune.model.scan_inputs import ScanInputs
+
+TIMES = ("ms", "min", "max", "kernels ms")
+SCAN_COLUMNS = ("tokens", "texts", "pass", "backend", *TIMES, "floor ms", "bound by", "× floor", "extra MB")
+ATTENTION_COLUMNS = ("tokens", "window", "pass", "backend", *TIMES, "TFLOP/s", "% of matmul", "extra MB")
+CHANNELS, STATES = 3200, 16
+WIDTHS = (64, 128)
+"""Of a query head and of a value head."""
+TOO_SLOW = ("reference",)
+"""Backends that are there to be read."""
+FORWARD, BOTH = "forward", "and backward"
+KERNELS_NOTE = "kernels ms: what the device computed, without the launches in between"
+
+
+class Heads(NamedTuple):
+    """The released model's heads and meta tokens."""
+
+    queries: int = 25
+    groups: int = 5
+    meta: int = 128
+
+
+TOY = Heads(5, 1, 16)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that a pass of the scan has to do; the card needs at least the longest of the three times.
+
+    Attributes:
+        moved: Bytes read and written once: u, z and y of 2 bytes and dt of 4 a token and channel, B and C, final
+            states; the backward reads all but y again, and y's gradient, and writes the gradients.
+        exponentials: One a token and state, and one more in the backward, which computes the states anew.
+        multiply_adds: In float32. A state takes 4: exponent, input, sum, output. The backward computes them anew and
+            takes 8 more: the gradients of the state, its decay, and of A, B, C, dt and u.
+    """
+
+    moved: float
+    exponentials: float
+    multiply_adds: float
+
+    @classmethod
+    def of(cls, tokens: int, channels: int, texts: int, passes: str) -> Floor:
+        """For a pass over this many tokens."""
+        wide, states = tokens * channels, tokens * channels * STATES
+        moved = 10 * wide + 4 * tokens * STATES + 4 * texts * channels * STATES
+        if passes == FORWARD:
+            return cls(moved, states, 4 * states)
+        return cls(moved + 18 * wide + 8 * tokens * STATES, 2 * states, 16 * states)
+
+    def seconds(self, limits: Limits) -> tuple[float, str]:
+        """The longest of the times, and of what it is."""
+        times = {"bytes": self.moved / limits.bandwidth}
+        if limits.special is not None and limits.float32 is not None:
+            times["exp"] = self.exponentials / limits.special
+            times["fma"] = self.multiply_adds / limits.float32
+        most = max(times, key=lambda name: times[name])
+        return times[most], most
+
+
+def scan(bench: Bench) -> None:
+    """Time every backend of the scan in bfloat16, texts beginning from zeros, against the card's floor."""
+    limits = bench.limits
+    channels = 32 if bench.quick else CHANNELS
+    notes = [
+        f"E {channels}, N {STATES}; u, z, B and C bfloat16, dt float32",
+        KERNELS_NOTE,
+        "floor: the longest of 10 (with backward 28) bytes a token and channel over a large copy's bandwidth, T·E·N "
+        "(2·T·E·N) exponentials over 16 a clock and multiprocessor, 4·T·E·N (16·T·E·N) multiply-adds over 64 or 128",
+    ]
+    backends = _usable(bench, "scan", notes)
+    with bench.table("scan", SCAN_COLUMNS, notes) as rows:
+        for tokens, texts, passes in product((64,) if bench.quick else (2048, 8192), (1, 16), (FORWARD, BOTH)):
+            inputs = _scan_inputs(bench, tokens, channels, texts)
+            ways = {name: partial(_scan, backend, inputs, passes) for name, backend in backends.items()}
+            seconds, bound = Floor.of(tokens, channels, texts, passes).seconds(limits)
+            case: Row = {"tokens": tokens, "texts": texts, "pass": passes}
+            for row, found in _timed(bench, case, ways, notes):
+                ratio = (found.busy or found.timing.median) / seconds
+                rows.append(row | {"floor ms": seconds * 1e3, "bound by": bound, "× floor": ratio})
+
+
+def attention(bench: Bench) -> None:
+    """Time every backend of attention in bfloat16 on one text, windowed and global."""
+    limits = bench.limits
+    heads, (width, value_width) = TOY if bench.quick else Heads(), WIDTHS
+    notes = [
+        f"{heads.queries} query heads of {width}, {heads.groups} value heads of {value_width}, "
+        f"{heads.meta} meta tokens, one text; bfloat16",
+        KERNELS_NOTE,
+        "TFLOP/s: 2 (a + v) a head and pair of a query and a key that it sees, backward 2 (3 a + 2 v) more, over "
+        f"kernels ms; a large matmul takes {limits.matmul / 1e12:.0f}",
+    ]
+    backends = _usable(bench, "attention", notes)
+    sizes, windows = ((64,), (16, None)) if bench.quick else ((2048, 8192), (1024, None))
+    with bench.table("attention", ATTENTION_COLUMNS, notes) as rows:
+        for tokens, window, passes in product(sizes, windows, (FORWARD, BOTH)):
+            inputs = _attention_inputs(bench, heads, tokens)
+            ways = {name: partial(_attend, backend, inputs, window, passes) for name, backend in backends.items()}
+            case: Row = {"tokens": tokens, "window": "all" if window is None else window, "pass": passes}
+            for row, found in _timed(bench, case, ways, notes):
+                rate = attention_flops(heads, tokens, window, passes) / (found.busy or found.timing.median)
+                rows.append(row | {"TFLOP/s": rate / 1e12, "% of matmul": 100 * rate / limits.matmul})
+
+
+def _usable(bench: Bench, operation: str, notes: list[str]) -> dict[str, Backend]:
+    """The backends to time; why not the others is noted."""
+    backends = {}
+    task = Task(bench.device.type, torch.bfloat16, widths=WIDTHS)
+    for name, obstacle in OPERATIONS[operation].obstacles(task).items():
+        if obstacle:
+            notes.append(f"{name} is not used: {obstacle}")
+        elif name not in TOO_SLOW:
+            backends[name] = OPERATIONS[operation].backends[name]
+    return backends
+
+
+def _timed(
+    bench: Bench, case: Row, ways: Mapping[str, Callable[[], None]], notes: list[str]
+) -> Iterator[tuple[dict[str, Cell], Measured]]:
+    """A row's first cells, and the measures, of each way that did not fail; why others did is noted."""
+    what = ", ".join(f"{key} {value}" for key, value in case.items())
+    for name, found in bench.measure(what, ways).items():
+        if isinstance(found, Failure):
+            notes.append(f"{what}, {name} failed: {found}")
+        else:
+            yield {**case, "backend": name, **found.cells()}, found
+
+
+def _call(compute: Callable[[], Tensor], passes: str, leaves: Sequence[Tensor], d_output: Tensor) -> None:
+    with torch.set_grad_enabled(passes == BOTH):
+        output = compute()
+    if passes == BOTH:
+        torch.autograd.grad(output, leaves, d_output)
+
+
+def _scan_inputs(bench: Bench, tokens: int, channels: int, texts: int) -> ScanInputs:
+    torch.manual_seed(0)
+    u, z = (_bfloat16(bench, tokens, channels) for _ in "uz")
+    b, c = (_bfloat16(bench, tokens, STATES) for _ in "bc")
+    dt = torch.randn(tokens, channels, device=bench.device) - 4
+    a = -torch.arange(1.0, STATES + 1, device=bench.device).repeat(channels, 1)
+    d = torch.ones(channels, device=bench.device, dtype=torch.bfloat16)
+    for leaf in (u, dt, a, b, c, d, z):
+        leaf.requires_grad_()
+    return ScanInputs(u, dt, a, b, c, d, z, None, None, tuple(range(0, tokens + 1, tokens // texts)))
+
+
+def _scan(backend: Backend, inputs: ScanInputs, passes: str) -> None:
+    leaves = [x for x in inputs[:-1] if x is not None]
+    _call(lambda: backend.run(inputs)[0], passes, leaves, inputs.u.detach())
+
+
+@dataclass(frozen=True)
+class _AttentionInputs:
+    leaves: list[Tensor]
+    d_output: Tensor
+    documents: Documents
+
+
+def _attention_inputs(bench: Bench, heads: Heads, tokens: int) -> _AttentionInputs:
+    torch.manual_seed(0)
+    rows, (width, value_width) = heads.meta + tokens, WIDTHS
+    query, key = (_bfloat16(bench, rows, count, width) for count in (heads.queries, heads.groups))
+    # The model's values are columns of its projection as they come; queries and keys have been turned.
+    value = _bfloat16(bench, rows, 2 * heads.groups, value_width)[:, : heads.groups]
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    # One layout for all calls, as for all layers: what a backend makes of it is made once.
+    documents = find_documents((1, tokens), bench.device, num_meta=heads.meta)
+    return _AttentionInputs(leaves, _bfloat16(bench, rows, heads.queries * value_width), documents)
+
+
+def _attend(backend: Backend, inputs: _AttentionInputs, window: int | None, passes: str) -> None:
+    compute = partial(backend.run, *inputs.leaves, inputs.documents, window)
+    _call(compute, passes, inputs.leaves, inputs.d_output)
+
+
+def attention_flops(heads: Heads, tokens: int, window: int | None, passes: str) -> int:
+    """Of the products of one layer, for one text behind the meta tokens."""
+    width, value_width = WIDTHS
+    reach = tokens - 1 if window is None else min(window, tokens - 1)
+    among_text = (reach + 1) * (reach + 2) // 2 + (tokens - reach - 1) * (reach + 1)
+    pairs = heads.meta * (heads.meta + 1) // 2 + tokens * heads.meta + among_text
+    forward = 2 * (width + value_width)
+    return heads.queries * pairs * (forward if passes == FORWARD else forward + 2 * (3 * width + 2 * value_width))
+
+
+def _bfloat16(bench: Bench, *shape: int) -> Tensor:
+    return torch.randn(shape, device=bench.device, dtype=torch.bfloat16)

@@ -1,0 +1,137 @@
+"""Benchmarks run, and write what they say they measure. No number of theirs is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import ROOT
+from tests.tolerances import FLOAT64
+
+TIMES = {"ms", "min", "max"}
+COLUMNS = {
+    "train_step": {
+        "train_step": {"dtype", "step", "M weights", "tokens/s", "x falcon-h1", "x linear", *TIMES},
+        "train_step_meta": {"dtype", "meta tokens", "loss", "text tokens/s", "x faster", *TIMES},
+    },
+    "scan": {
+        "scan": {"E", "texts", "dtype", "backend", "x reference", "peak MB", *TIMES},
+        "scan_length": {"backend", "tokens", "us a token", "a token, relative", *TIMES},
+    },
+    "attention": {
+        "attention": {"dtype", "way", "x dense mask", "peak MB", *TIMES},
+        "attention_length": {"way", "tokens", "us a token", "peak MB", "peak kB a token", *TIMES},
+    },
+    "decode": {
+        "decode": {
+            *("dtype", "model", "batch", "prompt", "prompt ms"),
+            *("read tokens/s", "written tokens/s", "x llama", "cache MB"),
+        },
+    },
+    "packing": {
+        "packing": {"dtype", "batch, meta tokens", "rows computed", "text tokens/s", "x faster", *TIMES},
+    },
+    "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
+}
+"""By benchmark, the tables it writes and their columns."""
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a benchmark or what they share, as running one does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    verbosity = transformers.logging.get_verbosity()
+    yield importlib.import_module
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_benchmark_writes_its_tables(name: str, benchmark: Any, tmp_path: Path) -> None:
+    benchmark(name).main(["--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)])
+    results = {result["name"]: result for result in map(json.loads, map(Path.read_text, tmp_path.iterdir()))}
+    assert {table: set(result["columns"]) for table, result in results.items()} == COLUMNS[name]
+    for result in results.values():
+        assert result["quick"]
+        assert result["machine"]["versions"]["torch"] == torch.__version__
+        assert result["rows"]
+        assert all(value is not None for row in result["rows"] for value in row.values())
+
+
+def test_quick_run_leaves_results_alone(benchmark: Any) -> None:
+    harness: ModuleType = benchmark("harness")
+    assert harness.options("", ["--quick"], repeats=5).out is None
+    assert harness.options("", [], repeats=5).out == ROOT / "benchmarks" / "results"
+
+
+def test_ways_are_timed_in_turn(benchmark: Any) -> None:
+    calls: list[str] = []
+    timings = benchmark("harness").interleave({name: lambda name=name: calls.append(name) for name in "AB"}, repeats=2)
+    assert "".join(calls) == "ABABAB"  # the first round warms up
+    assert [len(timing.rounds) for timing in timings.values()] == [2, 2]
+
+
+def test_ratio_is_the_median_of_the_rounds(benchmark: Any) -> None:
+    timing = benchmark("harness").Timing
+    # The machine was ten times slower in the last round: the ratio does not notice.
+    assert timing((2.0, 2.0, 20.0)).over(timing((1.0, 1.0, 10.0))) == 2.0
+
+
+def test_peak_memory_is_seen_after_it_is_given_back(benchmark: Any) -> None:
+    harness = benchmark("harness")
+    peak = harness.in_child(harness.peak_memory, _hold_32_megabytes, torch.device("cpu"))
+    assert peak is None or 32e6 < peak < 40e6
+
+
+def _hold_32_megabytes() -> None:
+    torch.ones(8_000_000)
+
+
+def test_meta_tokens_in_rows_are_the_same_function(benchmark: Any) -> None:
+    models = benchmark("models")
+    once = models.hymba(torch.device("cpu"), torch.float64, **models.TOY | {"num_memory_tokens": 4})
+    in_rows = models.MetaTokensInRows(once)
+    lengths = [3, 7, 1, 9]
+    ids = models.random_ids(once, sum(lengths))
+    losses = models.packed_loss(once, ids, lengths), in_rows(ids, lengths)
+    FLOAT64.check(losses[1], losses[0], "loss")
+    for loss in losses:
+        loss.backward()
+    FLOAT64.check(in_rows.meta.grad, once.model.memory_tokens.weight.grad, "gradient of the meta tokens")
+    own, others = once.get_input_embeddings().weight, in_rows.inner.get_input_embeddings().weight
+    FLOAT64.check(others.grad, own.grad, "gradient of the embeddings")
+
+
+def test_meta_tokens_in_rows_needs_some(benchmark: Any) -> None:
+    models = benchmark("models")
+    without = models.hymba(torch.device("cpu"), torch.float32, **models.TOY | {"num_memory_tokens": 0})
+    with pytest.raises(ValueError, match="has no meta tokens"):
+        models.MetaTokensInRows(without)
+
+
+def test_dense_mask_is_the_same_attention(benchmark: Any) -> None:
+    attention = benchmark("attention")
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 12]
+    rows = attention.META + sum(lengths)
+    inputs = [torch.randn(rows, heads, 8, generator=generator, dtype=torch.float64) for heads in (5, 1, 1)]
+    documents = attention.find_documents(
+        (1, sum(lengths)), torch.device("cpu"), num_meta=attention.META, cu_seqlens=torch.tensor([0, 5, 6, 18])
+    )
+    for window in (3, None):
+        dense = attention.dense_mask_attention(*inputs, documents, window)
+        FLOAT64.check(dense, attention.ATTENTION.backends["blocks"].run(*inputs, documents, window))
+
+
+def test_lengths_are_those_of_a_distribution(benchmark: Any) -> None:
+    lengths = benchmark("packing").quantiles(16)
+    assert lengths == sorted(lengths)
+    assert 150 < sum(lengths) / 16 < 250  # GSM8K's mean is 198

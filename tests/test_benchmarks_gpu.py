@@ -1,0 +1,291 @@
+"""The GPU benchmark, at toy sizes on a CPU: it must not rot where no GPU runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from hymba_tune.model import use_kernels
+from hymba_tune.model.backends import OPERATIONS, Backend
+from tests.conftest import ROOT
+
+SECTIONS = ("card", "parity", "scan", "attention", "step", "step_kernels", "decode")
+
+WITHOUT_THE_KIT = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    '''Finds what a machine has on which only the model's libraries are installed.'''
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in {"cyclopts", "datasets", "pydantic", "trl"}
+        return None if absent else super().find_spec(name, path, target)
+
+sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script; its folder is where its modules find each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def bench(gpu: ModuleType, tmp_path: Path) -> Any:
+    """A quick run on the CPU with a minute to go."""
+    options = gpu.Options(True, 1, torch.device("cpu"), (torch.float32,), tmp_path)
+    return gpu.Bench(options, time.monotonic() + 60)
+
+
+@pytest.fixture
+def backend() -> Iterator[None]:
+    """Backends added by a test go with it."""
+    before = {name: dict(operation.backends) for name, operation in OPERATIONS.items()}
+    yield
+    for name, backends in before.items():
+        OPERATIONS[name].backends = backends
+
+
+def written(folder: Path, name: str) -> dict[str, Any]:
+    (path,) = folder.glob(f"gpu_{name}.*.json")
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_every_section_runs_where_only_the_models_libraries_are_installed(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu.py"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_KIT, str(script), "--quick", "--out", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {name: written(tmp_path, name) for name in SECTIONS}
+    assert not [note for result in results.values() for note in result["notes"] if "failed" in note]
+    assert {row["verdict"] for row in results["parity"]["rows"]} == {"right"}
+    assert {row["backend"] for row in results["scan"]["rows"]} >= {"torch"}
+    assert {row["pass"] for row in results["attention"]["rows"]} == {"forward", "and backward"}
+    assert {row["checkpointing"] for row in results["step"]["rows"]} == {"yes", "no"}
+    assert [row["model"] for row in results["decode"]["rows"]] == ["Llama-3.2-3B", "Llama-3.2-3B", "Hymba-1.5B"]
+
+
+def test_without_a_gpu_only_toy_sizes_are_measured(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu"])
+    assert "--quick runs on a CPU" in capsys.readouterr().err
+
+
+def test_a_section_that_fails_does_not_stop_the_next(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def fail(bench: Any) -> None:
+        with bench.table("scan", ("what",), []) as rows:
+            rows.append({"what": "a row"})
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"scan": fail, "step": ran.append})
+    assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert len(ran) == 1
+    assert "failed: scan: RuntimeError: no such kernel" in capsys.readouterr().out
+    result = written(tmp_path, "scan")
+    assert result["rows"] == [{"what": "a row"}]
+    assert result["notes"] == ["cut short: RuntimeError: no such kernel"]
+
+
+def test_a_device_that_is_lost_is_there_for_the_next_process(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(("scan", "step", "decode"), fault))
+    monkeypatch.setattr(gpu, "alive", lambda _: False)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
+    assert gpu.main(["--quick", "--device", "cpu", "--kernels", "scan=auto"]) == 1
+    (command,) = commands
+    assert command[1] == gpu.__file__
+    again = gpu._read(command[2:])
+    assert (again.only, again.quick, again.kernels) == (["step", "decode"], True, ["scan=auto"])
+
+
+def test_nothing_new_is_begun_when_the_time_is_over(
+    gpu: ModuleType, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.deadline = time.monotonic() - 1
+    with pytest.raises(gpu.OutOfTimeError, match="minutes given"):
+        bench.attempt("anything", lambda: None)
+    gpu.run(bench, "scan")
+    assert "scan was cut short" in capsys.readouterr().out
+    assert not bench.failures
+
+
+def test_a_way_that_fails_leaves_the_others_measured(bench: Any) -> None:
+    found = bench.measure("a sum", {"works": lambda: None, "fails": lambda: torch.ones(2) + torch.ones(3)})
+    assert found["works"].timing.median > 0
+    assert "RuntimeError" in found["fails"]
+    assert bench.failures == [f"a sum, fails: {found['fails']}"]
+
+
+def test_out_of_memory_is_a_result_and_no_failure(bench: Any) -> None:
+    def fill() -> None:
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+    assert bench.attempt("fill", fill).startswith("OutOfMemoryError")
+    assert not bench.failures
+
+
+def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_measure
+
+    second = 1_000_000_000
+    summed = gpu_measure.sum_kernels([("a", second), ("b", 4 * second), ("a", second // 2)])
+    assert summed == {"a": (1.5, 2), "b": (4.0, 1)}
+    # What the profiler records has what is asked of it; on a CPU there is nothing but the host's work.
+    monkeypatch.setattr(gpu_measure, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
+    device = SimpleNamespace(type="cuda")
+    assert gpu_measure.kernels(lambda: torch.ones(2) + 1, device) == {}
+    monkeypatch.setattr(gpu_measure, "DeviceType", SimpleNamespace(CUDA=DeviceType.CPU))
+    seconds, launches = gpu_measure.kernels(lambda: torch.ones(2) + 1, device)["aten::add"]
+    assert launches == 1
+    assert 0 < seconds < 1
+
+
+def test_limits_that_cannot_be_measured_are_said(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_measure import Failure, measure_limits
+
+    monkeypatch.setattr(bench, "measure", lambda _, ways: dict.fromkeys(ways, Failure("the card is on fire")))
+    with pytest.raises(RuntimeError, match="limits of the device cannot be measured: copy the card is on fire"):
+        measure_limits(bench)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("wrong", ["outputs", "gradients"])
+def test_parity_finds_a_wrong_backend(bench: Any, wrong: str) -> None:
+    from gpu_parity import compare, convolution_cases
+
+    operation = OPERATIONS["conv"]
+    right = operation.backends["torch"].run
+    weigh = {"outputs": lambda y: y * 1.001, "gradients": lambda y: y.detach() + (y - y.detach()) * 1.001}[wrong]
+    operation.backends["wrong"] = Backend("wrong", lambda *inputs: weigh(right(*inputs)))
+    notes: list[str] = []
+    cases = list(convolution_cases(bench, torch.float32))
+    verdicts = {row["backend"]: row["verdict"] for row in compare(bench, operation, torch.float32, cases, notes)}
+    assert verdicts == {"torch": "right", "wrong": "WRONG"}
+    assert len(bench.failures) == len(notes) == 1
+    assert "conv float32 wrong: wrong by 1.0e-03" in notes[0]
+
+
+def test_parity_within_the_model_leaves_the_choice_of_kernels_as_it_was(bench: Any) -> None:
+    from gpu_parity import compare_models
+
+    before = use_kernels(conv="torch")
+    try:
+        rows = list(compare_models(bench, torch.float32, []))
+        assert OPERATIONS["conv"].chosen == "torch"
+    finally:
+        use_kernels(**before)
+    assert {row["verdict"] for row in rows} == {"right"}
+
+
+def test_not_a_number_is_infinitely_wrong() -> None:
+    from gpu_parity import relative_error
+
+    assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+    assert relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1
+
+
+def test_attention_work_counts_each_pair_that_is_seen() -> None:
+    from gpu_kernels import FORWARD, Heads, attention_flops
+
+    heads = Heads(queries=3, groups=1, meta=4)
+    for tokens, window in ((9, 5), (9, None), (3, 5), (6, 5)):
+        rows = torch.arange(tokens)
+        ago = rows[:, None] - rows
+        seen = (ago >= 0) & (ago <= (tokens if window is None else window))
+        pairs = int(seen.sum()) + 4 * tokens + 4 * 5 // 2
+        assert attention_flops(heads, tokens, window, FORWARD) == 3 * pairs * 2 * (64 + 128)
+
+
+def test_errors_are_told_in_a_line_that_no_table_takes_for_markup() -> None:
+    from gpu_measure import reason
+
+    assert reason(ValueError("[/bold] shape\n in the kernel")) == "ValueError: (/bold) shape"
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(bench: Any) -> None:
+    from gpu_step import _measured
+
+    class Step:
+        loss = torch.tensor(math.nan)
+
+        def __call__(self) -> None:
+            pass
+
+    _measured(bench, Step(), "bf16, 48, no")
+    assert bench.failures == ["bf16, 48, no: the loss is nan"]
+
+
+def test_a_floor_is_the_longest_of_what_cannot_be_avoided() -> None:
+    from gpu_kernels import Floor
+    from gpu_measure import Limits
+
+    floor = Floor(moved=6.0, exponentials=8.0, multiply_adds=9.0)
+    assert floor.seconds(Limits(bandwidth=2.0, matmul=1.0, special=1.0, float32=3.0)) == (8.0, "exp")
+    assert floor.seconds(Limits(bandwidth=2.0, matmul=1.0, special=None, float32=None)) == (3.0, "bytes")
+
+
+@torch.no_grad()
+def test_llamas_roomy_cache_generates_what_its_own_does() -> None:
+    from gpu_decode import STEPS, Generation, copying_cache, roomy_cache
+    from gpu_models import llama
+
+    model = llama(torch.device("cpu"), quick=True).float().eval()
+    logits = []
+    for make, more in ((copying_cache, {}), (roomy_cache, {"room": STEPS + 1})):
+        torch.manual_seed(0)
+        cache = make(model, 7, 3, **more)
+        generation = Generation(model, cache, 3)
+        generation()
+        assert cache.get_seq_length() == 7 + STEPS
+        logits.append(model(input_ids=generation.ids, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+def test_the_released_shape_is_measured() -> None:
+    from gpu_models import RELEASED
+    from gpu_step import matmul_weights
+
+    from hymba_tune.model import HymbaConfig, HymbaForCausalLM
+
+    with torch.device("meta"):
+        model = HymbaForCausalLM(HymbaConfig(**RELEASED))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == 1_522_797_824
+    # Of its parameters all but meta tokens, norms, convolutions, biases and decays are in linear layers.
+    assert 0.99 < matmul_weights(model) / parameters < 1
