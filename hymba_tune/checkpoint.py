@@ -78,7 +78,7 @@ def choose_kernels(
     Raises:
         ConfigError: If there is no such backend, or it cannot do it; the message says which can.
     """
-    task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim))
+    task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim), taps=config.mamba_d_conv)
     try:
         use_kernels(**(dict.fromkeys(OPERATIONS, AUTO) | chosen))
         return survey(task)

@@ -10,6 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 import hymba_tune
 from tests.conftest import ROOT
@@ -37,6 +38,9 @@ STRANGERS = {("data", "registry"), ("data", "model"), ("data", "checkpoint")}
 """Rooms that know nothing of one below them: data knows no models."""
 MODEL_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
 """What the model's folder may need where it is copied beside weights; transformers brings the last."""
+
+KERNEL_LIBRARIES = {"triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "flash_attn", "flash_attn_interface"}
+"""What it uses where it is there."""
 
 
 def modules() -> dict[str, Path]:
@@ -89,10 +93,16 @@ def test_only_the_model_imports_relatively(module: str) -> None:
     for level, name in imports(MODULES[module]):
         if room_of(module) == "model":
             assert level <= 1, f"{module} imports {name} from above its folder"
-            libraries = MODEL_LIBRARIES | sys.stdlib_module_names
+            libraries = MODEL_LIBRARIES | KERNEL_LIBRARIES | sys.stdlib_module_names
             assert level or name.split(".")[0] in libraries, f"{module} imports {name}; the folder must stand alone"
         else:
             assert not level, f"{module} imports {name} relatively"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "model"])
+def test_transformers_finds_no_need_of_kernel_libraries(module: str) -> None:
+    """It refuses to run code beside weights whose imports are not installed, unless they are tried."""
+    assert not set(get_imports(MODULES[module])) & KERNEL_LIBRARIES
 
 
 @pytest.mark.parametrize("module", MODULES)

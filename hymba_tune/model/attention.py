@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .attention_blocks import blocked_attention
-from .backends import Backend, Operation, Problem, Task
+from .attention_flash import flash_attention, flash_missing, flash_unfit
+from .attention_flex import flex_missing, flex_packed_attention, flex_unfit
+from .attention_sdpa import sdpa_attention
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .documents import Documents, find_documents
 
 
@@ -75,12 +78,9 @@ def cached_attention(
 
 def _small_problem(task: Task) -> Problem:
     """Two texts, longer than the window, behind some meta tokens."""
-    generator = torch.Generator().manual_seed(0)
     meta, tokens, groups, heads, (width, value_width) = 10, 150, 2, 10, task.widths
     shapes = [(meta + tokens, heads, width), (meta + tokens, groups, width), (meta + tokens, groups, value_width)]
-    leaves = [torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in shapes]
-    for leaf in leaves:
-        leaf.requires_grad_(task.gradients)
+    leaves = random_leaves(task, shapes)
     offsets = torch.tensor([0, 67, tokens], device=task.device)
     documents = find_documents((1, tokens), offsets.device, num_meta=meta, cu_seqlens=offsets)
     return Problem(lambda backend: (backend.run(*leaves, documents, 40),), leaves)
@@ -89,7 +89,26 @@ def _small_problem(task: Task) -> Problem:
 ATTENTION = Operation(
     "attention",
     [
+        Backend(
+            "flex",
+            flex_packed_attention,
+            ("cuda",),
+            GPU_DTYPES,
+            foreign=True,
+            missing=flex_missing,
+            unfit=flex_unfit,
+        ),
+        Backend(
+            "flash",
+            flash_attention,
+            ("cuda",),
+            (torch.bfloat16, torch.float16),
+            foreign=True,
+            missing=flash_missing,
+            unfit=flash_unfit,
+        ),
         Backend("blocks", blocked_attention),
+        Backend("sdpa", sdpa_attention),
     ],
     plain="blocks",
     problem=_small_problem,

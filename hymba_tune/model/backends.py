@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels for GPUs take: everything but float64."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Task:
         gradients: Whether a backward may come.
         continues: Whether texts go on from what a cache holds.
         widths: Of a query head and of a value head, for attention.
+        taps: Width of the convolution.
     """
 
     device: str
@@ -32,6 +35,7 @@ class Task:
     gradients: bool = True
     continues: bool = False
     widths: tuple[int, int] = (64, 128)
+    taps: int = 4
 
     @classmethod
     def of(cls, *tensors: Tensor | None, **more: Any) -> Task:
@@ -96,6 +100,13 @@ class Problem:
 
     compute: Callable[[Backend], tuple[Tensor, ...]]
     leaves: list[Tensor]
+
+
+def random_leaves(task: Task, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Normal random tensors of these shapes, always the same ones, for a small problem of a task."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in shapes]
+    return [leaf.requires_grad_(task.gradients) for leaf in leaves]
 
 
 OPERATIONS: dict[str, Operation] = {}

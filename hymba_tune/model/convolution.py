@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Backend, Operation, Problem, Task
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
+from .convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
 from .documents import Documents
 
 
@@ -65,7 +66,8 @@ def causal_conv1d(
     Raises:
         ValueError: If the backend is unknown or cannot take these tensors.
     """
-    y: Tensor = CONVOLUTION.choose(Task.of(x, weight, bias), backend).run(x, weight, bias)
+    task = Task.of(x, weight, bias, taps=weight.shape[1])
+    y: Tensor = CONVOLUTION.choose(task, backend).run(x, weight, bias)
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
     texts, before = len(offsets) - 1, weight.shape[1] - 1
     if before == 0:
@@ -154,14 +156,25 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _small_problem(task: Task) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    leaves = [
-        torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in ((50, 24), (24, 4), (24,))
-    ]
-    for leaf in leaves:
-        leaf.requires_grad_(task.gradients)
+    leaves = random_leaves(task, [(50, 24), (24, task.taps), (24,)])
     return Problem(lambda backend: (backend.run(*leaves),), leaves)
 
 
-CONVOLUTION = Operation("conv", [Backend("torch", shifted_products)], plain="torch", problem=_small_problem)
+CONVOLUTION = Operation(
+    "conv",
+    [
+        Backend(
+            "causal_conv1d",
+            causal_conv1d_run,
+            ("cuda",),
+            GPU_DTYPES,
+            foreign=True,
+            missing=causal_conv1d_missing,
+            unfit=causal_conv1d_unfit,
+        ),
+        Backend("torch", shifted_products),
+    ],
+    plain="torch",
+    problem=_small_problem,
+)
 """The ways to compute the convolution, the fastest first."""

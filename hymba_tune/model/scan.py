@@ -8,17 +8,20 @@ Glossary: T tokens, S texts, E channels, N size of a channel's state; u input, d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from .backends import Backend, Operation, Problem, Task
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .documents import Documents
 from .scan_inputs import ScanInputs
+from .scan_mamba_ssm import mamba_ssm_missing, mamba_ssm_scan
 from .scan_native import DTYPES, native_missing, native_scan
 from .scan_torch import chunked_recurrence
+from .scan_triton import triton_missing, triton_scan
 
 
 def packed_scan(
@@ -133,8 +136,6 @@ def _check(device: torch.device, shape: tuple[int, ...], **tensors: Tensor | Non
             raise ValueError(f"{name} is on {tensor.device}; expected {device}, where u is")
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 Scan = Callable[[ScanInputs], tuple[Tensor, Tensor]]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 
@@ -173,28 +174,36 @@ def _recurrence(
 
 
 def _small_problem(task: Task) -> Problem:
-    """Two texts of a few chunks, every argument given."""
-    generator = torch.Generator().manual_seed(0)
+    """Two texts of a few chunks, every argument given, in the dtypes that a model has them in."""
     tokens, channels, states, offsets = 150, 24, 16, (0, 67, 150)
-    shapes = [(tokens, channels)] * 2 + [(channels, states)] + [(tokens, states)] * 2
-    shapes += [(channels,), (tokens, channels), (channels,), (2, channels, states)]
-    leaves = [torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in shapes]
-    leaves[2] = -leaves[2].abs()
-    for leaf in leaves:
-        leaf.requires_grad_(task.gradients)
-    *arguments, state = leaves
+    u, z, B, C = random_leaves(task, [(tokens, channels)] * 2 + [(tokens, states)] * 2)
+    wide = replace(task, dtype=torch.promote_types(task.dtype, torch.float32))
+    shapes = [(tokens, channels), (channels, states), (channels,), (channels,), (2, channels, states)]
+    dt, rates, D, dt_bias, state = random_leaves(wide, shapes)
 
     def compute(backend: Backend) -> tuple[Tensor, ...]:
-        inputs = ScanInputs(*arguments, state if task.continues else None, offsets)
-        return tuple(backend.run(inputs))
+        start = state if task.continues else None
+        y, final = backend.run(ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, start, offsets))
+        return y, final
 
-    return Problem(compute, leaves if task.continues else arguments)
+    leaves = [u, dt, rates, B, C, D, z, dt_bias]
+    return Problem(compute, [*leaves, state] if task.continues else leaves)
 
 
 SCAN = Operation(
     "scan",
     [
         Backend("native", native_scan, ("cpu",), DTYPES, missing=native_missing),
+        Backend("triton", triton_scan, ("cuda",), GPU_DTYPES, foreign=True, missing=triton_missing),
+        Backend(
+            "mamba_ssm",
+            mamba_ssm_scan,
+            ("cuda",),
+            GPU_DTYPES,
+            initial_state=False,
+            foreign=True,
+            missing=mamba_ssm_missing,
+        ),
         Backend("torch", _unfused(chunked_recurrence)),
         Backend("reference", _unfused(_recurrence)),
     ],

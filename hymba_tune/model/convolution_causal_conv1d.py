@@ -1,0 +1,66 @@
+"""The convolution of the package causal-conv1d (github.com/Dao-AILab/causal-conv1d): CUDA kernels of Mamba's authors.
+
+Glossary: T tokens, E channels, K width of the convolution.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .backends import Task
+
+WIDTHS = range(2, 5)
+"""The widths that the kernels are built for."""
+
+
+def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of one text that begins from zeros.
+
+    Args:
+        x: ``(T, E)``, on a GPU; rows may be those of a wider matrix.
+        weight: ``(E, K)``, K from 2 to 4.
+        bias: ``(E,)``.
+
+    Returns:
+        ``(T, E)``.
+    """
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ImportError as error:
+        raise RuntimeError(f"causal-conv1d cannot be used: {causal_conv1d_missing()}") from error
+    y: Tensor = causal_conv1d_fn(_channels_first(x)[None], weight, None if bias is None else bias.to(weight.dtype))
+    return y[0].T
+
+
+@cache
+def causal_conv1d_missing() -> str | None:
+    """Why causal-conv1d cannot be used on this machine, or None if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        import causal_conv1d  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "causal_conv1d":
+            return "not installed (pip install --no-build-isolation causal-conv1d)"
+        return f"installed, but without its kernels ({error})"
+    except Exception as error:  # a package built for another PyTorch fails in many ways
+        return f"installed, but cannot be loaded: {error}"
+    return None
+
+
+def causal_conv1d_unfit(task: Task) -> str | None:
+    """Why a task's convolution cannot be taken, or None if it can."""
+    if task.taps not in WIDTHS:
+        return f"it takes widths from {WIDTHS[0]} to {WIDTHS[-1]}, not {task.taps}"
+    return None
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """``(E, T)``, a view of x if the kernels can read eight channels at a time from it, else a copy."""
+    rows_apart, apart = x.stride()
+    readable = apart == 1 and rows_apart % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0
+    # One token's row counts as contiguous whatever lies between rows, so `contiguous` would leave it as it is.
+    return x.T if readable else x.T.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,134 @@
+"""The convolution through causal-conv1d against the naive twin; without a GPU a stand-in takes the kernel's place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model.backends import Task
+from hymba_tune.model.convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
+from tests.reference import fake_kernels
+from tests.reference.naive_convolution import naive_convolution
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    causal_conv1d_missing.cache_clear()
+    yield
+    causal_conv1d_missing.cache_clear()
+
+
+@pytest.fixture
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in fake_kernels.causal_conv1d_modules():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def random_inputs(tokens: int, channels: int = 16, width: int = 4) -> dict[str, Tensor]:
+    shapes = {"x": (tokens, channels), "weight": (channels, width), "bias": (channels,)}
+    return {name: torch.randn(shape).double().requires_grad_() for name, shape in shapes.items()}
+
+
+def with_gradients(inputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    return dict(zip(("y", *inputs), (y, *torch.autograd.grad(y, list(inputs.values()), weight)), strict=True))
+
+
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("channels", [16, 5], ids=["channels_of_eight", "channels_not_of_eight"])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 65])
+def test_equals_naive_twin(tokens: int, channels: int, width: int) -> None:
+    inputs = random_inputs(tokens, channels, width)
+    actual = with_gradients(inputs, causal_conv1d_run(**inputs))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive_convolution(**inputs)[0]))
+
+
+@pytest.mark.usefixtures("_installed")
+def test_no_bias() -> None:
+    inputs = random_inputs(9)
+    del inputs["bias"]
+    actual = with_gradients(inputs, causal_conv1d_run(**inputs, bias=None))
+    FLOAT64.check_all(actual, with_gradients(inputs, naive_convolution(**inputs)[0]))
+
+
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize(("columns", "copied"), [(slice(8, 24), False), (slice(9, 25), True), (slice(0, 48, 3), True)])
+def test_reads_the_columns_of_a_wider_matrix(monkeypatch: pytest.MonkeyPatch, columns: slice, copied: bool) -> None:
+    wide, inputs = torch.randn(9, 48).double(), random_inputs(9)
+    given = []
+    monkeypatch.setattr(
+        sys.modules["causal_conv1d"],
+        "causal_conv1d_fn",
+        lambda x, *rest: given.append(x) or fake_kernels.causal_conv1d_fn(x, *rest),
+    )
+    x = wide[:, columns]
+    FLOAT64.check(
+        causal_conv1d_run(x, inputs["weight"], inputs["bias"]),
+        naive_convolution(x, inputs["weight"], inputs["bias"])[0],
+    )
+    assert (given[0].data_ptr() != x.data_ptr()) == copied
+
+
+@pytest.mark.usefixtures("_installed")
+def test_bias_is_given_in_the_type_of_the_weight() -> None:
+    inputs = {name: x.detach() for name, x in random_inputs(9).items()}
+    narrow = [inputs["x"].bfloat16(), inputs["weight"].bfloat16(), inputs["bias"].float()]
+    y = causal_conv1d_run(*narrow)
+    assert y.dtype == torch.bfloat16
+    BFLOAT16.check(y, naive_convolution(*(x.double() for x in narrow))[0])
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_takes_no_other_widths(width: int) -> None:
+    assert causal_conv1d_unfit(Task("cuda", torch.float32, taps=width)) == f"it takes widths from 2 to 4, not {width}"
+    assert causal_conv1d_unfit(Task("cuda", torch.float32, taps=4)) is None
+
+
+def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="causal-conv1d cannot be used: not installed"):
+        causal_conv1d_run(**random_inputs(9))
+
+
+@pytest.mark.usefixtures("_installed")
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert causal_conv1d_missing() is None
+    reasons = {
+        ModuleNotFoundError("No module named 'causal_conv1d'", name="causal_conv1d"): "not installed",
+        ModuleNotFoundError("No module named 'causal_conv1d_cuda'", name="causal_conv1d_cuda"): "without its kernels",
+        ImportError("undefined symbol: _ZN3c10"): "cannot be loaded: undefined symbol",
+    }
+    original = __import__
+    for error, reason in reasons.items():
+        causal_conv1d_missing.cache_clear()
+
+        def importing(name: str, *arguments: object, error: Exception = error) -> object:
+            if name == "causal_conv1d":
+                raise error
+            return original(name, *arguments)
+
+        monkeypatch.setattr("builtins.__import__", importing)
+        assert reason in str(causal_conv1d_missing())
+    causal_conv1d_missing.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert causal_conv1d_missing() == "no CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [16, 5])
+@pytest.mark.parametrize("tokens", [1, 7, 65])
+def test_on_cuda_equals_naive_twin(tokens: int, channels: int) -> None:
+    assert causal_conv1d_missing() is None
+    wide = {name: x.detach().float().double().requires_grad_() for name, x in random_inputs(tokens, channels).items()}
+    expected = with_gradients(wide, naive_convolution(**wide)[0])
+    narrow = {name: x.detach().float().cuda().requires_grad_() for name, x in wide.items()}
+    actual = with_gradients(narrow, causal_conv1d_run(**narrow))
+    for name, tensor in expected.items():
+        (FLOAT32 if name == "y" else FLOAT32_GRADIENT).check(actual[name].cpu(), tensor, name)

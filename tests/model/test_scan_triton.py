@@ -1,0 +1,271 @@
+"""The Triton scan against the naive twin, interpreted where there is no GPU, and its kernels compiled for one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model import scan_triton, scan_triton_kernels
+from hymba_tune.model.scan import selective_scan
+from hymba_tune.model.scan_inputs import ScanInputs
+from hymba_tune.model.scan_triton import triton_missing, triton_scan
+from tests.conftest import ROOT
+from tests.model import test_scan
+from tests.model.test_scan import WITHOUT, naive, random_inputs, with_gradients
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [1, 0, 6]
+"""Texts of one chunk, of none, and of two."""
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that a few tokens and channels fill several; skips where Triton is not installed."""
+    if reason := triton_missing():
+        pytest.skip(reason)
+    sizes = {"CHUNK": 4, "STATES": 16, "GRADIENT_STATES": 8, "GROUP": 4, "CARRIED": 2, "CARRYING": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(scan_triton, name, size)
+
+
+def scan(inputs: Mapping[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    state = inputs.get("initial")
+    if state is not None and state.ndim == 2:
+        state = state.expand(len(lengths), -1, -1)
+    given = {field: inputs.get(field) for field in ScanInputs._fields}
+    return triton_scan(ScanInputs(**given | {"state": state, "offsets": (0, *accumulate(lengths))}))
+
+
+def leaves(inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: x.detach().to(DEVICE, dtype).requires_grad_() for name, x in inputs.items()}
+
+
+def expected(inputs: Mapping[str, Tensor], lengths: list[int], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The naive twin's outputs, y rounded to a dtype, and gradients; a text without tokens keeps its state."""
+    wide = {name: x.detach().to("cpu", torch.float64).requires_grad_() for name, x in inputs.items()}
+    state = wide.get("initial", torch.zeros(len(lengths), *wide["A"].shape).double())
+    state = state.expand(len(lengths), *wide["A"].shape)
+    full = torch.tensor([text for text, length in enumerate(lengths) if length])
+    y, final = naive(wide | {"initial": state[full]}, [length for length in lengths if length])
+    return with_gradients(wide, (y.to(dtype), state.index_copy(0, full, final)))
+
+
+def check(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == wanted.keys()
+    for name, tensor in actual.items():
+        full = FLOAT32 if name in ("y", "final state") else FLOAT32_GRADIENT
+        (full if tensor.dtype == torch.float32 else BFLOAT16).check(tensor.cpu(), wanted[name], name)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("without", WITHOUT.values(), ids=WITHOUT.keys())
+def test_equals_naive_twin(without: tuple[str, ...]) -> None:
+    inputs = leaves(random_inputs(LENGTHS, without=without))
+    check(with_gradients(inputs, scan(inputs, LENGTHS)), expected(inputs, LENGTHS))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    ("tokens", "channels", "states", "chunk"),
+    [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 16)],
+)
+def test_sizes(tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_scan, "CHANNELS", channels)
+    monkeypatch.setattr(test_scan, "STATE", states)
+    monkeypatch.setattr(scan_triton, "CHUNK", chunk)
+    inputs = leaves(random_inputs([tokens]))
+    check(with_gradients(inputs, scan(inputs, [tokens])), expected(inputs, [tokens]))
+
+
+@pytest.mark.usefixtures("triton")
+def test_one_initial_state_for_every_text() -> None:
+    inputs = leaves(random_inputs(LENGTHS, shared=True))
+    check(with_gradients(inputs, scan(inputs, LENGTHS)), expected(inputs, LENGTHS))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [(torch.bfloat16, ("u", "dt", "B", "C", "z")), (torch.bfloat16, ("u", "B", "C", "z")), (torch.float16, ("dt",))],
+    ids=["bfloat16", "float32 time steps", "float16 time steps"],
+)
+def test_each_input_has_its_own_dtype(dtype: torch.dtype, narrow: tuple[str, ...]) -> None:
+    inputs = random_inputs([5])
+    inputs = leaves(inputs) | leaves({name: inputs[name] for name in narrow}, dtype)
+    actual = with_gradients(inputs, scan(inputs, [5]))
+    assert actual["y"].dtype == inputs["u"].dtype
+    assert actual["final state"].dtype == torch.float32
+    assert all(actual[name].dtype == x.dtype for name, x in inputs.items())
+    check(actual, expected(inputs, [5], inputs["u"].dtype))
+
+
+@pytest.mark.usefixtures("triton")
+def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
+    inputs = leaves(random_inputs([5]))
+    u, dt, z, B = torch.cat([inputs[name] for name in ("u", "dt", "z", "B")], 1).split([5, 5, 5, 3], 1)
+    strided = inputs | {"u": u, "dt": dt, "z": z, "B": B}
+    strided |= {name: inputs[name].mT.contiguous().mT for name in ("A", "C", "initial")}
+    actual = with_gradients(strided, scan(strided, [5]))
+    assert all(actual[name].equal(x) for name, x in with_gradients(inputs, scan(inputs, [5])).items())
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_same_bits_every_time_and_in_any_company() -> None:
+    inputs = leaves(random_inputs([3, 6]))
+    first, second = (with_gradients(inputs, scan(inputs, [3, 6])) for _ in range(2))
+    assert all(second[name].equal(x) for name, x in first.items())
+    alone = {name: x[3:] if len(x) == 9 else x for name, x in inputs.items()}
+    y, final = scan(alone | {"initial": inputs["initial"][1:]}, [6])
+    assert y.equal(first["y"][3:])
+    assert final.equal(first["final state"][1:])
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("output", [0, 1], ids=["y", "final state"])
+@pytest.mark.parametrize("wanted", [("u",), ("A", "dt_bias"), ("initial", "C")], ids="-".join)
+def test_gradients_of_some_inputs_from_one_output(wanted: tuple[str, ...], output: int) -> None:
+    inputs = random_inputs([3])
+    narrow = {name: x.requires_grad_(name in wanted) for name, x in leaves(inputs).items()}
+    grads = [
+        torch.autograd.grad(outputs[output].sum(), [own[name] for name in wanted], materialize_grads=True)
+        for own, outputs in ((narrow, scan(narrow, [3])), (inputs, naive(inputs, [3])))
+    ]
+    for name, actual, exact in zip(wanted, *grads, strict=True):
+        FLOAT32_GRADIENT.check(actual.cpu(), exact, name)
+
+
+@pytest.mark.usefixtures("triton")
+def test_keeps_one_state_for_a_chunk() -> None:
+    inputs = leaves(random_inputs([6, 3]))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        scan(inputs, [6, 3])
+        chunks = 3
+        given = sum(x.numel() for name, x in inputs.items() if name != "initial")
+        assert sum(x.numel() for x in saved) == given + chunks * inputs["A"].numel()
+        saved.clear()
+        with torch.no_grad():
+            scan(inputs, [6, 3])
+    assert not saved
+
+
+@pytest.mark.usefixtures("triton")
+def test_time_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_triton, "STATES", 256)
+    dt = torch.cat([torch.linspace(-80, 80, 151), torch.tensor([-1e30, 1e30])])[None].to(DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    y, _ = scan({"u": torch.ones_like(dt), "dt": dt, "A": torch.zeros_like(dt).mT, "B": one, "C": one}, [1])
+    time = torch.nn.functional.softplus(dt.double())
+    FLOAT32.check(torch.where(time > 0, y / time, 1 + y), torch.ones_like(time))
+
+
+@pytest.mark.usefixtures("triton")
+def test_what_is_not_finite_stays_in_its_channel() -> None:
+    inputs = leaves(random_inputs([4]))
+    clean, _ = scan(inputs, [4])
+    u = inputs["u"].detach().clone()
+    u[1, 2] = float("nan")
+    y, _ = scan(inputs | {"u": u}, [4])
+    assert y[1:, 2].isnan().all()
+    y[1:, 2] = clean[1:, 2]
+    assert y.equal(clean)
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scan_triton_kernels, "INSTALLED", True)
+    assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_missing())
+    monkeypatch.setattr(scan_triton_kernels, "INSTALLED", False)
+    assert triton_missing() == "triton is not installed; pip install triton"
+
+
+def test_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    path = Path(scan_triton_kernels.__file__)
+    spec = importlib.util.spec_from_file_location("kernels_without_triton", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not module.INSTALLED
+
+
+COMPILE = """
+import sys
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from hymba_tune.model import scan_triton_kernels as kernels
+from hymba_tune.model.scan_inputs import ScanInputs
+from hymba_tune.model.scan_triton import triton_scan
+
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+gpu = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+triton.runtime.driver.set_active(SimpleNamespace(**gpu))
+
+def compile_only(kernel):
+    run = kernel.run
+    def compiled(*arguments, warmup, **options):
+        assert "cubin" in run(*arguments, warmup=True, **options).asm
+        print(kernel.__name__)
+    kernel.run = compiled
+
+for kernel in vars(kernels).values():
+    if isinstance(kernel, triton.JITFunction):
+        compile_only(kernel)
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+u, dt, B, C, z = (empty(48, width) for width in (128, 128, 16, 16, 128))
+A, D, bias, state = (empty(*shape, dtype=torch.float32) for shape in ((128, 16), (128,), (128,), (2, 128, 16)))
+inputs = ScanInputs(u, dt.float(), A, B, C, D, z, bias, state, (0, 40, 48))
+if "bare" in sys.argv:
+    inputs = ScanInputs(u, dt, A, B, C, None, None, None, None, (0, 40, 48))
+sum(x.float().sum() for x in triton_scan(inputs)).backward()
+"""
+
+
+@pytest.mark.skipif(not scan_triton_kernels.INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("arguments", [["80"], pytest.param(["90", "bare"], marks=pytest.mark.slow)], ids="-".join)
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments: list[str], tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", COMPILE, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *("chunk_ends", "carry", "outputs"),
+        *("front_gradients", "carry", "input_gradients"),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[8192], [0, 1, 127, *[128] * 61]], ids=["one long text", "64 texts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_scan, "CHANNELS", 3200)
+    monkeypatch.setattr(test_scan, "STATE", 16)
+    inputs = random_inputs(lengths)
+    narrow = leaves(inputs) | leaves({name: inputs[name] for name in ("u", "B", "C", "z")}, dtype)
+    given = {name: x for name, x in narrow.items() if name != "initial"}
+    wanted = selective_scan(
+        **given, initial_state=narrow["initial"], cu_seqlens=(0, *accumulate(lengths)), backend="torch"
+    )
+    exact = {name: x.cpu() for name, x in with_gradients(narrow, wanted).items()}
+    actual, again = (with_gradients(narrow, scan(narrow, lengths)) for _ in range(2))
+    check(actual, exact)
+    assert all(again[name].equal(x) for name, x in actual.items())
