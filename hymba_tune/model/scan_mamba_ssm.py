@@ -22,6 +22,12 @@ STANDSTILL = -1e4
 OPEN = 1.2784645427610738
 """The gate that lets everything through: silu of it is one."""
 
+REASONS = {
+    "mamba_ssm": "not installed (MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm)",
+    "selective_scan_cuda": "installed without its Mamba-1 scan (rebuild with MAMBA_KEEP_CUDA_BUILD=TRUE)",
+}
+"""What the absence of a module means."""
+
 
 def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """The scan of `selective_scan`, without initial states.
@@ -61,12 +67,9 @@ def mamba_ssm_missing() -> str | None:
     try:
         import mamba_ssm.ops.selective_scan_interface  # noqa: F401
         import selective_scan_cuda  # noqa: F401  (which later versions build only when told to)
-    except ModuleNotFoundError as error:
-        if error.name == "selective_scan_cuda":
-            return "installed without its Mamba-1 scan (rebuild with MAMBA_KEEP_CUDA_BUILD=TRUE)"
-        return "not installed (MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm)"
     except Exception as error:  # a package built for another PyTorch fails in many ways
-        return f"installed, but cannot be loaded: {error}"
+        absent = isinstance(error, ModuleNotFoundError) and error.name
+        return REASONS.get(absent or "", f"installed, but cannot be loaded: {error}")
     return None
 
 

@@ -62,7 +62,7 @@ class _ChunkedScan(torch.autograd.Function):
             kept.append(state[:running].clone())
             states, decay = _shaped(memory, tokens)
             _fill_states(states, decay, kept[-1], u[tokens], delta[tokens], B[tokens], A)
-            y[tokens] = _sum_states(torch.mul(states, C[tokens][:, :, None], out=decay))
+            y[tokens] = (C[tokens][:, :, None] @ states.mT)[:, :, 0]
             state[:running] = states[-1]
         final = torch.empty_like(state)
         final[order] = state
@@ -94,7 +94,7 @@ class _ChunkedScan(torch.autograd.Function):
                 d_earlier.addcmul_(decay_t, d_later)
             dC[tokens] = (dy_c[:, :, None] @ states)[:, :, 0]
             dB[tokens] = ((delta_c * u_c)[:, :, None] @ d_states)[:, :, 0]
-            d_input = _sum_states(torch.mul(d_states, B_c[:, :, None], out=products))
+            d_input = (B_c[:, :, None] @ d_states.mT)[:, :, 0]
             d_exponent = decay.mul_(d_states)
             d_state[:running] = d_exponent[0]
             d_exponent[0] *= first

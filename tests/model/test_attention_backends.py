@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -135,6 +135,16 @@ def test_flash_takes_any_number_of_heads_a_group_and_widths_of_values(heads: int
     inputs = random_inputs(45, heads=heads, value=value)
     actual = with_gradients(inputs, flash_attention(*inputs, documents([9, 1, 30], 5), 7))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, [9, 1, 30], 5, 7)))
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("attend", [sdpa_attention, flash_attention])
+def test_bfloat16_is_close_to_float64(attend: Callable[..., Tensor]) -> None:
+    wide = tuple(x.detach().bfloat16().double().requires_grad_() for x in random_inputs(145))
+    narrow = tuple(x.detach().bfloat16().requires_grad_() for x in wide)
+    actual = with_gradients(narrow, attend(*narrow, documents([109, 1, 30], 5), 20))
+    assert {x.dtype for x in actual.values()} == {torch.bfloat16}
+    BFLOAT16.check_all(actual, with_gradients(wide, naive(*wide, [109, 1, 30], 5, 20)))
 
 
 @pytest.mark.usefixtures("flash")
@@ -347,7 +357,14 @@ def test_flex_says_which_widths_it_cannot_take() -> None:
         (flash_attention, flash_missing, torch.bfloat16),
     ],
 )
-def test_on_cuda_equals_naive_twin(attend, missing, dtype, lengths, meta, window) -> None:  # noqa: ANN001
+def test_on_cuda_equals_naive_twin(
+    attend: Callable[..., Tensor],
+    missing: Callable[[], str | None] | None,
+    dtype: torch.dtype,
+    lengths: list[int],
+    meta: int,
+    window: int | None,
+) -> None:
     if missing is not None:
         assert missing() is None
     wide = tuple(

@@ -124,16 +124,23 @@ def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_installed")
-def test_says_that_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("undefined symbol: _ZN3c10"),  # from an extension built for another PyTorch
+        ModuleNotFoundError("No module named 'einops'", name="einops"),
+    ],
+)
+def test_says_that_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: ImportError) -> None:
     original = __import__
 
     def importing(name: str, *arguments: object) -> object:
-        if name == "selective_scan_cuda":  # what an extension built for another PyTorch does
-            raise ImportError("undefined symbol: _ZN3c10")
+        if name == "selective_scan_cuda":
+            raise error
         return original(name, *arguments)
 
     monkeypatch.setattr("builtins.__import__", importing)
-    assert "cannot be loaded: undefined symbol" in str(mamba_ssm_missing())
+    assert mamba_ssm_missing() == f"installed, but cannot be loaded: {error}"
 
 
 def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,12 +60,13 @@ class Layout:
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """Attention ``(queries, H, a)`` of runs, and the logarithm of its denominator ``(H, queries)``."""
     _check_heads(q, k, v)
+    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     for queries, keys, hidden in layout.runs():
         scores = _scores(q[queries], k[keys], hidden, scale)
         lse[:, queries] = scores.logsumexp(-1)
         out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _per_head(v[keys], q))
-    return out, lse
+    return out.to(dtype), lse
 
 
 def flash_backward(
@@ -74,9 +75,12 @@ def flash_backward(
     """Gradients of q, k and v from whatever out and lse are given, as the kernels compute them."""
     _check_heads(q, k, v)
     assert d_out.shape == out.shape == q.shape
+    assert d_out.dtype == out.dtype == q.dtype
     assert d_out.stride(-1) == out.stride(-1) == 1
     assert lse.shape == (q.shape[1], q.shape[0])
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
     assert lse.is_contiguous()
+    dtype, (d_out, q, k, v, out) = q.dtype, _wide(d_out, q, k, v, out)
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, hidden in layout.runs():
         weights = (_scores(q[queries], k[keys], hidden, scale) - lse[:, queries, None]).exp()
@@ -86,7 +90,12 @@ def flash_backward(
         d_q[queries] = torch.einsum("hqk,khd->qhd", d_scores, _per_head(k[keys], q))
         d_k[keys] += _per_group(torch.einsum("hqk,qhd->khd", d_scores, q[queries]), k)
         d_v[keys] += _per_group(torch.einsum("hqk,qhd->khd", weights, d_out[queries]), v)
-    return d_q, d_k, d_v
+    return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels compute in float32, whatever they read."""
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
