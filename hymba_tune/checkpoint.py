@@ -80,7 +80,7 @@ def choose_kernels(
     """
     task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim), taps=config.mamba_d_conv)
     try:
-        use_kernels(**(dict.fromkeys(OPERATIONS, AUTO) | chosen))
+        use_kernels(**{name: chosen.get(name, AUTO) for name in (*OPERATIONS, *chosen)})
         return survey(task)
     except ValueError as error:
         raise ConfigError(f"--kernels: {error}.", fix="hymba-tune doctor shows what can be used here") from error

@@ -73,7 +73,8 @@ def cached_attention(
         on_meta, on_text = weights.split([to_meta.shape[-1], scores.shape[-1]], -1)
         output = (on_meta.transpose(0, 1).flatten(1, 2) @ meta_value).unflatten(1, (count, -1)).transpose(0, 1)
         output = output + on_text @ value
-    return output.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(count, length, -1)
+    heads_last: Tensor = output.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+    return heads_last.reshape(count, length, -1)
 
 
 def _small_problem(task: Task) -> Problem:

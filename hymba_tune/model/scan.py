@@ -56,8 +56,8 @@ def packed_scan(
         return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=documents.starts)
     backend = SCAN.choose(Task.of(u, dt, A, B, C))
     if not backend.initial_state:
-        rows, places, offsets = documents.behind_meta
-        u, dt, B, C, z = (x[rows] for x in (u, dt, B, C, z))
+        copies, places, offsets = documents.behind_meta
+        u, dt, B, C, z = (x[copies] for x in (u, dt, B, C, z))
         y, states = selective_scan(u, dt, A, B, C, D, z, cu_seqlens=offsets, backend=backend.name)
         return y[places], states
     rows = [meta, documents.starts[-1]]
@@ -146,7 +146,8 @@ def _unfused(recurrence: Recurrence) -> Scan:
     def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         dtype = inputs.u.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        u, dt, A, B, C, D, z, dt_bias, state = (None if x is None else x.to(wide) for x in inputs[:-1])
+        u, dt, A, B, C = (x.to(wide) for x in inputs[:5])
+        D, z, dt_bias, state = (None if x is None else x.to(wide) for x in inputs[5:9])
         delta = softplus(dt if dt_bias is None else dt + dt_bias)
         state = A.new_zeros(len(inputs.lengths), *A.shape) if state is None else state
         y, final = recurrence(u, delta, A, B, C, state, inputs.lengths)

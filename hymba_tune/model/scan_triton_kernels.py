@@ -45,7 +45,7 @@ def _softplus(x: tl.tensor) -> tl.tensor:
     q = r / (r + 2.0)
     s = q * q
     series = 1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s * (1 / 15))))))
-    return tl.log(1.0 + tl.exp(x))
+    return tl.maximum(x, 0.0) + 2.0 * (q + q * s * series)
 
 
 @_jit
