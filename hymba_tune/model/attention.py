@@ -41,7 +41,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 
 
 def cached_attention(
-    query: Tensor, meta: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor, visible: Tensor
+    query: Tensor, meta: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor, hidden: Tensor
 ) -> Tensor:
     """Attend to the meta tokens, held once for the whole batch, and to each text's own cache.
 
@@ -50,7 +50,7 @@ def cached_attention(
         meta: Keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens, or None if the model has none.
         key: ``(S, G, K, a)``.
         value: ``(S, G, K, v)``.
-        visible: ``(S, L, K)`` bool, which keys each query sees.
+        hidden: ``(S, L, K)`` bool, which keys a query does not see.
 
     Returns:
         ``(S, L, H * v)``.
@@ -59,8 +59,8 @@ def cached_attention(
     groups = key.shape[1]
     # A group's queries are rows of one product with its keys, which are read where they lie.
     grouped = (query * width**-0.5).view(count, length, groups, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    hidden = ~visible[:, None, None]
-    scores = (grouped @ key.mT).unflatten(2, (-1, length)).masked_fill(hidden, float("-inf")).flatten(2, 3)
+    scores = grouped @ key.mT
+    scores.unflatten(2, (-1, length)).masked_fill_(hidden[:, None, None], float("-inf"))
     wide = torch.promote_types(query.dtype, torch.float32)
     if meta is None:
         output = scores.softmax(-1, dtype=wide).to(value.dtype) @ value

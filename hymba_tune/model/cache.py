@@ -67,10 +67,10 @@ class HymbaCache(Cache):
         unbounded = {config.kv_source(layer) for layer in layers if config.is_global(layer)}
         window = config.sliding_window
         self._limits = {layer: window + 1 for layer in layers if window is not None and layer not in unbounded}
-        # Of one pass: what tokens look at, where they go, and which keys they see.
+        # Of one pass: what tokens look at, where they go, and which keys are hidden from them.
         self._seen: dict[int, Seen] = {}
         self._places: dict[int, _Places] = {}
-        self._visible: dict[tuple[int, int | None], Tensor] = {}
+        self._hidden: dict[tuple[int, int | None], Tensor] = {}
 
     def store_meta(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the meta tokens' keys ``(M, G, a)`` and values ``(M, G, v)``."""
@@ -98,8 +98,8 @@ class HymbaCache(Cache):
         """What the new tokens look at in a layer that `extend` was called for in this pass."""
         return self._seen[layer]
 
-    def visible(self, layer: int, documents: Documents, window: int | None) -> Tensor:
-        """Which of what is `seen` in a layer each new token sees.
+    def hidden(self, layer: int, documents: Documents, window: int | None) -> Tensor:
+        """Which of what is `seen` in a layer each new token does not see.
 
         Args:
             layer: The layer that made the keys.
@@ -110,11 +110,11 @@ class HymbaCache(Cache):
             ``(S, L, K)`` bool, each text's tokens flush at the right.
         """
         positions = self._seen[layer].positions
-        if (known := (id(positions), window)) not in self._visible:
+        if (known := (id(positions), window)) not in self._hidden:
             queries, keys = _new_positions(documents)[:, :, None], positions[:, None]
-            visible = (keys >= 0) & (keys <= queries)
-            self._visible[known] = visible if window is None else visible & (queries - keys <= window)
-        return self._visible[known]
+            hidden = (keys < 0) | (keys > queries)
+            self._hidden[known] = hidden if window is None else hidden | (queries - keys > window)
+        return self._hidden[known]
 
     def advance(self, documents: Documents) -> None:
         """Count the new tokens, after every layer has kept its part of them."""
@@ -122,7 +122,7 @@ class HymbaCache(Cache):
         self.lengths = new if documents.past is None else documents.past + new
         self._columns += documents.shape[1]
         self._longest += max(documents.lengths)
-        for memory in (self._seen, self._places, self._visible):
+        for memory in (self._seen, self._places, self._hidden):
             memory.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has seen the same)

@@ -66,14 +66,19 @@ def causal_conv1d(
     Raises:
         ValueError: If the backend is unknown or cannot take these tensors.
     """
-    task = Task.of(x, weight, bias, taps=weight.shape[1])
-    y: Tensor = CONVOLUTION.choose(task, backend).run(x, weight, bias)
+    backend_of_task = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]), backend)
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
     texts, before = len(offsets) - 1, weight.shape[1] - 1
-    if before == 0:
-        return y, x.new_zeros(texts, 0, x.shape[1])
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
     initial = initial.expand(texts, before, -1)
+    if offsets == tuple(range(texts + 1)):
+        # A step of generation: each text's one token and what comes before it are all there is.
+        around = torch.cat([initial, x[:, None]], 1)
+        y = (around * weight.t()).sum(1)
+        return (y if bias is None else y + bias).to(x.dtype), around[:, 1:]
+    y: Tensor = backend_of_task.run(x, weight, bias)
+    if before == 0:
+        return y, initial
     borders = _borders(offsets, before, x.device)
     # The first K - 1 tokens of a text look back beyond it: not at their neighbours in x, but at its initial inputs.
     around = torch.cat([initial, x[borders.first]], 1)

@@ -183,9 +183,9 @@ class HymbaMixer(nn.Module):
         if cache is None or documents.past is None:
             attended = packed_attention(query, key, value, documents, self.window)
         else:
-            seen, visible = cache.seen(self.source), cache.visible(self.source, documents, self.window)
+            seen, hidden_keys = cache.seen(self.source), cache.hidden(self.source, documents, self.window)
             grid = cached_attention(
-                documents.to_grid(query), cache.meta.get(self.source), seen.key, seen.value, visible
+                documents.to_grid(query), cache.meta.get(self.source), seen.key, seen.value, hidden_keys
             )
             attended = documents.from_grid(grid)
         scanned = self._ssm(x, gate, documents, cache)

@@ -24,10 +24,10 @@ from . import scan_triton_kernels as kernels
 from .scan_inputs import ScanInputs
 
 CHUNK = 16
-"""Tokens between two states that the backward starts from, a power of two. It computes those between again and holds
-them in registers, 2 a thread for each token: 255 registers, and some 70 more in its local memory."""
+"""Tokens between two states that the backward starts from, a power of two. It computes the states between again and
+holds them, their decays and their gradients: all 255 registers that a thread can have, and some 70 spilled."""
 STATES = 1024
-"""States that a warp holds in the sweeps, and as many of A: 64 of the 120 registers of a thread."""
+"""States that a warp holds in the sweeps, and as many of A: 64 of the 128 registers of a thread."""
 GRADIENT_STATES = 64
 """States of one token that a warp holds where the gradients are computed."""
 GROUP = 64

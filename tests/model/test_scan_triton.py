@@ -24,7 +24,7 @@ from tests.model.test_scan import WITHOUT, naive, random_inputs, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LENGTHS = [1, 0, 6]
+LENGTHS = [1, 0, 5]
 """Texts of one chunk, of none, and of two."""
 
 
@@ -77,7 +77,7 @@ def test_equals_naive_twin(without: tuple[str, ...]) -> None:
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
     ("tokens", "channels", "states", "chunk"),
-    [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 16)],
+    [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 32)],
 )
 def test_sizes(tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_scan, "CHANNELS", channels)
@@ -121,12 +121,12 @@ def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_every_time_and_in_any_company() -> None:
-    inputs = leaves(random_inputs([3, 6]))
-    first, second = (with_gradients(inputs, scan(inputs, [3, 6])) for _ in range(2))
+    inputs = leaves(random_inputs([2, 5]))
+    first, second = (with_gradients(inputs, scan(inputs, [2, 5])) for _ in range(2))
     assert all(second[name].equal(x) for name, x in first.items())
-    alone = {name: x[3:] if len(x) == 9 else x for name, x in inputs.items()}
-    y, final = scan(alone | {"initial": inputs["initial"][1:]}, [6])
-    assert y.equal(first["y"][3:])
+    alone = {name: x[2:] if len(x) == 7 else x for name, x in inputs.items()}
+    y, final = scan(alone | {"initial": inputs["initial"][1:]}, [5])
+    assert y.equal(first["y"][2:])
     assert final.equal(first["final state"][1:])
 
 
