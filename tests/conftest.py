@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Read when Triton is imported: without a GPU its kernels are interpreted, slowly and exactly.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -176,7 +176,7 @@ def _recurrence(
 
 def _small_problem(task: Task) -> Problem:
     """Two texts of a few chunks, every argument given, in the dtypes that a model has them in."""
-    tokens, channels, states, offsets = 150, 24, 16, (0, 67, 150)
+    tokens, channels, states, offsets = 150, 48, 16, (0, 67, 150)
     u, z, B, C = random_leaves(task, [(tokens, channels)] * 2 + [(tokens, states)] * 2)
     wide = replace(task, dtype=torch.promote_types(task.dtype, torch.float32))
     shapes = [(tokens, channels), (channels, states), (channels,), (channels,), (2, channels, states)]
