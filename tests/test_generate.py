@@ -11,6 +11,7 @@ import torch
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.errors import ConfigError
 from hymba_tune.generate import Chat, answer
 from hymba_tune.registry import resolve_model
 
@@ -175,3 +176,28 @@ def test_seed_makes_sampled_answers_repeat(chat: Callable[..., Chat]) -> None:
 
 def test_chat_is_called_by_its_run(chat: Callable[..., Chat], finished_run: Path) -> None:
     assert chat(model=str(finished_run)).name == "finished"
+
+
+def test_chat_takes_the_kernels_it_is_told(chat: Callable[..., Chat]) -> None:
+    assert chat(kernels=["scan=reference"], temperature=0).ask("Hello") == chat(temperature=0).ask("Hello")
+    with pytest.raises(ConfigError, match="--kernels: the scan backend triton cannot be used"):
+        chat(kernels=["scan=triton"])
+
+
+def test_chat_says_once_that_a_text_is_too_long(small_model: Path) -> None:
+    notes: list[str] = []
+    settings: dict[str, Any] = {"model": str(small_model), "dtype": "float32", "max_new_tokens": 1}
+    talk = Chat(ChatConfig(**settings), notes.append)
+    talk.ask("word")
+    assert not notes
+    talk.ask("word " * 600)
+    talk.ask("word")
+    assert len(notes) == 1
+    assert "more than the 512 the model was made for; expect worse answers" in notes[0]
+
+
+def test_strict_chat_refuses_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:
+    talk = chat(strict_length=True, max_new_tokens=500)
+    with pytest.raises(ConfigError, match="--strict-length: 5.. tokens are more than the 512 the model was made for"):
+        talk.ask("Hello, how many legs have three cats, if all of them are here?")
+    assert chat(strict_length=True).ask("Hello")

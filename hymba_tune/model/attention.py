@@ -35,8 +35,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     """
     # Under autocast a head norm's float32 weight widens queries and keys.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    backend = ATTENTION.choose(Task.of(query, key, value, widths=(query.shape[-1], value.shape[-1])))
-    output: Tensor = backend.run(query, key, value, documents, window)
+    task = Task.of(query, key, value, widths=(query.shape[-1], value.shape[-1]))
+    output: Tensor = ATTENTION.compute(task, query, key, value, documents, window)
     return output
 
 

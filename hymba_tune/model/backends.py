@@ -151,6 +151,32 @@ class Operation:
             raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(able)} can")
         return self.backends[name]
 
+    def compute(self, task: Task, *arguments: Any, name: str | None = None) -> Any:
+        """What the backend that takes the task makes of the arguments.
+
+        One that was not asked for by name and fails after all, where the small problem went well, is left out from
+        then on, and another computes.
+
+        Args:
+            task: What is to be computed.
+            *arguments: The backend's.
+            name: As for `choose`.
+        """
+        backend = self.choose(task, name)
+        if not backend.foreign or (name or self._standing(task)) != AUTO:
+            return backend.run(*arguments)
+        try:
+            return backend.run(*arguments)
+        except torch.OutOfMemoryError:  # another way would take no less
+            raise
+        except Exception as error:  # compilers and foreign packages raise anything
+            self._leave_out(backend, task, f"it failed: {type(error).__name__}: {_first_line(error)}")
+            return self.compute(task, *arguments, name=name)
+
+    def _leave_out(self, backend: Backend, task: Task, reason: str) -> None:
+        self._trials[backend.name, task] = reason
+        logger.warning("The %s backend %s is left out: %s", self.name, backend.name, reason)
+
     def _standing(self, task: Task) -> str:
         """What `use_kernels` chose; where that cannot go on from a cache, generation takes the fastest that can."""
         chosen = self.backends.get(self.chosen)
@@ -176,9 +202,10 @@ class Operation:
             return None
         key = backend.name, task
         if key not in self._trials:
-            self._trials[key] = reason = self._try(backend, task)
-            if reason:
-                logger.warning("The %s backend %s is left out: %s", self.name, backend.name, reason)
+            if reason := self._try(backend, task):
+                self._leave_out(backend, task, reason)
+            else:
+                self._trials[key] = None
         return self._trials[key]
 
     def _try(self, backend: Backend, task: Task) -> str | None:

@@ -66,7 +66,7 @@ def causal_conv1d(
     Raises:
         ValueError: If the backend is unknown or cannot take these tensors.
     """
-    backend_of_task = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]), backend)
+    task = Task.of(x, weight, bias, taps=weight.shape[1])
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
     texts, before = len(offsets) - 1, weight.shape[1] - 1
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
@@ -76,7 +76,7 @@ def causal_conv1d(
         around = torch.cat([initial, x[:, None]], 1)
         y = (around * weight.t()).sum(1)
         return (y if bias is None else y + bias).to(x.dtype), around[:, 1:]
-    y: Tensor = backend_of_task.run(x, weight, bias)
+    y: Tensor = CONVOLUTION.compute(task, x, weight, bias, name=backend)
     if before == 0:
         return y, initial
     borders = _borders(offsets, before, x.device)

@@ -54,11 +54,10 @@ def packed_scan(
     meta = documents.num_meta
     if states is not None or not meta:
         return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=documents.starts)
-    backend = SCAN.choose(Task.of(u, dt, A, B, C))
-    if not backend.initial_state:
+    if not SCAN.choose(Task.of(u, dt, A, B, C, D, z)).initial_state:
         copies, places, offsets = documents.behind_meta
         u, dt, B, C, z = (x[copies] for x in (u, dt, B, C, z))
-        y, states = selective_scan(u, dt, A, B, C, D, z, cu_seqlens=offsets, backend=backend.name)
+        y, states = selective_scan(u, dt, A, B, C, D, z, cu_seqlens=offsets)
         return y[places], states
     rows = [meta, documents.starts[-1]]
     (u_meta, u), (dt_meta, dt), (B_meta, B), (C_meta, C), (z_meta, z) = (x.split(rows) for x in (u, dt, B, C, z))
@@ -114,7 +113,7 @@ def selective_scan(
     _check(u.device, (texts, channels, states), initial_state=initial_state)
     inputs = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, offsets)
     task = Task.of(*inputs[:-1], continues=initial_state is not None)
-    y, final = SCAN.choose(task, backend).run(inputs)
+    y, final = SCAN.compute(task, inputs, name=backend)
     return y, final
 
 

@@ -93,6 +93,39 @@ def test_a_foreign_backend_that_does_not_work_is_left_out_and_said_so_once(
         chosen.choose(CPU, "foreign")
 
 
+def test_a_foreign_backend_that_fails_after_all_is_left_out_and_the_computation_goes_on(
+    operation: Callable[..., Operation], caplog: pytest.LogCaptureFixture
+) -> None:
+    def only_small(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise RuntimeError("out of resource: shared memory\nand much more")
+        return 2 * x
+
+    chosen = operation(Backend("foreign", only_small, foreign=True))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(chosen.compute(CPU, torch.ones(5)), torch.full((5,), 2.0))
+    assert caplog.messages == [
+        "The doubling backend foreign is left out: it failed: RuntimeError: out of resource: shared memory"
+    ]
+    with pytest.raises(ValueError, match="foreign cannot be used: it failed: RuntimeError: out of resource"):
+        chosen.compute(CPU, torch.ones(5), name="foreign")
+
+
+def test_a_forced_backend_that_fails_and_one_out_of_memory_stop_the_computation(
+    operation: Callable[..., Operation],
+) -> None:
+    def fails(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return 2 * x
+
+    chosen = operation(Backend("foreign", fails, foreign=True))
+    for name in (None, "foreign"):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            chosen.compute(CPU, torch.ones(5), name=name)
+
+
 def test_a_foreign_backend_that_works_is_taken(operation: Callable[..., Operation]) -> None:
     assert operation(Backend("foreign", double, foreign=True)).choose(CPU).name == "foreign"
 

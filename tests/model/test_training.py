@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from transformers.utils import logging as transformers_logging
 
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM, layers
 from tests.tiny import CONFIG, gradients, random_texts, tiny_model
@@ -143,3 +145,19 @@ def test_decays_and_skips_of_a_bfloat16_model_are_float32(monkeypatch: pytest.Mo
 def test_layers_are_kept_whole_when_spread_over_devices() -> None:
     model = tiny_model()
     assert list(model._no_split_modules) == [type(model.model.layers[0]).__name__]
+
+
+def test_texts_longer_than_the_model_was_made_for_get_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(), torch.zeros(1, 65, dtype=torch.long) + 5
+    transformers_logging.warning_once.cache_clear()  # another test may have had its warning
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="transformers"), torch.no_grad():
+        model(ids[:, :64])
+        assert not caplog.messages
+        cache = model(ids[:, :60], use_cache=True).past_key_values
+        for token in ids[:, 60:].unbind(1):
+            model(token[:, None], past_key_values=cache)
+        model(ids)
+    assert caplog.messages == ["a text is longer than max_position_embeddings, 64 tokens"]

@@ -132,6 +132,56 @@ def test_banner_says_what_is_about_to_run(small_model: Path, questions: Path, tm
     assert lines["note"].endswith("rows are longer than --max-length and were cut to it")
 
 
+def test_banner_and_record_name_the_kernels(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    finished = run(settings(small_model, questions, tmp_path / "out", kernels=["scan=torch"]), notes)
+    assert "scan torch" in notes.lines["kernels"]
+    assert "attention blocks" in notes.lines["kernels"]
+    kernels = finished.facts()["kernels"]
+    assert kernels["scan"]["taken"] == "torch"
+    assert kernels["attention"]["obstacles"]["flex"] == "it runs on cuda, not on cpu"
+
+
+def test_kernels_that_cannot_be_used_are_refused_before_weights_are_read(
+    small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.train.sft.open_model", None)
+    for kernels, message in {
+        "scan=triton": "the scan backend triton cannot be used: it runs on cuda, not on cpu; .* can.",
+        "scan=fast": "scan backend 'fast'; expected one of auto, native, triton",
+        "scam=torch": "'scam' has no kernels to choose; expected one of",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--kernels: {message}"):
+            run(settings(small_model, questions, tmp_path / "out", kernels=[kernels]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path) -> Path:
+    """A conversation that is longer than the small model was made for."""
+    data = tmp_path / "long.jsonl"
+    rows = [{"prompt": "word " * count, "completion": "yes"} for count in (4, 600)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    return data
+
+
+def test_texts_longer_than_the_model_was_made_for_get_one_warning(
+    small_model: Path, long_rows: Path, tmp_path: Path
+) -> None:
+    notes = Notes()
+    run(settings(small_model, long_rows, tmp_path / "out", steps=1, eval_split=0), notes)
+    assert "tokens are more than the 512 the model was made for; expect worse answers" in notes.lines["note"]
+
+
+def test_strict_length_refuses_them_before_weights_are_read(
+    small_model: Path, long_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.train.sft.open_model", None)
+    with pytest.raises(ConfigError, match=r"--strict-length: 6\d\d tokens are more than the 512 the model was made for"):
+        run(settings(small_model, long_rows, tmp_path / "out", strict_length=True))
+    assert not (tmp_path / "out").exists()
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora_whole_meta_tokens": {"meta_tokens": "full"},
