@@ -21,8 +21,10 @@ from hymba_tune.model.documents import Documents, find_documents
 HEADS, GROUPS, WIDTH, VALUE_WIDTH = 5, 1, 64, 128
 META = 32
 DENSE = "sdpa, dense mask"
-DENSE_UP_TO = 4096
-"""Tokens up to which a mask over all rows is tried: its memory grows with their square."""
+QUADRATIC = ("sdpa", DENSE)
+"""What weighs all pairs of tokens."""
+QUADRATIC_UP_TO = 4096
+"""Tokens up to which that is tried: its memory grows with their square."""
 
 Run = Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tensor]
 
@@ -62,7 +64,7 @@ def compare_lengths(given: harness.Options) -> None:
     lengths, window = ([16, 32], 8) if given.quick else ([2048, 4096, 8192, 16384], 1024)
     dtype = given.dtypes[-1]
     cases = {
-        name: [length for length in lengths if name != DENSE or length <= DENSE_UP_TO]
+        name: [length for length in lengths if name not in QUADRATIC or length <= QUADRATIC_UP_TO]
         for name in ways(given.device, dtype)
     }
     peaks = {

@@ -39,7 +39,8 @@ STRANGERS = {("data", "registry"), ("data", "model"), ("data", "checkpoint")}
 MODEL_LIBRARIES = {"torch", "transformers", "huggingface_hub"}
 """What the model's folder may need where it is copied beside weights; transformers brings the last."""
 
-KERNEL_LIBRARIES = {"triton", "mamba_ssm", "selective_scan_cuda", "causal_conv1d", "flash_attn", "flash_attn_interface"}
+KERNEL_LIBRARIES = {"triton", "kernels", "flash_attn", "flash_attn_interface"}
+KERNEL_LIBRARIES |= {"mamba_ssm", "selective_scan_cuda", "causal_conv1d"}
 """What it uses where it is there."""
 
 

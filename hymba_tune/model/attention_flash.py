@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import Task
 from .documents import Documents
+from .hub_kernels import hub_kernel
 
 WIDEST = 256
 """The widest head of the kernels."""
@@ -246,9 +248,19 @@ def _flash_attn_3() -> Provider | None:
 def _flash_attn_2() -> Provider | None:
     """The package flash-attn from 2.7 on, where a window is two arguments."""
     try:
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
+        from flash_attn import flash_attn_interface
     except ImportError:
         return None
+    return _of_interface("flash-attn 2", flash_attn_interface)
+
+
+def _of_hub() -> Provider | None:
+    """The same, compiled by the Hub."""
+    interface = getattr(hub_kernel("flash-attn2"), "flash_attn_interface", None)
+    return None if interface is None else _of_interface("flash-attn 2 of the Hub", interface)
+
+
+def _of_interface(name: str, interface: ModuleType) -> Provider:
 
     def layout(runs: Runs, scale: float) -> dict[str, Any]:
         return {
@@ -258,7 +270,7 @@ def _flash_attn_2() -> Provider | None:
         }
 
     def forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _flash_attn_varlen_forward(q, k, v, **layout(runs, scale))
+        out, lse, *_ = interface._flash_attn_varlen_forward(q, k, v, **layout(runs, scale))
         return out, lse
 
     def backward(
@@ -267,10 +279,10 @@ def _flash_attn_2() -> Provider | None:
         gradients = _empty_gradients(q, k, v)
         exact = torch.are_deterministic_algorithms_enabled()
         more = {"softcap": 0.0, "alibi_slopes": None, "deterministic": exact}
-        _flash_attn_varlen_backward(d_out, q, k, v, out, lse, *gradients, **layout(runs, scale), **more)
+        interface._flash_attn_varlen_backward(d_out, q, k, v, out, lse, *gradients, **layout(runs, scale), **more)
         return gradients
 
-    return Provider("flash-attn 2", forward, backward)
+    return Provider(name, forward, backward)
 
 
 def _of_pytorch() -> Provider | None:
@@ -304,7 +316,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-PROVIDERS = (_flash_attn_3, _flash_attn_2, _of_pytorch)
+PROVIDERS = (_flash_attn_3, _flash_attn_2, _of_pytorch, _of_hub)
 """Where to look for FlashAttention, the fastest first."""
 
 

@@ -74,8 +74,8 @@ def causal_conv1d(
     if offsets == tuple(range(texts + 1)):
         # A step of generation: each text's one token and what comes before it are all there is.
         around = torch.cat([initial, x[:, None]], 1)
-        y = (around * weight.t()).sum(1)
-        return (y if bias is None else y + bias).to(x.dtype), around[:, 1:]
+        weighed = (around * weight.t()).sum(1)
+        return (weighed if bias is None else weighed + bias).to(x.dtype), around[:, 1:]
     y: Tensor = CONVOLUTION.compute(task, x, weight, bias, name=backend)
     if before == 0:
         return y, initial

@@ -5,12 +5,14 @@ Glossary: T tokens, E channels, K width of the convolution.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .backends import Task
+from .hub_kernels import hub_kernel
 
 WIDTHS = range(2, 5)
 """The widths that the kernels are built for."""
@@ -28,10 +30,10 @@ def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ``(T, E)``.
     """
     try:
-        from causal_conv1d import causal_conv1d_fn
+        convolve = _function()
     except ImportError as error:
         raise RuntimeError(f"causal-conv1d cannot be used: {causal_conv1d_missing()}") from error
-    y: Tensor = causal_conv1d_fn(_channels_first(x)[None], weight, None if bias is None else bias.to(weight.dtype))
+    y: Tensor = convolve(_channels_first(x)[None], weight, None if bias is None else bias.to(weight.dtype))
     return y[0].T
 
 
@@ -41,14 +43,25 @@ def causal_conv1d_missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        import causal_conv1d  # noqa: F401
+        _function()
     except ModuleNotFoundError as error:
         if error.name == "causal_conv1d":
-            return "not installed (pip install --no-build-isolation causal-conv1d)"
+            return "not installed (pip install --no-build-isolation causal-conv1d, or kernels)"
         return f"installed, but without its kernels ({error})"
     except Exception as error:  # a package built for another PyTorch fails in many ways
         return f"installed, but cannot be loaded: {error}"
     return None
+
+
+def _function() -> Callable[..., Tensor]:
+    """From the package, or else from the Hub."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ModuleNotFoundError:
+        if (kernel := hub_kernel("causal-conv1d")) is None:
+            raise
+        causal_conv1d_fn = kernel.causal_conv1d_fn
+    return causal_conv1d_fn  # type: ignore[no-any-return]
 
 
 def causal_conv1d_unfit(task: Task) -> str | None:

@@ -8,6 +8,7 @@ Glossary: T tokens, S texts, L longest text, E channels, N size of a channel's s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from .hub_kernels import hub_kernel
 from .scan_inputs import ScanInputs
 
 STANDSTILL = -1e4
@@ -23,7 +25,7 @@ OPEN = 1.2784645427610738
 """The gate that lets everything through: silu of it is one."""
 
 REASONS = {
-    "mamba_ssm": "not installed (MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm)",
+    "mamba_ssm": "not installed (MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm, or kernels)",
     "selective_scan_cuda": "installed without its Mamba-1 scan (rebuild with MAMBA_KEEP_CUDA_BUILD=TRUE)",
 }
 """What the absence of a module means."""
@@ -43,7 +45,7 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)``.
     """
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        compute = _function()
     except ImportError as error:
         raise RuntimeError(f"mamba-ssm cannot be used: {mamba_ssm_missing()}") from error
     wide = torch.promote_types(inputs.u.dtype, torch.float32)
@@ -54,7 +56,7 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     z = None if z is None else _in_rows(z, lengths, states, OPEN)
     C = _in_rows(C, lengths, 0, 0)
     C = torch.cat([C, torch.eye(states, dtype=wide, device=C.device).expand(len(lengths), -1, -1)], -1)
-    y = selective_scan_fn(u, dt, A, B, C, D, z, dt_bias, delta_softplus=True)
+    y: Tensor = compute(u, dt, A, B, C, D, z, dt_bias, delta_softplus=True)
     tokens = [row[:, :length].mT for row, length in zip(y.unbind(), lengths, strict=True)]
     return torch.cat(tokens).to(inputs.u.dtype), y[..., -states:]
 
@@ -65,12 +67,24 @@ def mamba_ssm_missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        import mamba_ssm.ops.selective_scan_interface  # noqa: F401
-        import selective_scan_cuda  # noqa: F401  (which later versions build only when told to)
+        _function()
     except Exception as error:  # a package built for another PyTorch fails in many ways
         absent = isinstance(error, ModuleNotFoundError) and error.name
         return REASONS.get(absent or "", f"installed, but cannot be loaded: {error}")
     return None
+
+
+def _function() -> Callable[..., Tensor]:
+    """From the package, or else from the Hub."""
+    try:
+        import mamba_ssm  # noqa: F401
+        import selective_scan_cuda  # noqa: F401  (which later versions build only when told to)
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ModuleNotFoundError:
+        if (kernel := hub_kernel("mamba-ssm")) is None:
+            raise
+        selective_scan_fn = kernel.ops.selective_scan_interface.selective_scan_fn
+    return selective_scan_fn  # type: ignore[no-any-return]
 
 
 def _in_rows(x: Tensor, lengths: list[int], behind: int, fill: float) -> Tensor:

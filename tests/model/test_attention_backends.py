@@ -98,6 +98,11 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         for module in fake_kernels.flash_attn_modules():
             monkeypatch.setitem(sys.modules, module.__name__, module)
         find = attention_flash._flash_attn_2
+    elif name == "hub":
+        package, interface = fake_kernels.flash_attn_modules()
+        package.flash_attn_interface = interface
+        monkeypatch.setattr(attention_flash, "hub_kernel", {"flash-attn2": package}.get)
+        find = attention_flash._of_hub
     else:
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         library, find = fake_kernels.register_aten(), attention_flash._of_pytorch
@@ -120,7 +125,7 @@ def test_flash_equals_naive_twin(lengths: list[int], meta: int, window: int | No
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, window)))
 
 
-@pytest.mark.parametrize("flash", ["flash_attn_3", "flash_attn_2", "pytorch"], indirect=True)
+@pytest.mark.parametrize("flash", ["flash_attn_3", "flash_attn_2", "hub", "pytorch"], indirect=True)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.usefixtures("flash")
 def test_flash_equals_naive_twin_with_every_provider(window: int | None) -> None:
@@ -194,7 +199,7 @@ def test_flash_is_not_found_where_it_is_not_installed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     for name in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert [find() for find in attention_flash.PROVIDERS] == [None] * 3
+    assert [find() for find in attention_flash.PROVIDERS] == [None] * len(attention_flash.PROVIDERS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert attention_flash._flash_attn_3() is None
 

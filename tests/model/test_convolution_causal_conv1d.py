@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hymba_tune.model import convolution_causal_conv1d
 from hymba_tune.model.backends import Task
 from hymba_tune.model.convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
 from tests.reference import fake_kernels
@@ -48,6 +49,15 @@ def test_equals_naive_twin(tokens: int, channels: int, width: int) -> None:
     inputs = random_inputs(tokens, channels, width)
     actual = with_gradients(inputs, causal_conv1d_run(**inputs))
     FLOAT64.check_all(actual, with_gradients(inputs, naive_convolution(**inputs)[0]))
+
+
+def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    (module,) = fake_kernels.causal_conv1d_modules()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(convolution_causal_conv1d, "hub_kernel", {"causal-conv1d": module}.get)
+    assert causal_conv1d_missing() is None
+    inputs = random_inputs(9)
+    FLOAT64.check(causal_conv1d_run(**inputs), naive_convolution(**inputs)[0])
 
 
 @pytest.mark.usefixtures("_installed")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from hymba_tune.model import scan_mamba_ssm
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_mamba_ssm import mamba_ssm_missing, mamba_ssm_scan
 from tests.reference import fake_kernels
@@ -85,6 +87,17 @@ def test_equals_naive_twin(lengths: list[int], optional: bool) -> None:
     inputs = random_inputs(lengths, optional=optional)
     actual = with_gradients(inputs, scan(inputs, lengths))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, lengths)))
+
+
+def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    interface = SimpleNamespace(selective_scan_fn=fake_kernels.selective_scan_fn)
+    found = SimpleNamespace(ops=SimpleNamespace(selective_scan_interface=interface))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(scan_mamba_ssm, "hub_kernel", {"mamba-ssm": found}.get)
+    assert mamba_ssm_missing() is None
+    lengths = [7, 1, 20]
+    inputs = random_inputs(lengths)
+    FLOAT64.check_all(with_gradients(inputs, scan(inputs, lengths)), with_gradients(inputs, naive(inputs, lengths)))
 
 
 @pytest.mark.usefixtures("_installed")
