@@ -198,8 +198,6 @@ def test_chat_says_once_that_a_text_is_too_long(small_model: Path) -> None:
 
 def test_strict_chat_refuses_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:
     talk = chat(strict_length=True, max_new_tokens=500)
-    with pytest.raises(
-        ConfigError, match=r"--strict-length: 5\d\d tokens are more than the 512 the model"
-    ):
+    with pytest.raises(ConfigError, match=r"--strict-length: 5\d\d tokens are more than the 512 the model"):
         talk.ask("Hello, how many legs have three cats, if all of them are here?")
     assert chat(strict_length=True).ask("Hello")

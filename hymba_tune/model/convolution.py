@@ -149,15 +149,14 @@ class _ShiftedProducts(torch.autograd.Function):
         taps = weight.t().contiguous()
         dx = dy * taps[-1]
         d_taps = torch.zeros_like(taps)
-        d_taps[-1] = _sum_of_products(dy, x)
+        products = dy * x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_taps[-1] = products.sum(0, dtype=wide)
         for lag in range(1, min(len(taps), x.shape[0])):
             dx[:-lag].addcmul_(dy[lag:], taps[-1 - lag])
-            d_taps[-1 - lag] = _sum_of_products(dy[lag:], x[:-lag])
+            torch.mul(dy[lag:], x[:-lag], out=products[lag:])
+            d_taps[-1 - lag] = products[lag:].sum(0, dtype=wide)
         return dx, d_taps.t(), dy.sum(0) if ctx.has_bias else None
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
 
 
 def _small_problem(task: Task) -> Problem:

@@ -51,14 +51,17 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
         need_x, need_weight, _ = ctx.needs_input_grad
-        d_weight = (dy * normed).sum_to_size(weight.shape).to(weight.dtype) if need_weight else None
+        normed = x * scale
+        products = dy * normed
+        # A copy, since the products' memory is used again and a weight of x's shape would share it.
+        d_weight = products.sum_to_size(weight.shape).to(weight.dtype, copy=True) if need_weight else None
         if not need_x:
             return None, d_weight, None
-        d_normed = (dy * weight).to(scale.dtype)
-        along = (d_normed * normed).mean(-1, keepdim=True)
-        dx = d_normed.sub_(normed.mul_(along)).mul_(scale)
+        weight = weight.to(scale.dtype)
+        along = products @ weight if weight.ndim == 1 else (products * weight).sum(-1)
+        d_normed = torch.mul(dy, weight, out=products)
+        dx = d_normed.addcmul_(normed, along[..., None], value=-1 / x.shape[-1]).mul_(scale)
         return dx.to(x.dtype), d_weight, None
 
 

@@ -189,7 +189,7 @@ class HymbaMixer(nn.Module):
             )
             attended = documents.from_grid(grid)
         scanned = self._ssm(x, gate, documents, cache)
-        joined = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)) / 2
+        joined = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)).mul_(0.5)
         return self.out_proj(joined), key, value
 
     def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
