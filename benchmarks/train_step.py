@@ -14,11 +14,13 @@ from models import Step
 from torch import Tensor, nn
 
 from hymba_tune.model.backends import use_kernels
+from hymba_tune.train.memory import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     given = harness.options(__doc__, arguments, repeats=5)
+    keep_freed_memory()  # as a run does, here for all of them
     compare_steps(given)
     compare_meta_tokens(given)
 

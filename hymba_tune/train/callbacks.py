@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Any
@@ -14,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
+from hymba_tune.train.memory import peak_memory
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
 
@@ -138,11 +137,3 @@ class Interrupt(TrainerCallback):
         del signal_number, frame
         self.pressed = True
         signal.signal(signal.SIGINT, self._before)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the CUDA device's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -39,7 +39,8 @@ from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import answer
 from hymba_tune.registry import lasting_name, resolve_model
 from hymba_tune.train.banner import describe_run
-from hymba_tune.train.callbacks import FirstStep, Interrupt, Metrics, peak_memory
+from hymba_tune.train.callbacks import FirstStep, Interrupt, Metrics
+from hymba_tune.train.memory import keep_freed_memory, peak_memory
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
@@ -268,6 +269,8 @@ def _train(setup: Setup, data: Data, trainer: HymbaTrainer, checkpoint: Path | N
         run.forget_after(int(checkpoint.name.rpartition("-")[2]))
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
+    if setup.device.type == "cpu":
+        keep_freed_memory()  # not before the weights are there: what loading them took may go back
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
