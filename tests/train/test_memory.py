@@ -16,9 +16,9 @@ import torch
 from hymba_tune.train.memory import keep_freed_memory
 
 def take():
-    for _ in range(3):
-        blocks = [torch.ones(2**22) for _ in range(8)]
-        del blocks
+    blocks = [torch.ones(2**22) for _ in range(32)]
+    while blocks:
+        blocks.pop(0)
 
 made = keep_freed_memory() if sys.argv[1] == "keep" else None
 take()
@@ -29,7 +29,7 @@ print(json.dumps([made, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - bef
 
 
 def page_faults(how: str, monkeypatch: pytest.MonkeyPatch) -> tuple[bool | None, int]:
-    """Of taking 128 MB three times, which had been taken before."""
+    """Of taking 32 blocks of 16 MB which had been taken and freed before."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     made, faults = json.loads(subprocess.check_output([sys.executable, "-c", FAULTS, how]))
     return made, faults
