@@ -58,7 +58,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
-        return _turned(d_turned, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(d_turned, cos, sin, -1), None, None
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
