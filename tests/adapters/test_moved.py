@@ -26,7 +26,7 @@ def test_without_a_step_nothing_has_moved() -> None:
 def test_module_that_is_read_instead_of_called_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: HymbaMLP, x: Tensor) -> Tensor:
         gate = torch.nn.functional.linear(x, self.gate_proj.weight)
-        return self.down_proj(self.activation(gate) * self.up_proj(x))
+        return self.down_proj(torch.nn.functional.silu(gate) * self.up_proj(x))
 
     monkeypatch.setattr(HymbaMLP, "forward", forward)
     model = adapted_model()

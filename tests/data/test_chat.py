@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -214,6 +214,7 @@ def test_conversation_whose_answer_is_cut_off_gives_no_row(hymba: PreTrainedToke
 @settings(max_examples=40, deadline=None)
 @given(text=ANSWERS, max_length=st.integers(8, 20))
 def test_long_text_loses_no_token(hymba: PreTrainedTokenizerFast, text: str, max_length: int) -> None:
+    assume(not text.startswith(hymba.bos_token) and not text.endswith(hymba.eos_token))  # it then gets no second ones
     (whole,) = encode(Text(text), hymba, ENOUGH)
     pieces = encode(Text(text), hymba, max_length)
     assert whole.input_ids == [*hymba(text).input_ids, hymba.eos_token_id]
