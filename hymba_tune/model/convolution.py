@@ -67,6 +67,7 @@ def causal_conv1d(
         ValueError: If the backend is unknown or cannot take these tensors.
     """
     task = Task.of(x, weight, bias, taps=weight.shape[1])
+    CONVOLUTION.choose(task, backend)  # a backend that cannot is refused for texts of any length
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
     texts, before = len(offsets) - 1, weight.shape[1] - 1
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial

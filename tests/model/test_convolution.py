@@ -111,3 +111,10 @@ def test_texts_go_on_from_their_last_inputs() -> None:
         y, tail = causal_conv1d(piece, weight, initial=tail)
         parts.append(y)
     FLOAT64.check(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_backend_that_cannot_is_refused(tokens: int) -> None:
+    x, weight = torch.randn(tokens, 3), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="conv backend causal_conv1d cannot be used: it runs on cuda, not on cpu"):
+        causal_conv1d(x, weight, backend="causal_conv1d")
