@@ -1,76 +1,13 @@
-"""Every setting of every verb, with its default, its range and its help line. Each default stands here once.
-
-A field is a flag (`--max-length`), a recipe key (`max_length`) and an environment variable
-(`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
-"""
+"""The groups of settings that verbs share; the last ones are those of training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Names = Annotated[list[str], Parameter(negative="", consume_multiple=True, show_default=False)]
-
-
-def _written_as_pairs(value: Any) -> Any:
-    """Recipes may write a mapping."""
-    return [f"{name}={choice}" for name, choice in value.items()] if isinstance(value, dict) else value
-
-
-def _checked_pairs(value: list[str]) -> list[str]:
-    if wrong := [pair for pair in value if not all(pair.partition("="))]:
-        raise ValueError(f"{wrong[0]!r} is not a pair such as name=value")
-    return value
-
-
-Pairs = Annotated[Names, BeforeValidator(_written_as_pairs), AfterValidator(_checked_pairs)]
-
-
-class Method(StrEnum):
-    """How the weights are trained."""
-
-    lora = "lora"
-    dora = "dora"
-    full = "full"
-
-
-class MetaTokens(StrEnum):
-    """How the meta tokens are trained beside an adapter."""
-
-    lora = "lora"
-    full = "full"
-    frozen = "frozen"
-
-
-class OnBadRow(StrEnum):
-    """What happens at a row that cannot be used."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-def as_mapping(pairs: Pairs) -> dict[str, str]:
-    """Pairs such as ``prompt=question`` by their first halves."""
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-class Config(BaseModel):
-    """The base of all settings: unknown keys are errors and values are checked also when assigned."""
-
-    @classmethod
-    def kinds(cls) -> Iterator[type[Config]]:
-        """Every kind of settings there is."""
-        for kind in cls.__subclasses__():
-            yield kind
-            yield from kind.kinds()
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+from hymba_tune.config.base import Config, Fraction, MetaTokens, Method, Names, OnBadRow, Pairs
 
 
 class ModelOptions(Config):
@@ -169,56 +106,3 @@ class TrainingOptions(Config):
     """Run directory. When not given: runs/MODEL-DATA-TIME."""
     resume: Path | None = None
     """Run directory to go on with, from its last whole checkpoint."""
-
-
-class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
-    """Supervised fine-tuning."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SFTConfig:
-        if self.method is Method.full and self.targets != ["all"]:
-            raise ValueError("targets: --method full trains every weight; leave --targets out, or use lora or dora")
-        if self.method is Method.dora and self.targets in (["attention"], ["ssm"]):
-            raise ValueError(
-                f"targets: {self.targets[0]} adapts only some rows of in_proj, and DoRA's magnitudes change every row; "
-                "use --method lora, or --targets attention-ssm"
-            )
-        return self
-
-
-class ChatConfig(EngineOptions, ModelOptions):
-    """Talking to a model."""
-
-    prompt: str | None = None
-    """Answer this and end."""
-    system: str | None = None
-    """System prompt."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Tokens an answer may have."""
-    temperature: float = Field(default=0.7, ge=0)
-    """0 takes the likeliest token each time."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
-    seed: int | None = Field(default=None, ge=0)
-    """Seed of the sampling."""
-
-
-class MergeConfig(ModelOptions):
-    """Folding an adapter into its base model."""
-
-    model: Annotated[str, Parameter(parse=False)] = ""
-    """The run."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the merged weights: auto keeps the base model's."""
-
-    out: Path
-    """Folder of the merged model; must not exist or be empty."""
-
-
-class DoctorConfig(Config):
-    """What this machine can do."""
-
-    device: str = "auto"
-    """The device to ask about: auto, cpu, cuda, cuda:1."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The number format to ask about."""

@@ -1,0 +1,26 @@
+"""Every setting of every verb, with its default, its range and its help line. Each default stands here once.
+
+A field is a flag (`--max-length`), a recipe key (`max_length`) and an environment variable
+(`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
+"""
+
+from hymba_tune.config.base import Config, MetaTokens, Method, OnBadRow, as_mapping
+from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
+from hymba_tune.config.verbs import ChatConfig, DoctorConfig, MergeConfig, SFTConfig
+
+__all__ = [
+    "AdapterOptions",
+    "ChatConfig",
+    "Config",
+    "DataOptions",
+    "DoctorConfig",
+    "EngineOptions",
+    "MergeConfig",
+    "MetaTokens",
+    "Method",
+    "ModelOptions",
+    "OnBadRow",
+    "SFTConfig",
+    "TrainingOptions",
+    "as_mapping",
+]

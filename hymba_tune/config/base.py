@@ -1,0 +1,68 @@
+"""What settings are made of: the base of all of them, and the kinds of values they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Names = Annotated[list[str], Parameter(negative="", consume_multiple=True, show_default=False)]
+
+
+def _written_as_pairs(value: Any) -> Any:
+    """Recipes may write a mapping."""
+    return [f"{name}={choice}" for name, choice in value.items()] if isinstance(value, dict) else value
+
+
+def _checked_pairs(value: list[str]) -> list[str]:
+    if wrong := [pair for pair in value if not all(pair.partition("="))]:
+        raise ValueError(f"{wrong[0]!r} is not a pair such as name=value")
+    return value
+
+
+Pairs = Annotated[Names, BeforeValidator(_written_as_pairs), AfterValidator(_checked_pairs)]
+
+
+class Method(StrEnum):
+    """How the weights are trained."""
+
+    lora = "lora"
+    dora = "dora"
+    full = "full"
+
+
+class MetaTokens(StrEnum):
+    """How the meta tokens are trained beside an adapter."""
+
+    lora = "lora"
+    full = "full"
+    frozen = "frozen"
+
+
+class OnBadRow(StrEnum):
+    """What happens at a row that cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+def as_mapping(pairs: Pairs) -> dict[str, str]:
+    """Pairs such as ``prompt=question`` by their first halves."""
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+class Config(BaseModel):
+    """The base of all settings: unknown keys are errors and values are checked also when assigned."""
+
+    @classmethod
+    def kinds(cls) -> Iterator[type[Config]]:
+        """Every kind of settings there is."""
+        for kind in cls.__subclasses__():
+            yield kind
+            yield from kind.kinds()
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
