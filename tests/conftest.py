@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may depend on the network
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from tests.browser import Browser, find, launched
 
 # Read when Triton is imported: without a GPU its kernels are interpreted, slowly and exactly.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -55,3 +58,14 @@ def finished_run(small_model: Path, questions: Path, tmp_path_factory: pytest.Te
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     return run(settings(small_model, questions, out, steps=30, eval_split=0.2, eval_every=10, log_every=5)).path
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser to look at pages with."""
+    program = find()
+    if program is None:
+        assert "CI" not in os.environ, "no Chromium, with which pages are looked at (apt-get install chromium)"
+        pytest.skip("needs Chromium to look at pages with (apt-get install chromium)")
+    with launched(program, tmp_path_factory.mktemp("profile")) as running:
+        yield running

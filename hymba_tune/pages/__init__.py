@@ -1,0 +1,8 @@
+"""Pages that people read: one look, one file each, nothing fetched from anywhere."""
+
+from hymba_tune.pages.numbers import duration, gigabytes, share
+from hymba_tune.pages.page import render
+from hymba_tune.pages.plots import Plot, plot
+from hymba_tune.pages.theme import LIGHT
+
+__all__ = ["LIGHT", "Plot", "duration", "gigabytes", "plot", "render", "share"]
