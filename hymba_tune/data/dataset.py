@@ -29,7 +29,7 @@ from hymba_tune.errors import DataError
 BATCH_ROWS = 256
 LOOK_AHEAD = 10_000  # rows, a second or two, to say whether a bad row is the only one
 BATCH_CHARS = 2**20  # what bounds memory where rows are megabytes long
-SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
+SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "place": pa.string()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,8 @@ def build_dataset(
         progress: Called with the number of rows read so far, after every batch.
 
     Returns:
-        The rows, memory-mapped, with int32 lists ``input_ids`` and ``labels`` as in `Encoded`, in the order of the
-        sources; and the report on them.
+        The rows, memory-mapped, with int32 lists ``input_ids`` and ``labels`` as in `Encoded`, and the ``place`` they
+        were read from, in the order of the sources; and the report on them.
 
     Raises:
         RowError: At the first row that cannot be used, if ``on_bad_row`` is ``stop``.
@@ -131,9 +131,13 @@ def build_dataset(
         with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             for batch in _batches(rows):
                 kept = _encode_batch(batch, tokenizer, max_length, report)
-                for row in kept:
+                for _, row in kept:
                     digest.update(array("i", [len(row.input_ids), *row.input_ids, *row.labels]).tobytes())
-                columns = {name: [getattr(row, name) for row in kept] for name in SCHEMA.names}
+                columns = {
+                    "input_ids": [row.input_ids for _, row in kept],
+                    "labels": [row.labels for _, row in kept],
+                    "place": [str(place) for place, _ in kept],
+                }
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
                 if progress:
                     progress(report.rows)
@@ -206,8 +210,8 @@ def _batches(rows: Iterator[tuple[Place, Rendered]]) -> Iterator[list[tuple[Plac
 
 def _encode_batch(
     batch: list[tuple[Place, Rendered]], tokenizer: PreTrainedTokenizerBase, max_length: int, report: DataReport
-) -> list[Encoded]:
-    kept: list[Encoded] = []
+) -> list[tuple[Place, Encoded]]:
+    kept: list[tuple[Place, Encoded]] = []
     for (place, rendered), whole in zip(batch, tokenize([rendered for _, rendered in batch], tokenizer), strict=True):
         size = len(whole.input_ids)
         rows = fit(whole, max_length, split=rendered.plain)
@@ -222,7 +226,7 @@ def _encode_batch(
         report.tokens += sum(len(row.input_ids) for row in rows)
         report.learned += sum(row.learned for row in rows)
         report.longest = max(report.longest, *(len(row.input_ids) for row in rows))
-        kept += rows
+        kept += [(place, row) for row in rows]
     return kept
 
 

@@ -43,7 +43,11 @@ def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> No
     dataset, report = build_dataset(sources, hymba, max_length=50)
     examples = [Conversation(turns("Hi", "Hello")), Text("one two three " * 30), Conversation(turns("Bye", "So " * 60))]
     expected = [row for example in examples for row in encode(example, hymba, 50)]
-    assert dataset.to_list() == [{"input_ids": row.input_ids, "labels": row.labels} for row in expected]
+    assert dataset["input_ids"][:] == [row.input_ids for row in expected]
+    assert dataset["labels"][:] == [row.labels for row in expected]
+    split = len(expected) - 2
+    places = ["support.jsonl, line 1", *["support.jsonl, line 2"] * split, "support.jsonl, line 1"]
+    assert dataset["place"][:] == places
     assert (report.rows, report.conversations, report.texts, report.cut) == (3, 2, 1, 2)
     assert report.tokens == sum(len(row.input_ids) for row in expected)
     assert report.learned == sum(row.learned for row in expected)
