@@ -39,12 +39,15 @@ def combine(recipe: str | None, flags: C) -> C:
         flags: Whose explicitly set fields win.
 
     Raises:
-        ConfigError: If the recipe cannot be read, or a setting is unknown or out of its range.
+        ConfigError: If the recipe cannot be read or is another verb's, or a setting is unknown or out of its range.
     """
     if recipe is None:
         return flags
     path = _find(recipe)
     settings = _read(path)
+    own = getattr(flags, "verb", None)
+    if (verb := settings.pop("verb", own)) != own:
+        raise ConfigError(f"{path} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
     known = type(flags).model_fields
     for key in settings:
         if key not in known:

@@ -96,7 +96,7 @@ def _run(path: Path) -> ModelSource:
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, written when a run ends",
-        fix=f"finish it: hymba-tune sft --resume {path}",
+        fix=f"finish it: hymba-tune {run.get('verb', 'sft')} --resume {path}",
     )
 
 

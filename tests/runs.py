@@ -63,7 +63,7 @@ def settings(model: Path, data: Path, out: Path, **changes: Any) -> SFTConfig:
 
 def run(config: SFTConfig, screen: Screen | None = None) -> Run:
     """`run_sft` with short sample answers."""
-    with patch("hymba_tune.train.sft.SAMPLE_TOKENS", ANSWER_TOKENS):
+    with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS):
         return run_sft(config, screen or Screen())
 
 

@@ -6,7 +6,7 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 
 from hymba_tune.config.base import Config, MetaTokens, Method, OnBadRow, as_mapping
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
-from hymba_tune.config.verbs import ChatConfig, DoctorConfig, MergeConfig, SFTConfig
+from hymba_tune.config.verbs import ChatConfig, DoctorConfig, MergeConfig, SFTConfig, TrainingConfig
 
 __all__ = [
     "AdapterOptions",
@@ -21,6 +21,7 @@ __all__ = [
     "ModelOptions",
     "OnBadRow",
     "SFTConfig",
+    "TrainingConfig",
     "TrainingOptions",
     "as_mapping",
 ]

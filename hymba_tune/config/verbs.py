@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from cyclopts import Parameter
 from pydantic import Field, model_validator
@@ -12,11 +13,28 @@ from hymba_tune.config.base import Config, Method
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 
 
-class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
-    """Supervised fine-tuning."""
+class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
+    """What every kind of training is told."""
+
+    verb: ClassVar[str]
+    """The command that trains with these settings; a run's config.yaml says it, and a recipe may."""
+    learning_rates: ClassVar[Mapping[Method, float]]
+    """What ``lr`` is when it is not given."""
+
+    @classmethod
+    def of(cls, verb: str) -> type[TrainingConfig]:
+        """The settings of a verb that trains.
+
+        Raises:
+            ValueError: If there is no such verb.
+        """
+        kinds = {kind.verb: kind for kind in cls.__subclasses__()}
+        if verb not in kinds:
+            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
+        return kinds[verb]
 
     @model_validator(mode="after")
-    def _check(self) -> SFTConfig:
+    def _check_targets(self) -> Self:
         if self.method is Method.full and self.targets != ["all"]:
             raise ValueError("targets: --method full trains every weight; leave --targets out, or use lora or dora")
         if self.method is Method.dora and self.targets in (["attention"], ["ssm"]):
@@ -25,6 +43,13 @@ class SFTConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, Mod
                 "use --method lora, or --targets attention-ssm"
             )
         return self
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning."""
+
+    verb: ClassVar[str] = "sft"
+    learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
 class ChatConfig(EngineOptions, ModelOptions):

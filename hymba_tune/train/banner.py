@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+from transformers import Trainer
 
 from hymba_tune.adapters import count_parameters, describe, short_count
 from hymba_tune.config import Method
 from hymba_tune.train.setup import Data, Setup
-from hymba_tune.train.trainer import HymbaTrainer
 
 
-def describe_run(setup: Setup, data: Data, trainer: HymbaTrainer) -> dict[str, str]:
+def describe_run(setup: Setup, data: Data, trainer: Trainer) -> dict[str, str]:
     """A label and a line for each thing worth knowing before a run."""
     config, report = setup.config, data.report
     trainable, total = count_parameters(trainer.model)
@@ -25,8 +25,7 @@ def describe_run(setup: Setup, data: Data, trainer: HymbaTrainer) -> dict[str, s
         "trained": describe(trainer.model, config.targets),
         "data": " · ".join(
             [
-                f"{report.conversations + report.texts:,} {'conversations' if report.conversations else 'texts'}",
-                f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
+                *data.summary,
                 f"{len(data.held_out):,} held out" if data.held_out is not None else "none held out",
                 *([f"dropped {', '.join(lost)} → {setup.run.path / 'dropped.jsonl'}"] if lost else []),
             ]

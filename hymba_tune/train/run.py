@@ -17,9 +17,8 @@ from typing import Any
 import datasets
 import transformers
 import yaml
-from pydantic import ValidationError
 
-from hymba_tune.config import SFTConfig
+from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.train.screen import Row
 
@@ -59,7 +58,7 @@ class Run:
         return self.path / "model"
 
     @classmethod
-    def choose(cls, config: SFTConfig) -> Run:
+    def choose(cls, config: TrainingConfig) -> Run:
         """The directory a new run is to have.
 
         Raises:
@@ -75,7 +74,7 @@ class Run:
             raise ConfigError(f"--out {config.out} is not empty.", fix=f"{go_on}another --out")
         return cls(config.out)
 
-    def create(self, config: SFTConfig) -> None:
+    def create(self, config: TrainingConfig) -> None:
         """Make the directory and write the resolved settings.
 
         Raises:
@@ -83,13 +82,14 @@ class Run:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
+            settings = {"verb": config.verb}
+            settings |= config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
             (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
 
-    def read_config(self) -> SFTConfig:
-        """The settings the run was started with.
+    def read_config(self) -> TrainingConfig:
+        """The settings the run was started with, of the kind of training it is.
 
         Raises:
             CheckpointError: If this is not a run's directory, or its settings cannot be read.
@@ -98,8 +98,10 @@ class Run:
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
-            return SFTConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValidationError) as error:
+            settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            verb = settings.pop("verb", SFTConfig.verb)  # the first runs did not say it: there was no other
+            return TrainingConfig.of(verb).model_validate(settings)
+        except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
 
     def whole_checkpoints(self) -> list[Path]:
@@ -115,7 +117,7 @@ class Run:
         whole = self.whole_checkpoints()
         if not whole:
             raise CheckpointError(
-                f"{self.path} has no whole checkpoint to go on from.", fix="start again: hymba-tune sft --out <new>"
+                f"{self.path} has no whole checkpoint to go on from.", fix="start again, with --out <new>"
             )
         return max(whole, key=_step)
 
@@ -179,34 +181,6 @@ class Run:
             transformers_logger.enable_progress_bar()
             if not progress:
                 datasets.enable_progress_bars()
-
-    def write_card(self, config: SFTConfig) -> None:
-        """Write ``README.md``: what was trained on what, how it did, and how to use it."""
-        facts, evaluations = self.facts(), list(self.evaluations())
-        trained = "model" if self.model.is_dir() else "adapter"
-        lines = [
-            *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
-            *("", f"# {self.name}", ""),
-            f"{config.model}, fine-tuned with hymba-tune ({config.method.value}) on {', '.join(config.data)}.",
-            "",
-        ]
-        if evaluations:
-            first, last = evaluations[0], evaluations[-1]
-            lines += [
-                *("| held-out loss | step | nats a token |", "|---|---|---|"),
-                f"| before | {first.step} | {first.eval_loss:.4f} |",
-                f"| after | {last.step} | {last.eval_loss:.4f} |",
-                "",
-            ]
-        data = facts["data"]
-        lines += [
-            f"Data: {data['rows']:,} rows, {data['tokens']:,} tokens, {data['learned']:,} of them learned; "
-            f"SHA-256 of the encoded rows {data['fingerprint']}.",
-            f"Training: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens; all settings are in config.yaml.",
-            "",
-            f"The {trained}/ folder holds the {trained}. Chat with it: `hymba-tune chat {self.path}`",
-        ]
-        (self.path / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _step(checkpoint: Path) -> int:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.config import Method, SFTConfig
-from hymba_tune.data import Conversation, DataReport
+from hymba_tune.adapters import lora_config, weights_of
+from hymba_tune.checkpoint import (
+    check_weights,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    load_config,
+    load_tokenizer,
+)
+from hymba_tune.config import Method, TrainingConfig, as_mapping
+from hymba_tune.data import Conversation, DataReport, with_chat_template
+from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
-from hymba_tune.registry import ModelSource
+from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.train.run import Run
 
 
@@ -20,7 +31,7 @@ class Setup:
     """What a run works with, checked before any weights are loaded."""
 
     run: Run
-    config: SFTConfig
+    config: TrainingConfig
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -36,10 +47,59 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded rows, and a few prompts with their answers."""
+    """Encoded rows, and a few prompts with their answers.
+
+    Attributes:
+        train: Rows as the kind's trainer takes them.
+        held_out: Such rows to evaluate on, if any.
+        report: What became of the rows to train on.
+        summary: How much data there is, in words, for the banner.
+        prompts: What is answered before and after training, and what the data answers.
+        length_warning: Said where texts are longer than the model was made for.
+    """
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
     report: DataReport
+    summary: list[str]
     prompts: list[tuple[Conversation, str]]
     length_warning: str | None
+
+
+def check(config: TrainingConfig) -> Setup:
+    """Look at all that can be looked at before the data is read and the weights are loaded.
+
+    Raises:
+        HymbaTuneError: If something is to be mended first.
+    """
+    if not config.data:
+        raise ConfigError(
+            "--data is missing.", expected="a file, a Hub dataset, or demo", fix="--data demo to try the kit"
+        )
+    run = Run(config.resume) if config.resume else Run.choose(config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    source = resolve_model(config.model)
+    tokenizer = with_chat_template(load_tokenizer(source.folder))
+    weights = weights_of(source)
+    model_config = load_config(weights)
+    check_weights(weights.folder, model_config)
+    if config.method is not Method.full:
+        with torch.device("meta"):
+            adapter_config(config, AutoModelForCausalLM.from_config(model_config))
+    kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
+    return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
+
+
+def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:
+    """PEFT's configuration of the adapter that the settings ask for."""
+    return lora_config(
+        model,
+        targets=config.targets,
+        method=config.method,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.lora_dropout,
+        rslora=config.rslora,
+        meta_tokens=config.meta_tokens,
+    )

@@ -74,6 +74,14 @@ def test_missing_recipe_suggests_a_packaged_one() -> None:
         combine("some/demo.yaml", SFTConfig())
 
 
+def test_recipe_may_say_its_verb(recipe: Path) -> None:
+    recipe.write_text("verb: sft\nrank: 3\n")
+    assert combine(str(recipe), SFTConfig()).rank == 3
+    recipe.write_text("verb: other\nrank: 3\n")
+    with pytest.raises(ConfigError, match=r"is for hymba-tune other\.\n  to fix     hymba-tune other --config /"):
+        combine(str(recipe), SFTConfig())
+
+
 def test_recipe_then_environment_then_flag(recipe: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SFTConfig] = []
 

@@ -15,7 +15,7 @@ from tests.runs import ANSWER_TOKENS
 
 @pytest.fixture(autouse=True)
 def _short_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hymba_tune.train.sft.SAMPLE_TOKENS", ANSWER_TOKENS)
+    monkeypatch.setattr("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS)
     monkeypatch.chdir(tmp_path)
 
 

@@ -60,12 +60,20 @@ def test_settings_come_back(tmp_path: Path) -> None:
     assert Run(tmp_path).read_config() == config
 
 
+def test_settings_say_which_verb_they_are_of(tmp_path: Path) -> None:
+    Run(tmp_path).create(SFTConfig())
+    path = tmp_path / "config.yaml"
+    assert path.read_text().startswith("verb: sft\n")
+    path.write_text(path.read_text().removeprefix("verb: sft\n"))  # as older runs did not
+    assert Run(tmp_path).read_config() == SFTConfig()
+
+
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a run: it has no config\.yaml\.\n  expected   runs/<name>"):
         Run(tmp_path).read_config()
 
 
-@pytest.mark.parametrize("text", ["rank: [", "rank: 0", "- 1", "no_such: 1"])
+@pytest.mark.parametrize("text", ["rank: [", "rank: 0", "- 1", "no_such: 1", "verb: no_such"])
 def test_settings_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read: "):

@@ -31,6 +31,7 @@ def test_run_directory_holds_what_a_run_made(finished_run: Path) -> None:
 
 def test_settings_are_written_in_full(finished_run: Path, small_model: Path, questions: Path) -> None:
     written = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert written.pop("verb") == "sft"
     assert SFTConfig(**written) == settings(
         small_model, questions, finished_run, steps=30, eval_split=0.2, eval_every=10, log_every=5
     ).model_copy(update={"out": None})
@@ -145,7 +146,7 @@ def test_banner_and_record_name_the_kernels(small_model: Path, questions: Path, 
 def test_kernels_that_cannot_be_used_are_refused_before_weights_are_read(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hymba_tune.train.sft.open_model", None)
+    monkeypatch.setattr("hymba_tune.train.flow.open_model", None)
     for kernels, message in {
         "scan=triton": "the scan backend triton cannot be used: it runs on cuda, not on cpu; .* can.",
         "scan=fast": "scan backend 'fast'; expected one of auto, native, triton",
@@ -176,7 +177,7 @@ def test_texts_longer_than_the_model_was_made_for_get_one_warning(
 def test_strict_length_refuses_them_before_weights_are_read(
     small_model: Path, long_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hymba_tune.train.sft.open_model", None)
+    monkeypatch.setattr("hymba_tune.train.flow.open_model", None)
     with pytest.raises(ConfigError, match=r"--strict-length: 6\d\d tokens are more than the 512 the model"):
         run(settings(small_model, long_rows, tmp_path / "out", strict_length=True))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,58 @@
+"""What the verbs that train have in common: settings in, a run on the screen, its result and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.text import Text
+
+from hymba_tune.cli.screen import RichScreen, console
+from hymba_tune.cli.settings import combine
+from hymba_tune.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from hymba_tune.train.run import Run
+    from hymba_tune.train.screen import Screen
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
+def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run]) -> None:
+    """Train with a recipe's settings and the flags on top, or go on with the run that ``--resume`` names.
+
+    Args:
+        recipe: As `combine` takes it.
+        flags: Of the verb.
+        train: What the verb does.
+    """
+    from hymba_tune.train.flow import resume_config
+
+    settings = combine(recipe, flags)
+    if settings.resume:
+        settings = resume_config(settings)
+    try:
+        run = train(settings, RichScreen())
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            go_on = f"hymba-tune {settings.verb} --resume {interrupt.args[0]}"
+            console.print(f"\n stopped and saved; to go on: {go_on}", markup=False)
+        raise
+    _show_result(run)
+
+
+def _show_result(run: Run) -> None:
+    evaluations = list(run.evaluations())
+    console.print()
+    if len(evaluations) > 1:
+        first, best = evaluations[0], min(evaluations, key=lambda row: row.eval_loss or 0.0)
+        console.print(f" held-out loss  {first.eval_loss:.3f} → {best.eval_loss:.3f} (step {best.step})", markup=False)
+    samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
+    if samples:
+        for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
+            console.print(Text(f" {label:<8}", style="dim").append(samples[0][label], style=style))
+    lines = [f"everything is in {run.path}", f"talk to it       hymba-tune chat {run.path}"]
+    if run.adapter.is_dir():
+        lines.append(f"one model of it  hymba-tune merge {run.path} --out {run.name}-merged")
+    console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)

@@ -1,0 +1,172 @@
+"""Training of any kind, from settings to a finished run directory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, Trainer, set_seed
+
+from hymba_tune.adapters import add_adapter, count_parameters, open_model
+from hymba_tune.config import Method, TrainingConfig
+from hymba_tune.data import DataReport
+from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.registry import lasting_name
+from hymba_tune.train.arguments import set_length, shared_arguments
+from hymba_tune.train.banner import describe_run
+from hymba_tune.train.callbacks import FirstStep, Interrupt, Metrics
+from hymba_tune.train.card import write_card
+from hymba_tune.train.kind import Kind
+from hymba_tune.train.memory import keep_freed_memory, peak_memory
+from hymba_tune.train.run import Run
+from hymba_tune.train.samples import answer_samples
+from hymba_tune.train.screen import Screen
+from hymba_tune.train.setup import Data, Setup, adapter_config, check
+
+C = TypeVar("C", bound=TrainingConfig)
+CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume"}
+"""Settings that a run may be gone on with differently."""
+
+
+def resume_config(given: C) -> C:
+    """The settings of the run that ``--resume`` names, with those given now on top.
+
+    Raises:
+        CheckpointError: If it is not a run.
+        ConfigError: If another verb made it, or a setting is given that a run cannot be gone on with differently.
+    """
+    assert given.resume is not None
+    saved = Run(given.resume).read_config()
+    if not isinstance(saved, type(given)):
+        raise ConfigError(
+            f"{given.resume} is a run of hymba-tune {saved.verb}, not of {given.verb}.",
+            fix=f"hymba-tune {saved.verb} --resume {given.resume}",
+        )
+    changed = {name: getattr(given, name) for name in given.model_fields_set}
+    if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
+        raise ConfigError(
+            f"--resume goes on with {given.resume} as it was started; {', '.join(sorted(fixed))} cannot change.",
+            expected=f"at most: {', '.join(sorted(CHANGEABLE - {'resume'}))}",
+            fix="leave it out, or start a new run with --model RUN",
+        )
+    return saved.model_copy(update=changed)
+
+
+def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
+    """Train a model.
+
+    Args:
+        config: All settings; with ``resume``, as `resume_config` gives them.
+        kind: What is trained on, and by which trainer.
+        screen: Told what happens.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        HymbaTuneError: If something is to be mended first; nothing is left behind.
+        KeyboardInterrupt: If Ctrl-C ended the run, with the run's path once its checkpoint is written.
+    """
+    setup = check(config)
+    run, resuming = setup.run, config.resume is not None
+    checkpoint = run.last_checkpoint() if resuming else None
+    data = kind.read_data(setup, screen)
+    if resuming:
+        _check_same_data(run, data.report)
+    else:
+        run.create(config)
+    try:
+        with run.capturing_logs():
+            set_seed(config.seed)
+            with screen.working("loading the weights"):
+                model = _open(setup)
+            trainer = _trainer(setup, data, kind, model, screen)
+            screen.banner(describe_run(setup, data, trainer))
+            run.record(
+                verb=config.verb,
+                model=lasting_name(config.model),
+                data=data.report.counts(),
+                device=str(setup.device),
+                dtype=str(setup.dtype),
+                kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
+            )
+            if not resuming:
+                data.report.write_dropped(run.path / "dropped.jsonl")
+                answer_samples(setup, data, trainer.model, "before", screen)
+            return _train(setup, data, trainer, checkpoint, screen)
+    except BaseException:
+        if not run.whole_checkpoints() and not resuming:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def _check_same_data(run: Run, report: DataReport) -> None:
+    before = run.facts().get("data", {}).get("fingerprint")
+    if before != report.fingerprint:
+        raise DataError(
+            f"The data of {run.path} has changed since the run was started.",
+            expected="the same rows, so that the run can go on where it was",
+            fix="restore the data, or start a new run with --model RUN",
+        )
+
+
+def _open(setup: Setup) -> PreTrainedModel:
+    config = setup.config
+    model = open_model(setup.source, dtype=setup.weights_dtype, device=setup.device)
+    model.name_or_path = lasting_name(config.model)
+    if config.method is Method.full:
+        return model
+    return add_adapter(model, adapter_config(config, model), config.targets)
+
+
+def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, screen: Screen) -> Trainer:
+    callbacks: list[Any] = [Metrics(setup.run, screen)]
+    if setup.config.method is not Method.full:
+        callbacks.append(FirstStep())
+    arguments = shared_arguments(setup, evaluate=data.held_out is not None)
+    trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
+    for noisy in list(trainer.callback_handler.callbacks):
+        if type(noisy).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(noisy)
+    set_length(trainer, setup)
+    return trainer
+
+
+def _train(setup: Setup, data: Data, trainer: Trainer, checkpoint: Path | None, screen: Screen) -> Run:
+    run, config = setup.run, setup.config
+    if checkpoint is not None:
+        run.forget_after(int(checkpoint.name.rpartition("-")[2]))
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    if setup.device.type == "cpu":
+        keep_freed_memory()  # not before the weights are there: what loading them took may go back
+    started = time.time()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        interrupt.release()
+    if interrupt.pressed:
+        raise KeyboardInterrupt(str(run.path))
+    if data.held_out is not None and not any(row.step == trainer.state.global_step for row in run.evaluations()):
+        trainer.evaluate()
+    answer_samples(setup, data, trainer.model, "after", screen)
+    folder = run.model if config.method is Method.full else run.adapter
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if config.method is Method.full:
+        trained.to(setup.dtype)
+    trained.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run's own card says what there is to say
+    setup.tokenizer.save_pretrained(folder)
+    trainable, total = count_parameters(trained)
+    run.record(
+        steps=trainer.state.global_step,
+        tokens_seen=trainer.state.num_input_tokens_seen,
+        seconds=round(run.facts().get("seconds", 0.0) + time.time() - started, 1),
+        peak_memory_bytes=peak_memory(setup.device),
+        parameters={"trainable": trainable, "total": total},
+    )
+    write_card(run, config)
+    return run

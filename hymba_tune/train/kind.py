@@ -1,0 +1,26 @@
+"""The seam between one kind of training and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from hymba_tune.train.screen import Screen
+from hymba_tune.train.setup import Data, Setup
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind of training has of its own; `hymba_tune.train.flow.train` is the rest.
+
+    Attributes:
+        read_data: Reads and encodes the data, before any weights are loaded.
+        make_trainer: Builds the trainer of a model with its adapter on. The arguments are those that every kind of
+            training shares (`hymba_tune.train.arguments`), by TRL's names; the callbacks are the run's.
+    """
+
+    read_data: Callable[[Setup, Screen], Data]
+    make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], Trainer]
