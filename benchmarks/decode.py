@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.model import HymbaCache
+from hymba_tune.model.cache import CACHE_NAME
 from hymba_tune.registry import resolve_model
 
 BATCHES, PROMPTS = (1, 4, 16), (128, 1024, 4096)
@@ -97,7 +98,7 @@ class Texts:
 
     @torch.inference_mode()
     def _go_on(self, ids: Tensor | None) -> None:
-        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(input_ids=ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
         self.last = output.logits.argmax(-1)
 
 

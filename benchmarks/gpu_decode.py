@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hymba_tune.model import HymbaCache
+from hymba_tune.model.cache import CACHE_NAME
 
 COLUMNS = ("model", "cache", "batch", "ms", "min", "max", "kernels ms", "tokens/s", "K+V MB", "state MB")
 BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -78,14 +79,14 @@ class Generation:
     def __call__(self) -> None:
         """Generate."""
         for _ in range(STEPS):
-            logits = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.model(input_ids=self.ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
             self.ids = logits[:, -1:].argmax(-1)
 
 
 @torch.no_grad()
 def filled(model: PreTrainedModel, cache: Cache, length: int) -> Cache:
     """The cache with one random text of this length."""
-    model(input_ids=random_ids(model, 1, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=random_ids(model, 1, length), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     return cache
 
 

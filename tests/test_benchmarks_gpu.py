@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 
 from hymba_tune.model import use_kernels
 from hymba_tune.model.backends import OPERATIONS, Backend
+from hymba_tune.model.cache import CACHE_NAME
 from tests.conftest import ROOT
 
 SECTIONS = ("card", "parity", "scan", "attention", "step", "step_kernels", "decode")
@@ -274,7 +275,7 @@ def test_llamas_roomy_cache_generates_what_its_own_does() -> None:
         generation = Generation(model, cache, 3)
         generation()
         assert cache.get_seq_length() == 7 + STEPS
-        logits.append(model(input_ids=generation.ids, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(input_ids=generation.ids, **{CACHE_NAME: cache}, use_cache=True).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 

@@ -6,17 +6,21 @@ Glossary: S texts, T new tokens, L the most new tokens that a text has, G key/va
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_hymba import HymbaConfig
 from .documents import Documents
 
 GROWTH = 32
 """Columns that a full buffer gains at a time: copying it is then a small part of reading it."""
+CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+"""What this transformers calls a cache where a model takes and returns it: "past_key_values" before 5.24."""
 
 
 class Seen(NamedTuple):
@@ -51,6 +55,8 @@ class HymbaCache(Cache):
     """
 
     is_compileable = False
+    is_croppable = False
+    is_linear = (False,)  # some of it counts tokens, which `generate` asks of the layers it does not have
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(layers=[])

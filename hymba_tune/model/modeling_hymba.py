@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .cache import HymbaCache
+from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
 from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
@@ -42,7 +42,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("HymbaDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE_NAME,)
     # Attention is our own, exact in the packed layout; "sdpa" is only the name under which transformers takes it.
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -89,13 +89,14 @@ class HymbaModel(HymbaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: HymbaCache | None = None,
+        cache: HymbaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         documents: Documents | None = None,
         return_dict: bool | None = None,
+        past_key_values: HymbaCache | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over a batch in any layout.
@@ -104,13 +105,14 @@ class HymbaModel(HymbaPreTrainedModel):
             input_ids: ``(B, L)``.
             attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache; 0 at padding, on either side.
             position_ids: ``(B, L)``, restarting at 0 where another text begins in a row. The meta tokens do not count.
-            past_key_values: Texts to go on with.
+            cache: Texts to go on with.
             inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
             use_cache: Return a cache. Off unless asked for.
             output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
             cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             documents: What `find_documents` makes of the inputs above, for a caller that has it already.
             return_dict: False for a tuple.
+            past_key_values: What transformers before 5.24 calls the cache.
 
         Returns:
             Hidden states ``(B, L, d)``, zero at padding.
@@ -121,7 +123,8 @@ class HymbaModel(HymbaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = HymbaCache(self.config) if use_cache and past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = HymbaCache(self.config) if use_cache and cache is None else cache
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
         held, limit = cache.get_seq_length() if cache is not None else 0, self.config.max_position_embeddings
@@ -133,8 +136,8 @@ class HymbaModel(HymbaPreTrainedModel):
         unpacked = tuple(documents.unpack(hidden) for hidden in hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=unpacked[-1],
-            past_key_values=cache,
             hidden_states=unpacked if output_hidden_states else None,
+            **{CACHE_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -149,7 +152,7 @@ class HymbaModel(HymbaPreTrainedModel):
         """Where the texts of ``(B, L, ...)`` inputs lie; the other arguments and errors are those of `forward`."""
         shape, meta = (inputs.shape[0], inputs.shape[1]), self.config.num_memory_tokens
         if cache is not None and not isinstance(cache, HymbaCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; expected a HymbaCache")
+            raise ValueError(f"the cache is a {type(cache).__name__}; expected a HymbaCache")
         if cache is not None and self.config.rope_type == "dynamic_ntk":
             raise ValueError(
                 "rope_type dynamic_ntk turns all keys anew as a text grows: no cache fits; use_cache=False"
@@ -231,7 +234,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: HymbaCache | None = None,
+        cache: HymbaCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -241,6 +244,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
         return_dict: bool | None = None,
+        past_key_values: HymbaCache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next tokens; see `HymbaModel.forward` for the layouts taken.
@@ -249,7 +253,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             input_ids: ``(B, L)``.
             attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache.
             position_ids: ``(B, L)``.
-            past_key_values: Texts to go on with.
+            cache: Texts to go on with.
             inputs_embeds: ``(B, L, d)``.
             labels: ``(B, L)``, -100 where nothing is learned. The first token of a text is never a target.
             use_cache: Return a cache.
@@ -259,6 +263,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             num_items_in_batch: What the summed loss is divided by; the number of learned tokens when not given.
             skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
             return_dict: False for a tuple.
+            past_key_values: What transformers before 5.24 calls the cache.
 
         Returns:
             The loss, nats a token, and float32 logits ``(B, L, V)``.
@@ -266,12 +271,13 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
             raise ValueError("give either input_ids or inputs_embeds")
-        cache = HymbaCache(self.config) if use_cache and past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = HymbaCache(self.config) if use_cache and cache is None else cache
         documents = self.model.find_documents(inputs, attention_mask, position_ids, cu_seq_lens_q, cache)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=cache,
+            cache=cache,
             output_hidden_states=output_hidden_states,
             documents=documents,
         )
@@ -286,7 +292,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = at_least_float32(self.lm_head(hidden[:, columns]))
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: cache}
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -327,7 +333,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             )
         if self.config.rope_type == "dynamic_ntk":
             generation_config.use_cache = False
-        if (given := model_kwargs.get("past_key_values")) is not None:
+        if (given := model_kwargs.get(CACHE_NAME)) is not None:
             given._is_user_defined = True  # `generate` asks for this mark and leaves such a cache to its user
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = HymbaCache(self.config)
+            model_kwargs[CACHE_NAME] = HymbaCache(self.config)

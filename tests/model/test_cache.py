@@ -11,6 +11,7 @@ from torch import Tensor
 from hymba_tune.model import HymbaCache, HymbaForCausalLM, HymbaModel
 from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import Backend
+from hymba_tune.model.cache import CACHE_NAME
 from hymba_tune.model.scan import SCAN
 from hymba_tune.model.scan_inputs import ScanInputs
 from tests.tiny import CONFIG, RELEASED, random_texts, tiny_model
@@ -57,8 +58,8 @@ def in_pieces(model: HymbaForCausalLM, cuts: list[list[int]], *, left: bool = Tr
             fed[i] += n
         seen = torch.cat([seen, mask], 1)
         with torch.no_grad():
-            output = model(ids, attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(ids, attention_mask=seen, cache=cache, use_cache=True)
+        cache = output[CACHE_NAME]
         for own, row, place in zip(logits, output.logits, places, strict=True):
             own.append(row[place])
     return [torch.cat(own) for own in logits]
@@ -71,7 +72,7 @@ def test_token_by_token_equals_the_whole(overrides: dict[str, Any], dtype: torch
     cache, logits = HymbaCache(model.config), []
     with torch.no_grad():
         for token in text:
-            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0])
+            logits.append(model(token.view(1, 1), cache=cache).logits[0])
     TWINS[dtype][0].check(torch.cat(logits), whole(model, text))
 
 
@@ -89,23 +90,23 @@ def test_bfloat16_token_by_token_is_close_to_the_whole() -> None:
     cache, logits = HymbaCache(model.config), []
     with torch.no_grad():
         for token in TEXTS[0]:
-            logits.append(model(token.view(1, 1), past_key_values=cache).logits[0])
+            logits.append(model(token.view(1, 1), cache=cache).logits[0])
     BFLOAT16_MODEL.check(torch.cat(logits), whole(model.float(), TEXTS[0]))
 
 
 def test_a_mask_of_the_new_columns_only_is_taken() -> None:
     model, ids = tiny_model(torch.float64), torch.stack(random_texts([12, 12]))
-    first = model(ids[:, :5], use_cache=True).past_key_values
+    first = model(ids[:, :5], use_cache=True)[CACHE_NAME]
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    logits = model(ids[:, 5:9], past_key_values=first, attention_mask=mask).logits
-    second = model(ids[:, :5], use_cache=True).past_key_values
+    logits = model(ids[:, 5:9], cache=first, attention_mask=mask).logits
+    second = model(ids[:, :5], use_cache=True)[CACHE_NAME]
     with_past = torch.cat([torch.ones(2, 5), mask], 1)
-    assert torch.equal(logits, model(ids[:, 5:9], past_key_values=second, attention_mask=with_past).logits)
+    assert torch.equal(logits, model(ids[:, 5:9], cache=second, attention_mask=with_past).logits)
 
 
 def test_keeps_no_more_than_later_tokens_need() -> None:
     model = tiny_model(global_attn_idx=[0, 3], kv_reuse_group=[[1, 2]])
-    cache = model(torch.stack(random_texts([20, 20])), use_cache=True).past_key_values
+    cache = model(torch.stack(random_texts([20, 20])), use_cache=True)[CACHE_NAME]
     keys = {layer: key.shape for layer, key in cache.keys.items()}
     # A window, and the token that looks at it.
     assert keys == {0: (2, 2, 20, 4), 1: (2, 2, WINDOW + 1, 4), 3: (2, 2, 20, 4)}
@@ -142,9 +143,9 @@ def test_bytes_of_the_released_model_at_8192_tokens(written: int, monkeypatch: p
         model = HymbaModel(RELEASED).bfloat16()
         ids = torch.zeros(1, 8192, dtype=torch.long)
     with torch.no_grad():
-        cache = model(ids[:, :written], use_cache=True).past_key_values
+        cache = model(ids[:, :written], use_cache=True)[CACHE_NAME]
         for token in ids[:, written:].unbind(1):
-            model(token[:, None], past_key_values=cache)
+            model(token[:, None], cache=cache)
     keys, ssm = live_bytes(cache)
     assert keys <= (78.95e6 if written == 8192 else 79.1e6)
     assert keys + ssm <= 83e6
@@ -155,19 +156,19 @@ def test_bytes_of_the_released_model_at_8192_tokens(written: int, monkeypatch: p
 
 def test_meta_tokens_are_held_once_for_a_batch() -> None:
     model, ids = tiny_model(), random_texts([20])[0][None]
-    one = model(ids, use_cache=True).past_key_values
-    four = model(ids.expand(4, -1), use_cache=True).past_key_values
+    one = model(ids, use_cache=True)[CACHE_NAME]
+    four = model(ids.expand(4, -1), use_cache=True)[CACHE_NAME]
     assert all(torch.equal(four.meta[layer][0], key) for layer, (key, _) in one.meta.items())
 
 
 def test_holds_no_memory_of_the_prompt_beside_what_it_keeps() -> None:
-    cache = tiny_model()(random_texts([20])[0][None], use_cache=True).past_key_values
+    cache = tiny_model()(random_texts([20])[0][None], use_cache=True)[CACHE_NAME]
     for held in (*cache.keys.values(), *cache.values.values(), *cache.tails.values(), *cache.states.values()):
         assert held.untyped_storage().nbytes() == held.nbytes
 
 
 def test_states_are_float32_in_a_bfloat16_model() -> None:
-    cache = tiny_model(torch.bfloat16)(TEXTS[0][None], use_cache=True).past_key_values
+    cache = tiny_model(torch.bfloat16)(TEXTS[0][None], use_cache=True)[CACHE_NAME]
     assert {state.dtype for state in cache.states.values()} == {torch.float32}
     assert {key.dtype for key in cache.keys.values()} == {torch.bfloat16}
 
@@ -176,7 +177,7 @@ def test_counts_columns_and_tokens() -> None:
     model, ids = tiny_model(), torch.stack(random_texts([6, 6]))
     cache = HymbaCache(model.config)
     assert cache.get_seq_length() == 0
-    model(ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), past_key_values=cache)
+    model(ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), cache=cache)
     assert cache.get_seq_length() == 6
     assert cache.lengths is not None
     assert cache.lengths.tolist() == [4, 6]
@@ -184,7 +185,7 @@ def test_counts_columns_and_tokens() -> None:
 
 def next_logits(model: HymbaForCausalLM, cache: HymbaCache, rows: int) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(torch.arange(rows)[:, None] % 2 + 5, past_key_values=cache).logits
+        logits: Tensor = model(torch.arange(rows)[:, None] % 2 + 5, cache=cache).logits
     return logits
 
 
@@ -193,29 +194,29 @@ def test_rows_move(method: str) -> None:
     model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9, 9]))
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9, [0] * 8 + [1]])
     rows = torch.tensor([2, 0, 0, 1])
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
     getattr(cache, method)(rows)
-    expected = model(ids[rows], attention_mask=mask[rows], use_cache=True).past_key_values
+    expected = model(ids[rows], attention_mask=mask[rows], use_cache=True)[CACHE_NAME]
     TWINS[torch.float64][0].check(next_logits(model, cache, 4), next_logits(model, expected, 4))
 
 
 def test_rows_repeat() -> None:
     model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9]))
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
     cache.batch_repeat_interleave(3)
     repeated = ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
-    expected = model(repeated[0], attention_mask=repeated[1], use_cache=True).past_key_values
+    expected = model(repeated[0], attention_mask=repeated[1], use_cache=True)[CACHE_NAME]
     TWINS[torch.float64][0].check(next_logits(model, cache, 6), next_logits(model, expected, 6))
 
 
 def test_reset_forgets_everything() -> None:
     model = tiny_model(torch.float64)
     cache = HymbaCache(model.config)
-    model(TEXTS[0][None], past_key_values=cache)
+    model(TEXTS[0][None], cache=cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(model(TEXTS[3][None], past_key_values=cache).logits, model(TEXTS[3][None]).logits)
+    assert torch.equal(model(TEXTS[3][None], cache=cache).logits, model(TEXTS[3][None]).logits)
 
 
 def test_crop_is_refused() -> None:
@@ -226,13 +227,13 @@ def test_crop_is_refused() -> None:
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_no_cache_unless_asked_for(use_cache: bool | None) -> None:
     model = tiny_model()
-    assert model(TEXTS[0][None], use_cache=use_cache).past_key_values is None
-    assert model.model(TEXTS[0][None], use_cache=use_cache).past_key_values is None
+    assert model(TEXTS[0][None], use_cache=use_cache).get(CACHE_NAME) is None
+    assert model.model(TEXTS[0][None], use_cache=use_cache).get(CACHE_NAME) is None
 
 
 def test_a_given_cache_is_used_and_returned() -> None:
     model = tiny_model()
     cache = HymbaCache(model.config)
-    assert model(TEXTS[0][None], past_key_values=cache).past_key_values is cache
-    assert model.model(TEXTS[3][None], past_key_values=cache).past_key_values is cache
+    assert model(TEXTS[0][None], cache=cache)[CACHE_NAME] is cache
+    assert model.model(TEXTS[3][None], cache=cache)[CACHE_NAME] is cache
     assert cache.get_seq_length() == len(TEXTS[0]) + len(TEXTS[3])

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hymba_tune.model import HymbaCache
+from hymba_tune.model.cache import CACHE_NAME
 from tests.tiny import random_texts, tiny_model
 
 IDS = torch.stack(random_texts([6, 6]))
@@ -67,7 +68,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "ids_and_embeddings": ({"inputs_embeds": torch.ones(2, 6, 24)}, "give either input_ids or inputs_embeds"),
     "neither_ids_nor_embeddings": ({"input_ids": None}, "give either input_ids or inputs_embeds"),
     "no_tokens": ({"input_ids": IDS[:, :0]}, r"the inputs have shape \(2, 0\); expected at least one token"),
-    "foreign_cache": ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache; expected a HymbaCache"),
+    "foreign_cache": ({"cache": DynamicCache()}, "the cache is a DynamicCache; expected a HymbaCache"),
     "cache_of_packed_rows": (
         {"use_cache": True, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
         "4 texts in 2 rows; a cache takes one text a row",
@@ -86,20 +87,20 @@ def test_malformed_input_is_refused(inputs: dict[str, Any], message: str) -> Non
 
 def test_cache_of_another_batch_is_refused() -> None:
     model = tiny_model()
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = model(IDS, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="the cache holds 2 texts; expected 1, one for each row"):
-        model(IDS[:1], past_key_values=cache)
+        model(IDS[:1], cache=cache)
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (3, 9), (2, 2)])
 def test_mask_of_another_shape_is_refused_with_a_cache(shape: tuple[int, int]) -> None:
     model = tiny_model()
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = model(IDS, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        model(IDS[:, :3], past_key_values=cache, attention_mask=torch.ones(shape))
+        model(IDS[:, :3], cache=cache, attention_mask=torch.ones(shape))
 
 
 def test_cache_of_growing_bases_is_refused() -> None:
     model = tiny_model(rope_type="dynamic_ntk")
     with pytest.raises(ValueError, match="rope_type dynamic_ntk turns all keys anew as a text grows"):
-        model(IDS, past_key_values=HymbaCache(model.config))
+        model(IDS, cache=HymbaCache(model.config))

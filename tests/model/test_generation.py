@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hymba_tune.model import HymbaCache, HymbaForCausalLM
+from hymba_tune.model.cache import CACHE_NAME
 from tests.tiny import random_texts, tiny_model
 
 PROMPTS = random_texts([9, 1, 14, 4])
@@ -126,19 +127,17 @@ def test_beams_of_a_batch_are_those_of_each_prompt_alone() -> None:
 def test_returned_cache_goes_on() -> None:
     model, prompt = writer(), PROMPTS[0]
     first = model.generate(prompt[None], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(first.past_key_values, HymbaCache)
-    ids = model.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=NEW - 5, do_sample=False
-    )
+    assert isinstance(first[CACHE_NAME], HymbaCache)
+    ids = model.generate(first.sequences, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=NEW - 5, do_sample=False)
     assert ids[0, len(prompt) :].tolist() == expected_rows()[0]
 
 
 def test_given_cache_holds_an_earlier_turn() -> None:
     model = writer()
     first, second = PROMPTS[2], PROMPTS[0]
-    cache = model(first[None], use_cache=True).past_key_values
+    cache = model(first[None], use_cache=True)[CACHE_NAME]
     both = torch.cat([first, second])
-    ids = model.generate(both[None], past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+    ids = model.generate(both[None], **{CACHE_NAME: cache}, max_new_tokens=NEW, do_sample=False)
     assert ids[0, len(both) :].tolist() == greedy(model, both)
     assert cache.get_seq_length() == len(both) + NEW - 1
 
@@ -170,7 +169,7 @@ def test_released_generation_config_writes_the_same() -> None:
 def test_uses_a_cache_by_default() -> None:
     model = writer()
     output = model.generate(PROMPTS[0][None], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert output.past_key_values.get_seq_length() == len(PROMPTS[0]) + 2
+    assert output[CACHE_NAME].get_seq_length() == len(PROMPTS[0]) + 2
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])

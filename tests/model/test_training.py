@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 from transformers.utils import logging as transformers_logging
 
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM, layers
+from hymba_tune.model.cache import CACHE_NAME
 from tests.tiny import CONFIG, gradients, random_texts, tiny_model
 from tests.tolerances import BFLOAT16_MODEL, FLOAT64
 
@@ -156,8 +157,8 @@ def test_texts_longer_than_the_model_was_made_for_get_one_warning(
     with caplog.at_level(logging.WARNING, logger="transformers"), torch.no_grad():
         model(ids[:, :64])
         assert not caplog.messages
-        cache = model(ids[:, :60], use_cache=True).past_key_values
+        cache = model(ids[:, :60], use_cache=True)[CACHE_NAME]
         for token in ids[:, 60:].unbind(1):
-            model(token[:, None], past_key_values=cache)
+            model(token[:, None], cache=cache)
         model(ids)
     assert caplog.messages == ["a text is longer than max_position_embeddings, 64 tokens"]
