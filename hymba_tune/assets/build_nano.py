@@ -21,8 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from hymba_tune.assets.chats import conversations, small_talk
 from hymba_tune.assets.corpus import documents, read_entries
 from hymba_tune.assets.vocabulary import train_tokenizer
-from hymba_tune.data.chat import HYMBA_TEMPLATE, encode_prompt
-from hymba_tune.data.formats import Conversation, Message
+from hymba_tune.data import HYMBA_TEMPLATE, Conversation, Message, encode_prompt
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 
 Row = dict[str, Any]

@@ -50,6 +50,13 @@ class OnBadRow(StrEnum):
     skip = "skip"
 
 
+class Learn(StrEnum):
+    """Which answers of a conversation are learned."""
+
+    all = "all"
+    last = "last"
+
+
 def as_mapping(pairs: Pairs) -> dict[str, str]:
     """Pairs such as ``prompt=question`` by their first halves."""
     return dict(pair.split("=", 1) for pair in pairs)

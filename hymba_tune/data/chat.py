@@ -8,52 +8,23 @@ a space of its own.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.data.formats import Conversation, Example, Message
+from hymba_tune.config import Learn
+from hymba_tune.data.formats import Conversation, Example
+from hymba_tune.data.messages import Message
 from hymba_tune.errors import DataError
 
 IGNORED = -100
 """Label of a token that is read but not learned: the value that PyTorch's cross-entropy leaves out."""
 
 PLACEHOLDER = "\ue000answer\ue000"
-
-HYMBA_TEMPLATE = r"""
-{{- bos_token -}}
-{{- '<extra_id_0>System' -}}
-{%- for message in messages if message['role'] == 'system' -%}
-  {{- '\n' + message['content'] | trim -}}
-  {%- if tools or contexts -%} {{- '\n' -}} {%- endif -%}
-{%- endfor -%}
-{%- for tool in tools or [] -%}
-  {{- '\n<tool> ' + tool | tojson + ' </tool>' -}}
-{%- endfor -%}
-{%- if tools and contexts -%} {{- '\n' -}} {%- endif -%}
-{%- for context in contexts or [] -%}
-  {{- '\n<context> ' + context | trim + ' </context>' -}}
-{%- endfor -%}
-{{- '\n\n' -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'assistant' -%}
-    {{- '<extra_id_1>Assistant\n' -}}
-    {%- generation -%} {{- message['content'] | trim + eos_token -}} {%- endgeneration -%}
-    {{- '\n' -}}
-  {%- elif message['role'] in ('user', 'tool') -%}
-    {{- '<extra_id_1>' + message['role'] | capitalize + '\n' + message['content'] | trim + '\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%} {{- '<extra_id_1>Assistant\n' -}} {%- endif -%}
-"""
-"""Hymba's chat format, with what its released template leaves out: the tokens that begin the text and end an answer,
-and the marks by which other libraries find the answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +69,13 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     return fit(whole, max_length, split=rendered.plain)
 
 
-def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn = Learn.all) -> Rendered:
     """Write an example as text and mark what is learned of it: a text whole, of a conversation the answers.
+
+    Args:
+        example: Its answers are learned as their messages say.
+        tokenizer: With a chat template.
+        learn: Which of them: all, or at most the last.
 
     Raises:
         DataError: If the tokenizer has no end-of-sequence token, or its chat template refuses the conversation or
@@ -108,6 +84,8 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     eos = _eos_token(tokenizer)
     if isinstance(example, Conversation):
         example = _without_ends(example, eos)
+        if learn is Learn.last:
+            example = _with_last_learned(example)
         return _mark_answers(_apply_template(example, example.messages, tokenizer), example, tokenizer)
     text = example.text.removesuffix(eos) + eos
     return Rendered(text, ((0, len(text)),), plain=True)
@@ -148,8 +126,29 @@ def _without_ends(conversation: Conversation, eos: str) -> Conversation:
     return replace(conversation, messages=tuple(bare(message) for message in conversation.messages))
 
 
+def _with_last_learned(conversation: Conversation) -> Conversation:
+    """The conversation with no answer but the last to be learned.
+
+    Raises:
+        DataError: If that one is not.
+    """
+    last = max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
+    if not conversation.messages[last].learned:
+        raise DataError("its last answer has weight 0", expected="an answer to learn", fix="--learn all")
+    return replace(
+        conversation,
+        messages=tuple(
+            replace(message, learned=message.role != "assistant" or index == last)
+            for index, message in enumerate(conversation.messages)
+        ),
+    )
+
+
 def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Find the conversation's answers in what the template wrote of it, and end each with the end-of-sequence token."""
+    """Find the conversation's answers in what the template wrote of it, and end each with the end-of-sequence token.
+
+    Those that are only read end with it as well.
+    """
     eos = _eos_token(tokenizer)
     text, copied = "", 0  # what is written so far, and how much of `source` that is
     learned = []
@@ -162,7 +161,8 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
             end = len(source) - len(after) + len(eos)
         start += len(text) - copied
         text += source[copied:end] + ("" if after.startswith(eos) else eos)
-        learned.append((start, len(text)))
+        if message.learned:
+            learned.append((start, len(text)))
         copied = end
     return Rendered(text + source[copied:], tuple(learned))
 
@@ -207,7 +207,7 @@ def _apply_template(
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template that adds a number to a text
         raise DataError(
             f"the chat template refuses the conversation ({error})",
             expected="roles in the order that the tokenizer's chat_template allows",
@@ -289,33 +289,3 @@ def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
         labels = [IGNORED, *encoded.labels[start + 1 : end]]
         rows.append(Encoded(encoded.input_ids[start:end], labels))
     return [row for row in rows if row.learned]
-
-
-def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer `HYMBA_TEMPLATE` if it has no chat template, or one that writes what Hymba's released one does.
-
-    Returns:
-        A copy with the template, or the tokenizer itself if its own template is to be kept.
-    """
-    if tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = HYMBA_TEMPLATE
-    return tokenizer
-
-
-def _writes_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
-    roles = ("system", "user", "assistant", "tool", "assistant", "user")
-    probe: dict[str, Any] = {
-        "conversation": [{"role": role, "content": f" {role} "} for role in roles],
-        "tools": [{"name": "tool"}],
-        "contexts": [" context "],
-        "add_generation_prompt": True,
-        "tokenize": False,
-    }
-    without_marks = {"bos_token": "", "eos_token": ""}
-    try:
-        own = tokenizer.apply_chat_template(**probe)
-    except TemplateError:
-        return False
-    return bool(own == tokenizer.apply_chat_template(**probe, **without_marks, chat_template=HYMBA_TEMPLATE))

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from hymba_tune.data.messages import (
+    ROLE_PREFIX,
+    ROLES,
+    Message,
+    kind_of,
+    read_messages,
+    read_text,
+    turn,
+    without_nulls,
+)
 from hymba_tune.data.rows import listing
 from hymba_tune.errors import ConfigError, DataError
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-LIKELY_ROLES = {"developer": "system", "function": "tool", "observation": "tool"}
 LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem", "user")
 LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "assistant")
-ROLE_PREFIX = "role."
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn. ``role`` is one of `ROLES`."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +125,11 @@ def parse(row: object, names: Names | None = None) -> Example:
     """
     names = names or Names()
     if not isinstance(row, Mapping):
-        raise DataError(f"the row is {_kind(row)}", expected='an object such as {"prompt": "…", "completion": "…"}')
+        raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…", "completion": "…"}')
     fields = names.rename(row)
     form = _recognise(fields, names)
     if form.turns is None:
-        text = _text(fields["text"], names.column("text"))
+        text = read_text(fields["text"], names.column("text"))
         if not text.strip():
             raise DataError(f"{names.column('text')} is empty", expected="text to learn", fix="take the row out")
         return Text(text)
@@ -165,16 +163,18 @@ def _prompt_turns(fields: Fields, names: Names) -> list[Message]:
     turns: list[Message] = []
     for name, role in sides.items():
         side = fields[name]
-        turns += [_turn(role, side, names.column(name))] if isinstance(side, str) else _turns(side, name, names)
+        said = [turn(role, side, names.column(name))] if isinstance(side, str) else _turns(side, name, names)
+        # An answer that stands in the prompt is there to be read.
+        turns += said if name == "completion" else [replace(m, learned=m.role != "assistant") for m in said]
     return turns
 
 
 def _alpaca_turns(fields: Fields, names: Names) -> list[Message]:
-    question = _text(fields["instruction"], names.column("instruction"))
-    context = _text(fields.get("input", ""), names.column("input"))
+    question = read_text(fields["instruction"], names.column("instruction"))
+    context = read_text(fields.get("input", ""), names.column("input"))
     if context.strip():
         question = f"{question}\n\n{context}"
-    return [Message("user", question), _turn("assistant", fields["output"], names.column("output"))]
+    return [Message("user", question), turn("assistant", fields["output"], names.column("output"))]
 
 
 # Stanford's Alpaca also has a "text" column, and UltraChat a "prompt" beside its "messages": the fuller format wins.
@@ -226,11 +226,13 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
     for number, message in enumerate(messages[body:], start=body + 1):
         if message.role == "system":
             raise DataError(f"message {number} is a system message after others", expected="system messages first")
-    system = _text(fields.get("system", ""), names.column("system"))
+    system = read_text(fields.get("system", ""), names.column("system"))
     if system.strip() and body == 0:
         messages = [Message("system", system), *messages]
     if not any(message.role == "assistant" for message in messages):
         raise DataError("it has no message from the assistant", expected="an answer to learn", fix="take the row out")
+    if not any(message.role == "assistant" and message.learned for message in messages):
+        raise DataError("none of its answers is learned", expected="one without weight 0", fix="take the row out")
     if messages[0].role == "assistant":
         raise DataError("it begins with an answer", expected="a message from the user first", fix="take the answer out")
     return Conversation(
@@ -241,56 +243,19 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
 
 
 def _turns(value: object, name: str, names: Names) -> list[Message]:
+    alone = name in ("messages", "conversations")
     if not isinstance(value, list):
-        expected = "a list of messages" if name in ("messages", "conversations") else "text, or a list of messages"
-        raise DataError(f"{names.column(name)} is {_kind(value)}", expected=expected)
-    where = "" if name in ("messages", "conversations") else f" of {names.column(name)}"
-    return [_message(item, f"message {number}{where}", names) for number, item in enumerate(value, start=1)]
-
-
-def _message(item: object, where: str, names: Names) -> Message:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where} is {_kind(item)}", expected='an object such as {"role": "user", "content": "…"}')
-    keys = ("from", "value") if "from" in item else ("role", "content")
-    for key in keys:
-        if item.get(key) is None:
-            hint = "tool calls must be written out in the content" if "tool_calls" in item else ""
-            raise DataError(f'{where} has no "{key}" (but {listing(item)})', expected=listing(keys), fix=hint)
-    role = _text(item[keys[0]], f"the role of {where}")
-    known = {**SHAREGPT_ROLES, **names.roles}.get(role, role)
-    if known not in ROLES:
-        raise DataError(
-            f'{where} has role "{role}"',
-            expected=f"one of: {listing(ROLES)}",
-            fix=f"rename the role, or --map {ROLE_PREFIX}{role}={LIKELY_ROLES.get(role, 'assistant')}",
-        )
-    return _turn(known, item[keys[1]], where)
-
-
-def _turn(role: str, content: object, where: str) -> Message:
-    text = _text(content, where)
-    if role == "assistant" and not text.strip():
-        raise DataError(f"{where} is an empty answer", expected="text to learn", fix="write the answer, or take it out")
-    return Message(role, text)
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} is {_kind(value)}", expected="text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(f"{where} has half a character ({half})", expected="whole surrogate pairs") from None
-    return value
+        expected = "a list of messages" if alone else "text, or a list of messages"
+        raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)
+    return read_messages(value, names.roles, "" if alone else f" of {names.column(name)}")
 
 
 def _list_of(item_type: type, fields: Fields, name: str, names: Names) -> list[Any]:
     value = _from_json(fields.get(name) or [])
     if not isinstance(value, list) or not all(isinstance(item, item_type) for item in value):
         expected = "a list of objects" if item_type is dict else "a list of texts"
-        raise DataError(f"{names.column(name)} is {_kind(value)}", expected=expected)
-    return [_without_nulls(item) for item in value]
+        raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)
+    return [without_nulls(item) for item in value]
 
 
 def _from_json(value: object) -> object:
@@ -301,17 +266,3 @@ def _from_json(value: object) -> object:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow fills every object up to the same keys; what it filled in is not data."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _kind(value: object) -> str:
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return kinds.get(type(value), "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}")

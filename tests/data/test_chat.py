@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from hymba_tune.config import Learn
 from hymba_tune.data import (
     HYMBA_TEMPLATE,
     IGNORED,
@@ -20,6 +22,7 @@ from hymba_tune.data import (
     render_prompt,
     with_chat_template,
 )
+from hymba_tune.data.chat import render
 from hymba_tune.errors import DataError
 from tests.data.small_tokenizers import (
     CHATML,
@@ -125,6 +128,27 @@ def test_answers_that_repeat_other_text_are_told_apart(any_tokenizer: PreTrained
     (row,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
     eos = any_tokenizer.eos_token
     assert [run.strip() for run in learned_runs(row, any_tokenizer)] == [f"assistant{eos}", f"user{eos}", f"a{eos}"]
+
+
+def test_answers_that_are_only_read_stand_in_the_text_and_not_in_the_labels(
+    any_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages = turns("Hi", "Hello", "Bye", "So long")
+    read = (messages[0], replace(messages[1], learned=False), *messages[2:])
+    (whole,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
+    (row,) = encode(Conversation(read), any_tokenizer, ENOUGH)
+    assert row.input_ids == whole.input_ids
+    assert [run.strip() for run in learned_runs(row, any_tokenizer)] == ["So long" + any_tokenizer.eos_token]
+
+
+def test_learning_the_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
+    conversation = Conversation(turns("Hi", "Hello", "Bye", "So long", "?"))
+    whole, last = (render(conversation, hymba, learn) for learn in (Learn.all, Learn.last))
+    assert last == replace(whole, learned=whole.learned[-1:])
+    assert [last.text[start:end] for start, end in last.learned] == ["So long</s>"]
+    unlearned = replace(conversation, messages=(*conversation.messages, Message("assistant", "x", learned=False)))
+    with pytest.raises(DataError, match=r"its last answer has weight 0(.|\n)*--learn all"):
+        render(unlearned, hymba, Learn.last)
 
 
 def test_messages_after_the_last_answer_are_not_learned(hymba: PreTrainedTokenizerFast) -> None:

@@ -174,12 +174,41 @@ def test_mapped_roles_are_renamed() -> None:
     assert parse({"messages": talk}, names) == Conversation(turns("Hi", "Hello"))
 
 
+def test_parts_of_a_content_are_one_text() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo", "image": None}]
+    assert parse(chat(USER, {**ANSWER, "content": parts})) == Conversation(turns("Hi", "Hello"))
+
+
+def test_tool_calls_are_written_as_hymba_writes_them() -> None:
+    written = '<toolcall> {"name": "add", "arguments": {"a": 1, "b": null}} </toolcall>'
+    alone, beside = {**ANSWER, "content": None, "tool_calls": [CALL]}, {**ANSWER, "tool_calls": [CALL, CALL]}
+    assert parse(chat(USER, alone)) == Conversation(turns("Hi", written))
+    assert parse(chat(USER, beside)) == Conversation(turns("Hi", f"Hello\n{written}\n{written}"))
+    bare = {**ANSWER, "content": "", "tool_calls": [{"name": "now"}]}
+    assert parse(chat(USER, bare)) == Conversation(
+        turns("Hi", '<toolcall> {"name": "now", "arguments": {}} </toolcall>')
+    )
+
+
+def test_weight_says_which_answers_are_learned() -> None:
+    row = chat({**USER, "weight": 0}, {**ANSWER, "weight": 0.0}, USER, {**ANSWER, "weight": 1})
+    first = Message("assistant", "Hello", learned=False)
+    assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello")))
+
+
+def test_answers_in_a_prompt_are_read_only() -> None:
+    row = {"prompt": [USER, ANSWER, USER], "completion": "Hello"}
+    first = Message("assistant", "Hello", learned=False)
+    assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello")))
+
+
 def chat(*items: object) -> dict[str, object]:
     return {"messages": list(items)}
 
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
 BAD_ROWS = {
     "not an object": ("just text", r"the row is text\n *expected +an object such as"),
     "a list": ([USER], "the row is a list"),
@@ -201,10 +230,29 @@ BAD_ROWS = {
     ),
     "output as a number": ({"instruction": "Hi", "output": 4.5}, '"output" is a number\n *expected +text'),
     "instruction as a boolean": ({"instruction": True, "output": "x"}, '"instruction" is true or false'),
-    "content as a list": (chat(USER, {"role": "assistant", "content": ["Hello"]}), "message 2 is a list"),
+    "content as a list of texts": (chat(USER, {**ANSWER, "content": ["Hello"]}), "part 1 of message 2 is text"),
+    "content as an object": (chat(USER, {**ANSWER, "content": {"text": "Hello"}}), "message 2 is an object"),
+    "an image": (
+        chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER),
+        r'part 1 of message 1 is of type "image_url"\n *expected +parts such as',
+    ),
     "message as text": (chat(USER, "Hello"), "message 2 is text\n *expected +an object such as"),
     "message without content": (chat(USER, {"role": "assistant"}), r'message 2 has no "content" \(but role\)'),
-    "tool calls": (chat(USER, {**ANSWER, "content": None, "tool_calls": []}), "tool calls must be written out"),
+    "no tool calls": (chat(USER, {**ANSWER, "content": None, "tool_calls": []}), 'message 2 has no "content"'),
+    "tool calls as text": (chat(USER, {**ANSWER, "tool_calls": "add"}), "the tool calls of message 2 are text"),
+    "tool call of nothing": (chat(USER, {**ANSWER, "tool_calls": [{"id": 1}]}), "a tool call of message 2 names no"),
+    "tool call of a user": (chat({**USER, "tool_calls": [CALL]}, ANSWER), "message 1 has tool calls, but is from the"),
+    "tool call with half an argument": (
+        chat(USER, {**ANSWER, "tool_calls": [{"name": "add", "arguments": "{"}]}),
+        "the arguments of a tool call of message 2 are not JSON",
+    ),
+    "fraction of a weight": (
+        chat(USER, {**ANSWER, "weight": 0.5}),
+        r"message 2 has weight 0\.5\n *expected +0 \(read, not learned\) or 1",
+    ),
+    "weight of a question": (chat({**USER, "weight": 1}, ANSWER), "message 1 has weight 1, but is from the user"),
+    "nothing learned": (chat(USER, {**ANSWER, "weight": 0}), "none of its answers is learned"),
+    "answer in the prompt only": ({"prompt": [USER, ANSWER], "completion": [USER]}, "none of its answers is learned"),
     "role as a number": (chat({"role": 1, "content": "Hi"}, ANSWER), "the role of message 1 is a number"),
     "unknown role": (
         chat(USER, {"role": "bot", "content": "Hello"}),

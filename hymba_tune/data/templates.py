@@ -1,0 +1,126 @@
+"""Chat templates: Hymba's, one in plain words, and any that a file holds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.data.chat import render
+from hymba_tune.data.formats import Conversation
+from hymba_tune.data.messages import Message
+from hymba_tune.data.rows import listing
+from hymba_tune.errors import ConfigError, DataError
+
+HYMBA_TEMPLATE = r"""
+{{- bos_token -}}
+{{- '<extra_id_0>System' -}}
+{%- for message in messages if message['role'] == 'system' -%}
+  {{- '\n' + message['content'] | trim -}}
+  {%- if tools or contexts -%} {{- '\n' -}} {%- endif -%}
+{%- endfor -%}
+{%- for tool in tools or [] -%}
+  {{- '\n<tool> ' + tool | tojson + ' </tool>' -}}
+{%- endfor -%}
+{%- if tools and contexts -%} {{- '\n' -}} {%- endif -%}
+{%- for context in contexts or [] -%}
+  {{- '\n<context> ' + context | trim + ' </context>' -}}
+{%- endfor -%}
+{{- '\n\n' -}}
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- '<extra_id_1>Assistant\n' -}}
+    {%- generation -%} {{- message['content'] | trim + eos_token -}} {%- endgeneration -%}
+    {{- '\n' -}}
+  {%- elif message['role'] in ('user', 'tool') -%}
+    {{- '<extra_id_1>' + message['role'] | capitalize + '\n' + message['content'] | trim + '\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- '<extra_id_1>Assistant\n' -}} {%- endif -%}
+"""
+"""Hymba's chat format, with what its released template leaves out: the tokens that begin the text and end an answer,
+and the marks by which other libraries find the answers."""
+
+ALPACA_TEMPLATE = r"""
+{{- bos_token -}}
+{%- if tools or contexts -%} {{- raise_exception('alpaca shows no tools or contexts') -}} {%- endif -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- '### Response:\n' -}}
+    {%- generation -%} {{- message['content'] | trim + eos_token -}} {%- endgeneration -%}
+    {{- '\n\n' -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- '### Instruction:\n' + message['content'] | trim + '\n\n' -}}
+  {%- elif message['role'] == 'system' -%}
+    {{- message['content'] | trim + '\n\n' -}}
+  {%- else -%}
+    {{- raise_exception('alpaca has no role ' + message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- '### Response:\n' -}} {%- endif -%}
+"""
+"""Alpaca's headings, which any tokenizer can spell."""
+
+NAMED = {"hymba": HYMBA_TEMPLATE, "alpaca": ALPACA_TEMPLATE}
+PROBE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PreTrainedTokenizerBase:
+    """Give a tokenizer the chat template that is asked for.
+
+    Args:
+        tokenizer: Left as it is.
+        template: One of `NAMED`, or a file of Jinja. `None` keeps the tokenizer's own, but for one that writes what
+            Hymba's released one does; `HYMBA_TEMPLATE` takes the place of that, and of none.
+
+    Returns:
+        A copy with the template, or the tokenizer itself if its own template is to be kept.
+
+    Raises:
+        ConfigError: If there is no such template, or answers cannot be found in what it writes.
+    """
+    if template is None and tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else _load(template)
+    if template is not None:
+        try:
+            render(PROBE, tokenizer)
+        except DataError as problem:
+            raise ConfigError(
+                f"--chat-template {template}: {problem.what}.",
+                expected="a template that writes answers unchanged",
+            ) from problem
+    return tokenizer
+
+
+def _load(template: str) -> str:
+    if template in NAMED:
+        return NAMED[template]
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat-template {template} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
+            expected=f"one of {listing(NAMED)}, or a file of Jinja",
+        ) from error
+
+
+def _writes_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+    roles = ("system", "user", "assistant", "tool", "assistant", "user")
+    probe: dict[str, Any] = {
+        "conversation": [{"role": role, "content": f" {role} "} for role in roles],
+        "tools": [{"name": "tool"}],
+        "contexts": [" context "],
+        "add_generation_prompt": True,
+        "tokenize": False,
+    }
+    without_marks = {"bos_token": "", "eos_token": ""}
+    try:
+        own = tokenizer.apply_chat_template(**probe)
+    except TemplateError:
+        return False
+    return bool(own == tokenizer.apply_chat_template(**probe, **without_marks, chat_template=HYMBA_TEMPLATE))
