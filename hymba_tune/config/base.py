@@ -10,7 +10,10 @@ from cyclopts import Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Names = Annotated[list[str], Parameter(negative="", consume_multiple=True, show_default=False)]
+LIST = Parameter(negative="", consume_multiple=True, show_default=False)
+Names = Annotated[list[str], LIST]
+Weights = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], LIST]
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], LIST]
 
 
 def _written_as_pairs(value: Any) -> Any:

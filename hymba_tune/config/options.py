@@ -7,7 +7,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from hymba_tune.config.base import Config, Fraction, MetaTokens, Method, Names, OnBadRow, Pairs
+from hymba_tune.config.base import (
+    Config,
+    Counts,
+    Fraction,
+    Learn,
+    MetaTokens,
+    Method,
+    Names,
+    OnBadRow,
+    Pairs,
+    Weights,
+)
 
 
 class ModelOptions(Config):
@@ -34,7 +45,11 @@ class DataOptions(Config):
     """Which data, and how its rows are read."""
 
     data: Names = Field(default_factory=list)
-    """JSONL, JSON, CSV or Parquet files, a Hub dataset id, or demo (packaged)."""
+    """JSONL, JSON, CSV or Parquet files, a mix of them (.yaml), a Hub dataset id, or demo (packaged)."""
+    weights: Weights = Field(default_factory=list)
+    """How often the rows of each source of --data are taken: --weights 1 0.3 takes three in ten of the second's."""
+    caps: Counts = Field(default_factory=list)
+    """Rows after which each source of --data ends."""
     eval_data: Names = Field(default_factory=list)
     """Held-out data in the same formats; without it, a split of --data is held out."""
     eval_split: Fraction = 0.05
@@ -43,10 +58,16 @@ class DataOptions(Config):
     """Rows the held-out data is cut to, so that an evaluation stays short."""
     map: Pairs = Field(default_factory=list)
     """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
+    chat_template: str | None = None
+    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
+    learn: Learn = Learn.all
+    """Learn all answers of a conversation, or only the last."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
     max_length: int = Field(default=2048, ge=8)
     """Tokens a row is cut to (common: 512 to 8192)."""
+    cache: bool = True
+    """Keep encoded data in the user's cache and find it again (hymba-tune data clear empties it)."""
     packing: bool = False
     """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
     costs nothing here, packed or not."""

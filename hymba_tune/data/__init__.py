@@ -1,12 +1,17 @@
 """Data: from files in any of the known formats to rows of token ids with loss on the answers only."""
 
+from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.chat import IGNORED, Encoded, encode, encode_prompt, render_prompt
-from hymba_tune.data.dataset import DataReport, build_dataset, sample_prompts, split_dataset
+from hymba_tune.data.dataset import build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation, Text
 from hymba_tune.data.messages import Message
+from hymba_tune.data.mixes import open_sources
+from hymba_tune.data.report import DataReport
 from hymba_tune.data.rows import Place, Row, RowError
-from hymba_tune.data.sources import Source, open_source, open_sources
+from hymba_tune.data.sources import Source, open_source
+from hymba_tune.data.splitting import split_dataset
 from hymba_tune.data.templates import HYMBA_TEMPLATE, with_chat_template
+from hymba_tune.data.training import TrainingData, read_training_data
 
 __all__ = [
     "HYMBA_TEMPLATE",
@@ -20,11 +25,14 @@ __all__ = [
     "RowError",
     "Source",
     "Text",
+    "TrainingData",
     "build_dataset",
+    "cache_folder",
     "encode",
     "encode_prompt",
     "open_source",
     "open_sources",
+    "read_training_data",
     "render_prompt",
     "sample_prompts",
     "split_dataset",

@@ -49,7 +49,14 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
             with closing(_open(path, name)) as file:
                 yield from READERS[kind(path)](file, name)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise DataError(f"Cannot read {name}: {error}.", fix="see that the file is whole and may be read") from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """The error of a file that cannot be opened, or not to its end."""
+    if isinstance(error, PermissionError):
+        return DataError(f"Cannot read {name}: you may not.", expected="a readable file", fix=f"chmod u+r {name}")
+    return DataError(f"Cannot read {name}: {error}.", fix="see that the file is whole and may be read")
 
 
 def kind(path: Path) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import datasets
 
-from hymba_tune.data.readers import KINDS, kind, read_file
+from hymba_tune.data.readers import KINDS, kind, read_file, unreadable
 from hymba_tune.data.rows import Place, Row, listing
 from hymba_tune.errors import DataError, HubError
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
-NAMEABLE = f"{listing(KINDS)} (also with .gz), owner/name on the Hub, or {DEMO}"
+NAMEABLE = f"{listing(KINDS)} (also with .gz), a mix (.yaml), owner/name on the Hub, or {DEMO}"
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,19 @@ class Source:
         name: What its user calls it.
         read: Starts a new pass over the rows.
         held_out: The evaluation data that comes with it, if any does.
+        content: Computes a digest of what it holds, where that takes less than reading its rows.
+        weight: How often each row is to be taken; below 1, the share of the rows.
+        max_rows: Rows after which it ends.
+        mapping: Names of columns and roles that only it has, as ``--map`` gives them.
     """
 
     name: str
     read: Callable[[], Iterator[Row]]
     held_out: Source | None = None
+    content: Callable[[], str] | None = None
+    weight: float = 1.0
+    max_rows: int | None = None
+    mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row]:
         """A pass over the rows.
@@ -41,16 +51,11 @@ class Source:
             DataError: If it cannot be read, or has no rows.
         """
         empty = True
-        for row in self.read():
+        for row in islice(self.read(), self.max_rows):
             empty = False
             yield row
         if empty:
             raise DataError(f"Cannot use {self.name}: it has no rows.", expected="at least one")
-
-
-def open_sources(names: Sequence[str]) -> list[Source]:
-    """Find every source; see `open_source`."""
-    return [open_source(name) for name in names]
 
 
 def open_source(name: str) -> Source:
@@ -68,26 +73,40 @@ def open_source(name: str) -> Source:
         HubError: If the Hub cannot be reached or has no such dataset.
     """
     if name == DEMO:
-        return Source(DEMO, lambda: _read_demo("train"), Source(f"{DEMO} (eval)", lambda: _read_demo("eval")))
+        return replace(_demo("train", DEMO), held_out=_demo("eval", f"{DEMO} (eval)"))
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if kind(file) in KINDS)
         fix = f"name its files: {listing(files[:3])}" if files else ""
         raise DataError(f"Cannot use {name}: it is a folder.", expected=NAMEABLE, fix=fix)
     if path.exists():
+        if not path.is_file():
+            raise DataError(f"Cannot use {name}: it is a pipe or a device.", expected=NAMEABLE, fix="save it as a file")
         if kind(path) not in KINDS:
             raise DataError(f"Cannot use {name}: its ending is none of the known ones.", expected=NAMEABLE)
-        return Source(name, lambda: read_file(path, name))
+        return Source(name, lambda: read_file(path, name), content=lambda: digest(path, name))
     hub = HUB_NAME.fullmatch(name)
     if hub and kind(path) not in KINDS and not path.parent.is_dir():
         return _open_hub(name, hub["path"], hub["config"], hub["split"] or "train")
     raise DataError(f"Cannot find {name}.", expected=NAMEABLE, fix=_near_names(path))
 
 
-def _read_demo(split: str) -> Iterator[Row]:
-    packaged = resources.files("hymba_tune.assets") / DEMO / f"{split}.jsonl"
-    with resources.as_file(packaged) as path:
-        yield from read_file(path, f"{DEMO} ({split})")
+def _demo(split: str, name: str) -> Source:
+    path = Path(str(resources.files("hymba_tune.assets") / DEMO / f"{split}.jsonl"))
+    return Source(name, lambda: read_file(path, f"{DEMO} ({split})"), content=lambda: digest(path, name))
+
+
+def digest(path: Path, name: str) -> str:
+    """SHA-256 of a file and the ending it is read by.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() + kind(path)
+    except OSError as error:
+        raise unreadable(name, error) from error
 
 
 def _near_names(path: Path) -> str:
@@ -121,4 +140,4 @@ def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
         for number, value in enumerate(rows, start=1):
             yield Row(Place(name, number, "row"), value)
 
-    return Source(name, read)
+    return Source(name, read, content=lambda: f"{name} {rows._fingerprint}")

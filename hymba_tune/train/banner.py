@@ -30,6 +30,7 @@ def describe_run(setup: Setup, data: Data, trainer: Trainer) -> dict[str, str]:
                 *([f"dropped {', '.join(lost)} → {setup.run.path / 'dropped.jsonl'}"] if lost else []),
             ]
         ),
+        **({"mix": shares} if (shares := report.shares()) else {}),
         "batch": " · ".join(
             [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{trainer.args.max_steps:,} steps"]
         ),

@@ -80,7 +80,7 @@ def check(config: TrainingConfig) -> Setup:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     source = resolve_model(config.model)
-    tokenizer = with_chat_template(load_tokenizer(source.folder))
+    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
     check_weights(weights.folder, model_config)

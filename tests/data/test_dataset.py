@@ -20,7 +20,6 @@ from hymba_tune.data import (
     encode,
     open_source,
     sample_prompts,
-    split_dataset,
 )
 from hymba_tune.errors import ConfigError, DataError
 from tests.data.small_tokenizers import turns
@@ -56,8 +55,8 @@ def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> No
 def test_batching_changes_nothing(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"{number}?", "completion": "word " * (number % 7 + 1)} for number in range(50)]
     whole, report = build_dataset([source(rows)], hymba, max_length=64)
-    monkeypatch.setattr("hymba_tune.data.dataset.BATCH_ROWS", 3)
-    monkeypatch.setattr("hymba_tune.data.dataset.BATCH_CHARS", 150)
+    monkeypatch.setattr("hymba_tune.data.encoding.BATCH_ROWS", 3)
+    monkeypatch.setattr("hymba_tune.data.encoding.BATCH_CHARS", 150)
     seen: list[int] = []
     small, again = build_dataset([source(rows)], hymba, max_length=64, progress=seen.append)
     assert small.to_list() == whole.to_list()
@@ -152,49 +151,6 @@ def test_nothing_to_learn_is_refused(tmp_path: Path, hymba: PreTrainedTokenizerF
 def test_wrong_mapping_is_refused_before_any_row_is_read(hymba: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="promt"):
         build_dataset([source([])], hymba, max_length=64, mapping={"promt": "question"})
-
-
-def test_cache_holds_one_file_for_the_same_data(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
-    first, report = build_dataset([numbered(5)], hymba, max_length=64, cache_dir=tmp_path / "cache")
-    second, _ = build_dataset([numbered(5)], hymba, max_length=64, cache_dir=tmp_path / "cache")
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == [f"{report.fingerprint}.arrow"]
-    assert first.to_list() == second.to_list()
-
-
-class TestSplit:
-    """Holding out evaluation data."""
-
-    def test_parts_are_the_whole_in_order(self, hymba: PreTrainedTokenizerFast) -> None:
-        dataset, _ = build_dataset([numbered(40)], hymba, max_length=64)
-        train, held_out = split_dataset(dataset, 0.25, seed=3)
-        assert held_out is not None
-        assert (len(train), len(held_out)) == (30, 10)
-        order = {str(row): index for index, row in enumerate(dataset.to_list())}
-        parts = [[order[str(row)] for row in part.to_list()] for part in (train, held_out)]
-        assert parts == [sorted(part) for part in parts]
-        assert sorted(parts[0] + parts[1]) == list(range(40))
-
-    def test_seed_decides(self, hymba: PreTrainedTokenizerFast) -> None:
-        dataset, _ = build_dataset([numbered(40)], hymba, max_length=64)
-        draws = [split_dataset(dataset, 0.25, seed=seed)[1].to_list() for seed in (1, 1, 2)]
-        assert draws[0] == draws[1] != draws[2]
-
-    @pytest.mark.parametrize(
-        ("rows", "fraction", "max_rows", "sizes"),
-        [(40, 0.5, 3, (37, 3)), (5, 0.05, 500, (4, 1)), (2, 0.99, 500, (1, 1))],
-    )
-    def test_sizes(
-        self, hymba: PreTrainedTokenizerFast, rows: int, fraction: float, max_rows: int, sizes: tuple[int, int]
-    ) -> None:
-        dataset, _ = build_dataset([numbered(rows)], hymba, max_length=64)
-        train, held_out = split_dataset(dataset, fraction, seed=0, max_rows=max_rows)
-        assert (len(train), len(held_out)) == sizes
-
-    def test_nothing_is_held_out_of_nothing(self, hymba: PreTrainedTokenizerFast) -> None:
-        dataset, _ = build_dataset([numbered(1)], hymba, max_length=64)
-        assert split_dataset(dataset, 0.0, seed=0) == (dataset, None)
-        with pytest.raises(DataError, match=r"there is only 1 row(.|\n)*--eval-split 0"):
-            split_dataset(dataset, 0.5, seed=0)
 
 
 def test_samples_are_prompts_with_their_answers() -> None:

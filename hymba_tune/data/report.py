@@ -1,0 +1,124 @@
+"""The account of what became of every row."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from hymba_tune.data.rows import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is not trained on. ``reason`` is ``bad row`` or ``too long``; ``what`` says it in full."""
+
+    place: Place
+    reason: str
+    what: str
+
+    def line(self) -> str:
+        """The same as a line of JSON."""
+        where = {"file": self.place.file, self.place.unit: self.place.number}
+        return json.dumps({**where, "reason": self.reason, "what": self.what}, ensure_ascii=False) + "\n"
+
+
+@dataclass
+class SourceCounts:
+    """What came of one source.
+
+    Attributes:
+        name: What its user calls it.
+        weight: How often each of its rows is taken.
+        rows: Rows read; of a weight below 1, those that were drawn.
+        kept: Encoded rows that came of them, one after the other; a long text gives several.
+    """
+
+    name: str
+    weight: float = 1.0
+    rows: int = 0
+    kept: int = 0
+
+    def share(self) -> str:
+        """How many rows of it are trained on, in words."""
+        if self.weight == 1:
+            return f"{self.kept:,} rows"
+        if self.weight < 1:
+            return f"{self.kept:,} rows (× {self.weight:g})"
+        return f"{self.kept * self.weight:,.0f} rows ({self.kept:,} × {self.weight:g})"
+
+
+@dataclass
+class DataReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: Rows read.
+        conversations: Conversations kept.
+        texts: Plain texts kept.
+        cut: Rows longer than the maximum length: conversations that lost their end, texts that go on in further rows.
+        tokens: Tokens kept.
+        learned: Those of them that carry loss.
+        longest: Tokens of the longest row kept.
+        too_long: Rows dropped because their answers begin past the maximum length.
+        bad_rows: Rows dropped because they cannot be used.
+        first_dropped: The first row left out.
+        dropped_file: Where all of them are listed, a line each; memory does not grow with them.
+        sources: The same by source.
+        fingerprint: SHA-256 over the token ids and labels of all rows in order, and the weights above 1: the same for
+            the same training data, whatever files and formats it came from.
+    """
+
+    rows: int = 0
+    conversations: int = 0
+    texts: int = 0
+    cut: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    too_long: int = 0
+    bad_rows: int = 0
+    first_dropped: Dropped | None = None
+    dropped_file: Path | None = field(default=None, compare=False)
+    sources: list[SourceCounts] = field(default_factory=list)
+    fingerprint: str = ""
+
+    def drop(self, dropped: Dropped, listing: TextIO) -> None:
+        """Count a row that is left out, and list it."""
+        if dropped.reason == "too long":
+            self.too_long += 1
+        else:
+            self.bad_rows += 1
+        self.first_dropped = self.first_dropped or dropped
+        listing.write(dropped.line())
+
+    def shares(self) -> str:
+        """How many rows each source gives, in words; nothing if there is but one, taken as it is."""
+        if len(self.sources) == 1 and self.sources[0].weight == 1:
+            return ""
+        return " · ".join(f"{Path(source.name).name} {source.share()}" for source in self.sources)
+
+    def counts(self) -> dict[str, Any]:
+        """The report without the list of dropped rows, for ``run.json``."""
+        left_out = ("first_dropped", "dropped_file")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def write_dropped(self, path: Path) -> None:
+        """Write the dropped rows as JSON lines of ``file``, ``line`` (or ``row``), ``reason`` and ``what``."""
+        if self.dropped_file is None:
+            path.touch()
+        else:
+            shutil.copyfile(self.dropped_file, path)
+
+    @classmethod
+    def load(cls, path: Path, dropped_file: Path) -> DataReport:
+        """Read what `save` wrote."""
+        counts = json.loads(path.read_text(encoding="utf-8"))
+        counts["sources"] = [SourceCounts(**source) for source in counts["sources"]]
+        return cls(**counts, dropped_file=dropped_file)
+
+    def save(self, path: Path) -> None:
+        """Write the counts as JSON."""
+        path.write_text(json.dumps(self.counts()), encoding="utf-8")

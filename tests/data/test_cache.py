@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.config import Learn, OnBadRow
+from hymba_tune.data import DataReport, build_dataset, cache_folder, open_sources, with_chat_template
+from hymba_tune.data import cache as data_cache
+from hymba_tune.data.cache import clear, keep
+from hymba_tune.errors import DataError
+
+ROWS = [{"prompt": f"Count to {number}.", "completion": str(number)} for number in range(5)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry each time that rows are tokenised."""
+    calls: list[int] = []
+    from hymba_tune.data import encoding
+
+    tokenize = encoding.tokenize
+
+    def counting(rendered: list[object], tokenizer: object) -> object:
+        calls.append(len(rendered))
+        return tokenize(rendered, tokenizer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encoding, "tokenize", counting)
+    return calls
+
+
+def test_same_data_is_encoded_once(file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]) -> None:
+    first, report = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    os.utime(file, (1, 1))  # what counts is what it holds
+    second, again = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    assert encoded == [5]
+    assert first.to_list() == second.to_list()
+    assert again == report
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_decides_the_rows_decides_the_entry(
+    file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]
+) -> None:
+    def build(tokenizer: PreTrainedTokenizerFast = hymba, weight: float = 1.0, cap: int = 9, **changes: object) -> None:
+        settings: dict[str, object] = {"max_length": 64, **changes}
+        build_dataset(open_sources([str(file)], [weight], [cap]), tokenizer, cache_dir=cache, **settings)  # type: ignore[arg-type]
+
+    build()
+    for changes in (
+        {"tokenizer": with_chat_template(hymba, "alpaca")},
+        {"max_length": 65},
+        {"weight": 0.9},
+        {"weight": 2},
+        {"cap": 3},
+        {"learn": Learn.last},
+        {"mapping": {"role.bot": "assistant"}},
+        {"seed": 1},
+        {"on_bad_row": OnBadRow.skip},
+    ):
+        before = len(encoded)
+        build(**changes)  # type: ignore[arg-type]
+        assert len(encoded) == before + 1, changes
+    file.write_text(file.read_text().replace("Count", "count"))
+    build()
+    assert len(encoded) == 11
+
+
+def test_rows_without_a_digest_are_encoded_each_time(cache: Path, hymba: PreTrainedTokenizerFast) -> None:
+    from tests.data.test_dataset import numbered
+
+    reports = [build_dataset([numbered(5)], hymba, max_length=64, cache_dir=cache)[1] for _ in range(2)]
+    assert [entry.name for entry in cache.iterdir()] == [reports[0].fingerprint]
+    assert reports[0] == reports[1]
+
+
+def test_dropped_rows_are_listed_from_the_cache_under_the_files_own_names(
+    file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int], tmp_path: Path
+) -> None:
+    file.write_text(file.read_text() + '{"prompt": "x"}\n')
+
+    def listed(path: Path) -> str:
+        sources = open_sources([str(path)])
+        _, report = build_dataset(sources, hymba, max_length=64, on_bad_row=OnBadRow.skip, cache_dir=cache)
+        report.write_dropped(tmp_path / "dropped.jsonl")
+        return str(json.loads((tmp_path / "dropped.jsonl").read_text())["file"])
+
+    assert [listed(file), listed(file)] == [str(file)] * 2
+    assert encoded == [5]
+    other = file.rename(file.with_name("b.jsonl"))
+    assert listed(other) == str(other)
+
+
+@pytest.mark.parametrize("torn", ["report.json", "rows.arrow"])
+def test_torn_entry_is_made_anew(
+    torn: str, file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]
+) -> None:
+    first, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    rows = first.to_list()
+    (entry,) = cache.iterdir()
+    (entry / torn).write_bytes(b"{")
+    for _ in range(2):
+        second, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+        assert second.to_list() == rows
+    assert encoded == [5, 5]
+
+
+def test_unwritable_cache_does_without(file: Path, hymba: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "blocked").touch()
+    dataset, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=tmp_path / "blocked")
+    assert len(dataset) == 5
+
+
+def test_full_disk_is_said_and_leaves_nothing(
+    file: Path, cache: Path, hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DataReport, "save", full)
+    with pytest.raises(DataError, match=r"the disk is full(.|\n)*hymba-tune data clear"):
+        build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_entry_of_a_faster_process_is_taken(tmp_path: Path) -> None:
+    for name, content in {"entry": "theirs", "mine": "mine"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_text(content)
+    assert (keep(tmp_path / "mine", tmp_path, "entry") / "rows").read_text() == "theirs"
+
+
+def test_entries_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_cache, "LIMIT_BYTES", 25)
+    for age, name in enumerate(["newest", "older", "oldest", "unfinished-old"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (1000.0 - age, 1000.0 - age))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "rows").write_bytes(b"x" * 10)
+    keep(tmp_path / "new", tmp_path, "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "newest"]
+    assert clear(tmp_path) == (2, 20)
+    assert clear(tmp_path / "no such folder") == (0, 0)
+
+
+def test_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert cache_folder() == Path("/there/hymba-tune/data")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache/hymba-tune/data"
