@@ -1,0 +1,254 @@
+"""Two tokenizers on one text: where each one's tokens begin in the other's.
+
+The student and the teacher each render a conversation with their own chat template and tokenizer. Only the answers
+are aligned, by their bytes; the tokens that end a turn are mapped to each other. What lies around an answer on one side
+only (a template's white space, SentencePiece's first space) is cut off the tokens that bear it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hymba_tune.data.formats import Example
+from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned, for_teacher, tokenise
+from hymba_tune.distill.spelling import END
+
+Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """A row on both sides, and where its answers' tokens meet: N positions and S spans.
+
+    A row's first token, which nothing predicts, is in neither.
+
+    Attributes:
+        student_ids: The student's whole row.
+        teacher_ids: The teacher's.
+        student: ``(N,)``, ascending: where the student's token stands in its row.
+        teacher: ``(N,)``: where the teacher's token stands that covers the first byte of it.
+        spelled: ``(N,)``: how many bytes of the teacher's token come before that byte; 0 where both begin there.
+        first: ``(N,)``: whether the teacher's token is the first of an answer.
+        crossing: ``(N,)``: whether the student's token goes on into the teacher's next.
+        spans: ``(S, 4)``: the smallest spans that both sides bound: ``[begin, end)`` of the student's row, then the
+            teacher's.
+    """
+
+    student_ids: list[int]
+    teacher_ids: list[int]
+    student: Indices
+    teacher: Indices
+    spelled: Indices
+    first: Flags
+    crossing: Flags
+    spans: Indices
+
+
+def align(examples: Sequence[Example], pair: Pair) -> list[Alignment | Unaligned]:
+    """Render, tokenise and align examples, each side in its own way.
+
+    Args:
+        examples: A batch, faster than one by one.
+        pair: The two sides.
+
+    Returns:
+        For each example its alignment, or why there is none: its bytes differ between the sides, it has half a
+        character (a lone surrogate, which no tokenizer takes), or a template cannot render it.
+    """
+    shown = [for_teacher(example, pair.teacher_system) for example in examples]
+    students, teachers = tokenise(examples, pair.student), tokenise(shown, pair.teacher)
+    return align_rows(students, teachers, pair)
+
+
+def align_rows(
+    students: Sequence[Row | Unaligned], teachers: Sequence[Row | Unaligned], pair: Pair
+) -> list[Alignment | Unaligned]:
+    """Align rows of tokens; see `align`."""
+    checked = [_check(*rows, pair) for rows in zip(students, teachers, strict=True)]
+    aligned = _align_checked([row for row in checked if isinstance(row, _Checked)])
+    return [row if isinstance(row, Unaligned) else next(aligned) for row in checked]
+
+
+class _Spelled(NamedTuple):
+    """An answer as one side's tokens: the lengths of these, and how many bytes come before what it says."""
+
+    begin: int
+    lengths: list[int]
+    lead: int
+
+
+class _Checked(NamedTuple):
+    """A row whose sides spell the same answers."""
+
+    student: Row
+    teacher: Row
+    spelled: list[tuple[_Spelled, _Spelled]]
+
+
+def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _Checked | Unaligned:
+    if isinstance(student, Unaligned):
+        return student
+    if isinstance(teacher, Unaligned):
+        return teacher
+    if [answer.content for answer in student.answers] != [answer.content for answer in teacher.answers]:
+        return Unaligned("bytes differ", "the chat templates write the answers in different ways")
+    spelled = []
+    for ours, theirs in zip(student.answers, teacher.answers, strict=True):
+        both = _spelled(student.ids, ours, pair.student), _spelled(teacher.ids, theirs, pair.teacher)
+        if both[0] is None or both[1] is None:
+            whose = "student" if both[0] is None else "teacher"
+            return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer")
+        spelled.append((both[0], both[1]))
+    return _Checked(student, teacher, spelled)
+
+
+def _spelled(ids: list[int], answer: Answer, side: Side) -> _Spelled | None:
+    pieces = list(map(side.spelling.tokens.__getitem__, ids[answer.begin : answer.end]))
+    spelled = b"".join(pieces)
+    lead = spelled.rfind(answer.content, 0, -len(END))
+    if lead < 0 or not spelled.endswith(END):
+        return None
+    return _Spelled(answer.begin, list(map(len, pieces)), lead)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """One side's tokens of many answers, laid end to end: ``[start, end)`` in bytes of the answers, none empty.
+
+    ``index`` is where a token stands in its row, ``before`` how many of its bytes come before its answer, ``first``
+    whether it is the first of one.
+    """
+
+    start: Indices
+    end: Indices
+    index: Indices
+    before: Indices
+    first: Flags
+
+
+def _lay_out(answers: Sequence[_Spelled], contents: Indices) -> _Tokens:
+    """Lay answers end to end, ``contents`` bytes each and `END`, without what lies around what they say."""
+    counts = np.array([len(answer.lengths) for answer in answers], np.int64)
+    lengths = np.fromiter(chain.from_iterable(answer.lengths for answer in answers), np.int64, counts.sum())
+    ends = lengths.cumsum()
+    totals = np.add.reduceat(lengths, counts.cumsum() - counts) if len(counts) else counts
+
+    def each(values: Indices) -> Indices:
+        return np.repeat(values, counts)
+
+    lead = each(np.array([answer.lead for answer in answers], np.int64))
+    ends -= each(totals.cumsum() - totals)
+    content, close = each(contents), each(totals) - len(END)
+    base = each((contents + len(END)).cumsum() - contents - len(END))
+
+    def place(byte: Indices) -> Indices:
+        placed: Indices = np.clip(byte - lead, 0, content) + np.clip(byte - close, 0, len(END)) + base
+        return placed
+
+    start, end = place(ends - lengths), place(ends)
+    index = np.arange(len(lengths)) - each(counts.cumsum() - counts)
+    index += each(np.array([answer.begin for answer in answers], np.int64))
+    before = np.maximum(lead - (ends - lengths), 0)
+    seen = end > start
+    return _Tokens(start[seen], end[seen], index[seen], before[seen], (start == base)[seen])
+
+
+def _align_checked(rows: Sequence[_Checked]) -> Iterator[Alignment]:
+    """All rows at once."""
+    if not rows:
+        return
+    answers = [spelled for row in rows for spelled in row.spelled]
+    contents = np.array([len(answer.content) for row in rows for answer in row.student.answers], np.int64)
+    ours = _lay_out([student for student, _ in answers], contents)
+    theirs = _lay_out([teacher for _, teacher in answers], contents)
+    row_ends = np.cumsum([sum(len(a.content) + len(END) for a in row.student.answers) for row in rows])
+    row_of = np.searchsorted(row_ends, ours.start, side="right")
+
+    covering = np.searchsorted(theirs.start, ours.start, side="right") - 1
+    at = np.flatnonzero((ours.index > 0) & (theirs.index[covering] > 0))
+    covering = covering[at]
+    spelled = ours.start[at] - theirs.start[covering] + theirs.before[covering]
+    crossing = ours.end[at] > theirs.end[covering]
+
+    closing = np.searchsorted(theirs.end, ours.end)
+    shared = np.flatnonzero(theirs.end[closing] == ours.end)
+    spans = np.stack([*_spans(shared, ours.index), *_spans(closing[shared], theirs.index)], 1)
+    known = (spans[:, 0] > 0) & (spans[:, 2] > 0)
+    spans = spans[known]
+
+    cuts, span_cuts = _cuts(row_of[at], len(rows)), _cuts(row_of[shared[known]], len(rows))
+    for row, (begin, end), (span_begin, span_end) in zip(rows, pairwise(cuts), pairwise(span_cuts), strict=True):
+        yield Alignment(
+            student_ids=row.student.ids,
+            teacher_ids=row.teacher.ids,
+            student=ours.index[at[begin:end]],
+            teacher=theirs.index[covering[begin:end]],
+            spelled=spelled[begin:end],
+            first=theirs.first[covering[begin:end]],
+            crossing=crossing[begin:end],
+            spans=spans[span_begin:span_end],
+        )
+
+
+def _spans(last: Indices, index: Indices) -> tuple[Indices, Indices]:
+    """Where spans begin and end in their rows, from the positions of their last tokens among all tokens."""
+    first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
+    return index[first], index[last] + 1
+
+
+def _cuts(rows: Indices, count: int) -> list[int]:
+    """Where each row's elements begin and end, from the row of every element."""
+    cuts: list[int] = np.searchsorted(rows, np.arange(count + 1)).tolist()
+    return cuts
+
+
+@dataclass
+class AlignmentReport:
+    """What became of the rows, and how the two sides' tokens lie to each other.
+
+    Attributes:
+        rows: Rows seen.
+        dropped: Rows not aligned, by reason.
+        bytes: Bytes of the aligned rows' answers.
+        positions: The student's tokens, by how they begin: at a ``shared`` boundary, ``inside`` a teacher's token, or
+            either way and then ``crossing`` into its next.
+        matched: Those of them whose bytes are also one token of the teacher's.
+        spans: Smallest spans that both sides bound.
+    """
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    positions: Counter[str] = field(default_factory=Counter)
+    matched: int = 0
+    spans: int = 0
+
+    def add(self, aligned: Sequence[Alignment | Unaligned], pair: Pair) -> None:
+        """Count a batch."""
+        whole = set(pair.teacher.spelling.tokens)
+        for row in aligned:
+            self.rows += 1
+            if isinstance(row, Unaligned):
+                self.dropped[row.reason] += 1
+                continue
+            pieces = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
+            self.bytes += sum(len(piece) for piece in pieces if piece != END)
+            self.matched += sum(piece in whole for piece in pieces)
+            self.positions["crossing"] += int(row.crossing.sum())
+            self.positions["shared"] += int(((row.spelled == 0) & ~row.crossing).sum())
+            self.positions["inside"] += int(((row.spelled > 0) & ~row.crossing).sum())
+            self.spans += len(row.spans)
+
+
+def matched_vocabulary(pair: Pair) -> float:
+    """Share of the student's vocabulary whose bytes are also one token of the teacher's."""
+    whole = {token for token in pair.teacher.spelling.tokens if token}
+    return sum(token in whole for token in pair.student.spelling.tokens) / len(pair.student.spelling)

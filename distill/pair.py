@@ -1,0 +1,159 @@
+"""The student's tokenizer beside the teacher's, and each one's tokens of a conversation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.data import IGNORED, Conversation, Encoded, Message, with_chat_template
+from hymba_tune.data.chat import Rendered, render, tokenize
+from hymba_tune.data.formats import Example
+from hymba_tune.distill.spelling import Spelling, read_spelling
+from hymba_tune.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Side:
+    """The student's or the teacher's tokenizer, with what its tokens spell."""
+
+    tokenizer: PreTrainedTokenizerBase
+    spelling: Spelling
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both sides, and what the teacher is shown beside the data.
+
+    Attributes:
+        student: Who learns.
+        teacher: Who is learned from.
+        teacher_system: A system message for conversations that have none, on the teacher's side only.
+    """
+
+    student: Side
+    teacher: Side
+    teacher_system: str | None = None
+
+
+def make_pair(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    *,
+    ends: tuple[str, str] | None = None,
+    teacher_system: str | None = None,
+    teacher_template: Mapping[str, object] | None = None,
+) -> Pair:
+    """Bring two tokenizers together; both are left as they are.
+
+    Args:
+        student: A fast tokenizer; without a chat template it gets Hymba's.
+        teacher: Likewise.
+        ends: The tokens that end an answer, the student's and the teacher's. Their end-of-sequence tokens, if not
+            given; a base model's often differs from the one that its chat template writes.
+        teacher_system: See `Pair`. Some templates write one of their own where a conversation has none.
+        teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``: without
+            it some templates write today's date, and the same data gives other rows tomorrow.
+
+    Raises:
+        ConfigError: If an end is not a token, or a value has no usable name.
+        DataError: If a tokenizer's tokens do not tell the bytes of a text.
+    """
+    ends = ends or (student.eos_token, teacher.eos_token)
+    teacher = _with_template_values(with_chat_template(teacher), teacher_template or {})
+    return Pair(_side(student, ends[0], "student"), _side(teacher, ends[1], "teacher"), teacher_system)
+
+
+def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Side:
+    token = tokenizer.get_vocab().get(end)
+    if end is None or token is None:
+        raise ConfigError(
+            f"The {whose}'s tokenizer has no token {end!r} to end an answer with.",
+            expected="the token that its chat template writes after an answer",
+        )
+    tokenizer = copy.deepcopy(with_chat_template(tokenizer))
+    tokenizer.eos_token = end  # what rendering ends answers with
+    return Side(tokenizer, read_spelling(tokenizer, token))
+
+
+def _with_template_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, object]) -> PreTrainedTokenizerBase:
+    """A copy whose chat template begins by setting these values."""
+    if bad := [name for name in values if not name.isidentifier()]:
+        raise ConfigError(
+            f"{bad[0]!r} cannot be the name of a value in a chat template.", expected="a name: date_string"
+        )
+    # Each on a line of its own, which the template engine takes away: what follows is read as it was.
+    lines = [f"{{% set {name} = {json.dumps(value)} %}}\n" for name, value in values.items()]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "".join(lines) + tokenizer.get_chat_template()
+    return tokenizer
+
+
+class Answer(NamedTuple):
+    """One answer in a row of tokens: ``[begin, end)``, the token that ends it included, and what it says."""
+
+    begin: int
+    end: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An example as one side's tokens."""
+
+    ids: list[int]
+    answers: list[Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Unaligned:
+    """An example that cannot be aligned. ``reason`` is one of few; ``what`` says it in full."""
+
+    reason: str
+    what: str
+
+
+def for_teacher(example: Example, system: str | None) -> Example:
+    """The example with a system message, if it is a conversation that has none."""
+    if system is None or not isinstance(example, Conversation) or example.messages[0].role == "system":
+        return example
+    return replace(example, messages=(Message("system", system), *example.messages))
+
+
+def tokenise(examples: Sequence[Example], side: Side) -> list[Row | Unaligned]:
+    """One side's tokens of some examples, and where the answers are among them."""
+    rendered = [_render(example, side.tokenizer) for example in examples]
+    texts = [text for text in rendered if isinstance(text, Rendered)]
+    encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
+    return [text if isinstance(text, Unaligned) else _row(text, next(encoded), side.tokenizer) for text in rendered]
+
+
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered | Unaligned:
+    try:
+        rendered = render(example, tokenizer)
+        rendered.text.encode()
+    except DataError as error:
+        return Unaligned("template", error.what)
+    except UnicodeEncodeError as error:
+        return Unaligned("half a character", f"{error.object[error.start]!r} at character {error.start + 1:,}")
+    return rendered
+
+
+def _row(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Row | Unaligned:
+    labels = [*encoded.labels]
+    if rendered.learned and rendered.learned[0][0] == 0 and encoded.input_ids[0] != tokenizer.bos_token_id:
+        labels[0] = encoded.input_ids[0]  # not learned, as nothing comes before it, but part of the answer
+    learned = np.array([False, *(label != IGNORED for label in labels), False])
+    edges = np.flatnonzero(learned[1:] != learned[:-1]).reshape(-1, 2).tolist()
+    contents = [rendered.text[start:end].removesuffix(tokenizer.eos_token) for start, end in rendered.learned]
+    if len(edges) != len(contents):
+        return Unaligned("template", "two answers stand side by side, with nothing between them")
+    if not rendered.plain:
+        contents = [content.strip() for content in contents]
+    answers = [Answer(begin, end, content.encode()) for (begin, end), content in zip(edges, contents, strict=True)]
+    return Row(encoded.input_ids, answers)
