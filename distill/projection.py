@@ -1,0 +1,234 @@
+"""The teacher's next-token probabilities as a target over the student's vocabulary.
+
+For the student's next token, which begins at a byte of the answer: t is the teacher's token there, u the bytes of it
+that come before (none at a shared boundary), p its probabilities; t' is the teacher's token before, p' its
+probabilities, v = bytes(t') + u. The mass of the student's piece s is
+
+    m(s) = p'(t') · Σ_t p(t) · A_u[t, s]  +  Σ_{t goes on after v} p'(t) · [the piece of t after v is s]
+
+A_u[t, s], for u of some bytes, says whether the student has a boundary exactly after u in t and s is the piece there;
+for none, it is how often t begins with s: once alone, and as often as the user's texts have it. The second sum gives
+back the tokens that would have gone on where t' ended. Tokens that end exactly where the student's next piece begins
+do not say which: p'(t') · p(bytes = u) + p'(bytes = v), for u of some bytes, is the bucket, one outcome that stands
+for every piece outside the support. Mass and bucket together are made to sum to one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
+
+FLOOR = 1e-6
+"""Mass below which a position has no target: there is nothing left but rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where some of the student's next tokens stand among the teacher's; N of them, all int64 or bool.
+
+    Attributes:
+        now: ``(N,)``: row of the teacher's outputs that predicts the token there.
+        before: ``(N,)``: row that predicted the token before it; -1 at an answer's first, which has no second cover.
+        previous: ``(N,)``: the token before.
+        inside: ``(N,)``: node of the bytes already spelled; 0 for none.
+        beyond: ``(N,)``: node of the token before and these; -1 where no token goes on so.
+        crossing: ``(N,)``: whether the student's token goes on into the teacher's next.
+        piece: ``(N,)``: the student's token.
+    """
+
+    now: Tensor
+    before: Tensor
+    previous: Tensor
+    inside: Tensor
+    beyond: Tensor
+    crossing: Tensor
+    piece: Tensor
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def find_places(row: Alignment, tables: Tables) -> Places:
+    """The places of an aligned row, its teacher's outputs counted from the row's first token."""
+    teacher = np.array(row.teacher_ids, np.int64)
+    now, previous = teacher[row.teacher], teacher[row.teacher - 1]
+    whole = tables.whole(previous)
+    # An answer's first token was not chosen against a longer one before it: the template gives that.
+    before = np.where(row.first | (row.teacher < 2), -1, row.teacher - 2)
+    columns = (
+        row.teacher - 1,
+        before,
+        previous,
+        tables.prefix(now, row.spelled),
+        tables.walk(whole, now, row.spelled),
+        row.crossing,
+        np.array(row.student_ids, np.int64)[row.student],
+    )
+    return Places(*map(torch.from_numpy, columns))
+
+
+class SparseTarget(NamedTuple):
+    """The likeliest pieces of a `Target`; all others are in the bucket.
+
+    Attributes:
+        pieces: ``(N, k)`` int64, distinct in each row.
+        log_probs: ``(N, k)``, nats; -inf for pieces without mass, which belong to the bucket's.
+        bucket: ``(N,)``: log-probability of any other piece.
+    """
+
+    pieces: Tensor
+    log_probs: Tensor
+    bucket: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the student is to predict at N places.
+
+    Attributes:
+        probs: ``(N, V)``, over the student's vocabulary; with the bucket they sum to 1.
+        bucket: ``(N,)``: of any piece outside the support, which is where ``probs`` is positive.
+        mass: ``(N,)``: what they summed to before.
+        known: ``(N,)`` bool: whether there is a target: the mass is above `FLOOR`, and a piece that goes on into the
+            teacher's next token has some of it. Elsewhere ``probs`` and ``bucket`` mean nothing.
+    """
+
+    probs: Tensor
+    bucket: Tensor
+    mass: Tensor
+    known: Tensor
+
+    def top(self, k: int) -> SparseTarget:
+        """Keep the k likeliest pieces; the mass of the others joins the bucket."""
+        values, pieces = self.probs.topk(min(k, self.probs.shape[1]), dim=-1)
+        tail = self.probs.scatter(1, pieces, 0).sum(-1)
+        return SparseTarget(pieces, values.log(), (self.bucket + tail).log())
+
+
+class Projection:
+    """The map from the teacher's probabilities to the student's target.
+
+    Args:
+        tables: Of the pair.
+        seen: First pieces in the user's own texts; without them only those of tokens alone are known.
+        vocabulary: Columns of the target: the rows of the student's head.
+        device: Where the probabilities will be.
+        dtype: In which they will be computed.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        seen: FirstPieces | None = None,
+        *,
+        vocabulary: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.vocabulary = vocabulary
+        self._first = _first_pieces(tables, seen, vocabulary, dtype).to(device)
+        names = ("after_start", "after_token", "after_piece", "exact_start", "exact_token")
+        self._after_start, self._after_token, self._after_piece, self._exact_start, self._exact_token = (
+            torch.from_numpy(getattr(tables, name)).to(device) for name in names
+        )
+
+    @torch.no_grad()
+    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> Target:
+        """Project.
+
+        Args:
+            probs: ``(R, V)``: the teacher's probabilities, a row an output, in the dtype this was made for. All
+                columns of its vocabulary; zero where a server did not tell.
+            places: With ``now`` and ``before`` counted in these rows.
+            cut: ``(R,)``: probability that was not told, which joins the bucket.
+
+        Returns:
+            The target, in the same dtype.
+        """
+        covered = places.before >= 0
+        earlier = probs[places.before.clamp(min=0)[:, None], places.previous[:, None]].squeeze(1)
+        earlier = torch.where(covered, earlier, 1)
+        shared, inside = (places.inside == 0).nonzero().squeeze(1), places.inside.nonzero().squeeze(1)
+        mass = probs.new_zeros(len(places), self.vocabulary)
+        mass[shared] = (self._first @ probs[places.now[shared]].mT).mT * earlier[shared, None]
+        bucket = torch.zeros_like(earlier) if cut is None else earlier * cut[places.now]
+
+        rows, tokens, pieces = self._entries(inside, places.inside[inside])
+        _add(mass, rows, pieces, probs[places.now[rows], tokens] * earlier[rows])
+        rows, tokens = self._exact(inside, places.inside[inside])
+        bucket.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
+
+        beyond = (covered & (places.beyond != NOWHERE)).nonzero().squeeze(1)
+        rows, tokens, pieces = self._entries(beyond, places.beyond[beyond])
+        _add(mass, rows, pieces, probs[places.before[rows], tokens])
+        both = beyond[places.inside[beyond] > 0]
+        rows, tokens = self._exact(both, places.beyond[both])
+        bucket.index_add_(0, rows, probs[places.before[rows], tokens])
+        return _normalised(mass, bucket, places)
+
+    def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows with their nodes: each entry's row, token and piece."""
+        rows, at = _expand(rows, self._after_start, nodes)
+        return rows, self._after_token[at].long(), self._after_piece[at].long()
+
+    def _exact(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows with their nodes: each token's row and the token."""
+        rows, at = _expand(rows, self._exact_start, nodes)
+        return rows, self._exact_token[at].long()
+
+
+def _first_pieces(tables: Tables, seen: FirstPieces | None, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """A_u for an empty u: a sparse ``(student, teacher)`` matrix whose columns sum to 1, or to 0 without a piece."""
+    alone = np.flatnonzero(tables.first >= 0)
+    tokens, pieces, counts = alone, tables.first[alone].astype(np.int64), np.ones(len(alone))
+    if seen is not None:
+        tokens, pieces = np.concatenate([tokens, seen.tokens]), np.concatenate([pieces, seen.pieces])
+        counts = np.concatenate([counts, seen.counts])
+    shares = counts / np.bincount(tokens, counts, len(tables.first))[tokens]
+    keys, where = np.unique(pieces * len(tables.first) + tokens, return_inverse=True)
+    rows, columns = np.divmod(keys, len(tables.first))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(np.searchsorted(rows, np.arange(vocabulary + 1))),
+            torch.from_numpy(columns),
+            torch.from_numpy(np.bincount(where, shares)).to(dtype),
+            (vocabulary, len(tables.first)),
+            check_invariants=True,
+        )
+
+
+def _expand(rows: Tensor, starts: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as often as its node has entries, and where these are."""
+    begin, counts = starts[nodes].long(), (starts[nodes + 1] - starts[nodes]).long()
+    within = torch.arange(int(counts.sum()), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return rows.repeat_interleave(counts), begin.repeat_interleave(counts) + within
+
+
+def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
+    mass.view(-1).index_add_(0, rows * mass.shape[1] + pieces, values)
+
+
+def _normalised(mass: Tensor, bucket: Tensor, places: Places) -> Target:
+    """Mass and bucket as probabilities. A bucket beside a full support stands for nothing, and is left out."""
+    bucket = bucket.masked_fill((mass > 0).all(-1), 0)
+    total = mass.sum(-1) + bucket
+    reached = mass.gather(1, places.piece[:, None]).squeeze(1) > 0
+    known = (total > FLOOR) & (reached | ~places.crossing)
+    scale = total.clamp(min=torch.finfo(total.dtype).tiny)
+    return Target(mass.div_(scale[:, None]), bucket / scale, total, known)
