@@ -16,7 +16,7 @@ for every piece outside the support. Mass and bucket together are made to sum to
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
 
 FLOOR = 1e-6
@@ -180,6 +181,20 @@ class Projection:
         rows, tokens = self._exact(both, places.beyond[both])
         bucket.index_add_(0, rows, probs[places.before[rows], tokens])
         return _normalised(mass, bucket, places)
+
+    @torch.no_grad()
+    def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> Target:
+        """Project at some places, from the teacher's hidden states there and before: one softmax an output.
+
+        Args:
+            teacher: Its hidden states, in which ``places.now`` and ``places.before`` count.
+            places: A chunk of them.
+            temperature: Of the teacher's probabilities.
+        """
+        rows = torch.cat([places.now, places.before[places.before >= 0]]).unique()
+        probs = (teacher.logits(rows) / temperature).softmax(-1)
+        before = torch.where(places.before < 0, -1, torch.searchsorted(rows, places.before))
+        return self(probs, replace(places, now=torch.searchsorted(rows, places.now), before=before))
 
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows with their nodes: each entry's row, token and piece."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 Segment = Callable[[bytes], list[int] | None]
 Spell = Callable[[int], bytes]
@@ -12,7 +13,7 @@ def merge(text: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding: the earliest merge that applies, at its leftmost place, until none does."""
     parts = list(text)
     while True:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(pairwise(parts))
         ranked = [merges.index(pair) for pair in pairs if pair in merges]
         if not ranked:
             return parts

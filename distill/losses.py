@@ -1,0 +1,218 @@
+"""What a student is taught by: losses of single tokens, from logits; `chunks` computes them from hidden states.
+
+All are in nats, and float32 at least. Those with a temperature are multiplied by its square, so that gradients stay of
+one order whatever it is (Hinton et al. 2015, section 2). The teacher's side is a constant throughout.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, pad
+
+from hymba_tune.distill.projection import SparseTarget, Target
+
+LEAST = 1e-6
+"""How far below zero a log-likelihood stays: at zero, the probability of anything else has no logarithm."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target).
+
+    Args:
+        logits: ``(N, V)``.
+        targets: ``(N,)`` int64.
+
+    Returns:
+        ``(N,)``.
+    """
+    return -logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) over one vocabulary.
+
+    Args:
+        student: Logits, ``(N, V)``.
+        teacher: Logits, ``(N, V)``.
+        temperature: Above 0.
+
+    Returns:
+        ``(N,)``.
+
+    Raises:
+        ValueError: If the vocabularies differ, or the temperature is not positive.
+    """
+    ours, theirs = _same_vocabulary(student, teacher, temperature)
+    return _kl(theirs, ours) * temperature**2
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher); as `forward_kl`."""
+    ours, theirs = _same_vocabulary(student, teacher, temperature)
+    return _kl(ours, theirs) * temperature**2
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
+    """Generalised Jensen-Shannon divergence (Agarwal et al. 2024, section 2).
+
+    beta · KL(teacher || m) + (1 - beta) · KL(student || m), with m = beta · teacher + (1 - beta) · student. At the ends
+    of beta's range, where that is zero, it is what it tends to in proportion: `forward_kl` at 0, `reverse_kl` at 1.
+
+    Args:
+        student: Logits, ``(N, V)``.
+        teacher: Logits, ``(N, V)``.
+        beta: In ``[0, 1]``.
+        temperature: Above 0.
+
+    Returns:
+        ``(N,)``.
+
+    Raises:
+        ValueError: If ``beta`` is outside its range, and as `forward_kl`.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; expected 0 to 1")
+    if beta == 0:
+        return forward_kl(student, teacher, temperature=temperature)
+    if beta == 1:
+        return reverse_kl(student, teacher, temperature=temperature)
+    ours, theirs = _same_vocabulary(student, teacher, temperature)
+    mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
+    return (beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)) * temperature**2
+
+
+def projection_kl(student: Tensor, target: Target, *, temperature: float = 1.0) -> Tensor:
+    """KL(target || student), the bucket against all of the student's pieces outside the support.
+
+    Args:
+        student: Logits, ``(N, V)``.
+        target: Of probabilities at the same temperature.
+        temperature: Above 0.
+
+    Returns:
+        ``(N,)``; zero where the target is not known.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+    """
+    ours = _log_probs(student, temperature)
+    inside = (torch.xlogy(target.probs, target.probs) - target.probs * ours).sum(-1)
+    total = inside + _bucket_kl(target.bucket.log(), ours, target.probs > 0)
+    return torch.where(target.known, total, 0) * temperature**2
+
+
+def sparse_projection_kl(student: Tensor, target: SparseTarget, *, temperature: float = 1.0) -> Tensor:
+    """`projection_kl` where only some pieces are told apart. The target must be known."""
+    ours = _log_probs(student, temperature)
+    known = target.log_probs > -math.inf
+    theirs = torch.where(known, target.log_probs, 0).to(ours.dtype)
+    inside = torch.where(known, theirs.exp() * (theirs - ours.gather(1, target.pieces)), 0).sum(-1)
+    support = torch.zeros_like(ours, dtype=torch.bool).scatter(1, target.pieces, known)
+    return (inside + _bucket_kl(target.bucket.to(ours.dtype), ours, support)) * temperature**2
+
+
+def _bucket_kl(bucket: Tensor, ours: Tensor, support: Tensor) -> Tensor:
+    """The bucket's term: its log-probability against that of everything outside the support; 0 if it is empty."""
+    empty = (bucket == -math.inf) | support.all(-1)
+    # An empty one takes all pieces instead: the gradient of a sum of none would not be a number, even times zero.
+    outside = ours.masked_fill(support & ~empty[:, None], -math.inf).logsumexp(-1)
+    bucket = bucket.masked_fill(empty, 0)
+    return torch.where(empty, 0, bucket.exp() * (bucket - outside))
+
+
+def alm(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
+    """Approximate likelihood matching (Minixhofer et al. 2025): whether a span comes, as both sides judge it.
+
+    -tau · [q_t log q_s + (1 - q_t) log(1 - q_s)], with q = likelihood ** (1 / tau). The factor keeps the gradient of
+    one order as tau grows.
+
+    Args:
+        student: Log-likelihoods of the spans, ``(S,)``; above -1e-6 they have no gradient.
+        teacher: The teacher's of the same spans, ``(S,)``.
+        tau: Above 0.
+
+    Returns:
+        ``(S,)``.
+
+    Raises:
+        ValueError: If ``tau`` is not positive.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; expected more than 0")
+    ours, theirs = (f.clamp(max=-LEAST) / tau for f in (student, teacher.detach()))
+    # log(1 - q) = log(-expm1(log q)), which keeps its digits as q nears 1.
+    return -tau * (theirs.exp() * ours - torch.expm1(theirs) * torch.log(-torch.expm1(ours)))
+
+
+def span_sums(values: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Sums of ``values[begin:end]``, ``(S,)``; for log-likelihoods of tokens, those of spans."""
+    counts = end - begin
+    within = torch.arange(int(counts.sum()), device=values.device) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
+    span = torch.arange(len(begin), device=values.device).repeat_interleave(counts)
+    return values.new_zeros(len(begin)).index_add(0, span, values[begin.repeat_interleave(counts) + within])
+
+
+def sorted_uld(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Universal logit distillation (Boizard et al. 2024): distance of the probabilities, each side's sorted by size.
+
+    It knows nothing of what the tokens are. The smaller vocabulary is filled up with zeros.
+
+    Args:
+        student: Logits, ``(N, V)``.
+        teacher: Logits over any vocabulary, ``(N, W)``.
+        temperature: Above 0.
+
+    Returns:
+        ``(N,)``.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+    """
+    ours = _log_probs(student, temperature).exp().sort(-1, descending=True).values
+    theirs = _log_probs(teacher.detach(), temperature).exp().sort(-1, descending=True).values
+    size = max(ours.shape[1], theirs.shape[1])
+    ours, theirs = (pad(side, (0, size - side.shape[1])) for side in (ours, theirs))
+    return (ours - theirs).abs().sum(-1) * temperature**2
+
+
+def mix(data: Tensor, taught: Tensor, known: Tensor | bool = True, *, alpha: float) -> Tensor:
+    """(1 - alpha) · cross-entropy + alpha · the teacher's loss; cross-entropy alone where the teacher has none.
+
+    Args:
+        data: Cross-entropies, ``(N,)``.
+        taught: The teacher's loss, ``(N,)``.
+        known: ``(N,)`` bool: where the latter means something.
+        alpha: In ``[0, 1]``.
+
+    Returns:
+        ``(N,)``.
+
+    Raises:
+        ValueError: If ``alpha`` is outside its range.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected 0 to 1")
+    return torch.lerp(data, torch.where(torch.as_tensor(known, device=data.device), taught, data), alpha)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected more than 0")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide if temperature == 1 else wide / temperature).log_softmax(-1)
+
+
+def _same_vocabulary(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise ValueError(f"student logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}")
+    return _log_probs(student, temperature), _log_probs(teacher.detach(), temperature)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities."""
+    return kl_div(q, p, reduction="none", log_target=True).sum(-1)
