@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hymba_tune.config import Learn
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned, for_teacher, tokenise
 from hymba_tune.distill.spelling import END
@@ -52,19 +53,20 @@ class Alignment:
     spans: Indices
 
 
-def align(examples: Sequence[Example], pair: Pair) -> list[Alignment | Unaligned]:
+def align(examples: Sequence[Example], pair: Pair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
     """Render, tokenise and align examples, each side in its own way.
 
     Args:
         examples: A batch, faster than one by one.
         pair: The two sides.
+        learn: Which answers: all, or at most the last of each conversation.
 
     Returns:
         For each example its alignment, or why there is none: its bytes differ between the sides, it has half a
         character (a lone surrogate, which no tokenizer takes), or a template cannot render it.
     """
     shown = [for_teacher(example, pair.teacher_system) for example in examples]
-    students, teachers = tokenise(examples, pair.student), tokenise(shown, pair.teacher)
+    students, teachers = tokenise(examples, pair.student, learn), tokenise(shown, pair.teacher, learn)
     return align_rows(students, teachers, pair)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hymba_tune.config import Learn
 from hymba_tune.data import IGNORED, Conversation, Encoded, Message, with_chat_template
 from hymba_tune.data.chat import Rendered, render, tokenize
 from hymba_tune.data.formats import Example
@@ -125,17 +126,17 @@ def for_teacher(example: Example, system: str | None) -> Example:
     return replace(example, messages=(Message("system", system), *example.messages))
 
 
-def tokenise(examples: Sequence[Example], side: Side) -> list[Row | Unaligned]:
+def tokenise(examples: Sequence[Example], side: Side, learn: Learn = Learn.all) -> list[Row | Unaligned]:
     """One side's tokens of some examples, and where the answers are among them."""
-    rendered = [_render(example, side.tokenizer) for example in examples]
+    rendered = [_render(example, side.tokenizer, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
     encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
     return [text if isinstance(text, Unaligned) else _row(text, next(encoded), side.tokenizer) for text in rendered]
 
 
-def _render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered | Unaligned:
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) -> Rendered | Unaligned:
     try:
-        rendered = render(example, tokenizer)
+        rendered = render(example, tokenizer, learn)
         rendered.text.encode()
     except DataError as error:
         return Unaligned("template", error.what)

@@ -8,10 +8,11 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymba_tune.checkpoint import load_tokenizer
+from hymba_tune.config import Learn
 from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, Unaligned, align, align_rows, matched_vocabulary
@@ -69,6 +70,7 @@ def check(example: Example, both: Pair) -> None:
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@settings(deadline=None, max_examples=50)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 def test_conversation_aligns_as_the_twin(names: tuple[str, str], texts: list[str]) -> None:
     example = talk(*chain.from_iterable(("What?", text) for text in texts))
@@ -78,12 +80,14 @@ def test_conversation_aligns_as_the_twin(names: tuple[str, str], texts: list[str
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@settings(deadline=None, max_examples=50)
 @given(text=TEXTS)
 def test_plain_text_aligns_as_the_twin(names: tuple[str, str], text: str) -> None:
     check(Text(text), pair(*names))
     assert rows(Text(text), pair(*names))[1].answers[0].content.decode() == text
 
 
+@settings(deadline=None, max_examples=50)
 @given(text=TEXTS)
 def test_spans_spell_the_whole_answer_on_both_sides(text: str) -> None:
     both = pair("hymba", "llama3")
@@ -96,6 +100,7 @@ def test_spans_spell_the_whole_answer_on_both_sides(text: str) -> None:
         assert b"".join(spelled) == text.strip().encode() + END
 
 
+@settings(deadline=None, max_examples=50)
 @given(batch=st.lists(TEXTS, max_size=5))
 def test_batch_aligns_as_its_rows_alone(batch: list[str]) -> None:
     both = pair("hymba", "llama3")
@@ -118,6 +123,17 @@ def test_space_that_a_template_writes_belongs_to_no_answer() -> None:
     row = aligned(talk("What?", "The answer"), pair("chatml", "mistral"))
     assert row.spelled[0] == 1
     assert row.first[0]
+
+
+def test_last_answer_alone() -> None:
+    both, example = pair("hymba", "llama3"), talk("a", "b", "c", "d")
+    (last,), (every,) = align([example], both, learn=Learn.last), align([example], both)
+    assert isinstance(last, Alignment)
+    assert isinstance(every, Alignment)
+    count = len(last.student)
+    assert 0 < count < len(every.student)
+    assert last.student_ids == every.student_ids
+    assert last.student.tolist() == every.student[-count:].tolist()
 
 
 def test_sides_that_differ_are_dropped_and_counted() -> None:

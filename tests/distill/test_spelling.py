@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -16,6 +16,7 @@ SPELLINGS = {name: read_spelling(tokenizer) for name, tokenizer in ALL.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_no_byte_is_lost_and_none_invented(name: str, text: str) -> None:
     ids = ALL[name](text, add_special_tokens=False)["input_ids"]
