@@ -60,6 +60,13 @@ class Learn(StrEnum):
     last = "last"
 
 
+class Keep(StrEnum):
+    """Which weights a run ends with."""
+
+    best = "best"
+    last = "last"
+
+
 def as_mapping(pairs: Pairs) -> dict[str, str]:
     """Pairs such as ``prompt=question`` by their first halves."""
     return dict(pair.split("=", 1) for pair in pairs)

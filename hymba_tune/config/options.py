@@ -11,6 +11,7 @@ from hymba_tune.config.base import (
     Config,
     Counts,
     Fraction,
+    Keep,
     Learn,
     MetaTokens,
     Method,
@@ -105,16 +106,42 @@ class TrainingOptions(Config):
     """Batches whose gradients are added up before a step."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. When not given: 2e-4 for an adapter, 2e-5 for full training."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    lr_meta: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the meta tokens, or of their adapter, where it is to differ."""
+    lr_ssm: float | None = Field(default=None, gt=0)
+    """Peak learning rate inside the SSM, where it is to differ: x_proj and dt_proj or their adapters; in full training
+    A_log, D, conv1d and its norms as well."""
+    loraplus_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+: how many times faster the B factors learn than the A factors (common: 4 to 16)."""
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up; wsd stays at its peak until the last --lr-decay of the steps."""
+    lr_min: Fraction = 0.0
+    """What cosine and wsd fall to, as a share of the peak."""
+    lr_decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps, at the end, over which wsd falls."""
     warmup: Fraction = 0.03
     """Share of the steps over which the learning rate rises."""
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"
+    ] = "adamw"
+    """Those in 8 bits keep a quarter of the memory; paged ones lend it to the CPU when a GPU runs full."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's weight decay."""
+    """The optimiser's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
+    max_loss_spike: float | None = Field(default=5.0, gt=1)
+    """Stop before a step whose loss is more than this many times the usual one: 50 steps' median, at least 1 nat."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a better one."""
+    keep: Keep | None = None
+    """Which weights the run ends with: last, or best (of the lowest held-out loss). When not given: best with
+    --early-stopping, else last."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """NEFTune: noise on the text's embeddings while training (common: 5 to 15)."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep activations in the CPU's memory instead of the GPU's. CUDA only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the adapter and dropout."""
     log_every: int = Field(default=10, ge=1)

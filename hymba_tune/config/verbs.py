@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Method
+from hymba_tune.config.base import Config, Keep, MetaTokens, Method
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 
 
@@ -32,6 +32,27 @@ class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions
         if verb not in kinds:
             raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
         return kinds[verb]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the weights of its best evaluation."""
+        return self.keep is Keep.best or (self.keep is None and self.early_stopping is not None)
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> Self:
+        if self.lr_min and self.lr_schedule not in ("cosine", "wsd"):
+            raise ValueError(f"lr_min: {self.lr_schedule} has no lowest rate; cosine and wsd have")
+        if self.loraplus_ratio is not None and self.method is Method.full:
+            raise ValueError("loraplus_ratio: --method full has no factors A and B; use lora or dora")
+        if self.lr_meta is not None and self.method is not Method.full and self.meta_tokens is MetaTokens.frozen:
+            raise ValueError("lr_meta: the meta tokens are not trained; use --meta-tokens lora or full")
+        if self.lr_ssm is not None and self.method is not Method.full and not self._adapts_ssm():
+            raise ValueError(f"lr_ssm: nothing inside the SSM is among the targets: {' '.join(self.targets)}")
+        return self
+
+    def _adapts_ssm(self) -> bool:
+        inside = ("all", "attention-ssm", "ssm", "x_proj.0", "dt_proj.0")
+        return any(target.endswith(inside) for target in self.targets)
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:

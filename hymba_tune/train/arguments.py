@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hymba_tune.train.limits import kept_checkpoints
+from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
 
 EVALUATIONS = 5
@@ -27,12 +29,14 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum,
-        "learning_rate": config.lr or config.learning_rates[config.method],
-        "lr_scheduler_type": config.lr_schedule,
+        "learning_rate": learning_rates(setup).base,
         "warmup_steps": config.warmup,
+        "optim": OPTIMIZERS[config.optimizer],
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_alpha,
         "activation_checkpointing": config.gradient_checkpointing,
+        "activation_offloading": config.activation_offload,
         "bf16": setup.dtype is torch.bfloat16,
         "fp16": setup.dtype is torch.float16,
         "use_cpu": device.type == "cpu",
@@ -43,11 +47,20 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "eval_strategy": "steps" if evaluate else "no",
         "eval_on_start": evaluate and config.resume is None,
         "save_strategy": "steps",
-        "save_total_limit": 2,
+        "save_total_limit": kept_checkpoints(config),
+        "metric_for_best_model": "eval_loss" if config.keeps_best else None,
+        "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def learning_rates(setup: Setup) -> Rates:
+    """The peak learning rates of a run."""
+    config = setup.config
+    base = config.lr or config.learning_rates[config.method]
+    return Rates(base, meta=config.lr_meta, ssm=config.lr_ssm, loraplus=config.loraplus_ratio)
 
 
 def set_length(trainer: Trainer, setup: Setup) -> None:
@@ -57,5 +70,8 @@ def set_length(trainer: Trainer, setup: Setup) -> None:
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     every = max(1, steps // EVALUATIONS)
     trainer.args.max_steps = steps
+    trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = schedule(
+        config.lr_schedule, steps=steps, warmup=config.warmup, decay=config.lr_decay, floor=config.lr_min
+    )
     trainer.args.eval_steps = config.eval_every or every
     trainer.args.save_steps = config.save_every or config.eval_every or every

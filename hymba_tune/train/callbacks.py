@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.memory import peak_memory
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
+
+LEAST_RATE = 1e-3
+"""Share of its peak that a learning rate must have for every step to be seen in the weights."""
 
 
 class Metrics(TrainerCallback):
@@ -71,18 +75,53 @@ class Metrics(TrainerCallback):
         self._screen.row(row, total_steps=state.max_steps, seconds_left=left)
 
 
+class Account(TrainerCallback, ExportableState):
+    """What a run has taken so far, over all of its lives.
+
+    What a life that was killed took since its last checkpoint is lost with its steps.
+    """
+
+    def __init__(self) -> None:
+        self._seconds_before, self._memory_before = 0.0, 0
+        self._started: float | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def seconds(self) -> float:
+        """Since training began, the time between two lives left out."""
+        return self._seconds_before + (time.time() - self._started if self._started else 0.0)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak of all lives; see `peak_memory`."""
+        return max(self._memory_before, peak_memory(self._device))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        attributes = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take up what the checkpoint kept."""
+        del control
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self._seconds_before, self._memory_before = kept.get("seconds", 0.0), kept.get("peak_memory_bytes", 0)
+        self._started, self._device = time.time(), args.device
+
+
 class FirstStep(TrainerCallback):
     """Stops a run in which a part of the adapter is not trained at all."""
 
     def __init__(self) -> None:
         self._watch: AdapterWatch | None = None
+        self._moved = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
-        """Look at the adapter before the first step that has a learning rate."""
-        del args, control
-        if self._watch is None and state.global_step == 0:
+        """Look at the adapter before the first step, of the run or of what it is gone on with."""
+        del args, state, control
+        if not self._moved and self._watch is None:
             self._watch = AdapterWatch(model)
 
     def on_optimizer_step(
@@ -99,9 +138,12 @@ class FirstStep(TrainerCallback):
             TrainingError: Naming the modules that did not move.
         """
         del args, state, control
-        if self._watch is None or not any(group["lr"] > 0 for group in optimizer.param_groups):
+        # A schedule's last rates are so small that a step may well be rounded away.
+        if self._watch is None or any(
+            group["lr"] < LEAST_RATE * group["initial_lr"] for group in optimizer.param_groups
+        ):
             return
-        unmoved, self._watch = self._watch.unmoved(), None
+        unmoved, self._watch, self._moved = self._watch.unmoved(), None, True
         if unmoved:
             raise TrainingError(
                 f"{len(unmoved)} adapted modules did not move at the first step: {', '.join(unmoved[:5])}.",

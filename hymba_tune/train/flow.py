@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hymba_tune.adapters import add_adapter, count_parameters, open_model
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.registry import lasting_name
-from hymba_tune.train.arguments import set_length, shared_arguments
+from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_run
-from hymba_tune.train.callbacks import FirstStep, Interrupt, Metrics
+from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
+from hymba_tune.train.checkpoints import forget_torn, step_of
+from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.kind import Kind
-from hymba_tune.train.memory import keep_freed_memory, peak_memory
+from hymba_tune.train.limits import limits_explained
+from hymba_tune.train.memory import keep_freed_memory
+from hymba_tune.train.optimizers import describe_groups
+from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
+from hymba_tune.train.stopping import Stopping
 
 C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume"}
+CHANGEABLE |= {"max_loss_spike", "early_stopping"}
 """Settings that a run may be gone on with differently."""
 
 
@@ -74,12 +82,19 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
     run, resuming = setup.run, config.resume is not None
     checkpoint = run.last_checkpoint() if resuming else None
     data = kind.read_data(setup, screen)
+    if data.held_out is None and (config.keeps_best or config.early_stopping):
+        raise ConfigError(
+            f"--{'early-stopping' if config.early_stopping else 'keep best'} goes by the held-out loss, and no data is "
+            "held out.",
+            fix="--eval-data FILE, or an --eval-split above 0",
+        )
     if resuming:
         _check_same_data(run, data.report)
+        forget_torn(run.checkpoints)
     else:
         run.create(config)
     try:
-        with run.capturing_logs():
+        with run.capturing_logs(), limits_explained(run, config, setup.device):
             set_seed(config.seed)
             with screen.working("loading the weights"):
                 model = _open(setup)
@@ -92,13 +107,14 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
                 device=str(setup.device),
                 dtype=str(setup.dtype),
                 kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
+                optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
             )
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 answer_samples(setup, data, trainer.model, "before", screen)
             return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
-        if not run.whole_checkpoints() and not resuming:
+        if not resuming and run.newest_checkpoint() is None:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
@@ -122,12 +138,17 @@ def _open(setup: Setup) -> PreTrainedModel:
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
-def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, screen: Screen) -> Trainer:
+def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, screen: Screen) -> RunTrainer:
+    config = setup.config
     callbacks: list[Any] = [Metrics(setup.run, screen)]
-    if setup.config.method is not Method.full:
+    if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
     trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
+    trainer.rates = learning_rates(setup)
+    trainer.args.load_best_model_at_end = config.keeps_best
+    places = partial(places_of, rows=data.train)
+    trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))
     for noisy in list(trainer.callback_handler.callbacks):
         if type(noisy).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(noisy)
@@ -135,38 +156,52 @@ def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, scree
     return trainer
 
 
-def _train(setup: Setup, data: Data, trainer: Trainer, checkpoint: Path | None, screen: Screen) -> Run:
+def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | None, screen: Screen) -> Run:
     run, config = setup.run, setup.config
     if checkpoint is not None:
-        run.forget_after(int(checkpoint.name.rpartition("-")[2]))
-    interrupt = Interrupt()
-    trainer.add_callback(interrupt)
+        run.forget_after(step_of(checkpoint))
+    interrupt, account = Interrupt(), Account()
+    stopping = Stopping(keep_best=config.keeps_best, patience=config.early_stopping)
+    for callback in (interrupt, account, stopping):
+        trainer.add_callback(callback)
     if setup.device.type == "cpu":
         keep_freed_memory()  # not before the weights are there: what loading them took may go back
-    started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.release()
     if interrupt.pressed:
         raise KeyboardInterrupt(str(run.path))
-    if data.held_out is not None and not any(row.step == trainer.state.global_step for row in run.evaluations()):
-        trainer.evaluate()
+    kept = stopping.kept(trainer.state)
+    if kept.ended or config.keeps_best:
+        screen.note(kept.described())
     answer_samples(setup, data, trainer.model, "after", screen)
-    folder = run.model if config.method is Method.full else run.adapter
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if config.method is Method.full:
-        trained.to(setup.dtype)
-    trained.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run's own card says what there is to say
-    setup.tokenizer.save_pretrained(folder)
+    _save(setup, trained)
     trainable, total = count_parameters(trained)
     run.record(
         steps=trainer.state.global_step,
+        kept=asdict(kept),
         tokens_seen=trainer.state.num_input_tokens_seen,
-        seconds=round(run.facts().get("seconds", 0.0) + time.time() - started, 1),
-        peak_memory_bytes=peak_memory(setup.device),
+        seconds=round(account.seconds, 1),
+        peak_memory_bytes=account.peak_memory_bytes,
         parameters={"trainable": trainable, "total": total},
     )
     write_card(run, config)
     return run
+
+
+def _save(setup: Setup, trained: PreTrainedModel) -> None:
+    """Write what was trained aside, then where it belongs: a folder that is there is whole."""
+    run, full = setup.run, setup.config.method is Method.full
+    folder = run.model if full else run.adapter
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    for old in (partial_folder, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    if full:
+        trained.to(setup.dtype)
+    trained.save_pretrained(partial_folder)
+    # PEFT's empty form; the run's own card says what there is to say.
+    (partial_folder / "README.md").unlink(missing_ok=True)
+    setup.tokenizer.save_pretrained(partial_folder)
+    partial_folder.rename(folder)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
@@ -23,4 +24,4 @@ class Kind:
     """
 
     read_data: Callable[[Setup, Screen], Data]
-    make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], Trainer]
+    make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], RunTrainer]

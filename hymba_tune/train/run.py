@@ -20,11 +20,10 @@ import yaml
 
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.train.checkpoints import newest_whole
 from hymba_tune.train.screen import Row
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-WHOLE = "whole"
-"""File that a checkpoint gets last: without it, writing was cut short."""
 
 
 class Run:
@@ -104,31 +103,29 @@ class Run:
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
 
-    def whole_checkpoints(self) -> list[Path]:
-        """The checkpoints that were written to their end."""
-        return [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, if there is any."""
+        return newest_whole(self.checkpoints)
 
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint that was written to its end.
+        """The newest whole checkpoint.
 
         Raises:
             CheckpointError: If there is none.
         """
-        whole = self.whole_checkpoints()
-        if not whole:
+        newest = self.newest_checkpoint()
+        if newest is None:
             raise CheckpointError(
                 f"{self.path} has no whole checkpoint to go on from.", fix="start again, with --out <new>"
             )
-        return max(whole, key=_step)
+        return newest
 
     def record(self, **facts: Any) -> None:
         """Add facts to ``run.json``, beside the versions and the machine."""
         facts = {**self.facts(), **facts}
         facts["versions"] = {name: metadata.version(name) for name in LIBRARIES}
         facts["machine"] = {"python": platform.python_version(), "platform": platform.platform()}
-        partial = self.path / "run.json.partial"
-        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path / "run.json")
+        write_aside(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says; nothing before the first `record`."""
@@ -137,22 +134,19 @@ class Run:
 
     def log(self, row: Row) -> None:
         """Add a line to ``metrics.jsonl``."""
-        known = {name: value for name, value in asdict(row).items() if value is not None}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(known) + "\n")
+            file.write(_as_line(row))
 
     def rows(self) -> list[Row]:
-        """The lines of ``metrics.jsonl``."""
+        """The lines of ``metrics.jsonl``; the last one counts only if it was written to its end."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [Row(**json.loads(line)) for line in lines]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
-        rows = [row for row in self.rows() if row.step <= step]
-        (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        for row in rows:
-            self.log(row)
+        lines = [_as_line(row) for row in self.rows() if row.step <= step]
+        write_aside(self.path / "metrics.jsonl", "".join(lines))
 
     def evaluations(self) -> Iterator[Row]:
         """The lines that carry a held-out loss."""
@@ -183,5 +177,12 @@ class Run:
                 datasets.enable_progress_bars()
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def write_aside(path: Path, text: str) -> None:
+    """Write a file that is there in full or, if the run is killed, as it was before."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _as_line(row: Row) -> str:
+    return json.dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n"

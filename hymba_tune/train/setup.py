@@ -9,7 +9,7 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import lora_config, weights_of
+from hymba_tune.adapters import add_adapter, count_parameters, lora_config, weights_of
 from hymba_tune.checkpoint import (
     check_weights,
     choose_device,
@@ -23,6 +23,7 @@ from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 
 
@@ -78,17 +79,30 @@ def check(config: TrainingConfig) -> Setup:
         )
     run = Run(config.resume) if config.resume else Run.choose(config)
     device = choose_device(config.device)
+    if config.activation_offload and device.type != "cuda":
+        raise ConfigError(
+            f"--activation-offload moves activations off a GPU, and this run is on {device.type}.",
+            fix="leave it out; --gradient-checkpointing saves memory on any device",
+        )
     dtype = choose_dtype(config.dtype, device)
     source = resolve_model(config.model)
     tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
     check_weights(weights.folder, model_config)
-    if config.method is not Method.full:
-        with torch.device("meta"):
-            adapter_config(config, AutoModelForCausalLM.from_config(model_config))
+    trained, total = _count(config, model_config)
+    check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
+
+
+def _count(config: TrainingConfig, model_config: PretrainedConfig) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; the model is laid out without memory for it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+        if config.method is not Method.full:
+            model = add_adapter(model, adapter_config(config, model), config.targets)
+    return count_parameters(model)
 
 
 def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:

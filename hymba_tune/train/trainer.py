@@ -1,21 +1,20 @@
-"""TRL's trainer with what Hymba needs of it: its own exact loss, and checkpoints that are known to be whole."""
+"""TRL's trainer with what Hymba needs of it: its own exact loss."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from hymba_tune.train.run import WHOLE
+from hymba_tune.train.base import RunTrainer
 
 
-class HymbaTrainer(SFTTrainer):
+class HymbaTrainer(RunTrainer, SFTTrainer):
     """Trains on rows of ``input_ids`` and ``labels``."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -51,18 +50,6 @@ class HymbaTrainer(SFTTrainer):
         loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
-        names: list[str] = super().get_decay_parameter_names(model)
-        return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Past TRL's, which writes a model card into every checkpoint.
-        Trainer._save_checkpoint(self, model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / WHOLE).touch()
 
 
 def _targets(inputs: dict[str, Tensor]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from hymba_tune.adapters import merge_into
 from hymba_tune.config import MergeConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
+from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.flow import resume_config
-from hymba_tune.train.run import WHOLE, Run
+from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
 from tests.runs import run, same_tensors, save_questions, settings, tensors
 

@@ -7,7 +7,8 @@ import pytest
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.train.run import WHOLE, Run
+from hymba_tune.train.checkpoints import seal
+from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row
 
 
@@ -15,7 +16,8 @@ def checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
     folder = run.checkpoints / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     if whole:
-        (folder / WHOLE).touch()
+        (folder / "file").touch()
+        seal(folder)
     return folder
 
 

@@ -1,0 +1,74 @@
+"""What every trainer of a run does, whatever it trains on: stands before one of TRL's trainers among the bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hymba_tune.train.checkpoints import seal
+from hymba_tune.train.optimizers import Rates, parameter_groups
+
+
+class RunTrainer(Trainer):
+    """Learns each kind of parameter at its own rate, keeps the step at hand in sight, and seals its checkpoints.
+
+    Attributes:
+        rates: The learning rates, those of the arguments where none are given.
+        step_batches: Each batch of the step at hand, and its share of the step's loss.
+        step_grad_norm: The norm of the step's gradient, before it was clipped.
+    """
+
+    rates: Rates | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
+        self.step_grad_norm: float | None = None
+        super().__init__(*args, **kwargs)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, as the optimiser takes them."""
+        return parameter_groups(
+            self.model,
+            self.rates or Rates(self.args.learning_rate),
+            weight_decay=self.args.weight_decay,
+            decayed=self.get_decay_parameter_names(self.model),
+        )
+
+    def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Transformers' choice of an optimiser, for our groups of parameters."""
+        kind, arguments = Trainer.get_optimizer_cls_and_kwargs(*args, **kwargs)
+        return kind, {**arguments, "params": self.parameter_groups()}
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A batch's forward and backward, remembered until the next step begins."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches.append((inputs, loss))
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        self.step_grad_norm = float(super()._get_grad_norm(*args, **kwargs))
+        return self.step_grad_norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers takes one step more from a checkpoint that a run's last step left within an epoch.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Past TRL's, which writes a model card into every checkpoint.
+        Trainer._save_checkpoint(self, model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

@@ -1,0 +1,47 @@
+"""Which rows of the data a batch was made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+READ = 10_000  # rows looked at at a time
+
+
+def texts_of(batch: dict[str, Any]) -> list[list[int]]:
+    """The token ids of each text of a batch, padded or packed, in order."""
+    ids: Tensor = batch["input_ids"]
+    if (positions := batch.get("position_ids")) is not None:
+        starts = (positions.flatten() == 0).nonzero().flatten().tolist()
+        return [part.tolist() for part in ids.flatten().tensor_split(starts[1:])]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+def find_rows(batch: dict[str, Any], rows: datasets.Dataset) -> list[int]:
+    """Indices of the rows that a batch was made of: for each text, the first row that reads the same.
+
+    Batches do not say which rows they were made of, least of all packed ones, and only a broken one needs to be asked.
+
+    Args:
+        batch: With ``input_ids`` and what tells its texts apart.
+        rows: With ``input_ids``.
+    """
+    wanted = {tuple(text): place for place, text in enumerate(texts_of(batch))}
+    lengths = {len(text) for text in wanted}
+    found: dict[int, int] = {}
+    ids = rows.select_columns("input_ids").with_format("arrow")
+    for start in range(0, len(rows), READ):
+        column = ids[start : start + READ]["input_ids"]
+        for index, row in enumerate(column, start=start):
+            if len(row) in lengths and (place := wanted.get(tuple(row.as_py()))) is not None:
+                found.setdefault(place, index)
+    return [found[place] for place in sorted(found)]
+
+
+def places_of(batch: dict[str, Any], rows: datasets.Dataset) -> list[str]:
+    """Where the rows of a batch were read from: ``my.jsonl, line 318``."""
+    return [rows[index]["place"] for index in find_rows(batch, rows)]

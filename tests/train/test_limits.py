@@ -1,0 +1,133 @@
+"""What a machine runs out of is foreseen, or survived and explained."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.config import SFTConfig
+from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.train.flow import resume_config
+from hymba_tune.train.limits import check_disk, disk_needed, is_disk_full, is_out_of_memory, limits_explained
+from hymba_tune.train.run import Run
+from hymba_tune.train.trainer import HymbaTrainer
+from tests.runs import run, settings
+
+CPU = torch.device("cpu")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "full"}, {"optimizer": "adamw8bit"}, {"optimizer": "sgd"}])
+def test_disk_needed_covers_what_a_run_writes(
+    changes: dict[str, Any], small_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    config = settings(small_model, questions, tmp_path / "out", steps=3, save_every=1, eval_split=0, **changes)
+    finished = run(config)
+    counts = finished.facts()["parameters"]
+    needed = disk_needed(config, trained=counts["trainable"], total=counts["total"])
+    checkpoint = folder_bytes(finished.last_checkpoint())
+    written = 3 * checkpoint + folder_bytes(finished.model if "method" in changes else finished.adapter)
+    assert written < needed < written + 4 * 2**23
+
+
+def test_disk_too_small_is_refused_before_weights_are_read(
+    small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.train.flow.open_model", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
+    with pytest.raises(
+        ConfigError,
+        match=r"its disk has 0\.00 GB free\.\n  expected   0\.03 GB for checkpoints (.|\n)*free 0\.03 GB, or",
+    ):
+        run(settings(small_model, questions, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_are_there_count_as_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 100, 100))  # type: ignore[attr-defined]
+    (tmp_path / "checkpoints/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "checkpoints/checkpoint-1/weights").write_bytes(b"0" * 50)
+    check_disk(Run(tmp_path), 150)
+    with pytest.raises(ConfigError, match="its disk has"):
+        check_disk(Run(tmp_path), 151)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
+def test_disk_that_fills_leaves_the_last_whole_checkpoint(
+    file: str, small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full is written to as a full disk is."""
+    save = HymbaTrainer.save_model
+
+    def save_model(self: HymbaTrainer, output_dir: str, **kwargs: Any) -> None:
+        save(self, output_dir, **kwargs)
+        if output_dir.endswith("checkpoint-4"):
+            (Path(output_dir) / file).symlink_to("/dev/full")
+
+    monkeypatch.setattr(HymbaTrainer, "save_model", save_model)
+    monkeypatch.setattr("hymba_tune.train.limits._free", lambda _: 2**29)
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match=r"The disk of .*out is full\.(.|\n)*--resume .*out \(from checkpoint-2\)"):
+        run(settings(small_model, questions, out, steps=4, save_every=2))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert run(resume_config(SFTConfig(resume=out))).facts()["steps"] == 4
+
+
+def test_full_disks_are_told_by_what_libraries_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymba_tune.train.limits._free", lambda _: 0)
+    full = [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ]
+    assert all(is_disk_full(error, tmp_path) for error in full)
+    assert not any(is_disk_full(error, tmp_path) for error in (OSError(errno.EACCES, "no"), RuntimeError("shapes")))
+    monkeypatch.setattr("hymba_tune.train.limits._free", lambda _: 2**40)
+    assert not is_disk_full(full[2], tmp_path)
+
+
+def test_allocation_that_fails_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_out_of_memory_says_what_to_lower(
+    small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HymbaTrainer, "compute_loss", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had taken 0\.\d GB") as error:
+        run(settings(small_model, questions, tmp_path / "out", eval_split=0, method="full"))
+    message = str(error.value)
+    assert "room for 4 × 2,048 tokens at a time" in message
+    for advice in ("--batch-size 2 --grad-accum 2", "--gradient-checkpointing", "--max-length 1024", "--method lora"):
+        assert advice in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_on_already_is_not_advised(tmp_path: Path) -> None:
+    config = SFTConfig(batch_size=1, gradient_checkpointing=True, method="full", optimizer="adamw8bit")
+    with pytest.raises(TrainingError) as error, limits_explained(Run(tmp_path), config, CPU):
+        raise MemoryError
+    message = str(error.value)
+    assert all(word not in message for word in ("--batch-size", "--gradient-checkpointing", "--optimizer"))
+    assert "--max-length 1024" in message
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"), limits_explained(Run(tmp_path), SFTConfig(), CPU):
+        raise RuntimeError("shapes")
