@@ -46,8 +46,15 @@ def _show_result(run: Run) -> None:
     evaluations = list(run.evaluations())
     console.print()
     if len(evaluations) > 1:
-        first, best = evaluations[0], min(evaluations, key=lambda row: row.eval_loss or 0.0)
-        console.print(f" held-out loss  {first.eval_loss:.3f} → {best.eval_loss:.3f} (step {best.step})", markup=False)
+        kept, best = run.facts()["kept"], min(evaluations, key=lambda row: row.eval_loss or 0.0)
+        where = f"step {kept['step']}, the {kept['why']} weights"
+        console.print(
+            f" held-out loss  {evaluations[0].eval_loss:.3f} → {kept['eval_loss']:.3f} ({where})", markup=False
+        )
+        if best.eval_loss < kept["eval_loss"]:
+            console.print(
+                f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
+            )
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):

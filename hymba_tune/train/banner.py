@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import Trainer
 
 from hymba_tune.adapters import count_parameters, describe, short_count
-from hymba_tune.config import Method
+from hymba_tune.config import Method, TrainingConfig
+from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.optimizers import describe_groups
 from hymba_tune.train.setup import Data, Setup
 
 
-def describe_run(setup: Setup, data: Data, trainer: Trainer) -> dict[str, str]:
+def describe_run(setup: Setup, data: Data, trainer: RunTrainer) -> dict[str, str]:
     """A label and a line for each thing worth knowing before a run."""
     config, report = setup.config, data.report
     trainable, total = count_parameters(trainer.model)
@@ -18,7 +19,9 @@ def describe_run(setup: Setup, data: Data, trainer: Trainer) -> dict[str, str]:
     dtype = str(setup.dtype).removeprefix("torch.")
     dropped = {"too long": report.too_long, "bad rows": report.bad_rows}
     lost = [f"{count:,} {why}" for why, count in dropped.items() if count]
-    lengths = f"packed to {config.max_length:,}" if config.packing else f"up to {config.max_length:,} tokens each"
+    lengths = f"up to {config.max_length:,} tokens each"
+    if (full := trainer.packed_share()) is not None:
+        lengths = f"packed to {config.max_length:,}, {full:.1%} full"
     lines = {
         "model": f"{setup.source.name} · {short_count(size)} · {dtype} · {_device(setup.device)}",
         "kernels": " · ".join(f"{name} {choice.taken}" for name, choice in setup.kernels.items()),
@@ -34,12 +37,23 @@ def describe_run(setup: Setup, data: Data, trainer: Trainer) -> dict[str, str]:
         "batch": " · ".join(
             [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{trainer.args.max_steps:,} steps"]
         ),
+        **({"optimiser": line} if (line := _optimizer(trainer, config)) else {}),
         "run": str(setup.run.path),
     }
     cut = f"{report.cut:,} rows are longer than --max-length and were cut to it" if report.cut else None
     if notes := [note for note in (cut, data.length_warning) if note]:
         lines["note"] = " · ".join(notes)
     return lines
+
+
+def _optimizer(trainer: RunTrainer, config: TrainingConfig) -> str:
+    """What there is to say of an optimiser that is not the usual one, or of rates that differ."""
+    groups = describe_groups(trainer.parameter_groups())
+    rates = {group["name"].removesuffix(", no decay"): group["lr"] for group in groups}
+    said: list[str] = [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
+    if config.optimizer.startswith("paged") and trainer.args.device.type == "cpu":
+        said.append("not paged: there is no GPU to page out of")
+    return " · ".join(said + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
 
 
 def _device(device: torch.device) -> str:

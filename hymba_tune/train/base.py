@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import Trainer
@@ -48,6 +49,14 @@ class RunTrainer(Trainer):
         """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
+
+    def packed_share(self) -> float | None:
+        """How much of the packed rows is filled with tokens; None where rows are not packed."""
+        rows = self.train_dataset
+        if "seq_lengths" not in rows.column_names:
+            return None
+        tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()
+        return float(tokens / (len(rows) * self.args.max_length))
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -79,10 +79,13 @@ class Account(TrainerCallback, ExportableState):
     """What a run has taken so far, over all of its lives.
 
     What a life that was killed took since its last checkpoint is lost with its steps.
+
+    Attributes:
+        step_seconds: In steps alone, without evaluations and checkpoints.
     """
 
     def __init__(self) -> None:
-        self._seconds_before, self._memory_before = 0.0, 0
+        self._seconds_before, self._memory_before, self.step_seconds, self._step_started = 0.0, 0, 0.0, 0.0
         self._started: float | None = None
         self._device = torch.device("cpu")
 
@@ -98,15 +101,26 @@ class Account(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        attributes = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-        return {"args": {}, "attributes": attributes}
+        names = ("seconds", "step_seconds", "peak_memory_bytes")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up what the checkpoint kept."""
         del control
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self._seconds_before, self._memory_before = kept.get("seconds", 0.0), kept.get("peak_memory_bytes", 0)
+        self.step_seconds = kept.get("step_seconds", 0.0)
         self._started, self._device = time.time(), args.device
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock of the steps alone, without evaluations and checkpoints."""
+        del args, state, control
+        self._step_started = time.time()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop it."""
+        del args, state, control
+        self.step_seconds += time.time() - self._step_started
 
 
 class FirstStep(TrainerCallback):

@@ -17,11 +17,11 @@ def write_card(run: Run, config: TrainingConfig) -> None:
         "",
     ]
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
+        first, kept = evaluations[0], facts["kept"]
         lines += [
             *("| held-out loss | step | nats a token |", "|---|---|---|"),
             f"| before | {first.step} | {first.eval_loss:.4f} |",
-            f"| after | {last.step} | {last.eval_loss:.4f} |",
+            f"| after | {kept['step']} | {kept['eval_loss']:.4f} |",
             "",
         ]
     data = facts["data"]

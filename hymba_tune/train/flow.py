@@ -108,6 +108,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
                 dtype=str(setup.dtype),
                 kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
                 optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
+                packed_share=trainer.packed_share(),
             )
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
@@ -184,6 +185,7 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         kept=asdict(kept),
         tokens_seen=trainer.state.num_input_tokens_seen,
         seconds=round(account.seconds, 1),
+        tokens_per_s=round(trainer.state.num_input_tokens_seen / max(account.step_seconds, 1e-6), 1),
         peak_memory_bytes=account.peak_memory_bytes,
         parameters={"trainable": trainable, "total": total},
     )

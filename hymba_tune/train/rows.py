@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -28,18 +29,28 @@ def find_rows(batch: dict[str, Any], rows: datasets.Dataset) -> list[int]:
 
     Args:
         batch: With ``input_ids`` and what tells its texts apart.
-        rows: With ``input_ids``.
+        rows: With ``input_ids``, or with a prompt and its answers, each of which makes a text with it.
     """
     wanted = {tuple(text): place for place, text in enumerate(texts_of(batch))}
     lengths = {len(text) for text in wanted}
     found: dict[int, int] = {}
-    ids = rows.select_columns("input_ids").with_format("arrow")
-    for start in range(0, len(rows), READ):
-        column = ids[start : start + READ]["input_ids"]
-        for index, row in enumerate(column, start=start):
-            if len(row) in lengths and (place := wanted.get(tuple(row.as_py()))) is not None:
-                found.setdefault(place, index)
-    return [found[place] for place in sorted(found)]
+    for parts in _parts_of_texts(rows.column_names):
+        ids = rows.select_columns(parts).with_format("arrow")
+        for start in range(0, len(rows), READ):
+            table = ids[start : start + READ]
+            for index, row in enumerate(zip(*(table[part] for part in parts), strict=True), start=start):
+                if sum(map(len, row)) not in lengths:
+                    continue
+                place = wanted.get(tuple(token for part in row for token in part.as_py()))
+                if place is not None:
+                    found.setdefault(place, index)
+    return list(dict.fromkeys(found[place] for place in sorted(found)))
+
+
+def _parts_of_texts(columns: Sequence[str]) -> list[list[str]]:
+    """The columns that make a text of a batch, one after the other; of the preferences two, the better answer first."""
+    answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns]
+    return [["prompt_ids", name] for name in answers] or [["input_ids"]]
 
 
 def places_of(batch: dict[str, Any], rows: datasets.Dataset) -> list[str]:

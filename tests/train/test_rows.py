@@ -45,6 +45,15 @@ def test_first_of_rows_that_read_the_same_is_named(rows: Dataset) -> None:
     assert find_rows(padded(TEXTS[5]), rows) == [1]
 
 
+def test_preferences_are_found_by_either_answer() -> None:
+    pairs = Dataset.from_dict({"prompt_ids": [[5], [5, 6]], "chosen_ids": [[6, 7], [8]], "rejected_ids": [[9, 9], [7]]})
+    # A batch of pairs holds the better answers, then the worse ones; [5, 6, 7] is read in either row.
+    assert find_rows(padded([5, 6, 8], [5, 6, 7]), pairs) == [1, 0]
+    assert find_rows(padded([5, 9, 9]), pairs) == [0]
+    judged = Dataset.from_dict({"prompt_ids": [[5], [5, 6]], "completion_ids": [[6, 7], [8]], "label": [True, False]})
+    assert find_rows(padded([5, 6, 8]), judged) == [1]
+
+
 def test_text_that_no_row_holds_is_not_found(rows: Dataset) -> None:
     assert find_rows(padded([5, 6, 7, 8], [8]), rows) == [2]
 
