@@ -100,7 +100,7 @@ def test_rates_fall_as_the_schedule_says(small_model: Path, questions: Path, tmp
 class TestNeftune:
     @pytest.fixture
     def embedded(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, Tensor, Tensor]]]:
-        """Of each pass, whether it trains, and how far the text's and the meta tokens' embeddings are off the tables."""
+        """Of each pass: whether it trains, how far the text's embeddings are off the table, and the meta tokens'."""
         seen: list[tuple[bool, Tensor, Tensor]] = []
         forward = HymbaModel.forward
 
