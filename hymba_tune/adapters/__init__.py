@@ -6,13 +6,17 @@ from hymba_tune.adapters.moved import AdapterWatch
 from hymba_tune.adapters.opening import merge_into, open_model, weights_of
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
+from hymba_tune.adapters.updates import Update, adapter_updates, full_updates
 
 __all__ = [
     "PRESETS",
     "AdapterWatch",
+    "Update",
+    "adapter_updates",
     "add_adapter",
     "count_parameters",
     "describe",
+    "full_updates",
     "load_adapter",
     "lora_config",
     "merge",

@@ -1,0 +1,144 @@
+"""How far training has moved each part of a model from where it was.
+
+For a module with weight W, changed by ΔW, the measure is ||ΔW|| / ||W|| (Frobenius). A LoRA update ΔW = s·B·A is never
+multiplied out: of row i, with b its row of B, ||s·b·A||² = s²·b·(A·Aᵀ)·bᵀ, and A·Aᵀ is as small as the rank. DoRA's new
+weight is g∘(W + s·B·A), g a factor for each row, so that besides this only ⟨W, B·A⟩ = rowsum(B ∘ (W·Aᵀ)) is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hymba_tune.adapters.attach import ADAPTER
+from hymba_tune.adapters.presets import META_TOKENS
+
+ATTENTION, SSM, BOTH, MLP, META, REST = "attention", "SSM", "attention + SSM", "MLP", "meta tokens", "embedding"
+SIDES = (("q", ATTENTION), ("k", ATTENTION), ("v", ATTENTION), ("x", SSM), ("gate", SSM))
+"""What the rows of `in_proj` make, in their order (`HymbaMixer.widths`)."""
+GROUPS = {
+    "x_proj.0": SSM,
+    "dt_proj.0": SSM,
+    "conv1d": SSM,
+    "A_log.0": SSM,
+    "D.0": SSM,
+    "out_proj": BOTH,
+    "gate_proj": MLP,
+    "up_proj": MLP,
+    "down_proj": MLP,
+    META_TOKENS: META,
+    "embed_tokens": REST,
+}
+"""Which part of a layer a module belongs to."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far one part moved.
+
+    Attributes:
+        group: The part of the model: attention, SSM, attention + SSM (what both feed), MLP, meta tokens, embedding.
+        part: The module, or which rows of it.
+        layer: From 0; None outside the layers.
+        size: ||ΔW|| / ||W||; None where it is no number any more.
+    """
+
+    group: str
+    part: str
+    layer: int | None
+    size: float | None
+
+
+@torch.no_grad()
+def adapter_updates(model: PeftModel) -> list[Update]:
+    """How far an adapter moves each module it is on."""
+    base = model.get_base_model()
+    found: list[Update] = []
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
+            found += _split(name, *_rows_of_adapter(module), base)
+        elif isinstance(module, ModulesToSaveWrapper):
+            old, new = module.original_module.weight, module.modules_to_save[ADAPTER].weight
+            found += _split(name, _squares(new.float() - old.float()), _squares(old), base)
+    return found
+
+
+@torch.no_grad()
+def full_updates(model: PreTrainedModel, start: Path) -> list[Update]:
+    """How far full training moved each module.
+
+    Args:
+        model: As it is now.
+        start: Folder of the safetensors it began with; one tensor of them is read at a time.
+    """
+    now = {name.replace(f"{META_TOKENS}.weight", META_TOKENS): tensor for name, tensor in model.named_parameters()}
+    found: list[Update] = []
+    for file in sorted(start.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (not a dict)
+                module = name.removesuffix(".weight")
+                if name in now and _kind(module) in {*GROUPS, "in_proj"}:
+                    old, new = stored.get_tensor(name), now[name].detach().cpu()
+                    found += _split(module, _squares(new.float() - old.float()), _squares(old), model)
+    return found
+
+
+def _rows_of_adapter(module: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Squared norms of each row of the change, and of the weight."""
+    base, scale = module.get_base_layer(), module.scaling[ADAPTER]
+    if ADAPTER in module.lora_embedding_A:  # its factors lie the other way round, a column a token
+        down, up = module.lora_embedding_B[ADAPTER].T, module.lora_embedding_A[ADAPTER].T
+    else:
+        down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    weight = dequantize_module_weight(base) if isinstance(base, nn.Linear) else base.weight
+    down, up = down.float(), up.float()
+    added = scale**2 * ((up @ (down @ down.T)) * up).sum(1).double()
+    old = _squares(weight)
+    if ADAPTER not in module.lora_variant:
+        return added, old
+    crossed = scale * (up * (weight.float() @ down.T)).sum(1).double()
+    magnitude = module.lora_magnitude_vector[ADAPTER].weight.flatten().double()
+    factor = magnitude / (old + 2 * crossed + added).sqrt()
+    changed = (factor - 1) ** 2 * old + 2 * factor * (factor - 1) * crossed + factor**2 * added
+    return changed.clamp_min(0), old
+
+
+def _squares(weight: Tensor) -> Tensor:
+    """Squared norm of each row, float64; of a single row for a vector."""
+    flat = weight.detach().reshape(len(weight) if weight.ndim > 1 else 1, -1)
+    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).double().square()
+
+
+def _split(name: str, changed: Tensor, old: Tensor, model: PreTrainedModel) -> Iterator[Update]:
+    """The updates of one module; `in_proj` is one for each of what its rows make."""
+    kind, parts = _kind(name), name.split(".")
+    layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+    if kind != "in_proj":
+        yield Update(GROUPS.get(kind, REST), kind.removesuffix(".0"), layer, _relative([changed], [old]))
+        return
+    widths: Sequence[int] = model.base_model.layers[layer].mamba.widths
+    for (part, group), new_rows, old_rows in zip(SIDES, changed.split(widths), old.split(widths), strict=True):
+        if len(old_rows):
+            yield Update(group, part, layer, _relative([new_rows], [old_rows]))
+
+
+def _kind(name: str) -> str:
+    """`x_proj.0` for `model.layers.3.mamba.x_proj.0`."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "0" else parts[-1]
+
+
+def _relative(changed: list[Tensor], old: list[Tensor]) -> float | None:
+    size = math.sqrt(sum(rows.sum().item() for rows in changed) / sum(rows.sum().item() for rows in old))
+    return size if math.isfinite(size) else None
