@@ -50,8 +50,8 @@ def test_updates_are_those_of_the_merged_weights(method: str, meta: str) -> None
     # Layer 2 takes its keys and values from layer 1.
     assert ("k", 1) in found
     assert ("k", 2) not in found
-    # Twelve parts in each of four layers, less one layer's keys and values, and the meta tokens.
-    assert len(found) == 4 * 12 - 2 + 1
+    # Eleven parts in each of four layers, less one layer's keys and values, and the meta tokens.
+    assert len(found) == 4 * 11 - 2 + 1
 
 
 def test_rows_outside_of_a_preset_did_not_move() -> None:
