@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters.attach import ADAPTER
@@ -97,11 +97,11 @@ def full_updates(model: PreTrainedModel, start: Path) -> list[Update]:
 def _rows_of_adapter(module: LoraLayer) -> tuple[Tensor, Tensor]:
     """Squared norms of each row of the change, and of the weight."""
     base, scale = module.get_base_layer(), module.scaling[ADAPTER]
-    if ADAPTER in module.lora_embedding_A:  # its factors lie the other way round, a column a token
-        down, up = module.lora_embedding_B[ADAPTER].T, module.lora_embedding_A[ADAPTER].T
+    if ADAPTER in module.lora_embedding_A:  # B·A changes the transposed weight, and DoRA scales its rows
+        down, up, weight = module.lora_embedding_A[ADAPTER], module.lora_embedding_B[ADAPTER], base.weight.T
     else:
         down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-    weight = dequantize_module_weight(base) if isinstance(base, nn.Linear) else base.weight
+        weight = dequantize_module_weight(base)
     down, up = down.float(), up.float()
     added = scale**2 * ((up @ (down @ down.T)) * up).sum(1).double()
     old = _squares(weight)
