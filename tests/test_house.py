@@ -26,7 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"adapters", "data"},
     {"assets", "generate"},
-    {"evaluate", "hub", "quant"},
+    {"evaluate", "hub", "quant", "report"},
     {"train"},
     {"distill"},
     {"doctor", "plan", "recipes"},

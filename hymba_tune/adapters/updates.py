@@ -117,7 +117,8 @@ def _rows_of_adapter(module: LoraLayer) -> tuple[Tensor, Tensor]:
 def _squares(weight: Tensor) -> Tensor:
     """Squared norm of each row, float64; of a single row for a vector."""
     flat = weight.detach().reshape(len(weight) if weight.ndim > 1 else 1, -1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).double().square()
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32)
+    return norms.double().square()
 
 
 def _split(name: str, changed: Tensor, old: Tensor, model: PreTrainedModel) -> Iterator[Update]:

@@ -89,7 +89,7 @@ def _of_the_page(svg: str) -> str:
     """The ``svg`` element alone, its colours and fonts those of the page, without names that other plots have too."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<svg .*?(viewBox=\"[^\"]*\").*?>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(f"'{FONT}'", "var(--sans)")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(f"'{FONT}'", "var(--sans)").replace("xlink:href", "href")
     for name, colour in LIGHT.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

@@ -1,0 +1,50 @@
+"""Commands that repeat a run, or go on from it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from hymba_tune.config import Config
+from hymba_tune.report.record import RunRecord
+
+
+def defaults(verb: str) -> dict[str, Any]:
+    """What a verb's settings are when they are not given; nothing for a verb that is not known any more."""
+    kind = next((kind for kind in Config.kinds() if getattr(kind, "verb", None) == verb), None)
+    fields = kind.model_fields if kind else {}
+    return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+
+
+def chosen(record: RunRecord) -> dict[str, Any]:
+    """The settings of a run that differ from the defaults."""
+    usual = defaults(record.verb)
+    return {name: value for name, value in record.settings.items() if name not in usual or usual[name] != value}
+
+
+def repeat(record: RunRecord) -> str:
+    """The command that makes the same run again, elsewhere."""
+    words = ["hymba-tune", record.verb]
+    for name, value in chosen(record).items():
+        words += _flag(name, value)
+    return shlex.join(words)
+
+
+def next_commands(record: RunRecord) -> dict[str, str]:
+    """What people want to do with a run next: a label and a command each."""
+    path = shlex.quote(str(record.path))
+    commands = {}
+    if any(record.path.glob("checkpoints/checkpoint-*")):
+        commands["go on with it"] = f"hymba-tune {record.verb} --resume {path}"
+    if any((record.path / folder).is_dir() for folder in ("adapter", "model")):
+        commands["talk to it"] = f"hymba-tune chat {path}"
+    if (record.path / "adapter").is_dir():
+        commands["make one model of it"] = f"hymba-tune merge {path} --out {shlex.quote(record.name + '-merged')}"
+    return commands
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]

@@ -1,0 +1,124 @@
+"""Several runs on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from hymba_tune.errors import ConfigError
+from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.report.curves import overlaid_plots
+from hymba_tune.report.measures import measure
+from hymba_tune.report.record import RunRecord
+
+MOST = len(ascii_uppercase)
+
+
+def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRecord, dict[str, str]]]:
+    """Write a page that sets runs side by side: curves, final figures, settings that differ, answers.
+
+    Args:
+        paths: Directories of two runs or more.
+        out: The page.
+
+    Returns:
+        The letter that stands for each run, the run, and its final figures.
+
+    Raises:
+        CheckpointError: If one is not a run, or its files cannot be read.
+        ConfigError: If there are too many, or the page cannot be written.
+    """
+    if len(paths) > MOST:
+        raise ConfigError(f"{len(paths)} runs are too many for one page.", expected=f"at most {MOST}")
+    records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
+    figures = {letter: final_figures(record) for letter, record in records.items()}
+    page = render(
+        "hymba_tune.report",
+        "compare.html.j2",
+        records=records,
+        best=_best(records),
+        figures=_aligned(figures),
+        plots=overlaid_plots(records),
+        differing=differing({letter: {"verb": r.verb, **r.settings} for letter, r in records.items()}),
+        samples=_samples(records),
+    )
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.", fix="another --out") from error
+    return [(letter, record, figures[letter]) for letter, record in records.items()]
+
+
+def final_figures(record: RunRecord) -> dict[str, str]:
+    """What a run came to: a label and a number each."""
+    figures: dict[str, str] = {}
+    for name in record.measures:
+        kind = measure(name, record.verb)
+        _, held_out = record.series(f"eval_{name}")
+        if held_out:
+            ends = {"before": held_out[0], "last": held_out[-1]}
+            if kind.better:
+                ends["best"] = (min if kind.better < 0 else max)(held_out)
+            figures |= {f"held-out {kind.title.lower()}, {when}": kind.written(end) for when, end in ends.items()}
+    facts = record.facts
+    figures["steps"] = f"{record.last_step:,}"
+    if "seconds" in facts:
+        figures["time"] = duration(facts["seconds"])
+    _, speeds = record.series("tokens_per_s")
+    if speeds:
+        figures["speed, median"] = measure("tokens_per_s", record.verb).written(sorted(speeds)[len(speeds) // 2])
+    if "peak_memory_bytes" in facts:
+        figures["peak memory"] = gigabytes(facts["peak_memory_bytes"])
+    if "parameters" in facts:
+        figures["parameters trained"] = f"{facts['parameters']['trainable']:,}"
+    return figures
+
+
+def differing(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs: their values in the order of the runs, a dash where there is none."""
+    names = dict.fromkeys(name for one in settings.values() for name in one)
+    rows = {name: [one.get(name) for one in settings.values()] for name in names}
+    return {name: [_written(value) for value in row] for name, row in rows.items() if any(v != row[0] for v in row)}
+
+
+def _written(value: Any) -> str:
+    if value is None or value == []:
+        return "–"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _aligned(figures: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for one in figures.values() for name in one)
+    return {name: [one.get(name, "–") for one in figures.values()] for name in names}
+
+
+def _best(records: dict[str, RunRecord]) -> str:
+    """The answer: whose held-out loss is the lowest. Runs of other data cannot be compared by it."""
+    lowest = {letter: min(record.series("eval_loss")[1], default=None) for letter, record in records.items()}
+    known = {letter: loss for letter, loss in lowest.items() if loss is not None}
+    if len(known) < 2:
+        return "Not enough of these runs have held-out data to compare them by."
+    if len({record.verb for record in records.values()}) > 1:
+        return "These runs minimise different losses, which cannot be compared."
+    ranked = sorted(known, key=lambda letter: known[letter])
+    said = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
+    return f"{ranked[0]} did best: lowest held-out loss {said}."
+
+
+def _samples(records: dict[str, RunRecord]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Every prompt with the answer each run gave after training, those of the runs that were asked it."""
+    prompts = dict.fromkeys(sample["prompt"] for record in records.values() for sample in record.samples)
+    return [
+        (
+            prompt,
+            [
+                (letter, sample["after"])
+                for letter, record in records.items()
+                for sample in record.samples
+                if sample["prompt"] == prompt and "after" in sample
+            ],
+        )
+        for prompt in prompts
+    ]

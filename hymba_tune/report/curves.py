@@ -1,0 +1,120 @@
+"""Curves of what runs measured: of one run, or of several on the same axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hymba_tune.pages import LIGHT, Plot, plot
+from hymba_tune.report.measures import Measure, measure, order
+from hymba_tune.report.record import RunRecord
+
+FEW = 40
+"""Up to so many points each is marked."""
+LINES = (("first", "-", "o"), ("second", "--", "s"), ("third", "-.", "^"), ("fourth", ":", "D"))
+"""How the curves of several runs are told apart, also in grey."""
+
+
+def loss_plot(record: RunRecord) -> Plot | None:
+    """Training and held-out loss, with the first evaluation as a line to compare with; None if there is none."""
+    return _with_held_out(record, "loss")
+
+
+def other_plots(record: RunRecord) -> list[Plot]:
+    """A plot for everything else that the run measured."""
+    names = sorted(record.measures, key=order)
+    plots = [_with_held_out(record, name) for name in names if name != "loss"]
+    return [drawn for drawn in plots if drawn is not None]
+
+
+def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
+    """What several runs measured, on the same axes.
+
+    Args:
+        records: By the letter that stands for each in the plots.
+    """
+    verbs = {record.verb for record in records.values()}
+    names = sorted({name for record in records.values() for name in record.measures}, key=order)
+    plots = []
+    for name in (both for one in names for both in (f"eval_{one}", one)):
+        kind = measure(name.removeprefix("eval_"), *verbs) if len(verbs) == 1 else Measure(name)
+        curves = {letter: record.series(name) for letter, record in records.items()}
+        if any(steps for steps, _ in curves.values()):
+            plots.append(_overlaid(f"{'Held out: ' if name.startswith('eval_') else ''}{kind.title}", kind, curves))
+    return plots
+
+
+def _with_held_out(record: RunRecord, name: str) -> Plot | None:
+    kind = measure(name, record.verb)
+    trained, held_out = record.series(name), record.series(f"eval_{name}")
+    if not trained[0] and not held_out[0]:
+        return None
+    predicted = record.facts.get("memory", {}).get("predicted_bytes") if name == "memory_bytes" else None
+
+    def draw(axes: Axes) -> None:
+        if trained[0]:
+            _line(axes, trained, kind, color=LIGHT["first"], label="training" if held_out[0] else None)
+        if held_out[0]:
+            _line(axes, held_out, kind, color=LIGHT["second"], marker="o", markersize=5, label="held out")
+            before = held_out[1][0] / kind.scale
+            axes.axhline(before, color=LIGHT["dim"], linewidth=1, linestyle=(0, (4, 3)), label="held out, before")
+        if predicted:
+            axes.axhline(predicted / kind.scale, color=LIGHT["dim"], linestyle=(0, (4, 3)), label="predicted")
+        _axes(axes, kind, zero=name in ("tokens_per_s", "memory_bytes", "learning_rate"))
+        if held_out[0] or predicted:
+            _legend(axes)
+
+    said = [_said(kind, trained, "" if not held_out[0] else "in training")] if trained[0] else []
+    said += [_said(kind, held_out, "on held-out data")] if held_out[0] else []
+    said += [f"predicted {kind.written(predicted)}"] if predicted else []
+    return plot(kind.title, f"{kind.title}: {'; '.join(said)}.", draw)
+
+
+def _overlaid(title: str, kind: Measure, curves: Mapping[str, tuple[list[int], list[float]]]) -> Plot:
+    def draw(axes: Axes) -> None:
+        for (letter, curve), (colour, dashes, marker) in zip(curves.items(), cycle(LINES), strict=False):
+            if curve[0]:
+                _line(axes, curve, kind, color=LIGHT[colour], linestyle=dashes, marker=marker, label=letter)
+        _axes(axes, kind)
+        _legend(axes)
+
+    said = "; ".join(_said(kind, curve, letter) for letter, curve in curves.items() if curve[0])
+    return plot(title, f"{title}: {said}.", draw)
+
+
+def _line(axes: Axes, curve: tuple[list[int], list[float]], kind: Measure, **style: object) -> None:
+    steps, values = curve
+    shown = [value / kind.scale if math.isfinite(value) else math.nan for value in values]
+    if len(steps) > FEW:
+        style["marker"] = ""
+    elif "marker" not in style:
+        style |= {"marker": "o", "markersize": 2.5}
+    axes.plot(steps, shown, **style)  # type: ignore[arg-type]
+
+
+def _axes(axes: Axes, kind: Measure, *, zero: bool = False) -> None:
+    axes.set(xlabel="step", ylabel=kind.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
+    if zero:
+        axes.set_ylim(bottom=0)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the curves, where it hides none."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, columnspacing=1.2, handlelength=2, borderpad=0.2
+    )
+
+
+def _said(kind: Measure, curve: tuple[Sequence[int], Sequence[float]], which: str) -> str:
+    (first, *_, last) = (*curve[1][:1], *curve[1])
+    begin, end = curve[0][0], curve[0][-1]
+    what = f"{which} " if which else ""
+    return f"{what}{kind.written(first)} at step {begin:,}, {kind.written(last)} at step {end:,}"

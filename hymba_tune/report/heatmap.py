@@ -1,0 +1,91 @@
+"""How far training moved each part of the model, by layer, as a heat map."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hymba_tune.pages import LIGHT, SIZE, Plot, plot
+
+GROUPS = ("attention", "SSM", "attention + SSM", "MLP")
+"""Rows of the map, from above; what is not in a layer stands below it in words."""
+SHADES = 40
+"""So few that the colour bar is drawn, not embedded as a picture."""
+
+
+def updates_plot(parts: list[dict[str, Any]]) -> Plot | None:
+    """The heat map of ``updates.json``.
+
+    Args:
+        parts: ``group``, ``part``, ``layer`` and ``size``, which is a share of the weight's norm, or None.
+
+    Returns:
+        None if no part of a layer was trained.
+    """
+    inside = [part for part in parts if part["layer"] is not None and part["group"] in GROUPS]
+    if not inside:
+        return None
+    rows = sorted({(part["group"], part["part"]): None for part in inside}, key=lambda row: GROUPS.index(row[0]))
+    layers = range(max(part["layer"] for part in inside) + 1)
+    cells = {((part["group"], part["part"]), part["layer"]): part["size"] for part in inside}
+    grid = [[_percent(cells.get((row, layer))) for layer in layers] for row in rows]
+
+    def draw(axes: Axes) -> None:
+        map_ = axes.pcolormesh(
+            [layer - 0.5 for layer in (*layers, len(layers))],
+            range(len(rows) + 1),
+            grid,
+            cmap=mpl.colormaps["cividis"].resampled(SHADES),
+            vmin=0,
+            edgecolor=LIGHT["paper"],
+            linewidth=0.4,
+        )
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel="layer", yticks=[index + 0.5 for index in range(len(rows))])
+        axes.set_yticklabels([_label(*row) for row in rows])
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bar = axes.figure.colorbar(map_, ax=axes, pad=0.02, aspect=30)
+        bar.solids.set_edgecolor("face")
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+
+    size = (SIZE[0], 1.0 + 0.21 * len(rows))
+    return plot("How far the weights moved", _alt(inside), draw, size=size, note=_note(parts))
+
+
+def _percent(size: float | None) -> float:
+    return float("nan") if size is None else 100 * size
+
+
+def _written(size: float) -> str:
+    percent = 100 * size
+    return f"{percent:,.0f} %" if percent >= 10 else f"{percent:.2g} %"
+
+
+def _label(group: str, part: str) -> str:
+    return part if group in ("MLP", "attention + SSM") else f"{group} {part}"
+
+
+def _note(parts: list[dict[str, Any]]) -> str:
+    """The median of each group, those outside the layers too."""
+    groups = dict.fromkeys(part["group"] for part in parts)
+    sizes = {group: [p["size"] for p in parts if p["group"] == group and p["size"] is not None] for group in groups}
+    said = " · ".join(f"{group} {_written(median(found))}" for group, found in sizes.items() if found)
+    lost = sum(part["size"] is None for part in parts)
+    explained = "‖ΔW‖ / ‖W‖ of each part, by layer; blank was not trained. Medians"
+    return f"{explained}: {said}." + (f" {lost} parts hold NaN or infinity." if lost else "")
+
+
+def _alt(inside: list[dict[str, Any]]) -> str:
+    known = [part for part in inside if part["size"] is not None]
+    if not known:
+        return "No part of any layer has a finite change."
+    most, least = (choose(known, key=lambda part: part["size"]) for choose in (max, min))
+    said = [f"{_label(p['group'], p['part'])} of layer {p['layer']} ({_written(p['size'])})" for p in (most, least)]
+    return f"How far each part of each layer moved, in per cent of its norm: most {said[0]}, least {said[1]}."

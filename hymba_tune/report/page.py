@@ -1,0 +1,109 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.report.commands import chosen, next_commands, repeat
+from hymba_tune.report.curves import loss_plot, other_plots
+from hymba_tune.report.heatmap import updates_plot
+from hymba_tune.report.record import RunRecord
+from hymba_tune.report.verdict import Verdict, judge
+
+REPORT = "report.html"
+VERBS = {"sft": "Fine-tuning", "dpo": "Preference training (DPO)", "kto": "Preference training (KTO)"}
+VERBS |= {"distill": "Distillation"}
+
+
+def write_report(path: Path) -> tuple[Path, Verdict]:
+    """Write or refresh a run's ``report.html``.
+
+    Args:
+        path: The run's directory.
+
+    Returns:
+        The page, and the answer it begins with.
+
+    Raises:
+        CheckpointError: If it is not a run, or its files cannot be read.
+        OSError: If the page cannot be written.
+    """
+    record = RunRecord.read(path)
+    verdict = judge(record)
+    page = render(
+        "hymba_tune.report",
+        "run.html.j2",
+        record=record,
+        verdict=verdict,
+        kind=VERBS.get(record.verb, record.verb),
+        state=_state(record),
+        brief=_brief(record),
+        loss=loss_plot(record),
+        curves=other_plots(record),
+        updates=updates_plot(record.updates.get("parts", [])),
+        memory=_memory(record.facts),
+        data=_data(record),
+        chosen=chosen(record),
+        repeat=repeat(record),
+        next=next_commands(record),
+    )
+    partial = path / f"{REPORT}.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(path / REPORT), verdict
+
+
+def _state(record: RunRecord) -> str:
+    """How the run ended, in a few words."""
+    ended, steps = record.facts.get("ended", {}), f"step {record.last_step:,}"
+    early = (record.facts.get("kept") or {}).get("ended")
+    match ended.get("how"):
+        case "finished":
+            return f"finished early at {steps}: {early}" if early else f"finished at {steps}"
+        case "interrupted":
+            return f"stopped by hand at {steps}"
+        case "failed":
+            return f"failed at {steps}"
+    return f"not finished, at {steps}"
+
+
+def _brief(record: RunRecord) -> list[str]:
+    """What it was and what it took, in a line."""
+    facts, settings = record.facts, record.settings
+    size = facts.get("parameters", {})
+    trained = f"{size['trainable']:,} of {size['total']:,} parameters trained" if size else ""
+    took = [duration(facts["seconds"])] if "seconds" in facts else []
+    took += [f"{facts['tokens_seen']:,} tokens"] if "tokens_seen" in facts else []
+    took += [gigabytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
+    parts = [str(settings.get("model", "")), str(settings.get("method", "")), ", ".join(settings.get("data", []))]
+    return [part for part in (*parts, trained, facts.get("device", ""), *took) if part]
+
+
+def _memory(facts: dict[str, Any]) -> str:
+    """Predicted against measured memory, where both are known."""
+    memory = facts.get("memory") or {}
+    predicted, measured = memory.get("predicted_bytes"), memory.get("measured_bytes", facts.get("peak_memory_bytes"))
+    if not predicted or not measured:
+        return ""
+    off = 100 * (measured / predicted - 1)
+    return f"Memory: {gigabytes(predicted)} predicted, {gigabytes(measured)} measured ({off:+.0f} %)."
+
+
+def _data(record: RunRecord) -> list[tuple[str, str]]:
+    """What became of the rows: a label and a number each, those of nothing left out."""
+    counts = record.facts.get("data", {})
+    names = {
+        "rows": "rows read",
+        "conversations": "conversations kept",
+        "texts": "texts kept",
+        "pairs": "pairs kept",
+        "tokens": "tokens",
+        "learned": "tokens learned",
+        "longest": "tokens in the longest row",
+        "cut": "rows cut to --max-length",
+        "too_long": "rows dropped: the answer begins past --max-length",
+        "bad_rows": "rows dropped: could not be used",
+    }
+    names |= {name: name.replace("_", " ") for name, value in counts.items() if isinstance(value, int)} | names
+    return [(label, f"{counts[name]:,}") for name, label in names.items() if counts.get(name)]

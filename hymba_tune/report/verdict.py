@@ -1,0 +1,88 @@
+"""The answer that a report begins with: did it get better, and by how much?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from hymba_tune.report.measures import measure
+from hymba_tune.report.record import RunRecord
+
+WORSE = 1.02
+"""An evaluation this many times the best one is said to be worse; less may be chance."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        sentence: In a line.
+        better: Whether it got better; None if nothing tells.
+        figures: What, its value, and a word on it: the numbers that matter most, first.
+        notes: What is to be known besides.
+    """
+
+    sentence: str
+    better: bool | None
+    figures: list[tuple[str, str, str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def judge(record: RunRecord) -> Verdict:
+    """Say what came of a run."""
+    steps, losses = record.series("eval_loss")
+    if len(losses) > 1 and all(map(math.isfinite, losses)):
+        return _held_out(record, steps, losses)
+    kind = measure("loss", record.verb)
+    steps, losses = record.series("loss")
+    if not losses:
+        return Verdict("It ended before its first step was measured.", None, [])
+    first, last = kind.written(losses[0]), kind.written(losses[-1])
+    figures = [("first training loss", first, f"step {steps[0]:,}"), ("last", last, f"step {steps[-1]:,}")]
+    return Verdict(
+        f"Whether it got better cannot be told without held-out data. Training loss {first} → {last}.",
+        None,
+        figures,
+        ["Hold some data out next time: --eval-split 0.05, or --eval-data FILE."],
+    )
+
+
+def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdict:
+    first, last = losses[0], losses[-1]
+    best = min(range(1, len(losses)), key=lambda index: losses[index])
+    kind = measure("loss", record.verb)
+    gain = (first - losses[best]) / first if first else 0.0
+    better = losses[best] < first
+    per = kind.unit.removeprefix("nats ")
+    change = f"held-out loss {first:.3f} → {losses[best]:.3f} nats {per}"
+    sentence = f"It got better: {change}, {100 * gain:.0f} % less." if better else f"It did not get better: {change}."
+    notes = []
+    if last > WORSE * losses[best]:
+        notes.append(
+            f"After step {steps[best]:,} the held-out loss rose again, to {last:.3f}: the run went on to learn its "
+            "training data by heart. Fewer --epochs, a lower --lr, or more data."
+        )
+    figures = [
+        ("held-out loss before", f"{first:.3f}", kind.unit),
+        ("best", f"{losses[best]:.3f}", f"step {steps[best]:,}"),
+        ("last", f"{last:.3f}", f"step {steps[-1]:,}"),
+    ]
+    if per == "a token":
+        figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
+    return Verdict(sentence, better, figures + _pairs(record), notes)
+
+
+def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:
+    """How held-out preferences changed, where the run measured them."""
+    figures = []
+    for name in ("accuracy", "margin"):
+        _, values = record.series(f"eval_{name}")
+        kind = measure(name, record.verb)
+        if values:
+            figures.append((kind.title.lower(), kind.written(values[-1]), f"{kind.written(values[0])} before"))
+    return figures
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.3g}" if loss < 20 else "> 10⁸"
