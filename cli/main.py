@@ -14,6 +14,7 @@ from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
 from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.merge import merge
+from hymba_tune.cli.report import report
 from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
@@ -30,7 +31,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, chat, merge, doctor):
+for verb in (sft, chat, merge, report, doctor):
     app.command(verb)
 
 

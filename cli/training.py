@@ -59,7 +59,8 @@ def _show_result(run: Run) -> None:
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
             console.print(Text(f" {label:<8}", style="dim").append(samples[0][label], style=style))
-    lines = [f"everything is in {run.path}", f"talk to it       hymba-tune chat {run.path}"]
+    lines = [f"everything is in {run.path}", f"how it went      {run.path}/report.html"]
+    lines.append(f"talk to it       hymba-tune chat {run.path}")
     if run.adapter.is_dir():
         lines.append(f"one model of it  hymba-tune merge {run.path} --out {run.name}-merged")
     console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
-from hymba_tune.config.base import Config, Keep, Learn, MetaTokens, Method, OnBadRow, as_mapping
+from hymba_tune.config.base import Config, Keep, Learn, MetaTokens, Method, OnBadRow, Tracker, as_mapping
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 from hymba_tune.config.verbs import ChatConfig, DoctorConfig, MergeConfig, SFTConfig, TrainingConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "ModelOptions",
     "OnBadRow",
     "SFTConfig",
+    "Tracker",
     "TrainingConfig",
     "TrainingOptions",
     "as_mapping",

@@ -67,6 +67,15 @@ class Keep(StrEnum):
     last = "last"
 
 
+class Tracker(StrEnum):
+    """Where a run can be watched live."""
+
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 def as_mapping(pairs: Pairs) -> dict[str, str]:
     """Pairs such as ``prompt=question`` by their first halves."""
     return dict(pair.split("=", 1) for pair in pairs)

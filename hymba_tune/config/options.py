@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import (
@@ -18,6 +19,7 @@ from hymba_tune.config.base import (
     Names,
     OnBadRow,
     Pairs,
+    Tracker,
     Weights,
 )
 
@@ -150,6 +152,11 @@ class TrainingOptions(Config):
     """Steps between two evaluations. When not given: five times a run."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between two checkpoints. When not given: with each evaluation."""
+    track: Annotated[list[Tracker], Parameter(negative="", consume_multiple=True, show_default=False)] = Field(
+        default_factory=list
+    )
+    """Log live to these as well: tensorboard, trackio, wandb, mlflow. Nothing leaves the machine unless you have logged
+    in to one of them or pointed it elsewhere."""
     out: Path | None = None
     """Run directory. When not given: runs/MODEL-DATA-TIME."""
     resume: Path | None = None

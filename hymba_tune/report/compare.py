@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.report.commands import defaults
 from hymba_tune.report.curves import overlaid_plots
 from hymba_tune.report.measures import measure
 from hymba_tune.report.record import RunRecord
@@ -41,7 +42,9 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
         best=_best(records),
         figures=_aligned(figures),
         plots=overlaid_plots(records),
-        differing=differing({letter: {"verb": r.verb, **r.settings} for letter, r in records.items()}),
+        differing=differing(
+            {letter: {"verb": r.verb, **defaults(r.verb), **r.settings} for letter, r in records.items()}
+        ),
         samples=_samples(records),
     )
     try:
@@ -76,7 +79,7 @@ def final_figures(record: RunRecord) -> dict[str, str]:
     return figures
 
 
-def differing(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """Settings that are not the same in all runs: their values in the order of the runs, a dash where there is none."""
     names = dict.fromkeys(name for one in settings.values() for name in one)
     rows = {name: [one.get(name) for one in settings.values()] for name in names}

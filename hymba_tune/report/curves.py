@@ -44,7 +44,9 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
         kind = measure(name.removeprefix("eval_"), *verbs) if len(verbs) == 1 else Measure(name)
         curves = {letter: record.series(name) for letter, record in records.items()}
         if any(steps for steps, _ in curves.values()):
-            plots.append(_overlaid(f"{'Held out: ' if name.startswith('eval_') else ''}{kind.title}", kind, curves))
+            held_out = name.startswith("eval_")
+            title = f"Held-out {kind.title[0].lower()}{kind.title[1:]}" if held_out else kind.title
+            plots.append(_overlaid(title, kind, curves))
     return plots
 
 

@@ -51,7 +51,7 @@ def updates_plot(parts: list[dict[str, Any]]) -> Plot | None:
         axes.set_yticklabels([_label(*row) for row in rows])
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         bar = axes.figure.colorbar(map_, ax=axes, pad=0.02, aspect=30)
-        bar.solids.set_edgecolor("face")
+        bar.solids.set_edgecolor("face")  # type: ignore[union-attr]
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 

@@ -11,6 +11,7 @@ from transformers import Trainer
 from hymba_tune.train.limits import kept_checkpoints
 from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
+from hymba_tune.train.tracking import tracker_arguments
 
 EVALUATIONS = 5
 """Evaluations, and checkpoints, a run gets unless told otherwise."""
@@ -51,7 +52,7 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "metric_for_best_model": "eval_loss" if config.keeps_best else None,
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",
-        "report_to": "none",
+        **tracker_arguments(setup.run, config.track),
         "disable_tqdm": True,
     }
 

@@ -21,6 +21,7 @@ from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
+from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
@@ -32,10 +33,11 @@ from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import Stopping
+from hymba_tune.train.tracking import tracking
 
 C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume"}
-CHANGEABLE |= {"max_loss_spike", "early_stopping"}
+CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
 """Settings that a run may be gone on with differently."""
 
 
@@ -94,7 +96,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
     else:
         run.create(config)
     try:
-        with run.capturing_logs(), limits_explained(run, config, setup.device):
+        with run.capturing_logs(), limits_explained(run, config, setup.device), tracking(run, config.track):
             set_seed(config.seed)
             with screen.working("loading the weights"):
                 model = _open(setup)
@@ -113,7 +115,8 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 answer_samples(setup, data, trainer.model, "before", screen)
-            return _train(setup, data, trainer, checkpoint, screen)
+            with reported(setup, trainer.model, screen):
+                return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
         if not resuming and run.newest_checkpoint() is None:
             shutil.rmtree(run.path, ignore_errors=True)

@@ -25,6 +25,7 @@ from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
+from hymba_tune.train.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def check(config: TrainingConfig) -> Setup:
         raise ConfigError(
             "--data is missing.", expected="a file, a Hub dataset, or demo", fix="--data demo to try the kit"
         )
+    check_trackers(config.track)
     run = Run(config.resume) if config.resume else Run.choose(config)
     device = choose_device(config.device)
     if config.activation_offload and device.type != "cuda":

@@ -1,0 +1,73 @@
+"""`hymba-tune report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from hymba_tune.cli.screen import console
+from hymba_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hymba_tune.report import RunRecord, Verdict
+
+
+def report(
+    run: Annotated[Path, Parameter(name="RUN")],
+    /,
+    *others: Annotated[Path, Parameter(name="RUN")],
+    out: Path | None = None,
+) -> None:
+    """Write a run's report.html anew, or compare several runs on one page.
+
+    Example: hymba-tune report runs/my-run
+
+    Compare: hymba-tune report runs/one runs/other --out compare.html
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    others
+        Further ones, to compare it with.
+    out
+        Where the comparison goes: compare.html when not given. A single run's page is in its own directory.
+    """
+    from hymba_tune.report import write_comparison, write_report
+
+    if others:
+        page = out or Path("compare.html")
+        _show_comparison(write_comparison([run, *others], page))
+    elif out is not None:
+        raise ConfigError(
+            "--out is for a comparison; a run's own page is its report.html.",
+            fix=f"hymba-tune report {run}, or name a second run",
+        )
+    else:
+        page, verdict = write_report(run)
+        _show_verdict(verdict)
+    console.print(f"\n open it in a browser: {page}", markup=False, soft_wrap=True)
+
+
+def _show_verdict(verdict: Verdict) -> None:
+    console.print(f" {verdict.sentence}", markup=False)
+    table = Table.grid(padding=(0, 2))
+    for what, value, more in verdict.figures:
+        table.add_row(Text(f" {what}", style="dim"), Text(value), Text(more, style="dim"))
+    console.print(table)
+    for note in verdict.notes:
+        console.print(f" {note}", markup=False)
+
+
+def _show_comparison(runs: list[tuple[str, RunRecord, dict[str, str]]]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table.add_column("", overflow="fold")
+    for letter, record, _ in runs:
+        table.add_column(f"{letter} {record.name}", justify="right", overflow="fold", header_style="dim")
+    for name in dict.fromkeys(name for *_, figures in runs for name in figures):
+        table.add_row(Text(f" {name}", style="dim"), *(Text(figures.get(name, "–")) for *_, figures in runs))
+    console.print(table)

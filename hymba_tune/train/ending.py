@@ -1,0 +1,68 @@
+"""What a run leaves to be read, however it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hymba_tune.adapters import adapter_updates, full_updates
+from hymba_tune.report import write_report
+from hymba_tune.train.screen import Screen
+from hymba_tune.train.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -> Iterator[None]:
+    """Write ``report.html`` when what is done within ends: well, by Ctrl-C, or by an error.
+
+    Nothing that goes wrong with the report is let out: a run is not to be lost by it.
+
+    Args:
+        setup: Of the run.
+        model: What is trained.
+        screen: Told of a report that could not be written.
+    """
+    how, what = "failed", ""
+    try:
+        yield
+        how = "finished"
+    except KeyboardInterrupt:
+        how = "interrupted"
+        raise
+    except BaseException as error:
+        what = str(error) or type(error).__name__
+        raise
+    finally:
+        run = setup.run
+        if how == "finished" or any(run.checkpoints.glob("checkpoint-*")):
+            _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
+            _try("updates.json", screen, lambda: _write_updates(setup, model))
+            _try("report.html", screen, lambda: write_report(run.path))
+
+
+def _try(name: str, screen: Screen, write: Callable[[], Any]) -> None:
+    try:
+        write()
+    except Exception as error:
+        logger.exception("%s could not be written", name)
+        screen.note(f"{name} could not be written: {error}")
+
+
+def _write_updates(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
+    """Write how far each part of the model moved, or why that is not known."""
+    if isinstance(model, PeftModel):
+        found: dict[str, Any] = {"parts": [asdict(update) for update in adapter_updates(model)]}
+    elif setup.source.adapter is None:
+        found = {"parts": [asdict(update) for update in full_updates(model, setup.source.folder)]}
+    else:
+        found = {"absent": "not measured: the weights it began with, an adapter folded in, are not kept"}
+    (setup.run.path / "updates.json").write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
