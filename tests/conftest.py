@@ -68,7 +68,8 @@ def finished_run(small_model: Path, questions: Path, tmp_path_factory: pytest.Te
     from tests.runs import run, settings
 
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return run(settings(small_model, questions, out, steps=30, eval_split=0.2, eval_every=10, log_every=5)).path
+    config = settings(small_model, questions, out, steps=30, eval_split=0.2, eval_every=10, log_every=5)
+    return run(config, report=True).path
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,9 +62,10 @@ def settings(model: Path, data: Path, out: Path, **changes: Any) -> SFTConfig:
     return SFTConfig(**{"model": str(model), "data": [str(data)], "out": out} | usual | changes)
 
 
-def run(config: SFTConfig, screen: Screen | None = None) -> Run:
-    """`run_sft` with short sample answers."""
-    with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS):
+def run(config: SFTConfig, screen: Screen | None = None, *, report: bool = False) -> Run:
+    """`run_sft` with short sample answers, and without drawing its report."""
+    drawn = nullcontext() if report else patch("hymba_tune.report.write_report")
+    with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS), drawn:
         return run_sft(config, screen or Screen())
 
 

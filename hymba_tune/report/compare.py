@@ -35,6 +35,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
         raise ConfigError(f"{len(paths)} runs are too many for one page.", expected=f"at most {MOST}")
     records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
     figures = {letter: final_figures(record) for letter, record in records.items()}
+    settings = {letter: {"verb": r.verb, **defaults(r.verb), **r.settings} for letter, r in records.items()}
     page = render(
         "hymba_tune.report",
         "compare.html.j2",
@@ -42,9 +43,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
         best=_best(records),
         figures=_aligned(figures),
         plots=overlaid_plots(records),
-        differing=differing(
-            {letter: {"verb": r.verb, **defaults(r.verb), **r.settings} for letter, r in records.items()}
-        ),
+        differing=differing(settings),
         samples=_samples(records),
     )
     try:
@@ -82,8 +81,8 @@ def final_figures(record: RunRecord) -> dict[str, str]:
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """Settings that are not the same in all runs: their values in the order of the runs, a dash where there is none."""
     names = dict.fromkeys(name for one in settings.values() for name in one)
-    rows = {name: [one.get(name) for one in settings.values()] for name in names}
-    return {name: [_written(value) for value in row] for name, row in rows.items() if any(v != row[0] for v in row)}
+    rows = {name: [_written(one.get(name)) for one in settings.values()] for name in names}
+    return {name: row for name, row in rows.items() if len(set(row)) > 1}
 
 
 def _written(value: Any) -> str:

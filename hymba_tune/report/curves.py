@@ -38,10 +38,11 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
         records: By the letter that stands for each in the plots.
     """
     verbs = {record.verb for record in records.values()}
+    verb = verbs.pop() if len(verbs) == 1 else None
     names = sorted({name for record in records.values() for name in record.measures}, key=order)
     plots = []
     for name in (both for one in names for both in (f"eval_{one}", one)):
-        kind = measure(name.removeprefix("eval_"), *verbs) if len(verbs) == 1 else Measure(name)
+        kind = measure(name.removeprefix("eval_"), verb)
         curves = {letter: record.series(name) for letter, record in records.items()}
         if any(steps for steps, _ in curves.values()):
             held_out = name.startswith("eval_")

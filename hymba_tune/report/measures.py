@@ -49,8 +49,9 @@ def order(name: str) -> int:
     return -1 if name == "loss" else names.index(name) if name in names else names.index("learning_rate")
 
 
-def measure(name: str, verb: str) -> Measure:
-    """What a column holds, in a run of some verb; one that nobody described is called by its name."""
+def measure(name: str, verb: str | None) -> Measure:
+    """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name."""
     if name == "loss":
-        return Measure("Loss", f"nats {LOSS_OF.get(verb, 'a token')}", ".3f", better=-1)
+        unit = "nats" if verb is None else f"nats {LOSS_OF.get(verb, 'a token')}"
+        return Measure("Loss", unit, ".3f", better=-1)
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters import adapter_updates, full_updates
-from hymba_tune.report import write_report
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Setup
 
@@ -46,7 +46,7 @@ def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -
         if how == "finished" or any(run.checkpoints.glob("checkpoint-*")):
             _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
             _try("updates.json", screen, lambda: _write_updates(setup, model))
-            _try("report.html", screen, lambda: write_report(run.path))
+            _try("report.html", screen, lambda: _write_report(run.path))
 
 
 def _try(name: str, screen: Screen, write: Callable[[], Any]) -> None:
@@ -55,6 +55,12 @@ def _try(name: str, screen: Screen, write: Callable[[], Any]) -> None:
     except Exception as error:
         logger.exception("%s could not be written", name)
         screen.note(f"{name} could not be written: {error}")
+
+
+def _write_report(path: Path) -> None:
+    from hymba_tune.report import write_report  # needs a second to import: only now
+
+    write_report(path)
 
 
 def _write_updates(setup: Setup, model: PreTrainedModel | PeftModel) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
 
 from hymba_tune.config import Tracker
 from hymba_tune.errors import ConfigError
@@ -79,6 +81,10 @@ def _settings(run: Run, trackers: Sequence[Tracker]) -> dict[str, str]:
 
 
 def _has_wandb_login() -> bool:
-    import wandb
-
-    return bool(wandb.api.api_key)
+    """Whether `wandb login` has left a key. W&B itself, once asked, no longer heeds what it is told here."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        logins = {}
+    return "WANDB_API_KEY" in os.environ or host in logins

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hymba_tune.report import RunRecord, Verdict, judge
+from tests.report.made import made_run
+
+
+def judged(path: Path, losses: list[float], evaluations: list[float], verb: str = "sft") -> Verdict:
+    return judge(RunRecord.read(made_run(path / "run", losses, evaluations, settings={"verb": verb})))
+
+
+def test_better(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, [2.0, 1.0], [4.0, 2.0, 1.0])
+    assert verdict.better
+    assert verdict.sentence == "It got better: held-out loss 4.000 → 1.000 nats a token, 75 % less."
+    assert verdict.figures == [
+        ("held-out loss before", "4.000", "nats a token"),
+        ("best", "1.000", "step 20"),
+        ("last", "1.000", "step 20"),
+        ("perplexity", "2.72", "54.6 before"),
+    ]
+    assert not verdict.notes
+
+
+def test_worse(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, [1.0], [1.0, 1.5, 1.2])
+    assert verdict.better is False
+    assert verdict.sentence == "It did not get better: held-out loss 1.000 → 1.200 nats a token."
+
+
+def test_rising_again_is_said(tmp_path: Path) -> None:
+    (note,) = judged(tmp_path, [1.0], [2.0, 1.0, 1.5]).notes
+    assert note.startswith("After step 10 the held-out loss rose again, to 1.500")
+
+
+def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> None:
+    assert not judged(tmp_path, [1.0], [2.0, 1.0, 1.01]).notes
+
+
+def test_loss_of_preferences_is_a_pairs(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, [0.6], [0.693, 0.5], "dpo")
+    assert verdict.sentence == "It got better: held-out loss 0.693 → 0.500 nats a pair, 28 % less."
+    assert "perplexity" not in [what for what, *_ in verdict.figures]
+
+
+@pytest.mark.parametrize("evaluations", [[], [2.0], [2.0, float("nan")]])
+def test_without_evaluations_before_and_after_nothing_is_claimed(tmp_path: Path, evaluations: list[float]) -> None:
+    verdict = judged(tmp_path, [2.0, 1.0], evaluations)
+    assert verdict.better is None
+    assert "cannot be told" in verdict.sentence
+    assert "--eval-split" in verdict.notes[0]
