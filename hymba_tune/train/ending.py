@@ -43,7 +43,7 @@ def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -
         raise
     finally:
         run = setup.run
-        if how == "finished" or any(run.checkpoints.glob("checkpoint-*")):
+        if how == "finished" or run.newest_checkpoint() is not None:
             _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
             _try("updates.json", screen, lambda: _write_updates(setup, model))
             _try("report.html", screen, lambda: _write_report(run.path))

@@ -115,7 +115,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 answer_samples(setup, data, trainer.model, "before", screen)
-            with reported(setup, trainer.model, screen):
+            with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device):
                 return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
         if not resuming and run.newest_checkpoint() is None:
@@ -138,7 +138,7 @@ def _open(setup: Setup) -> PreTrainedModel:
     model = open_model(setup.source, dtype=setup.weights_dtype, device=setup.device)
     model.name_or_path = lasting_name(config.model)
     if config.method is Method.full:
-        return model
+        return model.requires_grad_(True)  # folding a run's adapter in has frozen all of it
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
