@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -13,6 +14,8 @@ from pydantic import ValidationError as PydanticError
 from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
 from hymba_tune.cli.doctor import doctor
+from hymba_tune.cli.dpo import dpo
+from hymba_tune.cli.kto import kto
 from hymba_tune.cli.merge import merge
 from hymba_tune.cli.report import report
 from hymba_tune.cli.screen import error_console
@@ -21,6 +24,9 @@ from hymba_tune.cli.sft import sft
 from hymba_tune.errors import HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
+
+# Bitsandbytes warns of a kernel it could do without, on every start, to whoever has not said where warnings go.
+logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
 
 app = App(
     name="hymba-tune",
@@ -31,7 +37,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, chat, merge, report, doctor):
+for verb in (sft, dpo, kto, chat, merge, report, doctor):
     app.command(verb)
 
 

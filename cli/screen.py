@@ -15,6 +15,8 @@ from hymba_tune.train.screen import Row, Screen
 console = Console(highlight=False, emoji=False)
 error_console = Console(stderr=True, highlight=False, emoji=False)
 COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
+PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "tok/s": 8, "left": 8}
+"""Of a run that learns which answers are better."""
 QUIET_SECONDS = 2.0
 """Progress that takes less is not worth showing."""
 
@@ -24,7 +26,7 @@ class RichScreen(Screen):
 
     def __init__(self) -> None:
         self._eval_loss: float | None = None
-        self._has_header = False
+        self._columns: dict[str, int] = {}
 
     @contextmanager
     def working(self, label: str) -> Iterator[Callable[[int], None]]:
@@ -47,19 +49,25 @@ class RichScreen(Screen):
 
     def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
         """One line of the table."""
-        if not self._has_header:
-            console.print("".join(f"{name:>{width}}" for name, width in COLUMNS.items()), style="dim", markup=False)
-            self._has_header = True
+        margin = row.margin if row.eval_margin is None else row.eval_margin
+        accuracy = row.accuracy if row.eval_accuracy is None else row.eval_accuracy
+        if not self._columns:
+            rewards = (row.chosen_reward, row.rejected_reward, row.eval_chosen_reward, row.eval_rejected_reward)
+            self._columns = COLUMNS if rewards == (None,) * 4 else PREFERENCE_COLUMNS
+            names = (f"{name:>{width}}" for name, width in self._columns.items())
+            console.print("".join(names), style="dim", markup=False)
         cells = {
             "step": f"{row.step}/{total_steps}",
             "loss": _format(row.loss, ".3f"),
             "eval": self._trend(row.eval_loss),
+            "margin": _format(margin, ".3f"),
+            "acc": _format(accuracy, ".0%"),
             "lr": _format(row.learning_rate, ".1e"),
             "tok/s": _format(row.tokens_per_s, ",.0f"),
             "mem": f"{row.memory_bytes / 2**30:.1f} GB" if row.memory_bytes else "",
             "left": "" if seconds_left is None else _duration(seconds_left),
         }
-        console.print("".join(f"{cells[name]:>{width}}" for name, width in COLUMNS.items()), markup=False)
+        console.print("".join(f"{cells[name]:>{width}}" for name, width in self._columns.items()), markup=False)
 
     def note(self, text: str) -> None:
         """A line on its own."""

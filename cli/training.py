@@ -55,6 +55,9 @@ def _show_result(run: Run) -> None:
             console.print(
                 f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
             )
+        accuracy = next((row.eval_accuracy for row in evaluations if row.step == kept["step"]), None)
+        if accuracy is not None:
+            console.print(f" better answer preferred in {accuracy:.0%} of the held-out pairs", markup=False)
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):

@@ -53,8 +53,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[st
         # the norms of the weights, and the new adapter would not be its base.
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_variant:
             module.lora_variant[ADAPTER].init(module, ADAPTER)
-    # Left to itself, PEFT asks the Hub at every saving whether the vocabulary has grown.
-    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    _save_without_asking(adapted)
     restrict_rows(adapted, targets)
     return adapted
 
@@ -103,6 +102,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     except ValueError as error:  # PEFT found none of the modules
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_own_base(config)) from error
     _widen_meta_tokens(adapted)
+    _save_without_asking(adapted)
     _check_fit(folder, tensors, adapted)
     set_peft_model_state_dict(adapted, tensors, ADAPTER)
     # Widening the factors, PEFT lets those of an embedding be trained again.
@@ -115,6 +115,11 @@ def _quiet_peft() -> Iterator[None]:
         # PEFT asks transformers by a name that transformers is leaving.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
+
+
+def _save_without_asking(model: PeftModel) -> None:
+    """Left to itself, PEFT asks the Hub at every saving whether the vocabulary has grown."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def _widen_meta_tokens(model: PeftModel) -> None:

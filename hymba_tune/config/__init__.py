@@ -4,17 +4,39 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
-from hymba_tune.config.base import Config, Keep, Learn, MetaTokens, Method, OnBadRow, Tracker, as_mapping
+from hymba_tune.config.base import (
+    Config,
+    Keep,
+    Learn,
+    MetaTokens,
+    Method,
+    OnBadRow,
+    Reference,
+    Start,
+    Tracker,
+    as_mapping,
+)
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
-from hymba_tune.config.verbs import ChatConfig, DoctorConfig, MergeConfig, SFTConfig, TrainingConfig
+from hymba_tune.config.verbs import (
+    ChatConfig,
+    DoctorConfig,
+    DPOConfig,
+    KTOConfig,
+    MergeConfig,
+    PreferenceConfig,
+    SFTConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "AdapterOptions",
     "ChatConfig",
     "Config",
+    "DPOConfig",
     "DataOptions",
     "DoctorConfig",
     "EngineOptions",
+    "KTOConfig",
     "Keep",
     "Learn",
     "MergeConfig",
@@ -22,7 +44,10 @@ __all__ = [
     "Method",
     "ModelOptions",
     "OnBadRow",
+    "PreferenceConfig",
+    "Reference",
     "SFTConfig",
+    "Start",
     "Tracker",
     "TrainingConfig",
     "TrainingOptions",

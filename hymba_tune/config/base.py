@@ -76,6 +76,21 @@ class Tracker(StrEnum):
     mlflow = "mlflow"
 
 
+class Start(StrEnum):
+    """What becomes of the adapter of the run that training starts from."""
+
+    merge = "merge"
+    continue_ = "continue"
+
+
+class Reference(StrEnum):
+    """Where a reference model's log-probabilities come from."""
+
+    auto = "auto"
+    adapter_off = "adapter-off"
+    precompute = "precompute"
+
+
 def as_mapping(pairs: Pairs) -> dict[str, str]:
     """Pairs such as ``prompt=question`` by their first halves."""
     return dict(pair.split("=", 1) for pair in pairs)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method
+from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Reference, Start
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 
 
@@ -28,7 +28,7 @@ class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions
         Raises:
             ValueError: If there is no such verb.
         """
-        kinds = {kind.verb: kind for kind in cls.__subclasses__()}
+        kinds = {kind.verb: kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and hasattr(kind, "verb")}
         if verb not in kinds:
             raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
         return kinds[verb]
@@ -71,6 +71,94 @@ class SFTConfig(TrainingConfig):
 
     verb: ClassVar[str] = "sft"
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
+
+
+class PreferenceConfig(TrainingConfig):
+    """How answers are compared with those of a reference model."""
+
+    learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 5e-5, Method.dora: 5e-5, Method.full: 1e-6}
+    beta: float = Field(default=0.1, gt=0)
+    """How closely the model is held to the reference (common: 0.01 to 0.5); of the ipo loss, its tau."""
+    start: Start = Start.merge
+    """Where to start from a run: merge its adapter into its base and train a new one, the reference being the run's
+    model; or continue its adapter, the reference being that adapter as it is now."""
+    reference: Reference = Reference.auto
+    """Where the reference's log-probabilities come from: adapter-off computes them beside each batch with the adapter
+    switched off; precompute once, before training. When not given: precompute where there is no new adapter to switch
+    off (--method full, --start continue), else adapter-off."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate. When not given: 5e-5 for an adapter, 1e-6 for full training."""
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference is computed once, before training."""
+        given = self.reference is Reference.precompute
+        return given or self.method is Method.full or self.start is Start.continue_
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.reference is Reference.adapter_off and self.precomputes:
+            what = "--method full" if self.method is Method.full else "--start continue"
+            raise ValueError(f"reference: {what} has no new adapter to switch off; use --reference precompute")
+        if self.packing:
+            raise ValueError("packing: answers are compared side by side, not packed; leave it out")
+        return self
+
+
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""DPO's losses with label smoothing."""
+
+
+class DPOConfig(PreferenceConfig):
+    """Direct preference optimisation."""
+
+    verb: ClassVar[str] = "dpo"
+    loss: Literal[
+        "sigmoid",
+        "sigmoid_norm",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sft",
+    ] = "sigmoid"
+    """The loss, by TRL's names: sigmoid is DPO's own, robust allows for swapped pairs (--label-smoothing)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs that are taken to be swapped, of the losses robust, exo_pair, aot and aot_unpaired."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ValueError(f"label_smoothing: the {self.loss} loss has none; {', '.join(SMOOTHED)} have")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("label_smoothing: the exo_pair loss needs some; --label-smoothing 0.001 is its paper's")
+        return self
+
+
+class KTOConfig(PreferenceConfig):
+    """Kahneman-Tversky optimisation, on answers that are judged one by one."""
+
+    verb: ClassVar[str] = "kto"
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """The loss, by TRL's names."""
+    good_weight: float = Field(default=1.0, gt=0)
+    """Weight of good answers. KTO's paper wants weight × number within 1 to 4/3 of that of bad ones."""
+    bad_weight: float = Field(default=1.0, gt=0)
+    """Weight of bad answers."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.loss == "kto" and self.batch_size < 2:
+            raise ValueError("batch_size: the kto loss compares the answers of a batch; --batch-size 2 or more")
+        return self
 
 
 class ChatConfig(EngineOptions, ModelOptions):

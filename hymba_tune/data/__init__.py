@@ -6,6 +6,8 @@ from hymba_tune.data.dataset import build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation, Text
 from hymba_tune.data.messages import Message
 from hymba_tune.data.mixes import open_sources
+from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, read_preferences
+from hymba_tune.data.preferences import Judged, Pair, parse_judged, parse_pair
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.rows import Place, Row, RowError
 from hymba_tune.data.sources import Source, open_source
@@ -19,19 +21,26 @@ __all__ = [
     "Conversation",
     "DataReport",
     "Encoded",
+    "Judged",
     "Message",
+    "Pair",
     "Place",
+    "PreferenceReport",
     "Row",
     "RowError",
     "Source",
     "Text",
     "TrainingData",
     "build_dataset",
+    "build_preferences",
     "cache_folder",
     "encode",
     "encode_prompt",
     "open_source",
     "open_sources",
+    "parse_judged",
+    "parse_pair",
+    "read_preferences",
     "read_training_data",
     "render_prompt",
     "sample_prompts",

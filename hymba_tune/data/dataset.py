@@ -182,10 +182,10 @@ def _stopped(reading: Reading, after: Iterator[Reading]) -> RowError:
     assert reading.problem
     same_file = takewhile(lambda other: other.source == reading.source, after)
     bad = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
-    return RowError(reading.row.place, reading.problem, extent=_extent(bad))
+    return RowError(reading.row.place, reading.problem, extent=extent_of(bad))
 
 
-def _extent(bad: list[bool]) -> str:
+def extent_of(bad: list[bool]) -> str:
     """How many bad rows there are, from the first one on and as far as was looked ahead."""
     count = f"{1 + sum(bad)} such rows" if any(bad) else "the only one"
     return f"{count} in the file" if len(bad) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -64,8 +64,12 @@ class Names:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, mapping: Mapping[str, str]) -> Names:
+    def parse(cls, mapping: Mapping[str, str], fields: Sequence[str] = ()) -> Names:
         """Take ``--map`` apart: ``{"prompt": "question", "role.bot": "assistant"}``.
+
+        Args:
+            mapping: As given.
+            fields: What columns may be named; those of `FORMATS` if not given.
 
         Raises:
             ConfigError: If a field or a role is none that the formats know.
@@ -75,7 +79,7 @@ class Names:
         for key, to in roles.items():
             _known(f"--map {ROLE_PREFIX}{key}={to}", to, ROLES)
         for key, to in columns.items():
-            _known(f"--map {key}={to}", key, tuple(dict.fromkeys(name for form in FORMATS for name in form.fields)))
+            _known(f"--map {key}={to}", key, fields or [*dict.fromkeys(n for form in FORMATS for n in form.fields)])
         return cls(columns, roles)
 
     def rename(self, row: Mapping[str, object]) -> Fields:
@@ -98,7 +102,7 @@ class Names:
         return f'"{self.columns.get(name, name)}"'
 
 
-def _known(flag: str, name: str, names: tuple[str, ...]) -> None:
+def _known(flag: str, name: str, names: Sequence[str]) -> None:
     if name in names:
         return
     near = get_close_matches(name, names, n=1)

@@ -22,6 +22,7 @@ from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
 from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
+from .log_probs import TokenScores, score_tokens
 from .loss import linear_cross_entropy
 from .rotary import rotary_base, rotary_tables
 
@@ -243,10 +244,11 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
+        fused_lm_head: bool = False,
         return_dict: bool | None = None,
         past_key_values: HymbaCache | None = None,
         **_: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast | TokenScores | tuple[Any, ...]:
         """Predict the next tokens; see `HymbaModel.forward` for the layouts taken.
 
         Args:
@@ -262,6 +264,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             logits_to_keep: How many columns, from the right, or which ones, to compute logits for; 0 for all.
             num_items_in_batch: What the summed loss is divided by; the number of learned tokens when not given.
             skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
+            fused_lm_head: Return `TokenScores` of the labels instead, as TRL's preference trainers ask for them.
             return_dict: False for a tuple.
             past_key_values: What transformers before 5.24 calls the cache.
 
@@ -282,6 +285,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             documents=documents,
         )
         hidden: Tensor = outputs.last_hidden_state
+        if fused_lm_head and labels is not None:
+            return score_tokens(hidden, self.lm_head.weight, labels)
         loss = None
         if labels is not None:
             targets = documents.next_labels(labels)

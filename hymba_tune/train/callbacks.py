@@ -19,6 +19,17 @@ from hymba_tune.train.screen import Row, Screen
 
 LEAST_RATE = 1e-3
 """Share of its peak that a learning rate must have for every step to be seen in the weights."""
+REWARDS = {
+    f"{mode}rewards/{name}": f"{mode}{ours}"
+    for mode in ("", "eval_")
+    for name, ours in {
+        "margins": "margin",
+        "accuracies": "accuracy",
+        "chosen": "chosen_reward",
+        "rejected": "rejected_reward",
+    }.items()
+}
+"""What TRL calls the numbers of preferences, and what a run's metrics do."""
 
 
 class Metrics(TrainerCallback):
@@ -69,6 +80,7 @@ class Metrics(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             tokens_per_s=speed,
             memory_bytes=peak_memory(args.device),
+            **{name: logs[key] for key, name in REWARDS.items() if key in logs},
         )
         self._run.log(row)
         left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hymba_tune.config import TrainingConfig
 from hymba_tune.train.run import Run
+from hymba_tune.train.screen import Row
 
 
-def write_card(run: Run, config: TrainingConfig) -> None:
-    """Write ``README.md``: what was trained on what, how it did, and how to use it."""
+def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None:
+    """Write ``README.md``: what was trained on what, how it did, and how to use it.
+
+    Args:
+        run: With its facts recorded.
+        config: Its settings.
+        summary: How much data there was, in words.
+    """
     facts, evaluations = run.facts(), list(run.evaluations())
     trained = "model" if run.model.is_dir() else "adapter"
     lines = [
         *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
         *("", f"# {run.name}", ""),
-        f"{config.model}, fine-tuned with hymba-tune ({config.method.value}) on {', '.join(config.data)}.",
+        f"{config.model}, trained by hymba-tune {config.verb} ({config.method.value}) on {', '.join(config.data)}.",
         "",
     ]
     if evaluations:
-        first, kept = evaluations[0], facts["kept"]
-        lines += [
-            *("| held-out loss | step | nats a token |", "|---|---|---|"),
-            f"| before | {first.step} | {first.eval_loss:.4f} |",
-            f"| after | {kept['step']} | {kept['eval_loss']:.4f} |",
-            "",
-        ]
+        kept = next((row for row in evaluations if row.step == facts["kept"]["step"]), evaluations[-1])
+        lines += [*_table(evaluations[0], kept), ""]
     data = facts["data"]
     lines += [
-        f"Data: {data['rows']:,} rows, {data['tokens']:,} tokens, {data['learned']:,} of them learned; "
-        f"SHA-256 of the encoded rows {data['fingerprint']}.",
+        f"Data: {data['rows']:,} rows; {' · '.join(summary)}; SHA-256 of the encoded rows {data['fingerprint']}.",
         f"Training: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens; all settings are in config.yaml.",
         "",
         f"The {trained}/ folder holds the {trained}. Chat with it: `hymba-tune chat {run.path}`",
     ]
     (run.path / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(first: Row, last: Row) -> list[str]:
+    """The first and the last evaluation, side by side."""
+    columns = {"eval_loss": "loss" if last.eval_margin is not None else "nats a token"}
+    columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}
+    known = [name for name in columns if getattr(last, name) is not None]
+    lines = [f"| held-out | step | {' | '.join(columns[name] for name in known)} |", "|---" * (2 + len(known)) + "|"]
+    for when, row in {"before": first, "after": last}.items():
+        values = (f"{getattr(row, name) or 0.0:.4f}" for name in known)
+        lines.append(f"| {when} | {row.step} | {' | '.join(values)} |")
+    return lines

@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, set_seed
 
-from hymba_tune.adapters import add_adapter, count_parameters, open_model
+from hymba_tune.adapters import add_adapter, base_of, count_parameters, load_adapter, open_model, restrict_rows
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.registry import lasting_name
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_run
 from hymba_tune.train.base import RunTrainer
@@ -101,10 +100,10 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)
-            screen.banner(describe_run(setup, data, trainer))
+            screen.banner(describe_run(setup, data, trainer) | kind.describe(setup))
             run.record(
                 verb=config.verb,
-                model=lasting_name(config.model),
+                model=setup.base,
                 data=data.report.counts(),
                 device=str(setup.device),
                 dtype=str(setup.dtype),
@@ -135,8 +134,13 @@ def _check_same_data(run: Run, report: DataReport) -> None:
 
 def _open(setup: Setup) -> PreTrainedModel:
     config = setup.config
-    model = open_model(setup.source, dtype=setup.weights_dtype, device=setup.device)
-    model.name_or_path = lasting_name(config.model)
+    source = base_of(setup.source) if setup.continues else setup.source
+    model = open_model(source, dtype=setup.weights_dtype, device=setup.device)
+    model.name_or_path = setup.base
+    if setup.continues and setup.source.adapter:
+        adapted = load_adapter(model, setup.source.adapter, trainable=True)
+        restrict_rows(adapted, config.targets)
+        return adapted
     if config.method is Method.full:
         return model.requires_grad_(True)  # folding a run's adapter in has frozen all of it
     return add_adapter(model, adapter_config(config, model), config.targets)
@@ -148,7 +152,8 @@ def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, scree
     if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
-    trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
+    with screen.working("handing the data to the trainer"):
+        trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
     trainer.rates = learning_rates(setup)
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
@@ -192,7 +197,7 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         peak_memory_bytes=account.peak_memory_bytes,
         parameters={"trainable": trainable, "total": total},
     )
-    write_card(run, config)
+    write_card(run, config, data.summary)
     return run
 
 

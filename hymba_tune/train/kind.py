@@ -21,7 +21,9 @@ class Kind:
         read_data: Reads and encodes the data, before any weights are loaded.
         make_trainer: Builds the trainer of a model with its adapter on. The arguments are those that every kind of
             training shares (`hymba_tune.train.arguments`), by TRL's names; the callbacks are the run's.
+        describe: What the banner says of this kind alone, a label and a line each.
     """
 
     read_data: Callable[[Setup, Screen], Data]
     make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], RunTrainer]
+    describe: Callable[[Setup], dict[str, str]] = lambda _: {}

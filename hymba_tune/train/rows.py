@@ -9,6 +9,8 @@ import datasets
 import torch
 from torch import Tensor
 
+TEXT_COLUMNS = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")
+"""Columns that make up a text that the model reads, in this order."""
 READ = 10_000  # rows looked at at a time
 
 

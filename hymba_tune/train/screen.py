@@ -19,6 +19,15 @@ class Row:
         grad_norm: Of the last step, before it was clipped.
         tokens_per_s: Tokens read a second since the last row, evaluations not counted.
         memory_bytes: Peak memory so far, of the GPU or, on a CPU, of the process.
+        margin: Of preferences: how much larger the rewards of better answers are than those of worse ones, on average.
+            A reward is beta times the log-ratio of the answer's probabilities under the model and the reference.
+        accuracy: Share of the pairs whose better answer has the larger reward.
+        chosen_reward: Mean reward of the better, or good, answers.
+        rejected_reward: Mean reward of the worse, or bad, answers.
+        eval_margin: These four on the held-out data, as means over all of its pairs or answers.
+        eval_accuracy: See `eval_margin`.
+        eval_chosen_reward: See `eval_margin`.
+        eval_rejected_reward: See `eval_margin`.
     """
 
     step: int
@@ -28,6 +37,14 @@ class Row:
     grad_norm: float | None = None
     tokens_per_s: float | None = None
     memory_bytes: int | None = None
+    margin: float | None = None
+    accuracy: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    eval_margin: float | None = None
+    eval_accuracy: float | None = None
+    eval_chosen_reward: float | None = None
+    eval_rejected_reward: float | None = None
 
 
 class Screen:

@@ -18,11 +18,11 @@ from hymba_tune.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from hymba_tune.config import Method, TrainingConfig, as_mapping
+from hymba_tune.config import Method, PreferenceConfig, SFTConfig, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
-from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.registry import ModelSource, lasting_name, resolve_model
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 from hymba_tune.train.tracking import check_trackers
@@ -40,6 +40,16 @@ class Setup:
     dtype: torch.dtype
     model_config: PretrainedConfig
     kernels: dict[str, Choice]
+
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter of ``source`` is gone on with, rather than a new one made."""
+        return isinstance(self.config, PreferenceConfig) and self.config.start is Start.continue_
+
+    @property
+    def base(self) -> str:
+        """The name under which the model below the trained adapter is found again; a run's stands for its result."""
+        return str(self.source.base) if self.continues else lasting_name(self.config.model)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -76,7 +86,9 @@ def check(config: TrainingConfig) -> Setup:
     """
     if not config.data:
         raise ConfigError(
-            "--data is missing.", expected="a file, a Hub dataset, or demo", fix="--data demo to try the kit"
+            "--data is missing.",
+            expected="a file, a Hub dataset, or demo" if isinstance(config, SFTConfig) else "a file or a Hub dataset",
+            fix="--data demo to try the kit" if isinstance(config, SFTConfig) else "",
         )
     check_trackers(config.track)
     run = Run(config.resume) if config.resume else Run.choose(config)

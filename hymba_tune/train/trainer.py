@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 
 class HymbaTrainer(RunTrainer, SFTTrainer):
@@ -19,10 +19,7 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # TRL replaces the model's forward by one that computes the loss from the head's weight. The model's own loss
-        # knows where documents end, scores learned tokens only, and is several times faster on a CPU.
-        model = self.accelerator.unwrap_model(self.model)
-        vars(getattr(model, "get_base_model", lambda: model)()).pop("forward", None)
+        keep_own_forward(self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self,

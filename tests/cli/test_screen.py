@@ -26,6 +26,18 @@ def test_columns_stand_under_their_names(capsys: pytest.CaptureFixture[str]) -> 
     assert len(row) == len(header)
 
 
+def test_preferences_have_columns_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = RichScreen()
+    row = Row(99_999, loss=12.345, tokens_per_s=123_456.0, margin=-12.3456, accuracy=1.0, chosen_reward=1.0)
+    screen.row(row, total_steps=99_999, seconds_left=86_400)
+    screen.row(Row(99_999, eval_loss=0.5, eval_margin=1.5, eval_accuracy=0.625), total_steps=99_999, seconds_left=None)
+    header, trained, evaluated = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "loss", "eval", "margin", "acc", "tok/s", "left"]
+    assert trained.split()[1:4] == ["12.345", "-12.346", "100%"]
+    assert evaluated.split()[1:] == ["0.500", "1.500", "62%"]
+    assert max(map(cell_len, (header, trained, evaluated))) <= 60
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(59, "59 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")])
 def test_time_to_go(seconds: float, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     RichScreen().row(Row(1, loss=1.0), total_steps=9, seconds_left=seconds)

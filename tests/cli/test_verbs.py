@@ -10,6 +10,7 @@ from rich.cells import cell_len
 
 from hymba_tune.generate import Chat
 from tests.cli.conftest import Command, Result
+from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 
 
@@ -71,6 +72,23 @@ def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Pat
     longer = command("sft", "--resume", "runs/mine", "--steps", 6)
     assert_plain(longer)
     assert "6/6" in longer.out
+
+
+def test_sft_then_dpo_then_chat(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sft").symlink_to(finished_run)
+    save_pairs(tmp_path / "pairs.jsonl")
+    flags = "--rank 4 --lr 0.01 --steps 2 --batch-size 4 --log-every 1 --eval-split 0.2 --dtype float32 --out runs/dpo"
+    trained = command("dpo", "--model", "sft", "--data", "pairs.jsonl", *flags.split())
+    assert_plain(trained)
+    assert " start      sft: its adapter is merged in, a new one trained" in trained.out
+    assert "computed with the new adapter off · sigmoid" in trained.out
+    assert "step   loss     eval  margin   acc" in trained.out
+    assert "better answer preferred in" in trained.out
+    assert_plain(command("chat", "runs/dpo", "--prompt", "Hello", "--max-new-tokens", 4, "--dtype", "float32"))
+    assert_plain(command("dpo", "--resume", "runs/dpo", "--steps", 3))
+    refused = command("sft", "--resume", "runs/dpo")
+    assert refused.code == 2
+    assert "hymba-tune dpo --resume runs/dpo" in refused.err
 
 
 def test_recipe_runs(command: Command, small_model: Path, questions: Path, tmp_path: Path) -> None:

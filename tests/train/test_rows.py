@@ -62,3 +62,9 @@ def test_rows_far_behind_are_found(rows: Dataset, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("hymba_tune.train.rows.READ", 2)
     assert find_rows(packed(TEXTS[4], TEXTS[0]), rows.select(range(6))) == [4, 0]
     assert find_rows(packed(TEXTS[4], TEXTS[0]), rows.select([0, 4])) == [1, 0]
+
+
+@pytest.mark.parametrize("answers", ["chosen_ids", "completion_ids"])
+def test_rows_of_a_prompt_and_answers_are_found_by_both(answers: str) -> None:
+    rows = Dataset.from_dict({"prompt_ids": [[5, 6], [5], [7]], answers: [[7], [6, 8], [5]]})
+    assert find_rows(padded([5, 6, 8], [7, 5], [5, 6, 9]), rows) == [1, 2]

@@ -1,0 +1,27 @@
+"""`hymba-tune kto`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from hymba_tune.cli.training import run_verb
+from hymba_tune.config import KTOConfig
+
+
+def kto(*, config: str | None = None, flags: Annotated[KTOConfig, Parameter(name="*")] = KTOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+    """Train a model on answers that are judged good or bad, one by one.
+
+    Example: hymba-tune kto --data judged.jsonl --model runs/my-sft
+
+    Rows have prompt, completion and label (true or false); pairs, as hymba-tune dpo takes them, count as two.
+
+    Parameters
+    ----------
+    config
+        A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
+    """
+    from hymba_tune.train.preference import run_kto
+
+    run_verb(config, flags, run_kto)

@@ -1,0 +1,149 @@
+"""TRL's trainers of preferences for Hymba: rows that come encoded, its own head, one adapter, an exact evaluation."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import torch
+import trl
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+from trl import DPOTrainer, KTOTrainer
+
+from hymba_tune.train.base import RunTrainer, keep_own_forward
+
+TRL_REFERENCE = "ref"
+"""TRL's name for the copy that it makes of an adapter, to compare it with."""
+EXACT = ("rewards/", "logps/", "kl")
+"""What TRL measures of a batch that can be averaged over answers; the rest is about tokens."""
+
+
+class PreferenceTrainer(RunTrainer):
+    """Stands before one of TRL's trainers of preferences among the bases."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        with _quiet_trl():
+            super().__init__(**kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        keep_own_forward(model)
+        # A new adapter is no other model than the one below it: switched off, it needs no copy. One that is gone on
+        # with was compared with its copy before training, when the two were the same.
+        if isinstance(model, PeftModel):
+            model.delete_adapter(TRL_REFERENCE)
+
+    def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """How many answers, or pairs of them, each number about a batch is a mean of; by the last part of its name."""
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """Means over all pairs or answers. TRL's own loop averages batches, however many they hold."""
+        del description
+        self.model.eval()
+        sums: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            counts = self.counts(inputs)
+            measured = {"loss": loss.item()} | {name: values[-1] for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            for name, value in measured.items():
+                weight = counts.get(name.split("/")[-1], counts["all"])
+                sums[name] += weight * value
+                weights[name] += weight
+        names = sorted(name for name in sums if name == "loss" or name.startswith(EXACT))
+        pairs = torch.tensor([[sums[name], weights[name]] for name in names], dtype=torch.float64)
+        total = self.accelerator.reduce(pairs.to(self.args.device), "sum").tolist()
+        metrics = {name: value / max(weight, 1.0) for name, (value, weight) in zip(names, total, strict=True)}
+        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss."""
+        with _quiet_trl():
+            return super().compute_loss(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
+        # Rows come encoded and cut.
+        return dataset
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
+        model = self.accelerator.unwrap_model(self.model)
+        keep_own_forward(model)
+        if isinstance(model, PeftModel):
+            # TRL copies the linear layers only, not the meta tokens.
+            set_peft_model_state_dict(model, get_peft_model_state_dict(model), TRL_REFERENCE)
+        training = model.training
+        model.eval()
+        try:
+            with _no_bars():
+                return super()._precompute_ref_logps(*args, **kwargs)
+        finally:
+            model.train(training)
+
+
+class PairTrainer(PreferenceTrainer, DPOTrainer):
+    """Trains on rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
+
+    def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """The better answers are the first half of a batch, the worse ones the second."""
+        return {"all": len(inputs["input_ids"]) // 2}
+
+
+class JudgedTrainer(PreferenceTrainer, KTOTrainer):
+    """Trains on rows of ``prompt_ids``, ``completion_ids`` and ``label``."""
+
+    def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """Good answers, bad ones, and both."""
+        labels: Tensor = inputs["label"]
+        good = int(labels.sum())
+        return {"all": len(labels), "chosen": good, "rejected": len(labels) - good}
+
+    def _prepare_dataset(
+        self, dataset: datasets.Dataset, processing_class: Any, args: trl.KTOConfig, *_: Any
+    ) -> datasets.Dataset:
+        del processing_class
+        # KTO measures how far the model has gone from the reference on answers to other prompts: those of the same
+        # batch, each handed on to the next prompt.
+        if not self.calculate_KL:
+            return dataset
+
+        def hand_on(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            answers = rows["completion_ids"]
+            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+        return dataset.map(hand_on, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+@contextmanager
+def _quiet_trl() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # TRL calls transformers by names that transformers is leaving.
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

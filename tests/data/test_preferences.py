@@ -1,0 +1,154 @@
+"""Preferences in any format are the same conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hymba_tune.data.formats import Conversation, Names
+from hymba_tune.data.messages import Message
+from hymba_tune.data.preferences import FIELDS, IdenticalPairError, Pair, parse_judged, parse_pair
+from hymba_tune.errors import ConfigError, DataError
+
+
+def talk(*said: str, system: str = "") -> Conversation:
+    """What the user and the assistant say in turn."""
+    turns = [Message("system", system)] if system else []
+    turns += [Message(("user", "assistant")[index % 2], text) for index, text in enumerate(said)]
+    return Conversation(tuple(turns))
+
+
+def said(conversation: Conversation) -> list[tuple[str, str]]:
+    """Roles and contents alone."""
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def messages(*said: str) -> list[dict[str, str]]:
+    """The same as a data file holds it."""
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
+
+
+ASSISTANT = [{"role": "assistant", "content": "Yes."}], [{"role": "assistant", "content": "No."}]
+SAME: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
+    "messages": {"prompt": messages("Is it?"), "chosen": ASSISTANT[0], "rejected": ASSISTANT[1]},
+    "text and messages": {"prompt": "Is it?", "chosen": ASSISTANT[0], "rejected": ASSISTANT[1]},
+    "conversations": {"chosen": messages("Is it?", "Yes."), "rejected": messages("Is it?", "No.")},
+    "ultrafeedback": {
+        "prompt": "Is it?",
+        "prompt_id": "17",
+        "chosen": messages("Is it?", "Yes."),
+        "rejected": messages("Is it?", "No."),
+        "messages": messages("Is it?", "Yes."),
+        "score_chosen": 8.0,
+        "score_rejected": 3.5,
+    },
+    "hh": {"chosen": "\n\nHuman: Is it?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it?\n\nAssistant: No."},
+    "hh with prompt": {"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+    "sharegpt": {
+        "chosen": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}],
+        "rejected": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "No."}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_same_pair_in_every_format(form: str) -> None:
+    pair = parse_pair(SAME[form])
+    assert [(role, text.strip()) for role, text in said(pair.chosen)] == said(talk("Is it?", "Yes."))
+    assert [(role, text.strip()) for role, text in said(pair.rejected)] == said(talk("Is it?", "No."))
+    assert not pair.tie
+
+
+def test_turns_of_hh_are_told_apart() -> None:
+    before = "\n\nHuman: One?\n\nAssistant: 1\n\nwith a blank line\n\nHuman: Two?\n\nAssistant:"
+    pair = parse_pair({"chosen": f"{before} 2", "rejected": f"{before} 3"})
+    assert said(pair.chosen) == said(talk("One?", "1\n\nwith a blank line", "Two?", "2"))
+
+
+def test_system_prompt_and_other_names() -> None:
+    names = Names.parse({"prompt": "question", "chosen": "better", "rejected": "worse"}, FIELDS)
+    row = {"system": "Be brief.", "question": "Is it?", "better": "Yes.", "worse": "No."}
+    assert said(parse_pair(row, names).rejected) == said(talk("Is it?", "No.", system="Be brief."))
+
+
+def test_names_that_no_format_has() -> None:
+    with pytest.raises(ConfigError, match=r'--map chose=x: "chose" is not known(.|\n)*did you mean "chosen"'):
+        Names.parse({"chose": "x"}, FIELDS)
+
+
+@pytest.mark.parametrize("scores", [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")])
+def test_equal_scores_are_a_tie(scores: tuple[str, str]) -> None:
+    assert parse_pair(SAME["texts"] | dict.fromkeys(scores, 4.0)).tie
+    assert not parse_pair(SAME["texts"] | dict.fromkeys(scores)).tie
+
+
+def test_identical_answers_are_no_pair() -> None:
+    with pytest.raises(IdenticalPairError, match='"chosen" and "rejected" are the same'):
+        parse_pair({"prompt": "Is it?", "chosen": "Yes.", "rejected": "Yes."})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    {
+        "text": ("no row", r"the row is text\n  expected   an object with chosen \+ rejected"),
+        "no side": ({"prompt": "a", "chosen": "b"}, r'it has no "rejected" \(but prompt, chosen\)'),
+        "no prompt": ({"chosen": "b", "rejected": "c"}, r'it has no "prompt" \(but chosen, rejected\)'),
+        "empty": ({"prompt": "a", "chosen": " ", "rejected": "c"}, r'"chosen" is an empty answer'),
+        "number": ({"prompt": "a", "chosen": 3, "rejected": "c"}, r'"chosen" is a number'),
+        "role": (
+            {"chosen": [{"role": "bot", "content": "a"}], "rejected": messages("a", "b")},
+            r'message 1 has role "bot"',
+        ),
+        "prompts differ": (
+            {"chosen": messages("a", "b", "c", "d"), "rejected": messages("a", "x", "c", "e")},
+            r"its conversations part at message 2, before their last answers",
+        ),
+        "lengths differ": (
+            {"chosen": messages("a", "b", "c", "d"), "rejected": messages("a", "b")},
+            r"its conversations part at message 1, before|part at message",
+        ),
+        "ends with the user": (
+            {"chosen": messages("a", "b", "c"), "rejected": messages("a", "b")},
+            r'"chosen" does not end with an answer',
+        ),
+    }.values(),
+)
+def test_row_that_is_no_pair(row: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_pair(row)
+
+
+@pytest.mark.parametrize("label", [True, 1, "true", "True ", "1"])
+def test_label_in_any_notation(label: object) -> None:
+    (judged,) = parse_judged({"prompt": "Is it?", "completion": "Yes.", "label": label})
+    assert said(judged.conversation) == said(talk("Is it?", "Yes."))
+    assert judged.good
+
+
+def test_judged_conversation_is_judged_by_its_last_answer() -> None:
+    (judged,) = parse_judged({"messages": messages("a", "b", "c", "d"), "label": 0})
+    assert said(judged.conversation) == said(talk("a", "b", "c", "d"))
+    assert not judged.good
+
+
+def test_pair_is_one_good_answer_and_a_bad_one() -> None:
+    pair: Pair = parse_pair(SAME["texts"])
+    good, bad = parse_judged(SAME["texts"])
+    assert (good.conversation, good.good) == (pair.chosen, True)
+    assert (bad.conversation, bad.good) == (pair.rejected, False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b"}, r'it has no "label" \(but prompt, completion\)'),
+        ({"prompt": "a", "label": True}, r'it has no "completion" \(but prompt, label\)'),
+        ({"prompt": "a", "completion": "b", "label": "maybe"}, r""""label" is 'maybe'\n  expected   true or false"""),
+        ({"prompt": "a", "completion": "b", "label": [1]}, r'"label" is \[1\]'),
+    ],
+)
+def test_row_that_is_no_judgement(row: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_judged(row)

@@ -1,0 +1,65 @@
+"""Runs on preferences that take a second, of the models of `tests.runs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from hymba_tune.config import DPOConfig, KTOConfig
+from hymba_tune.train.preference import run_dpo, run_kto
+from hymba_tune.train.run import Run
+from hymba_tune.train.screen import Screen
+from tests.runs import ANSWER_TOKENS
+
+ANIMALS, NUMBERS = ("cat", "dog", "bird", "fish", "horse"), ("one", "two", "three", "four")
+
+
+def pairs(count: int = 24) -> list[dict[str, Any]]:
+    """Pairs of different lengths whose better answers can be told after a few steps."""
+    rows = []
+    for i in range(count):
+        number, animal, other = NUMBERS[i % 4], ANIMALS[i % 5], ANIMALS[(i + 1) % 5]
+        prompt = f"I see {number} {animal}s" + ", as you do" * (i % 3) + ". What do I see?"
+        rows.append(
+            {"prompt": prompt, "chosen": f"You see {number} {animal}s.", "rejected": f"Some {other}s, I think."}
+        )
+    return rows
+
+
+def save_pairs(path: Path, count: int = 24) -> Path:
+    """The pairs as a file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(count)))
+    return path
+
+
+def save_judged(path: Path, count: int = 24) -> Path:
+    """The better answers of some pairs and the worse ones of others."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+        for row, good in zip(pairs(count), [True, False, True] * count, strict=False)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+USUAL: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4, "steps": 2, "log_every": 1}
+
+
+def run_short(config: DPOConfig | KTOConfig, screen: Screen | None = None) -> Run:
+    """A run with short sample answers."""
+    with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS):
+        if isinstance(config, DPOConfig):
+            return run_dpo(config, screen or Screen())
+        return run_kto(config, screen or Screen())
+
+
+def dpo(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
+    """Two steps of DPO, unless told otherwise."""
+    return run_short(DPOConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)
+
+
+def kto(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
+    """Two steps of KTO, unless told otherwise."""
+    return run_short(KTOConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)
