@@ -62,9 +62,9 @@ def check_disk(run: Run, needed: int) -> None:
     free, missing = _free(run.path), needed - held - _free(run.path)
     if missing > 0:
         raise ConfigError(
-            f"--out {run.path}: its disk has {free / GB:.2f} GB free.",
-            expected=f"{(needed - held) / GB:.2f} GB for checkpoints and what is trained",
-            fix=f"free {missing / GB:.2f} GB, or --out on another disk, or train less: a lower --rank, or "
+            f"--out {run.path}: its disk has {_size(free)} free.",
+            expected=f"{_size(needed - held)} for checkpoints and what is trained",
+            fix=f"free {_size(missing)}, or --out on another disk, or train less: a lower --rank, or "
             "--optimizer adamw8bit",
         )
 
@@ -133,6 +133,10 @@ def _disk_full(run: Run) -> TrainingError:
         expected="room for the checkpoint at hand; nothing half-written was kept",
         fix=f"free some space, then --resume {run.path} (from {checkpoint.name})" if checkpoint else "free some space",
     )
+
+
+def _size(size: int) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 2**20:.0f} MB"
 
 
 def _free(path: Path) -> int:
