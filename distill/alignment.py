@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -80,11 +81,19 @@ def align_rows(
 
 
 class _Spelled(NamedTuple):
-    """An answer as one side's tokens: the lengths of these, and how many bytes come before what it says."""
+    """An answer as one side's tokens: the lengths of these, and how many bytes come before what is aligned."""
 
     begin: int
     lengths: list[int]
     lead: int
+
+
+class _Common(NamedTuple):
+    """An answer as both sides spell it, ``size`` bytes of it the same before its end."""
+
+    student: _Spelled
+    teacher: _Spelled
+    size: int
 
 
 class _Checked(NamedTuple):
@@ -92,7 +101,7 @@ class _Checked(NamedTuple):
 
     student: Row
     teacher: Row
-    spelled: list[tuple[_Spelled, _Spelled]]
+    answers: list[_Common]
 
 
 def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _Checked | Unaligned:
@@ -102,23 +111,30 @@ def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _C
         return teacher
     if [answer.content for answer in student.answers] != [answer.content for answer in teacher.answers]:
         return Unaligned("bytes differ", "the chat templates write the answers in different ways")
-    spelled = []
+    answers = []
     for ours, theirs in zip(student.answers, teacher.answers, strict=True):
-        both = _spelled(student.ids, ours, pair.student), _spelled(teacher.ids, theirs, pair.teacher)
-        if both[0] is None or both[1] is None:
-            whose = "student" if both[0] is None else "teacher"
+        pieces = _pieces(student.ids, ours, pair.student), _pieces(teacher.ids, theirs, pair.teacher)
+        leads = _lead(pieces[0], ours.content), _lead(pieces[1], theirs.content)
+        if leads[0] is None or leads[1] is None:
+            whose = "student" if leads[0] is None else "teacher"
             return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer")
-        spelled.append((both[0], both[1]))
-    return _Checked(student, teacher, spelled)
+        # White space that both templates write before an answer is aligned with it.
+        same = len(commonprefix([leads[0][::-1], leads[1][::-1]]))
+        student_spelled = _Spelled(ours.begin, list(map(len, pieces[0])), len(leads[0]) - same)
+        teacher_spelled = _Spelled(theirs.begin, list(map(len, pieces[1])), len(leads[1]) - same)
+        answers.append(_Common(student_spelled, teacher_spelled, len(ours.content) + same))
+    return _Checked(student, teacher, answers)
 
 
-def _spelled(ids: list[int], answer: Answer, side: Side) -> _Spelled | None:
-    pieces = list(map(side.spelling.tokens.__getitem__, ids[answer.begin : answer.end]))
+def _pieces(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
+    return list(map(side.spelling.tokens.__getitem__, ids[answer.begin : answer.end]))
+
+
+def _lead(pieces: list[bytes], content: bytes) -> bytes | None:
+    """What the tokens spell before an answer; None if they do not spell it, and its end."""
     spelled = b"".join(pieces)
-    lead = spelled.rfind(answer.content, 0, -len(END))
-    if lead < 0 or not spelled.endswith(END):
-        return None
-    return _Spelled(answer.begin, list(map(len, pieces)), lead)
+    lead = spelled.rfind(content, 0, -len(END))
+    return spelled[:lead] if lead >= 0 and spelled.endswith(END) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +152,8 @@ class _Tokens:
     first: Flags
 
 
-def _lay_out(answers: Sequence[_Spelled], contents: Indices) -> _Tokens:
-    """Lay answers end to end, ``contents`` bytes each and `END`, without what lies around what they say."""
+def _lay_out(answers: Sequence[_Spelled], sizes: Indices) -> _Tokens:
+    """Lay answers end to end, ``sizes`` bytes each and `END`, without what lies around these."""
     counts = np.array([len(answer.lengths) for answer in answers], np.int64)
     lengths = np.fromiter(chain.from_iterable(answer.lengths for answer in answers), np.int64, counts.sum())
     ends = lengths.cumsum()
@@ -148,11 +164,11 @@ def _lay_out(answers: Sequence[_Spelled], contents: Indices) -> _Tokens:
 
     lead = each(np.array([answer.lead for answer in answers], np.int64))
     ends -= each(totals.cumsum() - totals)
-    content, close = each(contents), each(totals) - len(END)
-    base = each((contents + len(END)).cumsum() - contents - len(END))
+    size, close = each(sizes), each(totals) - len(END)
+    base = each((sizes + len(END)).cumsum() - sizes - len(END))
 
     def place(byte: Indices) -> Indices:
-        placed: Indices = np.clip(byte - lead, 0, content) + np.clip(byte - close, 0, len(END)) + base
+        placed: Indices = np.clip(byte - lead, 0, size) + np.clip(byte - close, 0, len(END)) + base
         return placed
 
     start, end = place(ends - lengths), place(ends)
@@ -167,11 +183,11 @@ def _align_checked(rows: Sequence[_Checked]) -> Iterator[Alignment]:
     """All rows at once."""
     if not rows:
         return
-    answers = [spelled for row in rows for spelled in row.spelled]
-    contents = np.array([len(answer.content) for row in rows for answer in row.student.answers], np.int64)
-    ours = _lay_out([student for student, _ in answers], contents)
-    theirs = _lay_out([teacher for _, teacher in answers], contents)
-    row_ends = np.cumsum([sum(len(a.content) + len(END) for a in row.student.answers) for row in rows])
+    answers = [answer for row in rows for answer in row.answers]
+    sizes = np.array([answer.size for answer in answers], np.int64)
+    ours = _lay_out([answer.student for answer in answers], sizes)
+    theirs = _lay_out([answer.teacher for answer in answers], sizes)
+    row_ends = np.cumsum([sum(answer.size + len(END) for answer in row.answers) for row in rows])
     row_of = np.searchsorted(row_ends, ours.start, side="right")
 
     covering = np.searchsorted(theirs.start, ours.start, side="right") - 1

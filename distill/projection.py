@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hymba_tune.distill.alignment import Alignment
@@ -104,7 +105,7 @@ class Target:
     Attributes:
         probs: ``(N, V)``, over the student's vocabulary; with the bucket they sum to 1.
         bucket: ``(N,)``: of any piece outside the support, which is where ``probs`` is positive.
-        mass: ``(N,)``: what they summed to before.
+        mass: ``(N,)``: what they summed to before: how much of the teacher's probability the place keeps.
         known: ``(N,)`` bool: whether there is a target: the mass is above `FLOOR`, and a piece that goes on into the
             teacher's next token has some of it. Elsewhere ``probs`` and ``bucket`` mean nothing.
     """
@@ -143,10 +144,13 @@ class Projection:
     ) -> None:
         self.vocabulary = vocabulary
         self._first = _first_pieces(tables, seen, vocabulary, dtype).to(device)
-        names = ("after_start", "after_token", "after_piece", "exact_start", "exact_token")
-        self._after_start, self._after_token, self._after_piece, self._exact_start, self._exact_token = (
-            torch.from_numpy(getattr(tables, name)).to(device) for name in names
-        )
+
+        def moved(column: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(column).to(device)
+
+        self._after_start, self._exact_start = moved(tables.after_start), moved(tables.exact_start)
+        self._after_token, self._after_piece = moved(tables.after_token), moved(tables.after_piece)
+        self._exact_token = moved(tables.exact_token)
 
     @torch.no_grad()
     def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> Target:

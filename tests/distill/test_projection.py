@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
 
 from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.pair import Pair
-from hymba_tune.distill.projection import Projection, find_places
+from hymba_tune.distill.chunks import Head
+from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.projection import Places, Projection, find_places
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.tables import build_tables, count_first_pieces
+from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
 from tests.distill.random_pairs import Drawn, drawn
+from tests.distill.tokenizers import ALL
 from tests.reference import naive_projection as naive
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT32, FLOAT64
 
 
 def aligned(texts: list[str], pair: Pair) -> list[Alignment]:
-    talks = [Conversation((Message("user", "a"), Message("assistant", text))) for text in texts]
+    talks = [Conversation((Message("user", ""), Message("assistant", text))) for text in texts]
     rows = align([*map(Text, texts), *talks], pair)
     assert all(isinstance(row, Alignment) for row in rows), rows
     return [row for row in rows if isinstance(row, Alignment)]
@@ -30,7 +34,7 @@ def random_probs(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64)
     return torch.randn(rows, vocabulary, dtype=torch.float64).mul(2).softmax(-1).to(dtype)
 
 
-def naive_first(pair: Pair, rows: list[Alignment], segment: naive.Segment) -> naive.Callable[[int], dict[int, float]]:
+def naive_first(pair: Pair, rows: list[Alignment], segment: naive.Segment) -> Callable[[int], dict[int, float]]:
     """Shares of first pieces: once alone, and as often as the rows have them."""
     seen: dict[int, Counter[int]] = {}
     for row in rows:
@@ -56,7 +60,7 @@ def segment_of(one: Drawn) -> naive.Segment:
     return lambda spelled: None if spelled in names else one.segment(spelled)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(one=drawn())
 def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
     assume(one.pair.student.spelling != one.pair.teacher.spelling)  # then special tokens count as well
@@ -67,7 +71,8 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
     teacher, spell = one.pair.teacher.spelling.tokens, one.pair.student.spelling.tokens.__getitem__
     for row in rows:
         probs = random_probs(len(row.teacher_ids), len(teacher))
-        target = projection(probs, find_places(row, tables))
+        places = find_places(row, tables)
+        target = projection(probs, places)
         assert len(target.mass) == len(row.student)
         for place, (at, spelled) in enumerate(zip(row.teacher.tolist(), row.spelled.tolist(), strict=True)):
             before = None if row.first[place] or at < 2 else probs[at - 2].tolist()
@@ -82,3 +87,127 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
             if total:
                 FLOAT64.check(target.probs[place], expected / total, "probabilities")
                 FLOAT64.check(target.bucket[place], torch.tensor(bucket / total, dtype=torch.float64), "bucket")
+
+
+def projection_of(pair: Pair, rows: list[Alignment], dtype: torch.dtype = torch.float64) -> tuple[Projection, Tables]:
+    tables = build_tables(pair)
+    vocabulary = len(pair.student.spelling)
+    return Projection(tables, count_first_pieces(rows), vocabulary=vocabulary, dtype=dtype), tables
+
+
+def talk(text: str, pair: Pair) -> Alignment:
+    (row,) = align([Conversation((Message("user", "What?"), Message("assistant", text)))], pair)
+    assert isinstance(row, Alignment), row
+    return row
+
+
+SAMPLE = "Natalia sold 42 clips in April,  and naïve 🙂 friends.\n\n  def f(x):\n        return 17"
+
+
+@pytest.mark.parametrize("name", ["hymba", "llama3", "unigram"])
+def test_same_tokenizer_is_the_identity(name: str) -> None:
+    """Whatever the tokens before: there is nothing to give back."""
+    pair = make_pair(ALL[name], ALL[name])
+    row = talk(SAMPLE, pair)
+    projection, tables = projection_of(pair, [row])
+    probs = random_probs(len(row.teacher_ids), len(pair.teacher.spelling))
+    places = find_places(row, tables)
+    target = projection(probs, places)
+    FLOAT64.check(target.probs, probs[row.teacher - 1])
+    assert not target.bucket.any()
+    assert target.known.all()
+
+
+@pytest.fixture(scope="module")
+def sample() -> tuple[Alignment, Projection, Places, Tensor]:
+    pair = make_pair(ALL["hymba"], ALL["llama3"])
+    row = talk(SAMPLE, pair)
+    projection, tables = projection_of(pair, [row])
+    return row, projection, find_places(row, tables), random_probs(len(row.teacher_ids), len(pair.teacher.spelling))
+
+
+Sample = tuple[Alignment, Projection, Places, Tensor]
+
+
+def test_target_sums_to_one(sample: Sample) -> None:
+    _, projection, places, probs = sample
+    target = projection(probs, places)
+    FLOAT64.check(target.probs.sum(-1) + target.bucket, torch.ones(len(places), dtype=torch.float64))
+    assert target.bucket.any()
+    assert target.known.any()
+
+
+def test_chunks_of_places_are_the_whole(sample: Sample) -> None:
+    _, projection, places, probs = sample
+    whole, parts = (
+        projection(probs, places),
+        [projection(probs, places[at : at + 7]) for at in range(0, len(places), 7)],
+    )
+    for name in ("probs", "bucket", "mass"):
+        FLOAT64.check(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), name)
+
+
+def test_places_move_between_devices(sample: Sample) -> None:
+    places = sample[2].to(torch.device("meta"))
+    assert {getattr(places, name).device.type for name in Places.__slots__} == {"meta"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_from_hidden_states_as_from_probabilities(sample: Sample, temperature: float) -> None:
+    """Each output's softmax is computed once, of those that the places ask for."""
+    row, projection, places, _ = sample
+    vocabulary = projection._first.shape[1]
+    hidden, weight = torch.randn(len(row.teacher_ids), 5).double(), torch.randn(vocabulary, 5).double()
+    probs = (hidden @ weight.mT / temperature).softmax(-1)
+    for chunk in (slice(0, 1), slice(3, 20), slice(None)):
+        found = projection.from_head(Head(hidden, weight), places[chunk], temperature=temperature)
+        expected = projection(probs, places[chunk])
+        FLOAT64.check(found.probs, expected.probs, "probabilities")
+        FLOAT64.check(found.bucket, expected.bucket, "bucket")
+
+
+def test_float32_is_enough(sample: Sample) -> None:
+    row, exact, places, probs = sample
+    pair = make_pair(ALL["hymba"], ALL["llama3"])
+    projection, _ = projection_of(pair, [row], torch.float32)
+    found, expected = projection(probs.float(), places), exact(probs, places)
+    FLOAT32.check(found.probs, expected.probs, "probabilities")
+    FLOAT32.check(found.bucket, expected.bucket, "bucket")
+
+
+def test_what_a_server_does_not_tell_is_in_the_bucket(sample: Sample) -> None:
+    _, projection, places, probs = sample
+    told = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
+    told = told.scatter(1, places.previous[:, None].new_zeros(len(told), 1), 0.0)
+    cut = 1 - told.sum(-1)
+    without, target = projection(told, places), projection(told, places, cut)
+    earlier = torch.where(places.before >= 0, told[places.before, places.previous], 1.0)
+    FLOAT64.check(target.mass, without.mass + earlier * cut[places.now])
+    FLOAT64.check(target.bucket * target.mass, without.bucket * without.mass + earlier * cut[places.now])
+
+
+def test_bucket_beside_a_full_support_is_left_out() -> None:
+    """There is no piece that it could stand for."""
+    pair = make_pair(ALL["llama3"], ALL["llama3"])
+    row = talk("yes", pair)
+    projection, tables = projection_of(pair, [row])
+    probs = random_probs(len(row.teacher_ids), len(pair.teacher.spelling))
+    target = projection(probs, find_places(row, tables), torch.full((len(probs),), 0.5, dtype=torch.float64))
+    assert not target.bucket.any()
+    FLOAT64.check(target.probs, probs[row.teacher - 1])
+
+
+def test_nothing_is_known_of_what_no_token_says(sample: Sample) -> None:
+    _, projection, places, probs = sample
+    target = projection(torch.zeros_like(probs), places)
+    assert not target.known.any()
+    assert not target.mass.any()
+    assert target.probs.isfinite().all()
+
+
+def test_top_pieces_and_the_rest(sample: Sample) -> None:
+    _, projection, places, probs = sample
+    whole = projection(probs, places)
+    top = whole.top(3)
+    assert torch.equal(top.pieces, whole.probs.topk(3).indices)
+    FLOAT64.check(top.log_probs.exp().sum(-1) + top.bucket.exp(), torch.ones(len(places), dtype=torch.float64))

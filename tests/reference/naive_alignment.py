@@ -15,22 +15,32 @@ class Position(NamedTuple):
     crossing: bool
 
 
-def owners(pieces: list[bytes], answer: bytes) -> list[tuple[int, int]]:
+def owners(pieces: list[bytes], begin: int, size: int) -> list[tuple[int, int]]:
     """For each byte of the answer, which piece it is of, and the how many-th byte of that piece.
 
     The pieces may spell more than the answer before it and, but for the last piece, after it.
     """
-    body = b"".join(pieces[:-1])
-    cut = body.rfind(answer)
-    assert cut >= 0
     flat = [(index, byte) for index, piece in enumerate(pieces[:-1]) for byte in range(len(piece))]
     end = [(len(pieces) - 1, byte) for byte in range(len(pieces[-1]))]
-    return flat[cut : cut + len(answer)] + end
+    return flat[begin : begin + size] + end
+
+
+def both_owners(
+    student: list[bytes], teacher: list[bytes], answer: bytes
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Those of both sides, and of the bytes that both spell before the answer."""
+    bodies = [b"".join(pieces[:-1]) for pieces in (student, teacher)]
+    begins = [body.rfind(answer) for body in bodies]
+    assert min(begins) >= 0
+    size = len(answer)
+    while min(begins) and bodies[0][begins[0] - 1] == bodies[1][begins[1] - 1]:
+        begins, size = [begin - 1 for begin in begins], size + 1
+    return owners(student, begins[0], size), owners(teacher, begins[1], size)
 
 
 def positions(student: list[bytes], teacher: list[bytes], answer: bytes) -> list[Position]:
     """Every token of the student's that has a byte of the answer."""
-    ours, theirs = owners(student, answer), owners(teacher, answer)
+    ours, theirs = both_owners(student, teacher, answer)
     found = []
     for byte, (index, _) in enumerate(ours):
         if byte and ours[byte - 1][0] == index:
@@ -43,7 +53,7 @@ def positions(student: list[bytes], teacher: list[bytes], answer: bytes) -> list
 
 def spans(student: list[bytes], teacher: list[bytes], answer: bytes) -> list[tuple[int, int, int, int]]:
     """The smallest spans that both bound: ``[begin, end)`` of the student's tokens and of the teacher's."""
-    ours, theirs = owners(student, answer), owners(teacher, answer)
+    ours, theirs = both_owners(student, teacher, answer)
     found, begin = [], 0
     for end in range(1, len(ours) + 1):
         if end < len(ours) and (ours[end - 1][0] == ours[end][0] or theirs[end - 1][0] == theirs[end][0]):
