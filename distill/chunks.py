@@ -114,6 +114,14 @@ class _LogLikelihood(torch.autograd.Function):
         return gradients.hidden, gradients.weight, None, None
 
 
+def expand(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """All numbers of some ranges ``[begin, end)``, one range after the other, behind which range each is of."""
+    counts = end - begin
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    return owner, torch.arange(len(owner), device=counts.device) + (begin - before)[owner]
+
+
 def _chunks(hidden: Tensor, rows: int) -> Iterator[slice]:
     return (slice(begin, begin + rows) for begin in range(0, len(hidden), rows))
 

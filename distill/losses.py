@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, pad
 
+from hymba_tune.distill.chunks import expand
 from hymba_tune.distill.projection import SparseTarget, Target
 
 LEAST = 1e-6
@@ -28,7 +29,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         ``(N,)``.
     """
-    return -logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    return -_log_probs(logits, 1.0).gather(1, targets[:, None]).squeeze(1)
 
 
 def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -149,12 +150,8 @@ def alm(student: Tensor, teacher: Tensor, *, tau: float) -> Tensor:
 
 def span_sums(values: Tensor, begin: Tensor, end: Tensor) -> Tensor:
     """Sums of ``values[begin:end]``, ``(S,)``; for log-likelihoods of tokens, those of spans."""
-    counts = end - begin
-    within = torch.arange(int(counts.sum()), device=values.device) - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
-    span = torch.arange(len(begin), device=values.device).repeat_interleave(counts)
-    return values.new_zeros(len(begin)).index_add(0, span, values[begin.repeat_interleave(counts) + within])
+    span, at = expand(begin, end)
+    return values.new_zeros(len(begin)).index_add(0, span, values[at])
 
 
 def sorted_uld(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hymba_tune.distill.alignment import Alignment
-from hymba_tune.distill.chunks import Head
+from hymba_tune.distill.chunks import Head, expand
 from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
 
 FLOOR = 1e-6
@@ -202,13 +202,13 @@ class Projection:
 
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows with their nodes: each entry's row, token and piece."""
-        rows, at = _expand(rows, self._after_start, nodes)
-        return rows, self._after_token[at].long(), self._after_piece[at].long()
+        owner, at = expand(self._after_start[nodes].long(), self._after_start[nodes + 1].long())
+        return rows[owner], self._after_token[at].long(), self._after_piece[at].long()
 
     def _exact(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows with their nodes: each token's row and the token."""
-        rows, at = _expand(rows, self._exact_start, nodes)
-        return rows, self._exact_token[at].long()
+        owner, at = expand(self._exact_start[nodes].long(), self._exact_start[nodes + 1].long())
+        return rows[owner], self._exact_token[at].long()
 
 
 def _first_pieces(tables: Tables, seen: FirstPieces | None, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -230,13 +230,6 @@ def _first_pieces(tables: Tables, seen: FirstPieces | None, vocabulary: int, dty
             (vocabulary, len(tables.first)),
             check_invariants=True,
         )
-
-
-def _expand(rows: Tensor, starts: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as often as its node has entries, and where these are."""
-    begin, counts = starts[nodes].long(), (starts[nodes + 1] - starts[nodes]).long()
-    within = torch.arange(int(counts.sum()), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return rows.repeat_interleave(counts), begin.repeat_interleave(counts) + within
 
 
 def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:

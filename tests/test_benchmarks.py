@@ -40,6 +40,12 @@ COLUMNS = {
         "packing": {"dtype", "batch, meta tokens", "rows computed", "text tokens/s", "x faster", *TIMES},
     },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
+    "alignment": {
+        "alignment": {"what", "MB of text", "MB/s", *TIMES},
+        "projection_tables": {"student tokens", "teacher tokens", "build s", "peak MB", "disk MB", "open s"},
+        "projection": {"what", "us a token", "x softmax", *TIMES},
+    },
+    "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
 """By benchmark, the tables it writes and their columns."""
 

@@ -1,0 +1,165 @@
+"""Two tokenizers on one text: aligning it, the pair's tables, and projecting the teacher's probabilities.
+
+A SentencePiece-like student of 32,000 tokens and a byte-level teacher of 128,000, both trained here on Python's own
+library. "given tokens" aligns what is tokenised already; "from text" renders and tokenises as well.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.assets.vocabulary import train_tokenizer
+from hymba_tune.data import Conversation, Message
+from hymba_tune.distill.alignment import Alignment, align, align_rows
+from hymba_tune.distill.pair import Pair, make_pair, tokenise
+from hymba_tune.distill.projection import Projection, find_places
+from hymba_tune.distill.tables import build_tables, count_first_pieces, open_tables
+
+SIZES = (32_000, 128_000)
+QUICK = (600, 700)
+LIBRARY_BYTES = 12_000_000
+ANSWER = 600
+"""Characters of an answer."""
+BATCH = 200
+"""Answers aligned at once."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    given = harness.options(__doc__, arguments, repeats=5)
+    sizes = QUICK if given.quick else SIZES
+    with tempfile.TemporaryDirectory() as folder:
+        # Trained in a process of its own: what training leaves behind is not the tables'.
+        harness.in_child(train, sizes, 300_000 if given.quick else LIBRARY_BYTES, folder)
+        pair = load(folder)
+        rows = report_alignment(pair, 1 if given.quick else 5, given)
+        report_tables(folder, given)
+        report_projection(pair, rows, given)
+
+
+def library(size: int) -> Iterator[str]:
+    """Python's library, so many bytes of it, in a fixed order."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            size -= len(text)
+            yield text
+            if size < 0:
+                return
+
+
+def train(sizes: tuple[int, int], corpus: int, folder: str) -> None:
+    """Train both tokenizers and save them."""
+    texts = list(library(corpus))
+    student = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(texts, sizes[0]), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    student.save_pretrained(f"{folder}/student")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=sizes[1], initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(f"{folder}/teacher")
+
+
+def load(folder: str) -> Pair:
+    """The trained pair."""
+    student, teacher = (PreTrainedTokenizerFast.from_pretrained(f"{folder}/{side}") for side in ("student", "teacher"))
+    return make_pair(student, teacher)
+
+
+def report_alignment(pair: Pair, megabytes: int, given: harness.Options) -> list[Alignment]:
+    """Speed in text, and the aligned rows."""
+    text = "".join(library(megabytes * 1_000_000))
+    answers = [text[begin : begin + ANSWER] for begin in range(0, len(text), ANSWER)]
+    examples = [Conversation((Message("user", "Go on."), Message("assistant", answer))) for answer in answers]
+    examples = examples[:BATCH] if given.quick else examples
+    batches = [examples[begin : begin + BATCH] for begin in range(0, len(examples), BATCH)]
+    tokens = [(tokenise(batch, pair.student), tokenise(batch, pair.teacher)) for batch in batches]
+    ways = {
+        "given tokens": lambda: [row for both in tokens for row in align_rows(*both, pair)],
+        "from text": lambda: [row for batch in batches[:2] for row in align(batch, pair)],
+    }
+    timings = harness.interleave(ways, given.repeats)
+    size = {
+        name: sum(len(m.messages[1].content.encode()) for m in part)
+        for name, part in (("given tokens", examples), ("from text", examples[: 2 * BATCH]))
+    }
+    aligned = [row for row in ways["given tokens"]() if isinstance(row, Alignment)]
+    rows = [
+        {"what": name, "MB of text": size[name] / 1e6, "MB/s": size[name] / 1e6 / timing.median, **timing.cells()}
+        for name, timing in timings.items()
+    ]
+    notes = [f"{len(examples):,} answers of {ANSWER} characters, {BATCH} at a time; {len(aligned):,} aligned."]
+    harness.report("alignment", list(rows[0]), rows, notes, given)
+    return aligned
+
+
+def report_tables(folder: str, given: harness.Options) -> None:
+    """Time, memory and disk of the tables."""
+    facts = harness.in_child(measure_tables, folder)
+    harness.report("projection_tables", list(facts), [facts], ["Peak memory beyond both tokenizers'."], given)
+
+
+def measure_tables(folder: str) -> dict[str, harness.Cell]:
+    """In a process of its own."""
+    pair, cpu = load(folder), torch.device("cpu")
+    sizes = len(pair.student.spelling), len(pair.teacher.spelling)
+    start = time.perf_counter()
+    peak = harness.peak_memory(lambda: build_tables(pair), cpu)
+    built = time.perf_counter() - start
+    open_tables(pair, Path(folder) / "tables")
+    start = time.perf_counter()
+    open_tables(pair, Path(folder) / "tables")
+    opened = time.perf_counter() - start
+    (path,) = (Path(folder) / "tables").iterdir()
+    return {
+        "student tokens": sizes[0],
+        "teacher tokens": sizes[1],
+        "build s": built,
+        "peak MB": harness.megabytes(peak),
+        "disk MB": path.stat().st_size / 1e6,
+        "open s": opened,
+    }
+
+
+def report_projection(pair: Pair, rows: list[Alignment], given: harness.Options) -> None:
+    """Time a token beside the teacher's softmax."""
+    tables = build_tables(pair)
+    projection = Projection(
+        tables, count_first_pieces(rows), vocabulary=len(pair.student.spelling), device=given.device
+    )
+    row = max(rows, key=lambda one: len(one.student))
+    places = find_places(row, tables).to(given.device)
+    logits = torch.randn(len(row.teacher_ids), len(pair.teacher.spelling), device=given.device)
+    probs = logits.softmax(-1)
+    ways: dict[str, Any] = {"softmax": lambda: logits.softmax(-1), "projection": lambda: projection(probs, places)}
+    timings = harness.interleave(ways, given.repeats)
+    count = {"softmax": len(logits), "projection": len(places)}
+    cells = [
+        {
+            "what": name,
+            "us a token": timing.median * 1e6 / count[name],
+            "x softmax": timing.over(timings["softmax"]) * count["softmax"] / count[name],
+            **timing.cells(),
+        }
+        for name, timing in timings.items()
+    ]
+    notes = [f"A row of {len(places)} of the student's tokens and {len(logits)} of the teacher's, float32."]
+    harness.report("projection", list(cells[0]), cells, notes, given)
+
+
+if __name__ == "__main__":
+    main()
