@@ -17,8 +17,10 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.guard import FEWEST_STEPS, listed
+from hymba_tune.train.preference_trainers import JudgedTrainer, PairTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
+from tests.preferences import dpo, kto, save_judged, save_pairs
 from tests.runs import run, same_tensors, save_questions, settings
 
 BAD_LINE = 25
@@ -162,3 +164,25 @@ def test_guard_changes_no_number(small_model: Path, data: Path, tmp_path: Path) 
         run(settings(small_model, data, tmp_path / str(spike), max_loss_spike=spike)) for spike in (None, 2.0)
     )
     assert same_tensors(one.adapter, other.adapter)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_preferences_are_watched_as_well(
+    verb: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their batches hold each prompt with its answers: the rows named are those that were judged."""
+    kind, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (JudgedTrainer, kto, save_judged)
+    data = save(tmp_path / "rows.jsonl")
+    loss_of = kind.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = loss_of(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 and torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(kind, "compute_loss", compute_loss)
+    with pytest.raises(TrainingError, match=r"The loss is nan at step 2\. Its rows: .*rows\.jsonl, line \d+") as error:
+        train(finished_run, data, tmp_path / "out", steps=3, save_every=1, batch_size=2, eval_split=0)
+    lines = re.search(r"rows\.jsonl, line ([\d, ]+)\.", str(error.value))
+    assert lines
+    assert 1 <= len(lines[1].split(", ")) <= 2
+    assert Run(tmp_path / "out").last_checkpoint().name == "checkpoint-1"
