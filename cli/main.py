@@ -13,6 +13,7 @@ from pydantic import ValidationError as PydanticError
 
 from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
+from hymba_tune.cli.data import data
 from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.dpo import dpo
 from hymba_tune.cli.kto import kto
@@ -39,6 +40,7 @@ app = App(
 )
 for verb in (sft, dpo, kto, chat, merge, report, doctor):
     app.command(verb)
+app.command(data)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -52,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> int:
     try:
-        app(words, exit_on_error=False, print_error=False)
+        result = app(words, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (HymbaTuneError, CycloptsError) as error:
@@ -60,7 +62,7 @@ def _run(words: list[str], *, debug: bool) -> int:
             raise
         error_console.print(_message(error), markup=False, highlight=False, soft_wrap=True)
         return USER_ERROR
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def _message(error: HymbaTuneError | CycloptsError) -> str:

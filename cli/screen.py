@@ -19,6 +19,8 @@ PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "
 """Of a run that learns which answers are better."""
 QUIET_SECONDS = 2.0
 """Progress that takes less is not worth showing."""
+SHOWN_SPEED = 100
+"""Things done before their speed says something."""
 
 
 class RichScreen(Screen):
@@ -33,7 +35,7 @@ class RichScreen(Screen):
         """A line that turns while something is done, if it takes long enough to see."""
         started = time.monotonic()
         with console.status(Text(label, style="dim")) as status:
-            yield lambda done: status.update(Text(f"{label} · {done:,}", style="dim"))
+            yield lambda done: status.update(Text(_progress(label, done, time.monotonic() - started), style="dim"))
         if (seconds := time.monotonic() - started) > QUIET_SECONDS and not console.is_terminal:
             console.print(f" {label} · {seconds:.0f} s", markup=False)
 
@@ -81,12 +83,29 @@ class RichScreen(Screen):
         return f"{eval_loss:.3f} {mark}"
 
 
+def visible(text: str) -> str:
+    """The text with control characters, which would move the cursor or colour the screen, as symbols."""
+    return "".join(char if char in "\n\t" or char.isprintable() or char == "\u3000" else _symbol(char) for char in text)
+
+
+def _symbol(char: str) -> str:
+    code = ord(char)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def quiet_libraries() -> None:
     """Keep what transformers shows of its own work off the screen, where no run's log takes it."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _progress(label: str, done: int, seconds: float) -> str:
+    speed = f" · {done / seconds:,.0f} a second" if done >= SHOWN_SPEED and seconds > 0 else ""
+    return f"{label} · {done:,}{speed}"
 
 
 def _format(value: float | None, spec: str) -> str:

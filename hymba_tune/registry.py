@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,7 @@ ALIASES = {
 NANO = "hymba-nano"
 """The packaged model."""
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,12 @@ class ModelSource:
     base: str | None = None
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, files: Sequence[str] = MODEL_FILES) -> ModelSource:
     """Find a model: an alias, a run directory, a folder, or a Hub id, which is downloaded.
+
+    Args:
+        name: What a user calls it.
+        files: Which of its files are needed, as patterns.
 
     Raises:
         ConfigError: If the name is none of these.
@@ -63,7 +69,7 @@ def resolve_model(name: str) -> ModelSource:
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *ALIASES])}",
             fix=f"--model {near[0] if near else NANO}",
         )
-    return ModelSource(hub_id, _download(hub_id))
+    return ModelSource(hub_id, _download(hub_id, files))
 
 
 def lasting_name(name: str) -> str:
@@ -107,10 +113,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     offer = "--model hymba-nano (packaged, needs no network), or the path of a downloaded folder"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise HubError(
             f"{hub_id} is gated on the Hub.",

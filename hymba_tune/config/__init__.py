@@ -16,6 +16,7 @@ from hymba_tune.config.base import (
     Tracker,
     as_mapping,
 )
+from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 from hymba_tune.config.verbs import (
     ChatConfig,
@@ -33,7 +34,11 @@ __all__ = [
     "ChatConfig",
     "Config",
     "DPOConfig",
+    "DataCheckConfig",
+    "DataConvertConfig",
     "DataOptions",
+    "DataPreviewConfig",
+    "DataSplitConfig",
     "DoctorConfig",
     "EngineOptions",
     "KTOConfig",

@@ -24,11 +24,16 @@ from hymba_tune.config.base import (
 )
 
 
-class ModelOptions(Config):
-    """Which model, and in which number format."""
+class ModelChoice(Config):
+    """Which model."""
 
     model: str = "nvidia/Hymba-1.5B-Base"
     """A Hub id, an alias (hymba-1.5b, hymba-1.5b-instruct, hymba-nano), a folder, or a run directory."""
+
+
+class ModelOptions(ModelChoice):
+    """Which model, and in which number format."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights: auto takes bfloat16 where the device computes in it, else float32."""
     device: str = "auto"
@@ -44,8 +49,21 @@ class EngineOptions(Config):
     """Refuse texts longer than the model was made for (max_position_embeddings), which otherwise get a warning."""
 
 
-class DataOptions(Config):
-    """Which data, and how its rows are read."""
+class ReadingOptions(Config):
+    """How rows are read."""
+
+    map: Pairs = Field(default_factory=list)
+    """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
+    chat_template: str | None = None
+    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
+    learn: Learn = Learn.all
+    """Learn all answers of a conversation, or only the last."""
+    max_length: int = Field(default=2048, ge=8)
+    """Tokens a row is cut to (common: 512 to 8192)."""
+
+
+class DataOptions(ReadingOptions):
+    """Which data, and how it is read."""
 
     data: Names = Field(default_factory=list)
     """JSONL, JSON, CSV or Parquet files, a mix of them (.yaml), a Hub dataset id, or demo (packaged)."""
@@ -59,16 +77,8 @@ class DataOptions(Config):
     """Share of --data that is held out when there is no --eval-data; 0 trains on everything."""
     eval_max_rows: int = Field(default=500, ge=1)
     """Rows the held-out data is cut to, so that an evaluation stays short."""
-    map: Pairs = Field(default_factory=list)
-    """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
-    chat_template: str | None = None
-    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
-    learn: Learn = Learn.all
-    """Learn all answers of a conversation, or only the last."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
-    max_length: int = Field(default=2048, ge=8)
-    """Tokens a row is cut to (common: 512 to 8192)."""
     cache: bool = True
     """Keep encoded data in the user's cache and find it again (hymba-tune data clear empties it)."""
     packing: bool = False

@@ -131,7 +131,7 @@ def parse(row: object, names: Names | None = None) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…", "completion": "…"}')
     fields = names.rename(row)
-    form = _recognise(fields, names)
+    form = recognise(fields, names)
     if form.turns is None:
         text = read_text(fields["text"], names.column("text"))
         if not text.strip():
@@ -142,8 +142,9 @@ def parse(row: object, names: Names | None = None) -> Example:
 
 @dataclass(frozen=True)
 class Format:
-    """Which fields make a format, and how they become messages (`None`: they are plain text)."""
+    """What a format is called, which fields make it, and how they become messages (`None`: they are plain text)."""
 
+    name: str
     required: tuple[str, ...]
     turns: Callable[[Fields, Names], list[Message]] | None
     optional: tuple[str, ...] = ("system", "tools", "contexts")
@@ -183,15 +184,20 @@ def _alpaca_turns(fields: Fields, names: Names) -> list[Message]:
 
 # Stanford's Alpaca also has a "text" column, and UltraChat a "prompt" beside its "messages": the fuller format wins.
 FORMATS = (
-    Format(("messages",), _messages_turns),
-    Format(("conversations",), _sharegpt_turns),
-    Format(("prompt", "completion"), _prompt_turns),
-    Format(("instruction", "output"), _alpaca_turns, ("input", "system", "tools", "contexts")),
-    Format(("text",), None, ()),
+    Format("messages", ("messages",), _messages_turns),
+    Format("ShareGPT", ("conversations",), _sharegpt_turns),
+    Format("prompt and completion", ("prompt", "completion"), _prompt_turns),
+    Format("Alpaca", ("instruction", "output"), _alpaca_turns, ("input", "system", "tools", "contexts")),
+    Format("text", ("text",), None, ()),
 )
 
 
-def _recognise(fields: Fields, names: Names) -> Format:
+def recognise(fields: Fields, names: Names) -> Format:
+    """The format that a row's fields make.
+
+    Raises:
+        DataError: If they make none.
+    """
     mapped = set(names.columns)
     forms = [form for form in FORMATS if mapped <= set(form.fields)] or FORMATS
     for form in forms:

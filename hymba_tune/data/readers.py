@@ -22,6 +22,17 @@ from hymba_tune.errors import DataError
 GZIP_MARK = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+STRANGERS = {
+    b"PK\x03\x04": "a zip archive (or a spreadsheet)",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"(\xb5/\xfd": "Zstandard",
+    b"PAR1": "Parquet",
+    b"%PDF": "PDF",
+    b"SQLite": "a database",
+    b"ARROW1": "Arrow",
+}
+"""What files begin with that are no text, whatever their names end in."""
 PARQUET_BATCH = 256
 LARGEST_CELL = 2**26  # the csv module stops at 2**17, less than one long document; a quote left open stops here
 
@@ -66,7 +77,15 @@ def kind(path: Path) -> str:
 
 def _open(path: Path, name: str) -> BinaryIO:
     with path.open("rb") as file:
-        mark = file.read(2)
+        begin = file.read(8)
+    mark = begin[:2]
+    for stranger, what in STRANGERS.items():
+        if begin.startswith(stranger):
+            raise DataError(
+                f"Cannot read {name}: it is {what}.",
+                expected="text, or text in gzip",
+                fix="unpack or export it; .parquet is read under that name",
+            )
     if mark in UTF16_MARKS:
         raise DataError(f"Cannot read {name}: it is UTF-16.", expected=UTF8, fix=TO_UTF8.replace("CP1252", "UTF-16"))
     if mark == GZIP_MARK:

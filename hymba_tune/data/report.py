@@ -19,10 +19,10 @@ class Dropped:
     reason: str
     what: str
 
-    def line(self) -> str:
-        """The same as a line of JSON."""
-        where = {"file": self.place.file, self.place.unit: self.place.number}
-        return json.dumps({**where, "reason": self.reason, "what": self.what}, ensure_ascii=False) + "\n"
+    def as_row(self) -> dict[str, str | int]:
+        """The same as JSON takes it."""
+        where: dict[str, str | int] = {"file": self.place.file, self.place.unit: self.place.number}
+        return {**where, "reason": self.reason, "what": self.what}
 
 
 @dataclass
@@ -92,7 +92,7 @@ class DataReport:
         else:
             self.bad_rows += 1
         self.first_dropped = self.first_dropped or dropped
-        listing.write(dropped.line())
+        listing.write(json.dumps(dropped.as_row(), ensure_ascii=False) + "\n")
 
     def shares(self) -> str:
         """How many rows each source gives, in words; nothing if there is but one, taken as it is."""

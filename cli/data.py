@@ -1,0 +1,264 @@
+"""`hymba-tune data`: check, preview, convert, split, clear."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, visible
+from hymba_tune.config import (
+    DataCheckConfig,
+    DataConvertConfig,
+    DataPreviewConfig,
+    DataSplitConfig,
+    as_mapping,
+)
+from hymba_tune.errors import ConfigError
+from hymba_tune.train.screen import Screen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hymba_tune.data.checking import Check
+    from hymba_tune.data.preview import Preview
+
+USABLE, NOT_USABLE = 0, 2
+BAR = 24
+SHOWN_CHARACTERS = 4000
+"""Of one piece of a preview."""
+
+data = App(name="data", help="Look at data before it is trained on, and bring it into shape.")
+
+
+@data.command
+def check(
+    *files: str,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    flags: Annotated[DataCheckConfig, Parameter(name="*")] = DataCheckConfig(),  # noqa: B008 (cyclopts reads the default)
+) -> int:
+    """Say whether files can be trained on, and what to mend. Ends with 0 if so, else with 2.
+
+    Example: hymba-tune data check my.jsonl --model hymba-nano --html check.html
+
+    Parameters
+    ----------
+    files
+        Whatever --data of hymba-tune sft takes.
+    as_json
+        Print it as JSON.
+    """
+    from hymba_tune.data import open_sources
+    from hymba_tune.data.check_facts import facts, next_commands
+    from hymba_tune.data.check_page import check_page
+    from hymba_tune.data.checking import check_sources
+    from hymba_tune.data.writers import check_folder, write_text
+
+    if flags.html:
+        check_folder(flags.html)
+    sources = open_sources(_some(files))
+    tokenizer = _tokenizer(flags)
+    with (Screen() if as_json else RichScreen()).working("checking") as progress:
+        found = check_sources(
+            sources,
+            tokenizer,
+            max_length=flags.max_length,
+            mapping=as_mapping(flags.map),
+            learn=flags.learn,
+            progress=progress,
+        )
+    commands = next_commands(found, files, flags.model, flags.map, flags.max_length)
+    if flags.html:
+        write_text(flags.html, check_page(found, model=flags.model, commands=commands))
+    if as_json:
+        console.print_json(json.dumps(facts(found), ensure_ascii=False))
+    else:
+        _show_check(found)
+        for label, line in [*commands, *([("page", str(flags.html))] if flags.html else [])]:
+            console.print(f" {label:<8}{line}", markup=False, soft_wrap=True)
+    return USABLE if found.usable else NOT_USABLE
+
+
+@data.command
+def preview(
+    *files: str,
+    flags: Annotated[DataPreviewConfig, Parameter(name="*")] = DataPreviewConfig(),  # noqa: B008
+) -> None:
+    """Show rows as the model reads them: bright what is learned, dim the rest; piped, what is learned in brackets.
+
+    Example: hymba-tune data preview my.jsonl -n 1 --model hymba-nano
+
+    Parameters
+    ----------
+    files
+        Whatever --data of hymba-tune sft takes.
+    """
+    from hymba_tune.data import open_sources
+    from hymba_tune.data.preview import previews
+
+    sources = open_sources(_some(files))
+    rows = previews(sources, _tokenizer(flags), mapping=as_mapping(flags.map), learn=flags.learn)
+    for row in islice(rows, flags.skip, flags.skip + flags.rows):
+        _show_preview(row, flags.max_length)
+
+
+@data.command
+def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")]) -> None:
+    """Write data in another format, or another kind of file. What the format cannot hold is never lost in silence.
+
+    Example: hymba-tune data convert chats.json --to messages --out chats.jsonl
+
+    Parameters
+    ----------
+    files
+        Whatever --data of hymba-tune sft takes.
+    """
+    from hymba_tune.data import open_sources
+    from hymba_tune.data.converting import convert as write
+
+    with RichScreen().working("converting") as progress:
+        done = write(
+            open_sources(_some(files)),
+            flags.to,
+            flags.out,
+            mapping=as_mapping(flags.map),
+            on_bad_row=flags.on_bad_row,
+            unique=flags.unique,
+            progress=progress,
+        )
+    counts = {f"{done.rows:,} rows → {flags.out}": True}
+    counts |= {f"{done.repeated:,} repeated rows left out": done.repeated}
+    counts |= {f"{done.left_out:,} bad rows left out → {flags.out}.dropped.jsonl": done.left_out}
+    _lines(line for line, told in counts.items() if told)
+
+
+@data.command
+def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -> None:
+    """Divide data into train.jsonl and eval.jsonl. Rows with the same prompt stay on one side.
+
+    Example: hymba-tune data split my.jsonl --eval 0.1 --out data
+
+    Parameters
+    ----------
+    files
+        Whatever --data of hymba-tune sft takes.
+    """
+    from hymba_tune.data import open_sources
+    from hymba_tune.data.dividing import EVAL, TRAIN, divide
+
+    with RichScreen().working("splitting") as progress:
+        done = divide(
+            open_sources(_some(files)),
+            flags.eval,
+            flags.out,
+            seed=flags.seed,
+            mapping=as_mapping(flags.map),
+            on_bad_row=flags.on_bad_row,
+            progress=progress,
+        )
+    _lines([f"{done.train:,} rows → {flags.out / TRAIN}", f"{done.held_out:,} rows → {flags.out / EVAL}"])
+    if done.unreadable:
+        _lines([f"{done.unreadable:,} rows could not be read and were left out"])
+    _lines([f"next  hymba-tune sft --data {flags.out / TRAIN} --eval-data {flags.out / EVAL}"])
+
+
+@data.command
+def clear() -> None:
+    """Empty the cache of encoded data, which runs fill to start faster the next time.
+
+    Example: hymba-tune data clear
+    """
+    from hymba_tune.data.cache import cache_folder
+    from hymba_tune.data.cache import clear as empty
+    from hymba_tune.pages import gigabytes
+
+    entries, size = empty(cache_folder())
+    _lines([f"{entries:,} entries, {gigabytes(size)} removed from {cache_folder()}"])
+
+
+def _some(files: tuple[str, ...]) -> tuple[str, ...]:
+    if not files:
+        raise ConfigError("FILES are missing.", expected="a file, a Hub dataset, or demo", fix="demo to try it")
+    return files
+
+
+def _tokenizer(flags: DataCheckConfig | DataPreviewConfig) -> PreTrainedTokenizerBase:
+    from hymba_tune.checkpoint import load_tokenizer
+    from hymba_tune.data import with_chat_template
+    from hymba_tune.registry import TOKENIZER_FILES, resolve_model
+
+    quiet_libraries()
+    folder = resolve_model(flags.model, TOKENIZER_FILES).folder
+    return with_chat_template(load_tokenizer(folder), flags.chat_template)
+
+
+def _lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(f" {line}", markup=False, soft_wrap=True)
+
+
+def _show_check(found: Check) -> None:
+    from hymba_tune.data.check_facts import mends, overview, verdict
+
+    console.print(Text(f" {verdict(found)}", style="bold green" if found.usable else "bold red"))
+    console.print()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, line in overview(found):
+        table.add_row(f" {label}", Text(line))
+    console.print(table)
+    console.print()
+    if to_mend := mends(found):
+        console.print(Text(" to mend", style="bold"))
+        for mend in to_mend:
+            _hanging(mend.what)
+            for example in mend.examples:
+                _hanging(example, indent=4, style="dim")
+            if mend.fix:
+                _hanging(f"→ {mend.fix}", indent=4)
+        console.print()
+    _show_lengths(found)
+
+
+def _hanging(text: str, *, indent: int = 2, style: str = "") -> None:
+    console.print(Padding(Text(visible(text), style=style, overflow="fold"), (0, 0, 0, indent)))
+
+
+def _show_lengths(found: Check) -> None:
+    from hymba_tune.data.check_facts import histogram
+
+    bars = histogram(found.lengths)
+    if not bars:
+        return
+    most = max(rows for _, _, rows in bars)
+    spans = [f"{low:,} and more" if high is None else f"{low:,} to {high:,}" for low, high, _ in bars]
+    width = max(map(len, spans))
+    console.print(Text(" tokens a row", style="bold"))
+    for span, (_, _, rows) in zip(spans, bars, strict=True):
+        bar = "█" * round(BAR * rows / most) or ("▏" if rows else "")
+        console.print(Text(f" {span:>{width}}  ", style="dim").append(bar, style="default").append(f" {rows:,}"))
+    console.print()
+
+
+def _show_preview(row: Preview, max_length: int) -> None:
+    from hymba_tune.data.preview import shortened
+
+    console.print(Text(f" {visible(str(row.place))}", style="bold"))
+    if row.problem:
+        console.print(Text(f" cannot be used: {visible(str(row.problem))}\n", style="red"), soft_wrap=True)
+        return
+    text = Text()
+    for piece, kind in shortened(row.pieces, SHOWN_CHARACTERS):
+        learned = kind == "learned"
+        shown = visible(piece) if console.is_terminal or not learned else f"[{visible(piece)}]"
+        text.append(shown, style="bold green" if learned else "dim")
+    console.print(text, soft_wrap=True)
+    over = f", cut to {max_length:,}" if row.tokens > max_length else ""
+    console.print(f" learned {row.learned:,} of {row.tokens:,} tokens{over}\n", markup=False)

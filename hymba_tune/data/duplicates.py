@@ -1,0 +1,97 @@
+"""Rows that say the same, found in 20 bytes a row: two hashes of 8, and a number of 4."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hymba_tune.data.formats import Conversation, Example
+from hymba_tune.data.rows import Place
+
+EXAMPLES = 3
+NOT_WORDS = re.compile(r"[\W_]+")
+
+
+def content_hash(example: Example) -> int:
+    """64 bits of everything that the model would read or learn."""
+    if not isinstance(example, Conversation):
+        return _hash("text", example.text)
+    messages = [(message.role, message.content, message.learned) for message in example.messages]
+    return _hash("chat", json.dumps([messages, example.tools, example.contexts], ensure_ascii=False, sort_keys=True))
+
+
+def prompt_hash(example: Example) -> int:
+    """64 bits of the words before the last answer, whatever their case and punctuation; of a text, all its words."""
+    if not isinstance(example, Conversation):
+        return _hash("text", _words(example.text))
+    last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
+    return _hash("chat", *(f"{message.role} {_words(message.content)}" for message in example.messages[:last]))
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text."""
+    return _hash("row", text)
+
+
+def _words(text: str) -> str:
+    return NOT_WORDS.sub(" ", text).strip().casefold() or text.strip()
+
+
+def _hash(*parts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest())
+
+
+@dataclass
+class Duplicates:
+    """What `Seen` found.
+
+    Attributes:
+        rows: Rows that repeat an earlier one word for word.
+        examples: The first of them, each as its place and that of the earlier one.
+        other_answers: Rows whose prompt stands earlier with another answer.
+    """
+
+    rows: int
+    examples: list[tuple[str, str]]
+    other_answers: int
+
+
+@dataclass
+class Seen:
+    """The rows so far."""
+
+    _contents: array[int] = field(default_factory=lambda: array("Q"))
+    _prompts: array[int] = field(default_factory=lambda: array("Q"))
+    _numbers: array[int] = field(default_factory=lambda: array("I"))
+    _files: list[tuple[int, Place]] = field(default_factory=list)
+
+    def add(self, example: Example, place: Place) -> None:
+        """Take in a row. Rows of a file come one after the other."""
+        if not self._files or self._files[-1][1].file != place.file:
+            self._files.append((len(self._numbers), place))
+        self._contents.append(content_hash(example))
+        self._prompts.append(prompt_hash(example))
+        self._numbers.append(min(place.number, 2**32 - 1))
+
+    def find(self) -> Duplicates:
+        """Compare all rows with each other, by sorting."""
+        contents, prompts = (np.frombuffer(hashes, dtype=np.uint64) for hashes in (self._contents, self._prompts))
+        # A stable sort keeps equal rows in their order: the first of each group is the one that the others repeat.
+        order = np.argsort(contents, kind="stable")
+        ranked = contents[order]
+        first = np.r_[True, ranked[1:] != ranked[:-1]][: len(ranked)]
+        repeats = order[~first]
+        originals = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))][~first]
+        shown = np.argsort(repeats)[:EXAMPLES]
+        examples = [(self._place(int(repeats[i])), self._place(int(originals[i]))) for i in shown]
+        distinct = prompts[order[first]]
+        return Duplicates(len(repeats), examples, len(distinct) - len(np.unique(distinct)))
+
+    def _place(self, index: int) -> str:
+        place = next(place for start, place in reversed(self._files) if start <= index)
+        return str(Place(place.file, self._numbers[index], place.unit))

@@ -1,0 +1,83 @@
+"""Rows as the model reads them, with what is learned told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.config import Learn
+from hymba_tune.data.chat import IGNORED, Rendered, tokenize
+from hymba_tune.data.encoding import readings
+from hymba_tune.data.rows import Place
+from hymba_tune.data.sources import Source
+from hymba_tune.errors import DataError
+
+Kind = Literal["read", "learned"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row.
+
+    Attributes:
+        place: Where it stands.
+        pieces: Its text, in order, each piece read or learned.
+        tokens: All tokens.
+        learned: Those that are learned.
+        problem: What is wrong with it; there is no text then.
+    """
+
+    place: Place
+    pieces: tuple[tuple[str, Kind], ...] = ()
+    tokens: int = 0
+    learned: int = 0
+    problem: DataError | None = None
+
+
+def previews(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    learn: Learn = Learn.all,
+) -> Iterator[Preview]:
+    """Every row of the sources in turn, as far as they are asked for.
+
+    Args:
+        sources: Read one after the other.
+        tokenizer: With a chat template, if there are conversations.
+        mapping: ``--map``: see `Names.parse`.
+        learn: Which answers are learned.
+
+    Raises:
+        DataError: If a source cannot be read.
+        ConfigError: If ``mapping`` names a field or role that does not exist.
+    """
+    for reading in readings(sources, tokenizer, mapping=mapping, learn=learn):
+        if reading.rendered is None:
+            yield Preview(reading.row.place, problem=reading.problem)
+            continue
+        (encoded,) = tokenize([reading.rendered], tokenizer)
+        learned = len(encoded.labels) - encoded.labels.count(IGNORED)
+        yield Preview(reading.row.place, tuple(_pieces(reading.rendered)), len(encoded.labels), learned)
+
+
+def _pieces(rendered: Rendered) -> Iterator[tuple[str, Kind]]:
+    """The text, cut where learning begins and ends."""
+    bounds = [0, *(bound for span in rendered.learned for bound in span), len(rendered.text)]
+    for index, (start, end) in enumerate(pairwise(bounds)):
+        if start < end:
+            yield rendered.text[start:end], "learned" if index % 2 else "read"
+
+
+def shortened(pieces: Sequence[tuple[str, Kind]], limit: int) -> Iterator[tuple[str, Kind]]:
+    """The pieces with the middle of each taken out that is longer than ``limit`` characters."""
+    for text, kind in pieces:
+        left_out = len(text) - limit
+        if left_out > 0:
+            text = f"{text[: limit // 2]} … {left_out:,} characters … {text[-(limit // 2) :]}"
+        yield text, kind
