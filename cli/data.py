@@ -132,10 +132,11 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
             unique=flags.unique,
             progress=progress,
         )
-    counts = {f"{done.rows:,} rows → {flags.out}": True}
-    counts |= {f"{done.repeated:,} repeated rows left out": done.repeated}
-    counts |= {f"{done.left_out:,} bad rows left out → {flags.out}.dropped.jsonl": done.left_out}
-    _lines(line for line, told in counts.items() if told)
+    _lines([f"{done.rows:,} rows → {flags.out}"])
+    if done.repeated:
+        _lines([f"{done.repeated:,} repeated rows left out"])
+    if done.left_out:
+        _lines([f"{done.left_out:,} bad rows left out → {flags.out}.dropped.jsonl"])
 
 
 @data.command
@@ -164,7 +165,8 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
         )
     _lines([f"{done.train:,} rows → {flags.out / TRAIN}", f"{done.held_out:,} rows → {flags.out / EVAL}"])
     if done.unreadable:
-        _lines([f"{done.unreadable:,} rows could not be read and were left out"])
+        were = "row could not be read and was" if done.unreadable == 1 else "rows could not be read and were"
+        _lines([f"{done.unreadable:,} {were} left out"])
     _lines([f"next  hymba-tune sft --data {flags.out / TRAIN} --eval-data {flags.out / EVAL}"])
 
 
@@ -179,7 +181,8 @@ def clear() -> None:
     from hymba_tune.pages import gigabytes
 
     entries, size = empty(cache_folder())
-    _lines([f"{entries:,} entries, {gigabytes(size)} removed from {cache_folder()}"])
+    things = "entry" if entries == 1 else "entries"
+    _lines([f"{entries:,} {things}, {gigabytes(size)} removed from {cache_folder()}"])
 
 
 def _some(files: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "
 """Of a run that learns which answers are better."""
 QUIET_SECONDS = 2.0
 """Progress that takes less is not worth showing."""
+MOVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 SHOWN_SPEED = 100
 """Things done before their speed says something."""
 
@@ -84,15 +86,12 @@ class RichScreen(Screen):
 
 
 def visible(text: str) -> str:
-    """The text with control characters, which would move the cursor or colour the screen, as symbols."""
-    return "".join(char if char in "\n\t" or char.isprintable() or char == "\u3000" else _symbol(char) for char in text)
+    """The text with what would move the cursor, colour the screen or turn the line round, as symbols."""
+    return MOVES.sub(lambda found: _symbol(ord(found[0])), text)
 
 
-def _symbol(char: str) -> str:
-    code = ord(char)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+def _symbol(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
 
 
 def quiet_libraries() -> None:

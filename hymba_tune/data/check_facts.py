@@ -80,7 +80,7 @@ def _longer(check: Check) -> str:
         enough = -(-check.lengths.quantile(share) // 64) * 64
         if check.max_length < enough <= LONGEST_ADVISED:
             return f"--max-length {enough} holds {share:.0%} of the rows whole"
-    return ""
+    return "shorten them, or a larger --max-length"
 
 
 def overview(check: Check) -> list[tuple[str, str]]:

@@ -25,6 +25,16 @@ EXAMPLES = 3
 KINDS = 40
 """Kinds of findings that are told apart; the rest is counted together, so that memory has a bound."""
 OTHERS = "something else"
+TWO_QUESTIONS, TWO_ANSWERS = "two messages from the user in a row", "two answers in a row"
+NO_ANSWER_LAST = "the last message is no answer, so nothing is learned from it"
+EMPTY_QUESTION = "an empty message from the user"
+ODDITIES = {
+    TWO_QUESTIONS: "make one message of them, or put the answer between",
+    TWO_ANSWERS: "make one message of them, or put the question between",
+    NO_ANSWER_LAST: "take it out, or add the answer",
+    EMPTY_QUESTION: "write it, or take the row out",
+}
+"""What a run takes without a word, though it is seldom meant, and what to do about it."""
 NUMBERS, ASIDES = re.compile(r"(?<![-\w])\d[\d,.]*"), re.compile(r" \([^()]*\)")
 
 
@@ -187,7 +197,7 @@ def _take(reading: Reading, names: Names, check: Check, file: FileCheck, seen: S
     assert reading.example
     seen.add(reading.example, place)
     for oddity in _oddities(reading):
-        check.notes.add(oddity, str(place))
+        check.notes.add(oddity, str(place), ODDITIES[oddity])
     check.hidden.update(_hidden_keys(reading, names, known=check.hidden))
     _measure(reading, check)
 
@@ -222,18 +232,19 @@ def _format_of(reading: Reading, names: Names) -> str:
 
 
 def _oddities(reading: Reading) -> Iterator[str]:
-    """What a run takes without a word, though it is seldom meant."""
+    """Those of `ODDITIES` that a row has."""
     if not isinstance(reading.example, Conversation):
         return
     messages = reading.example.messages
-    for before, after in pairwise(messages):
-        if before.role == after.role != "tool":
-            yield f"two messages from the {after.role} in a row"
-            break
-    if messages[-1].role != "assistant":
-        yield f"ends with a message from the {messages[-1].role}, which is not learned from"
+    roles = [message.role for message in messages]
+    if ("user", "user") in pairwise(roles):
+        yield TWO_QUESTIONS
+    if ("assistant", "assistant") in pairwise(roles):
+        yield TWO_ANSWERS
+    if roles[-1] != "assistant":
+        yield NO_ANSWER_LAST
     if any(message.role == "user" and not message.content.strip() for message in messages):
-        yield "an empty message from the user"
+        yield EMPTY_QUESTION
 
 
 def _hidden_keys(reading: Reading, names: Names, known: Mapping[str, int]) -> set[str]:

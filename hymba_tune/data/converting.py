@@ -142,7 +142,7 @@ def convert(
     check_target(out)
     target, done = TARGETS[to], Converted()
     listed = out.with_name(f"{out.name}.dropped.jsonl")
-    with writing(out, target.columns) as write, writing(listed, {}) as leave_out:
+    with writing(listed, {}) as leave_out, writing(out, target.columns) as write:
         seen: set[int] = set()
         for row, example, converted in _attempts(sources, target, mapping or {}):
             if isinstance(converted, DataError):

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hymba_tune.config import Learn, OnBadRow
+from hymba_tune.data import Source, build_dataset, open_source
+from hymba_tune.data.check_facts import facts, histogram, mends, next_commands, overview, verdict
+from hymba_tune.data.check_page import check_page
+from hymba_tune.data.checking import Check, FileCheck, Lengths, check_sources
+from hymba_tune.errors import ConfigError, DataError
+from tests.browser import DESK, PHONE, Browser
+from tests.data.test_dataset import source
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+GOOD = {"messages": [USER, ANSWER]}
+BOT = {"messages": [USER, {"role": "bot", "content": "Hello"}]}
+LONG = {"prompt": "Hi", "completion": "word " * 100}
+LATE = {"prompt": "word " * 100, "completion": "Hello"}
+TEXT = {"text": "once upon a time " * 10}
+
+
+def check(rows: Sequence[object], tokenizer: PreTrainedTokenizerFast, max_length: int = 64) -> Check:
+    return check_sources([source(rows)], tokenizer, max_length=max_length)
+
+
+def test_counts_are_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [GOOD, LONG, LATE, TEXT, BOT, {"prompt": "a", "completion": ""}]
+    found = check(rows, hymba)
+    _, report = build_dataset([source(rows)], hymba, max_length=64, on_bad_row=OnBadRow.skip)
+    same = ("rows", "bad_rows", "too_long", "tokens", "learned")
+    assert [getattr(found, name) for name in same] == [getattr(report, name) for name in same]
+    assert found.cut + found.continued == report.cut == 2
+    assert found.continued == 1
+    (whole,) = (check([LONG], hymba, 10_000).tokens,)
+    assert found.tokens_lost == whole - 64
+    assert sum(found.lengths.rows.values()) == 4
+
+
+def test_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [{"messages": [USER, ANSWER, USER, ANSWER]}]
+    every, last = (check_sources([source(rows)], hymba, max_length=99, learn=learn) for learn in Learn)
+    assert every.learned == 2 * last.learned
+
+
+def test_bad_rows_are_counted_by_kind_with_the_first_places(hymba: PreTrainedTokenizerFast) -> None:
+    talk = [{"messages": [USER] * turns + [BOT["messages"][1]]} for turns in (1, 2, 3, 4)]
+    found = check([*talk, GOOD, {"prompt": "a", "completion": " "}, 7], hymba)
+    assert [(problem.what, problem.rows) for problem in found.problems.values()] == [
+        ('message N has role "bot"', 4),
+        ('"completion" is an empty answer', 1),
+        ("the row is a number", 1),
+    ]
+    bots = found.problems['message N has role "bot"']
+    assert bots.examples == [f'support.jsonl, line {n}: message {n + 1} has role "bot"' for n in (1, 2, 3)]
+    assert bots.fix == "rename the role, or --map role.bot=assistant"
+    assert verdict(found) == "Cannot be trained on yet: 6 of 7 rows would stop a run."
+    assert not found.usable
+    assert found.files[0].formats == {"messages": 5, "prompt and completion": 1, "unreadable": 1}
+
+
+def test_kinds_have_a_bound(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"messages": [USER, {"role": f"bot{chr(97 + n % 26)}{chr(97 + n // 26)}", "content": "x"}]} for n in range(99)
+    ]
+    rows += [{**GOOD, f"column {n}": 1} for n in range(99)]
+    found = check(rows, hymba)
+    assert len(found.problems) == 41
+    assert found.problems["something else"].rows == 59
+    assert len(found.hidden) == 41
+
+
+def test_repeated_rows_and_other_answers(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"prompt": "How many?", "completion": "Two."},
+        GOOD,
+        {"instruction": "How many?", "output": "Two."},
+        {"prompt": "how  many", "completion": "Three."},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"text": "How many?"},
+        {"prompt": "How many?", "completion": "Two.", "system": "Be brief."},
+    ]
+    found = check(rows, hymba).duplicates
+    assert (found.rows, found.other_answers) == (2, 1)
+    assert found.examples == [
+        ("support.jsonl, line 3", "support.jsonl, line 1"),
+        ("support.jsonl, line 5", "support.jsonl, line 2"),
+    ]
+
+
+def test_repeats_are_named_across_files(hymba: PreTrainedTokenizerFast) -> None:
+    found = check_sources([source([LATE, GOOD], "a"), source([TEXT, GOOD], "b")], hymba, max_length=64)
+    assert found.duplicates.examples == [("b, line 2", "a, line 2")]
+
+
+def test_what_is_odd_is_noted_and_stops_nothing(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"messages": [USER, USER, ANSWER, ANSWER]},
+        {"messages": [{**USER, "content": " "}, ANSWER, USER]},
+        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "reasoning": "…"}], "id": 3, "source": "x"},
+    ]
+    found = check(rows, hymba)
+    assert {note.what: (note.rows, note.examples) for note in found.notes.values()} == {
+        "two messages from the user in a row": (1, ["support.jsonl, line 1"]),
+        "two answers in a row": (1, ["support.jsonl, line 1"]),
+        "the last message is no answer, so nothing is learned from it": (1, ["support.jsonl, line 2"]),
+        "an empty message from the user": (1, ["support.jsonl, line 2"]),
+    }
+    assert found.hidden == {"id": 1, "source": 1, "messages[].name": 1, "messages[].reasoning": 1}
+    label, keys = overview(found)[-1]
+    assert label == "not shown"
+    assert {"id (1)", "messages[].name (1)"} <= set(keys.split(", "))
+    assert found.usable
+
+
+def test_file_that_cannot_be_read_does_not_keep_the_others_from_it(
+    hymba: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    found = check_sources([open_source(str(tmp_path / "empty.jsonl")), source([GOOD])], hymba, max_length=64)
+    assert found.rows == 1
+    assert not found.usable
+    assert verdict(found) == f"Cannot be trained on yet: {tmp_path}/empty.jsonl cannot be used."
+    assert mends(found)[0].what == f"Cannot use {tmp_path}/empty.jsonl: it has no rows."
+    assert next_commands(found, ["a"], "m", [], 64) == []
+
+
+def test_nothing_left_to_learn_is_not_usable(hymba: PreTrainedTokenizerFast) -> None:
+    found = check([LATE], hymba)
+    assert verdict(found) == "Cannot be trained on: nothing is left to learn at --max-length 64."
+    assert not found.usable
+
+
+def test_wrong_mapping_is_refused(hymba: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="promt"):
+        check_sources([source([GOOD])], hymba, max_length=64, mapping={"promt": "x"})
+
+
+def test_longer_rows_are_advised_within_reason(hymba: PreTrainedTokenizerFast) -> None:
+    found = check([LONG, LATE], hymba)
+    longest = max(found.lengths.rows)
+    fixes = [mend.fix for mend in mends(found)]
+    assert f"--max-length {-(-longest // 64) * 64} holds 99% of the rows whole" in fixes
+    found.lengths = Lengths()
+    found.lengths.rows.update({100_000: 9, 10: 1})
+    assert "shorten them, or a larger --max-length" in [mend.fix for mend in mends(found)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "bars"),
+    [
+        ({}, []),
+        ({5: 2}, [(0, 7, 2)]),
+        (
+            {5: 2, 70: 3, 99: 1},
+            [(0, 15, 2), (16, 31, 0), (32, 47, 0), (48, 63, 0), (64, 79, 3), (80, 95, 0), (96, 111, 1)],
+        ),
+        ({20: 90, 600: 1}, [(16, 31, 90), (32, 63, 0), (64, 127, 0), (128, 255, 0), (256, 511, 0), (512, 1023, 1)]),
+    ],
+)
+def test_histogram_counts_every_row_once(rows: dict[int, int], bars: list[tuple[int, int | None, int]]) -> None:
+    lengths = Lengths()
+    lengths.rows.update(rows)
+    assert histogram(lengths) == bars
+    assert sum(count for _, _, count in histogram(lengths)) == sum(rows.values())
+
+
+def test_quantiles_are_lengths_that_occur() -> None:
+    lengths = Lengths()
+    lengths.rows.update({10: 50, 20: 49, 1000: 1})
+    assert [lengths.quantile(share) for share in (0.5, 0.9, 0.99, 1.0)] == [10, 20, 20, 1000]
+    assert Lengths().quantile(0.5) == 0
+
+
+def test_facts_are_json(hymba: PreTrainedTokenizerFast) -> None:
+    told = json.loads(json.dumps(facts(check([GOOD, GOOD, BOT, LONG], hymba))))
+    assert told["usable"] is False
+    assert told["problems"][0]["rows"] == 1
+    assert told["duplicates"]["rows"] == 1
+    assert told["at_max_length"] == {"max_length": 64, "too_long": 0, "cut": 1, "continued": 0}
+    assert told["tokens"]["learned_share"] == told["tokens"]["learned"] / told["tokens"]["kept"]
+    assert sum(bar["rows"] for bar in told["lengths"]["histogram"]) == 3
+
+
+def test_memory_grows_by_the_hashes_only(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymba_tune.data.encoding.BATCH_ROWS", 16)
+
+    def peak(count: int) -> int:
+        rows = Source("a", lambda: iter(source([{"text": f"{n}" * 50} for n in range(8)] * (count // 8))))
+        tracemalloc.start()
+        try:
+            assert check_sources([rows], hymba, max_length=64).rows == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(16)
+    few, many = peak(160), peak(1600)
+    assert many - few < 200_000
+
+
+class TestPage:
+    """The page of a check, as a browser shows it."""
+
+    @pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
+    def test_says_it_all(
+        self, width: int, dark: bool, browser: Browser, hymba: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        rows = [GOOD, GOOD, LONG, LATE, TEXT, {"prompt": "<script>x()</script>", "kompletion": "<b>"}, BOT]
+        found = check(rows, hymba)
+        page = tmp_path / "page.html"
+        page.write_text(check_page(found, model="m", commands=[("train", "hymba-tune sft --data x")]))
+        seen = browser.look(page, width, dark=dark)
+        assert not seen.complaints
+        assert not seen.requests
+        assert not seen.over
+        assert [plot.title for plot in seen.plots] == [
+            "How long rows are",
+            "What becomes of rows",
+            "What becomes of tokens",
+        ]
+        assert not [plot for plot in seen.plots if plot.clipped or plot.meet or not plot.paths]
+        assert "Cannot be trained on yet: 2 of 7 rows would stop a run." in seen.text
+        assert 'it has no "completion" (but prompt, kompletion)' in seen.text
+        assert "hymba-tune sft --data x" in seen.text
+
+    def test_stands_without_any_row(self, browser: Browser, tmp_path: Path) -> None:
+        found = Check(64, files=[FileCheck("<a>", problem=DataError("It is broken."))])
+        (tmp_path / "page.html").write_text(check_page(found, model="m", commands=[]))
+        seen = browser.look(tmp_path / "page.html")
+        assert not seen.complaints
+        assert not seen.plots
+        assert "<a>" in seen.text
+        assert "It is broken." in seen.text
