@@ -37,7 +37,7 @@ class RichScreen(Screen):
         """A line that turns while something is done, if it takes long enough to see."""
         started = time.monotonic()
         with console.status(Text(label, style="dim")) as status:
-            yield lambda done: status.update(Text(_progress(label, done, time.monotonic() - started), style="dim"))
+            yield lambda done: status.update(Text(_progress(label, done, started), style="dim"))
         if (seconds := time.monotonic() - started) > QUIET_SECONDS and not console.is_terminal:
             console.print(f" {label} · {seconds:.0f} s", markup=False)
 
@@ -102,9 +102,10 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def _progress(label: str, done: int, seconds: float) -> str:
-    speed = f" · {done / seconds:,.0f} a second" if done >= SHOWN_SPEED and seconds > 0 else ""
-    return f"{label} · {done:,}{speed}"
+def _progress(label: str, done: int, started: float) -> str:
+    if done < SHOWN_SPEED:
+        return f"{label} · {done:,}"
+    return f"{label} · {done:,} · {done / max(time.monotonic() - started, 1e-3):,.0f} a second"
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from rich.cells import cell_len
 
+from hymba_tune.cli import screen as screens
 from hymba_tune.cli.screen import RichScreen
 from hymba_tune.train.screen import Row
 
@@ -72,10 +73,16 @@ def test_what_takes_long_is_told_where_nothing_can_turn(
     screen = RichScreen()
     for label in ("quick", "slow"):
         with screen.working(label) as progress:
-            progress(1000)
+            progress(10)
     assert capsys.readouterr().out == " slow · 5 s\n"
 
 
 def test_note_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     RichScreen().note("[x]")
     assert capsys.readouterr().out == " [x]\n"
+
+
+def test_progress_says_how_fast_it_is_once_that_means_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymba_tune.cli.screen.time.monotonic", lambda: 12.0)
+    assert screens._progress("reading", 99, 10.0) == "reading · 99"
+    assert screens._progress("reading", 5000, 10.0) == "reading · 5,000 · 2,500 a second"
