@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LOSS_OF = {"dpo": "a pair", "kto": "an answer"}
-"""What the loss of a verb is the mean of, where that is not a token."""
+A_TOKEN = ("sft", "distill")
+"""Verbs whose loss is a mean over tokens; that of preferences is in a unit of its own, and another for every kind."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Measure:
 
 KNOWN = {
     "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, better=1),
-    "margin": Measure("Margin of preferred answers", "nats", ".3f", better=1),
+    "margin": Measure("Margin of rewards", format=".3f", better=1),
+    "chosen_reward": Measure("Reward of better answers", format=".3f"),
+    "rejected_reward": Measure("Reward of worse answers", format=".3f"),
     "learning_rate": Measure("Learning rate", format=".2g"),
     "grad_norm": Measure("Gradient norm, before clipping"),
     "tokens_per_s": Measure("Speed", "tokens/s", ",.0f", better=1),
@@ -52,6 +54,5 @@ def order(name: str) -> int:
 def measure(name: str, verb: str | None) -> Measure:
     """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name."""
     if name == "loss":
-        unit = "nats" if verb is None else f"nats {LOSS_OF.get(verb, 'a token')}"
-        return Measure("Loss", unit, ".3f", better=-1)
+        return Measure("Loss", "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

@@ -54,9 +54,9 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     kind = measure("loss", record.verb)
     gain = (first - losses[best]) / first if first else 0.0
     better = losses[best] < first
-    per = kind.unit.removeprefix("nats ")
-    change = f"held-out loss {first:.3f} → {losses[best]:.3f} nats {per}"
-    sentence = f"It got better: {change}, {100 * gain:.0f} % less." if better else f"It did not get better: {change}."
+    change = f"held-out loss {first:.3f} → {kind.written(losses[best])}"
+    ranked = _ranked(record)
+    sentence = f"It got better: {change}, {100 * gain:.0f} % less" if better else f"It did not get better: {change}"
     notes = []
     if last > WORSE * losses[best]:
         notes.append(
@@ -68,9 +68,15 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
         ("best", f"{losses[best]:.3f}", f"step {steps[best]:,}"),
         ("last", f"{last:.3f}", f"step {steps[-1]:,}"),
     ]
-    if per == "a token":
+    if kind.unit:
         figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
-    return Verdict(sentence, better, figures + _pairs(record), notes)
+    return Verdict(f"{sentence}{ranked}.", better, figures + _pairs(record), notes)
+
+
+def _ranked(record: RunRecord) -> str:
+    """How many held-out pairs are ranked right, before and at the end, where the run measured that."""
+    _, right = record.series("eval_accuracy")
+    return f"; {100 * right[-1]:.0f} % of the pairs ranked right, {100 * right[0]:.0f} % before" if right else ""
 
 
 def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:

@@ -40,10 +40,17 @@ def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> N
     assert not judged(tmp_path, [1.0], [2.0, 1.0, 1.01]).notes
 
 
-def test_loss_of_preferences_is_a_pairs(tmp_path: Path) -> None:
-    verdict = judged(tmp_path, [0.6], [0.693, 0.5], "dpo")
-    assert verdict.sentence == "It got better: held-out loss 0.693 → 0.500 nats a pair, 28 % less."
-    assert "perplexity" not in [what for what, *_ in verdict.figures]
+def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
+    columns = {"eval_accuracy": [0.52, 0.78], "eval_margin": [0.0, 0.4]}
+    run = made_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
+    verdict = judge(RunRecord.read(run))
+    assert verdict.sentence == (
+        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked right, 52 % before."
+    )
+    assert verdict.figures[3:] == [
+        ("pairs ranked right", "78 %", "52 % before"),
+        ("margin of rewards", "0.400", "0.000 before"),
+    ]
 
 
 @pytest.mark.parametrize("evaluations", [[], [2.0], [2.0, float("nan")]])
