@@ -63,12 +63,14 @@ def _with_held_out(record: RunRecord, name: str) -> Plot | None:
             _line(axes, trained, kind, color=LIGHT["first"], label="training" if held_out[0] else None)
         if held_out[0]:
             _line(axes, held_out, kind, color=LIGHT["second"], marker="o", markersize=5, label="held out")
-            before = held_out[1][0] / kind.scale
-            axes.axhline(before, color=LIGHT["dim"], linewidth=1, linestyle=(0, (4, 3)), label="held out, before")
+        if kind.chance is not None:
+            _compare_with(axes, kind.chance / kind.scale, "by chance")
+        elif held_out[0]:
+            _compare_with(axes, held_out[1][0] / kind.scale, "held out, before")
         if predicted:
-            axes.axhline(predicted / kind.scale, color=LIGHT["dim"], linestyle=(0, (4, 3)), label="predicted")
+            _compare_with(axes, predicted / kind.scale, "predicted")
         _axes(axes, kind, zero=name in ("tokens_per_s", "memory_bytes", "learning_rate"))
-        if held_out[0] or predicted:
+        if held_out[0] or predicted or kind.chance is not None:
             _legend(axes)
 
     said = [_said(kind, trained, "" if not held_out[0] else "in training")] if trained[0] else []
@@ -97,6 +99,10 @@ def _line(axes: Axes, curve: tuple[list[int], list[float]], kind: Measure, **sty
     elif "marker" not in style:
         style |= {"marker": "o", "markersize": 2.5}
     axes.plot(steps, shown, **style)  # type: ignore[arg-type]
+
+
+def _compare_with(axes: Axes, value: float, label: str) -> None:
+    axes.axhline(value, color=LIGHT["dim"], linewidth=1, linestyle=(0, (4, 3)), label=label)
 
 
 def _axes(axes: Axes, kind: Measure, *, zero: bool = False) -> None:

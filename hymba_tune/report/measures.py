@@ -17,6 +17,7 @@ class Measure:
         unit: Its unit, as an axis names it.
         format: How a value is written in a sentence.
         scale: What values are divided by.
+        chance: What guessing gives, where that is known.
         better: -1 where less of it is better, 1 where more is, 0 where neither.
     """
 
@@ -24,6 +25,7 @@ class Measure:
     unit: str = ""
     format: str = ".3g"
     scale: float = 1.0
+    chance: float | None = None
     better: int = 0
 
     def written(self, value: float) -> str:
@@ -33,7 +35,7 @@ class Measure:
 
 
 KNOWN = {
-    "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, better=1),
+    "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, chance=0.5, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
     "chosen_reward": Measure("Reward of better answers", format=".3f"),
     "rejected_reward": Measure("Reward of worse answers", format=".3f"),

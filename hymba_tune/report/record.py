@@ -102,7 +102,12 @@ def _rows(path: Path) -> list[dict[str, float]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     # A run that was killed may have left half a line.
     whole = (json.loads(line) for line in lines if line.endswith("\n"))
-    return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in whole]
+    rows = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in whole]
+    for row in rows:
+        # Before training the answers of a pair are equal in reward, so that none is ranked right: this says nothing.
+        if row.get("eval_margin") == 0:
+            row.pop("eval_accuracy", None)
+    return rows
 
 
 def _dropped(path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -74,9 +74,9 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
 
 
 def _ranked(record: RunRecord) -> str:
-    """How many held-out pairs are ranked right, before and at the end, where the run measured that."""
+    """How many held-out pairs are ranked right at the end, where the run measured that."""
     _, right = record.series("eval_accuracy")
-    return f"; {100 * right[-1]:.0f} % of the pairs ranked right, {100 * right[0]:.0f} % before" if right else ""
+    return f"; {100 * right[-1]:.0f} % of the pairs ranked right" if right else ""
 
 
 def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -86,7 +86,10 @@ def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:
         _, values = record.series(f"eval_{name}")
         kind = measure(name, record.verb)
         if values:
-            figures.append((kind.title.lower(), kind.written(values[-1]), f"{kind.written(values[0])} before"))
+            than = (
+                f"{kind.written(values[0])} before" if kind.chance is None else f"{kind.written(kind.chance)} by chance"
+            )
+            figures.append((kind.title.lower(), kind.written(values[-1]), than))
     return figures
 
 

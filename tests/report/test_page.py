@@ -28,7 +28,7 @@ def assert_sound(seen: Seen, width: int) -> None:
         assert len(plot.alt) > 30, plot
         assert not plot.clipped, plot
         assert not plot.meet, plot
-        assert plot.smallest > 9, plot
+        assert plot.smallest > 8, plot
 
 
 @pytest.mark.parametrize(("width", "dark"), [(DESK, False), (PHONE, False), (DESK, True)])

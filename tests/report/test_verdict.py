@@ -41,14 +41,14 @@ def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> N
 
 
 def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
-    columns = {"eval_accuracy": [0.52, 0.78], "eval_margin": [0.0, 0.4]}
+    columns = {"eval_accuracy": [0.0, 0.78], "eval_margin": [0.0, 0.4]}
     run = made_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
     verdict = judge(RunRecord.read(run))
     assert verdict.sentence == (
-        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked right, 52 % before."
+        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked right."
     )
     assert verdict.figures[3:] == [
-        ("pairs ranked right", "78 %", "52 % before"),
+        ("pairs ranked right", "78 %", "50 % by chance"),
         ("margin of rewards", "0.400", "0.000 before"),
     ]
 
