@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hymba_tune.cli.main import app
-from hymba_tune.config import SFTConfig, TrainingConfig
+from hymba_tune.config import DPOConfig, SFTConfig, TrainingConfig
 from hymba_tune.report import RunRecord
 from hymba_tune.report.commands import next_commands, repeat
 from tests.report.made import made_run
@@ -32,6 +32,15 @@ def test_repeating_asks_for_the_same_settings(name: str, tmp_path: Path) -> None
     written = asked.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
     run = made_run(tmp_path / "run", settings=written)
     _, bound, _ = app.parse_args(shlex.split(repeat(RunRecord.read(run)))[1:])
+    assert bound.arguments["flags"] == asked
+
+
+def test_repeating_a_run_of_preferences_asks_for_the_same_settings(tmp_path: Path) -> None:
+    asked = DPOConfig(model="hymba-nano", data=["pairs.jsonl"], beta=0.3, rank=8)
+    written = {"verb": "dpo", **asked.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)}
+    said = repeat(RunRecord.read(made_run(tmp_path / "run", settings=written)))
+    assert said == "hymba-tune dpo --model hymba-nano --data pairs.jsonl --rank 8 --beta 0.3"
+    _, bound, _ = app.parse_args(shlex.split(said)[1:])
     assert bound.arguments["flags"] == asked
 
 
