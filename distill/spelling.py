@@ -112,6 +112,8 @@ def _decoders(described: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         if step["type"] in ("ByteLevel", "Metaspace")
     ]
     reasons = [REFUSED[step["type"]] for step in steps if step["type"] in REFUSED]
+    if described["model"].get("end_of_word_suffix"):
+        reasons = [REFUSED["BPEDecoder"]]
     if not steps:
         reasons = ["it has no decoder that says what its tokens spell"]
     if reasons:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.chunks import Head
+from hymba_tune.distill.chunks import Head, chunked_loss
+from hymba_tune.distill.losses import cross_entropy, mix, projection_kl
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.projection import Places, Projection, find_places
 from hymba_tune.distill.spelling import END
@@ -211,3 +212,23 @@ def test_top_pieces_and_the_rest(sample: Sample) -> None:
     top = whole.top(3)
     assert torch.equal(top.pieces, whole.probs.topk(3).indices)
     FLOAT64.check(top.log_probs.exp().sum(-1) + top.bucket.exp(), torch.ones(len(places), dtype=torch.float64))
+
+
+def test_learned_in_chunks_as_at_once(sample: Sample) -> None:
+    """From both sides' hidden states to the gradients, cross-entropy where nothing is known."""
+    row, projection, places, _ = sample
+    vocabularies = projection.vocabulary, projection._first.shape[1]
+    ours, theirs = (torch.randn(len(ids), 5).double() for ids in (row.student_ids, row.teacher_ids))
+    heads = [torch.randn(size, 5).double() for size in vocabularies]
+    student = Head(ours[torch.from_numpy(row.student) - 1].requires_grad_(), heads[0].requires_grad_())
+    teacher = Head(theirs, heads[1])
+
+    def loss(logits: Tensor, rows: slice) -> Tensor:
+        target = projection.from_head(teacher, places[rows], temperature=2.0)
+        taught = projection_kl(logits, target, temperature=2.0)
+        return mix(cross_entropy(logits, places.piece[rows]), taught, target.known, alpha=0.7)
+
+    whole, total = loss(student.logits(slice(None)), slice(None)).sum(), chunked_loss(student, loss, rows=7)
+    FLOAT64.check(total, whole)
+    for found, expected in zip(torch.autograd.grad(total, student), torch.autograd.grad(whole, student), strict=True):
+        FLOAT64.check(found, expected, "gradient")

@@ -92,6 +92,14 @@ def test_decoders_that_lose_bytes_are_refused(decoder: object, reason: str) -> N
         read_spelling(plain(decoder))
 
 
+def test_marks_at_the_ends_of_words_are_refused() -> None:
+    """As CLIP's, whose decoder does not say so."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoders.ByteLevel()
+    with pytest.raises(DataError, match="which white space follows a word"):
+        read_spelling(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+
 def test_slow_tokenizer_is_refused() -> None:
     class Slow:
         is_fast = False
