@@ -39,6 +39,12 @@ COLUMNS = {
     "packing": {
         "packing": {"dtype", "batch, meta tokens", "rows computed", "text tokens/s", "x faster", *TIMES},
     },
+    "preference": {
+        "preference": {
+            *("seed", "sft loss before", "sft loss", "dpo loss before"),
+            *("dpo loss", "dpo accuracy", "dpo margin", "minutes"),
+        },
+    },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
     "alignment": {
         "alignment": {"what", "MB of text", "MB/s", *TIMES},
