@@ -218,6 +218,8 @@ def recognise(fields: Fields, names: Names) -> Format:
 
 
 def _suggested_map(fields: Fields) -> str:
+    if {"chosen", "rejected"} <= fields.keys():
+        return "hymba-tune dpo learns from pairs of a better and a worse answer"
     lists = [
         name for name, value in fields.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)
     ]

@@ -70,7 +70,8 @@ def parse_pair(row: object, names: Names | None = None) -> Pair:
     fields = _fields(row, names)
     for side in ("chosen", "rejected"):
         if side not in fields:
-            raise DataError(f"it has no {names.column(side)} (but {listing(fields)})", expected=EXPECTED)
+            what = f"it has no {names.column(side)} (but {listing(fields)})"
+            raise DataError(what, expected=EXPECTED, fix=_other_verb(fields) or f"--map {side}=COLUMN")
     chosen, rejected = (_conversation(fields, side, names) for side in ("chosen", "rejected"))
     if chosen == rejected:
         raise IdenticalPairError(
@@ -97,11 +98,20 @@ def parse_judged(row: object, names: Names | None = None) -> list[Judged]:
         pair = parse_pair(row, names)
         return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
     if "label" not in fields:
-        raise DataError(f"it has no {names.column('label')} (but {listing(fields)})", expected=EXPECTED_JUDGED)
+        what = f"it has no {names.column('label')} (but {listing(fields)})"
+        raise DataError(what, expected=EXPECTED_JUDGED, fix=_other_verb(fields) or "--map label=COLUMN")
     side = "completion" if "completion" in fields else "messages"
     if side not in fields:
         raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_JUDGED)
     return [Judged(_conversation(fields, side, names), _label(fields["label"], names))]
+
+
+def _other_verb(fields: Mapping[str, object]) -> str:
+    """Which verb such rows are for, if they are for one."""
+    if "label" in fields:
+        return "hymba-tune kto learns from judged answers"
+    answers = {"messages", "conversations", "completion", "output", "text"} & fields.keys()
+    return "hymba-tune sft learns from answers that are all good" if answers else ""
 
 
 def _fields(row: object, names: Names) -> dict[str, object]:

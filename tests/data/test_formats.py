@@ -220,6 +220,7 @@ BAD_ROWS = {
     "one other column": ({"body": "x"}, "--map text=body"),
     "messages by another name": ({"dialog": [USER, ANSWER]}, "--map messages=dialog"),
     "no column": ({}, r"fit no format \(it has none\)"),
+    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"\n  to fix     hymba-tune dpo learns from pairs"),
     "half a format": ({"prompt": "Hi", "response": "Hello"}, r'it has no "completion"(.|\n)*--map completion=response'),
     "null": ({"prompt": "Hi", "completion": None}, r'it has no "completion" \(but prompt\)'),
     "Alpaca without instruction": ({"input": "Hi", "output": "Hello"}, "--map prompt=input --map completion=output"),

@@ -94,6 +94,12 @@ def test_identical_answers_are_no_pair() -> None:
     {
         "text": ("no row", r"the row is text\n  expected   an object with chosen \+ rejected"),
         "no side": ({"prompt": "a", "chosen": "b"}, r'it has no "rejected" \(but prompt, chosen\)'),
+        "judged": (
+            {"prompt": "a", "completion": "b", "label": True},
+            r'it has no "chosen" (.|\n)*to fix +hymba-tune kto',
+        ),
+        "answers": ({"messages": messages("a", "b")}, r'it has no "chosen" (.|\n)*to fix +hymba-tune sft'),
+        "other names": ({"q": "a", "yes": "b", "rejected": "c"}, r'no "chosen" (.|\n)*to fix +--map chosen=COLUMN'),
         "no prompt": ({"chosen": "b", "rejected": "c"}, r'it has no "prompt" \(but chosen, rejected\)'),
         "empty": ({"prompt": "a", "chosen": " ", "rejected": "c"}, r'"chosen" is an empty answer'),
         "number": ({"prompt": "a", "chosen": 3, "rejected": "c"}, r'"chosen" is a number'),
@@ -144,6 +150,7 @@ def test_pair_is_one_good_answer_and_a_bad_one() -> None:
     ("row", "message"),
     [
         ({"prompt": "a", "completion": "b"}, r'it has no "label" \(but prompt, completion\)'),
+        ({"prompt": "a", "answer": "b"}, r'it has no "label" (.|\n)*to fix +--map label=COLUMN'),
         ({"prompt": "a", "label": True}, r'it has no "completion" \(but prompt, label\)'),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, r""""label" is 'maybe'\n  expected   true or false"""),
         ({"prompt": "a", "completion": "b", "label": [1]}, r'"label" is \[1\]'),
