@@ -71,12 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
     if own.gsm8k is None and not given.quick:
         parser.error("--gsm8k FOLDER is needed, or --quick")
     data = read(own.gsm8k) if own.gsm8k else sums()
-    size = Size(2, 2, 12, 12, 4) if given.quick else Size(80, 50, 640, 200, 48)
+    size = Size(2, 2, 8, 8, 4) if given.quick else Size(80, 40, 320, 160, 32)
     rows = [measure(data, size, seed, given) for seed in range(given.repeats)]
     numbers = [name for name in rows[0] if name != "seed"]
     rows.append({"seed": "mean"} | {name: mean(float(row[name] or 0.0) for row in rows) for name in numbers})
     notes = [
-        f"Supervised: {size.sft_steps} steps of 8 rows, LoRA r16. DPO: {size.dpo_steps} steps of 4 pairs, beta 0.1, "
+        f"Supervised: {size.sft_steps} steps of 4 rows, LoRA r16. DPO: {size.dpo_steps} steps of 4 pairs, beta 0.1, "
         f"from the supervised run. Held out: {size.evaluated} solutions and {size.evaluated} pairs of other questions.",
         "Loss in nats, a token and a pair; a pair whose two answers are equally preferred costs 0.693.",
     ]
@@ -115,7 +115,7 @@ def measure(data: Data, size: Size, seed: int, given: harness.Options) -> dict[s
 def train(folder: Path, size: Size, seed: int, given: harness.Options) -> tuple[Run, Run]:
     """Supervised training, then DPO from it."""
     shared: dict[str, Any] = {
-        "dtype": str(given.dtypes[0]).removeprefix("torch."),
+        "dtype": str(given.dtypes[-1]).removeprefix("torch."),
         "device": str(given.device),
         "seed": seed,
         "max_length": 512,
@@ -129,6 +129,7 @@ def train(folder: Path, size: Size, seed: int, given: harness.Options) -> tuple[
         eval_data=[str(folder / "held_out_solutions.jsonl")],
         steps=size.sft_steps,
         eval_every=size.sft_steps,
+        batch_size=4,
         lr=5e-3,
         out=folder / "sft",
     )
