@@ -37,7 +37,8 @@ def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run]) ->
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
             go_on = f"hymba-tune {settings.verb} --resume {interrupt.args[0]}"
-            console.print(f"\n stopped and saved; to go on: {go_on}", markup=False)
+            console.print(f"\n stopped and saved; to go on: {go_on}", markup=False, soft_wrap=True)
+            console.print(f" how it went so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
         raise
     _show_result(run)
 

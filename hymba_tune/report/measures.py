@@ -47,10 +47,12 @@ KNOWN = {
 """In the order in which they are shown, after the loss."""
 
 
-def order(name: str) -> int:
+def order(name: str) -> float:
     """Where a measure stands among the others: those nobody described after the loss, before the machine's."""
     names = list(KNOWN)
-    return -1 if name == "loss" else names.index(name) if name in names else names.index("learning_rate")
+    if name == "loss":
+        return -1
+    return names.index(name) if name in names else names.index("learning_rate") - 0.5
 
 
 def measure(name: str, verb: str | None) -> Measure:

@@ -34,18 +34,21 @@ def judge(record: RunRecord) -> Verdict:
     steps, losses = record.series("eval_loss")
     if len(losses) > 1 and all(map(math.isfinite, losses)):
         return _held_out(record, steps, losses)
+    evaluated = len(losses)
     kind = measure("loss", record.verb)
     steps, losses = record.series("loss")
     if not losses:
         return Verdict("It ended before its first step was measured.", None, [])
     first, last = kind.written(losses[0]), kind.written(losses[-1])
     figures = [("first training loss", first, f"step {steps[0]:,}"), ("last", last, f"step {steps[-1]:,}")]
-    return Verdict(
-        f"Whether it got better cannot be told without held-out data. Training loss {first} → {last}.",
-        None,
-        figures,
-        ["Hold some data out next time: --eval-split 0.05, or --eval-data FILE."],
+    why = "without a second finite evaluation" if evaluated else "without held-out data"
+    how = (
+        "Evaluate more often: --eval-every."
+        if evaluated
+        else "Hold some data out: --eval-split 0.05, or --eval-data FILE."
     )
+    sentence = f"Whether it got better cannot be told {why}. Training loss {first} → {last}."
+    return Verdict(sentence, None, figures, [how])
 
 
 def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdict:

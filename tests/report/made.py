@@ -39,7 +39,7 @@ def made_run(
         for i, loss in enumerate(evaluations)
     ]
     rows += [
-        {"step": 10 * i + 10, "loss": loss} | {name: columns[name][i] for name in columns.keys() - held_out.keys()}
+        {"step": 10 * i + 10, "loss": loss} | {name: columns[name][i] for name in columns if name not in held_out}
         for i, loss in enumerate(losses)
     ]
     asked = {"verb": "sft", "model": "hymba-nano", "data": ["demo"], **(settings or {})}

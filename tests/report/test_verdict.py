@@ -53,9 +53,18 @@ def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("evaluations", [[], [2.0], [2.0, float("nan")]])
-def test_without_evaluations_before_and_after_nothing_is_claimed(tmp_path: Path, evaluations: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("evaluations", "why", "how"),
+    [
+        ([], "without held-out data", "--eval-split"),
+        ([2.0], "without a second finite evaluation", "--eval-every"),
+        ([2.0, float("nan")], "without a second finite evaluation", "--eval-every"),
+    ],
+)
+def test_without_evaluations_before_and_after_nothing_is_claimed(
+    tmp_path: Path, evaluations: list[float], why: str, how: str
+) -> None:
     verdict = judged(tmp_path, [2.0, 1.0], evaluations)
     assert verdict.better is None
-    assert "cannot be told" in verdict.sentence
-    assert "--eval-split" in verdict.notes[0]
+    assert verdict.sentence.startswith(f"Whether it got better cannot be told {why}.")
+    assert how in verdict.notes[0]
