@@ -39,7 +39,7 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
     """
     verbs = {record.verb for record in records.values()}
     verb = verbs.pop() if len(verbs) == 1 else None
-    names = sorted({name for record in records.values() for name in record.measures}, key=order)
+    names = sorted(dict.fromkeys(name for record in records.values() for name in record.measures), key=order)
     plots = []
     for name in (both for one in names for both in (f"eval_{one}", one)):
         kind = measure(name.removeprefix("eval_"), verb)
