@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     if own.gsm8k is None and not given.quick:
         parser.error("--gsm8k FOLDER is needed, or --quick")
     data = read(own.gsm8k) if own.gsm8k else sums()
-    size = Size(2, 2, 8, 8, 4) if given.quick else Size(80, 40, 320, 160, 32)
+    size = Size(2, 2, 8, 8, 4) if given.quick else Size(60, 30, 240, 120, 24)
     rows = [measure(data, size, seed, given) for seed in range(given.repeats)]
     numbers = [name for name in rows[0] if name != "seed"]
     rows.append({"seed": "mean"} | {name: mean(float(row[name] or 0.0) for row in rows) for name in numbers})
@@ -115,7 +115,7 @@ def measure(data: Data, size: Size, seed: int, given: harness.Options) -> dict[s
 def train(folder: Path, size: Size, seed: int, given: harness.Options) -> tuple[Run, Run]:
     """Supervised training, then DPO from it."""
     shared: dict[str, Any] = {
-        "dtype": str(given.dtypes[-1]).removeprefix("torch."),
+        "dtype": str(given.dtypes[0]).removeprefix("torch."),
         "device": str(given.device),
         "seed": seed,
         "max_length": 512,
