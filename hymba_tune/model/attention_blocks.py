@@ -7,7 +7,6 @@ query or key head, v width of a value head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import kept
 from .documents import Documents
 
 BLOCK = 128
@@ -128,8 +128,7 @@ def _blocks(
         yield slice(meta + begin, meta + end), runs, mask
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # generation may make what training uses
+@kept
 def _mask(
     queries: int, keys: int, borders: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 AUTO = "auto"
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -272,6 +275,25 @@ def survey(task: Task) -> dict[str, Choice]:
         usable = [other for other, why in obstacles.items() if why is None and other != taken]
         found[name] = Choice(taken, usable, {other: why for other, why in obstacles.items() if why is not None})
     return found
+
+
+def kept(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function's last results: every layer asks for the masks and borders of the same few layouts.
+
+    They are ordinary tensors also where generation makes them first: training may use them.
+    """
+    keeping = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+    _KEPT.append(keeping.cache_clear)
+    return keeping
+
+
+_KEPT: list[Callable[[], None]] = []
+
+
+def forget_kept() -> None:
+    """Forget all that is `kept`, such as what was made of tensors without memory."""
+    for forget in _KEPT:
+        forget()
 
 
 def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:

@@ -6,13 +6,13 @@ Glossary: T tokens, S texts, E channels, K width of the convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, kept, random_leaves
 from .convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
 from .documents import Documents
 
@@ -108,16 +108,17 @@ class _Borders(NamedTuple):
     from_initial: Tensor
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # generation may make what training uses
+@kept
 def _borders(offsets: tuple[int, ...], before: int, device: torch.device) -> _Borders:
     """Kept for the other layers, which ask for the same."""
     bounds, steps = torch.tensor(offsets, device="cpu")[:, None], torch.arange(before, device="cpu")
     starts, ends, last_row = bounds[:-1], bounds[1:], max(offsets[-1] - 1, 0)
     first, last = starts + steps, ends - before + steps
+    lengths = (end - start for start, end in pairwise(offsets))
+    own = [text * before + step for text, length in enumerate(lengths) for step in range(min(before, length))]
     found = _Borders(
         first.clamp(max=last_row),
-        (first < ends).flatten().nonzero().squeeze(1),
+        torch.tensor(own, dtype=torch.int64, device="cpu"),
         last.clamp(min=0),
         last >= starts,
         (last - starts + before).clamp(0, before - 1),

@@ -23,7 +23,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         A float32 scalar (float64 for float64 inputs), nats.
     """
     learned = targets != -100
-    loss: Tensor = _LinearCrossEntropy.apply(hidden[learned], weight, targets[learned])
+    return learned_cross_entropy(hidden[learned], weight, targets[learned])
+
+
+def learned_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`linear_cross_entropy` where every token is learned: no target is -100."""
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
     return loss
 
 

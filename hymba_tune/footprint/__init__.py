@@ -1,0 +1,1 @@
+"""What training takes of memory, known before any weights are loaded."""
