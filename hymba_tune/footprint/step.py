@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 
-from hymba_tune.footprint.costs import LayerCost, layer_costs, loss_cost
+from hymba_tune.footprint.costs import LayerCost, LossCost, layer_cost, loss_cost
 from hymba_tune.footprint.shapes import without_memory
+
+MOMENT_BYTES = {
+    "adamw": 8.0,
+    "paged-adamw": 8.0,
+    "adamw8bit": 2.1,
+    "paged-adamw8bit": 2.1,
+    "lion": 4.0,
+    "lion8bit": 1.1,
+    "adafactor": 0.1,
+    "sgd": 0.0,
+}
+"""Bytes that each optimiser keeps of a parameter; those in 8 bits have a scale for every block beside them."""
+SHORT = 128
+"""Tokens of the texts that layers are counted with: all but attention's scores grows with the batch's tokens alone."""
+COUNTS = (1, 3)
+"""Texts they are counted with, for the line through both."""
+Kind = tuple[bool, bool]
 
 
 @dataclass(frozen=True)
@@ -61,74 +78,97 @@ class Footprint:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def predict(
-    model: Any,
-    batch: Batch,
-    *,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    accumulates: bool,
-    optimizer: str,
-    own_kernels: bool,
-) -> Footprint:
-    """Foresee the memory of a training step.
+class StepMemory:
+    """Foresees the memory of a model's training steps.
 
     Args:
         model: A Hymba model with or without an adapter, on any device; the meta device will do.
-        batch: What it trains on at a time.
         dtype: What is computed in.
-        checkpointing: Whether layers compute their activations again in the backward.
-        accumulates: Whether gradients of earlier batches are there while one is computed.
-        optimizer: Its name in the settings.
         own_kernels: Whether the ways to compute are those chosen for this process; see `without_memory`.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.lm_head.weight
-    with without_memory(dtype, own_kernels=own_kernels):
-        layers = layer_costs(base.base_model, batch.tokens, batch.longest)
-        loss = loss_cost(head, max(1, batch.learned), head.dtype)
-    weights, adapter, trained = _parameter_bytes(model)
-    state, waiting = optimizer_bytes(model, optimizer), trained if accumulates else 0
-    before = _around_layers(base, batch)
-    moments = [
-        (waiting, before + sum(cost.held(checkpointing) for cost in layers), loss.peak),
-        (trained, 0, 0),  # the optimiser's step
-        (trained, before, loss.gradients),  # the embedding's backward, with a gradient of its own
-    ]
-    # The backward comes from the last layer: the ones before it still hold all they keep, those after it nothing.
-    made = loss.gradients
-    held = list(accumulate((cost.held(checkpointing) for cost in layers), initial=before))
-    for cost, earlier in reversed(list(zip(layers, held[:-1], strict=True))):
-        worst = cost.kept + max(cost.forward, cost.backward)
-        moments.append((waiting or made, earlier + worst, 0))
-        made += cost.gradients
-    gradients, activations, of_loss = max(moments, key=sum)
-    return Footprint(weights, adapter, gradients, state, activations, of_loss)
 
+    def __init__(self, model: Any, *, dtype: torch.dtype, own_kernels: bool) -> None:
+        self._model = model
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._mode = dtype, own_kernels
+        self._counted: dict[tuple[int, int, int], LayerCost] = {}
 
-def _around_layers(base: Any, batch: Batch) -> int:
-    """What is held before and behind the layers: embeddings, alone and behind the meta tokens, and the final norm's.
+    def of(self, batch: Batch, *, checkpointing: bool, accumulates: bool, optimizer: str) -> Footprint:
+        """The worst moment of a step.
 
-    Where there is padding, also the final states with it, and without it again.
-    """
-    rows = base.config.num_memory_tokens + 3 * batch.tokens
-    padded = batch.places + batch.tokens if batch.places > batch.tokens else 0
-    return (rows + padded) * int(base.config.hidden_size) * base.base_model.embed_tokens.weight.itemsize
+        Args:
+            batch: What it trains on at a time.
+            checkpointing: Whether layers compute their activations again in the backward.
+            accumulates: Whether gradients of earlier batches are there while one is computed.
+            optimizer: Its name in the settings.
+        """
+        layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        trained_bytes = sum(parameter.nbytes for parameter in trained)
+        frozen = sum(parameter.nbytes for parameter in self._model.parameters()) - trained_bytes
+        state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
+        waiting = trained_bytes if accumulates else 0
+        around = self._around_layers(batch)
+        moments = [
+            (waiting, around + sum(cost.held(checkpointing) for cost in layers), loss.peak),
+            (trained_bytes, 0, 0),  # the optimiser's step
+            (trained_bytes, around, loss.gradients),  # the embedding's backward, with a gradient of its own
+        ]
+        # The backward comes from the last layer: those before it still hold all they keep, those after it nothing.
+        made = loss.gradients
+        held = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
+        for cost, earlier in reversed(list(zip(layers, held[:-1], strict=True))):
+            moments.append((waiting or made, earlier + cost.kept + max(cost.forward, cost.backward), 0))
+            made += cost.gradients
+        gradients, activations, head = max(moments, key=sum)
+        weights, adapter = (frozen, trained_bytes) if frozen else (trained_bytes, 0)
+        return Footprint(weights, adapter, gradients, state, activations, head)
 
+    def _around_layers(self, batch: Batch) -> int:
+        """What is held before and behind the layers: embeddings, alone and behind meta tokens, and the final norm's.
 
-def _parameter_bytes(model: nn.Module) -> tuple[int, int, int]:
-    """Of the model, of what an adapter adds to it, and of all that is trained."""
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
-    return (frozen, trained, trained) if frozen else (trained, 0, trained)
+        Where there is padding, also the final states with it, and without it again.
+        """
+        rows = self._base.config.num_memory_tokens + 3 * batch.tokens
+        padded = batch.places + batch.tokens if batch.places > batch.tokens else 0
+        return (rows + padded) * int(self._base.config.hidden_size) * self._base.base_model.embed_tokens.weight.itemsize
 
+    @cached_property
+    def _kinds(self) -> list[Kind]:
+        """For each layer whether it sees whole texts, and whether it makes keys: those alike take the same."""
+        config = self._base.config
+        return [
+            (config.is_global(index), config.kv_source(index) == index) for index in range(config.num_hidden_layers)
+        ]
 
-def optimizer_bytes(model: nn.Module, name: str) -> int:
-    """Of an optimiser's state: two moments of each weight that is trained.
+    def _layers(self, batch: Batch) -> list[LayerCost]:
+        """What each layer takes."""
+        meta = self._base.config.num_memory_tokens
+        costs: dict[Kind, LayerCost] = {}
+        for kind in dict.fromkeys(self._kinds):
+            costs[kind] = self._on_line(kind, meta + batch.tokens)
+            if kind[0] and batch.longest > SHORT:
+                # A query of a global layer sees all of its text, and its scores take more than the line foretells.
+                long = self._count(self._kinds.index(kind), 1, batch.longest)
+                costs[kind] += long.beyond(self._on_line(kind, meta + batch.longest))
+        return [costs[kind] for kind in self._kinds]
 
-    Args:
-        model: Whose trainable parameters are optimised.
-        name: As settings call it; one with 8 bits keeps moments of a byte each, and their scales.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(2 * parameter.nbytes for parameter in trained)
+    def _on_line(self, kind: Kind, rows: int) -> LayerCost:
+        # On texts so short windows change nothing, so one layer stands for all that make keys, or for all that do not.
+        index = next(index for index, (_, makes_keys) in enumerate(self._kinds) if makes_keys == kind[1])
+        few, more = (self._count(index, texts, SHORT) for texts in COUNTS)
+        first, second = (self._base.config.num_memory_tokens + texts * SHORT for texts in COUNTS)
+        return few.on_line(first, more, second, rows)
+
+    def _count(self, index: int, texts: int, length: int) -> LayerCost:
+        key = index, texts, length
+        if key not in self._counted:
+            dtype, own_kernels = self._mode
+            with without_memory(dtype, own_kernels=own_kernels):
+                self._counted[key] = layer_cost(self._base.base_model, index, texts, length)
+        return self._counted[key]
+
+    def _loss(self, learned: int) -> LossCost:
+        dtype, own_kernels = self._mode
+        with without_memory(dtype, own_kernels=own_kernels):
+            return loss_cost(self._base.lm_head.weight, learned)
