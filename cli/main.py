@@ -18,6 +18,8 @@ from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.dpo import dpo
 from hymba_tune.cli.kto import kto
 from hymba_tune.cli.merge import merge
+from hymba_tune.cli.plan import plan
+from hymba_tune.cli.recipes import recipes
 from hymba_tune.cli.report import report
 from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.settings import explain
@@ -38,7 +40,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, dpo, kto, chat, merge, report, doctor):
+for verb in (sft, dpo, kto, chat, merge, report, plan, recipes, doctor):
     app.command(verb)
 app.command(data)
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from hymba_tune.config import Config
+from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -43,8 +43,8 @@ def combine(recipe: str | None, flags: C) -> C:
     """
     if recipe is None:
         return flags
-    path = _find(recipe)
-    settings = _read(path)
+    path = find_recipe(recipe)
+    settings = read_recipe(path)
     own = getattr(flags, "verb", None)
     if (verb := settings.pop("verb", own)) != own:
         raise ConfigError(f"{path} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
@@ -60,6 +60,27 @@ def combine(recipe: str | None, flags: C) -> C:
         return type(flags).model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> TrainingConfig:
+    """As `combine`, for whatever verb the recipe is for.
+
+    Args:
+        recipe: As there.
+        flags: Whose explicitly set fields win.
+        verb: What the settings are for; where not given, what the recipe says, or else the flags' own verb.
+
+    Raises:
+        ConfigError: As `combine`; also if there is no such verb, or it has no such setting.
+    """
+    try:
+        kind = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb)
+        given = {name: getattr(flags, name) for name in flags.model_fields_set}
+        return combine(recipe, kind.model_validate(given))
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
 
 
 def explain(error: ValidationError) -> str:
@@ -81,7 +102,12 @@ def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     return f"{flag}{value}: {said}{common[0] if common else ''}."
 
 
-def _find(recipe: str) -> Path:
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe that is named as a file or by a packaged one's name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
@@ -97,7 +123,12 @@ def _find(recipe: str) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a recipe's file says.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

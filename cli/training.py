@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run]) -> None:
+def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run | None]) -> None:
     """Train with a recipe's settings and the flags on top, or go on with the run that ``--resume`` names.
 
     Args:
@@ -40,7 +40,10 @@ def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run]) ->
             console.print(f"\n stopped and saved; to go on: {go_on}", markup=False, soft_wrap=True)
             console.print(f" how it went so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
         raise
-    _show_result(run)
+    if run is None:
+        console.print(" dry run: nothing was trained or written; leave --dry-run out to train", markup=False)
+    else:
+        _show_result(run)
 
 
 def _show_result(run: Run) -> None:

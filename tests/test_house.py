@@ -26,7 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"adapters", "data"},
     {"assets", "generate"},
-    {"evaluate", "hub", "quant", "report"},
+    {"evaluate", "footprint", "hub", "quant", "report"},
     {"train"},
     {"distill"},
     {"doctor", "plan", "recipes"},

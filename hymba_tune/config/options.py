@@ -167,6 +167,8 @@ class TrainingOptions(Config):
     )
     """Log live to these as well: tensorboard, trackio, wandb, mlflow. Nothing leaves the machine unless you have logged
     in to one of them or pointed it elsewhere."""
+    dry_run: bool = Field(default=False, exclude=True)
+    """Do everything but the training: checks, data, memory, steps. Nothing is left behind."""
     out: Path | None = None
     """Run directory. When not given: runs/MODEL-DATA-TIME."""
     resume: Path | None = None

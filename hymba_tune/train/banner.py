@@ -7,11 +7,13 @@ import torch
 from hymba_tune.adapters import count_parameters, describe, short_count
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.foresight import Foresight
+from hymba_tune.train.limits import GB, memory_advice
 from hymba_tune.train.optimizers import describe_groups
 from hymba_tune.train.setup import Data, Setup
 
 
-def describe_run(setup: Setup, data: Data, trainer: RunTrainer) -> dict[str, str]:
+def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Foresight) -> dict[str, str]:
     """A label and a line for each thing worth knowing before a run."""
     config, report = setup.config, data.report
     trainable, total = count_parameters(trainer.model)
@@ -38,6 +40,7 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer) -> dict[str, str
             [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{trainer.args.max_steps:,} steps"]
         ),
         **({"optimiser": line} if (line := _optimizer(trainer, config)) else {}),
+        "memory": _memory(setup, foresight),
         "run": str(setup.run.path),
     }
     cut = f"{report.cut:,} rows are longer than --max-length and were cut to it" if report.cut else None
@@ -54,6 +57,9 @@ def _optimizer(trainer: RunTrainer, config: TrainingConfig) -> str:
     if config.optimizer.startswith("paged") and trainer.args.device.type == "cpu":
         said.append("not paged: there is no GPU to page out of")
     return " · ".join(said + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
+def _memory(setup: Setup, foresight: Foresight) -> str:
+    line = f"needs about {foresight.needs / GB:.1f} of {foresight.has / GB:.1f} GB"
+    return line if foresight.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
 
 
 def _device(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
 from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard
+from hymba_tune.train.foresight import foresee
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
 from hymba_tune.train.memory import keep_freed_memory
@@ -35,7 +36,7 @@ from hymba_tune.train.stopping import Stopping
 from hymba_tune.train.tracking import tracking
 
 C = TypeVar("C", bound=TrainingConfig)
-CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume"}
+CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
 CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
 """Settings that a run may be gone on with differently."""
 
@@ -64,7 +65,7 @@ def resume_config(given: C) -> C:
     return saved.model_copy(update=changed)
 
 
-def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
+def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
     """Train a model.
 
     Args:
@@ -73,7 +74,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
         screen: Told what happens.
 
     Returns:
-        The finished run.
+        The finished run; None of a dry one, which leaves nothing behind.
 
     Raises:
         HymbaTuneError: If something is to be mended first; nothing is left behind.
@@ -94,13 +95,18 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
         forget_torn(run.checkpoints)
     else:
         run.create(config)
+    trackers = [] if config.dry_run else config.track
     try:
-        with run.capturing_logs(), limits_explained(run, config, setup.device), tracking(run, config.track):
+        with run.capturing_logs(), limits_explained(run, config, setup.device), tracking(run, trackers):
             set_seed(config.seed)
+            with screen.working("foreseeing the memory"):
+                foresight = foresee(setup, data)
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)
-            screen.banner(describe_run(setup, data, trainer) | kind.describe(setup))
+            screen.banner(describe_run(setup, data, trainer, foresight) | kind.describe(setup))
+            if config.dry_run:
+                return None
             run.record(
                 verb=config.verb,
                 model=setup.base,
@@ -108,6 +114,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
                 device=str(setup.device),
                 dtype=str(setup.dtype),
                 kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
+                memory={"predicted_bytes": foresight.peak, "parts": asdict(foresight.step)},
                 optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
                 packed_share=trainer.packed_share(),
             )
@@ -120,6 +127,9 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run:
         if not resuming and run.newest_checkpoint() is None:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
+    finally:
+        if config.dry_run and not resuming:
+            shutil.rmtree(run.path, ignore_errors=True)
 
 
 def _check_same_data(run: Run, report: DataReport) -> None:
@@ -195,6 +205,7 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         seconds=round(account.seconds, 1),
         tokens_per_s=round(trainer.state.num_input_tokens_seen / max(account.step_seconds, 1e-6), 1),
         peak_memory_bytes=account.peak_memory_bytes,
+        memory={**run.facts()["memory"], "measured_bytes": account.peak_memory_bytes},
         parameters={"trainable": trainable, "total": total},
     )
     write_card(run, config, data.summary)

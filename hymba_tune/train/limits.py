@@ -12,21 +12,11 @@ import torch
 
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.footprint import MOMENT_BYTES
 from hymba_tune.train.checkpoints import forget_torn
 from hymba_tune.train.memory import peak_memory
 from hymba_tune.train.run import Run
 
-MOMENT_BYTES = {
-    "adamw": 8.0,
-    "paged-adamw": 8.0,
-    "adamw8bit": 2.1,
-    "paged-adamw8bit": 2.1,
-    "lion": 4.0,
-    "lion8bit": 1.1,
-    "adafactor": 0.1,
-    "sgd": 0.0,
-}
-"""Bytes that each optimiser keeps of a parameter; those in 8 bits have a scale for every block beside them."""
 SMALL_FILES = 2**23
 """Bytes of a tokenizer and of what a trainer keeps beside weights and moments, generously."""
 WRITING_FAILED = ("os error 28", "inline_container", "iostream error", "PytorchStreamWriter")

@@ -104,19 +104,25 @@ def check(config: TrainingConfig) -> Setup:
     weights = weights_of(source)
     model_config = load_config(weights)
     check_weights(weights.folder, model_config)
-    trained, total = _count(config, model_config)
+    trained, total = count_parameters(lay_out(config, model_config, torch.float32))
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
 
 
-def _count(config: TrainingConfig, model_config: PretrainedConfig) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are; the model is laid out without memory for it."""
+def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model to be trained, its adapter on, without memory for it: on the meta device.
+
+    Args:
+        config: Of the run.
+        model_config: Of the model.
+        dtype: Its number format.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         if config.method is not Method.full:
             model = add_adapter(model, adapter_config(config, model), config.targets)
-    return count_parameters(model)
+    return model
 
 
 def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:

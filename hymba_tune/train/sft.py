@@ -20,7 +20,7 @@ from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.trainer import HymbaTrainer
 
 
-def run_sft(config: SFTConfig, screen: Screen) -> Run:
+def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
     """Fine-tune a model on conversations or texts; see `train`."""
     return train(config, Kind(_read_data, _make_trainer), screen)
 

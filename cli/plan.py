@@ -1,0 +1,84 @@
+"""`hymba-tune plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from hymba_tune.cli.screen import console, quiet_libraries
+from hymba_tune.cli.settings import combine_for
+from hymba_tune.config import SFTConfig
+
+if TYPE_CHECKING:
+    from hymba_tune.plan import Plan, Verdict
+
+GB = 2**30
+
+
+def plan(
+    *,
+    config: Annotated[str | None, Parameter(name=("--config", "--recipe"))] = None,
+    verb: str | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig(),  # noqa: B008 (cyclopts reads the default)
+) -> None:
+    """Say what a run would take of memory and time, and what to change where it does not fit. Loads no weights.
+
+    Rows are taken to be as long as --max-length lets them be; --dry-run of the verb itself looks at your data.
+
+    Example: hymba-tune plan --recipe sft_lora --max-length 4096
+
+    Parameters
+    ----------
+    config
+        A recipe, whose flags may be changed as for the verb itself.
+    verb
+        What is planned, where no recipe says it: sft (default), dpo or kto.
+    as_json
+        Print it as JSON.
+    """
+    from hymba_tune.plan import plan as make
+
+    quiet_libraries()
+    settings = combine_for(config, flags, verb)
+    with console.status(Text("planning", style="dim")):
+        made = make(settings)
+    if as_json:
+        console.print_json(json.dumps(asdict(made)))
+    else:
+        _show(made)
+
+
+def _show(made: Plan) -> None:
+    console.print(f" {made.model} · {made.settings}", markup=False)
+    console.print(f" {made.tokens_per_step:,} tokens a step · {made.dtype} on a GPU\n", markup=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for heading in (" device", "needs", "", "tok/s"):
+        table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
+    for verdict in [*made.gpus, made.here]:
+        mark = Text("✓", style="green") if verdict.fits else Text("✗", style="red")
+        needs = f"{verdict.needs / GB:.1f} of {verdict.has / GB:.0f} GB"
+        table.add_row(f" {verdict.device}", needs, mark, f"{verdict.tokens_per_s:,.0f}")
+    console.print(table)
+    console.print()
+    for verdict in [*made.gpus, made.here]:
+        if not verdict.fits:
+            console.print(f" for {verdict.device}: {_advice(verdict)}", markup=False)
+    parts = {name: size / GB for name, size in asdict(made.parts).items()}
+    said = " · ".join(f"{name} {size:.1f}" for name, size in parts.items())
+    console.print(f" {said}   (GB, on a GPU)", style="dim", markup=False)
+    console.print(
+        " Memory of GPUs is counted, not yet measured. Speed: on GPUs 30 % of their makers' figures; here from a product "
+        "timed just now.",
+        style="dim",
+        markup=False,
+    )
+
+
+def _advice(verdict: Verdict) -> str:
+    return "nothing here makes it fit; take another device" if verdict.change is None else verdict.change

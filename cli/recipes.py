@@ -1,0 +1,95 @@
+"""`hymba-tune recipes`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cyclopts import App
+from rich.table import Table
+from rich.text import Text
+
+from hymba_tune.cli.screen import console
+from hymba_tune.cli.settings import combine_for, find_recipe
+from hymba_tune.config import SFTConfig
+from hymba_tune.errors import ConfigError
+from hymba_tune.recipes import packaged
+
+recipes = App(
+    name="recipes",
+    help="List the packaged recipes, show or copy one, or check one of your own.\n\n"
+    "Example: hymba-tune recipes copy sft_lora my.yaml",
+)
+
+
+@recipes.default
+def list_recipes() -> None:
+    """List the packaged recipes.
+
+    Example: hymba-tune recipes
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for recipe in packaged():
+        memory = Text(f" ({recipe.memory})", style="dim")
+        table.add_row(f" {recipe.name}", Text(recipe.what).append(memory))
+    console.print(table)
+    console.print("\n use one   hymba-tune sft --config NAME --data FILE", markup=False)
+    console.print(" see one   hymba-tune recipes show NAME\n own one   hymba-tune recipes copy NAME", markup=False)
+
+
+@recipes.command
+def show(name: str) -> None:
+    """Print a recipe.
+
+    Example: hymba-tune recipes show sft_lora
+
+    Parameters
+    ----------
+    name
+        Of a packaged recipe, or a file.
+    """
+    console.print(find_recipe(name).read_text(encoding="utf-8").rstrip(), markup=False, soft_wrap=True)
+
+
+@recipes.command
+def copy(name: str, file: Path | None = None) -> None:
+    """Copy a recipe, to be changed. Nothing is ever overwritten.
+
+    Example: hymba-tune recipes copy sft_lora my.yaml
+
+    Parameters
+    ----------
+    name
+        Of a packaged recipe.
+    file
+        Where to. When not given: NAME.yaml here.
+    """
+    source = find_recipe(name)
+    target = file or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise ConfigError(f"{target} exists, and is left as it is.", fix=f"hymba-tune recipes copy {name} ANOTHER.yaml")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}.", fix="another file") from error
+    console.print(f" copied to {target}\n check it  hymba-tune recipes validate {target}", markup=False, soft_wrap=True)
+
+
+@recipes.command
+def validate(file: str) -> None:
+    """Check the keys and values of a recipe.
+
+    Example: hymba-tune recipes validate my.yaml
+
+    Parameters
+    ----------
+    file
+        A YAML file, or the name of a packaged recipe.
+    """
+    settings = combine_for(file, SFTConfig(), None)
+    console.print(f" {file} is well-formed: {len(settings.model_fields_set)} settings.", markup=False)
+    console.print(f" use it    hymba-tune {settings.verb} --config {file}", markup=False, soft_wrap=True)

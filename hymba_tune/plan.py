@@ -1,0 +1,205 @@
+"""What a run would take of memory and time: on the GPUs that people own, and on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hymba_tune.adapters import weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
+from hymba_tune.config import Method, TrainingConfig, as_mapping
+from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.registry import TOKENIZER_FILES, resolve_model
+from hymba_tune.train.foresight import full_batch, step_settings
+from hymba_tune.train.setup import lay_out
+
+CARDS = {
+    8: ("RTX 4060", 30),
+    12: ("RTX 4070", 58),
+    16: ("RTX 4080", 97),
+    24: ("RTX 4090", 165),
+    48: ("L40S", 362),
+    80: ("A100", 312),
+}
+"""GPUs that people own, by their GB: a name, and the TFLOP/s of bfloat16 products that its maker states."""
+GPU_SHARE = 0.3
+"""Share of these that a training step is taken to reach. An assumption: nothing has been measured on a GPU."""
+STEP_OVER_PRODUCTS = {torch.float32: 1.9, torch.bfloat16: 2.9}
+"""How many times as long as its matrix products alone a step takes on a CPU; measured, see benchmarks/train_step.py."""
+SHORTEST = 256
+"""Tokens below which no shorter rows are proposed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run on one device.
+
+    Attributes:
+        device: Its name.
+        has: Its bytes.
+        needs: Bytes that the run takes there.
+        tokens_per_s: That it may reach.
+        change: Flags that make it fit; empty where it does, or None where none do.
+    """
+
+    device: str
+    has: int
+    needs: int
+    tokens_per_s: float
+    change: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits as it is."""
+        return self.needs <= self.has
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        model: Its name.
+        settings: What matters to memory, in words.
+        tokens_per_step: At most, in an optimiser step of one device.
+        dtype: The GPUs' number format.
+        parts: Bytes on a GPU, by part.
+        gpus: A verdict for each size.
+        here: The verdict for this machine's own device.
+    """
+
+    model: str
+    settings: str
+    tokens_per_step: int
+    dtype: str
+    parts: Footprint
+    gpus: list[Verdict]
+    here: Verdict
+
+
+def plan(config: TrainingConfig) -> Plan:
+    """Tell what a run takes whose rows are as long as --max-length lets them be: the most it can.
+
+    Only the model's configuration is read.
+
+    Raises:
+        HymbaTuneError: If the model, the device or a setting cannot be used.
+    """
+    source = resolve_model(config.model, TOKENIZER_FILES)
+    model_config = load_config(weights_of(source))
+    device = choose_device(config.device)
+    own, foreign = choose_dtype(config.dtype, device), _gpu_dtype(config.dtype)
+    choose_kernels(as_mapping(config.kernels), model_config, device, own)
+    model = _lay_out(config, model_config, foreign)
+    memory = StepMemory(model, dtype=foreign, own_kernels=False)
+    parts = memory.of(full_batch(config), **step_settings(config))
+    flops = step_flops(model, checkpointing=config.gradient_checkpointing)
+    gpus = []
+    for size, (name, tflops) in CARDS.items():
+        has, needs = size * 2**30, parts.total + GPU_RESERVE
+        change = _change(config, memory, has - GPU_RESERVE)
+        gpus.append(Verdict(f"{size} GB ({name})", has, needs, tflops * 1e12 * GPU_SHARE / flops, change))
+    if own is not foreign or device.type != "cpu" or config.kernels:
+        model = _lay_out(config, model_config, own)
+        memory = StepMemory(model, dtype=own, own_kernels=device.type == "cpu")
+    here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
+    batch = full_batch(config)
+    return Plan(
+        source.name,
+        _in_words(config),
+        batch.tokens * config.grad_accum,
+        str(foreign).removeprefix("torch."),
+        parts,
+        gpus,
+        here,
+    )
+
+
+def _lay_out(config: TrainingConfig, model_config: Any, dtype: torch.dtype) -> Any:
+    return lay_out(config, model_config, torch.float32 if config.method is Method.full else dtype)
+
+
+def _gpu_dtype(name: str) -> torch.dtype:
+    """Every GPU of `CARDS` computes in bfloat16."""
+    dtype: torch.dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def _here(
+    config: TrainingConfig, memory: StepMemory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
+) -> Verdict:
+    beside, has = held_beside(device, dtype), device_memory(device)
+    needs = memory.of(full_batch(config), **step_settings(config)).total + beside
+    slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if device.type == "cpu" else 1 / GPU_SHARE
+    speed = _product_rate(width, device, dtype) / slower / flops
+    return Verdict(f"this machine ({device})", has, needs, speed, _change(config, memory, has - beside))
+
+
+def step_flops(model: Any, *, checkpointing: bool) -> float:
+    """Floating-point operations of the linear layers for a token of a training step.
+
+    Two for each weight in the forward, two for the gradient of the inputs, two for that of a weight that is trained;
+    two more where the forward is computed again.
+    """
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    passes = 6 if checkpointing else 4
+    return float(sum(weight.numel() * (passes + 2 * weight.requires_grad) for weight in linear))
+
+
+def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations a second that this device reaches in a product such as the model's, measured now."""
+    x, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((512, width), (width, 4 * width)))
+    done, started = -1, 0.0
+    while done < 1 or time.perf_counter() - started < seconds:
+        if done == 0:
+            started = time.perf_counter()  # the first product only warms up
+        (x @ weight).sum().item()
+        done += 1
+    return 2 * done * x.numel() * weight.shape[1] / (time.perf_counter() - started)
+
+
+def _change(config: TrainingConfig, memory: StepMemory, room: int) -> str | None:
+    """The least that has to change for a step to fit into some bytes, as flags."""
+    for other in _alternatives(config):
+        if memory.of(full_batch(other), **step_settings(other)).total <= room:
+            return _flags(config, other)
+    return None
+
+
+def _alternatives(config: TrainingConfig) -> Iterator[TrainingConfig]:
+    """The settings, then others that take less, those first that cost least: shorter rows last of all."""
+    halvings = [2**i for i in range(config.batch_size.bit_length()) if config.batch_size % 2**i == 0]
+    lengths = [config.max_length // 2**i for i in range(8) if not i or config.max_length // 2**i >= SHORTEST]
+    moments = {config.optimizer, "adamw8bit"} if config.method is Method.full else {config.optimizer}
+    for length in lengths:
+        for optimizer in sorted(moments, key=lambda name: name != config.optimizer):
+            for checkpointing in sorted({config.gradient_checkpointing, True}):
+                for parts in halvings:
+                    yield config.model_copy(
+                        update={
+                            "max_length": length,
+                            "optimizer": optimizer,
+                            "gradient_checkpointing": checkpointing,
+                            "batch_size": config.batch_size // parts,
+                            "grad_accum": config.grad_accum * parts,
+                        }
+                    )
+
+
+def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
+    """What is to be typed to get from some settings to others."""
+    names = ("batch_size", "grad_accum", "gradient_checkpointing", "optimizer", "max_length")
+    changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
+    words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
+    return " ".join(words)
+
+
+def _in_words(config: TrainingConfig) -> str:
+    method = "every weight" if config.method is Method.full else f"{config.method.value} r{config.rank}"
+    words = [config.verb, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
+    return " · ".join([*words, "checkpointing"] if config.gradient_checkpointing else words)

@@ -1,0 +1,112 @@
+"""What a run will take of memory, told from its settings and its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from hymba_tune.config import TrainingConfig
+from hymba_tune.footprint import Batch, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.train.setup import Data, Setup, lay_out
+
+MOST_DRAWN = 2**22
+"""Rows that batches are drawn from at most: more of them hold no larger one worth waiting for."""
+TEXTS_A_ROW = {"dpo": 2}
+"""By verb, the texts of a row that are trained on together, where it is not one: both answers of a pair."""
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """The memory that a run will take at its peak.
+
+    Attributes:
+        step: Of a training step.
+        beside: What the process holds, or a GPU's reserve.
+        has: What the device has.
+        on_gpu: Whether that is a GPU.
+    """
+
+    step: Footprint
+    beside: int
+    has: int
+    on_gpu: bool
+
+    @property
+    def peak(self) -> int:
+        """What `peak_memory` will have measured: of PyTorch's tensors on a GPU, of the whole process elsewhere."""
+        return self.step.total if self.on_gpu else self.needs
+
+    @property
+    def needs(self) -> int:
+        """Bytes, all told."""
+        return self.step.total + self.beside
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that much."""
+        return self.needs <= self.has
+
+
+def foresee(setup: Setup, data: Data) -> Foresight:
+    """Tell what a run will take, before its weights are loaded."""
+    config, device = setup.config, setup.device
+    memory = StepMemory(
+        lay_out(config, setup.model_config, setup.weights_dtype),
+        dtype=setup.dtype,
+        own_kernels=device.type == "cpu",
+    )
+    step = memory.of(largest_batch(config, data), **step_settings(config))
+    return Foresight(step, held_beside(device, setup.dtype), device_memory(device), device.type == "cuda")
+
+
+def step_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What `StepMemory.of` is told of the settings."""
+    return {
+        "checkpointing": config.gradient_checkpointing,
+        "accumulates": config.grad_accum > 1,
+        "optimizer": config.optimizer,
+    }
+
+
+def full_batch(config: TrainingConfig) -> Batch:
+    """The batch of a run whose rows are all as long as they may be."""
+    return Batch.full(config.batch_size * TEXTS_A_ROW.get(config.verb, 1), config.max_length)
+
+
+def largest_batch(config: TrainingConfig, data: Data) -> Batch:
+    """The largest batch that a run is likely to draw from its data."""
+    share = data.report.learned / max(1, data.report.tokens)
+    if getattr(config, "packing", False):
+        full = full_batch(config)
+        return Batch(full.tokens, min(full.longest, data.report.longest), round(full.tokens * share), full.places)
+    lengths = text_lengths(data.train)
+    rows = _drawn(len(lengths), config)
+    sums = lengths.sum(1)[rows].sum(1)
+    batch = lengths[rows[int(sums.argmax())]]
+    tokens, longest = int(batch.sum()), int(batch.max())
+    return Batch(tokens, longest, max(1, round(tokens * share)), batch.size * longest)
+
+
+def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows ``(batches, batch size)`` as a run may draw them: other than in the run itself, but as many."""
+    generator = np.random.default_rng(0)
+    size = min(config.batch_size, count)
+    wanted = config.steps * config.grad_accum * size if config.steps else round(config.epochs * count)
+    wanted = max(size, min(wanted, MOST_DRAWN))
+    epochs = [generator.permutation(count) for _ in range(-(-wanted // count))]
+    drawn = np.concatenate(epochs)[:wanted]
+    return drawn[: len(drawn) // size * size].reshape(-1, size)
+
+
+def text_lengths(rows: datasets.Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens ``(rows, texts of a row)`` of encoded rows: one text, or the answers to a prompt behind it."""
+    columns = rows.with_format("arrow")
+    lengths = {
+        name: np.asarray(pc.list_value_length(columns[name][:])) for name in rows.column_names if name.endswith("_ids")
+    }
+    prompt = lengths.pop("prompt_ids", 0)
+    return np.stack([answers + prompt for answers in lengths.values()], 1).astype(np.int64)
