@@ -73,8 +73,8 @@ def _show(made: Plan) -> None:
     said = " · ".join(f"{name} {size:.1f}" for name, size in parts.items())
     console.print(f" {said}   (GB, on a GPU)", style="dim", markup=False)
     console.print(
-        " Memory of GPUs is counted, not yet measured. Speed: on GPUs 30 % of their makers' figures; here from a product "
-        "timed just now.",
+        " Memory is counted; on GPUs nothing is measured yet. Speed is estimated: on GPUs as 30 % of their makers' "
+        "figures, here from a matrix product timed just now.",
         style="dim",
         markup=False,
     )

@@ -6,7 +6,7 @@ is what the code keeps. Call these functions within `without_memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,14 +47,18 @@ class LayerCost:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return LayerCost(*(max(0, round(mine + (theirs - mine) * share)) for mine, theirs in pairs))
 
-    def beyond(self, line: LayerCost) -> LayerCost:
-        """What this is more than a line foretold."""
-        pairs = zip(vars(self).values(), vars(line).values(), strict=True)
-        return LayerCost(*(max(0, true - foretold) for true, foretold in pairs))
+    def with_long_texts(self, one: LayerCost, line: LayerCost, texts: float) -> LayerCost:
+        """This cost, foretold by a line, for texts so long that their scores count.
 
-    def __add__(self, other: LayerCost) -> LayerCost:
-        """Both, field by field."""
-        return LayerCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        Args:
+            one: What one such text takes.
+            line: What a line foretells of it.
+            texts: How many there are; what is kept of each adds up, what is taken for a while does not.
+        """
+        kept = self.kept + round(max(0, one.kept - line.kept) * texts)
+        return replace(
+            self, kept=kept, forward=max(self.forward, one.forward), backward=max(self.backward, one.backward)
+        )
 
 
 def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:

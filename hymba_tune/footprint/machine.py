@@ -13,7 +13,7 @@ LOADED_LATER = {torch.float32: 40 * 2**20, torch.bfloat16: 240 * 2**20}
 """Bytes by number format that a CPU run comes to hold beside tensors once it computes (measured): libraries, and the
 kernels that oneDNN compiles for each shape in bfloat16."""
 GPU_RESERVE = 600 * 2**20
-"""Bytes of a GPU that CUDA's context, libraries and the allocator's rounding take beside tensors (not measured here)."""
+"""Bytes of a GPU that CUDA's context, libraries and the allocator's rounding take beside tensors (not measured)."""
 
 
 def device_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,7 +74,7 @@ def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
         use_kernels(**before)
 
 
-def fake_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+def fake_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters such as the module's, for `torch.func.functional_call`, to be made where nothing takes memory."""
     return {
         name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=parameter.requires_grad)

@@ -23,7 +23,7 @@ MOMENT_BYTES = {
     "sgd": 0.0,
 }
 """Bytes that each optimiser keeps of a parameter; those in 8 bits have a scale for every block beside them."""
-SHORT = 128
+SHORT = 64
 """Tokens of the texts that layers are counted with: all but attention's scores grows with the batch's tokens alone."""
 COUNTS = (1, 3)
 """Texts they are counted with, for the line through both."""
@@ -131,7 +131,8 @@ class StepMemory:
         """
         rows = self._base.config.num_memory_tokens + 3 * batch.tokens
         padded = batch.places + batch.tokens if batch.places > batch.tokens else 0
-        return (rows + padded) * int(self._base.config.hidden_size) * self._base.base_model.embed_tokens.weight.itemsize
+        embedding = self._base.base_model.embed_tokens.weight
+        return int((rows + padded) * embedding.shape[1] * embedding.itemsize)
 
     @cached_property
     def _kinds(self) -> list[Kind]:
@@ -150,7 +151,8 @@ class StepMemory:
             if kind[0] and batch.longest > SHORT:
                 # A query of a global layer sees all of its text, and its scores take more than the line foretells.
                 long = self._count(self._kinds.index(kind), 1, batch.longest)
-                costs[kind] += long.beyond(self._on_line(kind, meta + batch.longest))
+                line, texts = self._on_line(kind, meta + batch.longest), batch.tokens / batch.longest
+                costs[kind] = costs[kind].with_long_texts(long, line, texts)
         return [costs[kind] for kind in self._kinds]
 
     def _on_line(self, kind: Kind, rows: int) -> LayerCost:

@@ -282,9 +282,10 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
 
     They are ordinary tensors also where generation makes them first: training may use them.
     """
-    keeping = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+    keeping: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
     _KEPT.append(keeping.cache_clear)
-    return keeping
+    kept_function: Callable[P, R] = keeping
+    return kept_function
 
 
 _KEPT: list[Callable[[], None]] = []

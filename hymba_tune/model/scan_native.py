@@ -159,11 +159,9 @@ class _Scan(ctypes.Structure):
     )
 
 
-def _call(
-    function: str, shape: torch.Size, offsets: tuple[int, ...], u: Tensor, **others: Tensor | int | None
-) -> None:
+def _call(function: str, shape: torch.Size, offsets: tuple[int, ...], **arguments: Tensor | int | None) -> None:
     """Run ``forward`` or ``backward`` of the library on ``(E, N)`` states; None is a null pointer."""
-    if u.untyped_storage().device.type == "meta":
+    if any(isinstance(x, Tensor) and x.untyped_storage().device.type == "meta" for x in arguments.values()):
         return  # a fake tensor: whoever made it asks for shapes, and there is nothing to read
     library = _load()
     if isinstance(library, str):
@@ -171,7 +169,7 @@ def _call(
     texts = (ctypes.c_int64 * len(offsets))(*offsets)
     threads = min(torch.get_num_threads(), 1 + offsets[-1] * shape.numel() // THREAD_WORTH)
     scan = _Scan(len(offsets) - 1, *shape, threads, ctypes.addressof(texts))
-    for name, value in {"u": u, **others}.items():
+    for name, value in arguments.items():
         if isinstance(value, Tensor):
             address = value.data_ptr()
             rows = isinstance(getattr(scan, name), _Rows)

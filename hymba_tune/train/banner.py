@@ -57,6 +57,8 @@ def _optimizer(trainer: RunTrainer, config: TrainingConfig) -> str:
     if config.optimizer.startswith("paged") and trainer.args.device.type == "cpu":
         said.append("not paged: there is no GPU to page out of")
     return " · ".join(said + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
+
+
 def _memory(setup: Setup, foresight: Foresight) -> str:
     line = f"needs about {foresight.needs / GB:.1f} of {foresight.has / GB:.1f} GB"
     return line if foresight.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"

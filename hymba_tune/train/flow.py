@@ -21,8 +21,8 @@ from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
 from hymba_tune.train.ending import reported
-from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.foresight import foresee
+from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
 from hymba_tune.train.memory import keep_freed_memory
