@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.config import SFTConfig
+from hymba_tune.plan import plan, step_flops
+from tests.cli.conftest import Command
+from tests.runs import run, settings
+from tests.tiny import RELEASED, tiny_model
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the released model's configuration and no weights: a plan reads nothing else."""
+    folder = tmp_path_factory.mktemp("released")
+    RELEASED.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_plan_needs_no_weights_and_what_it_proposes_fits(released: str) -> None:
+    settings: dict[str, Any] = {"model": released, "gradient_checkpointing": True, "max_length": 1024}
+    made = plan(SFTConfig(**settings))
+    assert 2.5e9 < made.parts.weights < 3.5e9
+    assert made.tokens_per_step == 8 * 1024
+    needs = {verdict.needs for verdict in made.gpus}
+    assert len(needs) == 1
+    assert made.gpus[-1].fits
+    assert made.gpus[-1].change == ""
+    large = plan(SFTConfig(**settings | {"batch_size": 64}))
+    assert not large.gpus[0].fits
+    assert large.gpus[0].change == "--batch-size 16 --grad-accum 4"
+
+
+def test_every_weight_in_little_memory_cannot_be_helped(released: str) -> None:
+    made = plan(SFTConfig(model=released, method="full", max_length=256, batch_size=1))
+    assert made.gpus[0].change is None
+
+
+def test_operations_of_a_step_are_those_of_its_products() -> None:
+    model = tiny_model()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert step_flops(model, checkpointing=False) == 6 * weights
+    assert step_flops(model, checkpointing=True) == 8 * weights
+    assert step_flops(model.requires_grad_(False), checkpointing=False) == 4 * weights
+
+
+def test_plan_as_a_table_and_as_json(command: Command) -> None:
+    words = ("plan", "--model", "hymba-nano", "--max-length", "64")
+    shown = command(*words)
+    assert shown.code == 0
+    assert "8 GB (RTX 4060)" in shown.out
+    said = json.loads(command(*words, "--json").out)
+    assert [gpu["has"] >> 30 for gpu in said["gpus"]] == [8, 12, 16, 24, 48, 80]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "hymba-nan"), "--model hymba-nan: no such folder"),
+        (("--verb", "sfd"), "verb is 'sfd', expected one of sft"),
+        (("--rank", "0"), "--rank 0: must be at least 1"),
+        (("--model", "hymba-nano", "--targets", "x"), "targets: the model has no linear layer called x"),
+        (("--recipe", "dmo"), "--config dmo: no such file"),
+    ],
+)
+def test_plan_of_what_cannot_be(words: tuple[str, ...], message: str, command: Command) -> None:
+    failed = command("plan", *words)
+    assert failed.code == 2
+    assert message in failed.err
+
+
+def test_dry_run_leaves_nothing(small_model: Path, questions: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "out"
+    shown = command("sft", "--model", small_model, "--data", questions, "--out", out, "--steps", "7", "--dry-run")
+    assert shown.code == 0
+    assert "7 steps" in shown.out
+    assert "needs about" in shown.out
+    assert not out.exists()
+
+
+def test_run_records_memory_foreseen_and_measured(finished_run: Path) -> None:
+    memory = json.loads((finished_run / "run.json").read_text())["memory"]
+    assert memory["predicted_bytes"] > sum(memory["parts"].values())
+    assert memory["measured_bytes"] > 2**28
+
+
+def test_run_too_large_for_the_machine_says_so(
+    small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hymba_tune.cli.screen import RichScreen
+    from hymba_tune.train import foresight
+
+    said: dict[str, str] = {}
+
+    class Seeing(RichScreen):
+        def banner(self, lines: dict[str, str]) -> None:
+            said.update(lines)
+
+    monkeypatch.setattr(foresight, "device_memory", lambda _: 2**20)
+    assert run(settings(small_model, questions, tmp_path / "out", dry_run=True), Seeing()) is None
+    assert "may run out: --batch-size 2 --grad-accum 2" in said["memory"]
