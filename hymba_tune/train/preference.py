@@ -26,12 +26,12 @@ from hymba_tune.train.setup import Data, Setup
 P = TypeVar("P", bound=PreferenceConfig)
 
 
-def run_dpo(config: DPOConfig, screen: Screen) -> Run:
+def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
     """Train a model to prefer the better answer of each pair; see `train`."""
     return train(_with_adapter_of_run(config), Kind(_read_data, partial(_pair_trainer, screen), _describe), screen)
 
 
-def run_kto(config: KTOConfig, screen: Screen) -> Run:
+def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
     """Train a model towards answers judged good and away from bad ones; see `train`."""
     return train(_with_adapter_of_run(config), Kind(_read_data, partial(_judged_trainer, screen), _describe), screen)
 

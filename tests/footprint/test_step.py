@@ -56,7 +56,7 @@ def test_foreseen_is_what_a_real_step_takes(dtype: torch.dtype, method: str, che
     model = adapted(dtype) if method == "lora" else tiny_model(**SHAPE)
     step = foreseen(model, dtype, checkpointing=checkpointing)
     expected = step.total - step.weights - step.adapter - step.optimizer
-    assert counted(model, dtype, checkpointing=checkpointing) == pytest.approx(expected, rel=0.15)
+    assert counted(model, dtype, checkpointing=checkpointing) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(("operation", "backend"), [("scan", "torch"), ("attention", "sdpa")])
