@@ -1,0 +1,102 @@
+"""The memory of whole runs: foreseen before their weights load, and measured.
+
+Each run trains for two steps in a process of its own, by the command line. ``as usual`` is the peak of a run as it is;
+``given back`` that of one whose allocator returns what is freed at once, which is what a step needs: kept memory is
+faster, but falls into pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import models
+
+from hymba_tune.checkpoint import load_tokenizer
+from hymba_tune.registry import resolve_model
+
+NANO = ["--model", "hymba-nano"]
+PACKED = ["--packing", "--batch-size", "4", "--max-length", "512"]
+MEDIUM = ["--model", "MEDIUM", "--data", "TEXT", *PACKED, "--dtype", "float32"]
+RUNS: dict[str, list[str]] = {
+    "demo": ["--config", "demo"],
+    "demo, float32": ["--config", "demo", "--dtype", "float32"],
+    "demo, every weight": [*NANO, "--data", "demo", "--method", "full", "--dtype", "float32"],
+    "as pretrain_nano": [*NANO, "--data", "TEXT", *PACKED, "--method", "full", "--dtype", "float32"],
+    "15.7M, LoRA": MEDIUM,
+    "15.7M, every weight": [*MEDIUM, "--method", "full"],
+    "15.7M, checkpointing": [*MEDIUM, "--gradient-checkpointing"],
+    "15.7M, 1,024 tokens": [*MEDIUM, "--max-length", "1024"],
+}
+"""By name, the flags of each; MEDIUM and TEXT stand for a model and a file that are made here."""
+USUAL = ["--steps", "2", "--eval-max-rows", "4", "--log-every", "1"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    given = harness.options(__doc__, arguments, repeats=1)
+    names = list(RUNS)[:1] if given.quick else list(RUNS)
+    rows: list[dict[str, harness.Cell]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        made = {"MEDIUM": str(save_medium(folder)), "TEXT": str(save_text(folder))}
+        for name in names:
+            flags = [made.get(word, word) for word in RUNS[name]]
+            usual = run(folder / "usual", flags, os.environ)
+            back = run(folder / "back", flags, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+            rows.append(
+                {
+                    "run": name,
+                    "foreseen MB": harness.megabytes(usual["predicted_bytes"]),
+                    "as usual MB": harness.megabytes(usual["measured_bytes"]),
+                    "foreseen / usual": usual["predicted_bytes"] / usual["measured_bytes"],
+                    "given back MB": harness.megabytes(back["measured_bytes"]),
+                    "foreseen / given back": back["predicted_bytes"] / back["measured_bytes"],
+                }
+            )
+    harness.report("plan", list(rows[0]), rows, [(__doc__ or "").partition("\n\n")[2].strip()], given)
+
+
+def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
+    """What a run says of its memory."""
+    command = [
+        sys.executable,
+        "-c",
+        "from hymba_tune.cli.main import main; main()",
+        "sft",
+        *flags,
+        *USUAL,
+        "--out",
+        str(out),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    memory: dict[str, int] = json.loads((out / "run.json").read_text())["memory"]
+    for path in sorted(out.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    return memory
+
+
+def save_medium(folder: Path) -> Path:
+    """The benchmarks' 15.7M model, with the packaged tokenizer and its vocabulary."""
+    path = folder / "medium"
+    models.hymba(harness.choose_device("cpu"), harness.DTYPES["float32"], vocab_size=4096).save_pretrained(path)
+    load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(path)
+    return path
+
+
+def save_text(folder: Path) -> Path:
+    """Long texts, whatever they say."""
+    path = folder / "text.jsonl"
+    words = " ".join((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split())
+    path.write_text("".join(json.dumps({"text": words[start:]}) + "\n" for start in range(0, 4000, 100)))
+    return path
+
+
+if __name__ == "__main__":
+    main()
