@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from hymba_tune.data.checking import Check, FileCheck, Lengths
+from hymba_tune.data.checking import Check, FileCheck, Lengths, Pairs
 
 BARS = 10
 """Bars of a histogram, about, where they are of even width."""
 UNEVEN = 20
 """Ratio of the longest rows to the usual ones from which each bar is twice as wide as the one before."""
 LONGEST_ADVISED = 32_768
+LENGTH_BIAS = 0.65
+"""Share of pairs from which it is worth saying that one side's answers are the longer ones."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,21 @@ def mends(check: Check) -> list[Mend]:
         pairs = tuple(f"{place} repeats {original}" for place, original in check.duplicates.examples)
         fix = "hymba-tune data convert --unique leaves them out"
         found.append(Mend(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, pairs))
+    if check.pairs and check.pairs.ties:
+        found.append(Mend(f"{counted(check.pairs.ties, 'pair')}: both answers have one score", "take them out"))
+    if check.pairs and max(shares := _longer_shares(check.pairs)) > LENGTH_BIAS:
+        side = "better" if shares[0] > shares[1] else "worse"
+        told = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
+        found.append(Mend(told, "balance them, or length is what is learned"))
     for note in check.notes.values():
         found.append(Mend(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
     return found
+
+
+def _longer_shares(pairs: Pairs) -> tuple[float, float]:
+    """In which share of the pairs the better answer is the longer one, and the worse."""
+    rows = max(1, pairs.rows)
+    return pairs.chosen_longer / rows, pairs.rejected_longer / rows
 
 
 def _longer(check: Check) -> str:
@@ -100,6 +114,9 @@ def overview(check: Check) -> list[tuple[str, str]]:
     lines.append(
         ("repeated", f"{counted(duplicates.rows, 'row')}; {duplicates.other_answers:,} more answers to a prompt")
     )
+    if check.pairs:
+        told = f"{counted(check.pairs.rows, 'pair')}, {check.pairs.ties:,} ties, {check.pairs.identical:,} identical"
+        lines.append(("preferences", f"{told}; chosen longer in {_longer_shares(check.pairs)[0]:.0%}"))
     if check.hidden:
         lines.append(("not shown", ", ".join(f"{key} ({rows:,})" for key, rows in check.hidden.most_common())))
     return lines
@@ -117,10 +134,11 @@ def next_commands(
     if any(file.problem for file in check.files):
         return []
     flags = [*files, "--model", model, *(word for pair in mapping for word in ("--map", pair))]
-    train = ["hymba-tune", "sft", "--data", *flags, "--max-length", str(max_length)]
+    train = ["hymba-tune", "dpo" if check.pairs else "sft", "--data", *flags, "--max-length", str(max_length)]
     if not check.usable:
         train += ["--on-bad-row", "skip"]
-    commands = [("look", shlex.join(["hymba-tune", "data", "preview", *flags]))]
+    look = shlex.join(["hymba-tune", "data", "preview", *flags])
+    commands = [] if check.pairs else [("look", look)]
     return [*commands, ("train", shlex.join(train))] if check.learned else commands
 
 
@@ -144,6 +162,7 @@ def facts(check: Check) -> dict[str, Any]:
         "notes": [asdict(finding) for finding in check.notes.values()],
         "hidden": dict(check.hidden),
         "duplicates": asdict(check.duplicates),
+        "preferences": check.pairs and {**asdict(check.pairs), "chosen_longer_share": _longer_shares(check.pairs)[0]},
         "tokens": {
             "kept": check.tokens,
             "learned": check.learned,

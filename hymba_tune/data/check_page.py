@@ -32,7 +32,7 @@ def check_page(check: Check, *, model: str, commands: Sequence[tuple[str, str]])
         model=model,
         facts=facts(check),
         mends=mends(check),
-        plots=[drawn for drawn in (_lengths(check), _rows(check), _tokens(check)) if drawn],
+        plots=[drawn for drawn in (_lengths(check), _rows(check), _tokens(check), _pairs(check)) if drawn],
         commands=commands,
     )
 
@@ -88,6 +88,20 @@ def _tokens(check: Check) -> Plot | None:
         f"{share(check.learned, check.tokens)} of the tokens that are trained on carry loss.",
         lambda axes: _bars(axes, kinds, "tokens", bad={"cut off"}),
         note="Loss is on what is learned; the rest is read.",
+    )
+
+
+def _pairs(check: Check) -> Plot | None:
+    pairs = check.pairs
+    if not pairs or not pairs.rows:
+        return None
+    even = pairs.rows - pairs.chosen_longer - pairs.rejected_longer
+    kinds = {"chosen": pairs.chosen_longer, "rejected": pairs.rejected_longer, "neither": even}
+    return plot(
+        "Which answer is longer",
+        f"The chosen answer is longer in {share(pairs.chosen_longer, pairs.rows)} of the pairs.",
+        lambda axes: _bars(axes, kinds, "pairs", bad=set()),
+        note="Where one side is longer nearly always, length is what is learned.",
     )
 
 

@@ -99,6 +99,25 @@ class Lengths:
 
 
 @dataclass
+class Pairs:
+    """What only preferences have.
+
+    Attributes:
+        rows: Pairs that can be used.
+        ties: Those whose row scores both answers the same.
+        identical: Rows whose answers are the same; they are bad rows as well.
+        chosen_longer: Pairs whose better answer has more tokens.
+        rejected_longer: Pairs whose worse answer has more tokens.
+    """
+
+    rows: int = 0
+    ties: int = 0
+    identical: int = 0
+    chosen_longer: int = 0
+    rejected_longer: int = 0
+
+
+@dataclass
 class Check:
     """What the files hold.
 
@@ -118,6 +137,7 @@ class Check:
         tokens_lost: Tokens cut off.
         too_long: Rows dropped, because their answers begin past the length.
         duplicates: Rows that say the same.
+        pairs: Of preferences only.
     """
 
     max_length: int
@@ -135,6 +155,7 @@ class Check:
     tokens_lost: int = 0
     too_long: int = 0
     duplicates: Duplicates = field(default_factory=lambda: Duplicates(0, [], 0))
+    pairs: Pairs | None = None
 
     @property
     def usable(self) -> bool:
@@ -166,14 +187,18 @@ def check_sources(
     Raises:
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    check, seen = Check(max_length), Seen()
+    from hymba_tune.data.checking_pairs import check_pairs, holds_pairs  # they count into what is defined here
+
+    check, seen, mapping = Check(max_length), Seen(), mapping or {}
     for source in sources:
-        names = Names.parse({**(mapping or {}), **source.mapping})
         file = FileCheck(source.name)
         check.files.append(file)
         try:
-            rows = readings([source], tokenizer, mapping=mapping, learn=learn)
-            for batch in encoded_batches(rows, tokenizer):
+            if holds_pairs(source, mapping):
+                check_pairs(source, tokenizer, mapping, check, file, seen, progress)
+                continue
+            names = Names.parse({**mapping, **source.mapping})
+            for batch in encoded_batches(readings([source], tokenizer, mapping=mapping, learn=learn), tokenizer):
                 for reading in batch:
                     _take(reading, names, check, file, seen)
                 if progress:
@@ -192,7 +217,7 @@ def _take(reading: Reading, names: Names, check: Check, file: FileCheck, seen: S
     if reading.problem:
         check.bad_rows += 1
         problem = reading.problem
-        check.problems.add(_general(problem.what), f"{place}: {problem.what}", problem.details["to fix"])
+        check.problems.add(general(problem.what), f"{place}: {problem.what}", problem.details["to fix"])
         return
     assert reading.example
     seen.add(reading.example, place)
@@ -217,7 +242,7 @@ def _measure(reading: Reading, check: Check) -> None:
         check.tokens_lost += size - kept
 
 
-def _general(what: str) -> str:
+def general(what: str) -> str:
     """A problem without numbers and asides, by which rows are counted together."""
     return NUMBERS.sub("N", ASIDES.sub("", what))
 

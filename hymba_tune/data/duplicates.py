@@ -70,11 +70,12 @@ class Seen:
     _numbers: array[int] = field(default_factory=lambda: array("I"))
     _files: list[tuple[int, Place]] = field(default_factory=list)
 
-    def add(self, example: Example, place: Place) -> None:
-        """Take in a row. Rows of a file come one after the other."""
+    def add(self, example: Example, place: Place, *, beside: Example | None = None) -> None:
+        """Take in a row, and what it holds beside its example. Rows of a file come one after the other."""
         if not self._files or self._files[-1][1].file != place.file:
             self._files.append((len(self._numbers), place))
-        self._contents.append(content_hash(example))
+        contents = [content_hash(one) for one in (example, beside) if one]
+        self._contents.append(contents[0] if beside is None else _hash(*map(str, contents)))
         self._prompts.append(prompt_hash(example))
         self._numbers.append(min(place.number, 2**32 - 1))
 
