@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,8 +61,16 @@ def check_disk(run: Run, needed: int) -> None:
 
 
 @contextmanager
-def limits_explained(run: Run, config: TrainingConfig, device: torch.device) -> Iterator[None]:
+def limits_explained(
+    run: Run, config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None = None
+) -> Iterator[None]:
     """Turn what libraries raise when memory or disk runs out into what to do about it.
+
+    Args:
+        run: Whose disk it is.
+        config: Of the run.
+        device: Whose memory it is.
+        needs: Foretells the bytes that the run would take with other settings, where that is known.
 
     Raises:
         TrainingError: Instead of theirs.
@@ -70,7 +79,7 @@ def limits_explained(run: Run, config: TrainingConfig, device: torch.device) -> 
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise _out_of_memory(config, device) from error
+            raise _out_of_memory(config, device, needs) from error
         if is_disk_full(error, run.path):
             forget_torn(run.checkpoints)
             raise _disk_full(run) from error
@@ -91,28 +100,45 @@ def is_disk_full(error: Exception, path: Path) -> bool:
     return "os error 28" in said or (any(words in said for words in WRITING_FAILED) and _free(path) < GB)
 
 
-def memory_advice(config: TrainingConfig) -> list[str]:
-    """What to lower, and to what, the cheapest first."""
+def memory_advice(config: TrainingConfig, needs: Callable[[TrainingConfig], int] | None = None) -> list[str]:
+    """What to lower, and to what, the cheapest first; with what each would take if ``needs`` can tell."""
     advice = []
-    if config.batch_size > 1:
-        half, steps = config.batch_size // 2, config.grad_accum * 2
-        advice.append(f"--batch-size {half} --grad-accum {steps} (the same steps with half the activations)")
-    if not config.gradient_checkpointing:
-        advice.append("--gradient-checkpointing (keeps a small share of the activations, for a third more time)")
-    advice.append(f"--max-length {max(8, config.max_length // 2)}")
-    if config.method is Method.full:
-        advice.append("--method lora" if "8bit" in config.optimizer else "--optimizer adamw8bit, or --method lora")
+    for changes, why in _savings(config):
+        words = [_flag(name, value) for name, value in changes.items()]
+        said = [why] if needs is None else [f"about {needs(config.model_copy(update=changes)) / GB:.1f} GB", why]
+        advice.append(f"{' '.join(words)} ({', '.join(said)})")
     return advice
 
 
-def _out_of_memory(config: TrainingConfig, device: torch.device) -> TrainingError:
+def _savings(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that take less memory, and what they cost."""
+    if config.batch_size > 1:
+        halved = {"batch_size": config.batch_size // 2, "grad_accum": config.grad_accum * 2}
+        yield halved, "the same steps"
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}, "a third more time"
+    yield {"max_length": max(8, config.max_length // 2)}, "longer rows are cut"
+    if config.method is Method.full:
+        if "8bit" not in config.optimizer:
+            yield {"optimizer": "adamw8bit"}, "nearly the same steps"
+        yield {"method": Method.lora}, "an adapter instead of all weights"
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"
+
+
+def _out_of_memory(
+    config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None
+) -> TrainingError:
     peak, has = peak_memory(device) / GB, ""
     if device.type == "cuda":
         has = f", of {torch.cuda.get_device_properties(device).total_memory / GB:.1f} GB"
     return TrainingError(
         f"Out of memory on {device}: the run had taken {peak:.1f} GB{has}.",
         expected=f"room for {config.batch_size} × {config.max_length:,} tokens at a time",
-        fix="\n             ".join(memory_advice(config)),
+        fix="\n             ".join(memory_advice(config, needs)),
     )
 
 

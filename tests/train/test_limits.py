@@ -13,7 +13,14 @@ import torch
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.train.flow import resume_config
-from hymba_tune.train.limits import check_disk, disk_needed, is_disk_full, is_out_of_memory, limits_explained
+from hymba_tune.train.limits import (
+    check_disk,
+    disk_needed,
+    is_disk_full,
+    is_out_of_memory,
+    limits_explained,
+    memory_advice,
+)
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
 from tests.runs import run, settings
@@ -126,6 +133,20 @@ def test_what_is_on_already_is_not_advised(tmp_path: Path) -> None:
     message = str(error.value)
     assert all(word not in message for word in ("--batch-size", "--gradient-checkpointing", "--optimizer"))
     assert "--max-length 1024" in message
+
+
+def test_advice_says_what_each_change_would_take() -> None:
+    """As foretold for the settings with that change, and no other."""
+
+    def needs(config: SFTConfig) -> int:
+        return config.batch_size * config.max_length * (2**17 if config.gradient_checkpointing else 2**20)
+
+    config = SFTConfig(batch_size=4, grad_accum=3, max_length=2048)
+    assert memory_advice(config, needs) == [
+        "--batch-size 2 --grad-accum 6 (about 4.0 GB, the same steps)",
+        "--gradient-checkpointing (about 1.0 GB, a third more time)",
+        "--max-length 1024 (about 4.0 GB, longer rows are cut)",
+    ]
 
 
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
