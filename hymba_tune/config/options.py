@@ -136,7 +136,7 @@ class TrainingOptions(Config):
     optimizer: Literal[
         "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"
     ] = "adamw"
-    """Those in 8 bits keep a quarter of the memory; paged ones lend it to the CPU when a GPU runs full."""
+    """What takes the steps. 8 bits take a quarter of the memory; paged ones lend it to the CPU when a GPU runs full."""
     weight_decay: float = Field(default=0.0, ge=0)
     """The optimiser's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
