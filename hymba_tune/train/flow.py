@@ -21,7 +21,7 @@ from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
 from hymba_tune.train.ending import reported
-from hymba_tune.train.foresight import foresee
+from hymba_tune.train.foresight import foresee, needs_with
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
@@ -96,8 +96,9 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
     else:
         run.create(config)
     trackers = [] if config.dry_run else config.track
+    needs = partial(needs_with, setup, data)
     try:
-        with run.capturing_logs(), limits_explained(run, config, setup.device), tracking(run, trackers):
+        with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, trackers):
             set_seed(config.seed)
             with screen.working("foreseeing the memory"):
                 foresight = foresee(setup, data)
@@ -121,7 +122,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 answer_samples(setup, data, trainer.model, "before", screen)
-            with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device):
+            with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
                 return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
         if not resuming and run.newest_checkpoint() is None:

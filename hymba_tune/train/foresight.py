@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -63,6 +63,11 @@ def foresee(setup: Setup, data: Data) -> Foresight:
     return Foresight(step, held_beside(device, setup.dtype), device_memory(device), device.type == "cuda")
 
 
+def needs_with(setup: Setup, data: Data, config: TrainingConfig) -> int:
+    """Bytes that a run would take on the same data with other settings."""
+    return foresee(replace(setup, config=config), data).needs
+
+
 def step_settings(config: TrainingConfig) -> dict[str, Any]:
     """What `StepMemory.of` is told of the settings."""
     return {
@@ -83,7 +88,7 @@ def largest_batch(config: TrainingConfig, data: Data) -> Batch:
     if getattr(config, "packing", False):
         full = full_batch(config)
         return Batch(full.tokens, min(full.longest, data.report.longest), round(full.tokens * share), full.places)
-    lengths = text_lengths(data.train)
+    lengths = text_lengths(data.train).clip(max=config.max_length)  # it may be asked for less than rows were cut to
     rows = _drawn(len(lengths), config)
     sums = lengths.sum(1)[rows].sum(1)
     batch = lengths[rows[int(sums.argmax())]]

@@ -101,11 +101,17 @@ def is_disk_full(error: Exception, path: Path) -> bool:
 
 
 def memory_advice(config: TrainingConfig, needs: Callable[[TrainingConfig], int] | None = None) -> list[str]:
-    """What to lower, and to what, the cheapest first; with what each would take if ``needs`` can tell."""
+    """What to lower, and to what, the cheapest first; if ``needs`` can tell, with what each would take, if less."""
     advice = []
+    now = needs(config) if needs else 0
     for changes, why in _savings(config):
+        said = [why]
+        if needs is not None:
+            then = needs(config.model_copy(update=changes))
+            if then >= now:
+                continue
+            said = [f"about {then / GB:.1f} GB instead of {now / GB:.1f}", why]
         words = [_flag(name, value) for name, value in changes.items()]
-        said = [why] if needs is None else [f"about {needs(config.model_copy(update=changes)) / GB:.1f} GB", why]
         advice.append(f"{' '.join(words)} ({', '.join(said)})")
     return advice
 
