@@ -12,7 +12,7 @@ from hymba_tune import doctor
 from hymba_tune.config import DoctorConfig
 from hymba_tune.doctor import examine
 from hymba_tune.errors import ConfigError
-from hymba_tune.model.scan_native import native_missing
+from hymba_tune.model.scan_native import LIBRARY
 from tests.cli.conftest import Command, command  # noqa: F401 (a fixture)
 
 
@@ -22,13 +22,13 @@ def test_names_versions_device_and_kernels() -> None:
     assert found.versions["mamba-ssm"] is None
     assert found.device == "cpu"
     assert found.memory_bytes > 2**30
-    assert found.kernels["scan"].taken == ("torch" if native_missing() else "native")
+    assert found.kernels["scan"].taken == ("torch" if LIBRARY.missing() else "native")
     assert "it runs on cuda, not on cpu" in found.kernels["scan"].obstacles["triton"]
-    assert found.kernels["attention"].taken == "blocks"
+    assert found.kernels["attention"].taken == ("blocks" if LIBRARY.missing() else "native")
 
 
 def test_without_a_compiler_it_says_so_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hymba_tune.model.scan_native._load", lambda: "no C++ compiler; install g++")
+    monkeypatch.setattr(LIBRARY, "load", lambda: "no C++ compiler; install g++")
     scan = examine(DoctorConfig(device="cpu", dtype="float32")).kernels["scan"]
     assert (scan.taken, scan.obstacles["native"]) == ("torch", "no C++ compiler; install g++")
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from .attention_blocks import blocked_attention
 from .attention_flash import flash_attention, flash_missing, flash_unfit
 from .attention_flex import flex_missing, flex_packed_attention, flex_unfit
+from .attention_native import native_attention, native_missing
 from .attention_sdpa import sdpa_attention
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .documents import Documents, find_documents
+from .native import DTYPES
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
@@ -108,6 +110,7 @@ ATTENTION = Operation(
             missing=flash_missing,
             unfit=flash_unfit,
         ),
+        Backend("native", native_attention, ("cpu",), DTYPES, missing=native_missing),
         Backend("blocks", blocked_attention),
         Backend("sdpa", sdpa_attention),
     ],

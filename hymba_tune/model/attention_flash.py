@@ -245,6 +245,39 @@ def _flash_attn_3() -> Provider | None:
     return Provider("flash-attn 3", forward, backward)
 
 
+def _flash_attn_4() -> Provider | None:
+    """The package flash-attn-4, for compute capability 10 and 11: on 9 its backward knows neither texts nor windows."""
+    if torch.cuda.get_device_capability()[0] not in (10, 11):
+        return None
+    try:
+        from flash_attn.cute import interface
+    except ImportError:
+        return None
+
+    def layout(runs: Runs, scale: float) -> dict[str, Any]:
+        left, right = (None if side < 0 or runs.plain else side for side in (runs.left, runs.right))
+        return {
+            **{"cu_seqlens_q": runs.cu_q, "cu_seqlens_k": runs.cu_k},
+            **{"max_seqlen_q": runs.max_q, "max_seqlen_k": runs.max_k, "softmax_scale": scale},
+            **{"causal": runs.plain, "window_size_left": left, "window_size_right": right},
+        }
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = interface._flash_attn_fwd(q, k, v, **layout(runs, scale), return_lse=True)
+        return out, lse
+
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Runs, scale: float
+    ) -> Gradients:
+        exact = torch.are_deterministic_algorithms_enabled()
+        d_q, d_k, d_v, *_ = interface._flash_attn_bwd(
+            *(x.contiguous() for x in (q, k, v, out, d_out)), lse, **layout(runs, scale), deterministic=exact
+        )
+        return d_q, d_k, d_v
+
+    return Provider("flash-attn 4", forward, backward)
+
+
 def _flash_attn_2() -> Provider | None:
     """The package flash-attn from 2.7 on, where a window is two arguments."""
     try:
@@ -316,7 +349,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-PROVIDERS = (_flash_attn_3, _flash_attn_2, _of_pytorch, _of_hub)
+PROVIDERS = (_flash_attn_4, _flash_attn_3, _flash_attn_2, _of_pytorch, _of_hub)
 """Where to look for FlashAttention, the fastest first."""
 
 

@@ -63,11 +63,12 @@ class Backend:
 
     Attributes:
         name: What it is called in settings.
-        run: The function; its arguments are the operation's.
+        run: The function; its arguments are the operation's. Where an operation is several functions, all of them.
         devices: Types of devices it runs on; None for any.
         dtypes: Of the inputs; None for any.
         gradients: Whether it has a backward.
         initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
+        chained: Whether it takes, at once, texts of which all but the first go on from where that one ends.
         foreign: Whether it is compiled at run time or comes from another package. It is then tried on a small problem
             first, so that one that does not compile, or computes something else, is never trusted with a run.
         missing: Why it cannot be used on this machine and what to install, or None if it can.
@@ -75,11 +76,12 @@ class Backend:
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Any
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     gradients: bool = True
     initial_state: bool = True
+    chained: bool = False
     foreign: bool = False
     missing: Callable[[], str | None] = _nothing
     unfit: Callable[[Task], str | None] = _fits

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, kept, random_leaves
 from .convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
+from .convolution_native import LIBRARY, native_conv1d, native_unfit
 from .documents import Documents
+from .native import DTYPES
 
 
 def packed_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Convolve the meta tokens and every text, each text continuing from the meta tokens or from a cache.
+    """Convolve the meta tokens and every text, each text continuing from the meta tokens or from a cache; then silu.
 
     Args:
         x: ``(M + T, E)``.
@@ -32,12 +35,21 @@ def packed_conv1d(
     Returns:
         ``(M + T, E)``, and each text's own last inputs ``(S, K - 1, E)`` for a cache to hold.
     """
-    if tails is not None or not documents.num_meta:
-        return causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=documents.starts)
-    x_meta, x_text = x.split([documents.num_meta, documents.starts[-1]])
+    meta, starts = documents.num_meta, documents.starts
+    if tails is not None or not meta:
+        y, tails = causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=starts)
+        return silu(y), tails
+    backend = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]))
+    x_meta, x_text = x.split([meta, starts[-1]])
+    if backend.chained:
+        offsets = (0, *(meta + start for start in starts))
+        y = backend.run(x, weight, bias, offsets=offsets, chained=True, silu=True)
+        before = weight.shape[1] - 1
+        first = torch.nn.functional.pad(x_meta, (0, 0, before, 0))[meta:]
+        return y, _last_inputs(x_text, first.expand(len(starts) - 1, -1, -1), starts)
     y_meta, tail = causal_conv1d(x_meta, weight, bias)
-    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=documents.starts)
-    return torch.cat([y_meta, y_text]), tails
+    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=starts)
+    return silu(torch.cat([y_meta, y_text])), tails
 
 
 def causal_conv1d(
@@ -86,8 +98,14 @@ def causal_conv1d(
     heads = torch.stack([around[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
     heads = heads if bias is None else heads + bias
     y = y.index_copy_(0, borders.first.flatten()[borders.own], heads.flatten(0, 1)[borders.own].to(y.dtype))
-    texts_of_tails = torch.arange(texts, device=x.device)[:, None]
-    return y, torch.where(borders.from_x[..., None], x[borders.last], initial[texts_of_tails, borders.from_initial])
+    return y, _last_inputs(x, initial, offsets)
+
+
+def _last_inputs(x: Tensor, initial: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """The last K - 1 inputs of each text ``(S, K - 1, E)``; short ones have some of their initial inputs among them."""
+    borders = _borders(offsets, initial.shape[1], x.device)
+    texts = torch.arange(len(initial), device=x.device)[:, None]
+    return torch.where(borders.from_x[..., None], x[borders.last], initial[texts, borders.from_initial])
 
 
 class _Borders(NamedTuple):
@@ -178,6 +196,7 @@ CONVOLUTION = Operation(
             missing=causal_conv1d_missing,
             unfit=causal_conv1d_unfit,
         ),
+        Backend("native", native_conv1d, ("cpu",), DTYPES, chained=True, missing=LIBRARY.missing, unfit=native_unfit),
         Backend("torch", shifted_products),
     ],
     plain="torch",

@@ -1,4 +1,4 @@
-"""Norms and gates that keep only their inputs for the backward, and compute in place what is theirs.
+"""Norms, gates and rotations that keep only their inputs for the backward, and compute in place what is theirs.
 
 Left to autograd, the norms of a bfloat16 model keep more memory than all of its linear layers: float32 copies of what
 they norm, before and after. On a CPU, taking fresh memory also costs more time than the arithmetic.
@@ -6,36 +6,63 @@ they norm, before and after. On a CPU, taking fresh memory also costs more time 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from .backends import Backend, Operation, Problem, Task, random_leaves
+from .elementwise_native import LIBRARY, native_gated_silu, native_mean_of_norms, native_rms_norm, native_rotate
+from .native import DTYPES
+
+FEW = 2**14
+"""Numbers below which calls cost more than arithmetic."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension (arXiv 1910.07467): statistics in float32, cast back, weighed.
 
     Args:
-        x: ``(..., width)``.
-        weight: Broadcasts over x.
+        x: ``(rows, width)`` or ``(rows, heads, width)``.
+        weight: ``(width,)`` for all rows and heads, or ``(heads, width)``.
         eps: Added to the mean square.
 
     Returns:
-        ``(..., width)``, in the dtype that x and the weight promote to.
+        As x, in the dtype that x and the weight promote to.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and x.numel() < FEW:
         # One call instead of ten: for the few tokens of a step of generation, calls are what costs.
         return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
-    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    normed: Tensor = ELEMENTWISE.choose(Task.of(x, weight)).run.rms_norm(x, weight, eps)
     return normed
 
 
+def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    """Half the sum of the `rms_norm` of a and that of b, both ``(rows, width)`` of one dtype."""
+    if not torch.is_grad_enabled() and a.numel() < FEW:
+        return _torch_mean_of_norms(a, a_weight, b, b_weight, eps)
+    mean: Tensor = ELEMENTWISE.choose(Task.of(a, a_weight, b)).run.mean_of_norms(a, a_weight, b, b_weight, eps)
+    return mean
+
+
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, both ``(..., width)`` of one dtype (arXiv 2002.05202)."""
-    gated: Tensor = _GatedSilu.apply(gate, up)
+    """``silu(gate) * up``, both ``(rows, width)`` of one dtype (arXiv 2002.05202)."""
+    gated: Tensor = ELEMENTWISE.choose(Task.of(gate, up)).run.gated_silu(gate, up)
     return gated
+
+
+def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn ``(rows, heads, width)`` by its positions; feature i is paired with feature i + width / 2.
+
+    Args:
+        heads: Queries or keys.
+        tables: Of `rotary_tables`.
+    """
+    turned: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
+    return turned
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -82,3 +109,77 @@ class _GatedSilu(torch.autograd.Function):
 def _times(x: Tensor, weight: Tensor) -> Tensor:
     """The product, in x's memory if it fits there."""
     return x.mul_(weight) if torch.promote_types(x.dtype, weight.dtype) == x.dtype else x * weight
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is turned back by the same angles, so nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(heads, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(d_turned, cos, sin, -1), None, None
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    turned = heads * cos
+    first, second = heads.chunk(2, -1)
+    first_turned, second_turned = turned.chunk(2, -1)
+    first_sin, second_sin = sin.chunk(2, -1)
+    first_turned.addcmul_(second, first_sin, value=-way)
+    second_turned.addcmul_(first, second_sin, value=way)
+    return turned.to(heads.dtype)
+
+
+def _torch_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    normed_a, normed_b = (rms_norm(x, weight, eps) for x, weight in ((a, a_weight), (b, b_weight)))
+    return (normed_a + normed_b).mul_(0.5)
+
+
+def _torch_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    turned: Tensor = _Rotation.apply(heads, *tables)
+    return turned
+
+
+class Elementwise(NamedTuple):
+    """One way to compute what does not mix tokens."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    mean_of_norms: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    gated_silu: Callable[[Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+def _small_problem(task: Task) -> Problem:
+    x, gate, weight = random_leaves(task, [(20, 3, 32), (20, 32), (32,)])
+    cos, sin = (table.detach() for table in random_leaves(task, [(20, 1, 32)] * 2))
+
+    def compute(backend: Backend) -> tuple[Tensor, ...]:
+        by = backend.run
+        mean = by.mean_of_norms(gate, weight, gate, weight, 1e-6)
+        return by.rms_norm(x, weight, 1e-6), mean, by.gated_silu(gate, gate), by.rotate(x, (cos, sin))
+
+    return Problem(compute, [x, gate, weight])
+
+
+ELEMENTWISE = Operation(
+    "elementwise",
+    [
+        Backend(
+            "native",
+            Elementwise(native_rms_norm, native_mean_of_norms, native_gated_silu, native_rotate),
+            ("cpu",),
+            DTYPES,
+            missing=LIBRARY.missing,
+        ),
+        Backend("torch", Elementwise(_RMSNorm.apply, _torch_mean_of_norms, _GatedSilu.apply, _torch_rotate)),
+    ],
+    plain="torch",
+    problem=_small_problem,
+)
+"""The ways to compute norms, gates and rotations, the fastest first."""

@@ -18,8 +18,7 @@ from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
-from .elementwise import gated_silu, rms_norm
-from .rotary import rotate
+from .elementwise import gated_silu, mean_of_norms, rms_norm, rotate
 from .scan import packed_scan
 
 
@@ -42,7 +41,7 @@ class HymbaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(..., width)``."""
+        """Normalise ``(rows, width)``."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -51,8 +50,8 @@ class HymbaHeadNorm(HymbaRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(rows, heads, width)``."""
-        per_head = self.weight.ndim > 1
-        return super().forward(x[:, :, None])[:, :, 0] if per_head else super().forward(x)
+        weight = self.weight[0, :, 0] if self.weight.ndim > 1 else self.weight
+        return rms_norm(x, weight, self.eps)
 
 
 class HymbaHeadNorms(nn.Module):
@@ -189,7 +188,8 @@ class HymbaMixer(nn.Module):
             )
             attended = documents.from_grid(grid)
         scanned = self._ssm(x, gate, documents, cache)
-        joined = (self.pre_avg_layernorm1(attended) + self.pre_avg_layernorm2(scanned)).mul_(0.5)
+        norms = self.pre_avg_layernorm1, self.pre_avg_layernorm2
+        joined = mean_of_norms(attended, norms[0].weight, scanned, norms[1].weight, norms[0].eps)
         return self.out_proj(joined), key, value
 
     def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -208,7 +208,6 @@ class HymbaMixer(nn.Module):
         tails = cache.tails.get(self.layer) if cache is not None else None
         states = cache.states.get(self.layer) if cache is not None else None
         x, tails = packed_conv1d(x, self.conv1d.weight.squeeze(1).to(x.dtype), self.conv1d.bias, documents, tails)
-        x = nn.functional.silu(x)
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
             dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)

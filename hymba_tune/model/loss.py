@@ -45,8 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for begin in range(0, hidden.shape[0], CHUNK):
             rows = slice(begin, begin + CHUNK)
-            log_probs = torch.nn.functional.linear(hidden[rows], weight).to(wide)
-            log_probs -= log_probs.logsumexp(-1, keepdim=True)
+            log_probs = torch.nn.functional.linear(hidden[rows], weight).log_softmax(-1, dtype=wide)
             loss -= log_probs.gather(1, targets[rows, None]).sum()
             if not any(ctx.needs_input_grad):
                 continue

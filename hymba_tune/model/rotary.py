@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .configuration_hymba import HymbaConfig
 
@@ -39,34 +36,3 @@ def rotary_tables(positions: Tensor, base: float, width: int, dtype: torch.dtype
     angles = positions[:, None] / base**exponents
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn ``(rows, heads, width)`` by its positions; feature i is paired with feature i + width / 2."""
-    turned: Tensor = _Rotation.apply(heads, *tables)
-    return turned
-
-
-class _Rotation(torch.autograd.Function):
-    """Its gradient is turned back by the same angles, so nothing else is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(heads, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _turned(d_turned, cos, sin, -1), None, None
-
-
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    turned = heads * cos
-    first, second = heads.chunk(2, -1)
-    first_turned, second_turned = turned.chunk(2, -1)
-    first_sin, second_sin = sin.chunk(2, -1)
-    first_turned.addcmul_(second, first_sin, value=-way)
-    second_turned.addcmul_(first, second_sin, value=way)
-    return turned.to(heads.dtype)

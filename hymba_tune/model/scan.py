@@ -17,9 +17,10 @@ from torch.nn.functional import silu, softplus
 
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .documents import Documents
+from .native import DTYPES
 from .scan_inputs import ScanInputs
 from .scan_mamba_ssm import mamba_ssm_missing, mamba_ssm_scan
-from .scan_native import DTYPES, native_missing, native_scan
+from .scan_native import LIBRARY, native_scan
 from .scan_torch import chunked_recurrence
 from .scan_triton import triton_missing, triton_scan
 
@@ -51,18 +52,23 @@ def packed_scan(
     Returns:
         ``(M + T, E)`` in u's dtype, and each text's final state ``(S, E, N)`` in float32.
     """
-    meta = documents.num_meta
+    meta, starts = documents.num_meta, documents.starts
     if states is not None or not meta:
-        return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=documents.starts)
-    if not SCAN.choose(Task.of(u, dt, A, B, C, D, z)).initial_state:
+        return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=starts)
+    backend = SCAN.choose(Task.of(u, dt, A, B, C, D, z))
+    if backend.chained:
+        offsets = (0, *(meta + start for start in starts))
+        y, states = backend.run(ScanInputs(u, dt, A, B, C, D, z, None, None, offsets, chained=True))
+        return y, states[1:].clone()  # a cache is not to hold the meta tokens' too
+    if not backend.initial_state:
         copies, places, offsets = documents.behind_meta
         u, dt, B, C, z = (x[copies] for x in (u, dt, B, C, z))
         y, states = selective_scan(u, dt, A, B, C, D, z, cu_seqlens=offsets)
         return y[places], states
-    rows = [meta, documents.starts[-1]]
+    rows = [meta, starts[-1]]
     (u_meta, u), (dt_meta, dt), (B_meta, B), (C_meta, C), (z_meta, z) = (x.split(rows) for x in (u, dt, B, C, z))
     y_meta, state = selective_scan(u_meta, dt_meta, A, B_meta, C_meta, D, z_meta)
-    y, states = selective_scan(u, dt, A, B, C, D, z, initial_state=state[0], cu_seqlens=documents.starts)
+    y, states = selective_scan(u, dt, A, B, C, D, z, initial_state=state[0], cu_seqlens=starts)
     return torch.cat([y_meta, y]), states
 
 
@@ -112,7 +118,7 @@ def selective_scan(
     _check(u.device, (channels,), D=D, dt_bias=dt_bias)
     _check(u.device, (texts, channels, states), initial_state=initial_state)
     inputs = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, offsets)
-    task = Task.of(*inputs[:-1], continues=initial_state is not None)
+    task = Task.of(*inputs[:9], continues=initial_state is not None)
     y, final = SCAN.compute(task, inputs, name=backend)
     return y, final
 
@@ -193,7 +199,7 @@ def _small_problem(task: Task) -> Problem:
 SCAN = Operation(
     "scan",
     [
-        Backend("native", native_scan, ("cpu",), DTYPES, missing=native_missing),
+        Backend("native", native_scan, ("cpu",), DTYPES, chained=True, missing=LIBRARY.missing),
         Backend("triton", triton_scan, ("cuda",), GPU_DTYPES, foreign=True, missing=triton_missing),
         Backend(
             "mamba_ssm",

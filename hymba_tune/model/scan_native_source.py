@@ -1,6 +1,6 @@
 """The C++ of the native scan: what `scan_native` compiles."""
 
-from .scan_native_vectors import VECTORS
+from .native_vectors import VECTORS
 
 SOURCE = (
     VECTORS
@@ -13,16 +13,10 @@ SOURCE = (
 //
 // E channels, N size of a channel's state; u input, dt time step before softplus, z gate.
 
-#include <algorithm>
-#include <atomic>
-#include <system_error>
-#include <thread>
-#include <vector>
-
 namespace {
 
 struct Scan {
-    int64_t texts, E, N, threads;
+    int64_t texts, E, N, threads, chained;  // chained: texts after the first begin from its final state
     const int64_t *offsets;
     Rows u, dt, B, C, z, y, dy, du, ddt, dB, dC, dz;
     const float *A, *D, *dt_bias, *initial;
@@ -31,30 +25,6 @@ struct Scan {
     const float *d_final;
     float *dA, *dD, *ddt_bias, *d_initial, *dB_groups, *dC_groups;
 };
-
-// States that fade out become denormal, and arithmetic on those is many times slower.
-struct FlushDenormals {
-#if defined(__SSE2__)
-    unsigned saved = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(saved); }
-#endif
-};
-
-template <class Work> void parallel(int64_t threads, int64_t items, Work work) {
-    std::atomic<int64_t> next{0};
-    auto run = [&] {
-        FlushDenormals scope;
-        for (int64_t item; (item = next++) < items;) work(item);
-    };
-    std::vector<std::thread> others;
-    try {
-        while ((int64_t)others.size() + 1 < std::min(threads, items)) others.emplace_back(run);
-    } catch (const std::system_error &) {  // no more threads to be had: those there are do the work
-    }
-    run();
-    for (auto &other : others) other.join();
-}
 
 // W rows of an (E, N) matrix to N vectors, and back; zeros beyond the last channel or where there is no matrix.
 void gather(const float *rows, int64_t N, int lanes, V *out) {
@@ -69,18 +39,14 @@ void scatter(const V *in, int64_t N, int lanes, float *rows) {
         for (int lane = 0; lane < lanes; lane++) rows[lane * N + n] = in[n][lane];
 }
 
-float sum(V v) {
-    float total = 0;
-    for (int lane = 0; lane < W; lane++) total += v[lane];
-    return total;
-}
-
 // W channels of a group.
 struct Block {
     int64_t column;
     int lanes;
     V D{}, dt_bias{}, dD{}, ddt_bias{};
-    std::vector<V> A{}, state{}, dA{}, d_state{};  // A in powers of two; d_state is the gradient behind the chunk
+    // A in powers of two; first is the first text's final state, or that one's gradient from the others; d_state is the
+    // gradient behind the chunk.
+    std::vector<V> A{}, state{}, first{}, dA{}, d_state{};
 
     V read(const Rows &x, int64_t t) const { return load(x, t, column, lanes); }
     void write(const Rows &x, int64_t t, V v) const { store(x, t, column, lanes, v); }
@@ -91,15 +57,16 @@ struct Group {
     const Scan &p;
     std::vector<Block> blocks;
     std::vector<float> B, C;
-    std::vector<V> dB, dC;
+    std::vector<V> dBC;  // side by side: memory 4096 bytes apart would be taken for the same
 
-    Group(const Scan &p, int64_t index) : p(p), B(CHUNK * p.N), C(CHUNK * p.N), dB(CHUNK * p.N), dC(CHUNK * p.N) {
+    Group(const Scan &p, int64_t index) : p(p), B(CHUNK * p.N), C(CHUNK * p.N), dBC(2 * CHUNK * p.N) {
         int64_t end = std::min((index + 1) * GROUP, p.E);
         for (int64_t column = index * GROUP; column < end; column += W) {
             Block block{column, (int)std::min<int64_t>(W, end - column)};
             if (p.D) block.D = load(p.D + column, block.lanes);
             if (p.dt_bias) block.dt_bias = load(p.dt_bias + column, block.lanes);
-            for (auto *states : {&block.A, &block.state, &block.dA, &block.d_state}) states->assign(p.N, V{});
+            for (auto *states : {&block.A, &block.state, &block.first, &block.dA, &block.d_state})
+                states->assign(p.N, V{});
             gather(p.A + column * p.N, p.N, block.lanes, block.A.data());
             for (V &a : block.A) a *= LOG2E;
             blocks.push_back(block);
@@ -170,6 +137,10 @@ void forward_group(const Scan &p, int64_t index) {
     int64_t chunk = 0;
     for (int64_t text = 0; text < p.texts; text++) {
         for (Block &block : group.blocks) {
+            if (p.chained && text) {
+                block.state = block.first;
+                continue;
+            }
             const float *initial = p.initial ? p.initial + text * p.initial_stride + block.column * p.N : nullptr;
             gather(initial, p.N, block.lanes, block.state.data());
         }
@@ -182,8 +153,10 @@ void forward_group(const Scan &p, int64_t index) {
                 forward_chunk(group, block, begin, steps);
             }
         }
-        for (Block &block : group.blocks)
+        for (Block &block : group.blocks) {
             scatter(block.state.data(), p.N, block.lanes, p.final + (text * p.E + block.column) * p.N);
+            if (!text) block.first = block.state;
+        }
     }
 }
 
@@ -215,12 +188,12 @@ template <int R> inline void retreat(Group &group, Block &block, int64_t n, int 
     }
     for (int t = steps - 1; t >= 0; t--) {
         const float *B = &group.B[t * N + n], *C = &group.C[t * N + n];
-        V *dB = &group.dB[t * N + n], *dC = &group.dC[t * N + n];
+        V *dBC = &group.dBC[2 * (t * N + n)];
         V d_input = c.d_input[t], d_delta = c.d_delta[t];
         for (int r = 0; r < R; r++) {
-            dC[r] += states[t + 1][r] * c.dy[t];
+            dBC[2 * r + 1] += states[t + 1][r] * c.dy[t];
             ds[r] += c.dy[t] * C[r];
-            dB[r] += ds[r] * c.input[t];
+            dBC[2 * r] += ds[r] * c.input[t];
             d_input += ds[r] * B[r];
             ds[r] *= decays[t][r];
             V d_exponent = ds[r] * states[t][r];
@@ -271,13 +244,13 @@ void backward_group(const Scan &p, int64_t index) {
         for (Block &block : group.blocks) {
             const float *d_final = p.d_final ? p.d_final + (text * p.E + block.column) * p.N : nullptr;
             gather(d_final, p.N, block.lanes, block.d_state.data());
+            for (int64_t n = 0; p.chained && !text && n < p.N; n++) block.d_state[n] += block.first[n];
         }
         for (int64_t back = count_chunks(p, text) - 1; back >= 0; back--) {
             int64_t begin = p.offsets[text] + back * CHUNK;
             int steps = (int)std::min<int64_t>(CHUNK, p.offsets[text + 1] - begin);
             group.read(begin, steps);
-            std::fill(group.dB.begin(), group.dB.end(), V{});
-            std::fill(group.dC.begin(), group.dC.end(), V{});
+            std::fill(group.dBC.begin(), group.dBC.end(), V{});
             chunk--;
             for (Block &block : group.blocks) {
                 memcpy(block.state.data(), kept(p, chunk, block), p.N * sizeof(V));
@@ -285,12 +258,14 @@ void backward_group(const Scan &p, int64_t index) {
             }
             int64_t place = (index * p.offsets[p.texts] + begin) * p.N;
             for (int64_t i = 0; i < steps * p.N; i++) {
-                p.dB_groups[place + i] = sum(group.dB[i]);
-                p.dC_groups[place + i] = sum(group.dC[i]);
+                p.dB_groups[place + i] = sum(group.dBC[2 * i]);
+                p.dC_groups[place + i] = sum(group.dBC[2 * i + 1]);
             }
         }
-        for (Block &block : group.blocks)
+        for (Block &block : group.blocks) {
             scatter(block.d_state.data(), p.N, block.lanes, p.d_initial + (text * p.E + block.column) * p.N);
+            for (int64_t n = 0; p.chained && text && n < p.N; n++) block.first[n] += block.d_state[n];
+        }
     }
     for (Block &block : group.blocks) {
         scatter(block.dA.data(), p.N, block.lanes, p.dA + block.column * p.N);

@@ -58,7 +58,7 @@ def triton_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)`` in float32.
     """
-    u, dt, A, B, C, D, z, dt_bias, state, offsets = inputs
+    u, dt, A, B, C, D, z, dt_bias, state, offsets, _ = inputs
     u, dt, B, C = (_readable(x) for x in (u, dt, B, C))
     z = None if z is None else _readable(z)
     D, dt_bias = (None if x is None else x.contiguous() for x in (D, dt_bias))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hymba_tune.model import attention_blocks
+from hymba_tune.model import attention_blocks, attention_native
 from hymba_tune.model.attention import packed_attention
+from hymba_tune.model.attention_native import BLOCK, native_attention, native_missing
 from hymba_tune.model.documents import Documents, find_documents
 from tests.reference.naive_attention import naive_attention
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -102,6 +103,70 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
         for name, tensor in expected.items():
             assert actual[name].dtype == dtype
             (close if name == "output" else close_gradient).check(actual[name], tensor, name)
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips where it cannot run: attention is then computed in blocks, which the tests above are about."""
+    if reason := native_missing():
+        pytest.skip(reason)
+
+
+NATIVE_LENGTHS = LENGTHS | {"across_native_blocks": [BLOCK - 1, 2 * BLOCK + 1, 1]}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("meta", [0, 1, 5, BLOCK + 5])
+@pytest.mark.parametrize("lengths", NATIVE_LENGTHS.values(), ids=NATIVE_LENGTHS.keys())
+def test_native_equals_naive_twin(lengths: list[int], meta: int, window: int | None, dtype: torch.dtype) -> None:
+    wide = tuple(x.detach().to(dtype).double().requires_grad_() for x in random_inputs(meta + sum(lengths)))
+    narrow = tuple(x.detach().to(dtype).requires_grad_() for x in wide)
+    actual = with_gradients(narrow, native_attention(*narrow, documents(lengths, meta), window))
+    expected = with_gradients(wide, naive(*wide, lengths, meta, window))
+    for name, tensor in expected.items():
+        assert actual[name].dtype == dtype
+        close = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32_GRADIENT
+        close.check(actual[name], tensor, name)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_native_reads_columns_of_a_wider_matrix_on_any_number_of_threads(threads: int) -> None:
+    lengths, meta, heads = [70, 1, 90], 3, 3 * GROUPS
+    flat = torch.randn(meta + sum(lengths), heads * KEY + GROUPS * (KEY + VALUE) + 7)
+    pieces = flat.split([heads * KEY, GROUPS * KEY, GROUPS * VALUE, 7], -1)[:3]
+    views = tuple(x.unflatten(-1, (-1, width)) for x, width in zip(pieces, (KEY, KEY, VALUE), strict=True))
+    leaves = tuple(x.detach().requires_grad_() for x in views)
+    wide = tuple(x.detach().double().requires_grad_() for x in views)
+    torch.set_num_threads(threads)
+    try:
+        actual = with_gradients(leaves, native_attention(*leaves, documents(lengths, meta), 20))
+    finally:
+        torch.set_num_threads(1)
+    FLOAT32_GRADIENT.check_all(actual, with_gradients(wide, naive(*wide, lengths, meta, 20)))
+
+
+@pytest.mark.usefixtures("native")
+def test_native_keeps_only_its_inputs_and_output() -> None:
+    kept: list[Tensor] = []
+    inputs = tuple(x.detach().float().requires_grad_() for x in random_inputs(50))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        output = native_attention(*inputs, documents([50], 0), 7)
+    rows_and_heads = 50 * 2 * GROUPS
+    assert sum(x.numel() for x in kept) == sum(x.numel() for x in inputs) + output.numel() + rows_and_heads
+
+
+def test_without_mkl_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_native, "PRODUCTS", {torch.float32: "no_such_function", torch.bfloat16: "nor_this"})
+    native_missing.cache_clear()
+    attention_native._product.cache_clear()
+    try:
+        assert native_missing() == "this build of PyTorch brings no MKL"
+    finally:
+        native_missing.cache_clear()
+        attention_native._product.cache_clear()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -94,6 +94,11 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
         library, find = fake_kernels.register_flash_attn_3(), attention_flash._flash_attn_3
+    elif name == "flash_attn_4":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+        for module in fake_kernels.flash_attn_4_modules():
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        find = attention_flash._flash_attn_4
     elif name == "flash_attn_2":
         for module in fake_kernels.flash_attn_modules():
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -125,7 +130,7 @@ def test_flash_equals_naive_twin(lengths: list[int], meta: int, window: int | No
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, window)))
 
 
-@pytest.mark.parametrize("flash", ["flash_attn_3", "flash_attn_2", "hub", "pytorch"], indirect=True)
+@pytest.mark.parametrize("flash", ["flash_attn_4", "flash_attn_3", "flash_attn_2", "hub", "pytorch"], indirect=True)
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.usefixtures("flash")
 def test_flash_equals_naive_twin_with_every_provider(window: int | None) -> None:
@@ -197,11 +202,13 @@ def test_flash_takes_a_gradient_that_is_one_number() -> None:
 def test_flash_is_not_found_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    for name in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn"):
+    for name in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn.cute", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, None)
     assert [find() for find in attention_flash.PROVIDERS] == [None] * len(attention_flash.PROVIDERS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert attention_flash._flash_attn_3() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert attention_flash._flash_attn_4() is None
 
 
 @pytest.mark.parametrize(

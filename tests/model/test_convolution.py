@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from hymba_tune.model.convolution import causal_conv1d
+from hymba_tune.model.convolution_native import LIBRARY, native_conv1d
 from tests.reference.naive_convolution import naive_convolution
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
@@ -118,3 +120,41 @@ def test_backend_that_cannot_is_refused(tokens: int) -> None:
     x, weight = torch.randn(tokens, 3), torch.randn(3, 4)
     with pytest.raises(ValueError, match="conv backend causal_conv1d cannot be used: it runs on cuda, not on cpu"):
         causal_conv1d(x, weight, backend="causal_conv1d")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 17, 130])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
+@pytest.mark.parametrize("lengths", [[1], [2, 1, 65, 1], [7, 40, 2, 3, 1], [64, 33]], ids=str)
+def test_native_equals_naive_twin(
+    lengths: list[int], chained: bool, width: int, channels: int, dtype: torch.dtype
+) -> None:
+    if reason := LIBRARY.missing():
+        pytest.skip(reason)
+    wide = torch.randn(sum(lengths), channels + 3).to(dtype)
+    inputs = {"x": wide[:, 1 : channels + 1], "weight": torch.randn(channels, width), "bias": torch.randn(channels)}
+    offsets = (0, *torch.tensor(lengths).cumsum(0).tolist())
+
+    def one_after_the_other(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        texts = x.split(lengths)
+        first, tail = naive_convolution(texts[0], weight, bias)
+        initial = tail if chained else None
+        return silu(torch.cat([first, *(naive_convolution(t, weight, bias, initial)[0] for t in texts[1:])]))
+
+    def at_once(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return native_conv1d(x, weight, bias, offsets=offsets, chained=chained, silu=True)
+
+    results = []
+    for function, number in ((at_once, dtype), (one_after_the_other, torch.float64)):
+        leaves = [x.detach().to(dtype).to(number).requires_grad_() for x in inputs.values()]
+        y = function(*leaves)
+        given = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(number)
+        results.append(dict(zip(("y", *inputs), (y, *torch.autograd.grad(y, leaves, given)), strict=True)))
+    (FLOAT32_GRADIENT if dtype == torch.float32 else BFLOAT16).check_all(*results)
+
+
+def test_native_is_for_narrow_convolutions_only() -> None:
+    x, weight = torch.randn(9, CHANNELS), torch.randn(CHANNELS, 5)
+    with pytest.raises(ValueError, match=r"native cannot be used: .*(at most 4, not 5|no C\+\+ compiler)"):
+        causal_conv1d(x, weight, backend="native")

@@ -1,4 +1,4 @@
-"""Norm and gate against the formulas as they are written: outputs and every gradient."""
+"""Norm, gate and rotation against the formulas as they are written: outputs and every gradient, in torch and in C++."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.elementwise import gated_silu, rms_norm
-from tests.tolerances import BFLOAT16, FLOAT32_GRADIENT, FLOAT64
+from hymba_tune.model.elementwise import ELEMENTWISE, Elementwise, gated_silu, mean_of_norms, rms_norm, rotate
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 # A norm of one element has a gradient near zero, made of two large terms.
 TOLERANCES = {torch.float64: FLOAT64, torch.float32: FLOAT32_GRADIENT, torch.bfloat16: BFLOAT16}
@@ -33,7 +33,7 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "weight_shape"), [((7, 12), (12,)), ((1, 1), (1,)), ((5, 3, 1, 4), (1, 3, 1, 4))], ids=str
+    ("shape", "weight_shape"), [((7, 12), (12,)), ((1, 1), (1,)), ((5, 3, 4), (3, 4)), ((5, 3, 33), (33,))], ids=str
 )
 def test_norm_is_its_formula(shape: tuple[int, ...], weight_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(weight_shape, dtype=dtype)
@@ -87,3 +87,84 @@ def test_only_the_inputs_are_kept() -> None:
         rms_norm(x, weight, 1e-3)
         gated_silu(x, x)
     assert {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()} == {x.data_ptr()}
+
+
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> Elementwise:
+    """Each way to compute."""
+    backend = ELEMENTWISE.backends[request.param]
+    if reason := backend.missing():
+        pytest.skip(reason)
+    kernels: Elementwise = backend.run
+    return kernels
+
+
+def all_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(y.dtype)
+    grads = torch.autograd.grad(y, leaves, weights)
+    return {"y": y, **{f"gradient {i}": grad for i, grad in enumerate(grads)}}
+
+
+def naive_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [2, 14, 16, 34, 80])
+@pytest.mark.parametrize("rows", [1, 7, 65])
+def test_every_way_equals_the_formulas(kernels: Elementwise, rows: int, width: int, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCES[dtype]
+    # Columns of a wider matrix, as the pieces of one projection are.
+    wide = torch.randn(rows, 6 * width).to(dtype)
+    x, a, b, _ = wide.split([3 * width, width, width, width], -1)
+    heads = x.unflatten(-1, (3, width))
+    weight, other, *_ = per_head = torch.randn(3, width).to(dtype)
+    cos, sin = torch.randn(2, rows, 1, width // 2).to(dtype).repeat(1, 1, 1, 2)  # both features of a pair turn alike
+
+    def naive_mean(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
+        return (naive_norm(a, a_weight) + naive_norm(b, b_weight)) / 2
+
+    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
+        (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [a, weight]),
+        (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [heads, weight]),
+        (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [heads, per_head]),
+        (lambda *xs: kernels.mean_of_norms(*xs, 1e-3), naive_mean, [a, weight, b, other]),
+        (kernels.gated_silu, naive_gate, [a, b]),
+        (lambda h: kernels.rotate(h, (cos, sin)), lambda h: naive_rotation(h, cos.to(h), sin.to(h)), [heads]),
+    ]
+    for function, naive, inputs in cases:
+        actual = all_gradients(function, inputs)
+        assert all(tensor.dtype == dtype for tensor in actual.values())
+        tolerance.check_all(actual, all_gradients(naive, [x.double() for x in inputs]))
+
+
+def test_what_needs_no_gradient_gets_none(kernels: Elementwise) -> None:
+    x, weight = torch.randn(7, 12), torch.randn(12)
+    for needs_x, needs_weight in ((True, False), (False, True)):
+        leaf, leaf_weight = x.clone().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight)
+        kernels.rms_norm(leaf, leaf_weight, 1e-3).square().sum().backward()
+        kernels.mean_of_norms(leaf, leaf_weight, x, weight, 1e-3).square().sum().backward()
+        assert (leaf.grad is not None, leaf_weight.grad is not None) == (needs_x, needs_weight)
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    x, weight = torch.randn(3000, 64), torch.randn(64)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(all_gradients(lambda *xs: rms_norm(*xs, 1e-6), [x, weight]))
+    torch.set_num_threads(1)
+    assert all(tensor.equal(results[0][name]) for result in results for name, tensor in result.items())
+
+
+def test_few_numbers_without_gradients_are_the_same() -> None:
+    x, weight, tables = torch.randn(3, 2, 8), torch.randn(8), tuple(torch.randn(2, 3, 1, 4).repeat(1, 1, 1, 2))
+    flat = x[:, 0]
+    with torch.no_grad():
+        FLOAT32.check(rms_norm(x, weight, 1e-6), rms_norm(x.requires_grad_(), weight, 1e-6).double())
+        mean = mean_of_norms(flat, weight, flat, weight, 1e-6)
+    FLOAT32.check(mean, mean_of_norms(flat, weight, flat, weight, 1e-6).double())
+    FLOAT32.check(rotate(x, tables), naive_rotation(x, *tables).double())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hymba_tune.model.scan_torch as scan_torch
 from hymba_tune.model.scan import selective_scan
-from hymba_tune.model.scan_native import native_missing
+from hymba_tune.model.scan_native import LIBRARY
 from tests.reference.naive_scan import naive_scan
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
@@ -95,7 +95,7 @@ def test_one_initial_state_for_every_text(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "native", "torch", "reference"])
 def test_float32_is_close_to_float64(backend: str) -> None:
-    if backend == "native" and native_missing():  # `doctor` says why; "auto" then takes another
+    if backend == "native" and LIBRARY.missing():  # `doctor` says why; "auto" then takes another
         backend = "auto"
     lengths = LENGTHS["many_texts"]
     wide = random_inputs(lengths)

@@ -1,24 +1,20 @@
-"""The C++ scan against the recurrence in float64, and how it is built, kept and done without."""
+"""The C++ scan against the recurrence in float64."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model import scan_native
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
-from hymba_tune.model.scan_native import native_missing, native_scan
+from hymba_tune.model.scan_native import CHUNK, LIBRARY, native_scan
 from tests.tolerances import FLOAT32, Tolerance
 
 BFLOAT16_ROUNDING = Tolerance(4e-3, float("inf"), "the result alone is rounded, once, to eight bits")
-LENGTHS = {1: [1], 7: [3, 0, 4], 65: [0, 1, 15, 16, 0, 33]}
+LENGTHS = {1: [1], 7: [3, 0, 4], 65: [0, 1, 32, 0, 32]}
 """By their tokens, texts of which some are empty, of one token, or end with a chunk."""
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 
@@ -26,17 +22,8 @@ OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 @pytest.fixture
 def native() -> None:
     """Skips where there is no compiler: the scan then takes another way, which the tests of the fallback check."""
-    if reason := native_missing():
+    if reason := LIBRARY.missing():
         pytest.skip(reason)
-
-
-@pytest.fixture
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and no library loaded yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    scan_native._load.cache_clear()
-    yield tmp_path / "hymba-tune"
-    scan_native._load.cache_clear()
 
 
 def random_inputs(
@@ -181,7 +168,7 @@ def test_the_same_bits_on_any_number_of_threads_and_in_any_company() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_keeps_one_state_for_sixteen_tokens() -> None:
+def test_keeps_one_state_for_a_chunk_of_tokens() -> None:
     lengths = [256, 64]
     inputs = random_inputs(lengths, 64, 16)
     saved: list[Tensor] = []
@@ -189,7 +176,7 @@ def test_keeps_one_state_for_sixteen_tokens() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(leaves, lengths)
     given = sum(x.numel() for name, x in inputs.items() if name != "initial_state")
-    assert sum(x.numel() for x in saved) == given + 320 // 16 * 64 * 16
+    assert sum(x.numel() for x in saved) == given + 320 // CHUNK * 64 * 16
     saved.clear()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(leaves, lengths)
@@ -245,74 +232,29 @@ def test_what_native_cannot_take_is_refused_when_forced() -> None:
         selective_scan(**meta, backend="native")
 
 
-@pytest.mark.usefixtures("cache_folder")
-def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = native_missing()
-    assert reason == ("no C++ compiler: no-such-compiler was not found; install g++ or clang++, or name one in $CXX")
-    inputs = random_inputs([3])
-    assert scan(inputs, [3], "auto")[0].equal(scan(inputs, [3], "torch")[0])
-    with pytest.raises(ValueError, match=r"native cannot be used: no C\+\+ compiler: no-such-compiler"):
-        scan(inputs, [3])
-    with pytest.raises(RuntimeError, match=r"native scan cannot run: no C\+\+ compiler: no-such-compiler"):
-        native_scan(ScanInputs(*(inputs[name] for name in scan_native.INPUTS), None, (0, 3)))
-
-
-@pytest.mark.usefixtures("cache_folder")
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        ("echo out of paper >&2; exit 1", "failed: out of paper"),
-        ("for last; do :; done; echo junk > $last", "invalid ELF header|file too short|slice|not valid"),
-    ],
-)
-def test_a_compiler_that_fails_is_reported(
-    script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(ValueError, match=f"native cannot be used: .*({reason})"):
-        scan(random_inputs([3]), [3])
-    scan(random_inputs([3]), [3], "auto")
-
-
 @pytest.mark.usefixtures("native")
-def test_compiled_once_and_kept(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native_missing() is None
-    assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
-    scan_native._load.cache_clear()
-    asked: list[list[str]] = []
-    output = scan_native._output
-    monkeypatch.setattr(scan_native, "_output", lambda command: asked.append(command) or output(command))
-    assert native_missing() is None
-    assert ["-E" in command for command in asked] == [True]  # only what the compiler and the CPU are
+@pytest.mark.parametrize("lengths", [[7], [20, 1, 0, 33], [0, 5, 17], [16, 16, 48]], ids=str)
+def test_chained_texts_go_on_from_the_first(lengths: list[int]) -> None:
+    inputs = random_inputs(lengths, without=("initial_state", "dt_bias"))
 
+    def chained() -> tuple[Tensor, Tensor]:
+        offsets = tuple(torch.tensor([0, *lengths]).cumsum(0).tolist())
+        return native_scan(ScanInputs(**leaves, dt_bias=None, state=None, offsets=offsets, chained=True))
 
-@pytest.mark.usefixtures("native")
-def test_another_compiler_flag_is_another_library(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for flags in (scan_native.FLAGS, (*scan_native.FLAGS, "-O1")):
-        monkeypatch.setattr(scan_native, "FLAGS", flags)
-        scan_native._load.cache_clear()
-        assert native_missing() is None
-    assert len(list(cache_folder.iterdir())) == 2
+    def one_after_the_other() -> tuple[Tensor, Tensor]:
+        rows = [lengths[0], sum(lengths[1:])]
+        first, others = ({n: x.split(rows)[i] if len(x) == sum(rows) else x for n, x in leaves.items()} for i in (0, 1))
+        y, state = scan(first, lengths[:1], "reference")
+        if len(lengths) == 1:
+            return y, state
+        after, states = scan(others | {"initial_state": state[0]}, lengths[1:], "reference")
+        return torch.cat([y, after]), torch.cat([state, states])
 
-
-@pytest.mark.usefixtures("native")
-def test_a_cache_that_cannot_be_written_is_done_without(
-    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native_missing() is None
-    assert not cache_folder.exists()
-
-
-@pytest.mark.usefixtures("native")
-def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
-    code = "from hymba_tune.model.scan_native import native_missing as reason; raise SystemExit(reason())"
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
+    results = []
+    for run, dtype in ((chained, torch.float32), (one_after_the_other, torch.float64)):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+        outputs = run()
+        weights = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype) for x in outputs]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), weights)
+        results.append(dict(zip(("y", "final", *leaves), (*outputs, *grads), strict=True)))
+    FLOAT32.check_all(*results)

@@ -257,6 +257,45 @@ def flash_attn_modules() -> list[ModuleType]:
     return [package, interface]
 
 
+def flash_attn_4_modules() -> list[ModuleType]:
+    """The package flash-attn-4, which lives in a folder of flash_attn."""
+
+    def layout(given: dict[str, Any]) -> Layout:
+        left, right = (-1 if given[side] is None else given[side] for side in ("window_size_left", "window_size_right"))
+        assert not given["causal"] or (left, right) == (-1, -1)
+        sides = {"window_size_left": left, "window_size_right": 0 if given["causal"] else right}
+        return _flash_attn_layout(given | sides, "causal")
+
+    def _flash_attn_fwd(
+        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_lse: bool, **given: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert return_lse
+        return flash_forward(q, k, v, layout(given), softmax_scale)
+
+    def _flash_attn_bwd(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        *,
+        softmax_scale: float,
+        deterministic: bool,
+        **given: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert not deterministic
+        assert out.shape == dout.shape == (*q.shape[:2], v.shape[-1])
+        d_q, d_k, d_v = flash_backward(dout, q, k, v, out, lse, layout(given), softmax_scale)
+        return d_q, d_k, d_v
+
+    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    interface = ModuleType("flash_attn.cute.interface")
+    cute.interface = interface
+    vars(interface).update(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+    return [package, cute, interface]
+
+
 def mamba_ssm_modules() -> list[ModuleType]:
     """The package mamba-ssm, built with its Mamba-1 scan."""
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")

@@ -1,0 +1,122 @@
+"""Attention in C++ for the CPU: MKL's matrix products around a softmax that reads only what a query sees.
+
+Glossary: M meta tokens, T text tokens, H query heads, G key/value heads, a width of a query or key head, v width of a
+value head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .attention_native_source import SOURCE
+from .backends import kept
+from .documents import Documents
+from .native import DTYPES, Arguments, Grid, Library, fields, threads_for
+
+BLOCK = 32
+"""Queries computed at a time."""
+LIBRARY = Library("attention", SOURCE, BLOCK=BLOCK)
+PRODUCTS = {torch.float32: "SGEMM", torch.bfloat16: "GEMM_BF16BF16F32"}
+"""MKL's functions, by what they multiply; both have float32 results."""
+
+
+def native_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """Attend as `packed_attention` says, in float32 or bfloat16.
+
+    No scores but one block's are held, and a windowed layer's time and memory grow linearly with T.
+    """
+    output: Tensor = _NativeAttention.apply(*map(_readable, (query, key, value)), documents, window)
+    return output.flatten(1)
+
+
+@cache
+def native_missing() -> str | None:
+    """Why it cannot run on this machine, or None if it can; compiles it the first time."""
+    if not all(map(_product, DTYPES)):
+        return "this build of PyTorch brings no MKL"
+    return LIBRARY.missing()
+
+
+@cache
+def _product(dtype: torch.dtype) -> ctypes.c_void_p | None:
+    try:
+        libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(getattr(libtorch, PRODUCTS[dtype]), ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+def _readable(heads: Tensor) -> Tensor:
+    """``(rows, heads, width)`` whose heads stand side by side; the columns of a wider matrix may."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+
+
+class _Arguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "heads groups width value_width meta text threads"),
+        *fields(ctypes.c_void_p, "seen_from"),
+        *fields(Grid, "q k v y dy dq"),
+        *fields(ctypes.c_void_p, "lse dk dv gemm"),
+    )
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None
+    ) -> Tensor:
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        ctx.layout = documents.num_meta, _seen_from(documents.starts, window)
+        _call("forward", query, key, value, *ctx.layout, y=output, lse=lse)
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        d_query = query.new_empty(query.shape)
+        # Blocks add to these one after the other: in bfloat16 that would round each time.
+        d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))
+        more = {"dy": _readable(d_output), "dq": d_query, "dk": d_key, "dv": d_value}
+        _call("backward", query, key, value, *ctx.layout, y=output, lse=lse, **more)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _call(
+    function: str, query: Tensor, key: Tensor, value: Tensor, meta: int, seen_from: Tensor, **others: Tensor
+) -> None:
+    rows, heads, width = query.shape
+    groups, value_width = value.shape[1:]
+    arguments = _Arguments(
+        heads=heads,
+        groups=groups,
+        width=width,
+        value_width=value_width,
+        meta=meta,
+        text=rows - meta,
+        threads=threads_for(rows * heads * BLOCK * width),
+        seen_from=seen_from,
+        q=query,
+        k=key,
+        v=value,
+        gemm=_product(query.dtype),
+        **others,
+    )
+    LIBRARY.call(function, arguments)
+
+
+@kept
+def _seen_from(starts: tuple[int, ...], window: int | None) -> Tensor:
+    """``(T,)`` int64: the first of the texts' tokens that each of them sees."""
+    offsets = torch.tensor(starts)
+    begins = offsets[:-1].repeat_interleave(offsets.diff(), output_size=starts[-1])
+    return begins if window is None else torch.maximum(begins, torch.arange(starts[-1]) - window)

@@ -1,0 +1,273 @@
+"""The C++ of attention: what `attention_native` compiles."""
+
+from .native_vectors import VECTORS
+
+SOURCE = (
+    VECTORS
+    + r"""
+// Attention over texts laid end to end behind meta tokens, BLOCK queries of a group of heads at a time. A query sees
+// the meta tokens and one run of its own text, and the queries of a block see a longer run between them: their scores
+// are two matrix products, which MKL computes, and a row of scores needs no mask, only where its run begins and ends.
+//
+// Groups of R heads share keys and values; a width of a query or key head, v width of a value head.
+
+namespace {
+
+// MKL's products of column-major matrices: float32 ones, or bfloat16 ones with a float32 result.
+typedef void Gemm(const char *, const char *, const int *, const int *, const int *, const float *, const void *,
+                  const int *, const void *, const int *, const float *, float *, const int *);
+
+struct Attention {
+    int64_t heads, groups, width, value_width, meta, text, threads;
+    const int64_t *from;  // (text), the first of the texts' tokens that each of them sees
+    Grid q, k, v, y, dy, dq;
+    float *lse;           // (meta + text, heads)
+    float *dk, *dv;       // (meta + text, groups, a or v), zero at first
+    Gemm *gemm;
+};
+
+// Memory that is written before it is read.
+template <class Element> struct Scratch {
+    std::unique_ptr<Element[]> memory;
+    explicit Scratch(int64_t count) : memory(count ? new Element[count] : nullptr) {}
+    Element *data() const { return memory.get(); }
+};
+typedef Scratch<float> Floats;
+typedef Scratch<uint16_t> Halves;
+
+// A row-major matrix: its first element, and how far one row is from the next.
+struct Matrix {
+    void *data;
+    int64_t stride, bf16;
+
+    Matrix(void *data, int64_t stride, int64_t bf16) : data(data), stride(stride), bf16(bf16) {}
+    Matrix(const Grid &x, int64_t row, int64_t head) : Matrix(x.at(row, head).data, x.row, x.bf16) {}
+    Matrix(const Floats &x, int64_t width) : Matrix(x.data(), width, 0) {}
+
+    Matrix at(int64_t row, int64_t column) const {
+        int64_t place = row * stride + column;
+        return {bf16 ? (void *)((uint16_t *)data + place) : (void *)((float *)data + place), stride, bf16};
+    }
+    Rows rows() const { return {data, stride, bf16}; }
+};
+
+struct Product {
+    Gemm *gemm;
+
+    void operator()(const char *a_way, const char *b_way, int64_t m, int64_t n, int64_t k, float alpha, const Matrix &a,
+                    const Matrix &b, float beta, const Matrix &c) const {
+        if (!m || !n) return;
+        int M = (int)m, N = (int)n, K = (int)k, lda = (int)a.stride, ldb = (int)b.stride, ldc = (int)c.stride;
+        // Row-major matrices are column-major ones transposed, so the factors change places.
+        gemm(b_way, a_way, &N, &M, &K, &alpha, b.data, &ldb, a.data, &lda, &beta, (float *)c.data, &ldc);
+    }
+    // c (m, n) = alpha a (m, k) b (n, k)^T, and so on; beta 1 adds to what c holds.
+    void abT(int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b, float beta, Matrix c) const {
+        (*this)("N", "T", m, n, k, alpha, a, b, beta, c);
+    }
+    void ab(int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b, float beta, Matrix c) const {
+        (*this)("N", "N", m, n, k, alpha, a, b, beta, c);
+    }
+    void aTb(int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b, float beta, Matrix c) const {
+        (*this)("T", "N", m, n, k, alpha, a, b, beta, c);
+    }
+};
+
+// Some queries of one kind, meta tokens or texts' tokens, and the keys that any of them sees.
+struct Block {
+    int64_t row, queries;         // in the packed rows
+    int64_t begin, first, keys;   // the first query and key among its kind; keys from there on
+    int64_t meta, columns;        // meta keys in front of them; both together
+    const int64_t *from;          // what each query sees first, or null
+
+    Block(const Attention &p, int64_t index) {
+        int64_t of_meta = (p.meta + BLOCK - 1) / BLOCK;
+        bool is_meta = index < of_meta;
+        begin = (is_meta ? index : index - of_meta) * BLOCK;
+        queries = std::min<int64_t>(BLOCK, (is_meta ? p.meta : p.text) - begin);
+        row = begin + (is_meta ? 0 : p.meta);
+        from = is_meta ? nullptr : p.from + begin;
+        first = from ? from[0] : 0;
+        keys = begin + queries - first;
+        meta = is_meta ? 0 : p.meta;
+        columns = meta + keys;
+    }
+    static int64_t count(const Attention &p) { return (p.meta + BLOCK - 1) / BLOCK + (p.text + BLOCK - 1) / BLOCK; }
+
+    int64_t key_row() const { return first + meta; }
+    int64_t low(int64_t query) const { return meta + (from ? from[query] - first : 0); }
+    int64_t high(int64_t query) const { return meta + begin + query - first + 1; }
+
+    // The columns that a query sees.
+    template <class Work> void each_seen(int64_t query, Work work) const {
+        each_vector(meta, work);
+        int64_t start = low(query);
+        each_vector(high(query) - start, [&](int64_t column, int lanes) { work(start + column, lanes); });
+    }
+    void clear_unseen(const Matrix &x, int64_t row, int64_t query) const {
+        auto clear = [&](int64_t start, int64_t end) {
+            each_vector(end - start, [&](int64_t c, int lanes) { store(x.rows(), row, start + c, lanes, V{}); });
+        };
+        clear(meta, low(query));
+        clear(high(query), columns);
+    }
+};
+
+// What a block of a group works in; rows are those of its R heads, one head after the other.
+struct Desk {
+    const Attention &p;
+    const Block block;
+    int64_t group, repeats, rows, bf16;
+    float scale;
+    Product product;
+    Floats query, scores, d_weights, d_output;  // the first and last in the model's dtype
+    Halves narrow_weights, narrow_scores;
+
+    Desk(const Attention &p, const Block &block, int64_t group, bool back)
+        : p(p), block(block), group(group), repeats(p.heads / p.groups), rows(repeats * block.queries), bf16(p.q.bf16),
+          scale(1.f / std::sqrt((float)p.width)), product{p.gemm}, query(rows * p.width), scores(rows * block.columns),
+          d_weights(back * rows * block.columns), d_output(back * rows * p.value_width),
+          narrow_weights(bf16 * rows * block.columns), narrow_scores(back * bf16 * rows * block.columns) {
+        gather(p.q, p.width, query);
+        if (back) gather(p.dy, p.value_width, d_output);
+    }
+
+    int64_t head(int64_t row) const { return group * repeats + row / block.queries; }
+    int64_t place(int64_t row) const { return block.row + row % block.queries; }
+
+    void gather(const Grid &x, int64_t width, const Floats &to) const {
+        for (int64_t row = 0; row < rows; row++) {
+            size_t bytes = width * (bf16 ? 2 : 4);
+            memcpy((char *)to.data() + row * bytes, x.at(place(row), head(row)).data, bytes);
+        }
+    }
+    Matrix gathered(const Floats &x, int64_t width) const { return {x.data(), width, bf16}; }
+    // What products read, in the model's dtype.
+    Matrix narrow(const Floats &wide, const Halves &rounded) const {
+        return bf16 ? Matrix(rounded.data(), block.columns, 1) : Matrix(wide, block.columns);
+    }
+    Matrix weights() const { return narrow(scores, narrow_weights); }
+    Matrix d_scores() const { return narrow(d_weights, narrow_scores); }
+
+    // Rows times the keys or values of both runs, into the columns of each.
+    void across(int64_t from, int64_t count, Matrix x, const Grid &keys, int64_t width, float alpha, Matrix out) {
+        product.abT(count, block.meta, width, alpha, x.at(from, 0), {keys, 0, group}, 0, out.at(from, 0));
+        product.abT(count, block.keys, width, alpha, x.at(from, 0), {keys, block.key_row(), group}, 0,
+                    out.at(from, block.meta));
+    }
+    // Weights of both runs times their keys or values, added up.
+    void along(int64_t from, int64_t count, Matrix w, const Grid &values, int64_t width, float alpha, Matrix out) {
+        product.ab(count, width, block.keys, alpha, w.at(from, block.meta), {values, block.key_row(), group}, 0,
+                   out.at(from, 0));
+        if (block.meta)
+            product.ab(count, width, block.meta, alpha, w.at(from, 0), {values, 0, group}, 1, out.at(from, 0));
+    }
+
+    void forward() {
+        Matrix all(scores, block.columns), to = weights();
+        across(0, rows, gathered(query, p.width), p.k, p.width, scale, all);
+        Floats sums(rows), output(rows * p.value_width);
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t at = row % block.queries;
+            V top = splat(-INFINITY), total{};
+            block.each_seen(at, [&](int64_t column, int lanes) {
+                V v = load(all.rows(), row, column, lanes);
+                if (lanes < W) v = first_lanes(v, lanes, -INFINITY);
+                top = v > top ? v : top;
+            });
+            float high = highest(top);
+            block.each_seen(at, [&](int64_t column, int lanes) {
+                V weights = exp(load(all.rows(), row, column, lanes) - high);
+                store(to.rows(), row, column, lanes, weights);
+                total += lanes < W ? first_lanes(weights, lanes, 0) : weights;
+            });
+            block.clear_unseen(to, row, at);
+            float whole = sums.data()[row] = sum(total);
+            p.lse[place(row) * p.heads + head(row)] = high + std::log(whole);
+        }
+        Matrix attended(output, p.value_width);
+        along(0, rows, to, p.v, p.value_width, 1, attended);
+        for (int64_t row = 0; row < rows; row++) {
+            Rows y = p.y.at(place(row), head(row));
+            each_vector(p.value_width, [&](int64_t column, int lanes) {
+                store(y, 0, column, lanes, load(attended.rows(), row, column, lanes) * (1.f / sums.data()[row]));
+            });
+        }
+    }
+
+    // Some rows' weights, their scores' gradient, and their queries'.
+    void backward_rows(int64_t from, int64_t end) {
+        Matrix all(scores, block.columns), d_all(d_weights, block.columns), to = weights(), d_to = d_scores();
+        Matrix d_out = gathered(d_output, p.value_width);
+        across(from, end - from, gathered(query, p.width), p.k, p.width, scale, all);
+        across(from, end - from, d_out, p.v, p.value_width, 1, d_all);
+        for (int64_t row = from; row < end; row++) {
+            int64_t at = row % block.queries;
+            Rows y = p.y.at(place(row), head(row));
+            V dots{};
+            each_vector(p.value_width, [&](int64_t column, int lanes) {
+                dots += load(d_out.rows(), row, column, lanes) * load(y, 0, column, lanes);
+            });
+            float inner = sum(dots), lse = p.lse[place(row) * p.heads + head(row)];
+            block.each_seen(at, [&](int64_t column, int lanes) {
+                V weights = exp(load(all.rows(), row, column, lanes) - lse);
+                V d_score = weights * (load(d_all.rows(), row, column, lanes) - inner);
+                store(to.rows(), row, column, lanes, weights);
+                store(d_to.rows(), row, column, lanes, d_score);
+            });
+            block.clear_unseen(to, row, at);
+            block.clear_unseen(d_to, row, at);
+        }
+        Floats d_query((end - from) * p.width);
+        Matrix d_queries(d_query, p.width);
+        along(from, end - from, d_to, p.k, p.width, scale, {d_query.data() - from * p.width, p.width, 0});
+        for (int64_t row = from; row < end; row++) {
+            Rows dq = p.dq.at(place(row), head(row));
+            each_vector(p.width, [&](int64_t column, int lanes) {
+                store(dq, 0, column, lanes, load(d_queries.rows(), row - from, column, lanes));
+            });
+        }
+    }
+
+    // The gradients of the keys and values in some columns, from all rows.
+    void backward_columns(int64_t from, int64_t end) {
+        for (int run = 0; run < 2; run++) {
+            int64_t begin = std::max(from, run ? block.meta : 0);
+            int64_t count = std::min(end, run ? block.columns : block.meta) - begin;
+            if (count <= 0) continue;
+            int64_t place = (run ? begin - block.meta + block.key_row() : begin) * p.groups + group;
+            float *dk = p.dk + place * p.width, *dv = p.dv + place * p.value_width;
+            product.aTb(count, p.width, rows, scale, d_scores().at(0, begin), gathered(query, p.width), 1,
+                        {dk, p.groups * p.width, 0});
+            product.aTb(count, p.value_width, rows, 1, weights().at(0, begin), gathered(d_output, p.value_width), 1,
+                        {dv, p.groups * p.value_width, 0});
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" void forward(const Attention *attention) {
+    const Attention &p = *attention;
+    parallel(p.threads, Block::count(p) * p.groups, [&](int64_t item) {
+        // The last blocks first: where all is seen, they take longest.
+        Desk(p, Block(p, Block::count(p) - 1 - item / p.groups), item % p.groups, false).forward();
+    });
+}
+
+extern "C" void backward(const Attention *attention) {
+    const Attention &p = *attention;
+    for (int64_t index = 0; index < Block::count(p); index++)
+        for (int64_t group = 0; group < p.groups; group++) {
+            Desk desk(p, Block(p, index), group, true);
+            auto share = [&](int64_t total, int64_t part) { return total * part / p.threads; };
+            parallel(p.threads, p.threads, [&](int64_t part) {
+                desk.backward_rows(share(desk.rows, part), share(desk.rows, part + 1));
+            });
+            parallel(p.threads, p.threads, [&](int64_t part) {
+                desk.backward_columns(share(desk.block.columns, part), share(desk.block.columns, part + 1));
+            });
+        }
+}
+"""
+)

@@ -1,0 +1,212 @@
+"""Norm, gate and rotation in C++ for the CPU, in float32 or bfloat16: one pass over memory where torch takes several.
+
+They compute in float32, and round where `elementwise` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .elementwise_native_source import SOURCE
+from .native import Arguments, Grid, Library, Rows, fields, readable, threads_for
+
+STRIPS = 64
+"""Parts of the rows that threads take one at a time."""
+LIBRARY = Library("elementwise", SOURCE, STRIPS=STRIPS)
+STEPS = 4
+"""What an element costs, in the steps that threads are counted by."""
+
+
+def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of ``(rows, width)``, or of ``(rows, heads, width)`` with a weight for all heads or for each."""
+    normed: Tensor = _Norm.apply(readable(x), weight, eps)
+    return normed
+
+
+def native_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    """`mean_of_norms` of ``(rows, width)``."""
+    mean: Tensor = _MeanOfNorms.apply(readable(a), a_weight, readable(b), b_weight, eps)
+    return mean
+
+
+def native_gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """`gated_silu` of ``(rows, width)``."""
+    gated: Tensor = _Gate.apply(readable(gate), readable(up))
+    return gated
+
+
+def native_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` of ``(rows, heads, width)``."""
+    turned: Tensor = _Rotate.apply(readable(heads), *tables)
+    return turned
+
+
+class _NormArguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "rows heads width threads"),
+        *fields(ctypes.c_float, "eps"),
+        *fields(Grid, "x y dy dx"),
+        *fields(ctypes.c_void_p, "weight"),
+        *fields(ctypes.c_int64, "weight_stride"),
+        *fields(ctypes.c_void_p, "scale d_weights"),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, **others: Any) -> _NormArguments:
+        """For ``(rows, heads, width)`` x."""
+        rows, heads, width = x.shape
+        stride = weight.stride(0) if weight.ndim > 1 else 0
+        threads = threads_for(STEPS * x.numel())
+        return cls(
+            rows=rows, heads=heads, width=width, threads=threads, x=x, weight=weight, weight_stride=stride, **others
+        )
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+        grid = _with_heads(x)
+        scale = torch.empty(grid.shape[:2], dtype=torch.float32)
+        wide = weight.float().contiguous()
+        LIBRARY.call("norm_forward", _NormArguments.of(grid, wide, eps=eps, y=_with_heads(y), scale=scale))
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dx = x.new_empty(x.shape) if need_x else None
+        parts = torch.empty(STRIPS, *weight.shape, dtype=torch.float32) if need_weight else None
+        arguments = _NormArguments.of(
+            _with_heads(x),
+            weight.float().contiguous(),
+            dy=_with_heads(readable(dy)),
+            dx=None if dx is None else _with_heads(dx),
+            scale=scale,
+            d_weights=parts,
+        )
+        LIBRARY.call("norm_backward", arguments)
+        return dx, None if parts is None else parts.sum(0).to(weight.dtype), None
+
+
+def _with_heads(x: Tensor) -> Tensor:
+    return x if x.ndim > 2 else x[:, None]
+
+
+class _MeanOfNormsArguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "rows width threads"),
+        *fields(ctypes.c_float, "eps"),
+        *fields(Rows, "a b y dy da db"),
+        *fields(ctypes.c_void_p, "a_weight b_weight scales d_weights"),
+    )
+
+
+class _MeanOfNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+        inputs = a, a_weight, b, b_weight, torch.empty(len(a), 2, dtype=torch.float32)
+        y = a.new_empty(a.shape, dtype=torch.promote_types(a.dtype, a_weight.dtype))
+        _mean_of_norms("mean_of_norms_forward", *inputs, eps=eps, y=y)
+        ctx.save_for_backward(*inputs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = a, a_weight, b, b_weight, _ = ctx.saved_tensors  # checkpointing lets it be read once
+        da, db = a.new_empty(a.shape), b.new_empty(b.shape)
+        need_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        parts = torch.empty(STRIPS, 2, a.shape[1], dtype=torch.float32) if need_weights else None
+        more = {"dy": readable(dy), "da": da, "db": db, "d_weights": parts}
+        _mean_of_norms("mean_of_norms_backward", *saved, **more)
+        if parts is None:
+            return da, None, db, None, None
+        d_a_weight, d_b_weight = parts.sum(0)
+        return da, d_a_weight.to(a_weight.dtype), db, d_b_weight.to(b_weight.dtype), None
+
+
+def _mean_of_norms(
+    function: str, a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, scales: Tensor, **others: Any
+) -> None:
+    rows, width = a.shape
+    arguments = _MeanOfNormsArguments(
+        rows=rows,
+        width=width,
+        threads=threads_for(2 * STEPS * a.numel()),
+        a=a,
+        b=b,
+        a_weight=a_weight.float().contiguous(),
+        b_weight=b_weight.float().contiguous(),
+        scales=scales,
+        **others,
+    )
+    LIBRARY.call(function, arguments)
+
+
+class _GateArguments(Arguments):
+    _fields_ = (*fields(ctypes.c_int64, "rows width threads"), *fields(Rows, "gate up y dy d_gate d_up"))
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = gate.new_empty(gate.shape)
+        _gate("gate_forward", gate, up, y=y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        _gate("gate_backward", gate, up, dy=readable(dy), d_gate=d_gate, d_up=d_up)
+        return d_gate, d_up
+
+
+def _gate(function: str, gate: Tensor, up: Tensor, **others: Tensor) -> None:
+    rows, width = gate.shape
+    threads = threads_for(STEPS * gate.numel())
+    LIBRARY.call(function, _GateArguments(rows=rows, width=width, threads=threads, gate=gate, up=up, **others))
+
+
+class _RotateArguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "rows heads width threads"),
+        *fields(ctypes.c_float, "way"),
+        *fields(Grid, "x y"),
+        *fields(Rows, "cos sin"),
+    )
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(heads, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(readable(d_turned), cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    y = x.new_empty(x.shape)
+    rows, heads, width = x.shape
+    tables = {"cos": readable(cos.squeeze(1)), "sin": readable(sin.squeeze(1))}
+    threads = threads_for(STEPS * x.numel())
+    LIBRARY.call(
+        "rotate", _RotateArguments(rows=rows, heads=heads, width=width, threads=threads, way=way, x=x, y=y, **tables)
+    )
+    return y

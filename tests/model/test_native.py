@@ -1,0 +1,106 @@
+"""How C++ is built, kept, shared and done without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hymba_tune.model import native
+from hymba_tune.model.native import Library
+from hymba_tune.model.scan import selective_scan
+from hymba_tune.model.scan_inputs import ScanInputs
+from hymba_tune.model.scan_native import LIBRARY, native_scan
+from hymba_tune.model.scan_native_source import SOURCE
+
+SCANNED = torch.ones(3, 17), torch.ones(3, 17), -torch.ones(17, 5), torch.ones(3, 5), torch.ones(3, 5)
+
+
+@pytest.fixture
+def native_code() -> None:
+    """Skips where there is no compiler, which other tests here do without."""
+    if reason := LIBRARY.missing():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and no library loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    LIBRARY.load.cache_clear()
+    yield tmp_path / "hymba-tune"
+    LIBRARY.load.cache_clear()
+
+
+@pytest.mark.usefixtures("cache_folder")
+def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    reason = LIBRARY.missing()
+    assert reason == ("no C++ compiler: no-such-compiler was not found; install g++ or clang++, or name one in $CXX")
+    assert selective_scan(*SCANNED, backend="auto")[0].equal(selective_scan(*SCANNED, backend="torch")[0])
+    with pytest.raises(ValueError, match=r"native cannot be used: no C\+\+ compiler: no-such-compiler"):
+        selective_scan(*SCANNED, backend="native")
+    with pytest.raises(RuntimeError, match=r"native scan cannot run: no C\+\+ compiler: no-such-compiler"):
+        native_scan(ScanInputs(*SCANNED, None, None, None, None, (0, 3)))
+
+
+@pytest.mark.usefixtures("cache_folder")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo out of paper >&2; exit 1", "failed: out of paper"),
+        ("for last; do :; done; echo junk > $last", "invalid ELF header|file too short|slice|not valid"),
+    ],
+)
+def test_a_compiler_that_fails_is_reported(
+    script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(ValueError, match=f"native cannot be used: .*({reason})"):
+        selective_scan(*SCANNED, backend="native")
+    selective_scan(*SCANNED, backend="auto")
+
+
+@pytest.mark.usefixtures("native_code")
+def test_compiled_once_and_kept(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LIBRARY.missing() is None
+    assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
+    LIBRARY.load.cache_clear()
+    asked: list[list[str]] = []
+    output = native._output
+    monkeypatch.setattr(native, "_output", lambda command: asked.append(command) or output(command))
+    assert LIBRARY.missing() is None
+    assert ["-E" in command for command in asked] == [True]  # only what the compiler and the CPU are
+
+
+@pytest.mark.usefixtures("native_code")
+def test_another_constant_is_another_library(cache_folder: Path) -> None:
+    for chunk in (8, 16):
+        assert Library("scan", SOURCE, CHUNK=chunk, GROUP=64).missing() is None
+    assert len(list(cache_folder.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_cache_that_cannot_be_written_is_done_without(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert LIBRARY.missing() is None
+    assert not cache_folder.exists()
+
+
+@pytest.mark.usefixtures("native_code")
+def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
+    code = "from hymba_tune.model.scan_native import LIBRARY; raise SystemExit(LIBRARY.missing())"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
