@@ -35,7 +35,7 @@ def list_recipes() -> None:
         memory = Text(f" ({recipe.memory})", style="dim")
         table.add_row(f" {recipe.name}", Text(recipe.what).append(memory))
     console.print(table)
-    console.print("\n use one   hymba-tune sft --config NAME --data FILE", markup=False)
+    console.print("\n use one   hymba-tune VERB --config NAME --data FILE (its head says which)", markup=False)
     console.print(" see one   hymba-tune recipes show NAME\n own one   hymba-tune recipes copy NAME", markup=False)
 
 
