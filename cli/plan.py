@@ -69,15 +69,18 @@ def _show(made: Plan) -> None:
     for verdict in [*made.gpus, made.here]:
         if not verdict.fits:
             console.print(f" for {verdict.device}: {_advice(verdict)}", markup=False)
-    parts = {name: size / GB for name, size in asdict(made.parts).items()}
-    said = " · ".join(f"{name} {size:.1f}" for name, size in parts.items())
-    console.print(f" {said}   (GB, on a GPU)", style="dim", markup=False)
+    parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items())
+    console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
         " Memory is counted; on GPUs nothing is measured yet. Speed is estimated: on GPUs as 30 % of their makers' "
         "figures, here from a matrix product timed just now.",
         style="dim",
         markup=False,
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 2**20:.0f} MB"
 
 
 def _advice(verdict: Verdict) -> str:
