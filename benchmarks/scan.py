@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hymba_tune.model.backends import Task
 from hymba_tune.model.scan import SCAN, selective_scan
+from hymba_tune.train.memory import keep_freed_memory
 
 STATES = 16
 Shape = tuple[int, list[int]]
@@ -26,6 +27,7 @@ TOY_SHAPES: list[Shape] = [(32, [8, 8])]
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     given = harness.options(__doc__, arguments, repeats=7)
+    keep_freed_memory()  # as a run does
     compare_backends(given)
     compare_lengths(given)
 

@@ -22,6 +22,11 @@ FEW = 2**14
 """Numbers below which calls cost more than arithmetic."""
 
 
+def _few(x: Tensor) -> bool:
+    """Whether a choice and a call of our own cost more than they save: at a step of generation."""
+    return x.numel() < FEW and not torch.is_grad_enabled()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension (arXiv 1910.07467): statistics in float32, cast back, weighed.
 
@@ -33,8 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         As x, in the dtype that x and the weight promote to.
     """
-    if not torch.is_grad_enabled() and x.numel() < FEW:
-        # One call instead of ten: for the few tokens of a step of generation, calls are what costs.
+    if _few(x):
         return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
     normed: Tensor = ELEMENTWISE.choose(Task.of(x, weight)).run.rms_norm(x, weight, eps)
     return normed
@@ -42,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
     """Half the sum of the `rms_norm` of a and that of b, both ``(rows, width)`` of one dtype."""
-    if not torch.is_grad_enabled() and a.numel() < FEW:
+    if _few(a):
         return _torch_mean_of_norms(a, a_weight, b, b_weight, eps)
     mean: Tensor = ELEMENTWISE.choose(Task.of(a, a_weight, b)).run.mean_of_norms(a, a_weight, b, b_weight, eps)
     return mean
@@ -50,6 +54,8 @@ def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps:
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, both ``(rows, width)`` of one dtype (arXiv 2002.05202)."""
+    if _few(gate):
+        return silu(gate).mul_(up)
     gated: Tensor = ELEMENTWISE.choose(Task.of(gate, up)).run.gated_silu(gate, up)
     return gated
 
@@ -61,6 +67,8 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         heads: Queries or keys.
         tables: Of `rotary_tables`.
     """
+    if _few(heads):
+        return _turned(heads, *tables, 1)
     turned: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
     return turned
 
