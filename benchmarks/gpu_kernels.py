@@ -164,7 +164,7 @@ def _scan_inputs(bench: Bench, tokens: int, channels: int, texts: int) -> ScanIn
 
 
 def _scan(backend: Backend, inputs: ScanInputs, passes: str) -> None:
-    leaves = [x for x in inputs[:-1] if x is not None]
+    leaves = [x for x in inputs.tensors if x is not None]
     _call(lambda: backend.run(inputs)[0], passes, leaves, inputs.u.detach())
 
 

@@ -277,9 +277,9 @@ def _scan_inputs(lengths: list[int], leaves: Values) -> ScanInputs:
 
 
 def _scan_by_text(lengths: list[int], leaves: Values) -> list[Tensor]:
-    u, dt, a, *rows, d, z, dt_bias, state, _ = _scan_inputs(lengths, leaves)
+    u, dt, a, b, c, d, z, dt_bias, state, *_ = _scan_inputs(lengths, leaves)
     states = [None] * len(lengths) if state is None else state.unbind()
-    texts = zip(*(x.split(lengths) for x in (u, dt, *rows, z)), states, strict=True)
+    texts = zip(*(x.split(lengths) for x in (u, dt, b, c, z)), states, strict=True)
     ys, finals = zip(
         *(naive_scan(u, dt, a, b, c, d, z, dt_bias, initial) for u, dt, b, c, z, initial in texts), strict=True
     )

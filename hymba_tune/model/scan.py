@@ -118,7 +118,7 @@ def selective_scan(
     _check(u.device, (channels,), D=D, dt_bias=dt_bias)
     _check(u.device, (texts, channels, states), initial_state=initial_state)
     inputs = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, offsets)
-    task = Task.of(*inputs[:9], continues=initial_state is not None)
+    task = Task.of(*inputs.tensors, continues=initial_state is not None)
     y, final = SCAN.compute(task, inputs, name=backend)
     return y, final
 

@@ -40,6 +40,11 @@ class ScanInputs(NamedTuple):
     chained: bool = False
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but where the texts lie."""
+        return self[:9]
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each text."""
         return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]

@@ -101,7 +101,9 @@ def test_bits_per_byte_of_a_model_that_knows_nothing() -> None:
 
 
 def test_recipe_trains_on_what_the_builder_writes() -> None:
-    recipe = SFTConfig(**yaml.safe_load(RECIPE.read_text()))
+    settings = yaml.safe_load(RECIPE.read_text())
+    assert settings.pop("verb") == "sft"
+    recipe = SFTConfig(**settings)
     assert recipe.model == "build/nano/init"
     assert recipe.data + recipe.eval_data == ["build/nano/corpus/train.jsonl", "build/nano/corpus/eval.jsonl"]
     assert recipe.method == "full"

@@ -12,6 +12,8 @@ from hymba_tune.adapters import merge_into
 from hymba_tune.config import ChatConfig, MergeConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError, HymbaTuneError, TrainingError
 from hymba_tune.generate import Chat
+from hymba_tune.model.attention import ATTENTION
+from hymba_tune.model.backends import Task
 from hymba_tune.model.layers import HymbaMLP
 from hymba_tune.train.screen import Screen
 from tests.runs import run, same_tensors, settings, tensors
@@ -138,7 +140,7 @@ def test_banner_and_record_name_the_kernels(small_model: Path, questions: Path, 
     notes = Notes()
     finished = run(settings(small_model, questions, tmp_path / "out", kernels=["scan=torch"]), notes)
     assert "scan torch" in notes.lines["kernels"]
-    assert "attention blocks" in notes.lines["kernels"]
+    assert f"attention {ATTENTION.choose(Task('cpu', torch.float32)).name}" in notes.lines["kernels"]
     kernels = finished.facts()["kernels"]
     assert kernels["scan"]["taken"] == "torch"
     assert kernels["attention"]["obstacles"]["flex"] == "it runs on cuda, not on cpu"
