@@ -34,7 +34,10 @@ BAR = 24
 SHOWN_CHARACTERS = 4000
 """Of one piece of a preview."""
 
-data = App(name="data", help="Look at data before it is trained on, and bring it into shape.")
+data = App(
+    name="data",
+    help="Look at data before it is trained on, and bring it into shape.\n\nExample: hymba-tune data check my.jsonl",
+)
 
 
 @data.command

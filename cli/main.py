@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from io import TextIOWrapper
 
-from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, ValidationError
 from cyclopts.config import Env
 from pydantic import ValidationError as PydanticError
 
@@ -24,9 +26,10 @@ from hymba_tune.cli.report import report
 from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
-from hymba_tune.errors import HymbaTuneError
+from hymba_tune.errors import ConfigError, HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
+TRAINS = ("sft", "dpo", "kto", "plan")
 
 # Bitsandbytes warns of a kernel it could do without, on every start, to whoever has not said where warnings go.
 logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
@@ -71,4 +74,16 @@ def _message(error: HymbaTuneError | CycloptsError) -> str:
     cause = error.__cause__
     if isinstance(error, ValidationError) and isinstance(cause, PydanticError):
         return explain(cause)
-    return str(error)
+    return str(_unexpected(error) if isinstance(error, UnusedCliTokensError) else error)
+
+
+def _unexpected(error: UnusedCliTokensError) -> ConfigError:
+    """A word that a verb has no place for: data without its flag, or a misspelt verb of a verb."""
+    word, chain = (error.unused_tokens or [""])[0], error.command_chain or ()
+    verb, here = " ".join(("hymba-tune", *chain)), reduce(lambda above, name: above[name], chain, app)
+    verbs = [name for name in here if not name.startswith("-")]
+    near = difflib.get_close_matches(word, verbs, n=1)
+    fix = f"{verb} {near[0]}" if near else f"{verb} --help"
+    if chain and chain[0] in TRAINS:
+        fix = f"{verb} --data {word}"
+    return ConfigError(f"{verb} has no place for {word!r}.", expected=", ".join(verbs), fix=fix)

@@ -10,9 +10,10 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.cli.settings import combine_for
 from hymba_tune.config import SFTConfig
+from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
     from hymba_tune.plan import Plan, Verdict
@@ -29,7 +30,8 @@ def plan(
 ) -> None:
     """Say what a run would take of memory and time, and what to change where it does not fit. Loads no weights.
 
-    Rows are taken to be as long as --max-length lets them be; --dry-run of the verb itself looks at your data.
+    For memory, rows are taken to be as long as --max-length lets them be; --dry-run of the verb itself looks at your
+    data. Time is told where --steps or --data say how long the run is.
 
     Example: hymba-tune plan --recipe sft_lora --max-length 4096
 
@@ -46,8 +48,8 @@ def plan(
 
     quiet_libraries()
     settings = combine_for(config, flags, verb)
-    with console.status(Text("planning", style="dim")):
-        made = make(settings)
+    with (Screen() if as_json else RichScreen()).working("planning") as progress:
+        made = make(settings, progress)
     if as_json:
         console.print_json(json.dumps(asdict(made)))
     else:
@@ -55,15 +57,21 @@ def plan(
 
 
 def _show(made: Plan) -> None:
+    from hymba_tune.pages import duration
+
     console.print(f" {made.model} · {made.settings}", markup=False)
-    console.print(f" {made.tokens_per_step:,} tokens a step · {made.dtype} on a GPU\n", markup=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for heading in (" device", "needs", "", "tok/s"):
+    console.print(f" {made.tokens_per_step:,} tokens a step · {made.dtype} on a GPU", markup=False)
+    if made.length:
+        console.print(f" {made.length.steps:,} steps · {made.length.tokens:,} tokens in all", markup=False)
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in (" device", "needs", "", "tok/s", *(["time"] if made.length else [])):
         table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
     for verdict in [*made.gpus, made.here]:
         mark = Text("✓", style="green") if verdict.fits else Text("✗", style="red")
         needs = f"{verdict.needs / GB:.1f} of {verdict.has / GB:.0f} GB"
-        table.add_row(f" {verdict.device}", needs, mark, f"{verdict.tokens_per_s:,.0f}")
+        time = [] if verdict.seconds is None else ["< 1 s" if verdict.seconds < 1 else duration(verdict.seconds)]
+        table.add_row(f" {verdict.device}", needs, mark, f"{verdict.tokens_per_s:,.0f}", *time)
     console.print(table)
     console.print()
     for verdict in [*made.gpus, made.here]:
@@ -73,7 +81,7 @@ def _show(made: Plan) -> None:
     console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
         " Memory is counted; on GPUs nothing is measured yet. Speed is estimated: on GPUs as 30 % of their makers' "
-        "figures, here from a matrix product timed just now.",
+        "figures, here from a matrix product timed just now. Time is that of the steps alone, without evaluations.",
         style="dim",
         markup=False,
     )

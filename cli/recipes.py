@@ -39,6 +39,9 @@ def list_recipes() -> None:
     console.print(" see one   hymba-tune recipes show NAME\n own one   hymba-tune recipes copy NAME", markup=False)
 
 
+recipes.command(list_recipes, name="list")
+
+
 @recipes.command
 def show(name: str) -> None:
     """Print a recipe.

@@ -47,19 +47,19 @@ def combine(recipe: str | None, flags: C) -> C:
     settings = read_recipe(path)
     own = getattr(flags, "verb", None)
     if (verb := settings.pop("verb", own)) != own:
-        raise ConfigError(f"{path} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
+        raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
     known = type(flags).model_fields
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(
-                f"{path}: there is no setting {key!r}.", fix=f"did you mean {near[0]!r}?" if near else "remove it"
+                f"{recipe}: there is no setting {key!r}.", fix=f"did you mean {near[0]!r}?" if near else "remove it"
             )
     settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
     try:
         return type(flags).model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
+        raise ConfigError(f"{recipe}: {explain(error)}") from error
 
 
 def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> TrainingConfig:
@@ -117,9 +117,9 @@ def find_recipe(recipe: str) -> Path:
         return packaged / f"{path.stem}.yaml"
     near = difflib.get_close_matches(path.stem, names, n=1)
     raise ConfigError(
-        f"--config {recipe}: no such file.",
+        f"There is no recipe {recipe}.",
         expected=f"a YAML file, or a packaged recipe: {', '.join(names)}",
-        fix=f"--config {near[0]}" if near else "",
+        fix=f"did you mean {near[0]!r}?" if near else "hymba-tune recipes says what each does",
     )
 
 

@@ -50,7 +50,7 @@ def _show_result(run: Run) -> None:
     evaluations = list(run.evaluations())
     console.print()
     if len(evaluations) > 1:
-        kept, best = run.facts()["kept"], min(evaluations, key=lambda row: row.eval_loss or 0.0)
+        kept, best = run.facts()["kept"], min(evaluations[1:], key=lambda row: row.eval_loss or 0.0)
         where = f"step {kept['step']}, the {kept['why']} weights"
         console.print(
             f" held-out loss  {evaluations[0].eval_loss:.3f} → {kept['eval_loss']:.3f} ({where})", markup=False

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hymba_tune.adapters import weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
+from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
 from hymba_tune.config import Method, TrainingConfig, as_mapping
+from hymba_tune.data import open_sources, with_chat_template
+from hymba_tune.data.checking import check_sources
+from hymba_tune.errors import DataError
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, held_beside
-from hymba_tune.registry import TOKENIZER_FILES, resolve_model
+from hymba_tune.registry import TOKENIZER_FILES, ModelSource, resolve_model
 from hymba_tune.train.foresight import full_batch, step_settings
 from hymba_tune.train.setup import lay_out
 
@@ -45,6 +49,7 @@ class Verdict:
         needs: Bytes that the run takes there.
         tokens_per_s: That it may reach.
         change: Flags that make it fit; empty where it does, or None where none do.
+        seconds: That the steps of the run may take, where its length is known.
     """
 
     device: str
@@ -52,11 +57,25 @@ class Verdict:
     needs: int
     tokens_per_s: float
     change: str | None
+    seconds: float | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the run fits as it is."""
         return self.needs <= self.has
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Attributes:
+        steps: Of the optimiser.
+        tokens: That all of them read.
+    """
+
+    steps: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,7 @@ class Plan:
         parts: Bytes on a GPU, by part.
         gpus: A verdict for each size.
         here: The verdict for this machine's own device.
+        length: How long the run is, where --steps or --data say so.
     """
 
     model: str
@@ -80,15 +100,20 @@ class Plan:
     parts: Footprint
     gpus: list[Verdict]
     here: Verdict
+    length: Length | None
 
 
-def plan(config: TrainingConfig) -> Plan:
+def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) -> Plan:
     """Tell what a run takes whose rows are as long as --max-length lets them be: the most it can.
 
-    Only the model's configuration is read.
+    Only the model's configuration is read; and the data, where some is named, for how long the run is.
+
+    Args:
+        config: Of the run.
+        progress: Called with the number of rows read so far.
 
     Raises:
-        HymbaTuneError: If the model, the device or a setting cannot be used.
+        HymbaTuneError: If the model, the device, the data or a setting cannot be used.
     """
     source = resolve_model(config.model, TOKENIZER_FILES)
     model_config = load_config(weights_of(source))
@@ -108,16 +133,70 @@ def plan(config: TrainingConfig) -> Plan:
         model = _lay_out(config, model_config, own)
         memory = StepMemory(model, dtype=own, own_kernels=device.type == "cpu")
     here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
-    batch = full_batch(config)
+    length = run_length(config, source, progress)
     return Plan(
         source.name,
         _in_words(config),
-        batch.tokens * config.grad_accum,
+        full_batch(config).tokens * config.grad_accum,
         str(foreign).removeprefix("torch."),
         parts,
-        gpus,
-        here,
+        [_timed(gpu, length) for gpu in gpus],
+        _timed(here, length),
+        length,
     )
+
+
+def _timed(verdict: Verdict, length: Length | None) -> Verdict:
+    return replace(verdict, seconds=length.tokens / verdict.tokens_per_s) if length else verdict
+
+
+def run_length(
+    config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None = None
+) -> Length | None:
+    """Tell how long a run is: by its data; or by its steps, each as large as it can be; None where neither is given.
+
+    Raises:
+        DataError: If the data cannot be read, or holds nothing to train on.
+    """
+    step_rows = config.batch_size * config.grad_accum
+    if not config.data:
+        most = full_batch(config).tokens * config.grad_accum
+        return Length(config.steps, config.steps * most) if config.steps else None
+    rows, tokens = _rows_and_tokens(config, source, progress)
+    if config.packing:
+        rows = tokens / config.max_length
+    steps = config.steps or math.ceil(config.epochs * rows / step_rows)
+    read = config.epochs * tokens if config.steps is None else steps * min(step_rows, rows) * tokens / rows
+    return Length(steps, round(read))
+
+
+def _rows_and_tokens(
+    config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None
+) -> tuple[float, float]:
+    """Of a pass over the data, without what is held out."""
+    sources = open_sources(config.data, config.weights, config.caps)
+    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    rows = tokens = 0.0
+    for one in sources:
+        found = check_sources(
+            [one],
+            tokenizer,
+            max_length=config.max_length,
+            mapping=as_mapping(config.map),
+            learn=config.learn,
+            progress=progress,
+        )
+        if problem := found.files[0].problem:
+            raise problem
+        times = one.weight if found.pairs else max(1.0, one.weight)  # other rows are drawn as they are read
+        rows += times * (found.rows - found.bad_rows - found.too_long)
+        tokens += times * found.tokens
+    if not rows:
+        names = ", ".join(config.data)
+        raise DataError(f"Nothing to learn in {names}.", fix=f"hymba-tune data check {names}")
+    apart = bool(config.eval_data) or any(one.held_out for one in sources)
+    kept = 1.0 if apart else 1 - config.eval_split
+    return kept * rows, kept * tokens
 
 
 def _lay_out(config: TrainingConfig, model_config: Any, dtype: torch.dtype) -> Any:

@@ -156,8 +156,8 @@ class TrainingOptions(Config):
     """Keep activations in the CPU's memory instead of the GPU's. CUDA only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the adapter and dropout."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two rows of the table."""
+    log_every: int | None = Field(default=None, ge=1)
+    """Steps between two rows of the table. When not given: 10, in a short run a fifth of it."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations. When not given: five times a run."""
     save_every: int | None = Field(default=None, ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,33 @@ def divide(
         RowError: At a row that cannot be read, if ``on_bad_row`` is ``stop``; nothing is written then.
         DataError: If a source cannot be read, ``out`` cannot be written, or all rows have one prompt.
     """
+    was_there = out.is_dir()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"Cannot write to {out}: {error.strerror}.", fix="another --out") from error
+    try:
+        return _divide(sources, fraction, out, seed, mapping or {}, on_bad_row, progress)
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):  # it holds something after all
+                out.rmdir()
+        raise
+
+
+def _divide(
+    sources: Sequence[Source],
+    fraction: float,
+    out: Path,
+    seed: int,
+    mapping: Mapping[str, str],
+    on_bad_row: OnBadRow,
+    progress: Callable[[int], None] | None,
+) -> Divided:
     for name in (TRAIN, EVAL):
         check_target(out / name)
     groups, done = array("Q"), Divided()
-    for row, names in _rows(sources, mapping or {}):
+    for row, names in _rows(sources, mapping):
         if row.error and on_bad_row is OnBadRow.stop:
             raise RowError(row.place, row.error, extent="leaves it out")
         groups.append(0 if row.error else _group(row, names))
@@ -76,7 +96,7 @@ def divide(
             progress(len(groups))
     readable = _held_out(np.frombuffer(groups, dtype=np.uint64), fraction, seed, sources)
     with writing(out / TRAIN, {}) as train, writing(out / EVAL, {}) as held_out:
-        for (row, _), is_held_out in zip(_rows(sources, mapping or {}), readable, strict=True):
+        for (row, _), is_held_out in zip(_rows(sources, mapping), readable, strict=True):
             if row.error:
                 done.unreadable += 1
             elif is_held_out:

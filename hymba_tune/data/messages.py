@@ -59,7 +59,8 @@ def read_message(item: object, where: str, roles: Mapping[str, str]) -> Message:
     calls = list(_tool_calls(item, where))
     for key in keys:
         if item.get(key) is None and not (calls and key == keys[1]):
-            raise DataError(f'{where} has no "{key}" (but {listing(item)})', expected=listing(keys))
+            aside = "it is null" if key in item else f"but {listing(item)}"
+            raise DataError(f'{where} has no "{key}" ({aside})', expected=listing(keys))
     role = _role(read_text(item[keys[0]], f"the role of {where}"), where, roles)
     if calls and role != "assistant":
         raise DataError(f"{where} has tool calls, but is from the {role}", expected="tool calls in answers only")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from hymba_tune.pages import share
 from hymba_tune.report.measures import measure
 from hymba_tune.report.record import RunRecord
 
@@ -55,11 +56,12 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     first, last = losses[0], losses[-1]
     best = min(range(1, len(losses)), key=lambda index: losses[index])
     kind = measure("loss", record.verb)
-    gain = (first - losses[best]) / first if first else 0.0
     better = losses[best] < first
     change = f"held-out loss {first:.3f} → {kind.written(losses[best])}"
     ranked = _ranked(record)
-    sentence = f"It got better: {change}, {100 * gain:.0f} % less" if better else f"It did not get better: {change}"
+    sentence = f"It did not get better: {change}"
+    if better:
+        sentence = f"It got better: {change}, {share(first - losses[best], first)} less"
     notes = []
     if last > WORSE * losses[best]:
         notes.append(

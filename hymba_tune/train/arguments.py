@@ -15,6 +15,8 @@ from hymba_tune.train.tracking import tracker_arguments
 
 EVALUATIONS = 5
 """Evaluations, and checkpoints, a run gets unless told otherwise."""
+LOG_EVERY = 10
+"""Steps between two rows of the table at most, unless told otherwise."""
 
 
 def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
@@ -44,7 +46,6 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "seed": config.seed,
         "data_seed": config.seed,
         "max_length": config.max_length,
-        "logging_steps": config.log_every,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_on_start": evaluate and config.resume is None,
         "save_strategy": "steps",
@@ -74,5 +75,6 @@ def set_length(trainer: Trainer, setup: Setup) -> None:
     trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = schedule(
         config.lr_schedule, steps=steps, warmup=config.warmup, decay=config.lr_decay, floor=config.lr_min
     )
+    trainer.args.logging_steps = config.log_every or min(LOG_EVERY, every)
     trainer.args.eval_steps = config.eval_every or every
     trainer.args.save_steps = config.save_every or config.eval_every or every

@@ -19,7 +19,7 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
     trainable, total = count_parameters(trainer.model)
     size = total if config.method is Method.full else total - trainable
     dtype = str(setup.dtype).removeprefix("torch.")
-    dropped = {"too long": report.too_long, "bad rows": report.bad_rows}
+    dropped = {"too long": report.too_long, "bad row" if report.bad_rows == 1 else "bad rows": report.bad_rows}
     lost = [f"{count:,} {why}" for why, count in dropped.items() if count]
     lengths = f"up to {config.max_length:,} tokens each"
     if (full := trainer.packed_share()) is not None:
@@ -43,7 +43,10 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
         "memory": _memory(setup, foresight),
         "run": str(setup.run.path),
     }
-    cut = f"{report.cut:,} rows are longer than --max-length and were cut to it" if report.cut else None
+    were = "row is longer than --max-length and was"
+    if report.cut > 1:
+        were = "rows are longer than --max-length and were"
+    cut = f"{report.cut:,} {were} cut to it" if report.cut else None
     if notes := [note for note in (cut, data.length_warning) if note]:
         lines["note"] = " · ".join(notes)
     return lines

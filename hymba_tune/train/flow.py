@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -58,11 +59,15 @@ def resume_config(given: C) -> C:
     changed = {name: getattr(given, name) for name in given.model_fields_set}
     if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
         raise ConfigError(
-            f"--resume goes on with {given.resume} as it was started; {', '.join(sorted(fixed))} cannot change.",
-            expected=f"at most: {', '.join(sorted(CHANGEABLE - {'resume'}))}",
+            f"--resume goes on with {given.resume} as it was started; {_as_flags(fixed)} cannot change.",
+            expected=f"at most: {_as_flags(CHANGEABLE - {'resume'})}",
             fix="leave it out, or start a new run with --model RUN",
         )
     return saved.model_copy(update=changed)
+
+
+def _as_flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
@@ -82,6 +87,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
     """
     setup = check(config)
     run, resuming = setup.run, config.resume is not None
+    was_there = run.path.is_dir()
     checkpoint = run.last_checkpoint() if resuming else None
     data = kind.read_data(setup, screen)
     if data.held_out is None and (config.keeps_best or config.early_stopping):
@@ -126,11 +132,18 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
                 return _train(setup, data, trainer, checkpoint, screen)
     except BaseException:
         if not resuming and run.newest_checkpoint() is None:
-            shutil.rmtree(run.path, ignore_errors=True)
+            _forget(run.path, keep_folder=was_there)
         raise
     finally:
         if config.dry_run and not resuming:
-            shutil.rmtree(run.path, ignore_errors=True)
+            _forget(run.path, keep_folder=was_there)
+
+
+def _forget(folder: Path, *, keep_folder: bool) -> None:
+    """Remove what a run wrote, and its folder unless it was there before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if keep_folder:
+        folder.mkdir(exist_ok=True)
 
 
 def _check_same_data(run: Run, report: DataReport) -> None:
@@ -180,6 +193,8 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
     run, config = setup.run, setup.config
     if checkpoint is not None:
         run.forget_after(step_of(checkpoint))
+        if step_of(checkpoint) >= trainer.args.max_steps:
+            screen.note(f"all {trainer.args.max_steps:,} steps are done already; a larger --steps or --epochs goes on")
     interrupt, account = Interrupt(), Account()
     stopping = Stopping(keep_best=config.keeps_best, patience=config.early_stopping)
     for callback in (interrupt, account, stopping):

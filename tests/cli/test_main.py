@@ -12,7 +12,7 @@ from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 
 
-@pytest.mark.parametrize("verb", ["sft", "chat", "merge"])
+@pytest.mark.parametrize("verb", ["sft", "chat", "merge", "plan"])
 def test_help_of_a_verb_shows_an_example(verb: str, command: Command) -> None:
     result = command(verb, "--help")
     assert result.code == 0
@@ -73,6 +73,9 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
     [
         (["sfft"], 'Did you mean "sft"?'),
         (["sft"], "--data is missing."),
+        (["sft", "my.jsonl"], "has no place for 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl"),
+        (["recipes", "shw", "kto"], "expected   list, show, copy, validate\n  to fix     hymba-tune recipes show"),
+        (["doctor", "x"], "hymba-tune doctor has no place for 'x'.\n  to fix     hymba-tune doctor --help"),
         (["merge", "runs/x"], "--out requires an argument"),
         (["chat", "--top-p", "2"], "--top-p 2: must be at most 1."),
         (["chat", "no-such-model"], "--model no-such-model: no such folder"),

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import SFTConfig
-from hymba_tune.plan import plan, step_flops
+from hymba_tune.data import open_sources, with_chat_template
+from hymba_tune.data.checking import check_sources
+from hymba_tune.plan import Length, plan, step_flops
 from tests.cli.conftest import Command
 from tests.runs import run, settings
 from tests.tiny import RELEASED, tiny_model
@@ -52,6 +58,42 @@ def test_plan_as_a_table_and_as_json(command: Command) -> None:
     assert [gpu["has"] >> 30 for gpu in said["gpus"]] == [8, 12, 16, 24, 48, 80]
 
 
+def test_plan_tells_how_long_steps_take(command: Command) -> None:
+    words = ("plan", "--model", "hymba-nano", "--max-length", "64", "--steps", "1000")
+    shown = command(*words).out
+    assert "1,000 steps · 512,000 tokens in all" in shown
+    assert re.search(r"tok/s +time\n", shown)
+    here = json.loads(command(*words, "--json").out)["here"]
+    assert here["seconds"] == pytest.approx(512_000 / here["tokens_per_s"])
+
+
+def test_plan_tells_how_long_its_data_takes(small_model: Path, questions: Path) -> None:
+    def length(**given: Any) -> Length:
+        made = plan(SFTConfig(model=str(small_model), data=[str(questions)], batch_size=4, **given))
+        assert made.length
+        assert made.here.seconds == pytest.approx(made.length.tokens / made.here.tokens_per_s)
+        return made.length
+
+    tokenizer = with_chat_template(load_tokenizer(small_model), None)
+    found = check_sources(open_sources([str(questions)]), tokenizer, max_length=2048)
+    whole = length(eval_split=0)
+    assert whole == Length(math.ceil(found.rows / 4), found.tokens)
+    assert length(eval_split=0.5, epochs=2).tokens == whole.tokens
+    assert length(eval_split=0, steps=3).tokens == pytest.approx(12 * found.tokens / found.rows, abs=1)
+    assert length(eval_split=0, weights=[2]).tokens == 2 * whole.tokens
+    assert length(eval_split=0, packing=True, max_length=512).steps < whole.steps
+    assert plan(SFTConfig(model=str(small_model))).length is None
+
+
+def test_plan_of_data_that_cannot_be_used(small_model: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "bad.jsonl").write_text("no\n")
+    (tmp_path / "empty.jsonl").touch()
+    for name, message in {"bad": "Nothing to learn in", "empty": "it has no rows"}.items():
+        failed = command("plan", "--model", small_model, "--data", tmp_path / f"{name}.jsonl")
+        assert failed.code == 2
+        assert message in failed.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -59,7 +101,7 @@ def test_plan_as_a_table_and_as_json(command: Command) -> None:
         (("--verb", "sfd"), "verb is 'sfd', expected one of sft"),
         (("--rank", "0"), "--rank 0: must be at least 1"),
         (("--model", "hymba-nano", "--targets", "x"), "targets: the model has no linear layer called x"),
-        (("--recipe", "dmo"), "--config dmo: no such file"),
+        (("--recipe", "dmo"), "There is no recipe dmo."),
     ],
 )
 def test_plan_of_what_cannot_be(words: tuple[str, ...], message: str, command: Command) -> None:
@@ -75,6 +117,9 @@ def test_dry_run_leaves_nothing(small_model: Path, questions: Path, tmp_path: Pa
     assert "7 steps" in shown.out
     assert "needs about" in shown.out
     assert not out.exists()
+    out.mkdir()
+    assert command("sft", "--model", small_model, "--data", questions, "--out", out, "--dry-run").code == 0
+    assert list(out.iterdir()) == []
 
 
 def test_run_records_memory_foreseen_and_measured(finished_run: Path) -> None:

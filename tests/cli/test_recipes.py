@@ -10,6 +10,7 @@ from tests.cli.conftest import Command
 def test_recipes_are_listed_with_a_line_each(command: Command) -> None:
     listed = command("recipes")
     assert listed.code == 0
+    assert command("recipes", "list") == listed
     assert "sft_full" in listed.out
     assert "(not measured)" in listed.out
 

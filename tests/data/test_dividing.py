@@ -76,8 +76,9 @@ def test_unreadable_row_stops_or_is_left_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("hymba_tune.data.dividing.PROGRESS_ROWS", 2)
     bad = Row(Place("a.jsonl", 1), error=DataError("not JSON"))
     rows = Source("a.jsonl", lambda: iter([bad, *numbered(9)]))
-    with pytest.raises(RowError, match=r"a\.jsonl, line 1: not JSON"):
-        divide([rows], 0.3, tmp_path)
+    for out in (tmp_path, tmp_path / "new"):
+        with pytest.raises(RowError, match=r"a\.jsonl, line 1: not JSON"):
+            divide([rows], 0.3, out)
     assert list(tmp_path.iterdir()) == []
     seen: list[int] = []
     done = divide([rows], 0.3, tmp_path, on_bad_row=OnBadRow.skip, progress=seen.append)

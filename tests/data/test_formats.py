@@ -239,7 +239,10 @@ BAD_ROWS = {
     ),
     "message as text": (chat(USER, "Hello"), "message 2 is text\n *expected +an object such as"),
     "message without content": (chat(USER, {"role": "assistant"}), r'message 2 has no "content" \(but role\)'),
-    "no tool calls": (chat(USER, {**ANSWER, "content": None, "tool_calls": []}), 'message 2 has no "content"'),
+    "no tool calls": (
+        chat(USER, {**ANSWER, "content": None, "tool_calls": []}),
+        r'message 2 has no "content" \(it is null\)',
+    ),
     "tool calls as text": (chat(USER, {**ANSWER, "tool_calls": "add"}), "the tool calls of message 2 are text"),
     "tool call of nothing": (chat(USER, {**ANSWER, "tool_calls": [{"id": 1}]}), "a tool call of message 2 names no"),
     "tool call of a user": (chat({**USER, "tool_calls": [CALL]}, ANSWER), "message 1 has tool calls, but is from the"),
