@@ -131,7 +131,7 @@ def test_banner_says_what_is_about_to_run(small_model: Path, questions: Path, tm
     assert "float32 · cpu (" in lines["model"]
     assert lines["trained"].startswith("LoRA r4 on all (7 kinds × 3 layers) + meta tokens · ")
     assert lines["data"].startswith("24 conversations · ")
-    assert lines["data"].endswith(f"1 held out · dropped 1 bad rows → {tmp_path / 'out/dropped.jsonl'}")
+    assert lines["data"].endswith(f"1 held out · dropped 1 bad row → {tmp_path / 'out/dropped.jsonl'}")
     assert lines["batch"] == "4 × 2 (accumulation) · up to 36 tokens each · 2 steps"
     assert lines["note"].endswith("rows are longer than --max-length and were cut to it")
 
