@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -30,9 +29,6 @@ from hymba_tune.errors import ConfigError, HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAINS = ("sft", "dpo", "kto", "plan")
-
-# Bitsandbytes warns of a kernel it could do without, on every start, to whoever has not said where warnings go.
-logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
 
 app = App(
     name="hymba-tune",

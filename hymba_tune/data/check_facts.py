@@ -139,7 +139,12 @@ def next_commands(
         train += ["--on-bad-row", "skip"]
     look = shlex.join(["hymba-tune", "data", "preview", *flags])
     commands = [] if check.pairs else [("look", look)]
-    return [*commands, ("train", shlex.join(train))] if check.learned else commands
+    if not check.learned:
+        return commands
+    commands.append(("train", shlex.join(train)))
+    if "label" in check.hidden:  # which may say how good the answers are
+        commands.append(("judged", shlex.join(["hymba-tune", "kto", *train[2:]])))
+    return commands
 
 
 def facts(check: Check) -> dict[str, Any]:

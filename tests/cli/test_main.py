@@ -44,6 +44,13 @@ def test_help_comes_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
+def test_bitsandbytes_warns_only_where_warnings_go() -> None:
+    warn = "import hymba_tune, logging; {} logging.getLogger('bitsandbytes').warning('no kernel')"
+    for first, said in {"": "", "logging.basicConfig();": "WARNING:bitsandbytes:no kernel\n"}.items():
+        words = [sys.executable, "-c", warn.format(first)]
+        assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stderr == said
+
+
 MISTAKES = {
     "--rank 0": "--rank 0: must be at least 1 (common: 8 to 64).\n",
     "--rank x": "--rank x: must be a whole number (common: 8 to 64).\n",

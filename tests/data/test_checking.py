@@ -130,6 +130,13 @@ def test_file_that_cannot_be_read_does_not_keep_the_others_from_it(
     assert next_commands(found, ["a"], "m", [], 64) == []
 
 
+def test_judged_answers_may_be_learned_from_in_two_ways(hymba: PreTrainedTokenizerFast) -> None:
+    judged = {"prompt": "a", "completion": "b", "label": True}
+    ways = dict(next_commands(check([judged], hymba), ["a"], "m", [], 64))
+    assert ways["train"].replace("sft", "kto") == ways["judged"]
+    assert "judged" not in dict(next_commands(check([GOOD], hymba), ["a"], "m", [], 64))
+
+
 def test_nothing_left_to_learn_is_not_usable(hymba: PreTrainedTokenizerFast) -> None:
     found = check([LATE], hymba)
     assert verdict(found) == "Cannot be trained on: nothing is left to learn at --max-length 64."
