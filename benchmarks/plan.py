@@ -22,17 +22,17 @@ from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.registry import resolve_model
 
 NANO = ["--model", "hymba-nano"]
-PACKED = ["--packing", "--batch-size", "4", "--max-length", "512"]
-MEDIUM = ["--model", "MEDIUM", "--data", "TEXT", *PACKED, "--dtype", "float32"]
+PACKED = ["--packing", "--batch-size", "4", "--max-length"]
+MEDIUM = ["--model", "MEDIUM", "--data", "TEXT", "--dtype", "float32", *PACKED]
 RUNS: dict[str, list[str]] = {
     "demo": ["--config", "demo"],
     "demo, float32": ["--config", "demo", "--dtype", "float32"],
     "demo, every weight": [*NANO, "--data", "demo", "--method", "full", "--dtype", "float32"],
-    "as pretrain_nano": [*NANO, "--data", "TEXT", *PACKED, "--method", "full", "--dtype", "float32"],
-    "15.7M, LoRA": MEDIUM,
-    "15.7M, every weight": [*MEDIUM, "--method", "full"],
-    "15.7M, checkpointing": [*MEDIUM, "--gradient-checkpointing"],
-    "15.7M, 1,024 tokens": [*MEDIUM, "--max-length", "1024"],
+    "as pretrain_nano": [*NANO, "--data", "TEXT", "--method", "full", "--dtype", "float32", *PACKED, "512"],
+    "15.7M, LoRA": [*MEDIUM, "512"],
+    "15.7M, every weight": [*MEDIUM, "512", "--method", "full"],
+    "15.7M, checkpointing": [*MEDIUM, "512", "--gradient-checkpointing"],
+    "15.7M, 1,024 tokens": [*MEDIUM, "1024"],
 }
 """By name, the flags of each; MEDIUM and TEXT stand for a model and a file that are made here."""
 USUAL = ["--steps", "2", "--eval-max-rows", "4", "--log-every", "1"]

@@ -33,7 +33,7 @@ from hymba_tune.train.screen import Screen
 from hymba_tune.train.sft import run_sft
 
 SEEDS = 3
-LONGEST = 380
+LONGEST = 600
 """Characters of a question and its solution together, at most."""
 HELD_OUT = 4
 """One test question in so many is held out of DPO."""
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     if own.gsm8k is None and not given.quick:
         parser.error("--gsm8k FOLDER is needed, or --quick")
     data = read(own.gsm8k) if own.gsm8k else sums()
-    size = Size(2, 2, 8, 8, 4) if given.quick else Size(60, 30, 240, 120, 24)
+    size = Size(2, 2, 8, 8, 4) if given.quick else Size(200, 100, 800, 400, 150)
     rows = [measure(data, size, seed, given) for seed in range(given.repeats)]
     numbers = [name for name in rows[0] if name != "seed"]
     rows.append({"seed": "mean"} | {name: mean(float(row[name] or 0.0) for row in rows) for name in numbers})
