@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-LOADED_LATER = {torch.float32: 40 * 2**20, torch.bfloat16: 240 * 2**20}
+LOADED_LATER = {torch.float32: 40 * 2**20, torch.bfloat16: 100 * 2**20}
 """Bytes by number format that a CPU run comes to hold beside tensors once it computes (measured): libraries, and the
 kernels that oneDNN compiles for each shape in bfloat16."""
 GPU_RESERVE = 600 * 2**20
