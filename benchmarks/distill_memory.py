@@ -93,7 +93,9 @@ def sorted_uld(sizes: tuple[int, int], _device: torch.device) -> Step:
     """Both sides sorted."""
 
     def loss(student: Head, teacher: Head) -> Tensor:
-        chunk = lambda logits, rows: losses.sorted_uld(logits, teacher.logits(rows))  # noqa: E731
+        def chunk(logits: Tensor, rows: slice) -> Tensor:
+            return losses.sorted_uld(logits, teacher.logits(rows))
+
         return chunked_loss(student, chunk, chunk_rows(*sizes))
 
     return loss

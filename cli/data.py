@@ -26,7 +26,7 @@ from hymba_tune.train.screen import Screen
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hymba_tune.data.checking import Check
+    from hymba_tune.data.check_counts import Check
     from hymba_tune.data.preview import Preview
 
 USABLE, NOT_USABLE = 0, 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hymba_tune.data.checking import Check, FileCheck, Lengths, Pairs
+from hymba_tune.data.check_counts import Check, FileCheck, Lengths, Pairs
 
 BARS = 10
 """Bars of a histogram, about, where they are of even width."""

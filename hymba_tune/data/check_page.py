@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hymba_tune.data.check_counts import Check
 from hymba_tune.data.check_facts import facts, histogram, mends
-from hymba_tune.data.checking import Check
 from hymba_tune.data.rows import listing
 from hymba_tune.pages import LIGHT, Plot, plot, render, share
 

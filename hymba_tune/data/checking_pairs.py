@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Rendered, render, tokenize
-from hymba_tune.data.checking import Check, FileCheck, Pairs, general
+from hymba_tune.data.check_counts import Check, FileCheck, Pairs, general
 from hymba_tune.data.duplicates import Seen
 from hymba_tune.data.encoding import BATCH_ROWS
 from hymba_tune.data.formats import Names

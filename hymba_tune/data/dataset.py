@@ -137,7 +137,7 @@ def _write(
             if progress:
                 progress(report.rows)
     if not report.learned:
-        raise _nothing_learned(report)
+        raise nothing_left(report, "learn", "with an answer that begins")
     for counts in report.sources:
         if counts.weight > 1:
             digest.update(f"{counts.kept} x {counts.weight}".encode())
@@ -191,13 +191,14 @@ def extent_of(bad: list[bool]) -> str:
     return f"{count} in the file" if len(bad) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
 
 
-def _nothing_learned(report: DataReport) -> DataError:
+def nothing_left(report: DataReport, purpose: str, needed: str) -> DataError:
+    """The error of data of which no row can be used, for what it was wanted, and what a row needs."""
     first = report.first_dropped
     what = f" The first, {first.place}: {first.what}." if first else ""
     return DataError(
-        f"Nothing to learn in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
+        f"Nothing to {purpose} in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
         f"{report.too_long:,} are too long and {report.bad_rows:,} bad.{what}",
-        expected="at least one row with an answer that begins within --max-length",
+        expected=f"at least one row {needed} within --max-length",
         fix="a larger --max-length" if report.too_long else "mend the rows, or name their columns with --map",
     )
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.config import DataOptions, Learn, OnBadRow, as_mapping
 from hymba_tune.data import cache
 from hymba_tune.data.chat import IGNORED, Encoded, Rendered, render, tokenize
-from hymba_tune.data.dataset import LOOK_AHEAD, extent_of
+from hymba_tune.data.dataset import LOOK_AHEAD, extent_of, nothing_left
 from hymba_tune.data.encoding import BATCH_ROWS, drawn
 from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.mixes import open_sources
 from hymba_tune.data.preferences import FIELDS, IdenticalPairError, parse_judged, parse_pair
 from hymba_tune.data.report import DataReport, Dropped, SourceCounts
-from hymba_tune.data.rows import Row, RowError, listing
+from hymba_tune.data.rows import Row, RowError
 from hymba_tune.data.sources import Source
 from hymba_tune.data.splitting import split_dataset
 from hymba_tune.data.training import TrainingData, Working
@@ -177,7 +177,7 @@ def build_preferences(
             if progress:
                 progress(report.rows)
     if not report.learned:
-        raise _nothing_to_compare(report)
+        raise nothing_left(report, "compare", "whose answers begin")
     report.fingerprint, report.dropped_file = digest.hexdigest(), listed
     return Dataset.from_file(str(path)), report
 
@@ -295,17 +295,6 @@ def _stopped(comparison: _Comparison, after: Iterator[_Comparison]) -> RowError:
     same_file = takewhile(lambda other: other.source == comparison.source, after)
     bad = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
     return RowError(comparison.row.place, comparison.problem, extent=extent_of(bad))
-
-
-def _nothing_to_compare(report: PreferenceReport) -> DataError:
-    first = report.first_dropped
-    what = f" The first, {first.place}: {first.what}." if first else ""
-    return DataError(
-        f"Nothing to compare in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
-        f"{report.too_long:,} are too long and {report.bad_rows:,} bad.{what}",
-        expected="at least one row whose answers begin within --max-length",
-        fix="a larger --max-length" if report.too_long else "mend the rows, or name their columns with --map",
-    )
 
 
 def _samples(sources: Sequence[Source], mapping: Mapping[str, str], paired: bool) -> Iterator[tuple[Conversation, str]]:

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.config import Learn, OnBadRow
 from hymba_tune.data import Source, build_dataset, open_source
+from hymba_tune.data.check_counts import Check, FileCheck, Lengths
 from hymba_tune.data.check_facts import facts, histogram, mends, next_commands, overview, verdict
 from hymba_tune.data.check_page import check_page
-from hymba_tune.data.checking import Check, FileCheck, Lengths, check_sources
+from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import ConfigError, DataError
 from tests.browser import DESK, PHONE, Browser
 from tests.data.test_dataset import source

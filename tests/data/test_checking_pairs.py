@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from hymba_tune.data.check_counts import Check
 from hymba_tune.data.check_facts import facts, mends, next_commands, overview
 from hymba_tune.data.check_page import check_page
-from hymba_tune.data.checking import Check, check_sources
+from hymba_tune.data.checking import check_sources
 from hymba_tune.data.preference_dataset import build_preferences
 from tests.data.test_dataset import source
 

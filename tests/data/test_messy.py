@@ -53,7 +53,7 @@ BAD = {
 def test_messy_file_says_what_is_wrong_with_each_line_and_trains_on_the_rest(
     nano: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hymba_tune.data.checking.EXAMPLES", 9)
+    monkeypatch.setattr("hymba_tune.data.check_counts.EXAMPLES", 9)
     odd = [answer("a\u0000b\u001b[31m"), answer("\ufeff\u200b zero width"), answer("\\ud83d as text")]
     path = tmp_path / "messy.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([GOOD, b"", *BAD, b"  ", *odd, GOOD]) + b"\r\n")
