@@ -93,7 +93,7 @@ class AdapterOptions(Config):
     """lora, dora (LoRA with learned magnitudes), or full (every weight)."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter (common: 8 to 64)."""
-    alpha: float | None = Field(default=None, gt=0)
+    lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA's alpha; the update is scaled by alpha / rank. Twice the rank when not given."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input."""

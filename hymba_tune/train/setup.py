@@ -132,7 +132,7 @@ def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:
         targets=config.targets,
         method=config.method,
         rank=config.rank,
-        alpha=config.alpha,
+        alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         rslora=config.rslora,
         meta_tokens=config.meta_tokens,

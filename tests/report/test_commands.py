@@ -15,7 +15,7 @@ from tests.report.made import made_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
-    "values": {"rank": 8, "lr": 1e-5, "steps": 7, "dtype": "bfloat16", "method": "dora", "alpha": 3.5},
+    "values": {"rank": 8, "lr": 1e-5, "steps": 7, "dtype": "bfloat16", "method": "dora", "lora_alpha": 3.5},
     "switches": {"packing": True, "gradient_checkpointing": True},
     "lists": {
         "targets": ["in_proj", "x_proj.0"],
