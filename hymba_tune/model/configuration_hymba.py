@@ -89,10 +89,15 @@ class HymbaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The released file names code of its own, an attention implementation that transformers does not know and a
-        # cache switched off; left in, each would be obeyed by from_pretrained, save_pretrained or generate.
-        kwargs.pop("auto_map", None)
-        if kwargs.get("attn_implementation") == "flex":
-            kwargs.pop("attn_implementation")
+        # cache switched off; left in, each would be obeyed by from_pretrained, save_pretrained or generate. Only where
+        # this very code lies beside weights is it the code that the file names: the model is found by it there.
+        auto_map = kwargs.pop("auto_map", None)
+        if self._auto_class is not None:
+            self.auto_map = dict(auto_map or {})
+        # Attention and the MLP are our own; a file could name a repository here, whose code transformers would run.
+        for name in ("attn_implementation", "experts_implementation"):
+            kwargs.pop(name, None)
+            kwargs.pop(f"_{name}", None)
         self.use_cache = True
         # There is one expert, so there is nothing to balance; trainers take a non-zero coefficient for a router.
         self.router_aux_loss_coef = 0.0

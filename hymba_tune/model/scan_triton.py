@@ -20,8 +20,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import scan_triton_kernels as kernels
 from .scan_inputs import ScanInputs
+
+# By names: transformers copies the modules of code beside weights that are imported so, not those of `from . import`.
+from .scan_triton_kernels import (
+    INSTALLED,
+    INTERPRETED,
+    carry,
+    chunk_ends,
+    front_gradients,
+    input_gradients,
+    outputs,
+)
 
 CHUNK = 16
 """Tokens between two states that the backward starts from, a power of two. It computes the states between again and
@@ -42,9 +52,9 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 def triton_missing() -> str | None:
     """Why the Triton scan cannot be used on this machine, or None if it can: on a GPU, or interpreted on any device."""
-    if not kernels.INSTALLED:
+    if not INSTALLED:
         return "triton is not installed; pip install triton"
-    if kernels.INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED or torch.cuda.is_available():
         return None
     return "no CUDA or ROCm device was found; with TRITON_INTERPRET=1 in the environment Triton is interpreted, slowly"
 
@@ -96,11 +106,11 @@ class _TritonScan(torch.autograd.Function):
         ends, times = _states(starts, exponents)
         rows = {"u_stride": u.stride(0), "dt_stride": dt.stride(0), "B_stride": B.stride(0)}
         grid, sizes = _blocks(starts, A, STATES)
-        kernels.chunk_ends[grid](u, dt, exponents, B, dt_bias, starts, ends, times, **rows, **sizes)
+        chunk_ends[grid](u, dt, exponents, B, dt_bias, starts, ends, times, **rows, **sizes)
         fronts, final = _carry(exponents, state, ends, times, offsets)
         rows |= {"C_stride": C.stride(0), "z_stride": 0 if z is None else z.stride(0)}
         y = u.new_empty(u.shape)
-        kernels.outputs[grid](u, dt, exponents, B, C, D, z, dt_bias, starts, fronts, y, **rows, **sizes)
+        outputs[grid](u, dt, exponents, B, C, D, z, dt_bias, starts, fronts, y, **rows, **sizes)
         ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, fronts)
         ctx.offsets, ctx.state_dtype = offsets, None if state is None else state.dtype
         ctx.set_materialize_grads(False)
@@ -122,7 +132,7 @@ class _TritonScan(torch.autograd.Function):
         # What each chunk adds to the gradient of the state in front of it; the memory then serves for the chunks' dA.
         dA, times = _states(starts, exponents)
         grid, sizes = _blocks(starts, A, STATES)
-        kernels.front_gradients[grid](dt, exponents, C, z, dt_bias, dy, starts, dA, times, **rows, **sizes)
+        front_gradients[grid](dt, exponents, C, z, dt_bias, dy, starts, dA, times, **rows, **sizes)
         d_final = None if d_final is None else d_final.contiguous()
         behind, d_state = _carry(exponents, d_final, dA, times, ctx.offsets, backwards=True)
 
@@ -135,7 +145,7 @@ class _TritonScan(torch.autograd.Function):
         dD, ddt_bias = (None if x is None else torch.empty_like(times) for x in (D, dt_bias))
         given = (u, dt, exponents, B, C, D, z, dt_bias, dy, starts, fronts, behind)
         taken = (du, ddt, dA, dB, dC, dD, dz, ddt_bias)
-        kernels.input_gradients[chunks, groups](*given, *taken, **rows, **sizes)
+        input_gradients[chunks, groups](*given, *taken, **rows, **sizes)
         return (
             du,
             ddt,
@@ -184,7 +194,7 @@ def _carry(
     texts, (width, channels) = len(offsets) - 1, exponents.shape
     carried, final = torch.empty_like(added), exponents.new_empty(texts, channels, width)
     grid = (texts, -(-channels // CARRYING), width)
-    kernels.carry[grid](
+    carry[grid](
         exponents,
         initial,
         firsts,

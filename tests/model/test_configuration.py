@@ -102,6 +102,16 @@ def test_config_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert settings(AutoConfig.from_pretrained(tmp_path)) == settings(config)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("prefix", ["", "_"])
+def test_code_that_a_file_names_in_place_of_our_own_is_not_asked_for(prefix: str, key: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "hymba", prefix + key: "evil/kernel"}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config._attn_implementation is None
+    assert "evil" not in config.to_json_string()
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "sdpa"
+
+
 ODD_KEYS: dict[str, Any] = {
     "architectures": ["HymbaForCausalLM"],
     "attn_implementation": "flex",

@@ -182,11 +182,11 @@ def test_what_is_not_finite_stays_in_its_channel() -> None:
 
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(scan_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(scan_triton_kernels, "INSTALLED", True)
+    monkeypatch.setattr(scan_triton, "INSTALLED", True)
     assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_missing())
-    monkeypatch.setattr(scan_triton_kernels, "INSTALLED", False)
+    monkeypatch.setattr(scan_triton, "INSTALLED", False)
     assert triton_missing() == "triton is not installed; pip install triton"
 
 
