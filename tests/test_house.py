@@ -20,13 +20,14 @@ PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["s
 
 FLOORS = [
     {"errors"},
-    {"config", "pages"},
+    {"config", "folders", "pages"},
     {"registry"},
     {"model"},
     {"checkpoint"},
     {"adapters", "data"},
     {"assets", "generate"},
-    {"evaluate", "footprint", "hub", "quant", "report"},
+    {"evaluate", "footprint", "quant", "report"},
+    {"hub"},
     {"train"},
     {"distill"},
     {"doctor", "plan", "recipes"},

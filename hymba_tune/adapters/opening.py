@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from hymba_tune.adapters.attach import load_adapter
 from hymba_tune.adapters.merge import merge
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, load_weights
 from hymba_tune.config import MergeConfig
-from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.errors import CheckpointError
+from hymba_tune.folders import new_folder
 from hymba_tune.registry import ModelSource, resolve_model
 
 
@@ -64,17 +64,10 @@ def merge_into(config: MergeConfig) -> Path:
         raise CheckpointError(
             f"{source.name} has no adapter: it is one model already.", expected="a run with an adapter"
         )
-    if config.out.exists() and (config.out.is_file() or any(config.out.iterdir())):
-        raise ConfigError(f"--out {config.out} exists and is not empty.", expected="a new or empty folder")
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
-    model = open_model(source, dtype=dtype, device=device)
-    # Written aside, so that nothing half-written is ever taken for a model.
-    partial = config.out.with_name(f"{config.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    load_tokenizer(source.folder).save_pretrained(partial)
-    if config.out.exists():
-        config.out.rmdir()
-    return partial.rename(config.out)
+    with new_folder(config.out) as folder:
+        open_model(source, dtype=dtype, device=device).save_pretrained(folder)
+        load_tokenizer(source.folder).save_pretrained(folder)
+    return config.out
