@@ -93,7 +93,7 @@ class HymbaConfig(PreTrainedConfig):
         # this very code lies beside weights is it the code that the file names: the model is found by it there.
         auto_map = kwargs.pop("auto_map", None)
         if self._auto_class is not None:
-            self.auto_map = dict(auto_map or {})
+            self.auto_map = dict(auto_map or {})  # type: ignore[misc]  # the class has none, an instance may
         # Attention and the MLP are our own; a file could name a repository here, whose code transformers would run.
         for name in ("attn_implementation", "experts_implementation"):
             kwargs.pop(name, None)
