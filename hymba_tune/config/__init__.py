@@ -17,6 +17,7 @@ from hymba_tune.config.base import (
     as_mapping,
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
+from hymba_tune.config.distill import DistillConfig
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 from hymba_tune.config.verbs import (
     ChatConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "DataOptions",
     "DataPreviewConfig",
     "DataSplitConfig",
+    "DistillConfig",
     "DoctorConfig",
     "EngineOptions",
     "KTOConfig",
