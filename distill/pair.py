@@ -131,7 +131,9 @@ def tokenise(examples: Sequence[Example], side: Side, learn: Learn = Learn.all) 
     rendered = [_render(example, side.tokenizer, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
     encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
-    return [text if isinstance(text, Unaligned) else _row(text, next(encoded), side.tokenizer) for text in rendered]
+    return [
+        text if isinstance(text, Unaligned) else find_answers(text, next(encoded), side.tokenizer) for text in rendered
+    ]
 
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) -> Rendered | Unaligned:
@@ -145,7 +147,8 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) 
     return rendered
 
 
-def _row(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Row | Unaligned:
+def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Row | Unaligned:
+    """Where the answers are among the tokens of a rendered example."""
     labels = [*encoded.labels]
     if rendered.learned and rendered.learned[0][0] == 0 and encoded.input_ids[0] != tokenizer.bos_token_id:
         labels[0] = encoded.input_ids[0]  # not learned, as nothing comes before it, but part of the answer

@@ -46,11 +46,13 @@ class Rendered:
 class Encoded:
     """A row to train on: ids, and as many labels, each the id itself or `IGNORED`.
 
-    The first label is always `IGNORED`: nothing comes before it to predict it from.
+    The first label is always `IGNORED`: nothing comes before it to predict it from. ``begin`` is where the row begins
+    in the text that it is a part of, in tokens.
     """
 
     input_ids: list[int]
     labels: list[int]
+    begin: int = 0
 
     @property
     def learned(self) -> int:
@@ -287,5 +289,5 @@ def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
     rows = []
     for start, end in pairwise(cuts if split else [0, min(size, max_length)]):
         labels = [IGNORED, *encoded.labels[start + 1 : end]]
-        rows.append(Encoded(encoded.input_ids[start:end], labels))
+        rows.append(Encoded(encoded.input_ids[start:end], labels, start))
     return [row for row in rows if row.learned]

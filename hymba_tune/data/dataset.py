@@ -124,8 +124,8 @@ def _write(
             kept: list[tuple[Place, Encoded]] = []
             for number, reading in enumerate(batch):
                 if reading.problem and on_bad_row is OnBadRow.stop:
-                    raise _stopped(reading, chain(batch[number + 1 :], rows))
-                kept += [(reading.row.place, row) for row in _fit(reading, max_length, report, dropped)]
+                    raise stopped(reading, chain(batch[number + 1 :], rows))
+                kept += [(reading.row.place, row) for row in fit_reading(reading, max_length, report, dropped)]
             for _, row in kept:
                 digest.update(array("i", [len(row.input_ids), *row.input_ids, *row.labels]).tobytes())
             columns = {
@@ -146,8 +146,8 @@ def _write(
     return report
 
 
-def _fit(reading: Reading, max_length: int, report: DataReport, dropped: TextIO) -> list[Encoded]:
-    """The rows that a reading gives at this length, counted."""
+def fit_reading(reading: Reading, max_length: int, report: DataReport, dropped: TextIO) -> list[Encoded]:
+    """The rows that a reading gives at this length, counted in the report, or listed as dropped."""
     counts, place = report.sources[reading.source], reading.row.place
     report.rows += 1
     counts.rows += 1
@@ -178,7 +178,8 @@ def too_long(encoded: Encoded, max_length: int) -> str:
     return f"its first answer begins at token {first + 1:,} of {size:,}, past --max-length {max_length:,}"
 
 
-def _stopped(reading: Reading, after: Iterator[Reading]) -> RowError:
+def stopped(reading: Reading, after: Iterator[Reading]) -> RowError:
+    """The error of the first row that cannot be used, with how many such rows follow it in its file."""
     assert reading.problem
     same_file = takewhile(lambda other: other.source == reading.source, after)
     bad = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]

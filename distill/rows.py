@@ -1,0 +1,252 @@
+"""From sources to rows on disk, tokenised on both sides and aligned: what the teacher reads and the student learns.
+
+They are cut as all training data is, a conversation at its end, a text into further rows; of the teacher's tokens each
+row keeps those that it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+
+from hymba_tune.config import DataOptions, OnBadRow, as_mapping
+from hymba_tune.data import Conversation, DataReport, open_sources, sample_prompts, split_dataset
+from hymba_tune.data import cache as disk
+from hymba_tune.data.chat import Encoded, fit
+from hymba_tune.data.dataset import fit_reading, nothing_left, stopped
+from hymba_tune.data.encoding import Reading, encoded_batches, readings
+from hymba_tune.data.report import SourceCounts
+from hymba_tune.data.sources import Source
+from hymba_tune.data.training import Working
+from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
+from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
+from hymba_tune.errors import DataError
+
+IDS = pa.list_(pa.int32())
+FLAGS = pa.list_(pa.bool_())
+SCHEMA = pa.schema(
+    {
+        "input_ids": IDS,
+        "labels": IDS,
+        "row": IDS,
+        "place": pa.string(),
+        "teacher_tokens": IDS,
+        "at": IDS,
+        "teacher_at": IDS,
+        "spelled": IDS,
+        "first": FLAGS,
+        "crossing": FLAGS,
+        "spans": IDS,
+    }
+)
+"""``row`` is the row's own number at each of its tokens, so that it comes along where rows are packed."""
+
+
+@dataclass(frozen=True)
+class AlignedData:
+    """All that a run of distillation reads.
+
+    Attributes:
+        rows: Every row of ``--data``, held-out ones among them, then of ``--eval-data``; see `alignment`. A row's
+            ``row`` is its index here.
+        train: Those to train on, each as often as its source's weight says.
+        held_out: Those to evaluate on, if any.
+        report: What became of ``--data``; its fingerprint is of both sides' tokens.
+        alignment: How the two sides' tokens lie to each other.
+        prompts: A few, with the answers that are known.
+    """
+
+    rows: Dataset
+    train: Dataset
+    held_out: Dataset | None
+    report: DataReport
+    alignment: AlignmentReport
+    prompts: list[tuple[Conversation, str]]
+
+
+def alignment(row: Mapping[str, Any]) -> Alignment:
+    """A row as it was aligned."""
+    return Alignment(
+        student_ids=row["input_ids"],
+        teacher_ids=row["teacher_tokens"],
+        student=np.array(row["at"], np.int64),
+        teacher=np.array(row["teacher_at"], np.int64),
+        spelled=np.array(row["spelled"], np.int64),
+        first=np.array(row["first"], np.bool_),
+        crossing=np.array(row["crossing"], np.bool_),
+        spans=np.array(row["spans"], np.int64).reshape(-1, 4),
+    )
+
+
+def read_rows(
+    options: DataOptions, pair: Pair, *, context: int | None, seed: int, prompts: int, working: Working
+) -> AlignedData:
+    """Read everything that ``--data`` and ``--eval-data`` name.
+
+    Args:
+        options: Which data, and how its rows are read.
+        pair: The two sides.
+        context: Tokens that the teacher can read; rows of which it would need more are dropped.
+        seed: Of the rows that are drawn and held out.
+        prompts: How many prompts to return: of the evaluation data, or else of the data.
+        working: Told what is done.
+
+    Raises:
+        DataError: If data cannot be used.
+        ConfigError: If weights, caps or names do not fit the data.
+    """
+    counts = AlignmentReport()
+    builder = _Builder(pair, counts, options, context, seed)
+    sources = open_sources(options.data, options.weights, options.caps)
+    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    with working("reading and aligning the data") as progress:
+        rows, report = builder.build(sources, 0, progress)
+    train, held_out = split_dataset(
+        rows, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows, sources=report.sources
+    )
+    if given:
+        with working("reading and aligning the evaluation data") as progress:
+            held_out, _ = builder.build(given, len(rows), progress)
+        held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
+        rows = concatenate_datasets([rows, held_out])
+    samples = sample_prompts(given or sources, prompts, as_mapping(options.map))
+    return AlignedData(rows, train, held_out, report, counts, samples)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Encodes sources; see `read_rows`."""
+
+    pair: Pair
+    counts: AlignmentReport
+    options: DataOptions
+    context: int | None
+    seed: int
+
+    def build(
+        self, sources: Sequence[Source], first: int, progress: Callable[[int], None]
+    ) -> tuple[Dataset, DataReport]:
+        """The rows of the sources, numbered from ``first`` on, memory-mapped; and what became of them."""
+        options, tokenizer = self.options, self.pair.student.tokenizer
+        report = DataReport(sources=[SourceCounts(source.name, source.weight) for source in sources])
+        read = readings(sources, tokenizer, mapping=as_mapping(options.map), learn=options.learn, seed=self.seed)
+        folder, digest, number = disk.writable(None), hashlib.sha256(), first
+        listed, path = (folder / f"{name}-{os.urandom(4).hex()}" for name in ("dropped", "rows"))
+        with (
+            listed.open("w", encoding="utf-8") as dropped,
+            pa.OSFile(str(path), "wb") as file,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
+        ):
+            for batch in encoded_batches(read, tokenizer):
+                kept = list(self._rows(batch, read, report, dropped))
+                for row in kept:
+                    row["row"] = [number] * len(row["input_ids"])
+                    number += 1
+                    for column in SCHEMA.names:
+                        if column not in ("row", "place"):
+                            digest.update(np.array([len(row[column]), *row[column]], np.int32).tobytes())
+                writer.write_batch(pa.RecordBatch.from_pylist(kept, SCHEMA))
+                progress(report.rows)
+        if not report.learned:
+            raise nothing_left(report, "learn", "with an answer that both tokenizers spell, and that begins")
+        for source in report.sources:
+            if source.weight > 1:
+                digest.update(f"{source.kept} x {source.weight}".encode())
+        report.fingerprint, report.dropped_file = digest.hexdigest(), listed
+        return Dataset.from_file(str(path)), report
+
+    def _rows(
+        self, batch: list[Reading], after: Iterator[Reading], report: DataReport, dropped: TextIO
+    ) -> Iterator[dict[str, Any]]:
+        """The rows that a batch gives, counted."""
+        for number, reading in enumerate(batch):
+            if reading.problem and self.options.on_bad_row is OnBadRow.stop:
+                raise stopped(reading, chain(batch[number + 1 :], after))
+        usable = [reading for reading in batch if not reading.problem]
+        aligned = self._align(usable)
+        self.counts.add(aligned, self.pair)
+        found = iter(aligned)
+        for reading in batch:
+            parts: list[Alignment] = []
+            if not reading.problem:
+                parts = self._parts(reading, next(found))
+            rows = fit_reading(reading, self.options.max_length, report, dropped)
+            for row, part in zip(rows, parts, strict=True) if rows else ():
+                yield _as_columns(row, part) | {"place": str(reading.row.place)}
+
+    def _align(self, usable: Sequence[Reading]) -> list[Alignment | Unaligned]:
+        tokenizer = self.pair.student.tokenizer
+        students = []
+        for reading in usable:
+            assert reading.rendered
+            assert reading.encoded
+            students.append(find_answers(reading.rendered, reading.encoded, tokenizer))
+        shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in usable if reading.example]
+        teachers = tokenise(shown, self.pair.teacher, self.options.learn)
+        return align_rows(students, teachers, self.pair)
+
+    def _parts(self, reading: Reading, row: Alignment | Unaligned) -> list[Alignment]:
+        """The alignment of each row that a reading gives; none, and its problem set, if it cannot be taught."""
+        if isinstance(row, Unaligned):
+            reading.problem = DataError(f"not aligned ({row.reason}): {row.what}")
+            return []
+        assert reading.encoded
+        assert reading.rendered
+        bos = self.pair.teacher.tokenizer.bos_token_id
+        rows = fit(reading.encoded, self.options.max_length, split=reading.rendered.plain)
+        parts = [cut(row, one.begin, one.begin + len(one.input_ids), bos) for one in rows]
+        longest = max((len(part.teacher_ids) for part in parts), default=0)
+        if self.context is not None and longest > self.context:
+            reading.problem = DataError(f"the teacher can read {self.context:,} tokens, and this takes {longest:,}")
+        return parts
+
+
+def cut(row: Alignment, begin: int, end: int, bos: int | None = None) -> Alignment:
+    """The part of an aligned row that trains on ``[begin, end)`` of the student's tokens.
+
+    The teacher reads from where the student does, behind its own beginning-of-sequence token where it has one, and not
+    past the last token that it is asked about.
+    """
+    spans = row.spans[(row.spans[:, 0] > begin) & (row.spans[:, 1] <= end)]
+    kept = (row.student > begin) & (row.student < end)
+    start, head = 0, row.teacher_ids[:0]
+    if begin:
+        start = int(row.teacher[np.searchsorted(row.student, begin)]) if row.student[-1] >= begin else 0
+        head = row.teacher_ids[:1] if row.teacher_ids[0] == bos and start else head
+        known = start + (not head)  # without a token before it, the first cannot be predicted
+        kept &= row.teacher >= known
+        spans = spans[spans[:, 2] >= known]
+    stop = max([start, *(row.teacher[kept][-1:] + 1), *spans[-1:, 3]])
+    moved = start - len(head)
+    return Alignment(
+        student_ids=row.student_ids[begin:end],
+        teacher_ids=[*head, *row.teacher_ids[start:stop]],
+        student=row.student[kept] - begin,
+        teacher=row.teacher[kept] - moved,
+        spelled=row.spelled[kept],
+        first=row.first[kept],
+        crossing=row.crossing[kept],
+        spans=spans - np.array([begin, begin, moved, moved], np.int64),
+    )
+
+
+def _as_columns(row: Encoded, part: Alignment) -> dict[str, Any]:
+    return {
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "teacher_tokens": part.teacher_ids,
+        "at": part.student,
+        "teacher_at": part.teacher,
+        "spelled": part.spelled,
+        "first": part.first,
+        "crossing": part.crossing,
+        "spans": part.spans.reshape(-1),
+    }

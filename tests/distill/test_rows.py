@@ -1,0 +1,142 @@
+"""Rows on disk, aligned: as the alignment of the whole example has them, whatever they were cut to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.config import SFTConfig
+from hymba_tune.data import Conversation, Message
+from hymba_tune.data.formats import Example
+from hymba_tune.distill.alignment import Alignment, align
+from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.rows import AlignedData, alignment, read_rows
+from hymba_tune.errors import DataError
+from tests.distill.tokenizers import ALL
+
+QUESTION = "What is the answer to the question?"
+ANSWERS = ["The answer is 42.", "  indented,\n\n and  so on: 1,234", "naïve 🙂 中文", "It is half of 48, which is 24."]
+
+
+@contextmanager
+def quiet(label: str) -> Iterator[Callable[[int], None]]:
+    del label
+    yield lambda _: None
+
+
+def pair_of(student: str = "hymba", teacher: str = "llama3") -> Pair:
+    return make_pair(ALL[student], ALL[teacher])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def talks(path: Path) -> str:
+    return write(path, [{"prompt": QUESTION, "completion": answer} for answer in ANSWERS])
+
+
+def read(data: str, pair: Pair, *, context: int | None = None, **changes: Any) -> AlignedData:
+    options = SFTConfig.model_validate({"data": [data], "eval_split": 0, "cache": False, **changes})
+    return read_rows(options, pair, context=context, seed=0, prompts=1, working=quiet)
+
+
+def whole(example: Example, pair: Pair) -> Alignment:
+    (row,) = align([example], pair)
+    assert isinstance(row, Alignment)
+    return row
+
+
+def positions(row: Alignment) -> list[tuple[int, ...]]:
+    return list(zip(*(column.tolist() for column in (row.student, row.teacher, row.spelled)), strict=True))
+
+
+def test_conversation_is_aligned_as_its_example(tmp_path: Path) -> None:
+    pair = pair_of()
+    data = read(talks(tmp_path / "a.jsonl"), pair)
+    assert len(data.rows) == len(ANSWERS)
+    for row, answer in zip(data.rows, ANSWERS, strict=True):
+        ours, known = (
+            alignment(row),
+            whole(Conversation((Message("user", QUESTION), Message("assistant", answer))), pair),
+        )
+        assert (ours.student_ids, positions(ours)) == (known.student_ids, positions(known))
+        assert ours.teacher_ids == known.teacher_ids[: len(ours.teacher_ids)]
+        assert ours.spans.tolist() == known.spans.tolist()
+        learned = [index for index, label in enumerate(row["labels"]) if label != -100]
+        assert learned == ours.student.tolist()
+    assert data.alignment.rows == len(ANSWERS)
+    assert data.prompts[0][1] == ANSWERS[0]
+
+
+def test_cut_conversation_keeps_what_comes_before_the_cut(tmp_path: Path) -> None:
+    pair = pair_of()
+    full, short = (read(talks(tmp_path / "a.jsonl"), pair, max_length=length) for length in (512, 44))
+    assert short.report.cut
+    for ours, known in zip(map(alignment, short.rows), map(alignment, full.rows), strict=True):
+        end = len(ours.student_ids)
+        assert positions(ours) == [position for position in positions(known) if position[0] < end]
+        assert ours.spans.tolist() == [span for span in known.spans.tolist() if span[1] <= end]
+        assert ours.teacher_ids == known.teacher_ids[: len(ours.teacher_ids)]
+        assert len(ours.teacher_ids) == 1 + max(int(ours.teacher.max()), *(ours.spans[:, 3] - 1))
+
+
+@pytest.mark.parametrize("teacher", ["llama3", "chatml"])
+def test_text_in_several_rows_is_taught_in_each(teacher: str, tmp_path: Path) -> None:
+    pair = pair_of(teacher=teacher)
+    data = read(write(tmp_path / "a.jsonl", [{"text": " ".join(ANSWERS * 6)}]), pair, max_length=24)
+    assert len(data.rows) > 5
+    spell = pair.student.spelling.tokens, pair.teacher.spelling.tokens
+    for number, row in enumerate(data.rows):
+        ours = alignment(row)
+        assert row["row"] == [number] * len(ours.student_ids)
+        if number and ours.teacher_ids[0] == pair.teacher.tokenizer.bos_token_id:
+            assert ours.student.tolist() == list(range(1, len(ours.student_ids)))
+        for student, teacher_at, spelled in positions(ours):
+            theirs = spell[1][ours.teacher_ids[teacher_at]][spelled:]
+            mine = spell[0][ours.student_ids[student]]
+            assert commonprefix([mine, theirs]) in (mine, theirs)
+        for begin, end, teacher_begin, teacher_end in ours.spans.tolist():
+            mine = b"".join(spell[0][token] for token in ours.student_ids[begin:end])
+            assert mine == b"".join(spell[1][token] for token in ours.teacher_ids[teacher_begin:teacher_end])
+
+
+def test_rows_know_their_numbers_wherever_they_go(tmp_path: Path) -> None:
+    other = write(tmp_path / "b.jsonl", [{"prompt": "Hi", "completion": "Hello"}] * 3)
+    for changes in ({"eval_split": 0.5, "weights": [2.5]}, {"eval_data": [other], "eval_max_rows": 2}):
+        read_data = read(talks(tmp_path / "a.jsonl"), pair_of(), **changes)
+        assert read_data.held_out is not None
+        assert len(read_data.held_out) == 2
+        for row in [*read_data.train, *read_data.held_out]:
+            assert read_data.rows[row["row"][0]] == row
+
+
+def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> None:
+    context = min(len(row["teacher_tokens"]) for row in read(talks(tmp_path / "a.jsonl"), pair_of()).rows)
+    data = read(talks(tmp_path / "a.jsonl"), pair_of(), context=context)
+    assert 0 < len(data.rows) < len(ANSWERS)
+    assert data.report.bad_rows == len(ANSWERS) - len(data.rows)
+    assert data.report.dropped_file is not None
+    assert f"the teacher can read {context} tokens, and this takes" in data.report.dropped_file.read_text()
+    data = read(write(tmp_path / "b.jsonl", [{"text": "as ▁ it is"}, {"text": "as it is"}]), pair_of())
+    assert data.report.dropped_file is not None
+    assert "not aligned (bytes differ)" in data.report.dropped_file.read_text()
+    assert len(data.rows) == 1
+
+
+def test_nothing_left_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the teacher can read 3 tokens(.|\n)*both tokenizers spell"):
+        read(talks(tmp_path / "a.jsonl"), pair_of(), context=3)
+
+
+def test_fingerprint_is_of_both_sides(tmp_path: Path) -> None:
+    data = talks(tmp_path / "a.jsonl")
+    same, other = read(data, pair_of()), read(data, pair_of(teacher="chatml"))
+    assert same.report.fingerprint == read(data, pair_of()).report.fingerprint != other.report.fingerprint
