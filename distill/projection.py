@@ -16,6 +16,7 @@ for every piece outside the support. Mass and bucket together are made to sum to
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -108,12 +109,15 @@ class Target:
         mass: ``(N,)``: what they summed to before: how much of the teacher's probability the place keeps.
         known: ``(N,)`` bool: whether there is a target: the mass is above `FLOOR`, and a piece that goes on into the
             teacher's next token has some of it. Elsewhere ``probs`` and ``bucket`` mean nothing.
+        kept: ``(N,)``: how much of p finds a piece or the bucket, whatever was before: at a shared boundary what lies
+            on tokens that the student can write, within a token what goes on as that token has begun.
     """
 
     probs: Tensor
     bucket: Tensor
     mass: Tensor
     known: Tensor
+    kept: Tensor
 
     def top(self, k: int) -> SparseTarget:
         """Keep the k likeliest pieces; the mass of the others joins the bucket."""
@@ -142,7 +146,7 @@ class Projection:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.vocabulary = vocabulary
+        self.vocabulary, self.device = vocabulary, torch.device(device)
         self._first = _first_pieces(tables, seen, vocabulary, dtype).to(device)
 
         def moved(column: NDArray[Any]) -> Tensor:
@@ -178,15 +182,28 @@ class Projection:
         rows, tokens = self._exact(inside, places.inside[inside])
         bucket.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
 
+        kept = (mass.sum(-1) + bucket) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
         beyond = (covered & (places.beyond != NOWHERE)).nonzero().squeeze(1)
         rows, tokens, pieces = self._entries(beyond, places.beyond[beyond])
         _add(mass, rows, pieces, probs[places.before[rows], tokens])
         both = beyond[places.inside[beyond] > 0]
         rows, tokens = self._exact(both, places.beyond[both])
         bucket.index_add_(0, rows, probs[places.before[rows], tokens])
-        return _normalised(mass, bucket, places)
+        return _normalised(mass, bucket, kept, places)
 
     @torch.no_grad()
+    def from_outputs(self, tell: Callable[[Tensor], tuple[Tensor, Tensor | None]], places: Places) -> Target:
+        """Project at some places, asking for each of the teacher's outputs there and before once.
+
+        Args:
+            tell: From rows of outputs, ascending, to their ``probs`` and ``cut``.
+            places: A chunk of them.
+        """
+        rows = torch.cat([places.now, places.before[places.before >= 0]]).unique()
+        before = torch.where(places.before < 0, -1, torch.searchsorted(rows, places.before))
+        probs, cut = tell(rows)
+        return self(probs, replace(places, now=torch.searchsorted(rows, places.now), before=before), cut)
+
     def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> Target:
         """Project at some places, from the teacher's hidden states there and before: one softmax an output.
 
@@ -195,10 +212,7 @@ class Projection:
             places: A chunk of them.
             temperature: Of the teacher's probabilities.
         """
-        rows = torch.cat([places.now, places.before[places.before >= 0]]).unique()
-        probs = (teacher.logits(rows) / temperature).softmax(-1)
-        before = torch.where(places.before < 0, -1, torch.searchsorted(rows, places.before))
-        return self(probs, replace(places, now=torch.searchsorted(rows, places.now), before=before))
+        return self.from_outputs(lambda rows: ((teacher.logits(rows) / temperature).softmax(-1), None), places)
 
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows with their nodes: each entry's row, token and piece."""
@@ -236,11 +250,11 @@ def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
     mass.view(-1).index_add_(0, rows * mass.shape[1] + pieces, values)
 
 
-def _normalised(mass: Tensor, bucket: Tensor, places: Places) -> Target:
+def _normalised(mass: Tensor, bucket: Tensor, kept: Tensor, places: Places) -> Target:
     """Mass and bucket as probabilities. A bucket beside a full support stands for nothing, and is left out."""
     bucket = bucket.masked_fill((mass > 0).all(-1), 0)
     total = mass.sum(-1) + bucket
     reached = mass.gather(1, places.piece[:, None]).squeeze(1) > 0
     known = (total > FLOOR) & (reached | ~places.crossing)
     scale = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return Target(mass.div_(scale[:, None]), bucket / scale, total, known)
+    return Target(mass.div_(scale[:, None]), bucket / scale, total, known, kept)

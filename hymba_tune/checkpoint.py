@@ -157,8 +157,8 @@ def check_weights(folder: Path, config: Any) -> None:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
     """
     found: dict[str, tuple[list[int], str]] = {}
-    for file in _weight_files(folder):
-        found.update({name: (shape, file.name) for name, shape in _read_header(file).items()})
+    for file in weight_files(folder):
+        found.update({name: (shape, file.name) for name, shape in read_header(file).items()})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {
@@ -185,7 +185,12 @@ def check_weights(folder: Path, config: Any) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model.
+
+    Raises:
+        CheckpointError: If there are none, or one that the index names is missing.
+    """
     if (folder / INDEX).is_file():
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -206,8 +211,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, list[int]]:
-    """Names and shapes in a safetensors file, whose size must be what its header says."""
+def read_header(file: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file.
+
+    Raises:
+        CheckpointError: If its size is not what its header says.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,6 +20,24 @@ ALIASES = {
     "hymba-1.5b-base": "nvidia/Hymba-1.5B-Base",
     "hymba-1.5b-instruct": "nvidia/Hymba-1.5B-Instruct",
 }
+TEACHERS = {
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    **ALIASES,
+}
+"""Models that others are distilled from."""
 NANO = "hymba-nano"
 """The packaged model."""
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
@@ -43,12 +61,20 @@ class ModelSource:
     base: str | None = None
 
 
-def resolve_model(name: str, files: Sequence[str] = MODEL_FILES) -> ModelSource:
+def resolve_model(
+    name: str,
+    files: Sequence[str] = MODEL_FILES,
+    *,
+    flag: str = "--model",
+    aliases: Mapping[str, str] = ALIASES,
+) -> ModelSource:
     """Find a model: an alias, a run directory, a folder, or a Hub id, which is downloaded.
 
     Args:
         name: What a user calls it.
         files: Which of its files are needed, as patterns.
+        flag: What it was given as.
+        aliases: Names that stand for Hub ids.
 
     Raises:
         ConfigError: If the name is none of these.
@@ -60,16 +86,16 @@ def resolve_model(name: str, files: Sequence[str] = MODEL_FILES) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(name, path)
-    hub_id = ALIASES.get(name.lower(), name)
+    hub_id = aliases.get(name.lower(), name)
     if hub_id.count("/") != 1 or path.is_absolute() or (hub_id == name and path.parent.is_dir()):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = difflib.get_close_matches(name, [NANO, *ALIASES, *(str(p) for p in beside if p.is_dir())], n=1)
+        near = difflib.get_close_matches(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())], n=1)
         raise ConfigError(
-            f"--model {name}: no such folder, and not the name of a model.",
-            expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *ALIASES])}",
-            fix=f"--model {near[0] if near else NANO}",
+            f"{flag} {name}: no such folder, and not the name of a model.",
+            expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
+            fix=f"{flag} {near[0] if near else NANO}",
         )
-    return ModelSource(hub_id, _download(hub_id, files))
+    return ModelSource(hub_id, _download(hub_id, files, flag))
 
 
 def lasting_name(name: str) -> str:
@@ -113,8 +139,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
-def _download(hub_id: str, files: Sequence[str]) -> Path:
-    offer = "--model hymba-nano (packaged, needs no network), or the path of a downloaded folder"
+def _download(hub_id: str, files: Sequence[str], flag: str) -> Path:
+    offer = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except GatedRepoError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,8 @@ def target(support: int = 7) -> Target:
     weights[0, -1] = 0
     weights /= weights.sum(-1, keepdim=True)
     known = torch.arange(TOKENS) < TOKENS - 1
-    return Target(weights[:, :-1], weights[:, -1], torch.ones(TOKENS, dtype=torch.float64), known)
+    ones = torch.ones(TOKENS, dtype=torch.float64)
+    return Target(weights[:, :-1], weights[:, -1], ones, known, ones)
 
 
 def check(loss: Loss, twin: Loss, student: Tensor, *others: Tensor, **settings: float) -> None:
@@ -92,7 +94,7 @@ def test_projection(temperature: float) -> None:
     want = target()
 
     def loss(student: Tensor, probs: Tensor, bucket: Tensor, temperature: float) -> Tensor:
-        return losses.projection_kl(student, Target(probs, bucket, want.mass, want.known), temperature=temperature)
+        return losses.projection_kl(student, replace(want, probs=probs, bucket=bucket), temperature=temperature)
 
     def twin(student: Tensor, probs: Tensor, bucket: Tensor, known: Tensor) -> Tensor:
         return naive.projection(student, probs, bucket, temperature) * known
@@ -134,7 +136,8 @@ def test_full_support_leaves_nothing_to_a_bucket() -> None:
     """Log zero stays out of values and gradients."""
     student, pieces = logits().requires_grad_(), torch.arange(VOCABULARY).expand(TOKENS, -1)
     probs = logits().softmax(-1)
-    full = Target(probs, torch.zeros(TOKENS), torch.ones(TOKENS), torch.ones(TOKENS, dtype=torch.bool))
+    ones = torch.ones(TOKENS)
+    full = Target(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
     left_over = SparseTarget(pieces, probs.log(), torch.full((TOKENS,), -30.0))
     for found in (losses.projection_kl(student, full), losses.sparse_projection_kl(student, left_over)):
         FLOAT64.check(found, losses.forward_kl(student, probs.log()))

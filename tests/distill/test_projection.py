@@ -83,6 +83,8 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
             expected[list(mass)] = torch.tensor(list(mass.values()), dtype=torch.float64)
             total = sum(mass.values()) + bucket
             FLOAT64.check(target.mass[place], torch.tensor(total, dtype=torch.float64), "mass")
+            alone, rest = naive.mass(teacher, probs[at - 1].tolist(), None, previous, u, first, segment, spell)
+            FLOAT64.check(target.kept[place], torch.tensor(sum(alone.values()) + rest, dtype=torch.float64), "kept")
             piece = row.student_ids[row.student[place]]
             assert target.known[place] == (total > 1e-6 and (mass.get(piece, 0) > 0 or not row.crossing[place]))
             if total:

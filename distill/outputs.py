@@ -1,0 +1,78 @@
+"""What a teacher says of a row it has read: at each token, how likely every next one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.distill.chunks import Head
+
+
+class Told(NamedTuple):
+    """A teacher's next-token distributions after n of a row's tokens.
+
+    Attributes:
+        probs: ``(n, V)`` float32, at the temperature asked for.
+        own: ``(n,)`` float32: log-likelihoods of the row's own next tokens, at temperature 1.
+        cut: ``(n,)`` float32: probability of the tokens that ``probs`` has at zero because nobody told; None if all
+            was told.
+    """
+
+    probs: Tensor
+    own: Tensor
+    cut: Tensor | None = None
+
+
+class Outputs(Protocol):
+    """A row that a teacher has read."""
+
+    def tell(self, rows: Tensor, temperature: float) -> Told:
+        """Its distributions after some of the row's tokens, none of which is the last.
+
+        Args:
+            rows: ``(n,)`` int64.
+            temperature: Above 0.
+        """
+
+
+class Teacher(Protocol):
+    """Who is learned from.
+
+    Attributes:
+        name: What people call it.
+        tokenizer: Its own.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Outputs]]:
+        """Read rows of token ids.
+
+        Returns:
+            Which row, and what is said of it, in whatever order is fastest.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutputs:
+    """What a model says that is at hand.
+
+    Attributes:
+        head: Its hidden states after each of the row's L tokens, and its output layer.
+        ids: ``(L,)``: the row.
+    """
+
+    head: Head
+    ids: Tensor
+
+    def tell(self, rows: Tensor, temperature: float) -> Told:
+        """See `Outputs`."""
+        logits = self.head.logits(rows)
+        log_probs = logits.log_softmax(-1)
+        own = log_probs.gather(1, self.ids[rows + 1, None]).squeeze(1)
+        return Told(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)

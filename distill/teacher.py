@@ -1,0 +1,299 @@
+"""A model as a teacher: found by its name without its weights, and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from hymba_tune.adapters import open_model, weights_of
+from hymba_tune.checkpoint import read_header, weight_files
+from hymba_tune.distill.chunks import Head
+from hymba_tune.distill.outputs import HeadOutputs
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
+
+Scheme = Literal["int8", "nf4", "fp4"]
+FLAG = "--teacher"
+BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
+"""Tokens read at once, padding included."""
+PROBE_TOKENS = 16
+CLOSE = 0.02
+"""How far logits may lie from hidden states times head, relative to the largest: bfloat16 rounds by 0.004."""
+ROUNDING = 1e-3
+"""How far from 1 a multiple of logits may come out where there is none."""
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """A model on this machine that is to teach; its weights are not loaded.
+
+    Attributes:
+        name: What people call it.
+        source: Where it is.
+        config: Its configuration.
+        tokenizer: Its own.
+        context: The most tokens of a row; None if it does not say.
+        parameters: How many it has.
+        quantize: How its weights are to be quantised, if they are.
+    """
+
+    name: str
+    source: ModelSource
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    parameters: int
+    quantize: Scheme | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights and configuration: read through once, but for files that the Hub's cache names so."""
+        folder = weights_of(self.source).folder
+        files = [*weight_files(folder), folder / "config.json"]
+        if self.source.adapter:
+            files += sorted(self.source.adapter.glob("adapter_*"))
+        return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> ModelTeacher:
+        """Load its weights.
+
+        Args:
+            device: Where they are to be.
+            dtype: In which number format; what is quantised, computes in it.
+
+        Raises:
+            CheckpointError: If they cannot be used.
+            ConfigError: If its logits are not its hidden states times its output layer.
+        """
+        if self.config.model_type == "hymba":
+            model = open_model(self.source, dtype=dtype, device=device)
+        else:
+            model = self._load(dtype, device)
+        return ModelTeacher(model.eval().requires_grad_(False), self.tokenizer, self.name)
+
+    def _load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.source.folder,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=_quantisation(self.quantize, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise CheckpointError(f"The teacher {self.name} cannot be loaded: {error}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(
+                f"The teacher {self.name} lacks {len(missing):,} of its tensors, {missing[0]} first.",
+                expected="the weights that its config.json describes",
+                fix="download or copy it again",
+            )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # its kernel refuses layers of some sizes
+        return model
+
+
+def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
+    """Find a teacher: an alias, a Hub id, which is downloaded, a folder, or a run directory.
+
+    Args:
+        name: What a user calls it.
+        quantize: How its weights are to be loaded.
+
+    Raises:
+        ConfigError: If the name is none of these, or it cannot be quantised.
+        CheckpointError: If configuration, weights or tokenizer are missing or cannot be used.
+        HubError: If the Hub cannot be reached, or refuses.
+    """
+    source = resolve_model(name, flag=FLAG, aliases=TEACHERS)
+    folder = weights_of(source).folder
+    config = _read_config(folder, source.name)
+    if source.adapter and config.model_type != "hymba":
+        raise CheckpointError(
+            f"{FLAG} {name} is an adapter of a {config.model_type} model.",
+            expected="whole weights",
+            fix="merge it into its base, and name the merged folder",
+        )
+    if quantize and config.model_type == "hymba":
+        raise ConfigError(f"--teacher-quantize: {name} is a Hymba, which teaches as it is.", fix="leave it out")
+    shapes = [shape for file in weight_files(folder) for shape in read_header(file).values()]
+    return FoundTeacher(
+        name=source.name,
+        source=source,
+        config=config,
+        tokenizer=read_tokenizer(source.folder, source.name),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        parameters=sum(map(math.prod, shapes)),
+        quantize=quantize,
+    )
+
+
+def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """A teacher's tokenizer, exactly as its ``tokenizer.json`` says.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"The teacher {name} has no tokenizer.json in {folder}.",
+            expected="a fast tokenizer beside its weights: its text is compared with the student's byte for byte",
+            fix="copy tokenizer.json and tokenizer_config.json of the model it was trained from beside its weights",
+        )
+    try:
+        # AutoTokenizer would build some tokenizers anew, with other ids than the file's.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"The tokenizer of the teacher {name} cannot be read: {error}", expected="a tokenizer.json"
+        ) from error
+
+
+def smaller_than(teacher: FoundTeacher, student_parameters: int) -> str | None:
+    """A warning, if the teacher is smaller than who learns from it."""
+    if teacher.parameters >= student_parameters:
+        return None
+    sizes = f"{teacher.parameters / 1e6:,.0f}M parameters to {student_parameters / 1e6:,.0f}M"
+    return f"the teacher is smaller than the student ({sizes}): expect little, unless it knows this data better"
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"The config.json of the teacher {name} cannot be used: {error}") from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(
+            f"The teacher {name} is a {config.model_type} model, which does not go on with a text.",
+            expected="a causal language model that transformers knows without code of its own",
+        )
+    return config
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file; the Hub's cache keeps weights under it."""
+    blob = file.resolve().name
+    if file.is_symlink() and len(blob) == 64:
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _quantisation(scheme: Scheme | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if scheme is None:
+        return None
+    if scheme == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+class ModelTeacher:
+    """A teacher whose weights are loaded; see `Teacher`.
+
+    Args:
+        model: In evaluation mode. Any causal language model whose logits are its last hidden states times the weight of
+            its output layer, or a multiple of that.
+        tokenizer: What is beyond its last token in the output layer is cut off.
+        name: What people call it.
+
+    Raises:
+        ConfigError: If its logits are something else.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.name, self.tokenizer = name, tokenizer
+        self._backbone, head = model.base_model, model.get_output_embeddings()
+        size = 1 + max(tokenizer.get_vocab().values())
+        if head is None or self._backbone is model or not head.weight.is_floating_point():
+            raise ConfigError(f"The teacher {name} has no output layer that can be read.")
+        if len(head.weight) < size:
+            raise ConfigError(
+                f"The teacher {name} has {len(head.weight):,} outputs, and its tokenizer {size:,} tokens.",
+                expected="an output for every token",
+                fix="take the tokens that were added out of its tokenizer.json",
+            )
+        self._scale = self._check_logits(model)
+        self._weight: Tensor = head.weight[:size]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._weight.device
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
+        """Read rows, those of like length together; see `Teacher`."""
+        for batch in batches([len(row) for row in rows], BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])):
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[index]) for index in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[index]) for index in batch])
+            hidden = self._read(ids.to(self.device), lengths.to(self.device))
+            for place, index in enumerate(batch):
+                size = len(rows[index])
+                head = Head(hidden[place, :size] * self._scale, self._weight)
+                yield index, HeadOutputs(head, ids[place, :size].to(self.device))
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        mask = None  # without padding none is needed, and attention is fastest without
+        if lengths.min() < ids.shape[1]:
+            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        hidden: Tensor = self._backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def _check_logits(self, model: PreTrainedModel) -> float:
+        """By what hidden states times output layer are to be multiplied: read off a few tokens."""
+        head = model.get_output_embeddings()
+        ids = torch.arange(1, PROBE_TOKENS, device=head.weight.device)[None] % len(head.weight)
+        hidden = self._read(ids, torch.tensor([ids.shape[1]]))
+        ours = Head(hidden[0], head.weight).logits(slice(None)).double()
+        own = model(input_ids=ids, use_cache=False).logits[0].double()
+        scale = float((own * ours).sum() / (ours * ours).sum())
+        largest = own.abs().max()
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        if capped or not ((own - scale * ours).abs().max() <= CLOSE * largest):
+            raise ConfigError(
+                f"The logits of the teacher {self.name} are not its hidden states times its output layer"
+                + (" (final_logit_softcapping)." if capped else "."),
+                expected="a model without a bias or a cap behind its output layer, as Llama's and Qwen's",
+            )
+        return scale if abs(scale - 1) > ROUNDING else 1.0
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of like length, the longest first, none of more tokens with its padding.
+
+    Args:
+        lengths: Of the rows.
+        tokens: The most in a batch; a longer row is a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

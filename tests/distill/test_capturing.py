@@ -1,0 +1,108 @@
+"""Targets from a teacher's pass: its whole softmax projected and cut to the likeliest; how likely its spans are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.data import Conversation, Message
+from hymba_tune.distill import chunks
+from hymba_tune.distill.alignment import Alignment, align
+from hymba_tune.distill.capturing import Kept, TargetMaker, Taught
+from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.projection import Projection, find_places
+from hymba_tune.distill.tables import build_tables, count_first_pieces
+from hymba_tune.distill.teacher import ModelTeacher
+from tests.distill.teachers import random_model, tokenizer_size
+from tests.distill.tokenizers import ALL
+from tests.tolerances import FLOAT32
+
+TEXTS = ["Natalia sold 48 clips in April, naïve 🙂.", "The answer is 42\n\n    and that is all", "42"]
+PAIRS = [("hymba", "llama3"), ("llama3", "hymba"), ("llama3", "llama3"), ("unigram", "chatml")]
+
+
+def aligned(pair: Pair) -> list[Alignment]:
+    talks = [Conversation((Message("user", "What?"), Message("assistant", text))) for text in TEXTS]
+    rows = align(talks, pair)
+    assert all(isinstance(row, Alignment) for row in rows), rows
+    return [row for row in rows if isinstance(row, Alignment)]
+
+
+def taught(pair: Pair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0) -> list[Taught]:
+    teacher = pair.teacher.tokenizer
+    maker = TargetMaker.of(
+        ModelTeacher(random_model("llama", tokenizer_size(teacher) + 2), teacher, "it"),
+        pair,
+        count_first_pieces(rows),
+        vocabulary=len(pair.student.spelling) + 3,
+        top_k=top_k,
+        temperature=temperature,
+        device=torch.device("cpu"),
+        tables_dir=folder,
+    )
+    found = dict(maker(rows))
+    return [found[index] for index in range(len(rows))]
+
+
+def logits_of(pair: Pair, row: Alignment) -> Tensor:
+    size = tokenizer_size(pair.teacher.tokenizer)
+    return random_model("llama", size + 2)(input_ids=torch.tensor([row.teacher_ids])).logits[0, :, :size]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("names", PAIRS)
+def test_targets_are_the_whole_projection_cut(
+    names: tuple[str, str], temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair(*(ALL[name] for name in names))
+    rows, tables, vocabulary = aligned(pair), build_tables(pair), len(pair.student.spelling) + 3
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 4 * (len(tables.first) + vocabulary))  # a row takes several chunks
+    projection = Projection(tables, count_first_pieces(rows), vocabulary=vocabulary)
+    for row, one in zip(rows, taught(pair, rows, tmp_path, top_k=4, temperature=temperature), strict=True):
+        whole = projection((logits_of(pair, row) / temperature).softmax(-1), find_places(row, tables))
+        expected = torch.cat([whole.probs, whole.bucket[:, None]], 1)[whole.known]
+        got, top = torch.zeros_like(expected), one.targets.top
+        got.scatter_(1, top.pieces, top.log_probs.exp())
+        assert one.targets.at.tolist() == row.student[whole.known.numpy()].tolist()
+        FLOAT32.check(top.log_probs.exp(), expected[:, :-1].topk(4).values, "likeliest pieces")
+        FLOAT32.check(top.bucket.exp(), 1 - got.sum(-1), "bucket")
+        FLOAT32.check(got[:, :-1], torch.where(got[:, :-1] > 0, expected[:, :-1], 0), "which pieces")
+
+
+@pytest.mark.parametrize("names", PAIRS)
+def test_spans_are_as_likely_as_the_teachers_tokens(names: tuple[str, str], tmp_path: Path) -> None:
+    pair = make_pair(*(ALL[name] for name in names))
+    rows = aligned(pair)
+    for row, one in zip(rows, taught(pair, rows, tmp_path, top_k=4, temperature=3.0), strict=True):
+        log_probs = logits_of(pair, row).double().log_softmax(-1)
+        own = log_probs[:-1].gather(1, torch.tensor(row.teacher_ids[1:])[:, None]).squeeze(1)
+        sums = [own[begin - 1 : end - 1].sum() for *_, begin, end in row.spans.tolist()]
+        FLOAT32.check(one.targets.span_log_likelihoods, torch.stack(sums), "spans")
+        assert one.targets.spans.tolist() == row.spans[:, :2].tolist()
+        answer = torch.cat([own[begin - 1 : end - 1] for *_, begin, end in row.spans.tolist()])
+        assert one.kept.tokens == len(answer)
+        FLOAT32.check(torch.tensor(one.kept.own), answer.exp().sum().float(), "probability of its own tokens")
+
+
+def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path) -> None:
+    pair = make_pair(ALL["llama3"], ALL["llama3"])
+    rows = aligned(pair)
+    for row, one in zip(rows, taught(pair, rows, tmp_path, top_k=8), strict=True):
+        likeliest = logits_of(pair, row).log_softmax(-1)[torch.from_numpy(row.student) - 1].topk(8)
+        assert one.targets.at.tolist() == row.student.tolist()
+        assert torch.equal(one.targets.top.pieces, likeliest.indices)
+        FLOAT32.check(one.targets.top.log_probs, likeliest.values)
+        FLOAT32.check(one.targets.top.bucket.exp(), 1 - likeliest.values.exp().sum(-1))
+        assert one.kept.known == one.kept.shared == one.kept.places == len(row.student)
+        assert one.kept.mass == pytest.approx(one.kept.places, rel=1e-4)
+
+
+def test_what_a_pass_shows_is_summed() -> None:
+    kept = Kept(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0)
+    kept.add(Kept(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0))
+    assert vars(kept) == {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0}
+    assert (kept.mean_mass, kept.mean_own) == (0.8, 0.5)
+    assert (Kept().mean_mass, Kept().mean_own) == (0.0, 0.0)
