@@ -33,11 +33,11 @@ class RichScreen(Screen):
         self._columns: dict[str, int] = {}
 
     @contextmanager
-    def working(self, label: str) -> Iterator[Callable[[int], None]]:
-        """A line that turns while something is done, if it takes long enough to see."""
+    def working(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A line that turns while something is done, if it takes long enough to see; with a total, the time to go."""
         started = time.monotonic()
         with console.status(Text(label, style="dim")) as status:
-            yield lambda done: status.update(Text(_progress(label, done, started), style="dim"))
+            yield lambda done: status.update(Text(_progress(label, done, started, total), style="dim"))
         if (seconds := time.monotonic() - started) > QUIET_SECONDS and not console.is_terminal:
             console.print(f" {label} · {seconds:.0f} s", markup=False)
 
@@ -102,10 +102,12 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def _progress(label: str, done: int, started: float) -> str:
-    if done < SHOWN_SPEED:
-        return f"{label} · {done:,}"
-    return f"{label} · {done:,} · {done / max(time.monotonic() - started, 1e-3):,.0f} a second"
+def _progress(label: str, done: int, started: float, total: int | None = None) -> str:
+    seconds = max(time.monotonic() - started, 1e-3)
+    if total:
+        left = f" · {_duration(seconds / done * (total - done))} to go" if done and seconds > QUIET_SECONDS else ""
+        return f"{label} · {done:,} of {total:,}{left}"
+    return f"{label} · {done:,}" + (f" · {done / seconds:,.0f} a second" if done >= SHOWN_SPEED else "")
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from os.path import commonprefix
 from typing import NamedTuple
@@ -107,17 +107,18 @@ class _Checked(NamedTuple):
 def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _Checked | Unaligned:
     if isinstance(student, Unaligned):
         return student
+    size = sum(len(answer.content) for answer in student.answers)
     if isinstance(teacher, Unaligned):
-        return teacher
+        return replace(teacher, bytes=size)
     if [answer.content for answer in student.answers] != [answer.content for answer in teacher.answers]:
-        return Unaligned("bytes differ", "the chat templates write the answers in different ways")
+        return Unaligned("bytes differ", "the chat templates write the answers in different ways", size)
     answers = []
     for ours, theirs in zip(student.answers, teacher.answers, strict=True):
         pieces = _pieces(student.ids, ours, pair.student), _pieces(teacher.ids, theirs, pair.teacher)
         leads = _lead(pieces[0], ours.content), _lead(pieces[1], theirs.content)
         if leads[0] is None or leads[1] is None:
             whose = "student" if leads[0] is None else "teacher"
-            return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer")
+            return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer", size)
         # White space that both templates write before an answer is aligned with it.
         same = len(commonprefix([leads[0][::-1], leads[1][::-1]]))
         student_spelled = _Spelled(ours.begin, list(map(len, pieces[0])), len(leads[0]) - same)
@@ -236,6 +237,7 @@ class AlignmentReport:
         rows: Rows seen.
         dropped: Rows not aligned, by reason.
         bytes: Bytes of the aligned rows' answers.
+        lost: Of the others', as far as they came to be known.
         positions: The student's tokens, by how they begin: at a ``shared`` boundary, ``inside`` a teacher's token, or
             either way and then ``crossing`` into its next.
         matched: Those of them whose bytes are also one token of the teacher's.
@@ -245,9 +247,16 @@ class AlignmentReport:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
+    lost: int = 0
     positions: Counter[str] = field(default_factory=Counter)
     matched: int = 0
     spans: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the rows that are aligned, or of their bytes if that is less."""
+        rows = self.rows - self.dropped.total()
+        return min(rows / max(self.rows, 1), self.bytes / max(self.bytes + self.lost, 1))
 
     def add(self, aligned: Sequence[Alignment | Unaligned], pair: Pair) -> None:
         """Count a batch."""
@@ -256,6 +265,7 @@ class AlignmentReport:
             self.rows += 1
             if isinstance(row, Unaligned):
                 self.dropped[row.reason] += 1
+                self.lost += row.bytes
                 continue
             pieces = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
             self.bytes += sum(len(piece) for piece in pieces if piece != END)

@@ -113,10 +113,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Unaligned:
-    """An example that cannot be aligned. ``reason`` is one of few; ``what`` says it in full."""
+    """An example that cannot be aligned.
+
+    Attributes:
+        reason: One of few.
+        what: The same in full.
+        bytes: Of its answers, as far as it came to be known.
+    """
 
     reason: str
     what: str
+    bytes: int = 0
 
 
 def for_teacher(example: Example, system: str | None) -> Example:

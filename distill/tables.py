@@ -119,6 +119,11 @@ def pair_key(pair: Pair) -> str:
     return _digest([VERSION, _side_key(pair.student), _side_key(pair.teacher)])
 
 
+def same_tokenizer(pair: Pair) -> bool:
+    """Whether both sides have the same tokens, and end turns with the same one."""
+    return _side_key(pair.student) == _side_key(pair.teacher)
+
+
 def _side_key(side: Side) -> str:
     return _digest([describe(side.tokenizer), side.spelling.tokens.index(END)])
 
@@ -167,7 +172,7 @@ def build_tables(pair: Pair) -> Tables:
 def _segments(pair: Pair) -> Iterator[Pieces]:
     """The student's pieces of each token of the teacher's; None of special ones, but that which ends a turn."""
     spelled = pair.teacher.spelling.tokens
-    if _side_key(pair.student) == _side_key(pair.teacher):
+    if same_tokenizer(pair):
         yield from ([token] for token in range(len(spelled)))
         return
     special = {token["id"] for token in describe(pair.teacher.tokenizer)["added_tokens"] if token["special"]}

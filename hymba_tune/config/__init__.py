@@ -17,7 +17,7 @@ from hymba_tune.config.base import (
     as_mapping,
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
-from hymba_tune.config.distill import DistillConfig
+from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 from hymba_tune.config.verbs import (
     ChatConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "DataOptions",
     "DataPreviewConfig",
     "DataSplitConfig",
+    "DistillCaptureConfig",
     "DistillConfig",
     "DoctorConfig",
     "EngineOptions",
@@ -55,6 +56,7 @@ __all__ = [
     "Reference",
     "SFTConfig",
     "Start",
+    "TeacherOptions",
     "Tracker",
     "TrainingConfig",
     "TrainingOptions",

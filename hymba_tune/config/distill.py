@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hymba_tune.config.base import LIST, Method, Names, Pairs
+from hymba_tune.config.base import LIST, Config, Method, Names, Pairs
+from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
 
 LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
@@ -56,11 +57,8 @@ def _stage_in_words(stage: Mapping[str, Any]) -> str:
 Stages = Annotated[list[str], LIST, BeforeValidator(_written_as_stages)]
 
 
-class DistillConfig(TrainingConfig):
-    """Distillation from a teacher, whatever its tokenizer."""
-
-    verb: ClassVar[str] = "distill"
-    learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
+class TeacherOptions(Config):
+    """Who teaches, and what is kept of it."""
 
     teacher: str = ""
     """A Hub id, an alias (llama-3.2-3b, qwen2.5-7b-instruct, …), a folder, a run directory, or the address of an
@@ -71,26 +69,47 @@ class DistillConfig(TrainingConfig):
     """Load the teacher in 8 or 4 bits."""
     teacher_system: str | None = None
     """A system message that only the teacher sees, in conversations that have none."""
+    teacher_tokenizer: str | None = None
+    """Tokenizer of a teacher behind a server: a Hub id, an alias or a folder."""
+    teacher_chat_template: str | None = None
+    """hymba, alpaca, or a file of Jinja. When not given: the teacher's own, or hymba."""
     teacher_template: Pairs = Field(default_factory=list)
     """Values for the teacher's chat template: --teacher-template date_string="26 Jul 2024"."""
     teacher_end: str | None = None
     """The token that the teacher's chat template ends an answer with, where that is not its end-of-sequence token."""
     teacher_cache: Path | None = None
     """Folder of the teacher's kept targets. When not given: in the user's cache."""
+    top_k: int = Field(default=32, ge=1)
+    """Of the teacher's probabilities, how many are kept at each token; the mass of the others is kept as one."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the probabilities that are compared: more than 1 makes the teacher's unlikely tokens count more."""
+    min_aligned: float = Field(default=0.9, ge=0, le=1)
+    """Share of rows and of their bytes that both tokenizers must spell alike; with less, nothing is asked of it."""
+    min_teacher_probability: float = Field(default=0.1, ge=0, le=1)
+    """What the teacher must give its own next tokens on average; less says that something does not fit."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the teacher is behind a server."""
+        return self.teacher.startswith(SERVED)
+
+
+class DistillConfig(TeacherOptions, TrainingConfig):
+    """Distillation from a teacher, whatever its tokenizer."""
+
+    verb: ClassVar[str] = "distill"
+    learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
+
     loss: Names = Field(default_factory=lambda: ["auto"])
     """kl, reverse-kl, jsd (one tokenizer); projection, alm, uld (any two); ce (the data alone); seq (the teacher writes
     the answers anew); or several with weights: --loss projection=1 alm=0.5. auto takes projection where the tokenizers
     differ, else kl."""
     alpha: float = Field(default=0.7, ge=0, le=1)
     """The teacher's share of the loss; the rest is cross-entropy on the data."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of the probabilities that are compared: more than 1 makes the teacher's unlikely tokens count more."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Of the jsd loss: 0 is kl, 1 is reverse-kl."""
     tau: float = Field(default=100.0, gt=0)
     """Of the alm loss: the larger, the more alike unlikely spans are."""
-    top_k: int = Field(default=32, ge=1)
-    """Of the teacher's probabilities, how many are kept at each token; the mass of the others is kept as one."""
     online: bool = False
     """Keep the teacher beside the student instead of its targets on disk: whole vocabularies are compared."""
     on_policy: float = Field(default=0.0, ge=0, le=1)
@@ -122,11 +141,6 @@ class DistillConfig(TrainingConfig):
     def teacher_writes(self) -> bool:
         """Whether the teacher writes the answers anew."""
         return any("seq" in part.losses for part in self.parts)
-
-    @property
-    def served(self) -> bool:
-        """Whether the teacher is behind a server."""
-        return self.teacher.startswith(SERVED)
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -199,3 +213,10 @@ def _stage(text: str, whole: Stage) -> Stage:
         if not 0 <= changes.get(name, 0) <= 1:
             raise ValueError(f"stages: {name.replace('_', '-')} is {changes[name]:g}; it must be 0 to 1")
     return Stage(**{**vars(whole), **changes})
+
+
+class DistillCaptureConfig(TeacherOptions, DataOptions, ModelOptions):
+    """A teacher's targets for a student, kept on disk."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of the rows that are held out, and of those drawn of sources with a weight below 1; as of the run to come."""

@@ -51,9 +51,9 @@ class Screen:
     """Shows nothing."""
 
     @contextmanager
-    def working(self, label: str) -> Iterator[Callable[[int], None]]:
-        """Something that may take a while; what it yields is called with how much is done."""
-        del label
+    def working(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Something that may take a while; what it yields is called with how much is done, of how much in all."""
+        del label, total
         yield lambda _: None
 
     def banner(self, lines: dict[str, str]) -> None:

@@ -1,0 +1,30 @@
+"""`hymba-tune distill capture`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.config import DistillCaptureConfig
+
+
+def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = DistillCaptureConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+    """Have a teacher's targets for some data, so that runs to come need no teacher in memory.
+
+    A pass that was interrupted is gone on with by the same command.
+
+    Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
+    """
+    from hymba_tune.distill.capture import run_capture
+    from hymba_tune.pages import gigabytes
+
+    quiet_libraries()
+    cache = run_capture(flags, RichScreen())
+    lines = [
+        f"targets of {len(cache):,} rows are in {cache.folder}",
+        f"{gigabytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
+        "next  hymba-tune distill with the same --model, --data and --teacher, which is not loaded again",
+    ]
+    console.print(" " + "\n ".join(lines), markup=False, soft_wrap=True)

@@ -1,0 +1,248 @@
+"""Having a teacher's targets for a student's data: from a folder if they are there, else from the teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from hymba_tune.adapters import count_parameters, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
+from hymba_tune.config import DistillCaptureConfig, TeacherOptions, as_mapping
+from hymba_tune.data import cache_folder, with_chat_template
+from hymba_tune.distill.cache import (
+    FLAG,
+    SHARD,
+    VERSION,
+    WIDE,
+    Key,
+    TargetCache,
+    check_key,
+    fill,
+    is_full,
+    key_digest,
+    shard_path,
+)
+from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.preflight import Preflight, check_aligned, look
+from hymba_tune.distill.rows import AlignedData, alignment, read_rows
+from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
+from hymba_tune.distill.teacher import FoundTeacher, find_teacher, smaller_than
+from hymba_tune.errors import ConfigError
+from hymba_tune.registry import resolve_model
+from hymba_tune.train.screen import Screen
+
+PINNED = {"date_string": "26 Jul 2024"}
+"""Values of chat templates that are today's where nobody gives them: the same data would give other rows tomorrow."""
+READ_ROWS = 1000
+MARGIN = 1.1
+"""Of disk space beyond what is foreseen."""
+
+
+def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: FoundTeacher) -> Pair:
+    """The student's tokenizer beside the teacher's, as the settings want them.
+
+    Raises:
+        ConfigError: If a template or an end cannot be used.
+        DataError: If a tokenizer's tokens do not tell the bytes of a text.
+    """
+    tokenizer = with_chat_template(teacher.tokenizer, options.teacher_chat_template)
+    template = str(tokenizer.chat_template)
+    values = {name: value for name, value in PINNED.items() if name in template}
+    return make_pair(
+        student,
+        tokenizer,
+        ends=(student.eos_token, options.teacher_end) if options.teacher_end else None,
+        teacher_system=options.teacher_system,
+        teacher_template=values | as_mapping(options.teacher_template),
+    )
+
+
+def target_maker(
+    options: TeacherOptions,
+    rows: datasets.Dataset,
+    pair: Pair,
+    teacher: FoundTeacher,
+    *,
+    vocabulary: int,
+    device: torch.device,
+) -> TargetMaker:
+    """Load a teacher as a maker of targets.
+
+    Args:
+        options: Who teaches.
+        rows: As `read_rows` gives them: how the student begins the teacher's tokens is counted in them.
+        pair: Both sides.
+        teacher: Found, not loaded.
+        vocabulary: Rows of the student's head.
+        device: Where all is computed.
+    """
+    return TargetMaker.of(
+        teacher.load(device, choose_dtype(options.teacher_dtype, device)),
+        pair,
+        None if same_tokenizer(pair) else count_first_pieces(map(alignment, rows)),
+        vocabulary=vocabulary,
+        top_k=options.top_k,
+        temperature=options.temperature,
+        device=device,
+        tables_dir=cache_folder().parent / "pairs",
+    )
+
+
+def cache_key(
+    options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teacher: FoundTeacher, *, vocabulary: int
+) -> Key:
+    """All that decides what the targets are, by names that people understand."""
+
+    def template(side: PreTrainedTokenizerBase) -> str:
+        return _digest(str(side.chat_template))
+
+    return {
+        "version": VERSION,
+        "teacher": teacher.fingerprint,
+        "quantisation": teacher.quantize,
+        "pair of tokenizers": pair_key(pair),
+        "student's chat template": template(pair.student.tokenizer),
+        "teacher's chat template": template(pair.teacher.tokenizer),
+        "teacher's system message": pair.teacher_system,
+        "vocabulary": vocabulary,
+        "top_k": min(options.top_k, vocabulary),
+        "temperature": options.temperature,
+        "data": _digest_rows(rows),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_rows(rows: datasets.Dataset) -> str:
+    """SHA-256 of the rows as both sides read them."""
+    names = [name for name in rows.column_names if name not in ("row", "place")]
+    table, digest = rows.select_columns(names).with_format("arrow"), hashlib.sha256(json.dumps(names).encode())
+    for begin in range(0, len(rows), READ_ROWS):
+        part = table[begin : begin + READ_ROWS]
+        for name in names:
+            lists = part[name].combine_chunks()
+            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(np.ascontiguousarray(lists.flatten().to_numpy(zero_copy_only=False)).tobytes())
+    return digest.hexdigest()
+
+
+def open_targets(
+    options: TeacherOptions,
+    data: AlignedData,
+    pair: Pair,
+    teacher: FoundTeacher,
+    *,
+    vocabulary: int,
+    device: torch.device,
+    screen: Screen,
+) -> TargetCache:
+    """Have the teacher's targets of all rows; it is loaded only if some are missing.
+
+    Args:
+        options: Who teaches, and what is kept of it.
+        data: Both sides' tokens of it.
+        pair: Both sides.
+        teacher: Found, not loaded.
+        vocabulary: Rows of the student's head.
+        device: Where the teacher computes.
+        screen: Told what happens.
+
+    Raises:
+        ConfigError: If the folder that is named holds other targets, or its disk is too small.
+        TrainingError: If the preflight finds too little that fits.
+    """
+    check_aligned(data.alignment, options.min_aligned)
+    with screen.working("reading what decides the targets"):
+        key = cache_key(options, data.rows, pair, teacher, vocabulary=vocabulary)
+    folder = options.teacher_cache or cache_folder().parent / "targets" / key_digest(key)
+    check_key(folder, key)
+    if is_full(folder):
+        cache = TargetCache(folder)
+        screen.note(f"the teacher's targets are in {folder} already: it is not loaded")
+        return cache
+    with screen.working("loading the teacher"):
+        maker = target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
+    with screen.working("asking the teacher about a few rows"):
+        found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    screen.banner(found.lines() | {"folder": str(folder)})
+    found.check(min_aligned=options.min_aligned, min_probability=options.min_teacher_probability)
+    check_space(folder, found, len(data.rows))
+    with screen.working("asking the teacher", len(data.rows)) as progress:
+        return fill(folder, key, data.rows, maker, progress)
+
+
+def check_space(folder: Path, found: Preflight, rows: int) -> None:
+    """See that the disk has room for the targets that are missing.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    missing = sum(not shard_path(folder, shard).is_file() for shard in range(-(-rows // SHARD)))
+    needed = MARGIN * found.bytes * missing / max(-(-rows // SHARD), 1)
+    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"{FLAG} {folder}: its disk has {free / 1e9:.1f} GB free.",
+            expected=f"{needed / 1e9:.1f} GB for the teacher's targets",
+            fix=f"free {(needed - free) / 1e9:.1f} GB, or {FLAG} on another disk, or a lower --top-k",
+        )
+
+
+def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
+    """Capture a teacher's targets, for runs of distillation to come.
+
+    Raises:
+        HymbaTuneError: If something is to be mended first.
+    """
+    if not config.data:
+        raise ConfigError("--data is missing.", expected="a file, a Hub dataset, or demo", fix="--data demo to try it")
+    source = resolve_model(config.model)
+    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    student = load_config(weights_of(source))
+    teacher = open_teacher(config)
+    if warning := smaller_than(teacher, parameters_of(student)):
+        screen.note(warning)
+    pair = pair_of(config, tokenizer, teacher)
+    screen.banner(
+        {
+            "teacher": f"{teacher.name} · {len(pair.teacher.spelling):,} tokens"
+            + (f" · {teacher.quantize}" if teacher.quantize else ""),
+            "student": f"{source.name} · {student.vocab_size:,} tokens",
+        }
+    )
+    data = read_rows(config, pair, context=teacher.context, seed=config.seed, prompts=0, working=screen.working)
+    return open_targets(
+        config, data, pair, teacher, vocabulary=student.vocab_size, device=choose_device(config.device), screen=screen
+    )
+
+
+def open_teacher(options: TeacherOptions) -> FoundTeacher:
+    """Find who is to teach.
+
+    Raises:
+        ConfigError: If nobody is named; see also `find_teacher`.
+    """
+    if not options.teacher:
+        raise ConfigError(
+            "--teacher is missing.",
+            expected="a Hub id, an alias (llama-3.2-3b), a folder, a run directory, or a server's address",
+        )
+    return find_teacher(options.teacher, options.teacher_quantize)
+
+
+def parameters_of(config: Any) -> int:
+    """How many parameters a model has, without its weights."""
+    with torch.device("meta"):
+        return count_parameters(AutoModelForCausalLM.from_config(config))[1]
