@@ -103,11 +103,14 @@ def quiet_libraries() -> None:
 
 
 def _progress(label: str, done: int, started: float, total: int | None = None) -> str:
-    seconds = max(time.monotonic() - started, 1e-3)
     if total:
-        left = f" · {_duration(seconds / done * (total - done))} to go" if done and seconds > QUIET_SECONDS else ""
-        return f"{label} · {done:,} of {total:,}{left}"
-    return f"{label} · {done:,}" + (f" · {done / seconds:,.0f} a second" if done >= SHOWN_SPEED else "")
+        label = f"{label} · {done:,} of {total:,}"
+        seconds = time.monotonic() - started
+        enough = done and seconds > QUIET_SECONDS
+        return f"{label} · {_duration(seconds / done * (total - done))} to go" if enough else label
+    if done < SHOWN_SPEED:
+        return f"{label} · {done:,}"
+    return f"{label} · {done:,} · {done / max(time.monotonic() - started, 1e-3):,.0f} a second"
 
 
 def _format(value: float | None, spec: str) -> str:

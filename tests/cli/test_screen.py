@@ -86,3 +86,10 @@ def test_progress_says_how_fast_it_is_once_that_means_something(monkeypatch: pyt
     monkeypatch.setattr("hymba_tune.cli.screen.time.monotonic", lambda: 12.0)
     assert screens._progress("reading", 99, 10.0) == "reading · 99"
     assert screens._progress("reading", 5000, 10.0) == "reading · 5,000 · 2,500 a second"
+
+
+def test_progress_of_so_many_says_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hymba_tune.cli.screen.time.monotonic", lambda: 130.0)
+    assert screens._progress("asking", 0, 10.0, 1500) == "asking · 0 of 1,500"
+    assert screens._progress("asking", 500, 10.0, 1500) == "asking · 500 of 1,500 · 4 min to go"
+    assert screens._progress("asking", 500, 129.0, 1500) == "asking · 500 of 1,500"
