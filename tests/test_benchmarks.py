@@ -51,6 +51,17 @@ COLUMNS = {
         "projection_tables": {"student tokens", "teacher tokens", "build s", "peak MB", "disk MB", "open s"},
         "projection": {"what", "us a token", "x softmax", *TIMES},
     },
+    "distill": {
+        "distill_teachers": {"model", "parameters", "vocabulary", "all", "digits"},
+        "distill": {
+            *("loss", "lr", "bits a byte", "+-", "way %"),
+            *("digits", "exact %", "teacher's bits"),
+        },
+        "distill_around": {
+            *("loss", "lr", "bits a byte", "+-"),
+            *("digits", "exact %", "teacher's bits"),
+        },
+    },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
 """By benchmark, the tables it writes and their columns."""
@@ -147,3 +158,30 @@ def test_lengths_are_those_of_a_distribution(benchmark: Any) -> None:
     lengths = benchmark("packing").quantiles(16)
     assert lengths == sorted(lengths)
     assert 150 < sum(lengths) / 16 < 250  # GSM8K's mean is 198
+
+
+def test_fewer_pieces_of_a_target_keep_its_mass(benchmark: Any) -> None:
+    lessons = benchmark("distill_lessons")
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.7, 0.2, 0.0, 0.1]], dtype=torch.float64)
+    top = lessons.SparseTarget(torch.tensor([[5, 2, 9], [1, 8, 0]]), probs[:, :3].log(), probs[:, 3].log())
+    spans = torch.tensor([[0, 2]]), torch.tensor([-1.0])
+    fewer = lessons.fewer(lessons.Targets(torch.tensor([0, 1]), top, *spans), 1)
+    assert fewer.top.pieces.tolist() == [[5], [1]]
+    FLOAT64.check(fewer.top.log_probs.exp(), probs[:, :1])
+    FLOAT64.check(fewer.top.bucket.exp(), torch.tensor([0.6, 0.3], dtype=torch.float64))
+
+
+def test_lessons_laid_end_to_end_name_the_tokens_that_predict(benchmark: Any) -> None:
+    lessons, students = benchmark("distill_lessons"), benchmark("distill_students")
+    rows = []
+    for ids in ([7, 3, 5], [7, 2, 4, 6]):
+        last = torch.tensor([len(ids) - 1])
+        top = lessons.SparseTarget(torch.tensor([[ids[-1]]]), torch.zeros(1, 1), torch.full((1,), -torch.inf))
+        targets = lessons.Targets(last, top, torch.stack([last, last + 1], 1), torch.zeros(1))
+        labels = torch.tensor([-100, *ids[1:]])
+        rows.append(lessons.Lesson(torch.tensor(ids), labels, targets, last, torch.zeros(1, 2)))
+    batch = students.lay_out(rows, 1)
+    assert batch.labels[batch.targets.at].tolist() == batch.targets.top.pieces.flatten().tolist() == [5, 6]
+    assert batch.targets.spans.tolist() == [[1, 2], [5, 6]]
+    assert batch.begins.tolist() == [1, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
