@@ -31,13 +31,15 @@ from hymba_tune.distill.cache import (
     shard_path,
 )
 from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.preflight import Preflight, check_aligned, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
+from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
-from hymba_tune.distill.teacher import FoundTeacher, find_teacher, smaller_than
+from hymba_tune.distill.teacher import find_teacher, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
-from hymba_tune.registry import resolve_model
+from hymba_tune.registry import TEACHERS, TOKENIZER_FILES, resolve_model
 from hymba_tune.train.screen import Screen
 
 PINNED = {"date_string": "26 Jul 2024"}
@@ -47,7 +49,7 @@ MARGIN = 1.1
 """Of disk space beyond what is foreseen."""
 
 
-def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: FoundTeacher) -> Pair:
+def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: Found) -> Pair:
     """The student's tokenizer beside the teacher's, as the settings want them.
 
     Raises:
@@ -70,7 +72,7 @@ def target_maker(
     options: TeacherOptions,
     rows: datasets.Dataset,
     pair: Pair,
-    teacher: FoundTeacher,
+    teacher: Found,
     *,
     vocabulary: int,
     device: torch.device,
@@ -97,9 +99,7 @@ def target_maker(
     )
 
 
-def cache_key(
-    options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teacher: FoundTeacher, *, vocabulary: int
-) -> Key:
+def cache_key(options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teacher: Found, *, vocabulary: int) -> Key:
     """All that decides what the targets are, by names that people understand."""
 
     def template(side: PreTrainedTokenizerBase) -> str:
@@ -141,7 +141,7 @@ def open_targets(
     options: TeacherOptions,
     data: AlignedData,
     pair: Pair,
-    teacher: FoundTeacher,
+    teacher: Found,
     *,
     vocabulary: int,
     device: torch.device,
@@ -175,7 +175,7 @@ def open_targets(
         maker = target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
     with screen.working("asking the teacher about a few rows"):
         found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
-    screen.banner(found.lines() | {"folder": str(folder)})
+    screen.banner(found.lines() | {"folder": str(folder)} | ({"bias": teacher.bias} if teacher.bias else {}))
     found.check(min_aligned=options.min_aligned, min_probability=options.min_teacher_probability)
     check_space(folder, found, len(data.rows))
     with screen.working("asking the teacher", len(data.rows)) as progress:
@@ -228,18 +228,38 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     )
 
 
-def open_teacher(options: TeacherOptions) -> FoundTeacher:
+def open_teacher(options: TeacherOptions) -> Found:
     """Find who is to teach.
 
     Raises:
-        ConfigError: If nobody is named; see also `find_teacher`.
+        ConfigError: If nobody is named, or a server is asked for what it cannot do.
+        HymbaTuneError: As `find_teacher` and `find_server`.
     """
     if not options.teacher:
         raise ConfigError(
             "--teacher is missing.",
             expected="a Hub id, an alias (llama-3.2-3b), a folder, a run directory, or a server's address",
         )
-    return find_teacher(options.teacher, options.teacher_quantize)
+    if not options.served:
+        return find_teacher(options.teacher, options.teacher_quantize)
+    if options.temperature != 1:
+        raise ConfigError(
+            f"--temperature {options.temperature:g}: a server tells its likeliest tokens as they are at 1.",
+            fix="leave it out, or name a model that is loaded here",
+        )
+    if options.teacher_quantize:
+        raise ConfigError("--teacher-quantize: a server has loaded its model already.", fix="leave it out")
+    if not options.teacher_tokenizer:
+        raise ConfigError(
+            "--teacher-tokenizer is missing: a server does not give its model's.",
+            expected="a Hub id, an alias or a folder",
+            fix="--teacher-tokenizer llama-3.2-3b",
+        )
+    folder = Path(options.teacher_tokenizer).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        flag = "--teacher-tokenizer"
+        folder = resolve_model(options.teacher_tokenizer, TOKENIZER_FILES, flag=flag, aliases=TEACHERS).folder
+    return find_server(options.teacher, read_tokenizer(folder, options.teacher_tokenizer), options.top_k)
 
 
 def parameters_of(config: Any) -> int:

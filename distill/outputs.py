@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -56,6 +57,41 @@ class Teacher(Protocol):
         Returns:
             Which row, and what is said of it, in whatever order is fastest.
         """
+
+
+class Found(Protocol):
+    """Who is to teach, before the weights are loaded."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its own."""
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a row; None if that is not known."""
+
+    @property
+    def parameters(self) -> int | None:
+        """How many it has; None if that is not known."""
+
+    @property
+    def quantize(self) -> str | None:
+        """How its weights are quantised, if they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """By which its targets are told from another's."""
+
+    @property
+    def bias(self) -> str:
+        """What is to be known of its targets, if they are not all that they could be."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+        """Have it teach."""
 
 
 @dataclass(frozen=True, slots=True)

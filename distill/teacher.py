@@ -26,7 +26,7 @@ from transformers import (
 from hymba_tune.adapters import open_model, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.distill.chunks import Head
-from hymba_tune.distill.outputs import HeadOutputs
+from hymba_tune.distill.outputs import Found, HeadOutputs
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
 
@@ -53,6 +53,7 @@ class FoundTeacher:
         context: The most tokens of a row; None if it does not say.
         parameters: How many it has.
         quantize: How its weights are to be quantised, if they are.
+        bias: Nothing: all of its probabilities are at hand.
     """
 
     name: str
@@ -62,6 +63,7 @@ class FoundTeacher:
     context: int | None
     parameters: int
     quantize: Scheme | None = None
+    bias: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,9 +172,9 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def smaller_than(teacher: FoundTeacher, student_parameters: int) -> str | None:
+def smaller_than(teacher: Found, student_parameters: int) -> str | None:
     """A warning, if the teacher is smaller than who learns from it."""
-    if teacher.parameters >= student_parameters:
+    if teacher.parameters is None or teacher.parameters >= student_parameters:
         return None
     sizes = f"{teacher.parameters / 1e6:,.0f}M parameters to {student_parameters / 1e6:,.0f}M"
     return f"the teacher is smaller than the student ({sizes}): expect little, unless it knows this data better"

@@ -1,0 +1,307 @@
+"""A teacher behind a small local server that speaks as vLLM's does, and the ways in which such a server goes wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.config import DistillCaptureConfig
+from hymba_tune.distill import server as serving
+from hymba_tune.distill.capture import open_teacher, run_capture
+from hymba_tune.distill.server import KEY_VARIABLE, ServedTeacher, find_server, request
+from hymba_tune.errors import ConfigError, TrainingError
+from tests.distill.teachers import random_model, tokenizer_size
+from tests.distill.test_capture import Told
+from tests.distill.tokenizers import ALL
+from tests.tolerances import FLOAT32
+
+TOKENIZER = ALL["llama3"]
+SIZE = tokenizer_size(TOKENIZER)
+K = 5
+SECRET = "sk-not-for-your-eyes"
+ROWS = [[1, 7, 30, 200, 9], [5], [8, 8, 8], [300, 2, 17, 40, 41, 42, 43]]
+Answer = Callable[[dict[str, Any]], Any]
+
+
+class Server:
+    """Answers with the log-probabilities of a random model, as vLLM's does unless it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.model = random_model("llama", SIZE + 2)
+        self.models: Any = {"data": [{"id": "llama", "max_model_len": 200}]}
+        self.answer: Answer = self.prompt_logprobs
+        self.failures: list[int] = []
+        self.keys: list[str | None] = []
+        self.asked: list[dict[str, Any]] = []
+        handler = type("Handler", (_Handler,), {"server_of": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.address = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def likeliest(self, prompt: list[int], k: int) -> list[tuple[int, float, dict[int, float]]]:
+        """Of each token but the first: its id, its log-probability, and those of the likeliest."""
+        log_probs = self.model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        found = []
+        for place, token in enumerate(prompt[1:]):
+            values, ids = log_probs[place].topk(k)
+            likeliest = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            found.append((token, float(log_probs[place, token]), likeliest))
+        return found
+
+    def prompt_logprobs(self, body: dict[str, Any]) -> Any:
+        choices = []
+        for index, prompt in enumerate(body["prompt"]):
+            places: list[Any] = [None]
+            for token, own, likeliest in self.likeliest(prompt, body["prompt_logprobs"]):
+                told = {str(other): {"logprob": value, "rank": 1} for other, value in likeliest.items()}
+                places.append(told | {str(token): {"logprob": own, "rank": 9}})
+            choices.append({"index": index, "text": " a", "prompt_logprobs": places})
+        return {"choices": choices[::-1]}
+
+    def echo(self, body: dict[str, Any]) -> Any:
+        choices = []
+        for index, prompt in enumerate(body["prompt"]):
+            if not body.get("echo"):
+                choices.append({"index": index, "text": " a"})
+                continue
+            found = self.likeliest(prompt, body["logprobs"])
+            logprobs = {
+                "tokens": [f"token_id:{token}" for token in prompt] + ["token_id:0"],
+                "token_logprobs": [None, *(own for _, own, _ in found), -1.0],
+                "top_logprobs": [None, *({f"token_id:{t}": v for t, v in top.items()} for *_, top in found), {}],
+            }
+            choices.append({"index": index, "logprobs": logprobs})
+        return {"choices": choices}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_of: Server
+
+    def do_GET(self) -> None:
+        self._say(200, self.server_of.models)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server_of.asked.append(body)
+        if self.server_of.failures:
+            code = self.server_of.failures.pop(0)
+            self._say(code, {"error": f"no: {self.headers['Authorization']}, logprobs"}, self.server_of.address)
+        else:
+            self._say(200, self.server_of.answer(body))
+
+    def _say(self, code: int, what: Any, location: str | None = None) -> None:
+        self.server_of.keys.append(self.headers["Authorization"])
+        content = what if isinstance(what, bytes) else json.dumps(what).encode()
+        self.send_response(code)
+        if location and 300 <= code < 400:
+            self.send_header("Location", f"{location}/models")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(serving, "PAUSES", (0.0, 0.0))
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    running = Server()
+    yield running
+    running.close()
+
+
+def found(server: Server) -> ServedTeacher:
+    return find_server(server.address, TOKENIZER, K)
+
+
+@pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
+def test_what_is_told_is_what_the_model_says(way: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "BATCH_TOKENS", 12)
+    server.answer = getattr(server, way)
+    teacher = found(server)
+    assert (teacher.name, teacher.context) == (f"llama at {server.address}", 200)
+    outputs = dict(teacher.load(torch.device("cpu"), torch.float32).outputs(ROWS))
+    assert sorted(outputs) == [0, 1, 2, 3]
+    assert len(server.asked) == {"prompt_logprobs": 3, "echo": 4}[way]  # it is asked the other way once
+    for index, row in enumerate(ROWS):
+        log_probs = server.model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        told = outputs[index].tell(torch.arange(len(row) - 1), 1.0)
+        following = torch.tensor(row[1:], dtype=torch.int64)[:, None]
+        FLOAT32.check(told.own, log_probs.gather(1, following).squeeze(1), "its own tokens")
+        known = torch.zeros_like(log_probs).scatter(1, log_probs.topk(K).indices, 1).scatter(1, following, 1)
+        expected = (log_probs.exp() * known)[:, :SIZE]  # the output layer's padding is no token
+        FLOAT32.check(told.probs, expected, "likeliest tokens")
+        assert told.cut is not None
+        FLOAT32.check(told.cut, 1 - expected.sum(-1), "what is not told")
+
+
+def test_temperature_is_that_of_the_server(server: Server) -> None:
+    ((_, outputs),) = found(server).outputs([[1, 2]])
+    with pytest.raises(ValueError, match=r"temperature is 2\.0; a server's probabilities are those at 1"):
+        outputs.tell(torch.tensor([0]), 2.0)
+
+
+def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    config = settings(server, questions, tmp_path)
+    screen = Told()
+    targets = run_capture(config, screen)
+    assert len(targets) == 24
+    assert screen.lines["bias"].startswith("a server tells its 5 likeliest tokens: the untold mass counts as any other")
+    top = targets[0].top
+    assert float((top.log_probs.exp().sum(-1) + top.bucket.exp() - 1).abs().max()) < 0.01
+    assert len(run_capture(config, Told())) == 24
+
+
+def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> DistillCaptureConfig:
+    usual: dict[str, Any] = {
+        "model": "hymba-nano",
+        "data": [str(questions)],
+        "teacher": server.address,
+        "teacher_tokenizer": str(folder / "tokenizer"),
+        "teacher_cache": folder / "targets",
+        "top_k": K,
+        "min_teacher_probability": 0.0,
+    }
+    return DistillCaptureConfig(**usual | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 2.0}, r"--temperature 2: a server tells its likeliest tokens as they are at 1"),
+        ({"teacher_quantize": "nf4"}, r"--teacher-quantize: a server has loaded its model already"),
+        ({"teacher_tokenizer": None}, r"--teacher-tokenizer is missing"),
+        ({"teacher_tokenizer": "llama-3.2-3bb"}, r"--teacher-tokenizer llama-3\.2-3bb: no such folder"),
+    ],
+)
+def test_what_a_server_cannot_do(changes: dict[str, Any], message: str, server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_teacher(settings(server, tmp_path, tmp_path, **changes))
+
+
+def test_one_of_several_models_is_named(server: Server) -> None:
+    server.models = {"data": [{"id": "llama"}, {"id": "other"}]}
+    with pytest.raises(ConfigError, match=r"the server has llama, other\.(.|\n)*#llama"):
+        found(server)
+    teacher = find_server(f"{server.address}/#other", TOKENIZER, K)
+    assert teacher.name == f"other at {server.address}"
+    assert teacher.fingerprint != find_server(f"{server.address}#llama", TOKENIZER, K).fingerprint
+    with pytest.raises(ConfigError, match=r"expected   one of its models"):
+        find_server(f"{server.address}#third", TOKENIZER, K)
+
+
+@pytest.mark.parametrize("models", [{}, [], {"data": "llama"}, {"data": [1]}, b"<html>"])
+def test_server_that_is_something_else(models: Any, server: Server) -> None:
+    server.models = models
+    with pytest.raises(TrainingError, match=r"answer cannot be used: it (lists no models|is not JSON)"):
+        found(server)
+
+
+def ask(server: Server) -> None:
+    list(found(server).outputs([[1, 2, 3]]))
+
+
+def told(*places: Any) -> Answer:
+    return lambda _: {"choices": [{"index": 0, "prompt_logprobs": [None, *places]}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda _: {"choices": []}, "1 prompts were sent, and not as many answered"),
+        (lambda _: {"choices": [{"index": 0}]}, "neither has prompt_logprobs nor echoes tokens as their ids"),
+        (
+            lambda _: {"choices": [{"logprobs": {"tokens": ["a", " b", "c"], "top_logprobs": [None, {" b": -1}, {}]}}]},
+            "neither has prompt_logprobs nor echoes tokens as their ids",
+        ),
+        (told({"2": -1.0}, {"3": -1.0}), "prompt_logprobs are of another form"),
+        (told({"2": {"logprob": -1.0}}), "about other tokens than were sent"),
+        (told({"2": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}), "about other tokens than were sent"),
+        (told({"2": {"logprob": 0.5}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
+        (told({"2": {"logprob": float("nan")}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
+        (told({"2": {"logprob": -0.1}, "5": {"logprob": -0.1}}, {"3": {"logprob": -1.0}}), "come to more than 1"),
+        (lambda _: b"{", "it is not JSON"),
+        (lambda _: [1], "it is not JSON"),
+    ],
+)
+def test_wrong_answers_are_not_learned_from(answer: Answer, message: str, server: Server) -> None:
+    server.answer = answer
+    with pytest.raises(TrainingError, match=rf"The server's answer cannot be used: .*{message}"):
+        ask(server)
+
+
+@pytest.mark.parametrize("codes", [[503], [429, 500]])
+def test_busy_server_is_asked_again(codes: list[int], server: Server) -> None:
+    server.failures = [*codes]
+    ask(server)
+    assert len(server.asked) == len(codes) + 1
+
+
+def test_server_that_stays_busy(server: Server) -> None:
+    server.failures = [503] * 9
+    with pytest.raises(TrainingError, match="answers 503"):
+        ask(server)
+    assert len(server.asked) == 3
+
+
+def test_too_many_log_probabilities(server: Server) -> None:
+    server.failures = [400]
+    with pytest.raises(TrainingError, match=r"answers 400: (.|\n)*higher --max-logprobs, or a lower --top-k"):
+        ask(server)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_key_that_is_wanted_or_wrong_is_never_shown(code: int, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.failures = [code]
+    with pytest.raises(TrainingError, match=rf"wants a key \({code}\)(.|\n)*{KEY_VARIABLE}"):
+        ask(server)
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
+    server.failures = [code]
+    with pytest.raises(TrainingError, match="refuses the key") as refused:
+        ask(server)
+    assert server.keys[-1] == f"Bearer {SECRET}"
+    server.failures = [418]
+    with pytest.raises(TrainingError, match=r"answers 418: .*Bearer …") as echoed:
+        ask(server)
+    for error in (refused.value, echoed.value):
+        assert SECRET not in str(error)
+        assert error.__cause__ is None
+    assert SECRET not in repr(found(server))
+
+
+def test_key_does_not_follow_to_another_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
+    server.failures = [307]
+    with pytest.raises(TrainingError, match="answers 307"):
+        ask(server)
+
+
+def test_no_server(server: Server) -> None:
+    server.close()
+    with pytest.raises(TrainingError, match=r"does not answer: .*refused(.|\n)*what was captured is kept"):
+        request(f"{server.address}/models")
+
+
+def test_server_that_is_too_slow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "TIMEOUT", 0.05)
+    monkeypatch.setattr(serving, "PAUSES", ())
+    waiting = threading.Event()
+    server.answer = lambda _: waiting.wait(5) and {}
+    with pytest.raises(TrainingError, match="does not answer: timed out"):
+        request(f"{server.address}/completions", {})
+    waiting.set()
