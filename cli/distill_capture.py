@@ -18,13 +18,13 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
     from hymba_tune.distill.capture import run_capture
-    from hymba_tune.pages import gigabytes
+    from hymba_tune.distill.preflight import in_bytes
 
     quiet_libraries()
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",
-        f"{gigabytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
+        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
         "next  hymba-tune distill with the same --model, --data and --teacher, which is not loaded again",
     ]
     console.print(" " + "\n ".join(lines), markup=False, soft_wrap=True)

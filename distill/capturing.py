@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +17,7 @@ from hymba_tune.distill.losses import span_sums
 from hymba_tune.distill.outputs import Outputs, Teacher
 from hymba_tune.distill.pair import Pair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
-from hymba_tune.distill.tables import FirstPieces, Tables, open_tables
+from hymba_tune.distill.tables import FirstPieces, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
 
 
@@ -63,6 +63,12 @@ class Taught:
 
     targets: Targets
     kept: Kept
+
+
+def _find_alone(row: Alignment, tables: Tables) -> Places:
+    """The places of one tokenizer, where the end of a token is no news: what came before it plays no part."""
+    places = find_places(row, tables)
+    return replace(places, before=torch.full_like(places.before, -1))
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class TargetMaker:
         """
         tables = open_tables(pair, tables_dir)
         projection = Projection(tables, seen, vocabulary=vocabulary, device=device)
-        return cls(teacher, tables, projection, top_k, temperature)
+        find = _find_alone if same_tokenizer(pair) else find_places
+        return cls(teacher, tables, projection, top_k, temperature, find)
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, Taught]]:

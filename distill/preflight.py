@@ -81,7 +81,7 @@ class Preflight:
             "kept": f"{self.kept.mean_mass:.1%} of the teacher's probability finds a piece · "
             f"{self.kept.known / max(self.kept.places, 1):.1%} of the tokens have a target",
             "sanity": f"the teacher gives its own next token p = {self.kept.mean_own:.2f} on average",
-            "targets": f"{_short(self.places)} tokens × {self.bytes_a_token:.0f} B = {_size(self.bytes)} · "
+            "targets": f"{_short(self.places)} tokens × {self.bytes_a_token:.0f} B = {in_bytes(self.bytes)} · "
             f"about {duration(self.seconds)}",
         }
 
@@ -169,5 +169,6 @@ def _short(count: float) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,.0f}"
 
 
-def _size(size: float) -> str:
+def in_bytes(size: float) -> str:
+    """Bytes as a person reads them: ``3.5 MB``, ``1.2 GB``."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
