@@ -53,6 +53,7 @@ WAYS = {
     "sequence-level": Way("ce", written=True),
     "same tokenizer": Way("projection", Setting(twin=True)),
 }
+BITS = "mbit a byte"
 FLOOR, CEILING = "cross-entropy", "same tokenizer"
 AROUND = {
     "k 16": {"k": 16},
@@ -262,58 +263,64 @@ def run(bench: Bench, task: Task) -> dict[str, Any]:
 
 def report_ways(runs: Runs, best: dict[str, float], given: harness.Options) -> None:
     """Every way at its best learning rate."""
-    rows = [cells(name, runs.of(name, lr), lr) for name, lr in best.items()]
-    by_name = {row["loss"]: row["bits a byte"] for row in rows}
+    base = runs.of(FLOOR, best[FLOOR])
+    rows = [cells(name, runs.of(name, lr), lr, base) for name, lr in best.items()]
+    by_name = {row["loss"]: row[BITS] for row in rows}
     for row in rows:
-        row["way %"] = 100 * (by_name[FLOOR] - row["bits a byte"]) / (by_name[FLOOR] - by_name[CEILING])
+        row["way %"] = 100 * (by_name[FLOOR] - row[BITS]) / (by_name[FLOOR] - by_name[CEILING])
     size = runs.bench.size
     notes = [
         f"{size.steps} steps of {students.STEP_TOKENS} tokens, all weights, AdamW, {len(RATES)} learning rates "
         f"({', '.join(f'{rate:g}' for rate in RATES)}); the best on the first seed.",
-        "Bits a byte of held-out answers; +- is the standard deviation of the seeds. way: from cross-entropy (0 %) to "
-        "the same tokenizer's teacher (100 %).",
-        "exact: digit tasks answered exactly. teacher's bits: a byte of GSM8K answers that the student samples; both "
-        "without the first seed.",
+        "Thousandths of a bit that a byte of held-out answers costs, all and by kind; +- is the standard deviation, "
+        "over the seeds, of the difference from the first row: a seed gives every loss the same rows in the same order.",
+        "way: from cross-entropy (0 %) to the same tokenizer's teacher (100 %). exact: digit tasks answered exactly. "
+        "teacher's: of GSM8K answers that the student samples, in the teacher's eyes; both without the first seed.",
     ]
-    first = ["loss", "lr", "bits a byte", "+-", "way %"]
+    first = ["loss", "lr", BITS, "+-", "way %"]
     harness.report("distill", [*first, *(column for column in rows[0] if column not in first)], rows, notes, given)
 
 
 def report_around(runs: Runs, names: Sequence[str], lr: float, given: harness.Options) -> None:
     """The winner with one thing changed."""
-    rows = [cells(name, runs.of(name, lr), lr) for name in names]
+    base = runs.of(names[0], lr)
+    rows = [cells(name, runs.of(name, lr), lr, base) for name in names]
     notes = [f"The first row has k {Way.k}, alpha {Way.alpha}, temperature 1; all at its learning rate."]
     harness.report("distill_around", list(rows[0]), rows, notes, given)
 
 
-def cells(name: str, measured: Sequence[dict[str, float]], lr: float) -> dict[str, Any]:
-    """A row of the table: means over the seeds."""
+def cells(
+    name: str, measured: Sequence[dict[str, float]], lr: float, base: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """A row of the table: means over the seeds, bits in thousandths."""
     means = {key: mean(run[key] for run in measured if key in run) for key in measured[-1]}
-    spread = stdev(run["all"] for run in measured) if len(measured) > 1 else 0.0
-    kinds = {kind: means[kind] for kind in means if kind not in ("all", "exact", "teacher")}
+    apart = [run["all"] - other["all"] for run, other in zip(measured, base, strict=True)]
+    kinds = {kind: 1000 * means[kind] for kind in means if kind not in ("all", "exact", "teacher")}
     return {
         "loss": name,
-        "lr": lr,
-        "bits a byte": means["all"],
-        "+-": spread,
+        "lr": f"{lr:g}",
+        BITS: 1000 * means["all"],
+        "+-": 1000 * stdev(apart) if len(apart) > 1 else 0.0,
         **kinds,
         "exact %": 100 * means["exact"],
-        "teacher's bits": means["teacher"],
+        "teacher's": 1000 * means["teacher"],
     }
 
 
 def report_teachers(bench: Bench, given: harness.Options) -> None:
     """How good the teachers are, beside hymba-nano as it is packaged."""
     held_out = bench.texts.held_out()
+    models = {
+        "teacher": lessons.load(bench.teacher(twin=False)),
+        "same tokenizer": lessons.load(bench.teacher(twin=True)),
+        "student": students.nano(),
+    }
     rows = []
-    for name in ("teacher", "twin"):
-        model, tokenizer = lessons.load(bench.teacher(twin=name == "twin"))
+    for name, (model, tokenizer) in models.items():
         found = students.bits_per_byte(model, held_out, tokenizer)
-        rows.append({"model": name, "parameters": model.num_parameters(), "vocabulary": len(tokenizer), **found})
-    nano, tokenizer = students.nano()
-    found = students.bits_per_byte(nano, held_out, tokenizer)
-    rows.append({"model": "student", "parameters": nano.num_parameters(), "vocabulary": len(tokenizer), **found})
-    notes = ["Bits a byte of held-out answers; the student as it is packaged."]
+        bits = {BITS: 1000 * found.pop("all")} | {kind: 1000 * value for kind, value in found.items()}
+        rows.append({"model": name, "parameters": model.num_parameters(), "vocabulary": len(tokenizer), **bits})
+    notes = ["Thousandths of a bit that a byte of held-out answers costs; the student as it is packaged."]
     harness.report("distill_teachers", list(rows[0]), rows, notes, given)
 
 

@@ -52,14 +52,14 @@ COLUMNS = {
         "projection": {"what", "us a token", "x softmax", *TIMES},
     },
     "distill": {
-        "distill_teachers": {"model", "parameters", "vocabulary", "all", "digits"},
+        "distill_teachers": {"model", "parameters", "vocabulary", "mbit a byte", "digits"},
         "distill": {
-            *("loss", "lr", "bits a byte", "+-", "way %"),
-            *("digits", "exact %", "teacher's bits"),
+            *("loss", "lr", "mbit a byte", "+-", "way %"),
+            *("digits", "exact %", "teacher's"),
         },
         "distill_around": {
-            *("loss", "lr", "bits a byte", "+-"),
-            *("digits", "exact %", "teacher's bits"),
+            *("loss", "lr", "mbit a byte", "+-"),
+            *("digits", "exact %", "teacher's"),
         },
     },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
