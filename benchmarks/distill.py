@@ -51,7 +51,7 @@ WAYS = {
     "projection, none of the three": Way("projection", Setting(in_context=False, second_cover=False, bucket=False)),
     "projection + chunks where it has none": Way("projection+alm", PROJECTION),
     "sequence-level": Way("ce", written=True),
-    "same tokenizer": Way("projection", Setting(twin=True)),
+    "same tokenizer": Way("kl", Setting(twin=True)),
 }
 BITS = "mbit a byte"
 FLOOR, CEILING = "cross-entropy", "same tokenizer"
@@ -248,8 +248,8 @@ def run(bench: Bench, task: Task) -> dict[str, Any]:
     torch.set_num_threads(1)
     began = time.perf_counter()
     taught, head = bench.lessons(task.way), None
-    if task.way.loss == "uld":
-        head = lessons.load(bench.teacher(twin=False))[0].get_output_embeddings().weight.detach()
+    if task.way.loss in ("uld", "kl"):
+        head = lessons.load(bench.teacher(twin=task.way.setting.twin))[0].get_output_embeddings().weight.detach()
     student = students.train(taught, task.way, task.lr, task.seed, bench.size.steps, head)
     trained = time.perf_counter() - began
     held_out = bench.texts.held_out()
@@ -273,7 +273,7 @@ def report_ways(runs: Runs, best: dict[str, float], given: harness.Options) -> N
         f"{size.steps} steps of {students.STEP_TOKENS} tokens, all weights, AdamW, {len(RATES)} learning rates "
         f"({', '.join(f'{rate:g}' for rate in RATES)}); the best on the first seed.",
         "Thousandths of a bit that a byte of held-out answers costs, all and by kind; +- is the standard deviation, "
-        "over the seeds, of the difference from the first row: a seed gives every loss the same rows in the same order.",
+        "over the seeds, of the difference from the first row: a seed gives every loss the same rows in one order.",
         "way: from cross-entropy (0 %) to the same tokenizer's teacher (100 %). exact: digit tasks answered exactly. "
         "teacher's: of GSM8K answers that the student samples, in the teacher's eyes; both without the first seed.",
     ]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.chunks import Head
-from hymba_tune.distill.losses import sorted_uld
+from hymba_tune.distill.losses import forward_kl, sorted_uld
 from hymba_tune.distill.objective import SpanTerm, TokenTerm, distillation_loss, span_term, sparse_term
 from hymba_tune.distill.targets import Targets
 from hymba_tune.model import HymbaForCausalLM
@@ -34,8 +34,8 @@ class Way:
     """A way of distilling.
 
     Attributes:
-        loss: ``ce``, ``uld``, ``alm``, ``projection`` or ``projection+alm``; the last has chunk likelihoods where the
-            projection has no target.
+        loss: ``ce``, ``kl`` of whole vocabularies, ``uld``, ``alm``, ``projection`` or ``projection+alm``; the last has
+            chunk likelihoods where the projection has no target.
         setting: How the targets are made; None where there is no teacher.
         written: Whether the answers are the teacher's.
         alpha: The teacher's share of the loss.
@@ -107,7 +107,7 @@ def train(
         lr: The highest learning rate; it rises for a twentieth of the steps, then falls to zero as a cosine.
         seed: Of the order of the rows.
         steps: Of `STEP_TOKENS`.
-        head: The teacher's output layer, which ``uld`` needs.
+        head: The teacher's output layer, which ``uld`` and ``kl`` need.
     """
     torch.manual_seed(seed)
     model = nano()[0].train()
@@ -134,8 +134,8 @@ def terms(batch: Batch, way: Way, head: Tensor | None) -> dict[str, TokenTerm | 
         return {}
     if way.loss == "alm":
         return {"spans": span_term(batch.targets, tau=way.tau)}
-    if way.loss == "uld":
-        return {"tokens": _uld_term(batch, head)}
+    if way.loss in ("uld", "kl"):
+        return {"tokens": _whole_term(batch, head, sorted_uld if way.loss == "uld" else forward_kl)}
     temperature = way.setting.temperature
     found = {"tokens": sparse_term(batch.targets, temperature=temperature)}
     if way.loss == "projection+alm":
@@ -143,12 +143,12 @@ def terms(batch: Batch, way: Way, head: Tensor | None) -> dict[str, TokenTerm | 
     return found
 
 
-def _uld_term(batch: Batch, head: Tensor) -> TokenTerm:
-    """At tokens that begin where one of the teacher's does."""
+def _whole_term(batch: Batch, head: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> TokenTerm:
+    """At tokens that begin where one of the teacher's does, between whole vocabularies."""
     teacher = Head(batch.hidden, head)
 
     def loss(logits: Tensor, part: slice) -> Tensor:
-        return sorted_uld(logits, teacher.logits(part))
+        return compare(logits, teacher.logits(part))
 
     return TokenTerm(batch.begins, loss, vocabulary=len(head))
 
