@@ -96,7 +96,7 @@ LEARNING_RATES = (1.5e-3, 1e-3)
 
 @dataclass(frozen=True)
 class Task:
-    """One run; the student writes where ``writes`` says so, which takes long."""
+    """One run; ``writes`` says whether the student also writes, which takes long."""
 
     name: str
     way: Way
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         winner = min(others, key=lambda name: mean(run["all"] for run in runs.of(name, best[name])))
         changed = {f"{winner}, {name}": change(ways[winner], facts) for name, facts in around.items()}
         rate = best[winner]
-        runs.do([Task(name, way, rate, seed, seed == seeds[-1]) for seed in seeds for name, way in changed.items()])
+        runs.do([Task(name, way, rate, seed, False) for seed in seeds for name, way in changed.items()])
         report_around(runs, [winner, *changed], rate, given)
         report_teachers(bench, given)
 
@@ -272,12 +272,12 @@ def report_ways(runs: Runs, best: dict[str, float], given: harness.Options) -> N
     notes = [
         f"{size.steps} steps of {students.STEP_TOKENS} tokens, all weights, AdamW, {len(RATES)} learning rates "
         f"({', '.join(f'{rate:g}' for rate in RATES)}); the best on the first seed.",
-        "Thousandths of a bit that a byte of held-out answers costs, all and by kind; +- is the standard deviation, "
-        "over the seeds, of the difference from the first row: a seed gives every loss the same rows in one order.",
+        "Thousandths of a bit that a byte of held-out answers costs, all and by kind. change: from the first row on "
+        "the same seeds, each of which gives every loss the same rows in the same order; +- is its standard deviation.",
         "way: from cross-entropy (0 %) to the same tokenizer's teacher (100 %). exact: digit tasks answered exactly. "
         "teacher's: of GSM8K answers that the student samples, in the teacher's eyes; both without the first seed.",
     ]
-    first = ["loss", "lr", BITS, "+-", "way %"]
+    first = ["loss", "lr", "seeds", BITS, "change", "+-", "way %"]
     harness.report("distill", [*first, *(column for column in rows[0] if column not in first)], rows, notes, given)
 
 
@@ -286,24 +286,25 @@ def report_around(runs: Runs, names: Sequence[str], lr: float, given: harness.Op
     base = runs.of(names[0], lr)
     rows = [cells(name, runs.of(name, lr), lr, base) for name in names]
     notes = [f"The first row has k {Way.k}, alpha {Way.alpha}, temperature 1; all at its learning rate."]
-    harness.report("distill_around", list(rows[0]), rows, notes, given)
+    harness.report("distill_around", list(rows[-1]), rows, notes, given)
 
 
 def cells(
     name: str, measured: Sequence[dict[str, float]], lr: float, base: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
-    """A row of the table: means over the seeds, bits in thousandths."""
+    """A row of the table: means over the seeds, bits in thousandths; ``base`` is the first row's."""
     means = {key: mean(run[key] for run in measured if key in run) for key in measured[-1]}
-    apart = [run["all"] - other["all"] for run, other in zip(measured, base, strict=True)]
+    apart = [1000 * (run["all"] - other["all"]) for run, other in zip(measured, base, strict=False)]
     kinds = {kind: 1000 * means[kind] for kind in means if kind not in ("all", "exact", "teacher")}
     return {
         "loss": name,
         "lr": f"{lr:g}",
+        "seeds": len(measured),
         BITS: 1000 * means["all"],
-        "+-": 1000 * stdev(apart) if len(apart) > 1 else 0.0,
+        "change": mean(apart),
+        "+-": stdev(apart) if len(apart) > 1 else 0.0,
         **kinds,
-        "exact %": 100 * means["exact"],
-        "teacher's": 1000 * means["teacher"],
+        **({"exact %": 100 * means["exact"], "teacher's": 1000 * means["teacher"]} if "exact" in means else {}),
     }
 
 

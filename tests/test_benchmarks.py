@@ -54,13 +54,10 @@ COLUMNS = {
     "distill": {
         "distill_teachers": {"model", "parameters", "vocabulary", "mbit a byte", "digits"},
         "distill": {
-            *("loss", "lr", "mbit a byte", "+-", "way %"),
+            *("loss", "lr", "seeds", "mbit a byte", "change", "+-", "way %"),
             *("digits", "exact %", "teacher's"),
         },
-        "distill_around": {
-            *("loss", "lr", "mbit a byte", "+-"),
-            *("digits", "exact %", "teacher's"),
-        },
+        "distill_around": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits"},
     },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
