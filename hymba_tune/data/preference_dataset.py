@@ -95,7 +95,7 @@ def read_preferences(
 
     def encode(sources: list[Source], label: str) -> tuple[Dataset, PreferenceReport]:
         with working(label) as progress:
-            rows, report = build_preferences(
+            return build_preferences(
                 sources,
                 tokenizer,
                 paired=paired,
@@ -105,10 +105,10 @@ def read_preferences(
                 seed=seed,
                 progress=progress,
             )
-        # Judged answers are taken in this order, and a batch should hold good and bad ones to different prompts.
-        return rows if paired else rows.shuffle(seed=seed), report
 
-    sources, given = open_sources(options.data, options.weights, options.caps), open_sources(options.eval_data)
+    sources = open_sources(options.data, options.weights, options.caps)
+    # Some sources come with held-out data of their own.
+    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
     encoded, report = encode(sources, "reading the data")
     train, held_out = split_dataset(
         encoded, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows, sources=report.sources
@@ -116,6 +116,10 @@ def read_preferences(
     if given:
         held_out, _ = encode(given, "reading the evaluation data")
         held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
+    if not paired:
+        # Judged answers are taken in this order, and a batch should hold good and bad ones to different prompts. Not
+        # before the split, which tells sources, and so their weights, by where their rows stand.
+        train, held_out = (part and part.shuffle(seed=seed) for part in (train, held_out))
     samples = islice(_samples(given or sources, mapping, paired), prompts)
     return TrainingData(train, held_out, report, list(samples)), report
 

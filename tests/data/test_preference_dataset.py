@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,24 @@ def test_judged_answers_are_mixed_and_good_ones_shown(tokenizer: PreTrainedToken
     assert sum(labels) == 20
     assert labels != [True, False] * 20
     assert [answer for _, answer in data.prompts] == [row["chosen"] for row in pairs(2)]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_sources_keep_their_weights_and_bring_their_own_held_out_pairs(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, paired: bool
+) -> None:
+    for name, rows in {"a": pairs(8), "b": pairs(4), "a-eval": pairs(12)[8:], "b-eval": pairs(20)[12:]}.items():
+        write(tmp_path / f"{name}.jsonl", rows)
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        "- {path: a.jsonl, eval_data: a-eval.jsonl, weight: 3}\n- {path: b.jsonl, eval_data: b-eval.jsonl}\n"
+    )
+    data = read(tokenizer, paired=paired, data=[str(mix)])
+    answers = 1 if paired else 2
+
+    def counted(rows: Dataset) -> Counter[str]:
+        return Counter(Path(place.split(",")[0]).name for place in rows["place"])
+
+    assert counted(data.train) == {"a.jsonl": 3 * 8 * answers, "b.jsonl": 4 * answers}
+    assert counted(data.held_out) == {"a-eval.jsonl": 4 * answers, "b-eval.jsonl": 8 * answers}
+    assert data.prompts[0][1] == pairs(12)[8]["chosen"]
