@@ -80,8 +80,8 @@ def _show(made: Plan) -> None:
     parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items())
     console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
-        " Memory is counted; on GPUs nothing is measured yet. Speed is estimated: on GPUs as 30 % of their makers' "
-        "figures, here from a matrix product timed just now. Time is that of the steps alone, without evaluations.",
+        " Memory is counted; on GPUs nothing is measured yet. Speed and time are rough guesses: on GPUs 30 % of their "
+        "makers' figures, here from a matrix product timed just now. Time is of the steps alone, without evaluations.",
         style="dim",
         markup=False,
     )
