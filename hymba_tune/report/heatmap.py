@@ -17,11 +17,12 @@ SHADES = 40
 """So few that the colour bar is drawn, not embedded as a picture."""
 
 
-def updates_plot(parts: list[dict[str, Any]]) -> Plot | None:
+def updates_plot(parts: list[dict[str, Any]], *, from_base: bool = False) -> Plot | None:
     """The heat map of ``updates.json``.
 
     Args:
         parts: ``group``, ``part``, ``layer`` and ``size``, which is a share of the weight's norm, or None.
+        from_base: Whether the run began with a trained adapter: what that had moved counts as well, and is said to.
 
     Returns:
         None if no part of a layer was trained.
@@ -56,7 +57,11 @@ def updates_plot(parts: list[dict[str, Any]]) -> Plot | None:
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 
     size = (SIZE[0], 1.0 + 0.21 * len(rows))
-    return plot("How far the weights moved", _alt(inside), draw, size=size, note=_note(parts))
+    title, note = "How far the weights moved", _note(parts)
+    if from_base:
+        title = f"{title} from the base"
+        note = f"{note} The run went on with an adapter, and what that had moved before is counted too."
+    return plot(title, _alt(inside), draw, size=size, note=note)
 
 
 def _percent(size: float | None) -> float:

@@ -42,7 +42,7 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         brief=_brief(record),
         loss=loss_plot(record),
         curves=other_plots(record),
-        updates=updates_plot(record.updates.get("parts", [])),
+        updates=updates_plot(record.updates.get("parts", []), from_base=record.settings.get("start") == "continue"),
         memory=_memory(record.facts),
         data=_data(record),
         chosen=chosen(record),

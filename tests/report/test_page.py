@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     assert "11 too long · 1 bad row" in seen.text
     assert "82 %" in seen.text
     assert "3.0 GB predicted, 2.9 GB measured (-3 %)" in seen.text
+
+
+def test_page_says_from_where_the_weights_moved(tmp_path: Path) -> None:
+    parts = [{"group": "MLP", "part": "up_proj", "layer": layer, "size": 0.1} for layer in (0, 1)]
+    for start in ("merge", "continue"):
+        run = made_run(tmp_path / start, [3.0], settings={"verb": "dpo", "start": start})
+        (run / "updates.json").write_text(json.dumps({"parts": parts}))
+        page = write_report(run)[0].read_text()
+        assert MOVED in page
+        assert (f"{MOVED} from the base" in page) == (start == "continue")
+        assert ("what that had moved before is counted too" in page) == (start == "continue")
 
 
 def test_comparison_in_a_browser(browser: Browser, finished_run: Path, tmp_path: Path) -> None:
