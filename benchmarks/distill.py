@@ -49,7 +49,7 @@ WAYS = {
     "projection, no second cover": Way("projection", Setting(second_cover=False)),
     "projection, no bucket": Way("projection", Setting(bucket=False)),
     "projection, none of the three": Way("projection", Setting(in_context=False, second_cover=False, bucket=False)),
-    "projection + chunks where it has none": Way("projection+alm", PROJECTION),
+    "projection + chunks": Way("projection+alm", PROJECTION),
     "sequence-level": Way("ce", written=True),
     "same tokenizer": Way("kl", Setting(twin=True)),
 }
@@ -274,11 +274,12 @@ def report_ways(runs: Runs, best: dict[str, float], given: harness.Options) -> N
         f"({', '.join(f'{rate:g}' for rate in RATES)}); the best on the first seed.",
         "Thousandths of a bit that a byte of held-out answers costs, all and by kind. change: from the first row on "
         "the same seeds, each of which gives every loss the same rows in the same order; +- is its standard deviation.",
+        "chunks: the likelihood of the smallest spans that both tokenizers bound, where the projection has no target.",
         "way: from cross-entropy (0 %) to the same tokenizer's teacher (100 %). exact: digit tasks answered exactly. "
         "teacher's: of GSM8K answers that the student samples, in the teacher's eyes; both without the first seed.",
     ]
-    first = ["loss", "lr", "seeds", BITS, "change", "+-", "way %"]
-    harness.report("distill", [*first, *(column for column in rows[0] if column not in first)], rows, notes, given)
+    columns = ["loss", "lr", BITS, "change", "+-", "way %", *runs.bench.texts.held_out(), "exact %", "teacher's"]
+    harness.report("distill", columns, rows, notes, given)
 
 
 def report_around(runs: Runs, names: Sequence[str], lr: float, given: harness.Options) -> None:

@@ -54,7 +54,7 @@ COLUMNS = {
     "distill": {
         "distill_teachers": {"model", "parameters", "vocabulary", "mbit a byte", "digits"},
         "distill": {
-            *("loss", "lr", "seeds", "mbit a byte", "change", "+-", "way %"),
+            *("loss", "lr", "mbit a byte", "change", "+-", "way %"),
             *("digits", "exact %", "teacher's"),
         },
         "distill_around": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits"},
