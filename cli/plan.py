@@ -65,13 +65,15 @@ def _show(made: Plan) -> None:
         console.print(f" {made.length.steps:,} steps · {made.length.tokens:,} tokens in all", markup=False)
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for heading in (" device", "needs", "", "tok/s", *(["time"] if made.length else [])):
+    quantised = ["in NF4", ""] if made.here.nf4 is not None else []
+    for heading in (" device", "needs", "", *quantised, "tok/s", *(["time"] if made.length else [])):
         table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
     for verdict in [*made.gpus, made.here]:
-        mark = Text("✓", style="green") if verdict.fits else Text("✗", style="red")
-        needs = f"{verdict.needs / GB:.1f} of {verdict.has / GB:.0f} GB"
+        needs: list[str | Text] = [f"{verdict.needs / GB:.1f} GB", _mark(verdict.needs <= verdict.has)]
+        if verdict.nf4 is not None:
+            needs += [f"{verdict.nf4 / GB:.1f} GB", _mark(verdict.nf4 <= verdict.has)]
         time = [] if verdict.seconds is None else ["< 1 s" if verdict.seconds < 1 else duration(verdict.seconds)]
-        table.add_row(f" {verdict.device}", needs, mark, f"{verdict.tokens_per_s:,.0f}", *time)
+        table.add_row(f" {verdict.device}", *needs, f"{verdict.tokens_per_s:,.0f}", *time)
     console.print(table)
     console.print()
     for verdict in [*made.gpus, made.here]:
@@ -85,6 +87,10 @@ def _show(made: Plan) -> None:
         style="dim",
         markup=False,
     )
+
+
+def _mark(fits: bool) -> Text:
+    return Text("✓", style="green") if fits else Text("✗", style="red")
 
 
 def _size(count: int) -> str:

@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
 from hymba_tune.registry import ModelSource
+from hymba_tune.schemes import quantised, settle, stored_quantization, stored_shapes, stored_state
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -112,7 +120,8 @@ def load_config(source: ModelSource) -> Any:
     """The model's configuration.
 
     Raises:
-        CheckpointError: If it is missing, unreadable, not a Hymba's, or asks for what cannot be built.
+        CheckpointError: If it is missing, unreadable, not a Hymba's, asks for what cannot be built, or is quantised by
+            something else than bitsandbytes.
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
@@ -120,6 +129,7 @@ def load_config(source: ModelSource) -> Any:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
         raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")
+    stored_quantization(config)
     return config
 
 
@@ -135,17 +145,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"No tokenizer can be read from {folder}: {error}", expected="tokenizer.json") from error
 
 
-def load_weights(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_weights(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """A model with its weights, which are checked by their names and shapes before they are read.
+
+    Args:
+        source: Without an adapter.
+        dtype: What it computes in, and what its weights are stored in unless they are quantised.
+        device: Where to.
+        quantization: Of `hymba_tune.schemes.quantization`; weights that are quantised already stay as they are.
 
     Raises:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
     """
     config = load_config(source)
     check_weights(source.folder, config)
-    return AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True
+    asked = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True, **asked
     )
+    settle(model, dtype)
+    return model
 
 
 def check_weights(folder: Path, config: Any) -> None:
@@ -159,11 +180,7 @@ def check_weights(folder: Path, config: Any) -> None:
     found: dict[str, tuple[list[int], str]] = {}
     for file in weight_files(folder):
         found.update({name: (shape, file.name) for name, shape in read_header(file).items()})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {
-        name.replace(f"{META_TOKENS}.weight", META_TOKENS): list(t.shape) for name, t in model.state_dict().items()
-    }
+    expected = _expected(config, found)
     if config.tie_word_embeddings:
         # Tied to the embedding, and written by some tools all the same.
         head = expected.pop("lm_head.weight")
@@ -183,6 +200,22 @@ def check_weights(folder: Path, config: Any) -> None:
             + (f", nor do {len(extra) - 1} others." if len(extra) > 1 else "."),
             expected="only the tensors that config.json describes",
         )
+
+
+def _expected(config: Any, found: Mapping[str, tuple[list[int], str]]) -> dict[str, list[int]]:
+    """The shapes of the tensors of a checkpoint, by their names."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {
+        name.replace(f"{META_TOKENS}.weight", META_TOKENS): list(t.shape) for name, t in model.state_dict().items()
+    }
+    if (quantization := stored_quantization(config)) is not None:
+        for name, layer in quantised(model, quantization).items():
+            expected |= stored_shapes(name, layer, quantization)
+            state = stored_state(name, quantization)
+            if state is not None and state in found:
+                expected[state] = found[state][0]  # as long as what it says
+    return expected
 
 
 def weight_files(folder: Path) -> list[Path]:

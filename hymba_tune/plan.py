@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch import nn
 
 from hymba_tune.adapters import weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
-from hymba_tune.config import Method, TrainingConfig, as_mapping
+from hymba_tune.config import Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, held_beside
 from hymba_tune.registry import TOKENIZER_FILES, ModelSource, resolve_model
+from hymba_tune.schemes import stored_bytes, stored_quantization
 from hymba_tune.train.foresight import full_batch, step_settings
-from hymba_tune.train.setup import lay_out
+from hymba_tune.train.setup import check_quantization, lay_out, weights_quantization
 
 CARDS = {
     8: ("RTX 4060", 30),
@@ -48,6 +50,7 @@ class Verdict:
         has: Its bytes.
         needs: Bytes that the run takes there.
         tokens_per_s: That it may reach.
+        nf4: Bytes that it takes with its weights quantised to NF4; None where they are not to be.
         change: Flags that make it fit; empty where it does, or None where none do.
         seconds: That the steps of the run may take, where its length is known.
     """
@@ -55,6 +58,7 @@ class Verdict:
     device: str
     has: int
     needs: int
+    nf4: int | None
     tokens_per_s: float
     change: str | None
     seconds: float | None = None
@@ -120,18 +124,20 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     device = choose_device(config.device)
     own, foreign = choose_dtype(config.dtype, device), _gpu_dtype(config.dtype)
     choose_kernels(as_mapping(config.kernels), model_config, device, own)
+    check_quantization(config, source, model_config)
     model = _lay_out(config, model_config, foreign)
-    memory = StepMemory(model, dtype=foreign, own_kernels=False)
-    parts = memory.of(full_batch(config), **step_settings(config))
+    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign)
+    parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
     gpus = []
     for size, (name, tflops) in CARDS.items():
         has, needs = size * 2**30, parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
-        gpus.append(Verdict(f"{size} GB ({name})", has, needs, tflops * 1e12 * GPU_SHARE / flops, change))
+        nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
+        gpus.append(Verdict(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
     if own is not foreign or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, own)
-        memory = StepMemory(model, dtype=own, own_kernels=device.type == "cpu")
+        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own)
     here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
     length = run_length(config, source, progress)
     return Plan(
@@ -210,13 +216,16 @@ def _gpu_dtype(name: str) -> torch.dtype:
 
 
 def _here(
-    config: TrainingConfig, memory: StepMemory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
+    config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
 ) -> Verdict:
     beside, has = held_beside(device, dtype), device_memory(device)
-    needs = memory.of(full_batch(config), **step_settings(config)).total + beside
+    needs, in_nf4 = memory.of(config).total + beside, memory.in_nf4(config)
     slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if device.type == "cpu" else 1 / GPU_SHARE
     speed = _product_rate(width, device, dtype) / slower / flops
-    return Verdict(f"this machine ({device})", has, needs, speed, _change(config, memory, has - beside))
+    nf4 = None if in_nf4 is None else in_nf4 + beside
+    return Verdict(
+        f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - beside)
+    )
 
 
 def step_flops(model: Any, *, checkpointing: bool) -> float:
@@ -242,37 +251,66 @@ def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds:
     return 2 * done * x.numel() * weight.shape[1] / (time.perf_counter() - started)
 
 
-def _change(config: TrainingConfig, memory: StepMemory, room: int) -> str | None:
+class _Memory:
+    """Tells what a model's steps take with any settings; what is not quantised is counted once."""
+
+    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype) -> None:
+        self._steps, self._model_config, self._dtype = steps, model_config, dtype
+        self._quantised: dict[Scheme | None, dict[str, int]] = {}
+
+    def of(self, config: TrainingConfig) -> Footprint:
+        """The worst moment of a step."""
+        if config.quantize not in self._quantised:
+            quantization = weights_quantization(config, self._model_config, self._dtype)
+            self._quantised[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
+        return self._steps.of(full_batch(config), **step_settings(config), quantised=self._quantised[config.quantize])
+
+    def in_nf4(self, config: TrainingConfig) -> int | None:
+        """Bytes of a step on weights in NF4; None where it trains on quantised ones already, or trains them."""
+        if not self.may_be_quantised(config):
+            return None
+        return self.of(config.model_copy(update={"quantize": Scheme.nf4})).total
+
+    def may_be_quantised(self, config: TrainingConfig) -> bool:
+        """Whether the weights are whole and not trained."""
+        whole = stored_quantization(self._model_config) is None and config.quantize is None
+        return whole and config.method is not Method.full
+
+
+def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:
     """The least that has to change for a step to fit into some bytes, as flags."""
-    for other in _alternatives(config):
-        if memory.of(full_batch(other), **step_settings(other)).total <= room:
+    schemes = [config.quantize, *([Scheme.nf4] if memory.may_be_quantised(config) else [])]
+    for other in _alternatives(config, schemes):
+        if memory.of(other).total <= room:
             return _flags(config, other)
     return None
 
 
-def _alternatives(config: TrainingConfig) -> Iterator[TrainingConfig]:
+def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> Iterator[TrainingConfig]:
     """The settings, then others that take less, those first that cost least: shorter rows last of all."""
     halvings = [2**i for i in range(config.batch_size.bit_length()) if config.batch_size % 2**i == 0]
     lengths = [config.max_length // 2**i for i in range(8) if not i or config.max_length // 2**i >= SHORTEST]
     moments = {config.optimizer, "adamw8bit"} if config.method is Method.full else {config.optimizer}
-    for length in lengths:
-        for optimizer in sorted(moments, key=lambda name: name != config.optimizer):
-            for checkpointing in sorted({config.gradient_checkpointing, True}):
-                for parts in halvings:
-                    yield config.model_copy(
-                        update={
-                            "max_length": length,
-                            "optimizer": optimizer,
-                            "gradient_checkpointing": checkpointing,
-                            "batch_size": config.batch_size // parts,
-                            "grad_accum": config.grad_accum * parts,
-                        }
-                    )
+    optimizers = sorted(moments, key=lambda name: name != config.optimizer)
+    checkpointings = sorted({config.gradient_checkpointing, True})
+    for length, scheme, optimizer, checkpointing, parts in product(
+        lengths, schemes, optimizers, checkpointings, halvings
+    ):
+        yield config.model_copy(
+            update={
+                "max_length": length,
+                "quantize": scheme,
+                "optimizer": optimizer,
+                "gradient_checkpointing": checkpointing,
+                "batch_size": config.batch_size // parts,
+                "grad_accum": config.grad_accum * parts,
+            }
+        )
 
 
 def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
     """What is to be typed to get from some settings to others."""
-    names = ("batch_size", "grad_accum", "gradient_checkpointing", "optimizer", "max_length")
+    names = ("batch_size", "grad_accum", "gradient_checkpointing", "optimizer", "quantize", "max_length")
     changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
     words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
     return " ".join(words)
@@ -280,5 +318,6 @@ def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
 
 def _in_words(config: TrainingConfig) -> str:
     method = "every weight" if config.method is Method.full else f"{config.method.value} r{config.rank}"
+    method += f" on {config.quantize}" if config.quantize else ""
     words = [config.verb, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
     return " · ".join([*words, "checkpointing"] if config.gradient_checkpointing else words)

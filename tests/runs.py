@@ -34,13 +34,15 @@ SMALL: dict[str, Any] = {
     "orig_max_position_embeddings": 256,
     "pad_token_id": 4095,
 }
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
+"""Changes to it with which every linear layer that is to be quantised to 4 bits can be."""
 ANSWER_TOKENS = 6
 """Tokens that sample answers may have: writing them takes longest of all."""
 
 
-def save_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random model with every kind of layer, and the packaged tokenizer."""
-    tiny_model(dtype, **SMALL).save_pretrained(folder)
+    tiny_model(dtype, **SMALL | changes).save_pretrained(folder)
     load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(folder)
     return folder
 

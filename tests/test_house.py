@@ -22,7 +22,7 @@ FLOORS = [
     {"errors"},
     {"config", "folders", "pages"},
     {"registry"},
-    {"model"},
+    {"model", "schemes"},
     {"checkpoint"},
     {"adapters", "data"},
     {"assets", "generate"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hymba_tune.adapters.attach import load_adapter
 from hymba_tune.adapters.merge import merge
@@ -38,14 +38,22 @@ def weights_of(source: ModelSource) -> ModelSource:
     return source
 
 
-def open_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def open_model(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """Load a model; where it is an adapter, its base model with the adapter folded in.
+
+    Args:
+        source: Of `resolve_model`.
+        dtype: What it computes in.
+        device: Where to.
+        quantization: As `load_weights` takes it, for a model without an adapter.
 
     Raises:
         CheckpointError: If weights or adapter cannot be used; see `load_weights` and `load_adapter`.
     """
     if source.adapter is None:
-        return load_weights(source, dtype=dtype, device=device)
+        return load_weights(source, dtype=dtype, device=device, quantization=quantization)
     return merge(load_adapter(open_model(base_of(source), dtype=dtype, device=device), source.adapter))
 
 

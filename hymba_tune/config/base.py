@@ -38,6 +38,14 @@ class Method(StrEnum):
     full = "full"
 
 
+class Scheme(StrEnum):
+    """How weights are stored in fewer bits."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
 class MetaTokens(StrEnum):
     """How the meta tokens are trained beside an adapter."""
 

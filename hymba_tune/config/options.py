@@ -19,6 +19,7 @@ from hymba_tune.config.base import (
     Names,
     OnBadRow,
     Pairs,
+    Scheme,
     Tracker,
     Weights,
 )
@@ -91,6 +92,8 @@ class AdapterOptions(Config):
 
     method: Method = Method.lora
     """lora, dora (LoRA with learned magnitudes), or full (every weight)."""
+    quantize: Scheme | None = None
+    """Store the weights below the adapter in fewer bits (QLoRA): nf4 (4 bits; best), fp4 or int8."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter (common: 8 to 64)."""
     lora_alpha: float | None = Field(default=None, gt=0)

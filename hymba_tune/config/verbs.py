@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Reference, Start
+from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Reference, Scheme, Start
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 
 
@@ -53,6 +53,20 @@ class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions
     def _adapts_ssm(self) -> bool:
         inside = ("all", "attention-ssm", "ssm", "x_proj.0", "dt_proj.0")
         return any(target.endswith(inside) for target in self.targets)
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.quantize is not None and self.method is Method.full:
+            raise ValueError(
+                "quantize: --method full trains every weight, and weights in a few bits cannot be trained; "
+                "use --method lora, or leave --quantize out"
+            )
+        if self.quantize is Scheme.int8 and self.method is Method.dora:
+            raise ValueError(
+                "quantize: DoRA needs the norms of the weights, and PEFT cannot take int8's apart for it; "
+                "use --quantize nf4, or --method lora"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,7 +95,15 @@ class StepMemory:
         self._mode = dtype, own_kernels
         self._counted: dict[tuple[int, int, int], LayerCost] = {}
 
-    def of(self, batch: Batch, *, checkpointing: bool, accumulates: bool, optimizer: str) -> Footprint:
+    def of(
+        self,
+        batch: Batch,
+        *,
+        checkpointing: bool,
+        accumulates: bool,
+        optimizer: str,
+        quantised: Mapping[str, int] = MappingProxyType({}),
+    ) -> Footprint:
         """The worst moment of a step.
 
         Args:
@@ -101,11 +111,12 @@ class StepMemory:
             checkpointing: Whether layers compute their activations again in the backward.
             accumulates: Whether gradients of earlier batches are there while one is computed.
             optimizer: Its name in the settings.
+            quantised: Bytes of each layer whose weight is stored in fewer bits, by its name.
         """
         layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
+        frozen, unpacked = self._frozen(quantised)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         trained_bytes = sum(parameter.nbytes for parameter in trained)
-        frozen = sum(parameter.nbytes for parameter in self._model.parameters()) - trained_bytes
         state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
         waiting = trained_bytes if accumulates else 0
         around = self._around_layers(batch)
@@ -118,11 +129,23 @@ class StepMemory:
         made = loss.gradients
         held = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
         for cost, earlier in reversed(list(zip(layers, held[:-1], strict=True))):
-            moments.append((waiting or made, earlier + cost.kept + max(cost.forward, cost.backward), 0))
+            moments.append((waiting or made, earlier + cost.kept + max(cost.forward, cost.backward) + unpacked, 0))
             made += cost.gradients
         gradients, activations, head = max(moments, key=sum)
         weights, adapter = (frozen, trained_bytes) if frozen else (trained_bytes, 0)
         return Footprint(weights, adapter, gradients, state, activations, head)
+
+    def _frozen(self, quantised: Mapping[str, int]) -> tuple[int, int]:
+        """Bytes of what is not trained, and those that a weight in fewer bits takes while it is computed with."""
+        held = unpacked = 0
+        for name, parameter in self._base.named_parameters():
+            if parameter.requires_grad:
+                continue
+            size = quantised.get(name.replace(".base_layer", "").removesuffix(".weight"))
+            held += parameter.nbytes if size is None else size
+            if size is not None:
+                unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)
+        return held, unpacked
 
     def _around_layers(self, batch: Batch) -> int:
         """What is held before and behind the layers: embeddings, alone and behind meta tokens, and the final norm's.

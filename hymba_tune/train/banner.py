@@ -19,13 +19,14 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
     trainable, total = count_parameters(trainer.model)
     size = total if config.method is Method.full else total - trainable
     dtype = str(setup.dtype).removeprefix("torch.")
+    stored = f"{setup.scheme} weights · " if setup.scheme else ""
     dropped = {"too long": report.too_long, "bad row" if report.bad_rows == 1 else "bad rows": report.bad_rows}
     lost = [f"{count:,} {why}" for why, count in dropped.items() if count]
     lengths = f"up to {config.max_length:,} tokens each"
     if (full := trainer.packed_share()) is not None:
         lengths = f"packed to {config.max_length:,}, {full:.1%} full"
     lines = {
-        "model": f"{setup.source.name} · {short_count(size)} · {dtype} · {_device(setup.device)}",
+        "model": f"{setup.source.name} · {short_count(size)} · {stored}{dtype} · {_device(setup.device)}",
         "kernels": " · ".join(f"{name} {choice.taken}" for name, choice in setup.kernels.items()),
         "trained": describe(trainer.model, config.targets),
         "data": " · ".join(

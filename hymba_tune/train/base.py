@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,18 @@ def keep_own_forward(model: PreTrainedModel) -> None:
         model: With its adapter on, or without one.
     """
     vars(getattr(model, "get_base_model", lambda: model)()).pop("forward", None)
+
+
+@contextmanager
+def quantisation_unseen(model: PreTrainedModel) -> Iterator[None]:
+    """Hide from TRL's trainers while they are made that a model is quantised: they would round its adapter to bfloat16.
+
+    Args:
+        model: With its adapter on, or without one.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    flags = {name: vars(base).pop(name) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if name in vars(base)}
+    try:
+        yield
+    finally:
+        vars(base).update(flags)

@@ -19,10 +19,11 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     """
     facts, evaluations = run.facts(), list(run.evaluations())
     trained = "model" if run.model.is_dir() else "adapter"
+    how = config.method.value + (f" on weights quantised to {facts['quantized']}" if facts.get("quantized") else "")
     lines = [
         *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
         *("", f"# {run.name}", ""),
-        f"{config.model}, trained by hymba-tune {config.verb} ({config.method.value}) on {', '.join(config.data)}.",
+        f"{config.model}, trained by hymba-tune {config.verb} ({how}) on {', '.join(config.data)}.",
         "",
     ]
     if evaluations:

@@ -17,7 +17,7 @@ from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_run
-from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.base import RunTrainer, quantisation_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
@@ -120,6 +120,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
                 data=data.report.counts(),
                 device=str(setup.device),
                 dtype=str(setup.dtype),
+                quantized=setup.scheme,
                 kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
                 memory={"predicted_bytes": foresight.peak, "parts": asdict(foresight.step)},
                 optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
@@ -159,7 +160,7 @@ def _check_same_data(run: Run, report: DataReport) -> None:
 def _open(setup: Setup) -> PreTrainedModel:
     config = setup.config
     source = base_of(setup.source) if setup.continues else setup.source
-    model = open_model(source, dtype=setup.weights_dtype, device=setup.device)
+    model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=setup.quantization)
     model.name_or_path = setup.base
     if setup.continues and setup.source.adapter:
         adapted = load_adapter(model, setup.source.adapter, trainable=True)
@@ -176,7 +177,7 @@ def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, scree
     if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
-    with screen.working("handing the data to the trainer"):
+    with screen.working("handing the data to the trainer"), quantisation_unseen(model):
         trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
     trainer.rates = learning_rates(setup)
     trainer.args.load_best_model_at_end = config.keeps_best

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from hymba_tune.config import TrainingConfig
 from hymba_tune.footprint import Batch, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
 
 MOST_DRAWN = 2**22
@@ -59,7 +60,8 @@ def foresee(setup: Setup, data: Data) -> Foresight:
         dtype=setup.dtype,
         own_kernels=device.type == "cpu",
     )
-    step = memory.of(largest_batch(config, data), **step_settings(config))
+    quantised = stored_bytes(setup.model_config, setup.quantization) if setup.quantization else {}
+    step = memory.of(largest_batch(config, data), **step_settings(config), quantised=quantised)
     return Foresight(step, held_beside(device, setup.dtype), device_memory(device), device.type == "cuda")
 
 

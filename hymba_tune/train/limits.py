@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hymba_tune.config import Method, TrainingConfig
+from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.footprint import MOMENT_BYTES
 from hymba_tune.train.checkpoints import forget_torn
@@ -123,6 +123,8 @@ def _savings(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
         yield halved, "the same steps"
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "a third more time"
+    if config.method is not Method.full and config.quantize is None:
+        yield {"quantize": Scheme.nf4}, "the weights below the adapter in 4 bits"
     yield {"max_length": max(8, config.max_length // 2)}, "longer rows are cut"
     if config.method is Method.full:
         if "8bit" not in config.optimizer:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hymba_tune.adapters import add_adapter, count_parameters, lora_config, weights_of
 from hymba_tune.checkpoint import (
@@ -18,11 +25,12 @@ from hymba_tune.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from hymba_tune.config import Method, PreferenceConfig, SFTConfig, Start, TrainingConfig, as_mapping
+from hymba_tune.config import Method, PreferenceConfig, Scheme, SFTConfig, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
+from hymba_tune.schemes import quantization, scheme_of, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 from hymba_tune.train.tracking import check_trackers
@@ -41,10 +49,20 @@ class Setup:
     model_config: PretrainedConfig
     kernels: dict[str, Choice]
 
+    @cached_property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """Of the weights below the adapter, which are stored so already or are to be."""
+        return weights_quantization(self.config, self.model_config, self.dtype)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights below the adapter are stored, if in fewer bits."""
+        return scheme_of(self.quantization) if self.quantization else None
+
     @property
     def continues(self) -> bool:
         """Whether the adapter of ``source`` is gone on with, rather than a new one made."""
-        return isinstance(self.config, PreferenceConfig) and self.config.start is Start.continue_
+        return _continues(self.config)
 
     @property
     def base(self) -> str:
@@ -104,10 +122,65 @@ def check(config: TrainingConfig) -> Setup:
     weights = weights_of(source)
     model_config = load_config(weights)
     check_weights(weights.folder, model_config)
+    check_quantization(config, source, model_config)
+    weights_quantization(config, model_config, dtype)
     trained, total = count_parameters(lay_out(config, model_config, torch.float32))
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
+
+
+def weights_quantization(
+    config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """How the weights below the adapter are stored already or are to be stored, if in fewer bits.
+
+    Args:
+        config: Of the run.
+        model_config: Of the weights.
+        dtype: What is computed in.
+
+    Raises:
+        ConfigError: If nothing in the model can be stored so.
+    """
+    stored = stored_quantization(model_config)
+    return quantization(model_config, config.quantize, dtype) if config.quantize and stored is None else stored
+
+
+def check_quantization(config: TrainingConfig, source: ModelSource, model_config: PretrainedConfig) -> None:
+    """See that weights that are quantised, or are to be, can be trained as asked.
+
+    Raises:
+        ConfigError: If not.
+    """
+    stored = stored_quantization(model_config)
+    scheme = scheme_of(stored) if stored else None
+    if source.adapter is not None and (scheme or config.quantize) and not _continues(config):
+        raise ConfigError(
+            f"{source.name} is an adapter: it has to be folded in before its model is quantised.",
+            fix=f"hymba-tune merge {source.name} --out merged, then --model merged",
+        )
+    if scheme is None:
+        return
+    if config.quantize not in (None, scheme):
+        raise ConfigError(
+            f"--quantize {config.quantize}: {source.name} is quantised already, to {scheme}.", fix="leave it out"
+        )
+    if config.method is Method.full:
+        raise ConfigError(
+            f"--method full trains every weight, and those of {source.name} are quantised ({scheme}).",
+            fix="--method lora, or a model that is not quantised",
+        )
+    if config.method is Method.dora and scheme is Scheme.int8:
+        raise ConfigError(
+            f"--method dora needs the norms of the weights, and those of {source.name} are quantised to int8, which "
+            "PEFT cannot take apart for it.",
+            fix="--method lora",
+        )
+
+
+def _continues(config: TrainingConfig) -> bool:
+    return isinstance(config, PreferenceConfig) and config.start is Start.continue_
 
 
 def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,6 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "packing": {"packing": True, "max_length": 64, "meta_tokens": "full"},
     "dora_bfloat16": {"method": "dora", "dtype": "bfloat16", "meta_tokens": "full"},
     "attention_rows": {"targets": ["attention"], "weight_decay": 0.1, "meta_tokens": "frozen"},
+    # An evaluation lies before the checkpoint and another after it: none may change the gradients that follow.
+    "nf4_bfloat16": {"quantize": "nf4", "dtype": "bfloat16", "lora_dropout": 0.3},
+    "int8": {"quantize": "int8"},
     "full": {"method": "full", "weight_decay": 0.1},
     "full_bfloat16": {"method": "full", "dtype": "bfloat16"},
 }

@@ -1,0 +1,169 @@
+"""Weights in fewer bits, by bitsandbytes: what is left as it is and why, and what checkpoints hold of the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from hymba_tune.config import Scheme
+from hymba_tune.errors import CheckpointError, ConfigError
+
+BITS = {Scheme.nf4: 4, Scheme.fp4: 4, Scheme.int8: 8}
+KEPT = {
+    "lm_head": "shares its weight with the embeddings",
+    "embed_tokens": "is looked up, not multiplied with, and is the head's weight too",
+    "memory_tokens": "every text reads it, and it is small",
+    "x_proj.0": "makes the time steps, B and C: the recurrence carries their errors on from token to token",
+    "dt_proj.0": "makes the time steps, of which exponentials are taken; computed in float32",
+    "conv1d": "has four weights a channel: nothing to save",
+    "A_log.0": "is the exponent of every state's decay",
+    "D.0": "has one weight a channel: nothing to save",
+    "norm": "has one weight a channel: nothing to save",
+    "norm1": "has one weight a channel: nothing to save",
+    "norm2": "has one weight a channel: nothing to save",
+}
+"""What keeps its number format under every scheme, by the end of its name, and why. Beside it stands what transformers
+protects itself."""
+ROWS, COLUMNS = 32, 64
+"""What the shape of a weight of 4 bits must be a multiple of: bitsandbytes' kernels for CPUs know no others."""
+BLOCK, NESTED_BLOCK = 64, 256
+"""Weights of 4 bits that share a scale, and scales of 8 bits that share one."""
+BYTES = {"SCB": 4, "weight.quant_map": 4, "weight.nested_absmax": 4, "weight.nested_quant_map": 4}
+"""Bytes of an element of what is stored beside a weight, where it is not one."""
+
+
+def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:
+    """What transformers is told to quantise a model while it is loaded.
+
+    Args:
+        model_config: Of the model.
+        scheme: NF4 and FP4 store their scales in 8 bits as well (double quantisation).
+        dtype: What is computed in.
+        skip: More modules to leave as they are, by the ends of their names: ``down_proj``, ``layers.3.mamba.in_proj``.
+
+    Raises:
+        ConfigError: If one of these ends no name, or if nothing is left to quantise.
+    """
+    model = _without_weights(model_config)
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if wrong := [end for end in skip if not any(f".{name}".endswith(f".{end}") for name in linear)]:
+        raise ConfigError(
+            f"--skip {wrong[0]}: no linear layer of the model is called so.",
+            expected=", ".join(sorted({name.rsplit(".", 1)[1] for name in linear if name not in KEPT} - {"0"})),
+        )
+    kept = [*get_keys_to_not_convert(model), *KEPT, *skip]
+    if BITS[scheme] == 4:
+        kept += [name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS]
+    names = list(dict.fromkeys(kept))
+    config = BitsAndBytesConfig(
+        load_in_8bit=scheme is Scheme.int8,
+        load_in_4bit=scheme is not Scheme.int8,
+        bnb_4bit_quant_type=Scheme.nf4.value if scheme is Scheme.int8 else scheme.value,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=names,
+    )
+    if not quantised(model, config):
+        raise ConfigError(
+            f"{scheme.value}: nothing in this model can be stored so.",
+            expected=f"linear layers of a multiple of {ROWS} rows and {COLUMNS} columns",
+        )
+    return config
+
+
+def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
+    """What a checkpoint's configuration says of how it is quantised; None if it is not.
+
+    Raises:
+        CheckpointError: If it is, but not by bitsandbytes.
+    """
+    said = getattr(model_config, "quantization_config", None)
+    if said is None:
+        return None
+    if isinstance(said, BitsAndBytesConfig):
+        return said
+    if said.get("quant_method") != "bitsandbytes":
+        raise CheckpointError(
+            f"The model is quantised by {said.get('quant_method')}.",
+            expected="bitsandbytes (nf4, fp4 or int8), or weights that are not quantised",
+        )
+    return BitsAndBytesConfig.from_dict(said)
+
+
+def scheme_of(config: BitsAndBytesConfig) -> Scheme:
+    """The scheme that a configuration of bitsandbytes asks for."""
+    return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
+
+
+def quantised(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:
+    """The layers of an unquantised model that a configuration has quantised, by their names."""
+    kept = config.llm_int8_skip_modules or get_keys_to_not_convert(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, kept)
+    }
+
+
+def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> dict[str, list[int]]:
+    """The tensors of a checkpoint that hold the weight of a quantised layer, and their shapes.
+
+    Args:
+        name: Of the layer.
+        layer: As it is without quantisation.
+        config: Of `quantization` or `stored_quantization`.
+    """
+    rows, weights = layer.out_features, layer.weight.numel()
+    if config.load_in_8bit:
+        return {f"{name}.weight": [rows, layer.in_features], f"{name}.SCB": [rows], f"{name}.weight_format": []}
+    blocks = math.ceil(weights / BLOCK)
+    shapes = {"weight": [math.ceil(weights / 2), 1], "weight.absmax": [blocks], "weight.quant_map": [16]}
+    if config.bnb_4bit_use_double_quant:
+        shapes |= {"weight.nested_absmax": [math.ceil(blocks / NESTED_BLOCK)], "weight.nested_quant_map": [256]}
+    return {f"{name}.{part}": shape for part, shape in shapes.items()}
+
+
+def stored_state(name: str, config: BitsAndBytesConfig) -> str | None:
+    """The tensor in which a layer of 4 bits describes itself, in as many bytes as that takes."""
+    return None if config.load_in_8bit else f"{name}.weight.quant_state.bitsandbytes__{config.bnb_4bit_quant_type}"
+
+
+def stored_bytes(model_config: Any, config: BitsAndBytesConfig) -> dict[str, int]:
+    """Bytes that the weights of a model's quantised layers take, by the layers' names.
+
+    Args:
+        model_config: Of the model.
+        config: Of `quantization` or `stored_quantization`.
+    """
+    return {
+        name: sum(BYTES.get(part.removeprefix(f"{name}."), 1) * math.prod(shape) for part, shape in parts.items())
+        for name, layer in quantised(_without_weights(model_config), config).items()
+        for parts in [stored_shapes(name, layer, config)]
+    }
+
+
+def _without_weights(model_config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a model that was just loaded compute as it should; one that is not quantised stays as it is.
+
+    Args:
+        model: Changed in place.
+        dtype: What it computes in, whatever the one that quantised it computed in.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Such a CPU packs the weights anew at the first evaluation, and the backward later reads them as they were:
+            # gradients are then wrong without an error.
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype

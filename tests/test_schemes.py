@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+from hymba_tune.adapters import add_adapter
+from hymba_tune.checkpoint import check_weights, load_config, load_weights
+from hymba_tune.config import Scheme
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.registry import ModelSource
+from hymba_tune.schemes import KEPT, quantization, scheme_of, stored_bytes, stored_quantization
+from tests.adapters.small import config_for
+from tests.runs import SMALL, rewrite, tensors
+from tests.tiny import random_texts, tiny_model
+
+CPU = torch.device("cpu")
+LAYERS = {"in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def opened(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> Any:
+    source = ModelSource("model", folder)
+    config = quantization(load_config(source), scheme, dtype, skip)
+    return load_weights(source, dtype=dtype, device=CPU, quantization=config)
+
+
+def kinds_quantised(model: nn.Module) -> set[str]:
+    found = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
+    return {name.rsplit(".", 1)[1] for name in found}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[Scheme, Path]:
+    """Folders of the model, quantised and saved by transformers alone."""
+    folder = tmp_path_factory.mktemp("quantised")
+    for scheme in Scheme:
+        opened(wide_model, scheme).save_pretrained(folder / scheme)
+    return {scheme: folder / scheme for scheme in Scheme}
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_what_is_kept_has_its_format_and_the_rest_is_quantised(scheme: Scheme, wide_model: Path) -> None:
+    model = opened(wide_model, scheme, torch.bfloat16)
+    assert kinds_quantised(model) == LAYERS
+    for name, parameter in model.named_parameters():
+        kept = any(name.rsplit(".", 1)[0].endswith(end) or name.endswith(end) for end in KEPT)
+        assert (parameter.dtype is torch.bfloat16) == (kept or name.endswith(".bias")), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_skip_list_adds_to_what_is_kept_anyway(wide_model: Path) -> None:
+    config = load_config(ModelSource("model", wide_model))
+    asked = quantization(config, Scheme.nf4, torch.float32, ["down_proj", "layers.1.mamba.in_proj"])
+    assert {"lm_head", "model.embed_tokens", *KEPT, "down_proj"} <= set(asked.llm_int8_skip_modules)
+    model = opened(wide_model, Scheme.nf4, skip=("down_proj", "layers.1.mamba.in_proj"))
+    assert kinds_quantised(model) == LAYERS - {"down_proj"}
+    assert type(model.model.layers[1].mamba.in_proj) is nn.Linear
+    with pytest.raises(ConfigError, match=r"--skip dwn_proj: no linear layer(.|\n)*down_proj, gate_proj, in_proj"):
+        quantization(config, Scheme.nf4, torch.float32, ["dwn_proj"])
+
+
+def test_shapes_that_4_bits_do_not_fit_are_kept() -> None:
+    config = tiny_model(**SMALL).config  # only out_proj's 64 columns can be
+    names = stored_bytes(config, quantization(config, Scheme.fp4, torch.float32))
+    assert {name.rsplit(".", 1)[1] for name in names} == {"out_proj"}
+    with pytest.raises(ConfigError, match=r"nf4: nothing in this model can be stored so.(.|\n)*32 rows and 64 columns"):
+        quantization(tiny_model().config, Scheme.nf4, torch.float32)
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_saved_checkpoints_are_what_was_foreseen(scheme: Scheme, stored: dict[Scheme, Path]) -> None:
+    folder = stored[scheme]
+    config = load_config(ModelSource("model", folder))
+    asked = stored_quantization(config)
+    assert asked is not None
+    assert scheme_of(asked) is scheme
+    check_weights(folder, config)
+    held = tensors(folder)
+    for name, size in stored_bytes(config, asked).items():
+        parts = [held[part] for part in held if part.startswith(f"{name}.") and "quant_state" not in part]
+        assert sum(part.nbytes for part in parts) == size
+
+
+@pytest.mark.parametrize("scheme", [Scheme.nf4, Scheme.int8])
+def test_broken_checkpoints_are_refused(scheme: Scheme, stored: dict[Scheme, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(stored[scheme], folder)
+    name = "model.layers.0.mamba.in_proj"
+    scale = f"{name}.SCB" if scheme is Scheme.int8 else f"{name}.weight.absmax"
+    held = tensors(folder)
+    rewrite(folder, {}, removed=[scale])
+    with pytest.raises(CheckpointError, match=f"tensor {scale} is missing"):
+        check_weights(folder, load_config(ModelSource("model", folder)))
+    rewrite(folder, held | {f"{name}.weight": held[f"{name}.weight"][:-1]})
+    with pytest.raises(CheckpointError, match=f"tensor {name}.weight has shape"):
+        check_weights(folder, load_config(ModelSource("model", folder)))
+
+
+def test_other_quantisers_are_refused(wide_model: Path, tmp_path: Path) -> None:
+    settings = json.loads((wide_model / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"The model is quantised by gptq(.|\n)*bitsandbytes"):
+        load_config(ModelSource("model", tmp_path))
+
+
+def gradients(model: nn.Module, texts: Tensor) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    model(input_ids=texts, labels=texts, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(0)
+    adapter = add_adapter(model, config_for(model), ["all"])
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return adapter
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_an_evaluation_changes_no_gradient_that_follows(scheme: Scheme, wide_model: Path) -> None:
+    model = adapted(opened(wide_model, scheme, torch.bfloat16))
+    texts = torch.stack(random_texts([24, 24], SMALL["vocab_size"]))
+    before = gradients(model, texts)
+    with torch.no_grad():
+        model.eval()(input_ids=texts)
+        model.eval()(input_ids=texts[:1, :1])
+    after = gradients(model, texts)
+    assert before.keys() == after.keys()
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+        assert gradient.isfinite().all()
+
+
+def test_gradients_are_those_of_the_dequantised_weights(wide_model: Path) -> None:
+    texts = torch.stack(random_texts([24, 24], SMALL["vocab_size"]))
+    for scheme in Scheme:
+        quantised = adapted(opened(wide_model, scheme))
+        plain = adapted(opened(wide_model, scheme).dequantize(torch.float32))
+        expected = gradients(plain, texts)
+        for name, gradient in gradients(quantised, texts).items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (scheme, name)
