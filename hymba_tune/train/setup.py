@@ -158,7 +158,7 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
     if source.adapter is not None and (scheme or config.quantize) and not _continues(config):
         raise ConfigError(
             f"{source.name} is an adapter: it has to be folded in before its model is quantised.",
-            fix=f"hymba-tune merge {source.name} --out merged, then --model merged",
+            fix=f"hymba-tune merge {config.model} --out merged, then --model merged",
         )
     if scheme is None:
         return
