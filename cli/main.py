@@ -15,6 +15,7 @@ from pydantic import ValidationError as PydanticError
 from hymba_tune import __version__
 from hymba_tune.cli.chat import chat
 from hymba_tune.cli.data import data
+from hymba_tune.cli.distill import distill
 from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.dpo import dpo
 from hymba_tune.cli.kto import kto
@@ -28,7 +29,7 @@ from hymba_tune.cli.sft import sft
 from hymba_tune.errors import ConfigError, HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
-TRAINS = ("sft", "dpo", "kto", "plan")
+TRAINS = ("sft", "dpo", "kto", "distill", "plan")
 
 app = App(
     name="hymba-tune",
@@ -42,6 +43,7 @@ app = App(
 for verb in (sft, dpo, kto, chat, merge, report, plan, recipes, doctor):
     app.command(verb)
 app.command(data)
+app.command(distill)
 
 
 def main(words: Sequence[str] | None = None) -> None:

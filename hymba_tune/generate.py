@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,51 @@ def answer(
     finally:
         model.train(training)
     return _decode(tokenizer, written[0, ids.shape[1] :].tolist())
+
+
+def write(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """Go on with several prompts at once.
+
+    Args:
+        model: In any mode; it is left as it was.
+        prompts: Token ids.
+        end: The token that ends an answer.
+        max_new_tokens: Tokens that an answer may have.
+        temperature: 0 takes the likeliest token each time.
+
+    Returns:
+        The tokens written; the last one is ``end``, unless an answer became too long.
+    """
+    width = max(map(len, prompts))
+    padded = torch.tensor([[end] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            written = model.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+                **sampling,
+            )
+    finally:
+        model.train(training)
+    return [_up_to(end, ids) for ids in written[:, width:].tolist()]
+
+
+def _up_to(end: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 class Chat:

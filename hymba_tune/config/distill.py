@@ -13,7 +13,7 @@ from hymba_tune.config.base import LIST, Config, Method, Names, Pairs
 from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
 
-LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
+LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce")
 """What a student may be taught by; ``auto`` is one of the first and the fourth."""
 WHOLE = {"reverse-kl", "jsd", "uld"}
 """Losses that need the teacher's whole vocabulary, which no cache holds."""
@@ -79,8 +79,9 @@ class TeacherOptions(Config):
     """The token that the teacher's chat template ends an answer with, where that is not its end-of-sequence token."""
     teacher_cache: Path | None = None
     """Folder of the teacher's kept targets. When not given: in the user's cache."""
-    top_k: int = Field(default=32, ge=1)
-    """Of the teacher's probabilities, how many are kept at each token; the mass of the others is kept as one."""
+    top_k: int = Field(default=64, ge=1)
+    """Of the teacher's probabilities, how many are kept at each token (common: 32 to 64); the mass of the others is
+    kept as one."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the probabilities that are compared: more than 1 makes the teacher's unlikely tokens count more."""
     min_aligned: float = Field(default=0.9, ge=0, le=1)
@@ -101,9 +102,9 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
     loss: Names = Field(default_factory=lambda: ["auto"])
-    """kl, reverse-kl, jsd (one tokenizer); projection, alm, uld (any two); ce (the data alone); seq (the teacher writes
-    the answers anew); or several with weights: --loss projection=1 alm=0.5. auto takes projection where the tokenizers
-    differ, else kl."""
+    """kl, reverse-kl, jsd (one tokenizer); projection, alm, uld (any two); ce (the data alone); or several, with
+    weights: --loss kl=1 alm=0.5. Beside projection, alm speaks only where that has no target. auto takes these two
+    where the tokenizers differ, else kl."""
     alpha: float = Field(default=0.7, ge=0, le=1)
     """The teacher's share of the loss; the rest is cross-entropy on the data."""
     beta: float = Field(default=0.5, ge=0, le=1)
@@ -115,16 +116,12 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     on_policy: float = Field(default=0.0, ge=0, le=1)
     """Share of the answers that the student writes itself, to be judged by the teacher."""
     answer_tokens: int = Field(default=256, ge=1)
-    """Tokens that answers written by the student (--on-policy) or the teacher (--loss seq) may have."""
+    """Tokens that answers written by the student (--on-policy) may have."""
     answer_temperature: float = Field(default=1.0, ge=0)
-    """At which these are sampled; 0 takes the likeliest token each time."""
+    """Temperature at which these are sampled; 0 takes the likeliest token each time."""
     stages: Stages = Field(default_factory=list)
     """Parts of the run, each with its share of the steps and what differs in it (loss, alpha, on-policy): --stages 0.7
     0.3:on-policy=1,loss=kl."""
-    match_hidden: Literal["cosine", "mse"] | None = None
-    """Draw the student's hidden states to the teacher's through learned projections. One tokenizer only."""
-    match_weight: float = Field(default=1.0, gt=0)
-    """Weight of --match-hidden beside the other losses."""
 
     @property
     def parts(self) -> list[Stage]:
@@ -135,21 +132,13 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     @property
     def keeps_teacher(self) -> bool:
         """Whether the teacher is in memory while the student learns."""
-        return self.online or self.match_hidden is not None or any(part.on_policy for part in self.parts)
-
-    @property
-    def teacher_writes(self) -> bool:
-        """Whether the teacher writes the answers anew."""
-        return any("seq" in part.losses for part in self.parts)
+        return self.online or any(part.on_policy for part in self.parts)
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
         shares = sum(part.share for part in self.parts)
         if abs(shares - 1) > 1e-6:
             raise ValueError(f"stages: the shares make {shares:g}, not 1; --stages 0.7 0.3:on-policy=1")
-        writes = {"seq" in part.losses for part in self.parts}
-        if len(writes) > 1:
-            raise ValueError("stages: seq changes the answers of the data; use it in every stage or in none")
         return self
 
     @model_validator(mode="after")
@@ -160,7 +149,7 @@ class DistillConfig(TeacherOptions, TrainingConfig):
         if self.packing and any(part.on_policy for part in self.parts):
             raise ValueError("packing: answers that the student writes cannot be packed beforehand; leave it out")
         if self.served and self.keeps_teacher:
-            flag = "--online" if self.online else "--match-hidden" if self.match_hidden else "--on-policy"
+            flag = "--online" if self.online else "--on-policy"
             raise ValueError(
                 f"teacher: a server tells only its likeliest tokens, and {flag} needs all of them; name a model instead"
             )

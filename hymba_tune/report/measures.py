@@ -35,6 +35,10 @@ class Measure:
 
 
 KNOWN = {
+    "bits_per_byte": Measure("Bits per byte", "bits a byte", ".3f", better=-1),
+    "cross_entropy": Measure("Cross-entropy on the data", "nats a token", ".3f", better=-1),
+    "distillation": Measure("Distance from the teacher", "nats a token", ".3f", better=-1),
+    "chunk_likelihood": Measure("Distance from the teacher, by chunks", format=".3f", better=-1),
     "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, chance=0.5, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
     "chosen_reward": Measure("Reward of better answers", format=".3f"),

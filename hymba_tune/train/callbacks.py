@@ -30,6 +30,8 @@ REWARDS = {
     }.items()
 }
 """What TRL calls the numbers of preferences, and what a run's metrics do."""
+MORE = "more/"
+"""Begins the names of what a trainer logs to have as a column of its own."""
 
 
 class Metrics(TrainerCallback):
@@ -81,6 +83,7 @@ class Metrics(TrainerCallback):
             tokens_per_s=speed,
             memory_bytes=peak_memory(args.device),
             **{name: logs[key] for key, name in REWARDS.items() if key in logs},
+            more={name.replace(MORE, "", 1): value for name, value in logs.items() if MORE in name},
         )
         self._run.log(row)
         left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None

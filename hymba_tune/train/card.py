@@ -43,9 +43,11 @@ def _table(first: Row, last: Row) -> list[str]:
     """The first and the last evaluation, side by side."""
     columns = {"eval_loss": "loss" if last.eval_margin is not None else "nats a token"}
     columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}
-    known = [name for name in columns if getattr(last, name) is not None]
+    columns |= {"eval_distillation": "from the teacher", "eval_bits_per_byte": "bits per byte"}
+    values = [row.as_columns() for row in (first, last)]
+    known = [name for name in columns if name in values[-1]]
     lines = [f"| held-out | step | {' | '.join(columns[name] for name in known)} |", "|---" * (2 + len(known)) + "|"]
-    for when, row in {"before": first, "after": last}.items():
-        values = (f"{getattr(row, name) or 0.0:.4f}" for name in known)
-        lines.append(f"| {when} | {row.step} | {' | '.join(values)} |")
+    for when, row in zip(("before", "after"), values, strict=True):
+        said = (f"{row.get(name, 0.0):.4f}" for name in known)
+        lines.append(f"| {when} | {row['step']} | {' | '.join(said)} |")
     return lines

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -141,7 +140,7 @@ class Run:
         """The lines of ``metrics.jsonl``; the last one counts only if it was written to its end."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
+        return [Row.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
@@ -185,4 +184,4 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def _as_line(row: Row) -> str:
-    return json.dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n"
+    return json.dumps(row.as_columns()) + "\n"

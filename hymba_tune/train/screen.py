@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Row:
         eval_accuracy: See `eval_margin`.
         eval_chosen_reward: See `eval_margin`.
         eval_rejected_reward: See `eval_margin`.
+        more: Whatever else a kind of training measures, by the names of its columns.
     """
 
     step: int
@@ -45,6 +47,20 @@ class Row:
     eval_accuracy: float | None = None
     eval_chosen_reward: float | None = None
     eval_rejected_reward: float | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def as_columns(self) -> dict[str, Any]:
+        """What is known, by column."""
+        columns = asdict(self)
+        columns |= columns.pop("more")
+        return {name: value for name, value in columns.items() if value is not None}
+
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, Any]) -> Self:
+        """The row that has these columns."""
+        own = {one.name for one in fields(cls)} - {"more"}
+        more = {name: value for name, value in columns.items() if name not in own}
+        return cls(**{name: columns[name] for name in own & columns.keys()}, more=more)
 
 
 class Screen:

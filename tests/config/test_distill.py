@@ -19,13 +19,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "packed answers of the student": ({"on_policy": 0.5, "packing": True}, "cannot be packed beforehand"),
     "server beside the student": ({"teacher": "http://x", "online": True}, "likeliest tokens, and --online needs all"),
     "server that scores": ({"teacher": "http://x", "on_policy": 1.0}, "and --on-policy needs all"),
-    "server's hidden states": ({"teacher": "https://x", "match_hidden": "mse"}, "and --match-hidden needs all"),
     "stages of too few steps": ({"stages": ["0.5", "0.4"]}, r"make 0\.9, not 1"),
     "stage that is none": ({"stages": ["half"]}, "'half' is no stage"),
     "stage of no steps": ({"stages": ["0", "1"]}, r"a share of 0 is none"),
     "stage with a setting that all share": ({"stages": ["1:lr=1"]}, "there is no 'lr' in a stage"),
     "stage with more than all": ({"stages": ["1:alpha=2"]}, "alpha is 2; it must be 0 to 1"),
-    "stage whose teacher writes": ({"stages": ["0.5", "0.5:loss=seq"]}, "use it in every stage or in none"),
 }
 
 
@@ -55,7 +53,6 @@ def test_recipes_may_write_stages_as_mappings() -> None:
     [
         ({}, False),
         ({"online": True}, True),
-        ({"match_hidden": "mse"}, True),
         ({"stages": ["0.9", "0.1:on-policy=1"]}, True),
     ],
 )

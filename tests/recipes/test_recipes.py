@@ -9,13 +9,16 @@ import pytest
 import yaml
 
 from hymba_tune.cli.settings import combine
-from hymba_tune.config import DPOConfig, KTOConfig, SFTConfig, TrainingConfig
+from hymba_tune.config import DistillConfig, DPOConfig, KTOConfig, SFTConfig, TrainingConfig
 from hymba_tune.train.run import Run
 from tests.conftest import ROOT
+from tests.distill import runs as distillation
+from tests.distill.teachers import save_teacher
 from tests.preferences import run_short, save_pairs
 from tests.runs import run
 
 RUNS: dict[type[TrainingConfig], Callable[[Any], Run]] = {SFTConfig: run, DPOConfig: run_short, KTOConfig: run_short}
+RUNS[DistillConfig] = distillation.run
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -44,7 +47,9 @@ def test_recipe_sets_only_known_settings(path: Path) -> None:
 def test_recipe_runs_two_steps(path: Path, small_model: Path, questions: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"dtype": "float32", "steps": 2, "max_length": 64, "eval_data": []}
     kind = kind_of(path)
-    data = questions if kind is SFTConfig else save_pairs(tmp_path / "pairs.jsonl")
+    if kind is DistillConfig:
+        changes |= distillation.random_teacher(save_teacher(tmp_path / "teacher"), tmp_path)
+    data = questions if kind in (SFTConfig, DistillConfig) else save_pairs(tmp_path / "pairs.jsonl")
     config = combine(path.stem, kind(model=str(small_model), data=[str(data)], out=tmp_path / "out", **changes))
     finished = RUNS[kind](config)
     assert finished.facts()["steps"] == 2

@@ -109,6 +109,7 @@ def test_facts_are_added_to(tmp_path: Path) -> None:
 
 def test_metrics_come_back_without_what_a_step_does_not_have(tmp_path: Path) -> None:
     run, rows = Run(tmp_path), [Row(step=0, eval_loss=2.5), Row(step=3, loss=2.0, learning_rate=1e-3), Row(step=4)]
+    rows.append(Row(step=5, more={"kl": 0.5, "eval_kl": 0.25}))
     assert run.rows() == []
     for row in rows:
         run.log(row)

@@ -1,0 +1,36 @@
+"""`hymba-tune distill` and its verbs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from hymba_tune.cli.distill_capture import capture
+from hymba_tune.cli.training import run_verb
+from hymba_tune.config import DistillConfig
+
+distill = App(
+    name="distill",
+    help="Teach a model what another one knows, whatever its tokenizer.\n\n"
+    "Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl",
+)
+
+
+@distill.default
+def train(*, config: str | None = None, flags: Annotated[DistillConfig, Parameter(name="*")] = DistillConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+    """Teach a model what another one knows, whatever its tokenizer.
+
+    Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl
+
+    Parameters
+    ----------
+    config
+        A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
+    """
+    from hymba_tune.distill.run import run_distill
+
+    run_verb(config, flags, run_distill)
+
+
+distill.command(capture)

@@ -1,0 +1,221 @@
+"""A run of distillation: sft's, with a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from hymba_tune.adapters import short_count
+from hymba_tune.checkpoint import check_length
+from hymba_tune.config import DistillConfig
+from hymba_tune.config.distill import Stage
+from hymba_tune.distill.cache import WIDE
+from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, parameters_of, target_maker
+from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
+from hymba_tune.distill.outputs import Found
+from hymba_tune.distill.own_answers import OwnAnswers
+from hymba_tune.distill.pair import Pair, Side
+from hymba_tune.distill.preflight import look
+from hymba_tune.distill.rows import AlignedData, read_rows
+from hymba_tune.distill.spelling import END
+from hymba_tune.distill.tables import same_tokenizer
+from hymba_tune.distill.targets import Targets
+from hymba_tune.distill.teacher import smaller_than
+from hymba_tune.distill.trainer import DistillTrainer
+from hymba_tune.errors import ConfigError
+from hymba_tune.train.flow import train
+from hymba_tune.train.kind import Kind
+from hymba_tune.train.run import Run
+from hymba_tune.train.samples import SAMPLES
+from hymba_tune.train.screen import Screen
+from hymba_tune.train.setup import Data, Setup
+
+ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
+"""Losses that compare the same tokens on both sides."""
+
+
+def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
+    """Teach a model what another one knows; see `train`.
+
+    Raises:
+        ConfigError: If no teacher is named, or it cannot teach what is asked for.
+    """
+    lesson = _Distillation(config, open_teacher(config))
+    return train(config, Kind(lesson.read_data, lesson.make_trainer, lesson.describe), screen)
+
+
+class _Distillation:
+    """What a run's steps hand on to each other."""
+
+    def __init__(self, config: DistillConfig, found: Found) -> None:
+        self._config, self._found = config, found
+        self._pair: Pair | None = None
+        self._data: AlignedData | None = None
+        self._stages: list[Stage] = []
+        self._targets: Sequence[Targets] | None = None
+        self._maker: TargetMaker | None = None
+
+    def read_data(self, setup: Setup, screen: Screen) -> Data:
+        """Read and align the data, and have the teacher's targets, before the student's weights are loaded."""
+        config = self._config
+        self._pair = pair_of(config, setup.tokenizer, self._found)
+        self._stages = resolve_losses(config, self._pair)
+        self._data = data = read_rows(
+            config,
+            self._pair,
+            context=self._found.context,
+            seed=config.seed,
+            prompts=SAMPLES,
+            working=screen.working,
+        )
+        if self._found.parameters is not None and (
+            warning := smaller_than(self._found, parameters_of(setup.model_config))
+        ):
+            screen.note(warning)
+        if config.keeps_teacher or config.dry_run:
+            self._maker = self._look(setup, screen)
+        if self._wants_targets and not config.dry_run:
+            self._targets = open_targets(
+                config,
+                data,
+                self._pair,
+                self._found,
+                vocabulary=setup.model_config.vocab_size,
+                device=setup.device,
+                screen=screen,
+            )
+        report = data.report
+        warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
+        summary = [
+            f"{report.conversations + report.texts:,} {'conversations' if report.conversations else 'texts'}",
+            f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
+        ]
+        return Data(data.train, data.held_out, report, summary, data.prompts, warning)
+
+    @property
+    def _wants_targets(self) -> bool:
+        """Whether a loss of the data's answers is computed from kept targets."""
+        if self._config.online:
+            return False
+        return any(stage.on_policy < 1 and FROM_TARGETS & stage.losses.keys() for stage in self._stages)
+
+    def _look(self, setup: Setup, screen: Screen) -> TargetMaker:
+        """The teacher, loaded, after a look at whether it fits the data."""
+        config, data, pair = self._config, self._data, self._pair
+        assert data
+        assert pair
+        vocabulary = setup.model_config.vocab_size
+        with screen.working("loading the teacher"):
+            maker = target_maker(config, data.rows, pair, self._found, vocabulary=vocabulary, device=setup.device)
+        with screen.working("asking the teacher about a few rows"):
+            found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+        lines = found.lines()
+        if not self._wants_targets:
+            del lines["targets"]
+        screen.banner(lines | ({"bias": self._found.bias} if self._found.bias else {}))
+        found.check(min_aligned=config.min_aligned, min_probability=config.min_teacher_probability)
+        return maker
+
+    def make_trainer(
+        self,
+        setup: Setup,
+        data: Data,
+        model: PreTrainedModel,
+        arguments: dict[str, Any],
+        callbacks: list[TrainerCallback],
+    ) -> DistillTrainer:
+        """The trainer of the student."""
+        assert self._pair
+        packing = self._config.packing
+        own = {"packing": packing, "packing_strategy": "bfd", "eval_packing": False}
+        return DistillTrainer(
+            lessons=self._lessons(setup),
+            stages=self._stages,
+            token_bytes=token_bytes(self._pair.student),
+            own_answers=self._own_answers(),
+            model=model,
+            args=trl.SFTConfig(**arguments, **own),
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
+        )
+
+    def _lessons(self, setup: Setup) -> Lessons:
+        config = self._config
+        shape = Shape(config.temperature, config.tau, config.beta)
+        online = None
+        if config.keeps_teacher:
+            assert self._data
+            assert self._maker
+            online = OnlineTeacher(self._maker, self._data.rows)
+        return Lessons(shape, setup.device, self._targets, online)
+
+    def _own_answers(self) -> OwnAnswers | None:
+        config = self._config
+        if not any(stage.on_policy for stage in self._stages):
+            return None
+        assert self._pair
+        assert self._data
+        return OwnAnswers(
+            self._pair,
+            self._data.rows,
+            config.max_length,
+            config.answer_tokens,
+            config.answer_temperature,
+            config.seed,
+        )
+
+    def describe(self, setup: Setup) -> dict[str, str]:
+        """The banner's lines on the teacher and what is learned from it."""
+        del setup
+        assert self._pair
+        assert self._data
+        aligned = self._data.alignment
+        kept = aligned.rows - sum(aligned.dropped.values())
+        quantised = f" · {self._found.quantize}" if self._found.quantize else ""
+        return {
+            "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
+            "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
+            "loss": " · then ".join(_in_words(stage) for stage in self._stages),
+        }
+
+
+def resolve_losses(config: DistillConfig, pair: Pair) -> list[Stage]:
+    """The stages of a run with the losses that fit the pair.
+
+    Raises:
+        ConfigError: If one compares the same tokens on both sides, and there are none.
+    """
+    same = same_tokenizer(pair)
+    for stage in config.parts:
+        unfit = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
+        if unfit and not same:
+            raise ConfigError(
+                f"{unfit[0]} compares the same tokens on both sides, and the teacher's tokenizer is another.",
+                fix="--loss auto, which is for that",
+            )
+    usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
+    return [replace(stage, losses=usual) if "auto" in stage.losses else stage for stage in config.parts]
+
+
+def token_bytes(side: Side) -> Tensor:
+    """How many bytes of text each token spells, ``(V,)`` int64; the one that ends a turn, none."""
+    sizes = torch.from_numpy(side.spelling.lengths.copy())
+    sizes[side.spelling.tokens.index(END)] = 0
+    return sizes
+
+
+def _in_words(stage: Stage) -> str:
+    names = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items())
+    said = [f"{stage.share:.0%}:"] if stage.share < 1 else []
+    taught = stage.losses.keys() - {"ce"}
+    said.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if taught else names)
+    return " ".join(said + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))

@@ -1,0 +1,321 @@
+"""What the trainer of students computes, against plain loops over rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from torch import Tensor
+
+from hymba_tune.checkpoint import load_tokenizer, load_weights
+from hymba_tune.config import SFTConfig
+from hymba_tune.config.distill import Stage
+from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
+from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.rows import AlignedData, alignment, read_rows
+from hymba_tune.distill.run import token_bytes
+from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.targets import Targets
+from hymba_tune.distill.teacher import ModelTeacher, find_teacher
+from hymba_tune.distill.trainer import DistillTrainer
+from hymba_tune.registry import resolve_model
+from tests.distill.teachers import random_model, save_teacher
+from tests.distill.test_rows import quiet
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
+
+CPU = torch.device("cpu")
+ALPHA, TEMPERATURE, TAU, BETA, TOP_K, ROWS = 0.6, 2.0, 10.0, 0.3, 8, 6
+LOSSES: dict[str, dict[str, float]] = {"ce": {"ce": 1.0}, "projection": {"projection": 1.0}, "alm": {"alm": 1.0}}
+LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "beside": {"projection": 0.8, "alm": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelTeacher:
+    return find_teacher(str(save_teacher(tmp_path_factory.mktemp("teacher")))).load(CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pair(small_model: Path, teacher: ModelTeacher) -> Pair:
+    return make_pair(load_tokenizer(small_model), teacher.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alike(small_model: Path) -> ModelTeacher:
+    """A teacher with the student's tokenizer."""
+    return ModelTeacher(random_model("llama", 4096), load_tokenizer(small_model), "alike")
+
+
+@pytest.fixture(scope="module")
+def data(questions: Path, pair: Pair) -> AlignedData:
+    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
+    return read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet)
+
+
+@pytest.fixture(scope="module")
+def made(data: AlignedData, pair: Pair, teacher: ModelTeacher, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Targets, and what made them."""
+    rows = list(map(alignment, data.rows))
+    maker = TargetMaker.of(
+        teacher,
+        pair,
+        count_first_pieces(rows),
+        vocabulary=4096,
+        top_k=TOP_K,
+        temperature=TEMPERATURE,
+        device=CPU,
+        tables_dir=tmp_path_factory.mktemp("tables"),
+    )
+    made = {index: taught.targets for index, taught in maker(rows)}
+    return [made[index] for index in range(len(rows))], maker
+
+
+@pytest.fixture(scope="module")
+def targets(made: tuple[list[Targets], TargetMaker]) -> list[Targets]:
+    return made[0]
+
+
+@pytest.fixture
+def trainer(
+    small_model: Path, data: AlignedData, pair: Pair, targets: Sequence[Targets], tmp_path: Path
+) -> Callable[..., DistillTrainer]:
+    def make(
+        *,
+        losses: dict[str, float],
+        batch_size: int = ROWS,
+        grad_accum: int = 1,
+        lessons: Lessons | None = None,
+        **changes: Any,
+    ) -> DistillTrainer:
+        args = trl.SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=grad_accum,
+            max_length=64,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=1e9,
+            logging_steps=1,
+            save_strategy="no",
+            activation_checkpointing=False,
+            eval_packing=False,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            **changes,
+        )
+        return DistillTrainer(
+            lessons=lessons or Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, targets),
+            stages=[Stage(1.0, losses, ALPHA, 0.0)],
+            token_bytes=token_bytes(pair.student),
+            model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.train,
+            processing_class=load_tokenizer(small_model),
+        )
+
+    return make
+
+
+def sparse_kl(log_probs: Tensor, pieces: Tensor, told: Tensor, bucket: Tensor) -> Tensor:
+    """One token's divergence from its target, term by term."""
+    kept = [(int(piece), value) for piece, value in zip(pieces, told, strict=True) if value > -math.inf]
+    total = sum(value.exp() * (value - log_probs[piece]) for piece, value in kept)
+    others = torch.ones(len(log_probs), dtype=torch.bool)
+    others[[piece for piece, _ in kept]] = False
+    if bucket > -math.inf:
+        total = total + bucket.exp() * (bucket - log_probs[others].exp().sum().log())
+    return torch.as_tensor(total)
+
+
+def loop(
+    model: torch.nn.Module, data: AlignedData, targets: Sequence[Targets], losses: dict[str, float]
+) -> dict[str, Any]:
+    """Sums over the rows, each passed alone, of the loss and its parts."""
+    sums: dict[str, Any] = {"total": torch.zeros(()), "ce": 0.0, "kd": 0.0, "alm": 0.0, "tokens": 0}
+    weight = losses.get("projection", 0.0) + losses.get("kl", 0.0)
+    alpha = 0.0 if losses == {"ce": 1.0} else ALPHA
+    for row, target in zip(data.rows, targets, strict=True):
+        labels = row["labels"]
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        log_probs, hot = logits.log_softmax(-1), (logits / TEMPERATURE).log_softmax(-1)
+        covered = [
+            (range(*span), known)
+            for span, known in zip(target.spans.tolist(), target.span_log_likelihoods, strict=True)
+            if "alm" in losses and not ("projection" in losses and set(range(*span)) <= set(target.at.tolist()))
+        ]
+        for place in (place for place, label in enumerate(labels) if label != -100):
+            data_loss = -log_probs[place - 1, labels[place]]
+            taught: Any = 0.0
+            if weight and place in target.at.tolist():
+                number = target.at.tolist().index(place)
+                value = TEMPERATURE**2 * sparse_kl(hot[place - 1], *(part[number] for part in target.top))
+                sums["kd"] += value.item()
+                taught = weight * value
+            elif not any(place in span for span, _ in covered):
+                taught = data_loss
+            sums["total"] = sums["total"] + (1 - alpha) * data_loss + alpha * taught
+            sums["ce"] += data_loss.item()
+            sums["tokens"] += 1
+        for span, known in covered:
+            q = (sum(log_probs[place - 1, labels[place]] for place in span).clamp(max=-1e-6) / TAU).exp()
+            p = (known.clamp(max=-1e-6) / TAU).exp()
+            value = -TAU * (p * q.log() + (1 - p) * (1 - q).log())
+            sums["alm"] += value.item()
+            sums["total"] = sums["total"] + alpha * losses["alm"] * value
+    return sums
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one_batch": {},
+    "accumulated": {"batch_size": 2, "grad_accum": 3},
+    "packed": {"packing": True, "batch_size": 1, "grad_accum": 8},
+    "packed_together": {"packing": True, "batch_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "losses"),
+    [("one_batch", name) for name in LOSSES] + [(layout, "mix") for layout in LAYOUTS if layout != "one_batch"],
+)
+def test_first_step_is_that_of_a_plain_loop(
+    layout: str,
+    losses: str,
+    trainer: Callable[..., DistillTrainer],
+    data: AlignedData,
+    targets: Sequence[Targets],
+) -> None:
+    """However rows are batched, padded, packed and accumulated; SGD's step is the gradient."""
+    fit = trainer(losses=LOSSES[losses], **LAYOUTS[layout])
+    before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
+    sums = loop(fit.model, data, targets, LOSSES[losses])
+    count = sums["tokens"]
+    (sums["total"] / count).backward()
+    gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
+    fit.model.zero_grad()
+    fit.train()
+    first = next(row for row in fit.state.log_history if "loss" in row)
+    FLOAT32.check(torch.tensor(first["loss"]), (sums["total"] / count).detach(), "loss")
+    after = dict(fit.model.named_parameters())
+    FLOAT32_GRADIENT.check_all({name: before[name] - after[name].detach() for name in gradients}, gradients)
+    assert first["more/cross_entropy"] == pytest.approx(sums["ce"] / count, rel=1e-4)
+    assert first.get("more/distillation", 0.0) == pytest.approx(sums["kd"] / count, rel=1e-4)
+    assert first.get("more/chunk_likelihood", 0.0) == pytest.approx(sums["alm"] / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["accumulated", "packed_together"])
+def test_evaluation_is_of_all_learned_tokens(
+    layout: str,
+    trainer: Callable[..., DistillTrainer],
+    data: AlignedData,
+    pair: Pair,
+    targets: Sequence[Targets],
+) -> None:
+    fit = trainer(losses=LOSSES["mix"], **LAYOUTS[layout])
+    with torch.no_grad():
+        sums = loop(fit.model, data, targets, LOSSES["mix"])
+    answers = [row["labels"][at] for row in data.rows for at in row["at"]]
+    text = sum(
+        len(pair.student.spelling.tokens[token]) for token in answers if token != pair.student.tokenizer.eos_token_id
+    )
+    found = fit.evaluate()
+    assert found["eval_loss"] == pytest.approx(sums["ce"] / sums["tokens"], rel=1e-5)
+    assert found["eval_more/distillation"] == pytest.approx(sums["kd"] / sums["tokens"], rel=1e-4)
+    assert found["eval_more/bits_per_byte"] == pytest.approx(sums["ce"] / math.log(2) / text, rel=1e-5)
+    assert fit.stage.losses == LOSSES["mix"]
+
+
+def test_teacher_beside_the_student_says_what_it_left(
+    trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
+) -> None:
+    """Asked now, or from its targets: the same terms."""
+    shape = Shape(TEMPERATURE, TAU, BETA)
+    kept = trainer(losses=LOSSES["beside"])
+    online = trainer(losses=LOSSES["beside"], lessons=Lessons(shape, CPU, None, OnlineTeacher(made[1], data.rows)))
+    found, known = online.evaluate(), kept.evaluate()
+    names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
+    assert len(names) == 3
+    assert {name: found[name] for name in names} == pytest.approx({name: known[name] for name in names}, rel=1e-5)
+
+
+def p_and_q(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return (teacher / TEMPERATURE).softmax(-1), (student / TEMPERATURE).softmax(-1)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = p_and_q(student, teacher)
+    middle = BETA * p + (1 - BETA) * q
+    return BETA * kl(p, middle) + (1 - BETA) * kl(q, middle)
+
+
+WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda student, teacher: kl(*p_and_q(student, teacher)),
+    "reverse-kl": lambda student, teacher: kl(*reversed(p_and_q(student, teacher))),
+    "jsd": jsd,
+    "uld": lambda student, teacher: (
+        sum(side.sort(-1).values * sign for side, sign in zip(p_and_q(student, teacher), (1, -1), strict=True))
+        .abs()
+        .sum(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
+def test_whole_vocabularies_are_compared(
+    losses: list[str],
+    trainer: Callable[..., DistillTrainer],
+    questions: Path,
+    alike: ModelTeacher,
+    tmp_path: Path,
+) -> None:
+    """With one tokenizer every learned token has the teacher's at the same place."""
+    pair = make_pair(alike.tokenizer, alike.tokenizer)
+    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
+    rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
+    maker = TargetMaker.of(
+        alike, pair, None, vocabulary=4096, top_k=4, temperature=TEMPERATURE, device=CPU, tables_dir=tmp_path
+    )
+    lessons = Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+    fit = trainer(losses=dict.fromkeys(losses, 0.5), lessons=lessons)
+    total, count, model = torch.zeros(()), 0, fit.model
+    teacher = random_model("llama", 4096)
+    for row in rows:
+        ids, learned = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]) != -100
+        logits, theirs = (one(input_ids=ids[None]).logits[0, :-1][learned[1:]] for one in (model, teacher))
+        data_loss = torch.nn.functional.cross_entropy(logits, ids[learned], reduction="sum")
+        taught = sum(0.5 * TEMPERATURE**2 * WHOLE[name](logits, theirs).sum() for name in losses)
+        total, count = total + (1 - ALPHA) * data_loss + ALPHA * taught, count + int(learned.sum())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    (total / count).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    fit.train()
+    first = next(row for row in fit.state.log_history if "loss" in row)
+    FLOAT32.check(torch.tensor(first["loss"]), (total / count).detach(), "loss")
+    after = dict(fit.model.named_parameters())
+    FLOAT32_GRADIENT.check_all({name: before[name] - after[name].detach() for name in gradients}, gradients)
+
+
+def test_stages_follow_each_other_by_their_shares(trainer: Callable[..., DistillTrainer]) -> None:
+    fit = trainer(losses=LOSSES["ce"])
+    fit._stages = [Stage(0.3, LOSSES["ce"], ALPHA, 0.0), Stage(0.7, LOSSES["alm"], ALPHA, 0.0)]
+    fit.args.max_steps = 10
+    seen = []
+    for step in range(10):
+        fit.state.global_step = step
+        seen.append("ce" in fit.stage.losses)
+    assert seen == [True] * 3 + [False] * 7
