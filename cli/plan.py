@@ -40,7 +40,7 @@ def plan(
     config
         A recipe, whose flags may be changed as for the verb itself.
     verb
-        What is planned, where no recipe says it: sft (default), dpo or kto.
+        What is planned, where no recipe says it: sft (default), dpo, kto or distill.
     as_json
         Print it as JSON.
     """
@@ -79,7 +79,7 @@ def _show(made: Plan) -> None:
     for verdict in [*made.gpus, made.here]:
         if not verdict.fits:
             console.print(f" for {verdict.device}: {_advice(verdict)}", markup=False)
-    parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items())
+    parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items() if size)
     console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
         " Memory is counted; on GPUs nothing is measured yet. Speed and time are rough guesses: on GPUs 30 % of their "

@@ -11,11 +11,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hymba_tune.adapters import count_parameters, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
-from hymba_tune.config import DistillCaptureConfig, TeacherOptions, as_mapping
+from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
 from hymba_tune.distill.cache import (
     FLAG,
@@ -260,6 +260,33 @@ def open_teacher(options: TeacherOptions) -> Found:
         flag = "--teacher-tokenizer"
         folder = resolve_model(options.teacher_tokenizer, TOKENIZER_FILES, flag=flag, aliases=TEACHERS).folder
     return find_server(options.teacher, read_tokenizer(folder, options.teacher_tokenizer), options.top_k)
+
+
+BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
+"""Of a quantised weight, with its scales."""
+
+
+def teacher_bytes(config: DistillConfig, parameters: int, device: torch.device) -> int:
+    """Bytes that a run holds of its teacher while the student learns.
+
+    Args:
+        config: Of the run.
+        parameters: How many the teacher has.
+        device: Where it is to be.
+    """
+    if not config.keeps_teacher:
+        return 0
+    usual = 8 * choose_dtype(config.teacher_dtype, device).itemsize
+    return round(parameters * BITS.get(config.teacher_quantize or "", usual) / 8)
+
+
+def plan_teacher(config: DistillConfig, device: torch.device) -> int:
+    """`teacher_bytes`, from the teacher's configuration alone."""
+    if not config.keeps_teacher or not config.teacher:
+        return 0
+    source = resolve_model(config.teacher, TOKENIZER_FILES, flag="--teacher", aliases=TEACHERS)
+    known = AutoConfig.from_pretrained(weights_of(source).folder, local_files_only=True)
+    return teacher_bytes(config, parameters_of(known), device)
 
 
 def parameters_of(config: Any) -> int:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment, align_rows
 from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned
 from hymba_tune.distill.rows import alignment, cut
+from hymba_tune.distill.segments import tokenizer_within
 from hymba_tune.distill.spelling import END
 from hymba_tune.generate import write
 
@@ -54,6 +57,10 @@ class OwnAnswers:
     answer_tokens: int
     temperature: float
     seed: int
+
+    @cached_property
+    def _reader(self) -> Tokenizer:
+        return tokenizer_within(self.pair.teacher)
 
     def rewrite(
         self, model: PreTrainedModel, examples: Sequence[dict[str, Any]], share: float, moment: int, written: int
@@ -117,7 +124,7 @@ class OwnAnswers:
             return None
         if not text:
             return None
-        read = self.pair.teacher.tokenizer(row.lead + text, add_special_tokens=False)["input_ids"]
+        read: list[int] = self._reader.encode(row.lead + text).ids
         ids, teacher_ids = [*row.prompt, *answer, *([] if ended else [ours])], [*row.teacher_prompt, *read, theirs]
         (found,) = align_rows(
             [Row(ids, [Answer(len(row.prompt), len(ids), said)])],

@@ -16,8 +16,9 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.cache import WIDE
-from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, parameters_of, target_maker
+from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, parameters_of, target_maker, teacher_bytes
 from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.own_answers import OwnAnswers
@@ -39,6 +40,8 @@ from hymba_tune.train.setup import Data, Setup
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
 """Losses that compare the same tokens on both sides."""
+LOSS_CHUNKS = 6
+"""Times a chunk's logits that losses hold at most."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
@@ -48,7 +51,7 @@ def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
         ConfigError: If no teacher is named, or it cannot teach what is asked for.
     """
     lesson = _Distillation(config, open_teacher(config))
-    return train(config, Kind(lesson.read_data, lesson.make_trainer, lesson.describe), screen)
+    return train(config, Kind(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.beside), screen)
 
 
 class _Distillation:
@@ -172,6 +175,11 @@ class _Distillation:
             config.answer_temperature,
             config.seed,
         )
+
+    def beside(self, setup: Setup) -> int:
+        """Bytes of the teacher, if it is kept, and of the loss's chunks."""
+        held = teacher_bytes(self._config, self._found.parameters or 0, setup.device)
+        return held + LOSS_CHUNKS * CHUNK_BYTES
 
     def describe(self, setup: Setup) -> dict[str, str]:
         """The banner's lines on the teacher and what is learned from it."""

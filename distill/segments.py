@@ -30,10 +30,7 @@ class Segmenter:
     def __init__(self, side: Side) -> None:
         self._spelling = side.spelling
         self._vocabulary = side.tokenizer.get_vocab()
-        described = describe(side.tokenizer)
-        ordinary = [token for token in described["added_tokens"] if not token["special"]]
-        bare = described | {"added_tokens": ordinary, "post_processor": None}
-        bare |= {name: _without_prefix(described[name]) for name in ("normalizer", "pre_tokenizer")}
+        bare = _bare(side)
         self._text = Tokenizer.from_str(json.dumps(bare))
         self._alphabet = Tokenizer.from_str(json.dumps(bare | {"normalizer": None, "pre_tokenizer": None}))
 
@@ -62,6 +59,18 @@ class Segmenter:
             return ids
         tokens = [self._vocabulary.get(f"<0x{byte:02X}>") for byte in run]
         return [token for token in tokens if token is not None]
+
+
+def tokenizer_within(side: Side) -> Tokenizer:
+    """A tokenizer of what stands in the midst of a text: without the space before one, and without special tokens."""
+    return Tokenizer.from_str(json.dumps(_bare(side)))
+
+
+def _bare(side: Side) -> dict[str, Any]:
+    described = describe(side.tokenizer)
+    ordinary = [token for token in described["added_tokens"] if not token["special"]]
+    bare = described | {"added_tokens": ordinary, "post_processor": None}
+    return bare | {name: _without_prefix(described[name]) for name in ("normalizer", "pre_tokenizer")}
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:

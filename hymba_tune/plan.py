@@ -14,7 +14,7 @@ from torch import nn
 
 from hymba_tune.adapters import weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
-from hymba_tune.config import Method, Scheme, TrainingConfig, as_mapping
+from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError
@@ -126,7 +126,8 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     choose_kernels(as_mapping(config.kernels), model_config, device, own)
     check_quantization(config, source, model_config)
     model = _lay_out(config, model_config, foreign)
-    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign)
+    beside = _teacher(config, device)
+    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign, beside)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
     gpus = []
@@ -137,7 +138,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         gpus.append(Verdict(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
     if own is not foreign or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, own)
-        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own)
+        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own, beside)
     here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
     length = run_length(config, source, progress)
     return Plan(
@@ -150,6 +151,15 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         _timed(here, length),
         length,
     )
+
+
+def _teacher(config: TrainingConfig, device: torch.device) -> int:
+    """Bytes of a teacher beside the model, if there is one."""
+    if not isinstance(config, DistillConfig):
+        return 0
+    from hymba_tune.distill.capture import plan_teacher  # takes a second to import, and is not always needed
+
+    return plan_teacher(config, device)
 
 
 def _timed(verdict: Verdict, length: Length | None) -> Verdict:
@@ -254,8 +264,8 @@ def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds:
 class _Memory:
     """Tells what a model's steps take with any settings; what is not quantised is counted once."""
 
-    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype) -> None:
-        self._steps, self._model_config, self._dtype = steps, model_config, dtype
+    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype, beside: int) -> None:
+        self._steps, self._model_config, self._dtype, self._beside = steps, model_config, dtype, beside
         self._quantised: dict[Scheme | None, dict[str, int]] = {}
 
     def of(self, config: TrainingConfig) -> Footprint:
@@ -263,7 +273,8 @@ class _Memory:
         if config.quantize not in self._quantised:
             quantization = weights_quantization(config, self._model_config, self._dtype)
             self._quantised[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
-        return self._steps.of(full_batch(config), **step_settings(config), quantised=self._quantised[config.quantize])
+        step = self._steps.of(full_batch(config), **step_settings(config), quantised=self._quantised[config.quantize])
+        return replace(step, beside=self._beside)
 
     def in_nf4(self, config: TrainingConfig) -> int | None:
         """Bytes of a step on weights in NF4; None where it trains on quantised ones already, or trains them."""

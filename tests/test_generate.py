@@ -12,7 +12,7 @@ from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.errors import ConfigError
-from hymba_tune.generate import Chat, answer
+from hymba_tune.generate import Chat, answer, write
 from hymba_tune.registry import resolve_model
 
 QUESTION = Conversation((Message("user", "I see two cats. What do I see?"),))
@@ -201,3 +201,12 @@ def test_strict_chat_refuses_an_answer_that_might_not_fit(chat: Callable[..., Ch
     with pytest.raises(ConfigError, match=r"--strict-length: 5\d\d tokens are more than the 512 the model"):
         talk.ask("Hello, how many legs have three cats, if all of them are here?")
     assert chat(strict_length=True).ask("Hello")
+
+
+def test_several_prompts_are_gone_on_with_as_each_alone(model: Any, tokenizer: Any) -> None:
+    prompts = [tokenizer(text)["input_ids"] for text in ("I see", "What do you see here, if anything?", "Two cats")]
+    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0}
+    together = write(model, prompts, end=tokenizer.eos_token_id, **settings)
+    assert together == [write(model, [prompt], end=tokenizer.eos_token_id, **settings)[0] for prompt in prompts]
+    end = together[0][3]
+    assert write(model, prompts[:1], end=end, **settings) == [together[0][: together[0].index(end) + 1]]

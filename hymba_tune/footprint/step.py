@@ -65,6 +65,7 @@ class Footprint:
         optimizer: Its state.
         activations: What layers keep for the backward, and take while they compute.
         head: What the loss takes.
+        beside: What is held beside the model: a teacher.
     """
 
     weights: int
@@ -73,6 +74,7 @@ class Footprint:
     optimizer: int
     activations: int
     head: int
+    beside: int = 0
 
     @property
     def total(self) -> int:

@@ -102,12 +102,13 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
     else:
         run.create(config)
     trackers = [] if config.dry_run else config.track
-    needs = partial(needs_with, setup, data)
+    beside = kind.beside(setup)
+    needs = partial(needs_with, setup, data, beside)
     try:
         with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, trackers):
             set_seed(config.seed)
             with screen.working("foreseeing the memory"):
-                foresight = foresee(setup, data)
+                foresight = foresee(setup, data, beside)
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)

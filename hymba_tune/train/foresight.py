@@ -52,8 +52,14 @@ class Foresight:
         return self.needs <= self.has
 
 
-def foresee(setup: Setup, data: Data) -> Foresight:
-    """Tell what a run will take, before its weights are loaded."""
+def foresee(setup: Setup, data: Data, beside: int = 0) -> Foresight:
+    """Tell what a run will take, before its weights are loaded.
+
+    Args:
+        setup: Of the run.
+        data: It trains on.
+        beside: Bytes that this kind of training holds beside the model.
+    """
     config, device = setup.config, setup.device
     memory = StepMemory(
         lay_out(config, setup.model_config, setup.weights_dtype),
@@ -62,12 +68,14 @@ def foresee(setup: Setup, data: Data) -> Foresight:
     )
     quantised = stored_bytes(setup.model_config, setup.quantization) if setup.quantization else {}
     step = memory.of(largest_batch(config, data), **step_settings(config), quantised=quantised)
-    return Foresight(step, held_beside(device, setup.dtype), device_memory(device), device.type == "cuda")
+    return Foresight(
+        replace(step, beside=beside), held_beside(device, setup.dtype), device_memory(device), device.type == "cuda"
+    )
 
 
-def needs_with(setup: Setup, data: Data, config: TrainingConfig) -> int:
+def needs_with(setup: Setup, data: Data, beside: int, config: TrainingConfig) -> int:
     """Bytes that a run would take on the same data with other settings."""
-    return foresee(replace(setup, config=config), data).needs
+    return foresee(replace(setup, config=config), data, beside).needs
 
 
 def step_settings(config: TrainingConfig) -> dict[str, Any]:

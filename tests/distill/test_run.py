@@ -11,13 +11,14 @@ import pytest
 
 from hymba_tune.config import DistillConfig
 from hymba_tune.errors import ConfigError
+from hymba_tune.plan import plan
 from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.distill.runs import run, settings
 from tests.distill.teachers import random_model, save_teacher
-from tests.runs import same_tensors
+from tests.runs import same_tensors, tensors
 
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "loss": ["projection", "alm=0.5"]},
@@ -86,6 +87,14 @@ def test_resumed_equals_uninterrupted(kind: str, ask: Callable[..., DistillConfi
     assert same_tensors(finished.path / result, whole.path / result)
     said = [[(row.step, row.loss, row.eval_loss, row.more) for row in one.rows()] for one in (finished, whole)]
     assert said[0] == said[1]
+
+
+def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teacher: Path) -> None:
+    size = sum(tensor.nbytes for tensor in tensors(teacher).values())
+    assert plan(ask(online=True)).parts.beside == size
+    assert plan(ask()).parts.beside == 0
+    parts = [run(ask(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
+    assert parts[0]["beside"] - parts[1]["beside"] == size
 
 
 def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:

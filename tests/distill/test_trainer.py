@@ -248,6 +248,27 @@ def test_teacher_beside_the_student_says_what_it_left(
     assert {name: found[name] for name in names} == pytest.approx({name: known[name] for name in names}, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["projection", "uld", "alm"])
+def test_own_answers_are_judged_by_the_teacher_alone(
+    loss: str, trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
+) -> None:
+    """No cross-entropy on what the student wrote, not even where the teacher has nothing to say."""
+    lessons = Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
+    fit = trainer(losses={loss: 1.0}, lessons=lessons)
+    rows = [{name: data.rows[number][name] for name in ("input_ids", "labels", "row")} for number in (0, 1)]
+    known = fit._losses(fit.model, fit.data_collator(rows))
+    fit._own = [alignment(data.rows[1])]
+    rows[1] |= {"row": [-1] * len(rows[1]["row"])}
+    mixed = fit._losses(fit.model, fit.data_collator(rows))
+    alone = fit._losses(fit.model, fit.data_collator(rows[:1]))
+    name = "alm" if loss == "alm" else "kd"
+    judged = mixed.parts[name] - alone.parts[name]
+    FLOAT32.check(mixed.total - alone.total, judged, "loss")
+    FLOAT32.check(mixed.parts[name], known.parts[name], "part")
+    shared = int((fit._own[0].spelled == 0).sum())
+    assert mixed.tokens - alone.tokens == (shared if loss == "uld" else len(fit._own[0].student))
+
+
 def p_and_q(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return (teacher / TEMPERATURE).softmax(-1), (student / TEMPERATURE).softmax(-1)
 
