@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.text import Text
 
-from hymba_tune.cli.screen import console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.config import ChatConfig
+from hymba_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hymba_tune.generate import Talk
 
 
 def chat(
@@ -18,29 +22,36 @@ def chat(
     *,
     flags: Annotated[ChatConfig, Parameter(name="*")] = ChatConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Talk to a model or a run. Ctrl-D or /quit ends, Ctrl-C stops an answer, /reset forgets what was said.
+    """Talk to a model or a run, or to several side by side. /help says how; Ctrl-D ends, Ctrl-C stops an answer.
 
     Example: hymba-tune chat runs/my-run --prompt "How many legs have three cats?"
+
+    A file: hymba-tune chat runs/my-run --from prompts.jsonl --to answers.jsonl
 
     Parameters
     ----------
     model
         A run directory, or whatever --model takes.
     """
-    from hymba_tune.generate import Chat
+    from hymba_tune.generate import Talk, answer_file
 
     quiet_libraries()
     if model is not None:
         flags.model = model
+    if flags.prompts is not None or flags.to is not None:
+        new, known = answer_file(flags, RichScreen().working)
+        before = f", {known:,} of them before" if known else ""
+        console.print(f" {new + known:,} answers{before} → {flags.to}", markup=False, soft_wrap=True)
+        return
     with console.status(Text("loading the weights", style="dim")):
-        talk = Chat(flags, _note)
+        talk = Talk(flags, _note)
     if flags.prompt is not None:
-        talk.ask(flags.prompt, _write)
-        console.print()
+        _ask(talk, flags.prompt)
         return
     import readline  # noqa: F401 (input() then edits lines and remembers them)
 
-    console.print(f" {talk.name} · /reset to start over, /quit or Ctrl-D to end", style="dim", markup=False)
+    names = " | ".join(chat.name for chat in talk.chats)
+    console.print(f" {names} · /help for what can be done, /quit or Ctrl-D to end", style="dim", markup=False)
     while True:
         try:
             said = console.input(Text("\n> ", style="bold")).strip()
@@ -48,12 +59,23 @@ def chat(
             return
         if said == "/quit":
             return
-        if said == "/reset":
-            talk.reset()
+        if said.startswith("/"):
+            _command(talk, said)
         elif said:
             with suppress(KeyboardInterrupt):  # ends this answer only
-                talk.ask(said, _write)
-            console.print()
+                _ask(talk, said)
+
+
+def _ask(talk: Talk, said: str) -> None:
+    several = len(talk.chats) > 1
+    talk.ask(said, _write, on_begin=_note if several else lambda _: None, on_end=console.print)
+
+
+def _command(talk: Talk, line: str) -> None:
+    try:
+        _note(talk.command(line))
+    except ConfigError as problem:  # a slip while talking ends nothing
+        _note(str(problem))
 
 
 def _write(piece: str) -> None:
@@ -61,4 +83,5 @@ def _write(piece: str) -> None:
 
 
 def _note(text: str) -> None:
-    console.print(f" {text}", style="dim", markup=False)
+    for line in text.splitlines():
+        console.print(f" {line}", style="dim", markup=False, soft_wrap=True)

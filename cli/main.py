@@ -18,6 +18,7 @@ from hymba_tune.cli.data import data
 from hymba_tune.cli.distill import distill
 from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.dpo import dpo
+from hymba_tune.cli.eval import measure
 from hymba_tune.cli.kto import kto
 from hymba_tune.cli.merge import merge
 from hymba_tune.cli.plan import plan
@@ -42,6 +43,7 @@ app = App(
 )
 for verb in (sft, dpo, kto, chat, merge, report, plan, recipes, doctor):
     app.command(verb)
+app.command(measure, name="eval")
 app.command(data)
 app.command(distill)
 

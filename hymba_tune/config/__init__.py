@@ -4,6 +4,7 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
+from hymba_tune.config.answering import AskingOptions, ChatConfig, EvalConfig
 from hymba_tune.config.base import (
     Config,
     Keep,
@@ -21,7 +22,6 @@ from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPrevi
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
 from hymba_tune.config.verbs import (
-    ChatConfig,
     DoctorConfig,
     DPOConfig,
     KTOConfig,
@@ -33,6 +33,7 @@ from hymba_tune.config.verbs import (
 
 __all__ = [
     "AdapterOptions",
+    "AskingOptions",
     "ChatConfig",
     "Config",
     "DPOConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "DistillConfig",
     "DoctorConfig",
     "EngineOptions",
+    "EvalConfig",
     "KTOConfig",
     "Keep",
     "Learn",

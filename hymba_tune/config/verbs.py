@@ -175,23 +175,6 @@ class KTOConfig(PreferenceConfig):
         return self
 
 
-class ChatConfig(EngineOptions, ModelOptions):
-    """Talking to a model."""
-
-    prompt: str | None = None
-    """Answer this and end."""
-    system: str | None = None
-    """System prompt."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Tokens an answer may have."""
-    temperature: float = Field(default=0.7, ge=0)
-    """0 takes the likeliest token each time."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
-    seed: int | None = Field(default=None, ge=0)
-    """Seed of the sampling."""
-
-
 class MergeConfig(ModelOptions):
     """Folding an adapter into its base model."""
 

@@ -205,13 +205,13 @@ def nothing_left(report: DataReport, purpose: str, needed: str) -> DataError:
 
 
 def sample_prompts(
-    sources: Sequence[Source], count: int, mapping: Mapping[str, str] | None = None
+    sources: Sequence[Source], count: int | None, mapping: Mapping[str, str] | None = None
 ) -> list[tuple[Conversation, str]]:
     """The first conversations of the sources, each as what comes before its last answer, and that answer.
 
     Args:
         sources: Read only as far as needed; bad rows and plain texts are passed over.
-        count: The most conversations to return.
+        count: The most conversations to return; None for all.
         mapping: As for `build_dataset`.
     """
     samples = (_before_last_answer(talk) for source in sources for talk in _conversations(source, mapping or {}))

@@ -42,15 +42,15 @@ class RowError(DataError):
     Args:
         place: Where the row stands.
         problem: What is wrong with it, from whoever found it without knowing the place.
-        extent: How many such rows there are, in words.
+        extent: How many such rows there are, in words; nothing where rows cannot be skipped.
     """
 
-    def __init__(self, place: Place, problem: DataError, *, extent: str) -> None:
+    def __init__(self, place: Place, problem: DataError, *, extent: str = "") -> None:
         super().__init__(
             f"Cannot use {place}: {problem.what}.",
             expected=problem.details["expected"],
             fix=problem.details["to fix"],
-            skip=f"--on-bad-row skip   ({extent})",
+            skip=f"--on-bad-row skip   ({extent})" if extent else "",
         )
 
 

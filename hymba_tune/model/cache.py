@@ -142,6 +142,27 @@ class HymbaCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         self.reorder_cache(indices)
+        if self.lengths is not None:
+            self._longest = int(self.lengths.max())
+            for held in (self.keys, self.values):  # windowed buffers stay as they are: their tokens may go round
+                whole = [layer for layer in held if layer not in self._limits]
+                held.update({layer: held[layer][:, :, : self._longest] for layer in whole})
+
+    def join(self, other: HymbaCache) -> None:
+        """Hold another cache's texts as well, behind those held so far.
+
+        Args:
+            other: Of the same model, after a pass; of no use any more.
+        """
+        if self.lengths is None or other.lengths is None:
+            raise ValueError("a cache that has seen no text joins with none")
+        for held, added in ((self.keys, other.keys), (self.values, other.values)):
+            # A buffer with fewer columns has never gone round: its tokens stand where they stand in a longer one.
+            held.update({layer: _concatenated(held[layer], added[layer]) for layer in held})
+        for held, added in ((self.tails, other.tails), (self.states, other.states)):
+            held.update({layer: torch.cat([held[layer], added[layer]]) for layer in held})
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._columns, self._longest = max(self._columns, other._columns), max(self._longest, other._longest)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold every text ``repeats`` times, copies side by side."""
@@ -228,6 +249,12 @@ def _write(held: Tensor | None, new: Tensor, places: _Places) -> Tensor:
     assert buffer is not None
     buffer[places.texts, :, places.columns] = new if places.rows is None else new[places.rows]
     return buffer
+
+
+def _concatenated(one: Tensor, other: Tensor) -> Tensor:
+    """Buffers ``(S, G, C, width)`` of different texts as one, of as many columns as the longer has."""
+    columns = max(one.shape[2], other.shape[2])
+    return torch.cat([torch.nn.functional.pad(held, (0, 0, 0, columns - held.shape[2])) for held in (one, other)])
 
 
 def _positions(lengths: Tensor, columns: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from hymba_tune.pages import duration, gigabytes, render
 from hymba_tune.report.commands import chosen, next_commands, repeat
 from hymba_tune.report.curves import loss_plot, other_plots
+from hymba_tune.report.evaluations import tabulate
 from hymba_tune.report.heatmap import updates_plot
 from hymba_tune.report.record import RunRecord
 from hymba_tune.report.verdict import Verdict, judge
@@ -44,6 +45,7 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         curves=other_plots(record),
         updates=updates_plot(record.updates.get("parts", []), from_base=record.settings.get("start") == "continue"),
         memory=_memory(record.facts),
+        evaluations=[tabulate(facts) for facts in reversed(record.evaluations)],
         data=_data(record),
         chosen=chosen(record),
         repeat=repeat(record),

@@ -29,6 +29,7 @@ class RunRecord:
         rows: ``metrics.jsonl``, numbers by name.
         samples: ``samples.json``: ``prompt``, ``reference``, ``before`` and, at the end of a run, ``after``.
         updates: ``updates.json``: ``parts``, a list of how far each moved, or why it is ``absent``.
+        evaluations: ``evaluations.json``: what `hymba-tune eval` measured, the oldest first.
         dropped: The first rows of ``dropped.jsonl``.
         reasons: How many rows were dropped for which reason.
     """
@@ -40,6 +41,7 @@ class RunRecord:
     rows: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     updates: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
 
@@ -64,6 +66,7 @@ class RunRecord:
                 rows=_rows(path / "metrics.jsonl"),
                 samples=_json(path / "samples.json", []),
                 updates=_json(path / "updates.json", {}),
+                evaluations=_json(path / "evaluations.json", []),
                 dropped=dropped,
                 reasons=reasons,
             )

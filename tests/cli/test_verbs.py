@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,19 +145,46 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
     Path("small").symlink_to(small_model)
-    typed += ["hello", "", "  ", "[red]what?[/red]", "/reset", "again", "/quit", "never"]
+    typed += ["hello", "", "  ", "[red]what?[/red]", "/reset", "/what", "again", "/quit", "never"]
     result = command("chat", "small", "--dtype", "float32")
     assert_plain(result)
-    assert heard == ["reset", "hello", "[red]what?[/red]", "reset", "again"]
-    assert "You said: [red]what?[/red] [3]\n" in result.out
-    assert result.out.startswith(" small · /reset to start over, /quit or Ctrl-D to end\n")
+    assert heard == ["hello", "[red]what?[/red]", "reset", "again"]
+    assert "You said: [red]what?[/red] [2]\n" in result.out
+    assert result.out.startswith(" small · /help for what can be done, /quit or Ctrl-D to end\n")
+    assert " There is no /what here.\n" in result.out
     assert typed == ["never"]
+
+
+def test_two_models_are_asked_the_same(
+    command: Command, small_model: Path, typed: list[str], heard: list[str], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(small_model)
+    typed += ["hello"]
+    result = command("chat", "one", "--against", "two", "--dtype", "float32")
+    assert_plain(result)
+    assert heard == ["hello", "hello"]
+    assert " one\nYou said: hello [1]\n two\nYou said: hello [2]\n" in result.out
+
+
+def test_chat_answers_a_file(command: Command, small_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"question": "One?"}\n{"question": "Two?", "id": 7}\n')
+    words = ["--from", "asked.jsonl", "--to", "said.jsonl", "--map", "prompt=question", "--max-new-tokens", 4]
+    result = command("chat", small_model, "--dtype", "float32", *words)
+    assert_plain(result)
+    assert result.out.endswith(" 2 answers → said.jsonl\n")
+    rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["One?", "Two?"]
+    assert rows[1].keys() == {"question", "id", "answer"}
+    again = command("chat", small_model, *words)
+    assert again.code == 2
+    assert "--to said.jsonl exists." in again.err
 
 
 def test_chat_ends_at_the_end_of_input(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
     typed += ["hello"]
     assert command("chat", small_model, "--dtype", "float32").code == 0
-    assert heard == ["reset", "hello"]
+    assert heard == ["hello"]
 
 
 def test_chat_prints_an_answer_in_lines_as_it_was_written(

@@ -237,3 +237,28 @@ def test_a_given_cache_is_used_and_returned() -> None:
     assert model(TEXTS[0][None], cache=cache)[CACHE_NAME] is cache
     assert model.model(TEXTS[3][None], cache=cache)[CACHE_NAME] is cache
     assert cache.get_seq_length() == len(TEXTS[0]) + len(TEXTS[3])
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+def test_joined_caches_go_on_as_one(overrides: dict[str, Any]) -> None:
+    model = tiny_model(torch.float64, **overrides)
+    long, short = torch.stack(random_texts([19, 19])), torch.stack(random_texts([3, 3, 3]))
+    cache = model(short, use_cache=True)[CACHE_NAME]
+    for _ in range(2):
+        next_logits(model, cache, 3)
+    cache.join(model(long, use_cache=True)[CACHE_NAME])
+    cache.batch_select_indices(torch.tensor([4, 1, 2]))
+    tail = torch.tensor([0, 1, 0])[:, None].expand(2, -1, -1) % 2 + 5
+    actual = [model(tail[i], cache=cache).logits for i in range(2)]
+    fed = torch.tensor([[5, 5], [6, 6], [5, 5]])
+    texts = [torch.cat([long[1], tail[0, 0]]), *(torch.cat([short[i], fed[i], tail[0, i]]) for i in (1, 2))]
+    for row, text in enumerate(texts):
+        TWINS[torch.float64][0].check(actual[0][row, -1], whole(model, text)[-1])
+        again = torch.cat([text, tail[1, row]])
+        TWINS[torch.float64][0].check(actual[1][row, -1], whole(model, again)[-1])
+
+
+def test_empty_caches_do_not_join() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="a cache that has seen no text joins with none"):
+        HymbaCache(model.config).join(model(TEXTS[0][None], use_cache=True)[CACHE_NAME])

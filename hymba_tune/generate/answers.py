@@ -7,21 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from hymba_tune.adapters import open_model, weights_of
-from hymba_tune.checkpoint import (
-    check_length,
-    choose_device,
-    choose_dtype,
-    choose_kernels,
-    load_config,
-    load_tokenizer,
-)
-from hymba_tune.config import ChatConfig, as_mapping
-from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_template
-from hymba_tune.registry import resolve_model
+from hymba_tune.data import Conversation, encode_prompt
 
 
 class _Passing(BaseStreamer):
@@ -146,67 +135,3 @@ def write(
 
 def _up_to(end: int, ids: list[int]) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
-
-
-class Chat:
-    """A conversation with a model.
-
-    Args:
-        config: Which model, and how it answers.
-        on_note: Called with what is worth knowing, once.
-
-    Raises:
-        HymbaTuneError: If the model cannot be found or loaded.
-    """
-
-    def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
-        source = resolve_model(config.model)
-        device = choose_device(config.device)
-        self.name = source.name
-        self._config = config
-        self._on_note: Callable[[str], None] | None = on_note
-        self._tokenizer = with_chat_template(load_tokenizer(source.folder))
-        dtype = choose_dtype(config.dtype, device)
-        choose_kernels(as_mapping(config.kernels), load_config(weights_of(source)), device, dtype)
-        self._model = open_model(source, dtype=dtype, device=device)
-        self._messages: list[Message] = []
-        if config.seed is not None:
-            set_seed(config.seed)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was said; the system prompt stays."""
-        self._messages = [Message("system", self._config.system)] if self._config.system else []
-
-    def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
-        """Say something, and get the model's answer to all that was said so far.
-
-        Args:
-            text: What the user says.
-            on_text: Called with each piece of the answer as it is written.
-
-        Raises:
-            ConfigError: If it is to be strict about lengths, and the longest answer would not fit.
-        """
-        messages = [*self._messages, Message("user", text)]
-        self._check_length(Conversation(tuple(messages)))
-        said = answer(
-            self._model,
-            self._tokenizer,
-            Conversation(tuple(messages)),
-            max_new_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            top_p=self._config.top_p,
-            on_text=on_text,
-        )
-        # Kept only now, so that an interrupted answer leaves the conversation as it was.
-        self._messages = [*messages, Message("assistant", said)]
-        return said
-
-    def _check_length(self, conversation: Conversation) -> None:
-        strict, tokens = self._config.strict_length, len(encode_prompt(conversation, self._tokenizer))
-        longest = tokens + self._config.max_new_tokens if strict else tokens
-        warning = check_length(longest, self._model.config, strict=strict)
-        if warning and self._on_note:
-            self._on_note(warning)
-            self._on_note = None

@@ -137,7 +137,7 @@ def test_chat_keeps_what_was_said(chat: Callable[..., Chat], monkeypatch: pytest
         seen.append([(message.role, message.content) for message in given[2].messages])
         return f"answer {len(seen)}"
 
-    monkeypatch.setattr("hymba_tune.generate.answer", record)
+    monkeypatch.setattr("hymba_tune.generate.chat.answer", record)
     talk = chat(system="Be brief.")
     talk.ask("one")
     talk.ask("two")

@@ -1,0 +1,6 @@
+"""How good models are: on texts, on questions with known answers, and on lm-eval's tasks. Knows nothing of training."""
+
+from hymba_tune.evaluate.evaluation import Evaluation, ModelResult, evaluate
+from hymba_tune.evaluate.records import add_to_run, facts, run_of, save
+
+__all__ = ["Evaluation", "ModelResult", "add_to_run", "evaluate", "facts", "run_of", "save"]

@@ -1,0 +1,92 @@
+"""What came of an evaluation, on disk: a file of its own, and the list that a run's directory keeps."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hymba_tune import __version__
+from hymba_tune.config import EvalConfig
+from hymba_tune.data.writers import write_text
+from hymba_tune.errors import CheckpointError
+from hymba_tune.evaluate.evaluation import Evaluation, ModelResult
+
+EVALUATIONS = "evaluations.json"
+
+
+def facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything but the answers, as JSON takes it."""
+    config = evaluation.config
+    asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "save_answers"})
+    return {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "version": __version__,
+        "settings": asked,
+        "models": [_model(result) for result in evaluation.results],
+    }
+
+
+def _model(result: ModelResult) -> dict[str, Any]:
+    told: dict[str, Any] = {"name": result.name, "weight_bytes": result.weight_bytes, "seconds": result.seconds}
+    if result.texts:
+        told["data"] = asdict(result.texts)
+    return told | {"measures": result.measures, "tasks": result.tasks}
+
+
+def save(evaluation: Evaluation) -> None:
+    """Write the files that ``--out`` and ``--save-answers`` name.
+
+    Raises:
+        DataError: If one cannot be written.
+    """
+    config = evaluation.config
+    if config.out:
+        write_text(config.out, json.dumps(facts(evaluation), indent=2, ensure_ascii=False) + "\n")
+    if config.save_answers:
+        write_text(config.save_answers, "".join(_answer_lines(evaluation)))
+
+
+def _answer_lines(evaluation: Evaluation) -> list[str]:
+    return [
+        json.dumps(
+            {
+                "model": result.name,
+                "messages": [{"role": m.role, "content": m.content} for m in one.question.prompt.messages],
+                "answer": one.answer,
+                "reference": one.question.reference,
+                "found": one.found,
+                "expected": one.expected,
+                "right": one.right,
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for result in evaluation.results
+        for one in result.answered
+    ]
+
+
+def run_of(config: EvalConfig) -> Path | None:
+    """The run's directory, if it is a run that is evaluated."""
+    path = Path(config.model).expanduser()
+    return path if (path / "run.json").is_file() else None
+
+
+def add_to_run(evaluation: Evaluation, run: Path) -> None:
+    """Put it behind the evaluations that the run has.
+
+    Raises:
+        CheckpointError: If the file of those cannot be read.
+        DataError: If it cannot be written.
+    """
+    path = run / EVALUATIONS
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", fix="take it away; it only lists evaluations"
+        ) from error
+    write_text(path, json.dumps([*known, facts(evaluation)], indent=2, ensure_ascii=False) + "\n")

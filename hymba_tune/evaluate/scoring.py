@@ -1,0 +1,101 @@
+"""How likely a model finds texts: exact over tokens, whatever the batches, and without the logits of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel
+
+from hymba_tune.data import IGNORED, Encoded
+from hymba_tune.evaluate.texts import ScoredRow
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model makes of texts.
+
+    Attributes:
+        nats: Sum of the negative log-probabilities of all scored tokens, end tokens included.
+        tokens: How many these are.
+        spelled: Bytes of UTF-8 that they spell.
+        right: How many of them the model finds likeliest.
+    """
+
+    nats: float
+    tokens: int
+    spelled: int
+    right: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text: what compares models of different tokenizers."""
+        return self.nats / math.log(2) / self.spelled if self.spelled else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that are the likeliest ones."""
+        return self.right / self.tokens
+
+
+def score_rows(
+    model: PreTrainedModel, rows: Iterable[ScoredRow], *, batch_size: int, progress: Callable[[int], None]
+) -> TextScore:
+    """Score rows.
+
+    Args:
+        model: In evaluation mode.
+        rows: With at least one token to score.
+        batch_size: Rows at a time.
+        progress: Called with the number of rows done.
+    """
+    nats = 0.0
+    tokens = spelled = right = done = 0
+    for batch in _batches(rows, batch_size):
+        for log_probs, likeliest in score_tokens(model, [row.encoded for row in batch]):
+            nats -= sum(log_probs)
+            right += sum(likeliest)
+            tokens += len(log_probs)
+        spelled += sum(row.spelled for row in batch)
+        done += len(batch)
+        progress(done)
+    return TextScore(nats, tokens, spelled, right)
+
+
+def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[list[float], list[bool]]]:
+    """The log-probability of every labelled token of each row, nats, and whether no other is likelier there."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids, mask, labels = (
+        torch.tensor([values + [fill] * (longest - len(values)) for values in columns], device=model.device)
+        for columns, fill in (
+            ([row.input_ids for row in rows], 0),
+            ([[1] * len(row.input_ids) for row in rows], 0),
+            ([row.labels for row in rows], IGNORED),
+        )
+    )
+    with torch.inference_mode():
+        scores = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    asked = labels[:, 1:] != IGNORED
+    return [
+        (log_probs[own].tolist(), likeliest[own].tolist())
+        for log_probs, likeliest, own in zip(scores.log_probs, scores.is_top1, asked, strict=True)
+    ]
+
+
+def _batches(rows: Iterable[ScoredRow], size: int) -> Iterator[list[ScoredRow]]:
+    waiting = iter(rows)
+    while batch := list(islice(waiting, size)):
+        yield batch

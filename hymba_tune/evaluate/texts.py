@@ -1,0 +1,140 @@
+"""The rows that a model is scored on, read as training reads them, a batch in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.config import EvalConfig, Learn, OnBadRow, as_mapping
+from hymba_tune.data import IGNORED, Encoded, RowError, Source, open_sources
+from hymba_tune.data.chat import Rendered, fit
+from hymba_tune.data.encoding import encoded_batches, readings
+from hymba_tune.data.rows import listing
+from hymba_tune.errors import DataError
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row, and how many bytes of UTF-8 its scored tokens spell; end tokens spell none."""
+
+    encoded: Encoded
+    spelled: int
+
+
+@dataclass
+class TextCounts:
+    """What there is to score.
+
+    Attributes:
+        rows: Rows that were read.
+        bad_rows: Those of them that are left out.
+        parts: Rows as the model reads them: a long text gives several.
+        tokens: Tokens to score.
+        spelled: The bytes that they spell.
+        fingerprint: SHA-256 of the encoded rows.
+    """
+
+    rows: int = 0
+    bad_rows: int = 0
+    parts: int = 0
+    tokens: int = 0
+    spelled: int = 0
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Data to score, for one tokenizer. Every pass reads it anew."""
+
+    sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    learn: Learn = Learn.all
+    on_bad_row: OnBadRow = OnBadRow.stop
+
+    @classmethod
+    def named(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
+        """What ``--data`` names, opened.
+
+        Raises:
+            HymbaTuneError: If a source cannot be found.
+        """
+        sources = open_sources(config.data)
+        if config.max_rows:
+            sources = [replace(source, max_rows=config.max_rows) for source in sources]
+        return cls(sources, tokenizer, config.max_length, as_mapping(config.map), config.learn, config.on_bad_row)
+
+    def count(self, progress: Callable[[int], None] = lambda _: None) -> TextCounts:
+        """Read everything once, so that what cannot be used is known before the weights load.
+
+        Args:
+            progress: Called with the number of rows read.
+
+        Raises:
+            RowError: At the first bad row, if they are not to be left out.
+            DataError: If a source cannot be read, or there is nothing to score.
+        """
+        counts, digest = TextCounts(), hashlib.sha256()
+        for row in self._rows(counts):
+            counts.parts += 1
+            counts.tokens += row.encoded.learned
+            counts.spelled += row.spelled
+            digest.update(array("i", [len(row.encoded.labels), *row.encoded.input_ids, *row.encoded.labels]).tobytes())
+            progress(counts.rows)
+        if not counts.tokens:
+            raise DataError(
+                f"Nothing to score in {listing(source.name for source in self.sources)}: {counts.rows:,} rows, "
+                f"{counts.bad_rows:,} of them bad.",
+                expected="at least one row with text or an answer that begins within --max-length",
+                fix="a larger --max-length, or name the columns with --map",
+            )
+        counts.fingerprint = digest.hexdigest()
+        return counts
+
+    def rows(self) -> Iterator[ScoredRow]:
+        """All rows with something to score; errors are those of `count`."""
+        return self._rows(TextCounts())
+
+    def _rows(self, counts: TextCounts) -> Iterator[ScoredRow]:
+        read = readings(self.sources, self.tokenizer, mapping=self.mapping, learn=self.learn)
+        for batch in encoded_batches(read, self.tokenizer):
+            for reading in batch:
+                counts.rows += 1
+                if reading.problem:
+                    counts.bad_rows += 1
+                    if self.on_bad_row is OnBadRow.stop:
+                        raise RowError(reading.row.place, reading.problem, extent="leaves it out")
+                elif reading.rendered and reading.encoded:
+                    yield from self._fit(reading.encoded, reading.rendered)
+
+    def _fit(self, encoded: Encoded, rendered: Rendered) -> Iterator[ScoredRow]:
+        sizes, begin = spelled_bytes(rendered, encoded, self.tokenizer), 0
+        for row in fit(encoded, self.max_length, split=rendered.plain):
+            end = begin + len(row.input_ids)
+            scored = zip(row.labels, sizes[begin:end], strict=True)
+            yield ScoredRow(row, sum(size for label, size in scored if label != IGNORED))
+            begin = end
+
+
+def spelled_bytes(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """How many bytes of the text each token spells, a character's all with the first token that has part of it.
+
+    Args:
+        rendered: The text.
+        encoded: Its tokens, of any length; an end token spells nothing.
+        tokenizer: That made them.
+    """
+    offsets = tokenizer(
+        rendered.text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )["offset_mapping"]
+    sizes, reached = [0] * (len(encoded.input_ids) - len(offsets)), 0
+    for token, (start, end) in zip(encoded.input_ids[len(sizes) :], offsets, strict=True):
+        own = "" if token == tokenizer.eos_token_id else rendered.text[max(start, reached) : end]
+        sizes.append(len(own.encode()))
+        reached = max(reached, end)
+    return sizes

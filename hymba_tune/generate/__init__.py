@@ -1,0 +1,23 @@
+"""What a model writes: one answer as it comes, many texts at once, and whole conversations."""
+
+from hymba_tune.generate.answers import answer, write
+from hymba_tune.generate.chat import Chat, Talk
+from hymba_tune.generate.decoding import Decoder, Sampling, TokenScore, Writing, token_score, write_texts
+from hymba_tune.generate.files import answer_file
+from hymba_tune.generate.opening import FoundModel, find_model
+
+__all__ = [
+    "Chat",
+    "Decoder",
+    "FoundModel",
+    "Sampling",
+    "Talk",
+    "TokenScore",
+    "Writing",
+    "answer",
+    "answer_file",
+    "find_model",
+    "token_score",
+    "write",
+    "write_texts",
+]

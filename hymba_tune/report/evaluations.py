@@ -1,0 +1,101 @@
+"""Evaluations as tables: a line a measure, a column a model, and the change where there are two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hymba_tune.pages import gigabytes
+
+ERROR = "_stderr"
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A measure of all models.
+
+    Attributes:
+        label: What it is, with its unit.
+        cells: Of each model, and the change, if there is a column for it.
+    """
+
+    label: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """An evaluation.
+
+    Attributes:
+        when: As it was noted.
+        what: On what it was done.
+        columns: Models by name, and "change" where there are two: of the first against the second.
+        lines: The measures.
+    """
+
+    when: str
+    what: str
+    columns: list[str]
+    lines: list[Line]
+
+
+def tabulate(facts: dict[str, Any]) -> EvaluationTable:
+    """Lay out what `hymba_tune.evaluate` notes of an evaluation."""
+    models = facts["models"]
+    columns = [name.rsplit("/", 1)[-1] if name.startswith("/") else name for name in (m["name"] for m in models)]
+    lines = [
+        _line(label, [model["measures"] for model in models], name, written)
+        for name, (label, written) in TEXT_MEASURES.items()
+    ]
+    for task in dict.fromkeys(task for model in models for task in model["tasks"]):
+        values = [model["tasks"].get(task, {}) for model in models]
+        names = dict.fromkeys(name for one in values for name in one if not name.endswith(ERROR))
+        lines += [_line(f"{task}: {name}", values, name, "{:.4g}".format) for name in names]
+    lines = [line for line in lines if any(cell != NONE for cell in line.cells)]
+    lines.append(Line("weights", [gigabytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
+    return EvaluationTable(facts["when"], _what(facts), columns + ["change"] * (len(models) == 2), lines)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+TEXT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss, nats a token", "{:.4f}".format),
+    "perplexity": ("perplexity of a token", "{:,.4g}".format),
+    "bits_per_byte": ("bits a byte", "{:.4f}".format),
+    "token_accuracy": ("tokens that are the likeliest", _percent),
+    "exact_match": ("right answers", _percent),
+    "answers_found": ("answers to compare", _percent),
+}
+"""In the order in which they are shown."""
+
+
+def _line(label: str, models: Sequence[dict[str, float]], name: str, written: Callable[[float], str]) -> Line:
+    cells = []
+    for measures in models:
+        value, error = measures.get(name), measures.get(f"{name}{ERROR}")
+        margin = f" ± {written(error)}" if error is not None and value is not None else ""
+        cells.append(NONE if value is None else f"{written(value).removesuffix(' %' if margin else '')}{margin}")
+    if len(models) == 2:
+        first, second = (measures.get(name) for measures in models)
+        cells.append("" if first is None or second is None else _signed(written, first - second))
+    return Line(label, cells)
+
+
+def _signed(written: Callable[[float], str], change: float) -> str:
+    return f"{'+' if change > 0 else '−' if change < 0 else '±'}{written(abs(change))}"
+
+
+def _what(facts: dict[str, Any]) -> str:
+    settings, first = facts["settings"], facts["models"][0]
+    data = first.get("data")
+    parts = [*settings.get("data", []), *settings.get("tasks", [])]
+    if data:
+        parts.append(f"{data['rows']:,} rows, {data['tokens']:,} tokens scored")
+        if data["bad_rows"]:
+            parts.append(f"{data['bad_rows']:,} bad rows left out")
+    return " · ".join(parts)

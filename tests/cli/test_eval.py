@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.checkpoint import load_weights
+from tests.cli.conftest import Command
+from tests.cli.test_verbs import assert_plain
+
+ASK = ["--dtype", "float32", "--max-rows", 4]
+
+
+def test_a_run_beside_its_base_is_recorded_in_its_report(
+    command: Command, finished_run: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, "mine")
+    Path("data.jsonl").symlink_to(questions)
+    files = ["--out", "found.json", "--save-answers", "said.jsonl"]
+    asked = ["--data", "data.jsonl", "--answers", "exact", "--max-new-tokens", 6, "--base"]
+    result = command("eval", "mine", *asked, *ASK, *files)
+    assert_plain(result)
+    found = json.loads(Path("found.json").read_text())
+    mine, base = found["models"]
+    assert mine["name"] == "mine"
+    assert mine["measures"]["loss"] < base["measures"]["loss"]
+    assert mine["data"]["rows"] == 4
+    assert {"perplexity", "bits_per_byte", "exact_match"} <= mine["measures"].keys()
+    assert f"{mine['measures']['loss']:.4f}" in result.out
+    assert "change" in result.out
+    said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in said] == ["mine"] * 4 + [base["name"]] * 4
+    assert said[0]["expected"] == "You see one cats."
+    assert command("eval", "mine", "--data", "data.jsonl", *ASK).code == 0
+    assert len(json.loads(Path("mine/evaluations.json").read_text())) == 2
+    page = Path("mine/report.html").read_text()
+    assert "<h2>Evaluations</h2>" in page
+    assert f"{base['measures']['bits_per_byte']:.4f}" in page
+
+
+def test_results_as_json(command: Command, small_model: Path, questions: Path) -> None:
+    result = command("eval", small_model, "--data", questions, *ASK, "--json")
+    (model,) = json.loads(result.out)["models"]
+    assert model["measures"]["loss"] > 1
+    assert "exact_match" not in model["measures"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Nothing to evaluate on."),
+        (["--answers", "gsm8k", "--tasks", "arc_easy"], "--answers and --extract need --data"),
+        (["--data", "demo", "--answers", "exact", "--extract", "x"], "two ways to compare"),
+        (["--data", "demo", "--save-answers", "x.jsonl"], "--save-answers: nothing is asked."),
+        (["--data", "demo", "--base"], "has no adapter, so that it has no base model"),
+        (["--data", "demo", "--out", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--data", "nothing.jsonl"], "Cannot find nothing.jsonl."),
+        (["--data", "demo", "--against", "nobody"], "no such folder"),
+        (["--data", "demo", "--answers", "gsm8k"], "has what is to be compared"),
+        (["--tasks", "."], "--tasks .: no task in this folder"),
+    ],
+)
+def test_mistakes_are_seen_before_the_weights_load(
+    command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(f"{load_weights.__module__}.load_weights", refuse)
+    monkeypatch.setattr("hymba_tune.adapters.opening.load_weights", refuse)
+    result = command("eval", small_model, *words)
+    assert result.code == 2
+    assert said in result.err
+
+
+def test_tasks_need_lm_eval(command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    result = command("eval", small_model, "--tasks", "arc_easy")
+    assert result.code == 2
+    assert "pip install 'hymba-tune[eval]'" in result.err

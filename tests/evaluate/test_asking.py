@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.data import Conversation, Message, open_source
+from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.evaluate.asking import Answered, Extraction, Question, judge_answers, read_questions
+
+QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
+
+
+@pytest.mark.parametrize(
+    ("way", "pattern", "text", "found"),
+    [
+        ("gsm8k", None, "He has 3.\n#### 1,800", "1800"),
+        ("gsm8k", None, "#### 3 no, #### $-4.50", "-4.5"),
+        ("gsm8k", None, "so it is 12", None),
+        ("number", None, "3 cats and 12.0 dogs.", "12"),
+        ("number", None, "none", None),
+        ("exact", None, "  Two cats.\n\nYes \n", "Two cats.\n\nYes"),
+        (None, r"answer is (\w+)", "the answer is A. So the answer is B", "B"),
+        (None, r"[A-D]\b", "not A but C", "C"),
+        (None, r"x(\d)?", "x", "x"),
+    ],
+)
+def test_what_is_compared(way: str | None, pattern: str | None, text: str, found: str | None) -> None:
+    assert Extraction(way, pattern)(text) == found
+
+
+def test_pattern_must_be_one() -> None:
+    with pytest.raises(ConfigError, match=r"--extract \(: missing \)"):
+        Extraction(None, "(")
+
+
+def test_answers_are_counted() -> None:
+    answered = [
+        Answered(QUESTION, "#### 2", "2", "2"),
+        Answered(QUESTION, "#### 3", "3", "2"),
+        Answered(QUESTION, "?", None, "2"),
+        Answered(QUESTION, "?", None, None),
+    ]
+    score = judge_answers(answered)
+    assert (score.questions, score.right, score.found) == (4, 1, 2)
+    assert score.exact_match == 0.25
+    assert score.standard_error == pytest.approx(0.25)
+
+
+def test_questions_that_cannot_be_judged_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "1 + 1?", "completion": "two"}\n')
+    settings: dict[str, Any] = {"max_rows": None, "mapping": {}}
+    with pytest.raises(DataError, match=r"No answer in .*q.jsonl has what is to be compared. The first: 'two'"):
+        read_questions([open_source(str(path))], Extraction("gsm8k", None), **settings)
+    assert len(read_questions([open_source(str(path))], Extraction("exact", None), **settings)) == 1
+    path.write_text(json.dumps({"text": "no question"}) + "\n")
+    with pytest.raises(DataError, match="No questions in"):
+        read_questions([open_source(str(path))], Extraction("exact", None), **settings)

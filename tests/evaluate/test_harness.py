@@ -1,0 +1,137 @@
+"""lm-eval's tasks, against lm-eval's own model class for transformers."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from hymba_tune.checkpoint import load_tokenizer, load_weights
+from hymba_tune.data import with_chat_template
+from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.evaluate.harness import HymbaLM, find_tasks, run_tasks
+from hymba_tune.registry import resolve_model
+
+PAIRS = [
+    ("I see two cats. What do I see?", " You see two cats."),
+    ("I see two cats. What do I see? ", "two"),
+    ("", "Once upon a time"),
+    ("One.", " " + "a longer one, " * 8),
+    ("Two", " a"),
+    ("Two", " b"),
+]
+LIMIT = 64
+CHOICES = """
+task: animals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(small_model: Path) -> tuple[HymbaLM, Any]:
+    model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu")).eval()
+    tokenizer = with_chat_template(load_tokenizer(small_model))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3, max_length=LIMIT)
+    ours = HymbaLM(model, tokenizer, batch_size=4)
+    ours.max_length = LIMIT
+    return ours, theirs
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]  # type: ignore[arg-type]
+
+
+def test_log_likelihoods_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
+    """Also of what is too long, and of what has no context."""
+    asked = requests("loglikelihood", [*PAIRS, ("word " * 90, " end")])
+    ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in pair)
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_whole_texts_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
+    asked = requests("loglikelihood_rolling", [("a short text",), ("one two three " * 40,)])
+    ours, theirs = (lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in pair)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_answers_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
+    free = {"until": [], "max_gen_toks": 8}
+    first = pair[1].generate_until(requests("generate_until", [(PAIRS[0][0], free)]), disable_tqdm=True)[0]
+    stop = {"until": [first[3:5]], "max_gen_toks": 8, "do_sample": False}
+    asked = requests("generate_until", [(PAIRS[0][0], free), ("Two", free), (PAIRS[0][0], stop)])
+    ours, theirs = (lm.generate_until(asked, disable_tqdm=True) for lm in pair)
+    assert ours == theirs
+    assert ours[2] == first[: first.find(first[3:5])]
+
+
+def test_answers_longer_than_the_model_are_refused(pair: tuple[HymbaLM, Any]) -> None:
+    asked = requests("generate_until", [("Two", {"until": [], "max_gen_toks": LIMIT})])
+    with pytest.raises(ConfigError, match="A task asks for answers of 64 tokens; the model reads 64"):
+        pair[0].generate_until(asked)
+
+
+def test_chat_template_equals_theirs(pair: tuple[HymbaLM, Any]) -> None:
+    talk = [{"role": "user", "content": "Two?"}]
+    assert pair[0].apply_chat_template(talk) == pair[1].apply_chat_template(talk)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    rows = [
+        {"question": f"I see {n} cats.", "choices": [" one", " two", " three"], "answer": i}
+        for i, n in enumerate("ABC")
+    ]
+    data, folder = tmp_path / "test.jsonl", tmp_path / "tasks"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.mkdir()
+    (folder / "animals.yaml").write_text(CHOICES.format(data=data))
+    return folder
+
+
+def test_a_folder_of_tasks_runs_offline(pair: tuple[HymbaLM, Any], tasks: Path) -> None:
+    names, manager = find_tasks([str(tasks)])
+    assert names == ["animals"]
+    settings: dict[str, Any] = {"fewshot": 0, "limit": 2, "as_chat": False}
+    ours, theirs = (run_tasks(lm, names, manager, **settings)["animals"] for lm in pair)
+    assert ours.keys() >= {"acc", "acc_norm"}
+    assert ours == theirs
+    assert run_tasks(pair[0], names, manager, fewshot=1, limit=None, as_chat=True)["animals"].keys() == ours.keys()
+
+
+def test_tasks_by_name(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own would take seconds to list."""
+    listed = functools.partial(TaskManager, include_path=str(tasks), include_defaults=False)
+    monkeypatch.setattr("hymba_tune.evaluate.harness.TaskManager", lambda **_: listed())
+    assert find_tasks(["animals"])[0] == ["animals"]
+    with pytest.raises(ConfigError, match="--tasks animal: no such task, and no such folder"):
+        find_tasks(["animal"])
+
+
+def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no task in this folder"):
+        find_tasks([str(tmp_path)])
+    (tmp_path / "torn.yaml").write_text("task: [")
+    with pytest.raises(ConfigError, match=r"torn\.yaml cannot be read"):
+        find_tasks([str(tmp_path)])
+
+
+def test_tasks_without_their_data_are_refused(pair: tuple[HymbaLM, Any], tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").unlink()
+    names, manager = find_tasks([str(tasks)])
+    with pytest.raises(DataError, match="lm-eval cannot run animals"):
+        run_tasks(pair[0], names, manager, fewshot=None, limit=1, as_chat=False)
