@@ -25,6 +25,7 @@ from hymba_tune.cli.plan import plan
 from hymba_tune.cli.recipes import recipes
 from hymba_tune.cli.report import report
 from hymba_tune.cli.screen import error_console
+from hymba_tune.cli.serve import serve
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
 from hymba_tune.errors import ConfigError, HymbaTuneError
@@ -44,6 +45,7 @@ app = App(
 for verb in (sft, dpo, kto, chat, merge, report, plan, recipes, doctor):
     app.command(verb)
 app.command(measure, name="eval")
+app.command(serve)
 app.command(data)
 app.command(distill)
 

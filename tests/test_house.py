@@ -26,7 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"adapters", "data"},
     {"assets", "generate"},
-    {"evaluate", "footprint", "quant", "report"},
+    {"evaluate", "footprint", "quant", "report", "serve"},
     {"hub"},
     {"train"},
     {"distill"},

@@ -4,7 +4,7 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
-from hymba_tune.config.answering import AskingOptions, ChatConfig, EvalConfig
+from hymba_tune.config.answering import AskingOptions, ChatConfig, EvalConfig, ServeConfig
 from hymba_tune.config.base import (
     Config,
     Keep,
@@ -59,6 +59,7 @@ __all__ = [
     "Reference",
     "SFTConfig",
     "Scheme",
+    "ServeConfig",
     "Start",
     "TeacherOptions",
     "Tracker",

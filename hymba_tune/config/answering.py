@@ -79,3 +79,24 @@ class EvalConfig(ReadingOptions, AskingOptions):
     """Put the questions of tasks into the model's chat template."""
     out: Path | None = None
     """Write the results to this file as JSON."""
+
+
+class ServeConfig(AskingOptions):
+    """A model behind OpenAI's interface."""
+
+    model: Annotated[str, Parameter(parse=False)] = ""
+    """The model."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Only this machine reaches the usual one; others let in everybody who reaches them."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    chat_template: str | None = None
+    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
+    batch_size: int = Field(default=8, ge=1)
+    """Texts that are written at a time; further ones wait, and join as others end."""
+    queue: int = Field(default=64, ge=1)
+    """Texts that may wait; requests beyond are refused (status 429)."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Tokens that a request may ask for, and that a chat gets which asks for no number."""
+    max_body: int = Field(default=1024, ge=1)
+    """Kilobytes that a request may have."""

@@ -87,8 +87,7 @@ class HymbaLM(TemplateLM):
         begins = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (begins and string.startswith(begins))
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return ids
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
@@ -97,9 +96,9 @@ class HymbaLM(TemplateLM):
             for log_probs, likeliest in score_tokens(self._model, [self._row(request) for request in batch]):
                 found.append((sum(log_probs), all(likeliest)))
             self._count(len(batch))
-        for (text, *_), score in zip(requests, found, strict=True):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, score)
+        for request, score in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], score)
         return found
 
     def _row(self, request: Request) -> Encoded:

@@ -1,0 +1,42 @@
+"""`hymba-tune serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import suppress
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.config import ServeConfig
+from hymba_tune.errors import ConfigError
+
+
+def serve(
+    model: Annotated[str, Parameter(name="MODEL")],
+    /,
+    *,
+    flags: Annotated[ServeConfig, Parameter(name="*")] = ServeConfig(),  # noqa: B008 (cyclopts reads the default)
+) -> None:
+    """Serve a model to whatever speaks OpenAI's interface: chats and completions, several at once. Ctrl-C ends it.
+
+    Example: hymba-tune serve runs/my-run --port 8000
+
+    Parameters
+    ----------
+    model
+        A run directory, or whatever --model takes.
+    """
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"serve needs {missing[0]}, which is not installed.", fix="pip install 'hymba-tune[serve]'")
+    from hymba_tune.serve import Server
+
+    quiet_libraries()
+    flags.model = model
+    server = Server(flags, RichScreen().working)
+    console.print(f" {server.name} at {server.url}", markup=False, soft_wrap=True)
+    if not server.local:
+        console.print(" everybody who reaches this port can use the model: there is no password", style="yellow")
+    with suppress(KeyboardInterrupt):  # that is how it is to end
+        server.run()
