@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,7 @@ def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
 
     Raises:
         ConfigError: If there is no such task, or a folder has none.
+        DataError: If a task or its data cannot be read.
     """
     folders = [Path(name).expanduser() for name in names if Path(name).expanduser().is_dir()]
     packaged = [name for name in names if not Path(name).expanduser().is_dir()]
@@ -165,7 +166,10 @@ def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
                 expected="a name that lm-eval ls tasks lists, or a folder with the YAML file of a task",
             )
     own = [name for folder in folders for name in _names_in(folder)]
-    return list(dict.fromkeys(packaged + own)), manager
+    found = list(dict.fromkeys(packaged + own))
+    with _theirs(found):
+        manager.load(found)  # to see that it can be
+    return found, manager
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -202,31 +206,38 @@ def run_tasks(
     """Evaluate a model on tasks.
 
     Returns:
-        What each task, or group of them, measured, standard errors as ``NAME_stderr``.
+        What each task, or group of them, measured.
 
     Raises:
-        DataError: If a task's data cannot be read, or lm-eval refuses.
+        DataError: If lm-eval refuses.
     """
+    with _theirs(names):
+        found = simple_evaluate(
+            lm,
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=fewshot,
+            limit=limit,
+            apply_chat_template=as_chat,
+            fewshot_as_multiturn=as_chat,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    return {task: _measures(values) for task, values in (found or {}).get("results", {}).items()}
+
+
+@contextlib.contextmanager
+def _theirs(names: Sequence[str]) -> Iterator[None]:
+    """lm-eval at work: what it has to say stands beside our own progress, and what goes wrong is told in our way."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars, beside ours
-            found = simple_evaluate(
-                lm,
-                tasks=list(names),
-                task_manager=manager,
-                num_fewshot=fewshot,
-                limit=limit,
-                apply_chat_template=as_chat,
-                fewshot_as_multiturn=as_chat,
-                log_samples=False,
-                bootstrap_iters=0,
-            )
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"lm-eval cannot run {', '.join(names)}: {error}",
             expected="a task whose data is on this machine or can be downloaded",
         ) from error
-    return {task: _measures(values) for task, values in (found or {}).get("results", {}).items()}
 
 
 def _measures(values: dict[str, Any]) -> dict[str, float]:

@@ -314,7 +314,7 @@ async def _stream(
     opening: list[dict[str, Any]],
     prompts: int | None,
 ) -> AsyncIterator[str]:
-    """Server-sent events: what is new of each text, and at the end the tokens, if ``prompts`` says how many were read."""
+    """Server-sent events: what is new of each text, and last the tokens, if ``prompts`` says how many were read."""
     try:
         for first in opening:
             yield _event(begin | {"choices": [first]})
