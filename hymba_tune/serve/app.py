@@ -297,9 +297,10 @@ class Service:
             while not job.done:
                 await changed.wait()
                 changed.clear()
-                if job.error:
-                    raise ApiError(500, f"The model failed: {job.error}", kind="server_error")
-                yield
+                if not job.error:
+                    yield
+            if job.error:  # perhaps from before the first look
+                raise ApiError(500, f"The model failed: {job.error}", kind="server_error")
             yield  # of what came to an end while the last change was being told
         finally:
             if not job.done:
