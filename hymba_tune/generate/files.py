@@ -21,7 +21,8 @@ from hymba_tune.generate.opening import find_model
 from hymba_tune.registry import lasting_name
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
-ANSWER = "answer"
+ANSWER = "model_answer"
+"""Unlike the names of columns that data usually has: rows keep theirs."""
 
 
 def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:

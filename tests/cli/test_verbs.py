@@ -175,7 +175,7 @@ def test_chat_answers_a_file(command: Command, small_model: Path, tmp_path: Path
     assert result.out.endswith(" 2 answers → said.jsonl\n")
     rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert [row["question"] for row in rows] == ["One?", "Two?"]
-    assert rows[1].keys() == {"question", "id", "answer"}
+    assert rows[1].keys() == {"question", "id", "model_answer"}
     again = command("chat", small_model, *words)
     assert again.code == 2
     assert "--to said.jsonl exists." in again.err
