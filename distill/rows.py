@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -87,7 +88,14 @@ def alignment(row: Mapping[str, Any]) -> Alignment:
 
 
 def read_rows(
-    options: DataOptions, pair: Pair, *, context: int | None, seed: int, prompts: int, working: Working
+    options: DataOptions,
+    pair: Pair,
+    *,
+    context: int | None,
+    seed: int,
+    prompts: int,
+    working: Working,
+    instead: Path | None = None,
 ) -> AlignedData:
     """Read everything that ``--data`` and ``--eval-data`` name.
 
@@ -98,6 +106,7 @@ def read_rows(
         seed: Of the rows that are drawn and held out.
         prompts: How many prompts to return: of the evaluation data, or else of the data.
         working: Told what is done.
+        instead: A file of messages that stands for ``--data``; what its sources hold out themselves stays.
 
     Raises:
         DataError: If data cannot be used.
@@ -105,8 +114,12 @@ def read_rows(
     """
     counts = AlignmentReport()
     builder = _Builder(pair, counts, options, context, seed)
-    sources = open_sources(options.data, options.weights, options.caps)
-    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    mapping = as_mapping(options.map)
+    sources = named(open_sources(options.data, options.weights, options.caps), mapping)
+    given = named(open_sources(options.eval_data), mapping)
+    given = given or [source.held_out for source in sources if source.held_out]
+    if instead is not None:
+        sources = open_sources([str(instead)])
     with working("reading and aligning the data") as progress:
         rows, report = builder.build(sources, 0, progress)
     train, held_out = split_dataset(
@@ -117,8 +130,20 @@ def read_rows(
             held_out, _ = builder.build(given, len(rows), progress)
         held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
         rows = concatenate_datasets([rows, held_out])
-    samples = sample_prompts(given or sources, prompts, as_mapping(options.map))
+    samples = sample_prompts(given or sources, prompts)
     return AlignedData(rows, train, held_out, report, counts, samples)
+
+
+def named(sources: Sequence[Source], mapping: Mapping[str, str]) -> list[Source]:
+    """Sources whose columns and roles are named as a mapping says, where they do not say so themselves."""
+    return [
+        replace(
+            source,
+            mapping={**mapping, **source.mapping},
+            held_out=source.held_out and replace(source.held_out, mapping={**mapping, **source.held_out.mapping}),
+        )
+        for source in sources
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,7 +162,7 @@ class _Builder:
         """The rows of the sources, numbered from ``first`` on, memory-mapped; and what became of them."""
         options, tokenizer = self.options, self.pair.student.tokenizer
         report = DataReport(sources=[SourceCounts(source.name, source.weight) for source in sources])
-        read = readings(sources, tokenizer, mapping=as_mapping(options.map), learn=options.learn, seed=self.seed)
+        read = readings(sources, tokenizer, learn=options.learn, seed=self.seed)
         folder, digest, number = disk.writable(None), hashlib.sha256(), first
         listed, path = (folder / f"{name}-{os.urandom(4).hex()}" for name in ("dropped", "rows"))
         with (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.adapters import short_count
-from hymba_tune.checkpoint import check_length
-from hymba_tune.config import DistillConfig
+from hymba_tune.checkpoint import check_length, choose_dtype
+from hymba_tune.config import DistillConfig, as_mapping
 from hymba_tune.config.distill import Stage
+from hymba_tune.data import cache_folder, open_sources
 from hymba_tune.distill.cache import WIDE
 from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, parameters_of, target_maker, teacher_bytes
 from hymba_tune.distill.capturing import TargetMaker
@@ -24,12 +27,13 @@ from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.own_answers import OwnAnswers
 from hymba_tune.distill.pair import Pair, Side
 from hymba_tune.distill.preflight import look
-from hymba_tune.distill.rows import AlignedData, read_rows
+from hymba_tune.distill.rows import AlignedData, named, read_rows
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.targets import Targets
-from hymba_tune.distill.teacher import smaller_than
+from hymba_tune.distill.teacher import ModelTeacher, smaller_than
 from hymba_tune.distill.trainer import DistillTrainer
+from hymba_tune.distill.written import AnswerWriter
 from hymba_tune.errors import ConfigError
 from hymba_tune.train.flow import train
 from hymba_tune.train.kind import Kind
@@ -77,6 +81,7 @@ class _Distillation:
             seed=config.seed,
             prompts=SAMPLES,
             working=screen.working,
+            instead=self._written(setup, screen),
         )
         if self._found.parameters is not None and (
             warning := smaller_than(self._found, parameters_of(setup.model_config))
@@ -101,6 +106,30 @@ class _Distillation:
             f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
         ]
         return Data(data.train, data.held_out, report, summary, data.prompts, warning)
+
+    def _written(self, setup: Setup, screen: Screen) -> Path | None:
+        """The data with the teacher's answers, if it is to write them."""
+        config = self._config
+        if not config.teacher_writes or config.dry_run:
+            return None
+        assert self._pair
+        sources = named(open_sources(config.data, config.weights, config.caps), as_mapping(config.map))
+        writer = AnswerWriter(config, sources, self._pair, self._found.fingerprint)
+        with screen.working("reading what the teacher is to answer") as progress:
+            key = writer.key(progress)
+        with screen.working("the teacher answers") as progress:
+            written = writer.write(cache_folder().parent / "answers" / key, partial(self._load, setup), progress)
+        screen.note(
+            f"the teacher answered {written.rows:,} conversations → {written.path}"
+            + (f" · {written.left_out:,} answers left out, which did not end or are no text" * bool(written.left_out))
+            + (f" · {written.texts:,} texts left out" * bool(written.texts))
+        )
+        return written.path
+
+    def _load(self, setup: Setup) -> PreTrainedModel:
+        teacher = self._found.load(setup.device, choose_dtype(self._config.teacher_dtype, setup.device))
+        assert isinstance(teacher, ModelTeacher)
+        return teacher.model
 
     @property
     def _wants_targets(self) -> bool:
@@ -192,7 +221,8 @@ class _Distillation:
         return {
             "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
             "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
-            "loss": " · then ".join(_in_words(stage) for stage in self._stages),
+            "loss": " · then ".join(_in_words(stage) for stage in self._stages)
+            + " · answers written by the teacher" * self._config.teacher_writes,
         }
 
 
@@ -211,7 +241,12 @@ def resolve_losses(config: DistillConfig, pair: Pair) -> list[Stage]:
                 fix="--loss auto, which is for that",
             )
     usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
-    return [replace(stage, losses=usual) if "auto" in stage.losses else stage for stage in config.parts]
+    stages = []
+    for stage in config.parts:
+        # What the teacher wrote is data like any other.
+        losses = {name: weight for name, weight in stage.losses.items() if name != "seq"} or {"ce": 1.0}
+        stages.append(replace(stage, losses=usual if "auto" in losses else losses))
+    return stages
 
 
 def token_bytes(side: Side) -> Tensor:

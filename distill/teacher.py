@@ -226,7 +226,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self.name, self.tokenizer = name, tokenizer
+        self.name, self.tokenizer, self.model = name, tokenizer, model
         self._backbone, head = model.base_model, model.get_output_embeddings()
         size = 1 + max(tokenizer.get_vocab().values())
         if head is None or self._backbone is model or not head.weight.is_floating_point():

@@ -13,7 +13,7 @@ from hymba_tune.config.base import LIST, Config, Method, Names, Pairs
 from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
 
-LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce")
+LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
 """What a student may be taught by; ``auto`` is one of the first and the fourth."""
 WHOLE = {"reverse-kl", "jsd", "uld"}
 """Losses that need the teacher's whole vocabulary, which no cache holds."""
@@ -102,9 +102,9 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
     loss: Names = Field(default_factory=lambda: ["auto"])
-    """kl, reverse-kl, jsd (one tokenizer); projection, alm, uld (any two); ce (the data alone); or several, with
-    weights: --loss kl=1 alm=0.5. Beside projection, alm speaks only where that has no target. auto takes these two
-    where the tokenizers differ, else kl."""
+    """kl, reverse-kl, jsd (one tokenizer); projection, alm, uld (any two); ce (the data alone); seq (the
+    teacher writes the answers of --data anew); or several, with weights: --loss kl=1 alm=0.5. Beside projection, alm
+    speaks only where that has no target. auto takes these two where the tokenizers differ, else kl."""
     alpha: float = Field(default=0.7, ge=0, le=1)
     """The teacher's share of the loss; the rest is cross-entropy on the data."""
     beta: float = Field(default=0.5, ge=0, le=1)
@@ -116,7 +116,7 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     on_policy: float = Field(default=0.0, ge=0, le=1)
     """Share of the answers that the student writes itself, to be judged by the teacher."""
     answer_tokens: int = Field(default=256, ge=1)
-    """Tokens that answers written by the student (--on-policy) may have."""
+    """Tokens that answers written by the student (--on-policy) or the teacher (--loss seq) may have."""
     answer_temperature: float = Field(default=1.0, ge=0)
     """Temperature at which these are sampled; 0 takes the likeliest token each time."""
     stages: Stages = Field(default_factory=list)
@@ -134,11 +134,18 @@ class DistillConfig(TeacherOptions, TrainingConfig):
         """Whether the teacher is in memory while the student learns."""
         return self.online or any(part.on_policy for part in self.parts)
 
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes the answers of the data."""
+        return any("seq" in part.losses for part in self.parts)
+
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
         shares = sum(part.share for part in self.parts)
         if abs(shares - 1) > 1e-6:
             raise ValueError(f"stages: the shares make {shares:g}, not 1; --stages 0.7 0.3:on-policy=1")
+        if self.teacher_writes and not all("seq" in part.losses for part in self.parts):
+            raise ValueError("stages: seq changes the answers of the data; use it in every stage or in none")
         return self
 
     @model_validator(mode="after")
@@ -148,6 +155,10 @@ class DistillConfig(TeacherOptions, TrainingConfig):
             raise ValueError(f"loss: {whole[0]} compares whole vocabularies, which no cache holds; add --online")
         if self.packing and any(part.on_policy for part in self.parts):
             raise ValueError("packing: answers that the student writes cannot be packed beforehand; leave it out")
+        if self.served and self.teacher_writes:
+            raise ValueError(
+                "teacher: a server is asked for probabilities only, not for answers; --loss seq needs a model"
+            )
         if self.served and self.keeps_teacher:
             flag = "--online" if self.online else "--on-policy"
             raise ValueError(
@@ -171,7 +182,7 @@ def _losses(names: list[str]) -> dict[str, float]:
             raise ValueError(f"loss: the weight of {name} is {weights[name]:g}; it must be more than 0")
     if not weights:
         raise ValueError("loss: none is given; use auto")
-    if "auto" in weights and len(weights) > 1:
+    if "auto" in weights and len(weights.keys() - {"seq"}) > 1:
         raise ValueError("loss: auto stands alone; name all losses of a mix, such as --loss projection=1 alm=0.5")
     return weights
 

@@ -1,0 +1,201 @@
+"""Data whose answers the teacher writes anew, kept on disk: what a student imitates by sequence-level distillation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hymba_tune.config import DistillConfig, OnBadRow
+from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.data.converting import TARGETS
+from hymba_tune.data.dataset import stopped
+from hymba_tune.data.encoding import readings
+from hymba_tune.data.sources import Source
+from hymba_tune.distill.pair import Pair, for_teacher
+from hymba_tune.distill.spelling import END
+from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.generate import write
+
+BATCH = 16
+"""Answers written at once."""
+ANSWERS, PART = "answers.jsonl", "answers.part.jsonl"
+"""The finished data; and a line for each conversation so far, null where it got no answer."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Answers that a teacher wrote.
+
+    Attributes:
+        path: Conversations that end with them, which alone are learned of each.
+        rows: How many there are.
+        left_out: Conversations whose answer did not end, or is no text.
+        texts: Rows that have no answer to write: plain texts.
+    """
+
+    path: Path
+    rows: int
+    left_out: int
+    texts: int
+
+
+class AnswerWriter:
+    """Has the teacher answer the conversations of the data anew, each up to its last answer.
+
+    Args:
+        config: Of the run.
+        sources: Of its data.
+        pair: The two sides.
+        teacher: By what its answers are told from another's.
+
+    Raises:
+        ConfigError: If a source is to be taken more than once.
+    """
+
+    def __init__(self, config: DistillConfig, sources: Sequence[Source], pair: Pair, teacher: str) -> None:
+        if often := next((source for source in sources if source.weight > 1), None):
+            raise ConfigError(
+                f"--loss seq has every conversation answered once, and {often.name} is to be taken "
+                f"{often.weight:g} times.",
+                fix="--weights of at most 1",
+            )
+        self._config, self._sources, self._pair, self._teacher = config, sources, pair, teacher
+        self._end = pair.teacher.spelling.tokens.index(END)
+        self._texts = 0
+
+    def key(self, progress: Callable[[int], None]) -> str:
+        """A name made of all that decides the answers: the prompts as the teacher reads them, and how it writes."""
+        config = self._config
+        settings: list[Any] = [self._teacher, config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
+        settings += [config.answer_temperature, config.seed, BATCH, self._end]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        number = 0
+        for number, talk in enumerate(self._talks(), start=1):
+            digest.update(json.dumps(self._prompt(talk)).encode())
+            progress(number)
+        if not number:
+            raise DataError(
+                "--loss seq: there is no conversation in the data, only texts.",
+                expected="conversations whose answers the teacher writes anew",
+                fix="--loss auto, which learns texts as well",
+            )
+        return digest.hexdigest()
+
+    def write(self, folder: Path, load: Callable[[], PreTrainedModel], progress: Callable[[int], None]) -> Written:
+        """Write the answers that are missing; a folder that has them all needs no teacher.
+
+        Args:
+            folder: Whose name is made of the `key`.
+            load: Loads the teacher.
+            progress: Called with the number of conversations answered so far.
+        """
+        if not (folder / ANSWERS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._go_on(folder / PART, load, progress)
+            rows = [line for line in _lines(folder / PART) if line != "null"]
+            aside = folder / f"{ANSWERS}.{os.getpid()}"
+            aside.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+            aside.replace(folder / ANSWERS)
+        rows, asked = _lines(folder / ANSWERS), _lines(folder / PART)
+        if not rows:
+            raise DataError(
+                f"The teacher has ended none of its {len(asked):,} answers within --answer-tokens "
+                f"{self._config.answer_tokens:,}.",
+                expected="answers that end",
+                fix="a larger --answer-tokens; or --teacher-end, if its chat template ends answers with another token",
+            )
+        return Written(folder / ANSWERS, len(rows), len(asked) - len(rows), self._texts)
+
+    def _go_on(self, part: Path, load: Callable[[], PreTrainedModel], progress: Callable[[int], None]) -> None:
+        done = len(_lines(part)) // BATCH * BATCH
+        _keep(part, done)
+        talks, model = islice(self._talks(), done, None), None
+        with part.open("a", encoding="utf-8") as file:
+            while batch := list(islice(talks, BATCH)):
+                model = model or load()
+                for talk, answer in zip(batch, self._answer(model, batch, done // BATCH), strict=True):
+                    file.write(json.dumps(_row(talk, answer), ensure_ascii=False) + "\n")
+                file.flush()
+                done += len(batch)
+                progress(done)
+
+    def _answer(self, model: PreTrainedModel, talks: Sequence[Conversation], number: int) -> list[str | None]:
+        """Answers to a batch of conversations; its number gives the same ones each time."""
+        config = self._config
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16))
+            answers = write(
+                model,
+                [self._prompt(talk) for talk in talks],
+                end=self._end,
+                max_new_tokens=config.answer_tokens,
+                temperature=config.answer_temperature,
+            )
+        return list(map(self._read, answers))
+
+    def _read(self, answer: list[int]) -> str | None:
+        spelling = self._pair.teacher.spelling
+        if answer[-1] != self._end or max(answer) >= len(spelling):
+            return None
+        try:
+            return spelling.spell(answer[:-1]).decode().strip() or None
+        except UnicodeDecodeError:
+            return None
+
+    def _prompt(self, talk: Conversation) -> list[int]:
+        shown = for_teacher(replace(talk, messages=talk.messages[: _last_answer(talk)]), self._pair.teacher_system)
+        assert isinstance(shown, Conversation)
+        return encode_prompt(shown, self._pair.teacher.tokenizer)
+
+    def _talks(self) -> Iterator[Conversation]:
+        """The conversations of the data that can be used."""
+        config, self._texts = self._config, 0
+        rows = readings(
+            self._sources,
+            self._pair.student.tokenizer,
+            learn=config.learn,
+            seed=config.seed,
+        )
+        for reading in rows:
+            if reading.problem:
+                if config.on_bad_row is OnBadRow.stop:
+                    raise stopped(reading, rows)
+            elif isinstance(reading.example, Conversation):
+                yield reading.example
+            else:
+                self._texts += 1
+
+
+def _last_answer(talk: Conversation) -> int:
+    return max(index for index, message in enumerate(talk.messages) if message.role == "assistant")
+
+
+def _row(talk: Conversation, answer: str | None) -> dict[str, Any] | None:
+    """A conversation up to its last answer, which is this one, and alone is learned."""
+    if answer is None:
+        return None
+    before = (replace(message, learned=message.role != "assistant") for message in talk.messages[: _last_answer(talk)])
+    return TARGETS["messages"].row(replace(talk, messages=(*before, Message("assistant", answer))))
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; none if it is not there."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+
+
+def _keep(path: Path, lines: int) -> None:
+    """Cut a file to its first lines."""
+    kept = _lines(path)[:lines]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
