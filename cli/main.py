@@ -19,6 +19,7 @@ from hymba_tune.cli.distill import distill
 from hymba_tune.cli.doctor import doctor
 from hymba_tune.cli.dpo import dpo
 from hymba_tune.cli.eval import measure
+from hymba_tune.cli.export import export
 from hymba_tune.cli.kto import kto
 from hymba_tune.cli.merge import merge
 from hymba_tune.cli.plan import plan
@@ -42,7 +43,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, dpo, kto, chat, merge, report, plan, recipes, doctor):
+for verb in (sft, dpo, kto, chat, merge, export, report, plan, recipes, doctor):
     app.command(verb)
 app.command(measure, name="eval")
 app.command(serve)

@@ -27,6 +27,8 @@ from hymba_tune.schemes import quantised, settle, stored_quantization, stored_sh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of files that are never opened: reading one can run code."""
 META_TOKENS = "model.memory_tokens"
 
 
@@ -124,7 +126,7 @@ def load_config(source: ModelSource) -> Any:
             something else than bitsandbytes.
     """
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
@@ -140,7 +142,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: If there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"No tokenizer can be read from {folder}: {error}", expected="tokenizer.json") from error
 
@@ -163,7 +165,14 @@ def load_weights(
     check_weights(source.folder, config)
     asked = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True, **asked
+        source.folder,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **asked,
     )
     settle(model, dtype)
     return model
@@ -235,9 +244,14 @@ def weight_files(folder: Path) -> list[Path]:
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
-        raise CheckpointError(f"{folder}: no weights.", expected=f"{SINGLE}, or shards with {INDEX}")
+        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
+        raise CheckpointError(
+            f"{folder}: no weights" + (f" but pickled ones, {pickles[0]}, which can run code." if pickles else "."),
+            expected=f"{SINGLE}, or shards with {INDEX}",
+            fix="have whoever made it save it as safetensors" if pickles else "",
+        )
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{folder / INDEX} points outside its folder: {name}", expected="plain file names")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the shard {name} is missing.", fix="download or copy the model again")

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 
@@ -40,7 +47,9 @@ TEACHERS = {
 """Models that others are distilled from."""
 NANO = "hymba-nano"
 """The packaged model."""
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "README.md")
+"""What is downloaded of a repository: no code, and no pickles."""
 TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 
 
@@ -53,12 +62,14 @@ class ModelSource:
         folder: Its configuration, tokenizer and, without an adapter, its weights.
         adapter: Folder of the adapter that a run trained.
         base: The model that the adapter belongs to, as the run named it.
+        published: The name under which any machine finds it: its Hub id, or hymba-nano.
     """
 
     name: str
     folder: Path
     adapter: Path | None = None
     base: str | None = None
+    published: str | None = None
 
 
 def resolve_model(
@@ -71,7 +82,7 @@ def resolve_model(
     """Find a model: an alias, a run directory, a folder, or a Hub id, which is downloaded.
 
     Args:
-        name: What a user calls it.
+        name: What a user calls it; a Hub id may have a branch, a tag or a commit behind it, ``owner/name@revision``.
         files: Which of its files are needed, as patterns.
         flag: What it was given as.
         aliases: Names that stand for Hub ids.
@@ -82,12 +93,13 @@ def resolve_model(
         HubError: If the Hub cannot be reached, or refuses.
     """
     if name == NANO:
-        return ModelSource(NANO, Path(str(resources.files("hymba_tune.assets") / NANO)))
+        return ModelSource(NANO, Path(str(resources.files("hymba_tune.assets") / NANO)), published=NANO)
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(name, path)
-    hub_id = aliases.get(name.lower(), name)
-    if hub_id.count("/") != 1 or path.is_absolute() or (hub_id == name and path.parent.is_dir()):
+    typed, _, revision = name.partition("@")
+    hub_id = aliases.get(typed.lower(), typed)
+    if not is_hub_id(hub_id) or (hub_id == typed and path.parent.is_dir()):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = difflib.get_close_matches(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())], n=1)
         raise ConfigError(
@@ -95,7 +107,17 @@ def resolve_model(
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
             fix=f"{flag} {near[0] if near else NANO}",
         )
-    return ModelSource(hub_id, _download(hub_id, files, flag))
+    folder = _download(hub_id, revision or None, files, flag)
+    return _downloaded(f"{hub_id}@{revision}" if revision else hub_id, folder)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/name``, as the Hub takes it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def lasting_name(name: str) -> str:
@@ -109,9 +131,8 @@ def _local(name: str, path: Path) -> ModelSource:
         return _run(path)
     if (path / "config.json").is_file():
         return ModelSource(name, path)
-    if (path / "adapter_config.json").is_file():
-        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        return ModelSource(name, path, adapter=path, base=base or "")
+    if (path / ADAPTER_CONFIG).is_file():
+        return ModelSource(name, path, adapter=path, base=_base_of_adapter(path))
     raise CheckpointError(
         f"{path}: no model in this folder.",
         expected="a config.json with weights, an adapter_config.json, or the run.json of a run",
@@ -119,11 +140,29 @@ def _local(name: str, path: Path) -> ModelSource:
     )
 
 
+def _downloaded(name: str, folder: Path) -> ModelSource:
+    """A model or an adapter of the Hub; a run's record there says nothing that is believed here."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = _base_of_adapter(folder)
+        if base and base.lower() not in (NANO, *ALIASES) and not is_hub_id(base):
+            raise CheckpointError(
+                f"The adapter {name} belongs to {base}, a folder of the machine it was made on.",
+                expected="a model of the Hub as base_model_name_or_path in its adapter_config.json",
+                fix="download it, correct that line, and name the folder",
+            )
+        return ModelSource(name, folder, adapter=folder, base=base, published=name)
+    return ModelSource(name, folder, published=name)
+
+
+def _base_of_adapter(folder: Path) -> str:
+    return str(_read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+
+
 def _run(path: Path) -> ModelSource:
     run = _read_json(path / "run.json")
     if (path / "model" / "config.json").is_file():
         return ModelSource(path.name, path / "model")
-    if (path / "adapter" / "adapter_config.json").is_file():
+    if (path / "adapter" / ADAPTER_CONFIG).is_file():
         return ModelSource(path.name, path / "adapter", adapter=path / "adapter", base=str(run["model"]))
     raise CheckpointError(
         f"{path}: this run has no model yet.",
@@ -139,10 +178,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
-def _download(hub_id: str, files: Sequence[str], flag: str) -> Path:
+def _download(hub_id: str, revision: str | None, files: Sequence[str], flag: str) -> Path:
     offer = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise HubError(
             f"{hub_id} is gated on the Hub.",
@@ -150,6 +189,10 @@ def _download(hub_id: str, files: Sequence[str], flag: str) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise HubError(f"Cannot reach the Hub for {hub_id}, and it is not in the cache.", fix=offer) from error
+    except RevisionNotFoundError as error:
+        raise HubError(
+            f"{hub_id} has no branch, tag or commit {revision} on the Hub.", fix=f"--model {hub_id} for its main branch"
+        ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
             f"{hub_id}: no such model on the Hub, or it is private.",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,45 @@ def test_folder_without_weights(model: Path) -> None:
     (model / SINGLE).unlink()
     with pytest.raises(CheckpointError, match=r"no weights\.\n  expected   model\.safetensors, or shards with"):
         load(model)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../model.safetensors", "sub/model.safetensors", 3])
+def test_shard_that_lies_elsewhere_is_not_read(name: Any, sharded: Path) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
+    with pytest.raises(CheckpointError, match=rf"points outside its folder: {name}\n  expected   plain file names"):
+        load(sharded)
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
+def test_pickles_are_never_opened(name: str, model: Path, tmp_path: Path) -> None:
+    (model / name).write_bytes(pickle.dumps(Evil(tmp_path / "was here")))
+    load(model)
+    (model / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match=rf"no weights but pickled ones, {name}, which can run code\.\n"):
+        load(model)
+    assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_weights_is_never_run(file: str, model: Path, tmp_path: Path) -> None:
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    names = {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B", "AutoTokenizer": ["evil.C", "evil.C"]}
+    settings = json.loads((model / file).read_text()) | {"auto_map": names}
+    (model / file).write_text(json.dumps(settings))
+    load(model)
+    with suppress(CheckpointError):  # a tokenizer that names code may be refused, or be read without it
+        load_tokenizer(model)
+    assert not (tmp_path / "was here").exists()
 
 
 def test_only_headers_are_read(sharded: Path) -> None:

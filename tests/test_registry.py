@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from hymba_tune import registry
@@ -22,6 +24,7 @@ from hymba_tune.registry import ALIASES, resolve_model
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
     """Stands in for the Hub: hands out a folder for whatever it is asked for."""
+    (tmp_path / "downloaded").mkdir()
     download = Mock(return_value=str(tmp_path / "downloaded"))
     monkeypatch.setattr(registry, "snapshot_download", download)
     return download
@@ -46,8 +49,45 @@ def test_alias_is_downloaded_under_its_full_name(name: str, hub: Mock, tmp_path:
 def test_hub_id_is_downloaded_without_code_or_pickles(hub: Mock) -> None:
     assert resolve_model("me/my-hymba").name == "me/my-hymba"
     wanted = hub.call_args.kwargs["allow_patterns"]
-    names = ("modeling_hymba.py", "pytorch_model.bin", "model.safetensors", "config.json", "tokenizer.json")
-    assert [name for name in names if any(Path(name).match(pattern) for pattern in wanted)] == list(names[2:])
+    names = ("modeling_hymba.py", "pytorch_model.bin", "model.pt", "adapter_model.bin", "training_args.bin", "a.zip")
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
+    names = ("model.safetensors", "adapter_model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
+    assert all(any(fnmatch(name, pattern) for pattern in wanted) for name in names)
+
+
+def save_adapter(folder: Path, base: str | None) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("base", ["hymba-nano", "nvidia/Hymba-1.5B-Base", "hymba-1.5b"])
+def test_adapter_of_the_hub_names_its_base(base: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "downloaded", base)
+    source = resolve_model("me/my-adapter")
+    assert (source.adapter, source.base) == (tmp_path / "downloaded", base)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("base", ["/home/me/model", "../model", "runs/a/model", "./x"])
+def test_adapter_of_the_hub_may_not_name_a_folder(base: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "downloaded", base)
+    with pytest.raises(CheckpointError, match=rf"The adapter me/my-adapter belongs to {base}, a folder of the machine"):
+        resolve_model("me/my-adapter")
+
+
+@pytest.mark.usefixtures("hub")
+def test_record_of_a_run_that_was_downloaded_is_not_believed(tmp_path: Path) -> None:
+    save_run(tmp_path / "downloaded", "config.json", "adapter/adapter_config.json", model="/home/me/secret")
+    source = resolve_model("me/my-model")
+    assert (source.folder, source.adapter, source.base) == (tmp_path / "downloaded", None, None)
+
+
+@pytest.mark.parametrize("revision", ["v2", "refs/pr/1", "0123abc"])
+def test_revision_is_downloaded(revision: str, hub: Mock) -> None:
+    source = resolve_model(f"me/it@{revision}")
+    assert (hub.call_args.args, hub.call_args.kwargs["revision"]) == (("me/it",), revision)
+    assert source.published == f"me/it@{revision}"
+    assert resolve_model(f"hymba-1.5b@{revision}").published == f"nvidia/Hymba-1.5B-Base@{revision}"
 
 
 def test_packaged_model_needs_no_network(hub: Mock) -> None:
@@ -138,6 +178,10 @@ def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     ("error", "message"),
     [
         (http_error(GatedRepoError), r"me/it is gated on the Hub\.(.|\n)*https://huggingface\.co/me/it, then: hf auth"),
+        (
+            http_error(RevisionNotFoundError),
+            r"me/it has no branch, tag or commit v2 on the Hub\.(.|\n)*--model me/it",
+        ),
         (http_error(RepositoryNotFoundError), r"me/it: no such model on the Hub, or it is private(.|\n)*hymba-nano"),
         (LocalEntryNotFoundError("offline"), r"Cannot reach the Hub for me/it(.|\n)*--model hymba-nano"),
         (http_error(HfHubHTTPError), r"Cannot load me/it from the Hub: refused(.|\n)*--model hymba-nano"),
@@ -149,4 +193,4 @@ def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
 def test_hub_refuses(error: Any, message: str, hub: Mock) -> None:
     hub.side_effect = error
     with pytest.raises(HubError, match=message):
-        resolve_model("me/it")
+        resolve_model("me/it@v2")

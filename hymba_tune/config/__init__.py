@@ -24,6 +24,7 @@ from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions
 from hymba_tune.config.verbs import (
     DoctorConfig,
     DPOConfig,
+    ExportConfig,
     KTOConfig,
     MergeConfig,
     PreferenceConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "DoctorConfig",
     "EngineOptions",
     "EvalConfig",
+    "ExportConfig",
     "KTOConfig",
     "Keep",
     "Learn",

@@ -187,6 +187,44 @@ class MergeConfig(ModelOptions):
     """Folder of the merged model; must not exist or be empty."""
 
 
+class ExportConfig(ModelOptions):
+    """Making a model ready to be loaded anywhere, and publishing it."""
+
+    model: Annotated[str, Parameter(parse=False)] = ""
+    """The model or run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights: auto keeps the base model's."""
+    out: Path | None = None
+    """Folder of the exported model; must not exist or be empty. When not given: exports/MODEL."""
+    format: Literal["kit", "hymba"] = "kit"
+    """kit: with this kit's code beside the weights, for any machine with torch and transformers 5, CPUs included.
+    hymba: with the released config.json, which names NVIDIA's code; that needs CUDA and transformers 4.44. The weights
+    and their names are the same, and hymba-tune opens both."""
+    adapter_only: bool = False
+    """Only the adapter, as plain PEFT, for those who have the base model."""
+    push: str | None = None
+    """Upload to this repository of the Hugging Face Hub, USER/NAME, which is made if there is none."""
+    private: bool = False
+    """Make the repository a private one."""
+    revision: str | None = None
+    """Branch of the repository to upload to, which is made if there is none; main when not given."""
+    update: bool = False
+    """Replace what a repository of yours holds already, as one more commit."""
+    license: str | None = None
+    """Licence of the weights, by the Hub's id of it (apache-2.0, other). When not given: the base model's."""
+    base_model: str | None = None
+    """The base model's Hub id, where the files do not say it."""
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.adapter_only and self.format != "kit":
+            raise ValueError("format: an adapter has one format, PEFT's; leave it out, or --adapter-only")
+        for field in ("private", "revision", "update"):
+            if getattr(self, field) and self.push is None:
+                raise ValueError(f"{field}: nothing is uploaded without --push USER/NAME")
+        return self
+
+
 class DoctorConfig(Config):
     """What this machine can do."""
 

@@ -2,7 +2,7 @@
 
 from hymba_tune.pages.numbers import duration, gigabytes, share
 from hymba_tune.pages.page import render
-from hymba_tune.pages.plots import SIZE, Plot, plot
+from hymba_tune.pages.plots import SIZE, Plot, picture, plot
 from hymba_tune.pages.theme import LIGHT
 
-__all__ = ["LIGHT", "SIZE", "Plot", "duration", "gigabytes", "plot", "render", "share"]
+__all__ = ["LIGHT", "SIZE", "Plot", "duration", "gigabytes", "picture", "plot", "render", "share"]

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
@@ -21,6 +21,7 @@ FONT = "DejaVu Sans"
 """Comes with matplotlib, and is wider than what a browser will take instead, so that room is left for that."""
 SIZE = (4.3, 2.7)
 """Inches. As wide as a phone, so that text stays readable there; wide pages set several side by side."""
+PIXELS_AN_INCH = 160
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": FONT,
@@ -75,14 +76,30 @@ def plot(
         size: Inches.
         note: A line below it.
     """
-    look: Any = {**STYLE, "svg.hashsalt": hashlib.sha256(title.encode()).hexdigest()}
+    salt = hashlib.sha256(title.encode()).hexdigest()
+    drawn = _drawn(draw, size, format="svg", transparent=True, metadata={"Date": None, "Creator": None}, salt=salt)
+    return Plot(title, alt, Markup(_of_the_page(drawn.decode())), note)
+
+
+def picture(draw: Callable[[Axes], None], *, size: tuple[float, float] = SIZE) -> bytes:
+    """Draw a plot as a PNG on white, for where a page of ours is not.
+
+    Args:
+        draw: As `plot` takes it.
+        size: Inches.
+    """
+    return _drawn(draw, size, format="png", dpi=PIXELS_AN_INCH, metadata={"Software": None}, salt=None)
+
+
+def _drawn(draw: Callable[[Axes], None], size: tuple[float, float], *, salt: str | None, **how: Any) -> bytes:
+    look: Any = {**STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser's fonts have it
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
-        drawn = StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(title, alt, Markup(_of_the_page(drawn.getvalue())), note)
+        drawn = BytesIO()
+        figure.savefig(drawn, **how)
+    return drawn.getvalue()
 
 
 def _of_the_page(svg: str) -> str:

@@ -1,9 +1,10 @@
 """What came of a run, as a page: read from the run's files, so that it can be written again at any time."""
 
 from hymba_tune.report.compare import write_comparison
+from hymba_tune.report.curves import loss_picture
 from hymba_tune.report.evaluations import tabulate
 from hymba_tune.report.page import write_report
 from hymba_tune.report.record import RunRecord
 from hymba_tune.report.verdict import Verdict, judge
 
-__all__ = ["RunRecord", "Verdict", "judge", "tabulate", "write_comparison", "write_report"]
+__all__ = ["RunRecord", "Verdict", "judge", "loss_picture", "tabulate", "write_comparison", "write_report"]

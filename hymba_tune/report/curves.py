@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hymba_tune.pages import LIGHT, Plot, plot
+from hymba_tune.pages import LIGHT, Plot, picture, plot
 from hymba_tune.report.measures import Measure, measure, order
 from hymba_tune.report.record import RunRecord
 
@@ -22,6 +22,12 @@ LINES = (("first", "-", "o"), ("second", "--", "s"), ("third", "-.", "^"), ("fou
 def loss_plot(record: RunRecord) -> Plot | None:
     """Training and held-out loss, with the first evaluation as a line to compare with; None if there is none."""
     return _with_held_out(record, "loss")
+
+
+def loss_picture(record: RunRecord) -> tuple[str, bytes] | None:
+    """The same as a PNG, behind what it says in a sentence."""
+    drawing = _drawing(record, "loss")
+    return (drawing[1], picture(drawing[2])) if drawing else None
 
 
 def other_plots(record: RunRecord) -> list[Plot]:
@@ -52,6 +58,12 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
 
 
 def _with_held_out(record: RunRecord, name: str) -> Plot | None:
+    drawing = _drawing(record, name)
+    return plot(*drawing) if drawing else None
+
+
+def _drawing(record: RunRecord, name: str) -> tuple[str, str, Callable[[Axes], None]] | None:
+    """The title of a plot, what it says, and what draws it."""
     kind = measure(name, record.verb)
     trained, held_out = record.series(name), record.series(f"eval_{name}")
     if not trained[0] and not held_out[0]:
@@ -76,7 +88,7 @@ def _with_held_out(record: RunRecord, name: str) -> Plot | None:
     said = [_said(kind, trained, "" if not held_out[0] else "in training")] if trained[0] else []
     said += [_said(kind, held_out, "on held-out data")] if held_out[0] else []
     said += [f"predicted {kind.written(predicted)}"] if predicted else []
-    return plot(kind.title, f"{kind.title}: {'; '.join(said)}.", draw)
+    return kind.title, f"{kind.title}: {'; '.join(said)}.", draw
 
 
 def _overlaid(title: str, kind: Measure, curves: Mapping[str, tuple[list[int], list[float]]]) -> Plot:

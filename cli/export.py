@@ -1,0 +1,44 @@
+"""`hymba-tune export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.config import ExportConfig
+
+
+def export(
+    model: Annotated[str, Parameter(name="MODEL")],
+    /,
+    *,
+    flags: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig(),  # noqa: B008 (cyclopts reads the default)
+) -> None:
+    """Make a run or a model one that loads anywhere, check it, describe it, and publish it.
+
+    Example: hymba-tune export runs/my-run --out my-model --push me/my-model --private
+
+    The folder holds safetensors under the released names, tokenizer, settings, checksums and a model card. A folder
+    exported before is uploaded as it is: hymba-tune export my-model --push me/my-model
+
+    Parameters
+    ----------
+    model
+        A run directory, or whatever --model takes.
+    """
+    from hymba_tune.hub import export as make
+    from hymba_tune.pages import gigabytes
+
+    quiet_libraries()
+    flags.model = model
+    done = make(flags, RichScreen().working)
+    lines = [("exported", f"{done.folder} ({gigabytes(done.size)})")]
+    if done.difference is not None:
+        lines.append(("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"))
+    if done.address is not None:
+        lines.append(("uploaded", done.address))
+    lines.append(("talk to it", f"hymba-tune chat {done.folder}"))
+    for label, line in lines:
+        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)

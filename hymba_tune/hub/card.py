@@ -1,0 +1,158 @@
+"""The model card: what a model is, where it comes from, what was done to it, and how to use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hymba_tune import __version__
+from hymba_tune.config import ExportConfig
+from hymba_tune.data.readers import KINDS, kind
+from hymba_tune.errors import ConfigError
+from hymba_tune.hub.lineage import CARD, Lineage
+from hymba_tune.report import RunRecord, judge, loss_picture
+
+PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "kernels"}
+"""Settings that name things on the machine of the run; names of the data are told without their folders."""
+HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
+CODE = {
+    "kit": """\
+With torch and transformers 5, on a CPU or a GPU; the code beside the weights is hymba-tune's (Apache-2.0):
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**prompt, max_new_tokens=200)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+""",
+    "hymba": """\
+The configuration is that of NVIDIA's release, whose code transformers 4.44 fetches; it needs CUDA:
+```python
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```
+""",
+    "adapter": """\
+```python
+import hymba_tune.model  # registers Hymba with transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{name}")
+```
+""",
+}
+
+
+def write_card(folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str) -> None:
+    """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
+
+    Args:
+        folder: Is there.
+        name: What the model will be found by.
+        lineage: Where it comes from.
+        config: How it is exported.
+        size: Its parameters and number format, in words.
+    """
+    head = {name: value for name, value in _head(lineage, config).items() if value}
+    code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base)
+    what = "An adapter for" if config.adapter_only else "Made from"
+    lines = [
+        *("---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---"),
+        *("", f"# {name.rpartition('/')[2]}", ""),
+        f"{what} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
+        "([arXiv 2411.13676](https://arxiv.org/abs/2411.13676)).",
+        *("", f"{size}.", "", "## Use", "", code),
+        f"With hymba-tune: `hymba-tune chat {name}`",
+    ]
+    for number, run in enumerate(lineage.runs):
+        lines += ["", *_training(run, folder, number)]
+    licence = lineage.licence.get("license_name") or lineage.licence.get("license")
+    if licence:
+        link = lineage.licence.get("license_link")
+        lines += ["", "## Licence", "", f"The weights: {f'[{licence}]({link})' if link else licence}."]
+    lines += ["", f"Exported by hymba-tune {__version__}; checksums are in SHA256SUMS."]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check_publishable(lineage: Lineage) -> None:
+    """See that the card of a model says what a published one must.
+
+    Raises:
+        ConfigError: If it would not name a base model, or a licence.
+    """
+    if not lineage.base:
+        raise ConfigError(
+            "--push: nothing says which model this one was made from.",
+            expected="a base model in its card",
+            fix="--base-model nvidia/Hymba-1.5B-Base, or whichever it was",
+        )
+    if not lineage.licence.get("license"):
+        raise ConfigError(
+            f"--push: the licence of {lineage.base} is not known.",
+            expected="a licence in the card: that of the weights it was made from",
+            fix="--license with its id on the Hub, such as apache-2.0",
+        )
+
+
+def _head(lineage: Lineage, config: ExportConfig) -> dict[str, Any]:
+    """What the Hub reads."""
+    relation = "adapter" if config.adapter_only else "finetune"
+    data = (name for run in lineage.runs for name in run.settings.get("data", []))
+    return {
+        **lineage.licence,
+        "base_model": lineage.base,
+        "base_model_relation": relation if lineage.base and lineage.runs else None,
+        "library_name": "peft" if config.adapter_only else "transformers",
+        "pipeline_tag": "text-generation",
+        "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data if _on_the_hub(name))),  # type: ignore[index]
+        "tags": ["hymba", "hymba-tune"],
+    }
+
+
+def _on_the_hub(name: str) -> bool:
+    path = Path(name)
+    return bool(HUB_DATA.match(name)) and kind(path) not in (*KINDS, ".yaml") and not path.exists()
+
+
+def _training(run: RunRecord, folder: Path, number: int) -> list[str]:
+    """How a run went, the newest first."""
+    facts, verdict = run.facts, judge(run)
+    data = facts.get("data", {})
+    names = [name if _on_the_hub(name) else Path(name).name for name in run.settings.get("data", [])]
+    counts = [f"{value:,} {name.replace('_', ' ')}" for name, value in data.items() if isinstance(value, int) and value]
+    lines = [
+        f"## {'Training' if not number else 'Before that'}: {run.verb}",
+        *("", verdict.sentence, ""),
+        *_table(["", "", ""], [list(figure) for figure in verdict.figures]),
+    ]
+    if (drawn := loss_picture(run)) is not None:
+        said, picture = drawn
+        file = f"loss{number or ''}.png"
+        (folder / file).write_bytes(picture)
+        lines += ["", f"![{said}]({file})"]
+    steps = f"{facts.get('steps', run.last_step):,} steps, {facts.get('tokens_seen', 0):,} tokens"
+    lines += ["", f"Data: {', '.join(names)} ({'; '.join(counts)}); SHA-256 of its encoded rows {_fingerprint(data)}."]
+    lines += ["", f"{steps}. Settings, as a recipe for `hymba-tune {run.verb} --config`:", "", "```yaml"]
+    told = {name: value for name, value in run.settings.items() if name not in PRIVATE}
+    return [*lines, yaml.safe_dump(told, sort_keys=False).rstrip(), "```"]
+
+
+def _fingerprint(data: dict[str, Any]) -> str:
+    return str(data.get("fingerprint", "not recorded"))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]

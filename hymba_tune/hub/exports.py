@@ -1,0 +1,164 @@
+"""Making a model ready to be loaded anywhere: written, read again and compared, described, and published."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from hymba_tune.adapters import base_of, load_adapter, open_model, short_count, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, load_weights
+from hymba_tune.config import ExportConfig
+from hymba_tune.data import with_chat_template
+from hymba_tune.errors import CheckpointError
+from hymba_tune.folders import new_folder
+from hymba_tune.hub.card import check_publishable, write_card
+from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
+from hymba_tune.hub.layout import write_model, write_tokenizer
+from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
+from hymba_tune.hub.push import Target, check_target, push
+from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
+
+Working = Callable[[str], AbstractContextManager[Any]]
+"""Shows that something takes a while: a label, to do it within."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export.
+
+    Attributes:
+        folder: Where it is.
+        size: Bytes of it.
+        difference: The largest between logits of the model before and after; None of a folder that was only uploaded.
+        address: On the Hub, if it was uploaded.
+    """
+
+    folder: Path
+    size: int
+    difference: float | None
+    address: str | None
+
+
+def export(config: ExportConfig, working: Working) -> Exported:
+    """Export a model or a run, and upload it if that is asked for. A folder that was exported is uploaded as it is.
+
+    Args:
+        config: What, how, and where to.
+        working: Shows the steps that take long.
+
+    Raises:
+        HymbaTuneError: If something is to be mended first, or the Hub refuses. The folder is then whole, or not there.
+    """
+    target = None
+    if config.push is not None:
+        target = Target(config.push, private=config.private, revision=config.revision, update=config.update)
+        check_target(target)
+    source = resolve_model(config.model)
+    if target and config.out is None and (source.folder / SUMS).is_file() and source.published is None:
+        folder, difference = source.folder, None
+        with working("comparing checksums"):
+            check_sums(folder)
+        said = card_data(folder)
+        check_publishable(
+            Lineage(said.get("base_model"), {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)})
+        )
+    else:
+        folder = config.out or Path("exports") / source.name.rpartition("/")[2].replace("@", "-")
+        difference = _export(config, source, folder, working)
+    address = None
+    if target is not None:
+        again = f"hymba-tune export {folder} --push {target.repository}"
+        again += f" --revision {target.revision}" if target.revision else ""
+        with working(f"uploading to {target.repository}"):
+            address = push(folder, target, message="Upload by hymba-tune", again=again)
+    return Exported(folder, sum(file.stat().st_size for file in folder.iterdir()), difference, address)
+
+
+def _export(config: ExportConfig, source: ModelSource, out: Path, working: Working) -> float:
+    if config.adapter_only and source.adapter is None:
+        raise CheckpointError(f"--adapter-only: {source.name} has no adapter.", fix="leave it out")
+    lineage = _lineage(config, source)
+    if config.push is not None:
+        check_publishable(lineage)
+    name = config.push or out.name
+    with new_folder(out) as folder:
+        difference, size = (_write_adapter if config.adapter_only else _write_whole)(
+            config, source, lineage, folder, working
+        )
+        write_card(folder, name, lineage, config, size=size)
+        write_sums(folder)
+    return difference
+
+
+def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
+    """Where the model comes from, corrected by what the user says of it."""
+    lineage = trace(source)
+    if config.adapter_only:
+        if lineage.steps > 1:
+            raise CheckpointError(
+                f"--adapter-only: the adapter of {source.name} lies on another run, and is of no use without that.",
+                fix="leave --adapter-only out: the export is then one model",
+            )
+        lineage = replace(lineage, base=lineage.below)  # not what that, in turn, was made from
+    if config.base_model:
+        lineage = replace(lineage, base=config.base_model)
+    if config.license:
+        lineage = replace(lineage, licence={"license": config.license})
+    return lineage
+
+
+def _write_whole(
+    config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
+) -> tuple[float, str]:
+    """Write a whole model, and read it again. The two are never in memory together."""
+    device = choose_device(config.device)
+    stored = load_config(weights_of(source)).dtype or torch.float32
+    dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    tokenizer = with_chat_template(load_tokenizer(source.folder))
+    with working("loading the weights"):
+        model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
+    size = f"{short_count(model.num_parameters())} parameters in {str(dtype).removeprefix('torch.')}"
+    with working("writing"):
+        meant = sample_logits(model, tokenizer)
+        write_model(model, tokenizer, folder, config.format, lineage.base)
+    del model
+    gc.collect()
+    with working("reading it again"):
+        again = load_weights(ModelSource(source.name, folder), dtype=dtype, device=device)
+        check_tokens(load_tokenizer(folder), tokenizer, folder)
+        return check_logits(sample_logits(again, tokenizer), meant, folder), size
+
+
+def _write_adapter(
+    config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
+) -> tuple[float, str]:
+    """Write an adapter, and read it again onto the same base."""
+    assert source.adapter is not None
+    device = choose_device(config.device)
+    base, tokenizer = base_of(source), with_chat_template(load_tokenizer(source.folder))
+    dtype = load_config(weights_of(source)).dtype or torch.float32
+    with working("loading the weights"):
+        adapted = load_adapter(open_model(base, dtype=dtype, device=device), source.adapter)
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(source.adapter / file, folder / file)
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = lineage.base or source.base
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_tokenizer(tokenizer, folder)
+    count = sum(tensor.numel() for tensor in load_file(folder / ADAPTER_WEIGHTS).values())
+    with working("reading it again"):
+        meant = sample_logits(adapted, tokenizer)
+        again = load_adapter(adapted.unload(), folder)
+        check_tokens(load_tokenizer(folder), tokenizer, folder)
+        return check_logits(sample_logits(again, tokenizer), meant, folder), f"{short_count(count)} parameters"

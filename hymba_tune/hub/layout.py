@@ -1,0 +1,102 @@
+"""What a folder looks like that opens elsewhere: its configuration, its code, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import hymba_tune.model as code
+
+Format = Literal["kit", "hymba"]
+SHARD = "2GB"
+"""Largest file of weights: one that an upload can go on from."""
+RELEASED = "nvidia/Hymba-1.5B-Base"
+"""Whose repository holds NVIDIA's code."""
+CLASSES = {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"}
+KEYS = (
+    *("architectures", "attention_dropout", "attn_hidden_size", "attn_implementation_new", "bos_token_id"),
+    *("calc_logits_for_entire_prompt", "eos_token_id", "global_attn_idx", "hidden_act", "hidden_size"),
+    *("initializer_range", "intermediate_size", "kq_head_dim", "kq_norm", "kv_reuse_every_i_layer", "kv_reuse_group"),
+    *("kv_weight_reuse", "mamba_conv_bias", "mamba_d_conv", "mamba_d_state", "mamba_dt_rank", "mamba_expand"),
+    *("mamba_inner_layernorms", "mamba_proj_bias", "max_position_embeddings", "memory_tokens_interspersed_every"),
+    *("mlp_hidden_act", "model_type", "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers"),
+    *("num_key_value_heads", "num_mamba", "num_memory_tokens", "orig_max_position_embeddings", "output_router_logits"),
+    *("pad_token_id", "rms_norm_eps", "rope", "rope_theta", "rope_type", "router_aux_loss_coef", "seq_length"),
+    *("sliding_window", "tie_word_embeddings", "use_mamba_kernels", "v_head_dim", "vocab_size"),
+)
+"""What the released config.json says that means the same here."""
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, layout: Format, base: str | None
+) -> None:
+    """Write weights under the released names, configuration, generation settings, tokenizer and code.
+
+    Args:
+        model: Without an adapter.
+        tokenizer: With a chat template.
+        folder: Is there.
+        layout: kit or hymba.
+        base: Where the model comes from; where that is NVIDIA's, its code is named.
+    """
+    generation = model.generation_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(generation, name, getattr(tokenizer, name))
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    write_tokenizer(tokenizer, folder, layout)
+    if layout == "kit":
+        _change(folder / "config.json", auto_map=CLASSES)
+        for file in Path(str(code.__file__)).parent.glob("*.py"):
+            if file.name != "__init__.py":
+                shutil.copyfile(file, folder / file.name)
+        return
+    released = base if base and base.startswith("nvidia/Hymba") else RELEASED
+    _write(folder / "config.json", released_config(model.config, released))
+    _change(folder / "generation_config.json", transformers_version="4.44.0", use_cache=False)
+
+
+def released_config(config: Any, repository: str) -> dict[str, Any]:
+    """The configuration with the keys of the released config.json, as NVIDIA's code and transformers 4.44 read them.
+
+    Args:
+        config: A `HymbaConfig`.
+        repository: On the Hub, with NVIDIA's code.
+    """
+    layers = config.num_hidden_layers
+    return {name: getattr(config, name) for name in KEYS} | {
+        "attn_implementation": "flex",
+        "auto_map": {auto: f"{repository}--{name}" for auto, name in CLASSES.items()},
+        "conv_dim": {str(layer): config.ssm_size for layer in range(layers)},
+        "layer_type": ["h"] * layers,
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "transformers_version": "4.44.0",
+        "use_cache": False,
+    }
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, layout: Format = "kit") -> None:
+    """Write a tokenizer that any transformers reads with the same ids.
+
+    Args:
+        tokenizer: With a chat template.
+        folder: Is there.
+        layout: In the hymba layout the template stands in tokenizer_config.json: transformers 4.44 reads no other.
+    """
+    tokenizer.save_pretrained(folder, save_jinja_files=layout == "kit")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # A class that every transformers knows, and that takes tokenizer.json as it is; the rest is of this machine.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write(path, {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")})
+
+
+def _change(path: Path, **values: Any) -> None:
+    _write(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""An exported folder opens where only torch and transformers are, and is the same model there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hymba_tune.checkpoint import load_tokenizer
+from hymba_tune.config import ExportConfig
+from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_template
+from hymba_tune.hub import export
+from tests.hub.elsewhere import Elsewhere
+from tests.hub.silent import silent
+
+PROMPTS = [" Two spaces  and a line\n", "Hello", "naïve ☃ </s> x = [1, 2]"]
+PROGRAM = """
+import json, sys
+from importlib.util import find_spec
+from pathlib import Path
+
+folder, *prompts = sys.argv[1:]
+assert not [name for name in ("hymba_tune", "peft", "trl", "accelerate", "datasets") if find_spec(name)]
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+batch = tokenizer(prompts, return_tensors="pt", padding=True)
+with torch.inference_mode():
+    logits = model(**batch).logits
+written = model.generate(**batch, max_new_tokens=5, do_sample=False)
+chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+backends = sys.modules[type(model).__module__.rpartition(".")[0] + ".backends"]
+taken = {name: choice.taken for name, choice in backends.survey(backends.Task("cpu", torch.float32)).items()}
+save_file({"logits": logits, "written": written}, "result.safetensors")
+print(json.dumps({"ids": tokenizer(prompts)["input_ids"], "chat": chat["input_ids"], "taken": taken}))
+model.save_pretrained("again")  # as one who goes on training it there does
+assert AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).config.auto_map
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    return Elsewhere(tmp_path_factory.mktemp("elsewhere") / "env", "torch", "transformers")
+
+
+@pytest.fixture(scope="module")
+def exported(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "small"
+    return export(ExportConfig(model=str(small_model), out=out), silent).folder
+
+
+@pytest.mark.parametrize("compiler", ["c++", "/no/such/compiler"])
+def test_opens_with_torch_and_transformers_alone(
+    compiler: str, elsewhere: Elsewhere, exported: Path, small_model: Path
+) -> None:
+    environment = {} if compiler == "c++" else {"CXX": compiler}
+    said = json.loads(elsewhere.run(PROGRAM, exported, *PROMPTS, **environment).splitlines()[-1])
+    tokenizer = with_chat_template(load_tokenizer(small_model))
+    assert said["ids"] == tokenizer(PROMPTS)["input_ids"]
+    assert said["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
+    assert ("native" in said["taken"].values()) == (compiler == "c++"), said["taken"]
+
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    found = load_file(elsewhere.folder / "result.safetensors")
+    assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
+    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)

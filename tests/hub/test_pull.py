@@ -1,0 +1,199 @@
+"""Models, adapters and data from a Hub on loopback, and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hymba_tune.adapters import open_model
+from hymba_tune.config import ChatConfig, ExportConfig
+from hymba_tune.errors import CheckpointError, ConfigError, HubError
+from hymba_tune.generate import Chat
+from hymba_tune.hub import export
+from hymba_tune.registry import resolve_model
+from tests.cli.conftest import Command
+from tests.conftest import ROOT
+from tests.hub.server import TOKEN, Hub, Repository, Trouble
+from tests.hub.silent import silent
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
+NAME = "me/my-hymba"
+
+
+def publish(hub: Hub, folder: Path, name: str = NAME, *, branch: str = "main", private: bool = False) -> None:
+    """As if it had been uploaded by other means."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.repositories.setdefault(name, Repository(private=private)).branches[branch] = files
+
+
+def logits(name: str) -> torch.Tensor:
+    model = open_model(resolve_model(name), dtype=torch.float32, device=torch.device("cpu")).eval()
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.arange(3, 30)[None]).logits
+    return found
+
+
+def test_model_goes_to_the_hub_and_comes_back(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    """Exported first and uploaded afterwards, as it is; the card that it comes back with says where it is from."""
+    about = {"license": "apache-2.0", "base_model": "nvidia/Hymba-1.5B-Base"}
+    out = tmp_path / "out"
+    export(ExportConfig(model=str(small_model), out=out, **about), silent)  # type: ignore[arg-type]
+    done = export(ExportConfig(model=str(out), push=NAME, private=True), silent)
+    assert (done.folder, done.difference, done.address) == (out, None, f"{hub.address}/{NAME}")
+    assert hub.repositories[NAME].private
+    assert torch.equal(logits(NAME), logits(str(small_model)))
+    again = export(ExportConfig(model=NAME, out=tmp_path / "again", format="hymba"), silent)
+    card = (again.folder / "README.md").read_text()
+    assert f"base_model: {NAME}" in card
+    assert "license: apache-2.0" in card
+
+
+def test_adapter_goes_to_the_hub_and_is_talked_to(
+    hub: Hub, small_model: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    publish(hub, small_model, "me/base")
+    config = ExportConfig(
+        model=str(finished_run),
+        out=tmp_path / "out",
+        adapter_only=True,
+        push="me/adapter",
+        license="mit",
+        base_model="me/base",
+    )
+    assert export(config, silent).address == f"{hub.address}/me/adapter"
+    assert torch.equal(logits("me/adapter"), logits(str(finished_run)))
+    ask = {"temperature": 0.0, "max_new_tokens": 4, "dtype": "float32"}
+    said = [Chat(ChatConfig(model=name, **ask)).ask("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
+    assert said[0] == said[1]
+
+
+def test_revision_is_pulled(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    publish(hub, small_model)
+    changed = Path(shutil.copytree(small_model, tmp_path / "changed"))
+    settings = json.loads((changed / "config.json").read_text()) | {"rope_theta": 20000.0}
+    (changed / "config.json").write_text(json.dumps(settings))
+    publish(hub, changed, branch="v2")
+    assert torch.equal(logits(f"{NAME}@v2"), logits(str(changed)))
+    assert not torch.equal(logits(NAME), logits(f"{NAME}@v2"))
+    with pytest.raises(HubError, match=r"me/my-hymba has no branch, tag or commit v3 on the Hub"):
+        resolve_model(f"{NAME}@v3")
+
+
+def test_private_model_needs_the_token(hub: Hub, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(hub, small_model, private=True)
+    with monkeypatch.context() as nobody:
+        nobody.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match=r"me/my-hymba: no such model on the Hub, or it is private"):
+            resolve_model(NAME)
+    assert resolve_model(NAME).folder.is_dir()
+
+
+def test_broken_download_goes_on(hub: Hub, small_model: Path) -> None:
+    publish(hub, small_model)
+    hub.troubles = [Trouble("GET", r"/resolve/.*safetensors", times=1)]
+    try:
+        resolve_model(NAME)
+    except HubError as error:
+        assert "Cannot load me/my-hymba from the Hub" in str(error)  # noqa: PT017 (some clients try again themselves)
+    assert torch.equal(logits(NAME), logits(str(small_model)))
+
+
+def test_neither_code_nor_pickles_nor_archives_are_downloaded(hub: Hub, small_model: Path) -> None:
+    publish(hub, small_model)
+    unwanted = ("pytorch_model.bin", "modeling_hymba.py", "model.zip", "optimizer.pt", "scaler.pkl")
+    hub.repositories[NAME].branches["main"] |= dict.fromkeys(unwanted, b"evil")
+    folder = resolve_model(NAME).folder
+    assert not [name for name in unwanted if (folder / name).exists() or any(name in asked for asked in hub.asked)]
+
+
+@pytest.mark.parametrize("name", ["../../../../outside.json", "/outside.json", "sub/../../../../../outside.json"])
+def test_file_name_that_leads_outside_is_refused(name: str, hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    publish(hub, small_model)
+    hub.repositories[NAME].branches["main"][name] = b"{}"
+    with pytest.raises(HubError, match="Cannot load me/my-hymba from the Hub"):
+        resolve_model(NAME)
+    assert not list(tmp_path.parent.rglob("outside.json"))
+
+
+def test_only_pickled_weights_are_no_model(hub: Hub, small_model: Path) -> None:
+    publish(hub, small_model)
+    files = hub.repositories[NAME].branches["main"]
+    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no weights\.\n  expected   model\.safetensors"):
+        logits(NAME)
+
+
+def test_nothing_is_published_without_a_licence_and_a_base(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    given = {"model": str(small_model), "out": tmp_path / "out", "push": NAME}
+    with pytest.raises(ConfigError, match=r"nothing says which model this one was made from\.(.|\n)*--base-model"):
+        export(ExportConfig(**given), silent)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"the licence of me/base is not known\.(.|\n)*--license"):
+        export(ExportConfig(**given, base_model="me/base"), silent)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("out*"))
+    local = export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent).folder
+    with pytest.raises(ConfigError, match=r"nothing says which model this one was made from"):
+        export(ExportConfig(model=str(local), push=NAME), silent)
+    assert not hub.repositories
+
+
+def test_changed_folder_is_not_uploaded(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    given = {"license": "mit", "base_model": "me/base"}
+    out = export(ExportConfig(model=str(small_model), out=tmp_path / "out", **given), silent).folder  # type: ignore[arg-type]
+    (out / "scan.py").write_text("import os")
+    with pytest.raises(CheckpointError, match=r"scan\.py is not what was exported"):
+        export(ExportConfig(model=str(out), push=NAME), silent)
+    assert not hub.repositories
+
+
+def test_token_is_neither_printed_nor_written(
+    hub: Hub, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, with an upload that breaks off and one that goes on; and the next command is said."""
+    monkeypatch.chdir(tmp_path)
+    hub.troubles = [Trouble("PUT", "/signed/", times=99)]
+    broken = command("export", "hymba-nano", "--out", "nano", "--push", NAME)
+    assert broken.code == 2
+    assert f"to fix     hymba-tune export nano --push {NAME}" in broken.err
+    assert len(broken.err.strip().splitlines()) == 2
+    hub.troubles = []
+    done = command("export", "nano", "--push", NAME)
+    assert done.code == 0, done.err
+    assert f"uploaded   {hub.address}/{NAME}" in done.out
+    taken = command("export", "nano", "--push", NAME)
+    assert taken.code == 2
+    assert "the name is taken" in taken.err
+    said = "".join(result.out + result.err for result in (broken, done, taken))
+    assert TOKEN not in said
+    assert "verysecret" not in said
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+
+
+DATA = """
+from hymba_tune.data import open_source
+rows = list(open_source("me/rows"))
+print(len(rows), rows[0].value["prompt"], rows[0].place)
+"""
+
+
+def test_data_is_pulled(hub: Hub, questions: Path, tmp_path: Path) -> None:
+    """By a process of its own: datasets reads the Hub's address as it is imported."""
+    hub.repositories["me/rows"] = Repository(branches={"main": {"train.jsonl": questions.read_bytes()}})
+    here = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        [sys.executable, "-c", DATA],
+        cwd=ROOT,
+        env=os.environ | here | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "24 I see one cats. What do I see? me/rows, row 1"
