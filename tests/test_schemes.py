@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
-from hymba_tune.adapters import add_adapter
+from hymba_tune.adapters import add_adapter, open_model
 from hymba_tune.checkpoint import check_weights, load_config, load_weights
 from hymba_tune.config import Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
@@ -149,3 +149,25 @@ def test_gradients_are_those_of_the_dequantised_weights(wide_model: Path) -> Non
         expected = gradients(plain, texts)
         for name, gradient in gradients(quantised, texts).items():
             assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (scheme, name)
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_an_adapter_on_a_quantised_checkpoint_is_folded_into_what_it_was_trained_on(
+    scheme: Scheme, stored: dict[Scheme, Path], tmp_path: Path
+) -> None:
+    """Not quantised again, which would round most of the adapter away."""
+    base = load_weights(ModelSource("model", stored[scheme]), dtype=torch.float32, device=CPU)
+    adapted = add_adapter(base, config_for(base), ["all"]).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    adapted.save_pretrained(tmp_path)
+    source = ModelSource("adapter", tmp_path, adapter=tmp_path, base=str(stored[scheme]))
+    merged = open_model(source, dtype=torch.float32, device=CPU)
+    assert stored_quantization(merged.config) is None
+    assert not kinds_quantised(merged)
+    ids = torch.arange(3, 40)[None]
+    adapted.train()  # int8 rounds activations in evaluation, and has no dropout to switch on
+    ours, meant = merged(input_ids=ids).logits, adapted(input_ids=ids).logits
+    assert (ours - meant).norm() <= 1e-3 * meant.norm()

@@ -14,6 +14,7 @@ from hymba_tune.config import MergeConfig
 from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.schemes import stored_quantization
 
 
 def base_of(source: ModelSource) -> ModelSource:
@@ -54,7 +55,10 @@ def open_model(
     """
     if source.adapter is None:
         return load_weights(source, dtype=dtype, device=device, quantization=quantization)
-    return merge(load_adapter(open_model(base_of(source), dtype=dtype, device=device), source.adapter))
+    base = open_model(base_of(source), dtype=dtype, device=device)
+    if stored_quantization(base.config) is not None:
+        base = base.dequantize(dtype)  # PEFT would quantise the sum again, and round most of the adapter away
+    return merge(load_adapter(base, source.adapter))
 
 
 def merge_into(config: MergeConfig) -> Path:
