@@ -33,6 +33,13 @@ USABLE, NOT_USABLE = 0, 2
 BAR = 24
 SHOWN_CHARACTERS = 4000
 """Of one piece of a preview."""
+PIECES = {
+    "read": ("", "dim"),
+    "learned": ("", "bold green"),
+    "chosen": ("chosen ", "bold green"),
+    "rejected": ("rejected ", "red"),
+}
+"""How pieces of a preview are labelled and coloured."""
 
 data = App(
     name="data",
@@ -94,6 +101,8 @@ def preview(
     flags: Annotated[DataPreviewConfig, Parameter(name="*")] = DataPreviewConfig(),  # noqa: B008
 ) -> None:
     """Show rows as the model reads them: bright what is learned, dim the rest; piped, what is learned in brackets.
+
+    Of pairs, the better answer is bright, the worse one red.
 
     Example: hymba-tune data preview my.jsonl -n 1 --model hymba-nano
 
@@ -262,9 +271,13 @@ def _show_preview(row: Preview, max_length: int) -> None:
         return
     text = Text()
     for piece, kind in shortened(row.pieces, SHOWN_CHARACTERS):
-        learned = kind == "learned"
-        shown = visible(piece) if console.is_terminal or not learned else f"[{visible(piece)}]"
-        text.append(shown, style="bold green" if learned else "dim")
+        label, style = PIECES[kind]
+        if label and not text.plain.endswith("\n"):
+            text.append("\n")
+        bare = kind == "read" or (kind == "learned" and console.is_terminal)
+        text.append(label, style="dim").append(visible(piece) if bare else f"[{visible(piece)}]", style=style)
     console.print(text, soft_wrap=True)
     over = f", cut to {max_length:,}" if row.tokens > max_length else ""
-    console.print(f" learned {row.learned:,} of {row.tokens:,} tokens{over}\n", markup=False)
+    learned = " and ".join(f"{count:,}" for count in row.learned)
+    what = "compared" if len(row.learned) == 2 else "learned"
+    console.print(f" {what} {learned} of {row.tokens:,} tokens{over}\n", markup=False)

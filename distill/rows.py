@@ -6,48 +6,43 @@ row keeps those that it needs.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from hymba_tune.config import DataOptions, OnBadRow, as_mapping
-from hymba_tune.data import Conversation, DataReport, open_sources, sample_prompts, split_dataset
-from hymba_tune.data import cache as disk
+from hymba_tune.config import DataOptions, as_mapping
+from hymba_tune.data import Conversation, DataReport, open_sources, sample_prompts
+from hymba_tune.data.building import IDS, RowKind, build
 from hymba_tune.data.chat import Encoded, fit
-from hymba_tune.data.dataset import fit_reading, nothing_left, stopped
-from hymba_tune.data.encoding import Reading, encoded_batches, readings
-from hymba_tune.data.report import SourceCounts
+from hymba_tune.data.dataset import fit_reading
+from hymba_tune.data.encoding import ExampleReading, readings
 from hymba_tune.data.sources import Source
+from hymba_tune.data.splitting import split_rows
 from hymba_tune.data.training import Working
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
 from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
 from hymba_tune.errors import DataError
 
-IDS = pa.list_(pa.int32())
 FLAGS = pa.list_(pa.bool_())
-SCHEMA = pa.schema(
-    {
-        "input_ids": IDS,
-        "labels": IDS,
-        "row": IDS,
-        "place": pa.string(),
-        "teacher_tokens": IDS,
-        "at": IDS,
-        "teacher_at": IDS,
-        "spelled": IDS,
-        "first": FLAGS,
-        "crossing": FLAGS,
-        "spans": IDS,
-    }
-)
+COLUMNS = {
+    "input_ids": IDS,
+    "labels": IDS,
+    "row": IDS,
+    "teacher_tokens": IDS,
+    "at": IDS,
+    "teacher_at": IDS,
+    "spelled": IDS,
+    "first": FLAGS,
+    "crossing": FLAGS,
+    "spans": IDS,
+}
 """``row`` is the row's own number at each of its tokens, so that it comes along where rows are packed."""
 
 
@@ -122,9 +117,8 @@ def read_rows(
         sources = open_sources([str(instead)])
     with working("reading and aligning the data") as progress:
         rows, report = builder.build(sources, 0, progress)
-    train, held_out = split_dataset(
-        rows, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows, sources=report.sources
-    )
+    split = split_rows(report.sources, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows)
+    train, held_out = (rows.select(part) if len(part) else None for part in split)
     if given:
         with working("reading and aligning the evaluation data") as progress:
             held_out, _ = builder.build(given, len(rows), progress)
@@ -161,77 +155,60 @@ class _Builder:
     ) -> tuple[Dataset, DataReport]:
         """The rows of the sources, numbered from ``first`` on, memory-mapped; and what became of them."""
         options, tokenizer = self.options, self.pair.student.tokenizer
-        report = DataReport(sources=[SourceCounts(source.name, source.weight) for source in sources])
+        kind = RowKind(
+            columns=COLUMNS,
+            report=DataReport,
+            fit=partial(self._fit, count(first)),
+            fingerprinted=_numbers,
+            purpose=("learn", "with an answer that both tokenizers spell, and that begins"),
+        )
         read = readings(sources, tokenizer, learn=options.learn, seed=self.seed)
-        folder, digest, number = disk.writable(None), hashlib.sha256(), first
-        listed, path = (folder / f"{name}-{os.urandom(4).hex()}" for name in ("dropped", "rows"))
-        with (
-            listed.open("w", encoding="utf-8") as dropped,
-            pa.OSFile(str(path), "wb") as file,
-            pa.ipc.new_stream(file, SCHEMA) as writer,
-        ):
-            for batch in encoded_batches(read, tokenizer):
-                kept = list(self._rows(batch, read, report, dropped))
-                for row in kept:
-                    row["row"] = [number] * len(row["input_ids"])
-                    number += 1
-                    for column in SCHEMA.names:
-                        if column not in ("row", "place"):
-                            digest.update(np.array([len(row[column]), *row[column]], np.int32).tobytes())
-                writer.write_batch(pa.RecordBatch.from_pylist(kept, SCHEMA))
-                progress(report.rows)
-        if not report.learned:
-            raise nothing_left(report, "learn", "with an answer that both tokenizers spell, and that begins")
-        for source in report.sources:
-            if source.weight > 1:
-                digest.update(f"{source.kept} x {source.weight}".encode())
-        report.fingerprint, report.dropped_file = digest.hexdigest(), listed
-        return Dataset.from_file(str(path)), report
+        return build(
+            kind, read, sources, tokenizer, {}, on_bad_row=options.on_bad_row, cache_dir=None, progress=progress
+        )
 
-    def _rows(
-        self, batch: list[Reading], after: Iterator[Reading], report: DataReport, dropped: TextIO
-    ) -> Iterator[dict[str, Any]]:
-        """The rows that a batch gives, counted."""
-        for number, reading in enumerate(batch):
-            if reading.problem and self.options.on_bad_row is OnBadRow.stop:
-                raise stopped(reading, chain(batch[number + 1 :], after))
-        usable = [reading for reading in batch if not reading.problem]
-        aligned = self._align(usable)
+    def _fit(
+        self, numbers: Iterator[int], some: Sequence[ExampleReading], report: DataReport
+    ) -> Iterator[list[dict[str, Any]] | str | DataError]:
+        aligned = self._align(some)
         self.counts.add(aligned, self.pair)
-        found = iter(aligned)
-        for reading in batch:
-            parts: list[Alignment] = []
-            if not reading.problem:
-                parts = self._parts(reading, next(found))
-            rows = fit_reading(reading, self.options.max_length, report, dropped)
-            for row, part in zip(rows, parts, strict=True) if rows else ():
-                yield _as_columns(row, part) | {"place": str(reading.row.place)}
+        for reading, found in zip(some, aligned, strict=True):
+            parts = self._parts(reading, found)
+            if isinstance(parts, DataError):
+                yield parts
+                continue
+            rows = fit_reading(reading, self.options.max_length, report)
+            if isinstance(rows, str):
+                yield rows
+                continue
+            both = zip(rows, parts, numbers, strict=False)  # the numbers go on
+            yield [_as_columns(row, part) | {"row": [number] * len(row.input_ids)} for row, part, number in both]
 
-    def _align(self, usable: Sequence[Reading]) -> list[Alignment | Unaligned]:
+    def _align(self, some: Sequence[ExampleReading]) -> list[Alignment | Unaligned]:
         tokenizer = self.pair.student.tokenizer
-        students = []
-        for reading in usable:
-            assert reading.rendered
-            assert reading.encoded
-            students.append(find_answers(reading.rendered, reading.encoded, tokenizer))
-        shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in usable if reading.example]
+        students = [find_answers(reading.rendered[0], reading.encoded[0], tokenizer) for reading in some]
+        shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in some if reading.example]
         teachers = tokenise(shown, self.pair.teacher, self.options.learn)
         return align_rows(students, teachers, self.pair)
 
-    def _parts(self, reading: Reading, row: Alignment | Unaligned) -> list[Alignment]:
-        """The alignment of each row that a reading gives; none, and its problem set, if it cannot be taught."""
+    def _parts(self, reading: ExampleReading, row: Alignment | Unaligned) -> list[Alignment] | DataError:
+        """The alignment of each row that a reading gives; or why it cannot be taught."""
         if isinstance(row, Unaligned):
-            reading.problem = DataError(f"not aligned ({row.reason}): {row.what}")
-            return []
-        assert reading.encoded
-        assert reading.rendered
+            return DataError(f"not aligned ({row.reason}): {row.what}")
+        (encoded,), (rendered,) = reading.encoded, reading.rendered
         bos = self.pair.teacher.tokenizer.bos_token_id
-        rows = fit(reading.encoded, self.options.max_length, split=reading.rendered.plain)
+        rows = fit(encoded, self.options.max_length, split=rendered.plain)
         parts = [cut(row, one.begin, one.begin + len(one.input_ids), bos) for one in rows]
         longest = max((len(part.teacher_ids) for part in parts), default=0)
         if self.context is not None and longest > self.context:
-            reading.problem = DataError(f"the teacher can read {self.context:,} tokens, and this takes {longest:,}")
+            return DataError(f"the teacher can read {self.context:,} tokens, and this takes {longest:,}")
         return parts
+
+
+def _numbers(row: Mapping[str, Any]) -> list[int]:
+    """What tells a row from others: all but its number."""
+    columns = [np.array(row[name], np.int32).tolist() for name in COLUMNS if name != "row"]
+    return [number for column in columns for number in (len(column), *column)]
 
 
 def cut(row: Alignment, begin: int, end: int, bos: int | None = None) -> Alignment:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from hymba_tune.config import DistillConfig, OnBadRow
 from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.data.building import stopped
 from hymba_tune.data.converting import TARGETS
-from hymba_tune.data.dataset import stopped
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.pair import Pair, for_teacher

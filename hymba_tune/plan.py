@@ -204,7 +204,7 @@ def _rows_and_tokens(
         )
         if problem := found.files[0].problem:
             raise problem
-        times = one.weight if found.pairs else max(1.0, one.weight)  # other rows are drawn as they are read
+        times = max(1.0, one.weight)  # of smaller weights the rows were drawn as they were read
         rows += times * (found.rows - found.bad_rows - found.too_long)
         tokens += times * found.tokens
     if not rows:

@@ -6,14 +6,13 @@ from hymba_tune.data.dataset import build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation, Text
 from hymba_tune.data.messages import Message
 from hymba_tune.data.mixes import open_sources
-from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, read_preferences
+from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences
 from hymba_tune.data.preferences import Judged, Pair, parse_judged, parse_pair
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.rows import Place, Row, RowError
 from hymba_tune.data.sources import Source, open_source
-from hymba_tune.data.splitting import split_dataset
 from hymba_tune.data.templates import HYMBA_TEMPLATE, with_chat_template
-from hymba_tune.data.training import TrainingData, read_training_data
+from hymba_tune.data.training import TrainingData, read_preferences, read_training_data
 
 __all__ = [
     "HYMBA_TEMPLATE",
@@ -44,6 +43,5 @@ __all__ = [
     "read_training_data",
     "render_prompt",
     "sample_prompts",
-    "split_dataset",
     "with_chat_template",
 ]

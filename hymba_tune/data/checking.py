@@ -12,7 +12,7 @@ from hymba_tune.data.chat import fit
 from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, general
 from hymba_tune.data.checking_pairs import check_pairs, holds_pairs
 from hymba_tune.data.duplicates import Seen
-from hymba_tune.data.encoding import Reading, encoded_batches, readings
+from hymba_tune.data.encoding import ExampleReading, encoded_batches, readings
 from hymba_tune.data.formats import Conversation, Names, recognise
 from hymba_tune.data.messages import SHOWN_KEYS
 from hymba_tune.data.sources import Source
@@ -74,7 +74,7 @@ def check_sources(
     return check
 
 
-def _take(reading: Reading, names: Names, check: Check, file: FileCheck, seen: Seen) -> None:
+def _take(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: Seen) -> None:
     place = reading.row.place
     check.rows += 1
     file.rows += 1
@@ -92,11 +92,10 @@ def _take(reading: Reading, names: Names, check: Check, file: FileCheck, seen: S
     _measure(reading, check)
 
 
-def _measure(reading: Reading, check: Check) -> None:
-    assert reading.encoded
-    assert reading.rendered
-    size, plain = len(reading.encoded.input_ids), reading.rendered.plain
-    rows = fit(reading.encoded, check.max_length, split=plain)
+def _measure(reading: ExampleReading, check: Check) -> None:
+    (encoded,), (rendered,) = reading.encoded, reading.rendered
+    size, plain = len(encoded.input_ids), rendered.plain
+    rows = fit(encoded, check.max_length, split=plain)
     check.lengths.rows[size] += 1
     check.too_long += not rows
     check.tokens += (kept := sum(len(row.input_ids) for row in rows))
@@ -107,7 +106,7 @@ def _measure(reading: Reading, check: Check) -> None:
         check.tokens_lost += size - kept
 
 
-def _format_of(reading: Reading, names: Names) -> str:
+def _format_of(reading: ExampleReading, names: Names) -> str:
     if not isinstance(reading.row.value, Mapping):
         return "unreadable"
     try:
@@ -116,7 +115,7 @@ def _format_of(reading: Reading, names: Names) -> str:
         return "unknown"
 
 
-def _oddities(reading: Reading) -> Iterator[str]:
+def _oddities(reading: ExampleReading) -> Iterator[str]:
     """Those of `ODDITIES` that a row has."""
     if not isinstance(reading.example, Conversation):
         return
@@ -132,7 +131,7 @@ def _oddities(reading: Reading) -> Iterator[str]:
         yield EMPTY_QUESTION
 
 
-def _hidden_keys(reading: Reading, names: Names, known: Mapping[str, int]) -> set[str]:
+def _hidden_keys(reading: ExampleReading, names: Names, known: Mapping[str, int]) -> set[str]:
     """Columns and keys of messages that hold something which the model is not shown."""
     row = reading.row.value
     assert isinstance(row, Mapping)

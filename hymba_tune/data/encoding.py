@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,23 +22,35 @@ BATCH_CHARS = 2**20  # what bounds memory where rows are megabytes long
 
 @dataclass(slots=True)
 class Reading:
-    """A row and how far it came: to an example, a rendered text, and tokens; or to the problem that it ended with.
+    """A row and how far it came: to rendered texts, and tokens; or to the problem that it ended with.
 
     Attributes:
         source: Number of the source, from 0.
         row: As it was read.
-        example: What it says.
-        rendered: The same as text.
+        rendered: What it says, as texts.
         encoded: The same as tokens, at any length.
-        problem: Why one of them is missing.
+        problem: Why they are missing.
     """
 
     source: int
     row: Row
-    example: Example | None = None
-    rendered: Rendered | None = None
-    encoded: Encoded | None = None
+    rendered: Sequence[Rendered] = ()
+    encoded: Sequence[Encoded] = ()
     problem: DataError | None = None
+
+
+@dataclass(slots=True)
+class ExampleReading(Reading):
+    """A row with one text.
+
+    Attributes:
+        example: What it says.
+    """
+
+    example: Example | None = None
+
+
+R = TypeVar("R", bound=Reading)
 
 
 def readings(
@@ -47,7 +60,7 @@ def readings(
     mapping: Mapping[str, str] | None = None,
     learn: Learn = Learn.all,
     seed: int = 0,
-) -> Iterator[Reading]:
+) -> Iterator[ExampleReading]:
     """Every row of the sources, one source after the other, as far as a rendered text.
 
     Args:
@@ -64,10 +77,10 @@ def readings(
     names = [Names.parse({**(mapping or {}), **source.mapping}) for source in sources]
     for number, source in enumerate(sources):
         for row in drawn(source, seed + number):
-            reading = Reading(number, row)
+            reading = ExampleReading(number, row)
             try:
                 reading.example = read_example(row, names[number])
-                reading.rendered = render(reading.example, tokenizer, learn)
+                reading.rendered = (render(reading.example, tokenizer, learn),)
             except DataError as problem:
                 reading.problem = problem
             yield reading
@@ -90,23 +103,22 @@ def read_example(row: Row, names: Names) -> Example:
     return parse(row.value, names)
 
 
-def encoded_batches(rows: Iterable[Reading], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Reading]]:
+def encoded_batches(rows: Iterable[R], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[R]]:
     """The rows in batches, those that were rendered also tokenised: together, which is faster than one by one."""
     for batch in _batches(rows):
-        rendered = [(reading, reading.rendered) for reading in batch if reading.rendered]
-        if rendered:
-            texts = [text for _, text in rendered]
-            for (reading, _), encoded in zip(rendered, tokenize(texts, tokenizer), strict=True):
-                reading.encoded = encoded
+        if texts := [text for reading in batch for text in reading.rendered]:
+            encoded = iter(tokenize(texts, tokenizer))
+            for reading in batch:
+                reading.encoded = [next(encoded) for _ in reading.rendered]
         yield batch
 
 
-def _batches(rows: Iterable[Reading]) -> Iterator[list[Reading]]:
-    batch: list[Reading] = []
+def _batches(rows: Iterable[R]) -> Iterator[list[R]]:
+    batch: list[R] = []
     chars = 0
     for reading in rows:
         batch.append(reading)
-        chars += len(reading.rendered.text) if reading.rendered else 0
+        chars += sum(len(text.text) for text in reading.rendered)
         if len(batch) >= BATCH_ROWS or chars > BATCH_CHARS:
             yield batch
             batch, chars = [], 0

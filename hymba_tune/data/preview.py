@@ -10,13 +10,15 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn
-from hymba_tune.data.chat import IGNORED, Rendered, tokenize
-from hymba_tune.data.encoding import readings
+from hymba_tune.data.chat import Rendered, tokenize
+from hymba_tune.data.checking_pairs import holds_pairs
+from hymba_tune.data.comparisons import Comparison, comparisons, split_answers
+from hymba_tune.data.encoding import Reading, readings
 from hymba_tune.data.rows import Place
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
-Kind = Literal["read", "learned"]
+Kind = Literal["read", "learned", "chosen", "rejected"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class Preview:
 
     Attributes:
         place: Where it stands.
-        pieces: Its text, in order, each piece read or learned.
-        tokens: All tokens.
-        learned: Those that are learned.
+        pieces: Its text, in order, each piece read or learned; of a pair the prompt, then both answers.
+        tokens: All tokens; of a pair, those of the prompt with the longer answer.
+        learned: Those that are learned; of a pair, those of each answer.
         problem: What is wrong with it; there is no text then.
     """
 
     place: Place
     pieces: tuple[tuple[str, Kind], ...] = ()
     tokens: int = 0
-    learned: int = 0
+    learned: tuple[int, ...] = ()
     problem: DataError | None = None
 
 
@@ -57,13 +59,34 @@ def previews(
         DataError: If a source cannot be read.
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    for reading in readings(sources, tokenizer, mapping=mapping, learn=learn):
-        if reading.rendered is None:
-            yield Preview(reading.row.place, problem=reading.problem)
-            continue
-        (encoded,) = tokenize([reading.rendered], tokenizer)
-        learned = len(encoded.labels) - encoded.labels.count(IGNORED)
-        yield Preview(reading.row.place, tuple(_pieces(reading.rendered)), len(encoded.labels), learned)
+    for source in sources:
+        if holds_pairs(source, mapping or {}):
+            for pair in comparisons([source], tokenizer, paired=True, mapping=mapping):
+                yield _pair(pair, tokenizer)
+        else:
+            for reading in readings([source], tokenizer, mapping=mapping, learn=learn):
+                yield _row(reading, tokenizer)
+
+
+def _row(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    if reading.problem:
+        return Preview(reading.row.place, problem=reading.problem)
+    (rendered,) = reading.rendered
+    (encoded,) = tokenize([rendered], tokenizer)
+    return Preview(reading.row.place, tuple(_pieces(rendered)), len(encoded.labels), (encoded.learned,))
+
+
+def _pair(pair: Comparison, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    if pair.problem:
+        return Preview(pair.row.place, problem=pair.problem)
+    chosen, rejected = pair.rendered
+    start, _ = chosen.learned[-1]
+    pieces: list[tuple[str, Kind]] = [(chosen.text[:start], "read")]
+    pieces += [(chosen.text[slice(*chosen.learned[-1])], "chosen")]
+    pieces += [(rejected.text[slice(*rejected.learned[-1])], "rejected")]
+    prompt, answers = split_answers(tokenize([chosen, rejected], tokenizer))
+    sizes = tuple(map(len, answers))
+    return Preview(pair.row.place, tuple(pieces), len(prompt) + max(sizes), sizes)
 
 
 def _pieces(rendered: Rendered) -> Iterator[tuple[str, Kind]]:

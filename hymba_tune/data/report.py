@@ -6,9 +6,10 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from hymba_tune.data.rows import Place
+from hymba_tune.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,17 @@ class DataReport:
     sources: list[SourceCounts] = field(default_factory=list)
     fingerprint: str = ""
 
-    def drop(self, dropped: Dropped, listing: TextIO) -> None:
-        """Count a row that is left out, and list it."""
-        if dropped.reason == "too long":
-            self.too_long += 1
-        else:
-            self.bad_rows += 1
+    def drop_bad(self, place: Place, problem: DataError, listing: TextIO) -> None:
+        """Count a row that cannot be used, and list it."""
+        self.bad_rows += 1
+        self._drop(Dropped(place, "bad row", problem.what), listing)
+
+    def drop_long(self, place: Place, what: str, listing: TextIO) -> None:
+        """Count a row of which nothing fits, and list it."""
+        self.too_long += 1
+        self._drop(Dropped(place, "too long", what), listing)
+
+    def _drop(self, dropped: Dropped, listing: TextIO) -> None:
         self.first_dropped = self.first_dropped or dropped
         listing.write(json.dumps(dropped.as_row(), ensure_ascii=False) + "\n")
 
@@ -113,7 +119,7 @@ class DataReport:
             shutil.copyfile(self.dropped_file, path)
 
     @classmethod
-    def load(cls, path: Path, dropped_file: Path) -> DataReport:
+    def load(cls, path: Path, dropped_file: Path) -> Self:
         """Read what `save` wrote."""
         counts = json.loads(path.read_text(encoding="utf-8"))
         counts["sources"] = [SourceCounts(**source) for source in counts["sources"]]

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 
 from hymba_tune.data.report import SourceCounts
 from hymba_tune.errors import DataError
 
 
-def split_dataset(
-    dataset: Dataset, fraction: float, *, seed: int, max_rows: int | None = None, sources: Sequence[SourceCounts] = ()
-) -> tuple[Dataset, Dataset | None]:
-    """Hold out a share of the rows, drawn at random; both parts keep their order.
+def split_rows(
+    sources: Sequence[SourceCounts], fraction: float, *, seed: int, max_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of the rows, drawn at random.
 
     Args:
-        dataset: As `build_dataset` gives it.
+        sources: What each gave, as in the report on the rows, in their order. Rows of one with a weight above 1 are
+            trained on that often, and never held out as well.
         fraction: Share of the rows to hold out, in ``[0, 1)``; 0 holds out nothing.
         seed: The same seed draws the same rows.
-        max_rows: The most rows to hold out; what exceeds it stays in the first part.
-        sources: As in the dataset's report. Rows of sources with a weight above 1 stand that often in the first part,
-            and never in both.
+        max_rows: The most rows to hold out; what exceeds it is trained on.
 
     Returns:
-        The rows to train on, and the held-out ones, at least one, or `None` if ``fraction`` is 0.
+        Indices of the rows to train on and of the held-out ones, at least one unless ``fraction`` is 0, both ascending.
 
     Raises:
         DataError: If there are fewer than two rows to part.
     """
-    rows = len(dataset)
-    kept, held_out = np.arange(rows), None
+    rows = sum(source.kept for source in sources)
+    kept, held_out = np.arange(rows), np.arange(0)
     if fraction > 0:
         if rows < 2:
             raise DataError(
@@ -41,10 +40,9 @@ def split_dataset(
                 fix="--eval-data FILE, or --eval-split 0 to do without",
             )
         count = min(max(1, round(rows * fraction)), rows - 1, max_rows or rows)
-        drawn = np.sort(random.Random(seed).sample(range(rows), count))
-        kept, held_out = np.delete(kept, drawn), dataset.select(drawn)
-    taken = _repeated(kept, sources, seed)
-    return dataset if len(taken) == rows and held_out is None else dataset.select(taken), held_out
+        held_out = np.sort(random.Random(seed).sample(range(rows), count))
+        kept = np.delete(kept, held_out)
+    return _repeated(kept, sources, seed), held_out
 
 
 def _repeated(rows: np.ndarray, sources: Sequence[SourceCounts], seed: int) -> np.ndarray:
@@ -55,3 +53,40 @@ def _repeated(rows: np.ndarray, sources: Sequence[SourceCounts], seed: int) -> n
     weights = np.repeat([max(1.0, source.weight) for source in sources], [source.kept for source in sources])[rows]
     times = np.floor(weights + draws).astype(int)
     return np.repeat(rows, times)
+
+
+def first_rows(sources: Sequence[SourceCounts], max_rows: int) -> np.ndarray:
+    """Indices of the first rows of each source, as many of each; what small sources lack is made up by larger ones.
+
+    Args:
+        sources: What each gave, in the order of the rows.
+        max_rows: The most rows, of all sources together.
+    """
+    taken = np.zeros(len(sources), dtype=int)
+    left = max_rows
+    for nth, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].kept)):
+        taken[index] = min(sources[index].kept, -(-left // (len(sources) - nth)))
+        left -= taken[index]
+    starts = np.cumsum([0, *(source.kept for source in sources)])
+    return np.concatenate([start + np.arange(count) for start, count in zip(starts, taken, strict=False)])
+
+
+def rows_by_source(rows: np.ndarray, sources: Sequence[SourceCounts]) -> dict[str, int]:
+    """How many of the rows come from each source, by short names; sources that give none are left out.
+
+    Args:
+        rows: Ascending indices.
+        sources: What each gave, in the order of the rows.
+    """
+    ends = np.searchsorted(rows, np.cumsum([source.kept for source in sources]))
+    counts = np.diff(ends, prepend=0).tolist()
+    names = _short_names([source.name for source in sources])
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
+
+
+def _short_names(names: Sequence[str]) -> Sequence[str]:
+    """The files without their folders, unless that makes two names the same."""
+    short = [Path(name).name for name in names]
+    if len(set(short)) == len(names):
+        return short
+    return names if len(set(names)) == len(names) else [f"{name} ({n})" for n, name in enumerate(names, start=1)]

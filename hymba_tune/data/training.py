@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import DataOptions, as_mapping
+from hymba_tune.data.building import D
 from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.dataset import build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation
 from hymba_tune.data.mixes import open_sources
+from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, sample_preferred
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
-from hymba_tune.data.splitting import split_dataset
+from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Shows what is being done; what it gives is called with the number of rows done."""
+Sample = Callable[[Sequence[Source], int, Mapping[str, str]], list[tuple[Conversation, str]]]
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """Encoded rows as `build_dataset` gives them, the report on them, and prompts with the answers that are known."""
+class TrainingData(Generic[D]):
+    """Encoded rows, and a few prompts.
+
+    Attributes:
+        train: Rows to train on.
+        held_out: Rows to evaluate on, source by source, if any.
+        held_out_sources: How many of these come from each source, in their order, by the sources' names.
+        report: What became of the rows to train on.
+        prompts: What comes before an answer, and that answer.
+    """
 
     train: Dataset
     held_out: Dataset | None
-    report: DataReport
+    held_out_sources: dict[str, int]
+    report: D
     prompts: list[tuple[Conversation, str]]
 
 
 def read_training_data(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, seed: int, prompts: int, working: Working
-) -> TrainingData:
-    """Read everything that ``--data`` and ``--eval-data`` name.
+) -> TrainingData[DataReport]:
+    """Read everything that ``--data`` and ``--eval-data`` name, as `build_dataset` does.
 
     Args:
         options: Which data, and how its rows are read.
@@ -48,30 +63,74 @@ def read_training_data(
         DataError: If data cannot be used; see `build_dataset`.
         ConfigError: If weights, caps or names do not fit the data.
     """
-    mapping = as_mapping(options.map)
+    build = partial(build_dataset, tokenizer=tokenizer, learn=options.learn, seed=seed, **_reading(options))
+    return _read(options, build, sample_prompts, seed=seed, prompts=prompts, working=working)
 
-    def encode(sources: list[Source], label: str) -> tuple[Dataset, DataReport]:
-        with working(label) as progress:
-            return build_dataset(
-                sources,
-                tokenizer,
-                max_length=options.max_length,
-                mapping=mapping,
-                on_bad_row=options.on_bad_row,
-                learn=options.learn,
-                seed=seed,
-                cache_dir=cache_folder() if options.cache else None,
-                progress=progress,
-            )
 
+def read_preferences(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, paired: bool, seed: int, prompts: int, working: Working
+) -> TrainingData[PreferenceReport]:
+    """Read everything that ``--data`` and ``--eval-data`` name as preferences, as `build_preferences` does.
+
+    Args:
+        options: As for `read_training_data`.
+        tokenizer: As there.
+        paired: Whether pairs are wanted, or judged answers.
+        seed: As there, and of the order of judged answers.
+        prompts: As there.
+        working: As there.
+
+    Raises:
+        DataError: If data cannot be used; see `build_preferences`.
+        ConfigError: If weights, caps or names do not fit the data.
+    """
+    build = partial(build_preferences, tokenizer=tokenizer, paired=paired, seed=seed, **_reading(options))
+    sample = partial(sample_preferred, paired=paired)
+    # Judged answers are taken in this order, and a batch should hold good and bad ones to different prompts.
+    return _read(options, build, sample, seed=seed, prompts=prompts, working=working, shuffled=not paired)
+
+
+def _reading(options: DataOptions) -> dict[str, Any]:
+    """How rows are read, whatever kind they are."""
+    return {
+        "max_length": options.max_length,
+        "mapping": as_mapping(options.map),
+        "on_bad_row": options.on_bad_row,
+        "cache_dir": cache_folder() if options.cache else None,
+    }
+
+
+def _read(
+    options: DataOptions,
+    build: Callable[..., tuple[Dataset, D]],
+    sample: Sample,
+    *,
+    seed: int,
+    prompts: int,
+    working: Working,
+    shuffled: bool = False,
+) -> TrainingData[D]:
     sources = open_sources(options.data, options.weights, options.caps)
     # Some sources come with held-out data of their own.
     given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
-    encoded, report = encode(sources, "reading the data")
-    train, held_out = split_dataset(
-        encoded, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows, sources=report.sources
-    )
+    with working("reading the data") as progress:
+        rows, report = build(sources, progress=progress)
+    held_out_of, counts, most = rows, report.sources, options.eval_max_rows
+    train, held_out = split_rows(counts, 0 if given else options.eval_split, seed=seed, max_rows=most)
     if given:
-        held_out, _ = encode(given, "reading the evaluation data")
-        held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
-    return TrainingData(train, held_out, report, sample_prompts(given or sources, prompts, mapping))
+        with working("reading the evaluation data") as progress:
+            held_out_of, given_report = build(given, progress=progress)
+        counts = given_report.sources
+        held_out = first_rows(counts, most)
+    by_source = rows_by_source(held_out, counts)
+    if shuffled:
+        random, ends = np.random.default_rng(seed), np.cumsum(list(by_source.values()))
+        train = random.permutation(train)
+        held_out = np.concatenate([random.permutation(part) for part in np.split(held_out, ends)])
+    return TrainingData(
+        rows.select(train),
+        held_out_of.select(held_out) if len(held_out) else None,
+        by_source,
+        report,
+        sample(given or sources, prompts, as_mapping(options.map)),
+    )

@@ -110,7 +110,7 @@ class Texts:
                     if self.on_bad_row is OnBadRow.stop:
                         raise RowError(reading.row.place, reading.problem, extent="leaves it out")
                 elif reading.rendered and reading.encoded:
-                    yield from self._fit(reading.encoded, reading.rendered)
+                    yield from self._fit(reading.encoded[0], reading.rendered[0])
 
     def _fit(self, encoded: Encoded, rendered: Rendered) -> Iterator[ScoredRow]:
         sizes, begin = spelled_bytes(rendered, encoded, self.tokenizer), 0

@@ -63,7 +63,7 @@ def _with_adapter_of_run(config: P) -> P:
 
 def _read_data(setup: Setup, screen: Screen) -> Data:
     config = setup.config
-    data, report = read_preferences(
+    data = read_preferences(
         config,
         setup.tokenizer,
         paired=isinstance(config, DPOConfig),
@@ -71,8 +71,9 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
         prompts=SAMPLES,
         working=screen.working,
     )
+    report = data.report
     warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
-    return Data(data.train, data.held_out, report, _summary(report), data.prompts, warning)
+    return Data(data.train, data.held_out, report, _summary(report), data.prompts, warning, data.held_out_sources)
 
 
 def _summary(report: PreferenceReport) -> list[str]:

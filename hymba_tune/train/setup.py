@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +87,7 @@ class Data:
         summary: How much data there is, in words, for the banner.
         prompts: What is answered before and after training, and what the data answers.
         length_warning: Said where texts are longer than the model was made for.
+        held_out_sources: How many held-out rows come from each source, in their order, by the sources' names.
     """
 
     train: datasets.Dataset
@@ -94,6 +96,7 @@ class Data:
     summary: list[str]
     prompts: list[tuple[Conversation, str]]
     length_warning: str | None
+    held_out_sources: Mapping[str, int] = field(default_factory=dict)
 
 
 def check(config: TrainingConfig) -> Setup:

@@ -94,6 +94,12 @@ def test_preview_marks_what_is_learned(command: Command, good: str, bad: str) ->
     assert "tokens, cut to 8" in result.out
 
 
+def test_preview_marks_the_answers_of_pairs(command: Command) -> None:
+    Path("pairs.jsonl").write_text('{"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}\n')
+    result = command("data", "preview", "pairs.jsonl", *NANO)
+    assert "Is it?\n<extra_id_1>Assistant\nchosen [Yes.</s>]\nrejected [No.</s>]\n compared " in result.out
+
+
 def test_preview_is_bright_and_dim_on_a_terminal(command: Command, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(width=60, highlight=False, force_terminal=True, color_system="standard", _environ={})
     monkeypatch.setattr(data, "console", terminal)

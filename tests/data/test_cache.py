@@ -6,13 +6,23 @@ import os
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.config import Learn, OnBadRow
-from hymba_tune.data import DataReport, build_dataset, cache_folder, open_sources, with_chat_template
+from hymba_tune.data import (
+    DataReport,
+    PreferenceReport,
+    build_dataset,
+    build_preferences,
+    cache_folder,
+    open_sources,
+    with_chat_template,
+)
 from hymba_tune.data import cache as data_cache
 from hymba_tune.data.cache import clear, keep
 from hymba_tune.errors import DataError
+from tests.preferences import save_pairs
 
 ROWS = [{"prompt": f"Count to {number}.", "completion": str(number)} for number in range(5)]
 
@@ -80,6 +90,27 @@ def test_what_decides_the_rows_decides_the_entry(
     file.write_text(file.read_text().replace("Count", "count"))
     build()
     assert len(encoded) == 11
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_preferences_are_encoded_once(
+    paired: bool, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int], tmp_path: Path
+) -> None:
+    path = save_pairs(tmp_path / "pairs.jsonl", 5)
+    path.write_text(path.read_text() + json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+
+    def build(**changes: object) -> tuple[Dataset, PreferenceReport]:
+        settings: dict[str, object] = {"paired": paired, "max_length": 100, "on_bad_row": OnBadRow.skip, **changes}
+        return build_preferences(open_sources([str(path)]), hymba, cache_dir=cache, **settings)  # type: ignore[arg-type]
+
+    (first, report), (second, again) = build(), build()
+    assert encoded == [10]
+    assert first.to_list() == second.to_list()
+    assert report.counts() == again.counts()
+    assert (report.identical, len(first)) == (1, 5 if paired else 10)
+    build(paired=not paired)
+    build(max_length=101)
+    assert len(encoded) == 3
 
 
 def test_rows_without_a_digest_are_encoded_each_time(cache: Path, hymba: PreTrainedTokenizerFast) -> None:

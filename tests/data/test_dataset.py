@@ -96,7 +96,7 @@ def test_bad_row_stops_with_its_place_and_how_many_there_are(hymba: PreTrainedTo
 
 
 def test_looking_ahead_for_bad_rows_ends(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hymba_tune.data.dataset.LOOK_AHEAD", 2)
+    monkeypatch.setattr("hymba_tune.data.building.LOOK_AHEAD", 2)
     with pytest.raises(RowError, match=r"\(2 such rows among 2 rows\)"):
         build_dataset([source([EMPTY, EMPTY, GOOD, EMPTY])], hymba, max_length=64)
 

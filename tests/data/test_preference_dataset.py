@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import DataOptions, OnBadRow
-from hymba_tune.data import open_sources
+from hymba_tune.data import open_sources, read_preferences
 from hymba_tune.data.chat import Encoded, encode, encode_prompt
+from hymba_tune.data.comparisons import split_answers
 from hymba_tune.data.formats import Conversation
-from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, read_preferences, split_answers
+from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences
 from hymba_tune.data.preferences import parse_pair
 from hymba_tune.data.rows import RowError
 from hymba_tune.data.templates import with_chat_template
@@ -138,15 +139,14 @@ def test_judged_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
 
 
 def read(tokenizer: PreTrainedTokenizerBase, *, paired: bool, **options: Any) -> Any:
-    data, _ = read_preferences(
-        DataOptions(**options),
+    return read_preferences(
+        DataOptions(cache=False, **options),
         tokenizer,
         paired=paired,
         seed=0,
         prompts=2,
         working=lambda _: nullcontext(lambda _: None),
     )
-    return data
 
 
 def test_held_out_pairs_and_prompts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_judged_answers_are_mixed_and_good_ones_shown(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_sources_keep_their_weights_and_bring_their_own_held_out_pairs(
+def test_sources_bring_their_own_held_out_pairs(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, paired: bool
 ) -> None:
     for name, rows in {"a": pairs(8), "b": pairs(4), "a-eval": pairs(12)[8:], "b-eval": pairs(20)[12:]}.items():
@@ -179,12 +179,11 @@ def test_sources_keep_their_weights_and_bring_their_own_held_out_pairs(
     mix.write_text(
         "- {path: a.jsonl, eval_data: a-eval.jsonl, weight: 3}\n- {path: b.jsonl, eval_data: b-eval.jsonl}\n"
     )
-    data = read(tokenizer, paired=paired, data=[str(mix)])
+    data = read(tokenizer, paired=paired, data=[str(mix)], eval_max_rows=8)
     answers = 1 if paired else 2
-
-    def counted(rows: Dataset) -> Counter[str]:
-        return Counter(Path(place.split(",")[0]).name for place in rows["place"])
-
-    assert counted(data.train) == {"a.jsonl": 3 * 8 * answers, "b.jsonl": 4 * answers}
-    assert counted(data.held_out) == {"a-eval.jsonl": 4 * answers, "b-eval.jsonl": 8 * answers}
+    places = Counter(place.split(",")[0].rpartition("/")[2] for place in data.train["place"])
+    assert places == {"a.jsonl": 3 * 8 * answers, "b.jsonl": 4 * answers}
+    held_out = [place.split(",")[0].rpartition("/")[2] for place in data.held_out["place"]]
+    assert held_out == ["a-eval.jsonl"] * 4 + ["b-eval.jsonl"] * 4
+    assert data.held_out_sources == {"a-eval.jsonl": 4, "b-eval.jsonl": 4}
     assert data.prompts[0][1] == pairs(12)[8]["chosen"]

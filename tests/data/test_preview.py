@@ -27,7 +27,7 @@ def test_pieces_are_the_text_with_what_is_learned_told_apart(hymba: PreTrainedTo
     )
     assert [text for text, kind in row.pieces if kind == "learned"] == ["Hello</s>", "So long</s>"]
     (encoded,) = encode(parse(TALK), hymba, 10_000)
-    assert (row.learned, row.tokens) == (encoded.learned, len(encoded.input_ids))
+    assert (row.learned, row.tokens) == ((encoded.learned,), len(encoded.input_ids))
 
 
 def test_settings_are_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
@@ -48,6 +48,20 @@ def test_bad_row_says_why_and_the_others_follow(hymba: PreTrainedTokenizerFast) 
     assert bad.problem.what == 'it has no "completion" (but prompt)'
     assert not bad.pieces
     assert good.pieces
+
+
+def test_pairs_are_a_prompt_and_two_answers(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [{"q": "Hi", "chosen": "Hello there", "rejected": "No"}, {"q": "Hi", "chosen": "Oh", "rejected": "Oh"}]
+    pair, same = previews([source(rows)], hymba, mapping={"prompt": "q"})
+    assert pair.pieces == (
+        ("<s><extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\n", "read"),
+        ("Hello there</s>", "chosen"),
+        ("No</s>", "rejected"),
+    )
+    (talk,) = encode(parse({"prompt": "Hi", "completion": "Hello there"}), hymba, 10_000)
+    assert pair.learned[0] == talk.learned > pair.learned[1]
+    assert pair.tokens <= len(talk.input_ids)  # the template ends a turn with a line break, which is not compared
+    assert same.problem is not None
 
 
 def test_long_pieces_lose_their_middle() -> None:

@@ -2,29 +2,27 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
-from datasets import Dataset
 
-from hymba_tune.data import split_dataset
 from hymba_tune.data.report import SourceCounts
+from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
 from hymba_tune.errors import DataError
 
 
-def numbered(count: int) -> Dataset:
-    return Dataset.from_dict({"row": list(range(count))})
+def of(*kept: int) -> list[SourceCounts]:
+    return [SourceCounts(f"data/{name}.jsonl", kept=count) for name, count in zip("abc", kept, strict=False)]
 
 
 def test_parts_are_the_whole_in_order() -> None:
-    train, held_out = split_dataset(numbered(40), 0.25, seed=3)
-    assert held_out is not None
+    train, held_out = split_rows(of(30, 10), 0.25, seed=3)
     assert (len(train), len(held_out)) == (30, 10)
-    parts = [part["row"][:] for part in (train, held_out)]
-    assert parts == [sorted(part) for part in parts]
-    assert sorted(parts[0] + parts[1]) == list(range(40))
+    assert sorted([*train, *held_out]) == list(range(40))
+    assert all((np.diff(part) > 0).all() for part in (train, held_out))
 
 
 def test_seed_decides() -> None:
-    draws = [split_dataset(numbered(40), 0.25, seed=seed)[1].to_list() for seed in (1, 1, 2)]
+    draws = [split_rows(of(40), 0.25, seed=seed)[1].tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -33,24 +31,22 @@ def test_seed_decides() -> None:
     [(40, 0.5, 3, (37, 3)), (5, 0.05, 500, (4, 1)), (2, 0.99, 500, (1, 1))],
 )
 def test_sizes(rows: int, fraction: float, max_rows: int, sizes: tuple[int, int]) -> None:
-    train, held_out = split_dataset(numbered(rows), fraction, seed=0, max_rows=max_rows)
-    assert held_out is not None
+    train, held_out = split_rows(of(rows), fraction, seed=0, max_rows=max_rows)
     assert (len(train), len(held_out)) == sizes
 
 
 def test_nothing_is_held_out_of_nothing() -> None:
-    dataset = numbered(1)
-    assert split_dataset(dataset, 0.0, seed=0) == (dataset, None)
+    train, held_out = split_rows(of(1), 0.0, seed=0)
+    assert (train.tolist(), held_out.tolist()) == ([0], [])
     with pytest.raises(DataError, match=r"there is only 1 row(.|\n)*--eval-split 0"):
-        split_dataset(dataset, 0.5, seed=0)
+        split_rows(of(1), 0.5, seed=0)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
 def test_weights_above_one_repeat_rows_that_are_trained_on_only(fraction: float) -> None:
     sources = [SourceCounts("a", 0.5, kept=100), SourceCounts("b", 2.5, kept=200), SourceCounts("c", 3.0, kept=100)]
-    train, held_out = split_dataset(numbered(400), fraction, seed=0, sources=sources)
-    times = Counter(train["row"][:])
-    held = set(held_out["row"][:]) if held_out is not None else set()
+    train, held_out = split_rows(sources, fraction, seed=0)
+    times, held = Counter(train.tolist()), set(held_out.tolist())
     assert len(held) == 400 * fraction
     assert times.keys() == set(range(400)) - held
     assert {times[row] for row in range(100) if row not in held} == {1}
@@ -58,5 +54,26 @@ def test_weights_above_one_repeat_rows_that_are_trained_on_only(fraction: float)
     halves = [times[row] for row in range(100, 300) if row not in held]
     assert set(halves) == {2, 3}
     assert 0.4 < halves.count(3) / len(halves) < 0.6
-    again, _ = split_dataset(numbered(400), fraction, seed=0, sources=sources)
-    assert again["row"][:] == train["row"][:]
+    assert split_rows(sources, fraction, seed=0)[0].tolist() == train.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kept", "most", "taken"),
+    [
+        ((10,), 4, [0, 1, 2, 3]),
+        ((10,), 40, list(range(10))),
+        ((4, 4), 5, [0, 1, 2, 4, 5]),
+        ((10, 1, 2), 7, [0, 1, 2, 3, 10, 11, 12]),
+        ((3, 0, 3), 4, [0, 1, 3, 4]),
+    ],
+)
+def test_first_rows_are_taken_of_every_source(kept: tuple[int, ...], most: int, taken: list[int]) -> None:
+    assert first_rows(of(*kept), most).tolist() == taken
+
+
+def test_rows_are_counted_by_source() -> None:
+    assert rows_by_source(np.array([0, 2, 3, 9]), of(3, 5, 2)) == {"a.jsonl": 2, "b.jsonl": 1, "c.jsonl": 1}
+    assert rows_by_source(np.array([0, 9]), of(3, 5, 2)) == {"a.jsonl": 1, "c.jsonl": 1}
+    same = [SourceCounts("x/a.jsonl", kept=1), SourceCounts("y/a.jsonl", kept=1)]
+    assert list(rows_by_source(np.array([0, 1]), same)) == ["x/a.jsonl", "y/a.jsonl"]
+    assert list(rows_by_source(np.array([0, 1]), [same[0], same[0]])) == ["x/a.jsonl (1)", "x/a.jsonl (2)"]

@@ -1,0 +1,196 @@
+"""Rows of token ids on disk, of any kind: a batch in memory at a time, every row accounted for, found again later."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, takewhile
+from pathlib import Path
+from typing import Any, Generic, TextIO, TypeVar
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.config import OnBadRow
+from hymba_tune.data import cache
+from hymba_tune.data.encoding import R, Reading, encoded_batches
+from hymba_tune.data.report import DataReport, SourceCounts
+from hymba_tune.data.rows import RowError, listing
+from hymba_tune.data.sources import Source
+from hymba_tune.errors import DataError
+
+D = TypeVar("D", bound=DataReport)
+LOOK_AHEAD = 10_000  # rows, a second or two, to say whether a bad row is the only one
+IDS = pa.list_(pa.int32())
+ROWS, DROPPED, REPORT = "rows.arrow", "dropped.jsonl", "report.json"
+"""Files of an entry of the cache; the report is written last."""
+
+
+@dataclass(frozen=True)
+class RowKind(Generic[R, D]):
+    """What one kind of rows has of its own.
+
+    Attributes:
+        columns: What a row holds, beside the ``place`` that it was read from.
+        report: The account of such rows.
+        fit: For each of some readings without a problem, in their order: the rows that it gives, counted in the report;
+            or in words why nothing of it fits; or why it cannot be used after all.
+        fingerprinted: Those numbers of a row that tell it from others.
+        purpose: What the rows are wanted for, and what a row needs for it: ``("learn", "with an answer that begins")``.
+    """
+
+    columns: Mapping[str, pa.DataType]
+    report: type[D]
+    fit: Callable[[Sequence[R], D], Iterable[list[dict[str, Any]] | str | DataError]]
+    fingerprinted: Callable[[dict[str, Any]], list[int]]
+    purpose: tuple[str, str]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the file."""
+        return pa.schema({**self.columns, "place": pa.string()})
+
+
+def build(
+    kind: RowKind[R, D],
+    rows: Iterator[R],
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    *,
+    on_bad_row: OnBadRow,
+    cache_dir: Path | None,
+    progress: Callable[[int], None] | None,
+) -> tuple[Dataset, D]:
+    """Encode all rows, or find them encoded.
+
+    Args:
+        kind: What a row becomes.
+        rows: The readings of the sources, in their order, as far as they are rendered.
+        sources: Where they come from.
+        tokenizer: The model's.
+        settings: All else that decides which rows come out; see `cache.entry_key`.
+        on_bad_row: Whether the first row that cannot be used stops everything, or is listed in the report.
+        cache_dir: Where encoded rows are kept; if not given, a folder that is removed when Python ends.
+        progress: Called with the number of rows read so far, after every batch.
+
+    Returns:
+        The rows, memory-mapped, and the report on them.
+
+    Raises:
+        RowError: At the first row that cannot be used, if ``on_bad_row`` is ``stop``.
+        DataError: If no row can be used, or the disk is full.
+    """
+    settings = {**settings, "on_bad_row": on_bad_row, "columns": list(kind.columns)}
+    key = cache.entry_key(sources, tokenizer, **settings) if cache_dir else None
+    if cache_dir and key and (found := _load(kind, cache_dir / key)):
+        return found
+    folder = cache.writable(cache_dir)
+    report = kind.report(sources=[SourceCounts(source.name, source.weight) for source in sources])
+    try:
+        with cache.unfinished(folder) as unfinished:
+            entry = Path(unfinished) / "entry"
+            entry.mkdir()
+            report.fingerprint = _write(kind, entry, rows, tokenizer, report, on_bad_row, progress)
+            report.save(entry / REPORT)
+            entry = cache.keep(entry, folder, key or report.fingerprint)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"Cannot write the encoded rows to {folder}: the disk is full.",
+            fix="free some of it (hymba-tune data clear), or set XDG_CACHE_HOME to another disk's folder",
+        ) from error
+    return Dataset.from_file(str(entry / ROWS)), replace(report, dropped_file=entry / DROPPED)
+
+
+def _load(kind: RowKind[R, D], entry: Path) -> tuple[Dataset, D] | None:
+    try:
+        report = kind.report.load(entry / REPORT, entry / DROPPED)
+        rows = Dataset.from_file(str(entry / ROWS))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, pa.ArrowException):  # torn by a crash of the machine
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+    cache.touch(entry)
+    return rows, report
+
+
+def _write(
+    kind: RowKind[R, D],
+    entry: Path,
+    rows: Iterator[R],
+    tokenizer: PreTrainedTokenizerBase,
+    report: D,
+    on_bad_row: OnBadRow,
+    progress: Callable[[int], None] | None,
+) -> str:
+    """Write the rows, and the list of those left out; gives the rows' fingerprint."""
+    digest, schema = hashlib.sha256(), kind.schema
+    with (
+        (entry / DROPPED).open("w", encoding="utf-8") as dropped,
+        pa.OSFile(str(entry / ROWS), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        for batch in encoded_batches(rows, tokenizer):
+            for number, reading in enumerate(batch):
+                if reading.problem and on_bad_row is OnBadRow.stop:
+                    raise stopped(reading, chain(batch[number + 1 :], rows))
+            kept = list(_take(kind, batch, report, dropped))
+            for row in kept:
+                digest.update(array("i", kind.fingerprinted(row)).tobytes())
+            columns = {name: [row[name] for row in kept] for name in schema.names}
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
+            if progress:
+                progress(report.rows)
+    if not report.learned:
+        raise _nothing_left(report, *kind.purpose)
+    for counts in report.sources:
+        if counts.weight > 1:
+            digest.update(f"{counts.kept} x {counts.weight}".encode())
+    return digest.hexdigest()
+
+
+def stopped(bad: Reading, after: Iterable[Reading]) -> RowError:
+    """The error of the first row that cannot be used, and how many more there are among those after it."""
+    assert bad.problem
+    same_file = takewhile(lambda other: other.source == bad.source, after)
+    more = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
+    count = f"{1 + sum(more)} such rows" if any(more) else "the only one"
+    extent = f"{count} in the file" if len(more) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
+    return RowError(bad.row.place, bad.problem, extent=extent)
+
+
+def _take(kind: RowKind[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:
+    """The rows that a batch gives, counted."""
+    fitting = iter(kind.fit([reading for reading in batch if not reading.problem], report))
+    for reading in batch:
+        counts, place = report.sources[reading.source], reading.row.place
+        report.rows += 1
+        counts.rows += 1
+        rows = reading.problem or next(fitting)
+        if isinstance(rows, DataError):
+            report.drop_bad(place, rows, dropped)
+        elif isinstance(rows, str):
+            report.drop_long(place, rows, dropped)
+        else:
+            counts.kept += len(rows)
+            yield from (row | {"place": str(place)} for row in rows)
+
+
+def _nothing_left(report: DataReport, purpose: str, needed: str) -> DataError:
+    """The error of data of which no row can be used."""
+    first = report.first_dropped
+    what = f" The first, {first.place}: {first.what}." if first else ""
+    return DataError(
+        f"Nothing to {purpose} in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
+        f"{report.too_long:,} are too long and {report.bad_rows:,} bad.{what}",
+        expected=f"at least one row {needed} within --max-length",
+        fix="a larger --max-length" if report.too_long else "mend the rows, or name their columns with --map",
+    )
