@@ -24,7 +24,7 @@ from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.cache import TargetCache, check_key, encode, fill, is_full, key_digest
 from hymba_tune.distill.capturing import Kept, Taught
 from hymba_tune.distill.projection import SparseTarget
-from hymba_tune.distill.rows import SCHEMA
+from hymba_tune.distill.rows import COLUMNS
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT
@@ -60,7 +60,7 @@ class RandomMaker:
 
 
 def numbered_rows(count: int) -> datasets.Dataset:
-    columns: dict[str, list[Any]] = {name: [[]] * count for name in SCHEMA.names}
+    columns: dict[str, list[Any]] = {name: [[]] * count for name in (*COLUMNS, "place")}
     columns |= {"input_ids": [[number] for number in range(count)], "place": [""] * count}
     return datasets.Dataset.from_dict(columns)
 
