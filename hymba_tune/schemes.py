@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hymba_tune.config import Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
 
-BITS = {Scheme.nf4: 4, Scheme.fp4: 4, Scheme.int8: 8}
+if TYPE_CHECKING:  # a model loads where the libraries of settings are not installed
+    from hymba_tune.config import Scheme
+
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 KEPT = {
     "lm_head": "shares its weight with the embeddings",
     "embed_tokens": "is looked up, not multiplied with, and is the head's weight too",
@@ -63,9 +65,9 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
         kept += [name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS]
     names = list(dict.fromkeys(kept))
     config = BitsAndBytesConfig(
-        load_in_8bit=scheme is Scheme.int8,
-        load_in_4bit=scheme is not Scheme.int8,
-        bnb_4bit_quant_type=Scheme.nf4.value if scheme is Scheme.int8 else scheme.value,
+        load_in_8bit=scheme == "int8",
+        load_in_4bit=scheme != "int8",
+        bnb_4bit_quant_type="nf4" if scheme == "int8" else scheme.value,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=names,
@@ -99,6 +101,8 @@ def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
 
 def scheme_of(config: BitsAndBytesConfig) -> Scheme:
     """The scheme that a configuration of bitsandbytes asks for."""
+    from hymba_tune.config import Scheme
+
     return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
