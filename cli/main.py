@@ -87,6 +87,6 @@ def _unexpected(error: UnusedCliTokensError) -> ConfigError:
     verbs = [name for name in here if not name.startswith("-")]
     near = difflib.get_close_matches(word, verbs, n=1)
     fix = f"{verb} {near[0]}" if near else f"{verb} --help"
-    if chain and chain[0] in TRAINS:
+    if chain and chain[0] in TRAINS and not near:
         fix = f"{verb} --data {word}"
     return ConfigError(f"{verb} has no place for {word!r}.", expected=", ".join(verbs), fix=fix)

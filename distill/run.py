@@ -23,6 +23,7 @@ from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, para
 from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
+from hymba_tune.distill.matching import HiddenMatch
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.own_answers import OwnAnswers
 from hymba_tune.distill.pair import Pair, Side
@@ -172,6 +173,8 @@ class _Distillation:
             stages=self._stages,
             token_bytes=token_bytes(self._pair.student),
             own_answers=self._own_answers(),
+            match=self._match(setup),
+            match_weight=self._config.match_weight,
             model=model,
             args=trl.SFTConfig(**arguments, **own),
             train_dataset=data.train,
@@ -189,6 +192,18 @@ class _Distillation:
             assert self._maker
             online = OnlineTeacher(self._maker, self._data.rows)
         return Lessons(shape, setup.device, self._targets, online)
+
+    def _match(self, setup: Setup) -> HiddenMatch | None:
+        if self._config.match_hidden is None:
+            return None
+        assert self._maker
+        assert isinstance(self._maker.teacher, ModelTeacher)
+        student, teacher = setup.model_config, self._maker.teacher.model.config.get_text_config()
+        return HiddenMatch(
+            (student.hidden_size, student.num_hidden_layers),
+            (teacher.hidden_size, teacher.num_hidden_layers),
+            self._config.match_hidden,
+        )
 
     def _own_answers(self) -> OwnAnswers | None:
         config = self._config
@@ -222,7 +237,8 @@ class _Distillation:
             "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
             "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
             "loss": " · then ".join(_in_words(stage) for stage in self._stages)
-            + " · answers written by the teacher" * self._config.teacher_writes,
+            + " · answers written by the teacher" * self._config.teacher_writes
+            + f" · {self._config.match_weight:g} × hidden states" * bool(self._config.match_hidden),
         }
 
 
@@ -235,10 +251,11 @@ def resolve_losses(config: DistillConfig, pair: Pair) -> list[Stage]:
     same = same_tokenizer(pair)
     for stage in config.parts:
         unfit = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
+        unfit += ["--match-hidden"] if config.match_hidden else []
         if unfit and not same:
             raise ConfigError(
                 f"{unfit[0]} compares the same tokens on both sides, and the teacher's tokenizer is another.",
-                fix="--loss auto, which is for that",
+                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto, which is for that",
             )
     usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
     stages = []

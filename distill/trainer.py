@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,20 +17,23 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_utils import EvalLoopOutput
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.batches import COLUMNS, Numbered, examples_of
 from hymba_tune.distill.chunks import Head, expand
 from hymba_tune.distill.lessons import Lessons, Place
+from hymba_tune.distill.matching import HiddenMatch, teacher_states
 from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillation_loss
 from hymba_tune.distill.own_answers import OwnAnswers
+from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.trainer import HymbaTrainer
 
-COLUMNS = ["input_ids", "labels", "row"]
-PARTS = {"ce": "cross_entropy", "kd": "distillation", "alm": "chunk_likelihood"}
+PARTS = {"ce": "cross_entropy", "kd": "distillation", "alm": "chunk_likelihood", "hidden": "hidden_states"}
 """The parts of the loss, and the columns that they are logged as."""
 
 
@@ -41,6 +45,8 @@ class DistillTrainer(HymbaTrainer):
         stages: Of the run; their shares make 1.
         token_bytes: ``(V,)``: how many bytes of text each of the student's tokens spells.
         own_answers: Writes the student's own, if a stage wants such.
+        match: Compares hidden states with the teacher's, if they are to be, and is trained along.
+        match_weight: Of that beside the other losses.
         kwargs: Of `HymbaTrainer`.
     """
 
@@ -51,13 +57,18 @@ class DistillTrainer(HymbaTrainer):
         stages: Sequence[Stage],
         token_bytes: Tensor,
         own_answers: OwnAnswers | None = None,
+        match: HiddenMatch | None = None,
+        match_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self._lessons, self._stages, self._token_bytes = lessons, stages, token_bytes
         self._own_answers, self._own = own_answers, list[Alignment]()
+        self._match, self._match_weight = match, match_weight
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         super().__init__(**kwargs)
-        self.data_collator: Any = _Numbered(self.data_collator)
+        if match is not None:
+            match.to(self.args.device)
+        self.data_collator: Any = Numbered(self.data_collator)
 
     @property
     def stage(self) -> Stage:
@@ -71,6 +82,8 @@ class DistillTrainer(HymbaTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """A step's batches, a share of their answers written by the student as it is now."""
+        if self._match is not None:
+            self._match.zero_grad()  # transformers forgets the gradients of the model alone
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._own.clear()
         if not self.stage.on_policy or self._own_answers is None:
@@ -80,7 +93,7 @@ class DistillTrainer(HymbaTrainer):
         for number, batch in enumerate(batches):
             moment = self.state.global_step * self.args.gradient_accumulation_steps + number
             examples, own = self._own_answers.rewrite(
-                student, _examples(batch), self.stage.on_policy, moment, len(self._own)
+                student, examples_of(batch), self.stage.on_policy, moment, len(self._own)
             )
             self._own += own
             mixed.append(self._prepare_inputs(self.data_collator(examples)))
@@ -105,23 +118,41 @@ class DistillTrainer(HymbaTrainer):
         labels = inputs["labels"].flatten()
         read = {name: value for name, value in inputs.items() if name not in ("labels", "rows")}
         base = base_model(self.accelerator.unwrap_model(model))
-        with caught_states(base) as states:
-            model(**read, skip_logits=True)
+        with caught_outputs(base) as outputs:
+            model(**read, skip_logits=True, output_hidden_states=self._match is not None)
         # A state predicts the token after it; the first of a text, which none does, is never learned.
-        student = Head(states[-1].flatten(0, 1).roll(1, 0), base.get_output_embeddings().weight)
+        hidden = outputs[-1].last_hidden_state.flatten(0, 1)
+        student = Head(hidden.roll(1, 0), base.get_output_embeddings().weight)
         places = [Place(row, offset) for row, offset in inputs["rows"].tolist()]
         stage, ends = self.stage, [*(place.offset for place in places[1:]), len(labels)]
         own = torch.zeros_like(labels, dtype=torch.bool)
         for place, end in zip(places, ends, strict=True):
             own[place.offset : end] = place.row < 0
-        data = self._taught(student, labels.masked_fill(own, IGNORED), [p for p in places if p.row >= 0], stage)
-        if not own.any():
-            return data
-        # What the student wrote is no example to follow: the teacher alone judges it, as far as it can.
-        judged = replace(stage, alpha=1.0)
-        return _sum(
-            data, self._taught(student, labels.masked_fill(~own, IGNORED), [p for p in places if p.row < 0], judged)
-        )
+        of_data = [place for place in places if place.row >= 0]
+        losses = self._taught(student, labels.masked_fill(own, IGNORED), of_data, stage)
+        if own.any():
+            # What the student wrote is no example to follow: the teacher alone judges it, as far as it can.
+            written = [place for place in places if place.row < 0]
+            judged = self._taught(student, labels.masked_fill(~own, IGNORED), written, replace(stage, alpha=1.0))
+            losses = _sum(losses, judged)
+        if self._match is None:
+            return losses
+        distance = self._matched(self._match, outputs[-1].hidden_states, places)
+        total = losses.total + self._match_weight * distance
+        return Losses(total, losses.tokens, losses.parts | {"hidden": distance.detach().double()})
+
+    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+        """How far the student's hidden states are from the teacher's, where both predict the same tokens."""
+        online = self._lessons.online
+        assert online
+        assert isinstance(online.maker.teacher, ModelTeacher)
+        rows = [online.row(place.row, self._own) for place in places]
+        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
+        before = [torch.from_numpy(row.teacher - 1) for row in rows]
+        theirs = teacher_states(online.maker.teacher, [row.teacher_ids for row in rows], before)
+        chosen = torch.cat(at).to(states[0].device)
+        distance: Tensor = match([state.flatten(0, 1)[chosen] for state in states], theirs)
+        return distance
 
     def _taught(self, student: Head, labels: Tensor, places: Sequence[Place], stage: Stage) -> Losses:
         tokens, spans = self._lessons.terms(places, stage, self._own)
@@ -129,6 +160,25 @@ class DistillTrainer(HymbaTrainer):
             labels = labels.masked_fill(~_spoken_of(labels, tokens, spans), IGNORED)
         taught = tokens is not None or spans is not None
         return distillation_loss(student, labels, alpha=stage.alpha if taught else 0.0, tokens=tokens, spans=spans)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, those of the projections behind the student's."""
+        groups = super().parameter_groups()
+        if self._match is not None:
+            rate = self.rates.base if self.rates else self.args.learning_rate
+            new = {"name": "projections of hidden states", "params": list(self._match.parameters())}
+            groups.append({**new, "lr": rate, "weight_decay": 0.0})
+        return groups
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._match is not None:
+            self._match.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._match is not None:
+            self._match.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with the parts of the loss since the last row."""
@@ -177,36 +227,6 @@ class DistillTrainer(HymbaTrainer):
         self._signature_columns = [*COLUMNS, "seq_lengths"]
 
 
-class _Numbered:
-    """A collator whose batches say where which rows stand: ``rows``, ``(R, 2)`` int64, as `Place`."""
-
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self._collator(examples)
-        width = batch["input_ids"].shape[1] if batch["input_ids"].shape[0] > 1 else 0
-        places, end = [], 0
-        for number, example in enumerate(examples):
-            begin = number * width if width else end
-            at = begin
-            for length in example.get("seq_lengths", [len(example["input_ids"])]):
-                places.append((example["row"][at - begin], at))
-                at += length
-            end = at
-        return batch | {"rows": torch.tensor(places)}
-
-
-def _examples(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a padded batch was collated of."""
-    examples = []
-    for number, (row, _) in enumerate(batch["rows"].tolist()):
-        read = batch["attention_mask"][number].bool()
-        ids, labels = (batch[name][number][read].tolist() for name in ("input_ids", "labels"))
-        examples.append({"input_ids": ids, "labels": labels, "row": [row] * len(ids)})
-    return examples
-
-
 def _spoken_of(labels: Tensor, tokens: TokenTerm | None, spans: SpanTerm | None) -> Tensor:
     """``(T,)`` bool: which tokens a teacher speaks of."""
     said = torch.zeros_like(labels, dtype=torch.bool)
@@ -230,13 +250,13 @@ def base_model(model: PreTrainedModel | PeftModel) -> Any:
 
 
 @contextmanager
-def caught_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The last hidden states ``(B, L, d)`` of whatever forwards a model goes through meanwhile.
+def caught_outputs(model: PreTrainedModel) -> Iterator[list[BaseModelOutputWithPast]]:
+    """What the layers of a model give in whatever forwards it goes through meanwhile.
 
     So the forward is that of the whole model, with what wraps it, and no logits are computed.
     """
-    found: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
+    found: list[BaseModelOutputWithPast] = []
+    hook = model.base_model.register_forward_hook(lambda _, __, output: found.append(output))
     try:
         yield found
     finally:

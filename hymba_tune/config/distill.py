@@ -123,6 +123,12 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     """Parts of the run, each with its share of the steps and what differs in it (loss, alpha, on-policy): --stages 0.7
     0.3:on-policy=1,loss=kl."""
 
+    match_hidden: Literal["cosine", "mse"] | None = None
+    """Draw the student's hidden states to the teacher's as well, through projections learned beside it: one tokenizer
+    only, such as a larger Hymba's. Its own pass of the teacher, which stays in memory."""
+    match_weight: float = Field(default=1.0, gt=0)
+    """Weight of --match-hidden beside the other losses."""
+
     @property
     def parts(self) -> list[Stage]:
         """The stages of the run: one, where none are given."""
@@ -132,7 +138,7 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     @property
     def keeps_teacher(self) -> bool:
         """Whether the teacher is in memory while the student learns."""
-        return self.online or any(part.on_policy for part in self.parts)
+        return self.online or self.match_hidden is not None or any(part.on_policy for part in self.parts)
 
     @property
     def teacher_writes(self) -> bool:
@@ -160,7 +166,7 @@ class DistillConfig(TeacherOptions, TrainingConfig):
                 "teacher: a server is asked for probabilities only, not for answers; --loss seq needs a model"
             )
         if self.served and self.keeps_teacher:
-            flag = "--online" if self.online else "--on-policy"
+            flag = "--online" if self.online else "--match-hidden" if self.match_hidden else "--on-policy"
             raise ValueError(
                 f"teacher: a server tells only its likeliest tokens, and {flag} needs all of them; name a model instead"
             )

@@ -39,6 +39,7 @@ KNOWN = {
     "cross_entropy": Measure("Cross-entropy on the data", "nats a token", ".3f", better=-1),
     "distillation": Measure("Distance from the teacher", "nats a token", ".3f", better=-1),
     "chunk_likelihood": Measure("Distance from the teacher, by chunks", format=".3f", better=-1),
+    "hidden_states": Measure("Distance from the teacher's hidden states", format=".3f", better=-1),
     "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, chance=0.5, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
     "chosen_reward": Measure("Reward of better answers", format=".3f"),

@@ -108,8 +108,8 @@ def check(config: TrainingConfig) -> Setup:
     if not config.data:
         raise ConfigError(
             "--data is missing.",
-            expected="a file, a Hub dataset, or demo" if isinstance(config, SFTConfig) else "a file or a Hub dataset",
-            fix="--data demo to try the kit" if isinstance(config, SFTConfig) else "",
+            expected="a file or a Hub dataset" if isinstance(config, PreferenceConfig) else "a file, a Hub dataset, or demo",
+            fix="" if isinstance(config, PreferenceConfig) else "--data demo to try the kit",
         )
     check_trackers(config.track)
     run = Run(config.resume) if config.resume else Run.choose(config)

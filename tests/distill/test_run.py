@@ -23,6 +23,7 @@ from tests.runs import same_tensors, tensors
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "loss": ["projection", "alm=0.5"]},
     "stages": {"stages": ["0.4", "0.6:on-policy=0.6,loss=kl"], "teacher": "alike", "grad_accum": 2},
+    "hidden": {"loss": ["kl"], "match_hidden": "cosine", "teacher": "alike", "packing": True},
     "online": {"loss": ["jsd"], "online": True, "method": "full", "teacher": "alike"},
 }
 
@@ -89,6 +90,17 @@ def test_resumed_equals_uninterrupted(kind: str, ask: Callable[..., DistillConfi
     assert said[0] == said[1]
 
 
+def test_projections_of_hidden_states_are_no_part_of_the_result(ask: Callable[..., DistillConfig]) -> None:
+    finished = run(ask(teacher="alike", loss=["ce"], match_hidden="mse", steps=8, eval_every=4, match_weight=0.2))
+    first, *_, last = finished.evaluations()
+    assert last.more["eval_hidden_states"] < first.more["eval_hidden_states"]
+    assert last.more.keys() == {"eval_hidden_states", "eval_bits_per_byte"}
+    assert not [name for name in tensors(finished.adapter) if "maps" in name]
+    groups = finished.facts()["optimizer"]["groups"]
+    assert groups[-1]["name"] == "projections of hidden states"
+    assert groups[-1]["parameters"] == 3 * 32 * 24
+
+
 def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teacher: Path) -> None:
     size = sum(tensor.nbytes for tensor in tensors(teacher).values())
     assert plan(ask(online=True)).parts.beside == size
@@ -108,6 +120,7 @@ def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:
     ("changes", "message"),
     [
         ({"loss": ["kl"]}, r"--loss kl compares the same tokens on both sides(.|\n)*--loss auto"),
+        ({"match_hidden": "mse"}, r"--match-hidden compares the same(.|\n)*--loss auto without --match-hidden"),
         ({"teacher_end": "<nothing>"}, "The teacher's tokenizer has no token '<nothing>' to end an answer with"),
     ],
 )

@@ -17,6 +17,7 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
+from hymba_tune.distill.matching import HiddenMatch
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
@@ -90,6 +91,7 @@ def trainer(
         batch_size: int = ROWS,
         grad_accum: int = 1,
         lessons: Lessons | None = None,
+        match: HiddenMatch | None = None,
         **changes: Any,
     ) -> DistillTrainer:
         args = trl.SFTConfig(
@@ -117,6 +119,8 @@ def trainer(
             lessons=lessons or Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
             token_bytes=token_bytes(pair.student),
+            match=match,
+            match_weight=0.5,
             model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
             args=args,
             train_dataset=data.train,
@@ -329,6 +333,47 @@ def test_whole_vocabularies_are_compared(
     FLOAT32.check(torch.tensor(first["loss"]), (total / count).detach(), "loss")
     after = dict(fit.model.named_parameters())
     FLOAT32_GRADIENT.check_all({name: before[name] - after[name].detach() for name in gradients}, gradients)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_hidden_states_are_drawn_to_the_teachers(
+    kind: Any,
+    trainer: Callable[..., DistillTrainer],
+    questions: Path,
+    alike: ModelTeacher,
+    tmp_path: Path,
+) -> None:
+    """Layer by layer, each token's state that predicts it; against a loop over rows."""
+    pair = make_pair(alike.tokenizer, alike.tokenizer)
+    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
+    rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
+    maker = TargetMaker.of(alike, pair, None, vocabulary=4096, top_k=4, temperature=1, device=CPU, tables_dir=tmp_path)
+    match = HiddenMatch((32, 3), (24, 2), kind)
+    assert match.layers == [(1, 1), (2, 1), (3, 2)]
+    lessons = Lessons(Shape(1.0, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+    fit = trainer(losses=LOSSES["ce"], lessons=lessons, match=match)
+    batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
+    found = fit._losses(fit.model, batch)
+    total, distance = torch.zeros(()), torch.zeros(())
+    for row in rows:
+        ids, learned = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:] != -100
+        ours, theirs = (model(input_ids=ids, output_hidden_states=True) for model in (fit.model, alike.model))
+        total = total + torch.nn.functional.cross_entropy(
+            ours.logits[0, :-1][learned], ids[0, 1:][learned], reduction="sum"
+        )
+        for projection, (mine, its) in zip(match.maps, match.layers, strict=True):
+            a = ours.hidden_states[mine][0, :-1][learned] @ projection.weight.T  # type: ignore[operator]
+            b = theirs.hidden_states[its][0, :-1][learned]
+            cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+            distance = distance + ((1 - cosine) if kind == "cosine" else ((a - b) ** 2).mean(-1)).sum() / 3
+    FLOAT32.check(found.total, total + 0.5 * distance, "loss")
+    FLOAT32.check(found.parts["hidden"].float(), distance, "part")
+    trained = [*fit.model.parameters(), *match.parameters()]
+    wanted = torch.autograd.grad(total + 0.5 * distance, trained, allow_unused=True)
+    for got, expected in zip(torch.autograd.grad(found.total, trained, allow_unused=True), wanted, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            FLOAT32_GRADIENT.check(got, expected, "gradient")
 
 
 def test_stages_follow_each_other_by_their_shares(trainer: Callable[..., DistillTrainer]) -> None:

@@ -1,0 +1,88 @@
+"""Drawing a student's hidden states to its teacher's, through projections that are learned beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, mse_loss
+
+from hymba_tune.distill.teacher import ModelTeacher
+
+FILE = "hidden_match.safetensors"
+"""In a checkpoint. Nothing of it belongs to what is trained."""
+
+
+class HiddenMatch(nn.Module):
+    """A linear projection for each of the student's layers, to that of the teacher which is as deep in proportion.
+
+    Args:
+        student: Width and number of layers.
+        teacher: Likewise.
+        kind: ``cosine`` compares directions, ``mse`` values.
+    """
+
+    def __init__(self, student: tuple[int, int], teacher: tuple[int, int], kind: Literal["cosine", "mse"]) -> None:
+        super().__init__()
+        self.layers = [(layer, round(layer * teacher[1] / student[1])) for layer in range(1, student[1] + 1)]
+        self.maps = nn.ModuleList(nn.Linear(student[0], teacher[0], bias=False) for _ in self.layers)
+        self._kind = kind
+        if student[0] == teacher[0]:
+            for projection in self.maps:
+                nn.init.eye_(projection.weight)  # type: ignore[arg-type]
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """How far the student is from the teacher.
+
+        Args:
+            student: Its states at N tokens, ``(N, d)`` each: the embeddings, then after each layer.
+            teacher: Likewise, at the same tokens; constants.
+
+        Returns:
+            The sum over tokens of the mean over layers, a float32 scalar: 1 - cosine, or the mean square of the
+            difference.
+        """
+        total = student[0].new_zeros((), dtype=torch.float32)
+        for projection, (ours, theirs) in zip(self.maps, self.layers, strict=True):
+            found, wanted = projection(student[ours].float()).float(), teacher[theirs].float()
+            if self._kind == "cosine":
+                total = total + (1 - cosine_similarity(found, wanted, dim=-1)).sum()
+            else:
+                total = total + mse_loss(found, wanted, reduction="none").mean(-1).sum()
+        return total / len(self.layers)
+
+    def save(self, folder: Path) -> None:
+        """Write the projections into a checkpoint."""
+        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take up a checkpoint's projections."""
+        self.load_state_dict(load_file(folder / FILE))
+
+
+@torch.no_grad()
+def teacher_states(teacher: ModelTeacher, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+    """A teacher's hidden states at some tokens of some rows.
+
+    Args:
+        teacher: In memory.
+        rows: Token ids, read at once.
+        at: For each row, int64: which of its tokens.
+
+    Returns:
+        ``(N, d)`` for the embeddings and after each layer: the rows' tokens one after the other.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    states = teacher.model.base_model(
+        input_ids=ids.to(teacher.device),
+        attention_mask=mask.to(teacher.device),
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states
+    return [torch.cat([state[row, chosen] for row, chosen in enumerate(at)]) for state in states]
