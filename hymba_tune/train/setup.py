@@ -26,7 +26,7 @@ from hymba_tune.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from hymba_tune.config import Method, PreferenceConfig, Scheme, SFTConfig, Start, TrainingConfig, as_mapping
+from hymba_tune.config import Method, PreferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
@@ -108,7 +108,9 @@ def check(config: TrainingConfig) -> Setup:
     if not config.data:
         raise ConfigError(
             "--data is missing.",
-            expected="a file or a Hub dataset" if isinstance(config, PreferenceConfig) else "a file, a Hub dataset, or demo",
+            expected="a file or a Hub dataset"
+            if isinstance(config, PreferenceConfig)
+            else "a file, a Hub dataset, or demo",
             fix="" if isinstance(config, PreferenceConfig) else "--data demo to try the kit",
         )
     check_trackers(config.track)
