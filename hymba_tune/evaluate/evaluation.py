@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from hymba_tune.adapters import base_of
 from hymba_tune.config import EvalConfig, as_mapping
 from hymba_tune.data import open_sources
+from hymba_tune.data.training import Working
 from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError
 from hymba_tune.evaluate.asking import Answered, Extraction, Question, ask_all, judge_answers, read_questions
@@ -21,9 +21,6 @@ from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import TextCounts, Texts
 from hymba_tune.generate import FoundModel, find_model
 from hymba_tune.registry import resolve_model
-
-Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
-"""Shows what is being done; what it gives is called with how much is done."""
 
 
 @dataclass

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from hymba_tune.config import ChatConfig, as_mapping
 from hymba_tune.data import Conversation, Message, RowError, Source, encode_prompt, open_source
 from hymba_tune.data.formats import Names
 from hymba_tune.data.prompts import FIELDS, parse_prompt
+from hymba_tune.data.training import Working
 from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate.decoding import Sampling, Writing, write_texts
 from hymba_tune.generate.opening import find_model
 from hymba_tune.registry import lasting_name
 
-Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 ANSWER = "model_answer"
 """Unlike the names of columns that data usually has: rows keep theirs."""
 

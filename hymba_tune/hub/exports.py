@@ -5,11 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
@@ -20,6 +17,7 @@ from hymba_tune.adapters import base_of, load_adapter, open_model, short_count, 
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, load_weights
 from hymba_tune.config import ExportConfig
 from hymba_tune.data import with_chat_template
+from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.card import check_publishable, write_card
@@ -28,9 +26,6 @@ from hymba_tune.hub.layout import write_model, write_tokenizer
 from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
 from hymba_tune.hub.push import Target, check_target, push
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
-
-Working = Callable[[str], AbstractContextManager[Any]]
-"""Shows that something takes a while: a label, to do it within."""
 
 
 @dataclass(frozen=True)

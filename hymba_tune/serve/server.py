@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import uvicorn
 
 from hymba_tune.config import ServeConfig
+from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate import find_model
 from hymba_tune.serve.app import Limits, Service
 from hymba_tune.serve.worker import Worker
-
-Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
-"""Shows what is being done."""
 
 
 class Server:
