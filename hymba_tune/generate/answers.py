@@ -70,26 +70,18 @@ def answer(
         The answer, without the token that ends it.
     """
     ids = torch.tensor([encode_prompt(conversation, tokenizer)], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        # Left to itself, transformers samples from the 50 likeliest tokens only.
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            written = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                streamer=_Passing(tokenizer, on_text) if on_text else None,
-                **sampling,
-            )
-    finally:
-        model.train(training)
-    return _decode(tokenizer, written[0, ids.shape[1] :].tolist())
+    written = _generate(
+        model,
+        ids,
+        torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=_Passing(tokenizer, on_text) if on_text else None,
+    )
+    return _decode(tokenizer, written[0].tolist())
 
 
 def write(
@@ -115,22 +107,35 @@ def write(
     width = max(map(len, prompts))
     padded = torch.tensor([[end] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    written = _generate(
+        model,
+        padded,
+        mask,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return [_up_to(end, ids) for ids in written.tolist()]
+
+
+def _generate(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, temperature: float, top_p: float = 1.0, **settings: Any
+) -> Tensor:
+    """What transformers writes behind some prompts of one length; the model is left in the mode it was in."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        # Left to itself, transformers samples from the 50 likeliest tokens only.
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     training = model.training
     model.eval()
     try:
+        # Not in inference mode: what a model keeps for its next pass may then be trained with.
         with torch.no_grad():
-            written = model.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=end,
-                pad_token_id=end,
-                **sampling,
-            )
+            written: Tensor = model.generate(input_ids=ids, attention_mask=mask, **sampling, **settings)
     finally:
         model.train(training)
-    return [_up_to(end, ids) for ids in written[:, width:].tolist()]
+    return written[:, ids.shape[1] :]
 
 
 def _up_to(end: int, ids: list[int]) -> list[int]:
