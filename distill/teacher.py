@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,12 +24,13 @@ from transformers import (
 
 from hymba_tune.adapters import open_model, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
+from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.outputs import Found, HeadOutputs
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
+from hymba_tune.schemes import bitsandbytes
 
-Scheme = Literal["int8", "nf4", "fp4"]
 FLAG = "--teacher"
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
 """Tokens read at once, padding included."""
@@ -97,7 +97,7 @@ class FoundTeacher:
                 self.source.folder,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=_quantisation(self.quantize, dtype),
+                quantization_config=bitsandbytes(self.quantize, dtype) if self.quantize else None,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -200,16 +200,6 @@ def _digest(file: Path) -> str:
         return blob
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _quantisation(scheme: Scheme | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if scheme is None:
-        return None
-    if scheme == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 class ModelTeacher:

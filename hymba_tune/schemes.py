@@ -64,20 +64,31 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
     if BITS[scheme] == 4:
         kept += [name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS]
     names = list(dict.fromkeys(kept))
-    config = BitsAndBytesConfig(
-        load_in_8bit=scheme == "int8",
-        load_in_4bit=scheme != "int8",
-        bnb_4bit_quant_type="nf4" if scheme == "int8" else scheme.value,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=names,
-    )
+    config = bitsandbytes(scheme, dtype, names)
     if not quantised(model, config):
         raise ConfigError(
             f"{scheme.value}: nothing in this model can be stored so.",
             expected=f"linear layers of a multiple of {ROWS} rows and {COLUMNS} columns",
         )
     return config
+
+
+def bitsandbytes(scheme: Scheme, dtype: torch.dtype, kept: Sequence[str] | None = None) -> BitsAndBytesConfig:
+    """A scheme in bitsandbytes' words, for any model.
+
+    Args:
+        scheme: As for `quantization`.
+        dtype: What is computed in.
+        kept: Names of modules that are left as they are; what transformers protects itself when None.
+    """
+    return BitsAndBytesConfig(
+        load_in_8bit=scheme == "int8",
+        load_in_4bit=scheme != "int8",
+        bnb_4bit_quant_type="nf4" if scheme == "int8" else str(scheme),
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
 
 
 def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
@@ -97,13 +108,6 @@ def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
             expected="bitsandbytes (nf4, fp4 or int8), or weights that are not quantised",
         )
     return BitsAndBytesConfig.from_dict(said)
-
-
-def scheme_of(config: BitsAndBytesConfig) -> Scheme:
-    """The scheme that a configuration of bitsandbytes asks for."""
-    from hymba_tune.config import Scheme
-
-    return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
 def quantised(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hymba_tune.config.base import LIST, Config, Method, Names, Pairs
+from hymba_tune.config.base import LIST, Config, Method, Names, Pairs, Scheme
 from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
 
@@ -65,7 +65,7 @@ class TeacherOptions(Config):
     OpenAI-compatible server (http://…)."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the teacher's weights: auto takes bfloat16 where the device computes in it, else float32."""
-    teacher_quantize: Literal["int8", "nf4", "fp4"] | None = None
+    teacher_quantize: Scheme | None = None
     """Load the teacher in 8 or 4 bits."""
     teacher_system: str | None = None
     """A system message that only the teacher sees, in conversations that have none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -69,24 +68,3 @@ def first_rows(sources: Sequence[SourceCounts], max_rows: int) -> np.ndarray:
         left -= taken[index]
     starts = np.cumsum([0, *(source.kept for source in sources)])
     return np.concatenate([start + np.arange(count) for start, count in zip(starts, taken, strict=False)])
-
-
-def rows_by_source(rows: np.ndarray, sources: Sequence[SourceCounts]) -> dict[str, int]:
-    """How many of the rows come from each source, by short names; sources that give none are left out.
-
-    Args:
-        rows: Ascending indices.
-        sources: What each gave, in the order of the rows.
-    """
-    ends = np.searchsorted(rows, np.cumsum([source.kept for source in sources]))
-    counts = np.diff(ends, prepend=0).tolist()
-    names = _short_names([source.name for source in sources])
-    return {name: count for name, count in zip(names, counts, strict=True) if count}
-
-
-def _short_names(names: Sequence[str]) -> Sequence[str]:
-    """The files without their folders, unless that makes two names the same."""
-    short = [Path(name).name for name in names]
-    if len(set(short)) == len(names):
-        return short
-    return names if len(set(names)) == len(names) else [f"{name} ({n})" for n, name in enumerate(names, start=1)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +30,7 @@ from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
-from hymba_tune.schemes import quantization, scheme_of, stored_quantization
+from hymba_tune.schemes import quantization, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 from hymba_tune.train.tracking import check_trackers
@@ -87,7 +86,6 @@ class Data:
         summary: How much data there is, in words, for the banner.
         prompts: What is answered before and after training, and what the data answers.
         length_warning: Said where texts are longer than the model was made for.
-        held_out_sources: How many held-out rows come from each source, in their order, by the sources' names.
     """
 
     train: datasets.Dataset
@@ -96,7 +94,6 @@ class Data:
     summary: list[str]
     prompts: list[tuple[Conversation, str]]
     length_warning: str | None
-    held_out_sources: Mapping[str, int] = field(default_factory=dict)
 
 
 def check(config: TrainingConfig) -> Setup:
@@ -182,6 +179,11 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
             "PEFT cannot take apart for it.",
             fix="--method lora",
         )
+
+
+def scheme_of(config: BitsAndBytesConfig) -> Scheme:
+    """The scheme that a configuration of bitsandbytes asks for."""
+    return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
 def _continues(config: TrainingConfig) -> bool:

@@ -34,7 +34,7 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
         f"{report.conversations + report.texts:,} {'conversations' if report.conversations else 'texts'}",
         f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
     ]
-    return Data(data.train, data.held_out, report, summary, data.prompts, warning, data.held_out_sources)
+    return Data(data.train, data.held_out, report, summary, data.prompts, warning)
 
 
 def _make_trainer(

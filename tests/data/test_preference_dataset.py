@@ -185,5 +185,4 @@ def test_sources_bring_their_own_held_out_pairs(
     assert places == {"a.jsonl": 3 * 8 * answers, "b.jsonl": 4 * answers}
     held_out = [place.split(",")[0].rpartition("/")[2] for place in data.held_out["place"]]
     assert held_out == ["a-eval.jsonl"] * 4 + ["b-eval.jsonl"] * 4
-    assert data.held_out_sources == {"a-eval.jsonl": 4, "b-eval.jsonl": 4}
     assert data.prompts[0][1] == pairs(12)[8]["chosen"]

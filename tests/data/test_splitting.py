@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hymba_tune.data.report import SourceCounts
-from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
+from hymba_tune.data.splitting import first_rows, split_rows
 from hymba_tune.errors import DataError
 
 
@@ -69,11 +69,3 @@ def test_weights_above_one_repeat_rows_that_are_trained_on_only(fraction: float)
 )
 def test_first_rows_are_taken_of_every_source(kept: tuple[int, ...], most: int, taken: list[int]) -> None:
     assert first_rows(of(*kept), most).tolist() == taken
-
-
-def test_rows_are_counted_by_source() -> None:
-    assert rows_by_source(np.array([0, 2, 3, 9]), of(3, 5, 2)) == {"a.jsonl": 2, "b.jsonl": 1, "c.jsonl": 1}
-    assert rows_by_source(np.array([0, 9]), of(3, 5, 2)) == {"a.jsonl": 1, "c.jsonl": 1}
-    same = [SourceCounts("x/a.jsonl", kept=1), SourceCounts("y/a.jsonl", kept=1)]
-    assert list(rows_by_source(np.array([0, 1]), same)) == ["x/a.jsonl", "y/a.jsonl"]
-    assert list(rows_by_source(np.array([0, 1]), [same[0], same[0]])) == ["x/a.jsonl (1)", "x/a.jsonl (2)"]
