@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hymba_tune.data import IGNORED, Conversation, Message, encode_prompt
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, align_rows
-from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.outputs import HeadOutputs
 from hymba_tune.distill.pair import Row, Unaligned, make_pair, tokenise
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, Target, find_places
 from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hymba_tune.distill.capturing import Kept, TargetMaker
 from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import alignment
+from hymba_tune.distill.target_maker import Kept, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 

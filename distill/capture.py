@@ -30,13 +30,13 @@ from hymba_tune.distill.cache import (
     key_digest,
     shard_path,
 )
-from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.preflight import Preflight, check_aligned, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import TEACHERS, TOKENIZER_FILES, resolve_model
@@ -68,7 +68,7 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
     )
 
 
-def target_maker(
+def load_target_maker(
     options: TeacherOptions,
     rows: datasets.Dataset,
     pair: Pair,
@@ -172,7 +172,7 @@ def open_targets(
         screen.note(f"the teacher's targets are in {folder} already: it is not loaded")
         return cache
     with screen.working("loading the teacher"):
-        maker = target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
+        maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
     with screen.working("asking the teacher about a few rows"):
         found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
     screen.banner(found.lines() | {"folder": str(folder)} | ({"bias": teacher.bias} if teacher.bias else {}))

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.alignment import Alignment
-from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.losses import forward_kl, jensen_shannon, reverse_kl, sorted_uld
 from hymba_tune.distill.objective import SpanTerm, TokenTerm, span_term, sparse_term
 from hymba_tune.distill.outputs import HeadOutputs
 from hymba_tune.distill.rows import alignment
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 
 FROM_TARGETS = {"kl", "projection", "alm"}
@@ -86,7 +86,9 @@ class Lessons:
         assert self.online
         rows = [self.online.row(place.row, own) for place in places]
         heard = self.online.hear(rows)
-        whole = self.online.whole_terms(rows, heard, places, stage.losses, self.shape)
+        whole = []
+        if losses - {"projection", "alm"}:
+            whole = self.online.whole_terms(rows, heard, places, stage.losses, self.shape)
         told: Terms = None, None
         if losses & {"projection", "alm"}:
             without_kl = {name: weight for name, weight in stage.losses.items() if name != "kl"}

@@ -11,9 +11,9 @@ import datasets
 
 from hymba_tune.distill.alignment import AlignmentReport, matched_vocabulary
 from hymba_tune.distill.cache import Columns, encode, write_shard
-from hymba_tune.distill.capturing import Kept, TargetMaker
 from hymba_tune.distill.pair import Pair
 from hymba_tune.distill.rows import alignment
+from hymba_tune.distill.target_maker import Kept, TargetMaker
 from hymba_tune.errors import TrainingError
 from hymba_tune.pages import duration
 

@@ -19,8 +19,14 @@ from hymba_tune.config import DistillConfig, as_mapping
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder, open_sources
 from hymba_tune.distill.cache import WIDE
-from hymba_tune.distill.capture import open_targets, open_teacher, pair_of, parameters_of, target_maker, teacher_bytes
-from hymba_tune.distill.capturing import TargetMaker
+from hymba_tune.distill.capture import (
+    load_target_maker,
+    open_targets,
+    open_teacher,
+    pair_of,
+    parameters_of,
+    teacher_bytes,
+)
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.matching import HiddenMatch
@@ -31,6 +37,7 @@ from hymba_tune.distill.preflight import look
 from hymba_tune.distill.rows import AlignedData, named, read_rows
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import same_tokenizer
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, smaller_than
 from hymba_tune.distill.trainer import DistillTrainer
@@ -146,7 +153,7 @@ class _Distillation:
         assert pair
         vocabulary = setup.model_config.vocab_size
         with screen.working("loading the teacher"):
-            maker = target_maker(config, data.rows, pair, self._found, vocabulary=vocabulary, device=setup.device)
+            maker = load_target_maker(config, data.rows, pair, self._found, vocabulary=vocabulary, device=setup.device)
         with screen.working("asking the teacher about a few rows"):
             found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
         lines = found.lines()

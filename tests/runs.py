@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import trl
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,6 +70,31 @@ def run(config: SFTConfig, screen: Screen | None = None, *, report: bool = False
     drawn = nullcontext() if report else patch("hymba_tune.report.write_report")
     with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS), drawn:
         return run_sft(config, screen or Screen())
+
+
+def one_plain_step(folder: Path, *, batch_size: int, grad_accum: int, **changes: Any) -> trl.SFTConfig:
+    """TRL's settings for one step of plain gradient descent, which moves each weight by its gradient."""
+    return trl.SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=grad_accum,
+        max_length=64,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        save_strategy="no",
+        activation_checkpointing=False,
+        eval_packing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        **changes,
+    )
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

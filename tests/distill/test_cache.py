@@ -22,9 +22,9 @@ import torch
 from hymba_tune.distill import cache
 from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.cache import TargetCache, check_key, encode, fill, is_full, key_digest
-from hymba_tune.distill.capturing import Kept, Taught
 from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import COLUMNS
+from hymba_tune.distill.target_maker import Kept, Taught
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT

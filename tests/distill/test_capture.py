@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from hymba_tune.config import DistillCaptureConfig
-from hymba_tune.distill import capture as capturing
+from hymba_tune.distill import capture
 from hymba_tune.distill.alignment import AlignmentReport
 from hymba_tune.distill.capture import open_teacher, pair_of, run_capture
-from hymba_tune.distill.capturing import Kept
 from hymba_tune.distill.preflight import Preflight, check_aligned
+from hymba_tune.distill.target_maker import Kept
 from hymba_tune.distill.teacher import FoundTeacher, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.train.screen import Screen
@@ -132,8 +132,8 @@ def test_small_disk_is_said_before_the_pass(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(capturing.shutil, "disk_usage", lambda _: usage(10))
-    monkeypatch.setattr(capturing, "fill", Mock(side_effect=AssertionError("the pass has begun")))
+    monkeypatch.setattr(capture.shutil, "disk_usage", lambda _: usage(10))
+    monkeypatch.setattr(capture, "fill", Mock(side_effect=AssertionError("the pass has begun")))
     with pytest.raises(ConfigError, match=r"its disk has 0\.0 GB free(.|\n)*for the teacher's targets(.|\n)*--top-k"):
         run_capture(settings(teacher, questions, teacher_cache=tmp_path / "targets"), Screen())
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from hymba_tune.data import Conversation, Message
 from hymba_tune.distill import chunks
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.capturing import Kept, TargetMaker, Taught
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.projection import Projection, find_places
 from hymba_tune.distill.tables import build_tables, count_first_pieces
+from hymba_tune.distill.target_maker import Kept, TargetMaker, Taught
 from hymba_tune.distill.teacher import ModelTeacher
 from tests.distill.teachers import random_model, tokenizer_size
 from tests.distill.tokenizers import ALL

@@ -9,25 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-import trl
+from datasets import Dataset
 from torch import Tensor
 
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.distill.capturing import TargetMaker
 from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.matching import HiddenMatch
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
 from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
 from tests.distill.teachers import random_model, save_teacher
 from tests.distill.test_rows import quiet
+from tests.runs import one_plain_step
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 CPU = torch.device("cpu")
@@ -94,27 +95,6 @@ def trainer(
         match: HiddenMatch | None = None,
         **changes: Any,
     ) -> DistillTrainer:
-        args = trl.SFTConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            gradient_accumulation_steps=grad_accum,
-            max_length=64,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=1e9,
-            logging_steps=1,
-            save_strategy="no",
-            activation_checkpointing=False,
-            eval_packing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            **changes,
-        )
         return DistillTrainer(
             lessons=lessons or Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
@@ -122,7 +102,7 @@ def trainer(
             match=match,
             match_weight=0.5,
             model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
-            args=args,
+            args=one_plain_step(tmp_path, batch_size=batch_size, grad_accum=grad_accum, **changes),
             train_dataset=data.train,
             eval_dataset=data.train,
             processing_class=load_tokenizer(small_model),
@@ -273,6 +253,22 @@ def test_own_answers_are_judged_by_the_teacher_alone(
     assert mixed.tokens - alone.tokens == (shared if loss == "uld" else len(fit._own[0].student))
 
 
+@pytest.fixture
+def beside(questions: Path, alike: ModelTeacher, tmp_path: Path) -> Callable[[float], tuple[Dataset, Lessons]]:
+    """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
+
+    def make(temperature: float) -> tuple[Dataset, Lessons]:
+        pair = make_pair(alike.tokenizer, alike.tokenizer)
+        options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
+        rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
+        maker = TargetMaker.of(
+            alike, pair, None, vocabulary=4096, top_k=4, temperature=temperature, device=CPU, tables_dir=tmp_path
+        )
+        return rows, Lessons(Shape(temperature, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+
+    return make
+
+
 def p_and_q(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return (teacher / TEMPERATURE).softmax(-1), (student / TEMPERATURE).softmax(-1)
 
@@ -301,20 +297,10 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
 def test_whole_vocabularies_are_compared(
-    losses: list[str],
-    trainer: Callable[..., DistillTrainer],
-    questions: Path,
-    alike: ModelTeacher,
-    tmp_path: Path,
+    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, Lessons]]
 ) -> None:
     """With one tokenizer every learned token has the teacher's at the same place."""
-    pair = make_pair(alike.tokenizer, alike.tokenizer)
-    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
-    rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
-    maker = TargetMaker.of(
-        alike, pair, None, vocabulary=4096, top_k=4, temperature=TEMPERATURE, device=CPU, tables_dir=tmp_path
-    )
-    lessons = Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+    rows, lessons = beside(TEMPERATURE)
     fit = trainer(losses=dict.fromkeys(losses, 0.5), lessons=lessons)
     total, count, model = torch.zeros(()), 0, fit.model
     teacher = random_model("llama", 4096)
@@ -339,18 +325,13 @@ def test_whole_vocabularies_are_compared(
 def test_hidden_states_are_drawn_to_the_teachers(
     kind: Any,
     trainer: Callable[..., DistillTrainer],
-    questions: Path,
+    beside: Callable[[float], tuple[Dataset, Lessons]],
     alike: ModelTeacher,
-    tmp_path: Path,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
-    pair = make_pair(alike.tokenizer, alike.tokenizer)
-    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
-    rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
-    maker = TargetMaker.of(alike, pair, None, vocabulary=4096, top_k=4, temperature=1, device=CPU, tables_dir=tmp_path)
     match = HiddenMatch((32, 3), (24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
-    lessons = Lessons(Shape(1.0, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+    rows, lessons = beside(1.0)
     fit = trainer(losses=LOSSES["ce"], lessons=lessons, match=match)
     batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
     found = fit._losses(fit.model, batch)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import PeftModel
 
@@ -18,6 +17,7 @@ from hymba_tune.data import build_dataset, open_sources
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.trainer import HymbaTrainer
 from tests.adapters.small import config_for
+from tests.runs import one_plain_step
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 
@@ -36,28 +36,8 @@ def trainer(small_model: Path, data: Dataset, tmp_path: Path) -> Callable[..., H
         model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu"))
         if adapted:
             model = add_adapter(model, config_for(model), ["all"])
-        args = trl.SFTConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            gradient_accumulation_steps=grad_accum,
-            max_length=64,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=1e9,
-            logging_steps=1,
-            save_strategy="no",
-            activation_checkpointing=False,
-            dataset_kwargs={"skip_prepare_dataset": not changes.get("packing")},
-            eval_packing=False,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            **changes,
-        )
+        skipped = {"skip_prepare_dataset": not changes.get("packing")}
+        args = one_plain_step(tmp_path, batch_size=batch_size, grad_accum=grad_accum, dataset_kwargs=skipped, **changes)
         return HymbaTrainer(
             model=model,
             args=args,
