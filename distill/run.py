@@ -13,8 +13,7 @@ import trl
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from hymba_tune.adapters import short_count
-from hymba_tune.checkpoint import check_length, choose_dtype
+from hymba_tune.checkpoint import choose_dtype
 from hymba_tune.config import DistillConfig, as_mapping
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder, open_sources
@@ -49,6 +48,7 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
+from hymba_tune.train.sft import data_of
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
 """Losses that compare the same tokens on both sides."""
@@ -107,13 +107,7 @@ class _Distillation:
                 device=setup.device,
                 screen=screen,
             )
-        report = data.report
-        warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
-        summary = [
-            f"{report.conversations + report.texts:,} {'conversations' if report.conversations else 'texts'}",
-            f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
-        ]
-        return Data(data.train, data.held_out, report, summary, data.prompts, warning)
+        return data_of(setup, data.train, data.held_out, data.report, data.prompts)
 
     def _written(self, setup: Setup, screen: Screen) -> Path | None:
         """The data with the teacher's answers, if it is to write them."""
