@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from typing import Annotated, Any
 
@@ -37,7 +39,11 @@ def measure(
 
     quiet_libraries()
     flags.model = model
-    found = evaluate(flags, (Screen() if as_json else RichScreen()).working)
+    if as_json:
+        with contextlib.redirect_stdout(io.StringIO()):  # libraries' words are not JSON
+            found = evaluate(flags, Screen().working)
+    else:
+        found = evaluate(flags, RichScreen().working)
     save(found)
     run = run_of(flags)
     if run:

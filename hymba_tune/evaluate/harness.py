@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -27,8 +27,13 @@ from hymba_tune.generate import Sampling, Writing, write_texts
 
 LONGEST_ANSWER = 256
 """Tokens of an answer where a task does not say."""
+RESAMPLED = 1000
+"""How often a standard error is drawn where no formula gives it; a mean has one."""
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """lm-eval's own text of it, the tokens that are only read, and those that are scored."""
+
+# lm-eval asks git for the commit of the user's own folder, and git complains on the screen where there is none.
+evaluator.get_git_commit_hash = lambda: None
 
 
 class HymbaLM(TemplateLM):
@@ -206,13 +211,13 @@ def run_tasks(
     """Evaluate a model on tasks.
 
     Returns:
-        What each task, or group of them, measured.
+        What each task, or group of them, measured; ``acc`` has its standard error in ``acc_stderr``.
 
     Raises:
         DataError: If lm-eval refuses.
     """
     with _theirs(names):
-        found = simple_evaluate(
+        found = evaluator.simple_evaluate(
             lm,
             tasks=list(names),
             task_manager=manager,
@@ -221,7 +226,7 @@ def run_tasks(
             apply_chat_template=as_chat,
             fewshot_as_multiturn=as_chat,
             log_samples=False,
-            bootstrap_iters=0,
+            bootstrap_iters=RESAMPLED,
         )
     return {task: _measures(values) for task, values in (found or {}).get("results", {}).items()}
 
@@ -241,10 +246,12 @@ def _theirs(names: Sequence[str]) -> Iterator[None]:
 
 
 def _measures(values: dict[str, Any]) -> dict[str, float]:
-    """Numbers by name: ``acc,none`` is called acc, other filters keep theirs."""
-    named = {name.removesuffix(",none"): value for name, value in values.items() if "," in name}
-    return {
-        name.replace(",", " "): float(value)
-        for name, value in named.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """Numbers by name: ``acc,none`` is called acc, other filters keep theirs, before what marks a standard error."""
+    found = {}
+    for key, value in values.items():
+        measure, comma, kept = key.partition(",")
+        if comma and isinstance(value, int | float) and not isinstance(value, bool):
+            name = measure.removesuffix("_stderr")
+            called = name if kept == "none" else f"{name} {kept}"
+            found[called + measure.removeprefix(name)] = float(value)
+    return found

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.data import with_chat_template
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.evaluate.harness import HymbaLM, find_tasks, run_tasks
+from hymba_tune.evaluate.harness import HymbaLM, _measures, find_tasks, run_tasks
 from hymba_tune.registry import resolve_model
 
 PAIRS = [
@@ -108,9 +108,15 @@ def test_a_folder_of_tasks_runs_offline(pair: tuple[HymbaLM, Any], tasks: Path) 
     assert names == ["animals"]
     settings: dict[str, Any] = {"fewshot": 0, "limit": 2, "as_chat": False}
     ours, theirs = (run_tasks(lm, names, manager, **settings)["animals"] for lm in pair)
-    assert ours.keys() >= {"acc", "acc_norm"}
+    assert ours.keys() >= {"acc", "acc_stderr", "acc_norm"}
     assert ours == theirs
     assert run_tasks(pair[0], names, manager, fewshot=1, limit=None, as_chat=True)["animals"].keys() == ours.keys()
+
+
+def test_standard_errors_stand_beside_their_measures() -> None:
+    given = {"acc,none": 0.5, "acc_stderr,none": 0.1, "match,strict": 1, "match_stderr,strict": 0.2, "alias": "x"}
+    found = {"acc": 0.5, "acc_stderr": 0.1, "match strict": 1.0, "match strict_stderr": 0.2}
+    assert _measures(given | {"bleu_stderr,none": "N/A"}) == found
 
 
 def test_tasks_by_name(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hymba_tune.adapters import open_model
 from hymba_tune.config import ChatConfig, ExportConfig
@@ -197,3 +198,34 @@ def test_data_is_pulled(hub: Hub, questions: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "24 I see one cats. What do I see? me/rows, row 1"
+
+
+TASK = """
+from hymba_tune.cli.main import main
+main(["eval", "hymba-nano", "--tasks", "arc_easy", "--json"])
+"""
+
+
+@pytest.mark.slow
+def test_a_packaged_task_is_pulled_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    """Slow: lm-eval lists thousands of tasks first."""
+    choices = {"text": ["a stone", "a dog"], "label": ["A", "B"]}
+    rows = [{"id": str(n), "question": f"Animal {n}?", "choices": choices, "answerKey": "B"} for n in range(8)]
+    splits = ("train", "validation", "test")
+    parts = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+    card = f"---\n{yaml.safe_dump({'configs': [{'config_name': 'ARC-Easy', 'data_files': parts}]})}---\n"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {"README.md": card.encode()} | {f"{split}.jsonl": lines for split in splits}
+    hub.repositories["allenai/ai2_arc"] = Repository(branches={"main": files})
+    here = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        [sys.executable, "-c", TASK],
+        cwd=tmp_path,
+        env=os.environ | here,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fatal" not in done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert model["tasks"]["arc_easy"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
