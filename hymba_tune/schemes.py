@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -110,6 +111,13 @@ def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig.from_dict(said)
 
 
+def scheme_of(config: BitsAndBytesConfig) -> Scheme:
+    """The scheme that a configuration of bitsandbytes asks for."""
+    from hymba_tune.config import Scheme
+
+    return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
+
+
 def quantised(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:
     """The layers of an unquantised model that a configuration has quantised, by their names."""
     kept = config.llm_int8_skip_modules or get_keys_to_not_convert(model)
@@ -163,7 +171,7 @@ def _without_weights(model_config: Any) -> PreTrainedModel:
 
 
 def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a model that was just loaded compute as it should; one that is not quantised stays as it is.
+    """Make a model that was just loaded compute and be written as it should; one that is not quantised stays as it is.
 
     Args:
         model: Changed in place.
@@ -175,3 +183,8 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             # gradients are then wrong without an error.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype
+    if getattr(model, "is_quantized", False):
+        # What transformers put a stored weight together with has no way back, and a model that was read could not be
+        # written. Written as they are, its parts are those that were read.
+        made: list[Any] = model._weight_conversions or []
+        model._weight_conversions = [one for one in made if not isinstance(one, WeightConverter)]

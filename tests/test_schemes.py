@@ -15,8 +15,7 @@ from hymba_tune.checkpoint import check_weights, load_config, load_weights
 from hymba_tune.config import Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import ModelSource
-from hymba_tune.schemes import KEPT, quantization, stored_bytes, stored_quantization
-from hymba_tune.train.setup import scheme_of
+from hymba_tune.schemes import KEPT, quantization, scheme_of, stored_bytes, stored_quantization
 from tests.adapters.small import config_for
 from tests.runs import SMALL, rewrite, tensors
 from tests.tiny import random_texts, tiny_model

@@ -21,6 +21,7 @@ from hymba_tune.config.base import (
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
 from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
+from hymba_tune.config.quantize import QuantizeConfig
 from hymba_tune.config.verbs import (
     DoctorConfig,
     DPOConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "ModelOptions",
     "OnBadRow",
     "PreferenceConfig",
+    "QuantizeConfig",
     "Reference",
     "SFTConfig",
     "Scheme",

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hymba_tune import __version__
-from hymba_tune.config import ExportConfig
+from hymba_tune.config import ExportConfig, Scheme
 from hymba_tune.data.readers import KINDS, kind
 from hymba_tune.errors import ConfigError
 from hymba_tune.hub.lineage import CARD, Lineage
@@ -21,7 +21,7 @@ PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "ke
 HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
 CODE = {
     "kit": """\
-With torch and transformers 5, on a CPU or a GPU; the code beside the weights is hymba-tune's (Apache-2.0):
+With {needs}, on a CPU or a GPU; the code beside the weights is hymba-tune's (Apache-2.0):
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,7 +53,9 @@ model = PeftModel.from_pretrained(model, "{name}")
 }
 
 
-def write_card(folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str) -> None:
+def write_card(
+    folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str, scheme: Scheme | None = None
+) -> None:
     """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
 
     Args:
@@ -62,16 +64,18 @@ def write_card(folder: Path, name: str, lineage: Lineage, config: ExportConfig, 
         lineage: Where it comes from.
         config: How it is exported.
         size: Its parameters and number format, in words.
+        scheme: In which its weights are stored, if in fewer bits.
     """
-    head = {name: value for name, value in _head(lineage, config).items() if value}
-    code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base)
+    head = {name: value for name, value in _head(lineage, config, scheme).items() if value}
+    needs = "torch, transformers 5, accelerate and bitsandbytes" if scheme else "torch and transformers 5"
+    code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
     what = "An adapter for" if config.adapter_only else "Made from"
     lines = [
         *("---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---"),
         *("", f"# {name.rpartition('/')[2]}", ""),
         f"{what} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
         "([arXiv 2411.13676](https://arxiv.org/abs/2411.13676)).",
-        *("", f"{size}.", "", "## Use", "", code),
+        *("", f"{size}, quantised to {scheme} by bitsandbytes." if scheme else f"{size}.", "", "## Use", "", code),
         f"With hymba-tune: `hymba-tune chat {name}`",
     ]
     for number, run in enumerate(lineage.runs):
@@ -104,14 +108,14 @@ def check_publishable(lineage: Lineage) -> None:
         )
 
 
-def _head(lineage: Lineage, config: ExportConfig) -> dict[str, Any]:
+def _head(lineage: Lineage, config: ExportConfig, scheme: Scheme | None) -> dict[str, Any]:
     """What the Hub reads."""
-    relation = "adapter" if config.adapter_only else "finetune"
+    relation = "adapter" if config.adapter_only else "quantized" if scheme else "finetune"
     data = (name for run in lineage.runs for name in run.settings.get("data", []))
     return {
         **lineage.licence,
         "base_model": lineage.base,
-        "base_model_relation": relation if lineage.base and lineage.runs else None,
+        "base_model_relation": relation if lineage.base and (lineage.runs or scheme) else None,
         "library_name": "peft" if config.adapter_only else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data if _on_the_hub(name))),  # type: ignore[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters import base_of, load_adapter, open_model, short_count, weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, load_weights
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import ExportConfig
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
@@ -22,9 +21,10 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
-from hymba_tune.hub.layout import write_model, write_tokenizer
+from hymba_tune.hub.layout import write_tokenizer
 from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
 from hymba_tune.hub.push import Target, check_target, push
+from hymba_tune.hub.writing import usual_folder, write_checked
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
 
 
@@ -69,7 +69,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
             Lineage(said.get("base_model"), {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)})
         )
     else:
-        folder = config.out or Path("exports") / source.name.rpartition("/")[2].replace("@", "-")
+        folder = config.out or usual_folder(source)
         difference = _export(config, source, folder, working)
     address = None
     if target is not None:
@@ -116,23 +116,19 @@ def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
 def _write_whole(
     config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
 ) -> tuple[float, str]:
-    """Write a whole model, and read it again. The two are never in memory together."""
+    """Write a whole model, and read it again."""
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     tokenizer = with_chat_template(load_tokenizer(source.folder))
-    with working("loading the weights"):
-        model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
-    size = f"{short_count(model.num_parameters())} parameters in {str(dtype).removeprefix('torch.')}"
-    with working("writing"):
-        meant = sample_logits(model, tokenizer)
-        write_model(model, tokenizer, folder, config.format, lineage.base)
-    del model
-    gc.collect()
-    with working("reading it again"):
-        again = load_weights(ModelSource(source.name, folder), dtype=dtype, device=device)
-        check_tokens(load_tokenizer(folder), tokenizer, folder)
-        return check_logits(sample_logits(again, tokenizer), meant, folder), size
+
+    def make() -> PreTrainedModel:
+        with working("loading the weights"):
+            return open_model(source, dtype=dtype, device=device)
+
+    written = write_checked(make, tokenizer, folder, layout=config.format, base=lineage.base, working=working)
+    count = short_count(written.model.num_parameters())
+    return written.difference, f"{count} parameters in {str(dtype).removeprefix('torch.')}"
 
 
 def _write_adapter(

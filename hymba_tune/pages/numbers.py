@@ -11,8 +11,10 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in units of 2**30, with the digits that matter: ``0.62 GB``, ``8.9 GB``."""
+    """Bytes in units of 2**30, with the digits that matter: ``0.62 GB``, ``8.9 GB``; in 2**20 if few: ``6.5 MB``."""
     size = count / 2**30
+    if size < 0.1:
+        return f"{1024 * size:.1f} MB"
     return f"{size:.{2 if size < 1 else 1}f} GB"
 
 

@@ -30,7 +30,7 @@ from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
-from hymba_tune.schemes import quantization, stored_quantization
+from hymba_tune.schemes import quantization, scheme_of, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 from hymba_tune.train.tracking import check_trackers
@@ -179,11 +179,6 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
             "PEFT cannot take apart for it.",
             fix="--method lora",
         )
-
-
-def scheme_of(config: BitsAndBytesConfig) -> Scheme:
-    """The scheme that a configuration of bitsandbytes asks for."""
-    return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
 def _continues(config: TrainingConfig) -> bool:

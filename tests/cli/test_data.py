@@ -146,5 +146,5 @@ def test_wrong_words_get_an_answer(command: Command, good: str) -> None:
 def test_clear_empties_the_cache(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (cache_folder() / "entry").mkdir(parents=True)
-    assert command("data", "clear").out == f" 1 entry, 0.00 GB removed from {cache_folder()}\n"
+    assert command("data", "clear").out == f" 1 entry, 0.0 MB removed from {cache_folder()}\n"
     assert not list(cache_folder().iterdir())

@@ -14,8 +14,10 @@ from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import ExportConfig
 from hymba_tune.data import Conversation, Message, encode_prompt, with_chat_template
 from hymba_tune.hub import export
+from tests.cli.conftest import Command
 from tests.hub.elsewhere import Elsewhere
 from tests.hub.silent import silent
+from tests.runs import run, settings
 
 PROMPTS = [" Two spaces  and a line\n", "Hello", "naïve ☃ </s> x = [1, 2]"]
 PROGRAM = """
@@ -24,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 folder, *prompts = sys.argv[1:]
-assert not [name for name in ("hymba_tune", "peft", "trl", "accelerate", "datasets") if find_spec(name)]
+assert not [name for name in ("hymba_tune", "peft", "trl", "datasets") if find_spec(name)]
 
 import torch
 from safetensors.torch import save_file
@@ -42,8 +44,9 @@ backends = sys.modules[type(model).__module__.rpartition(".")[0] + ".backends"]
 taken = {name: choice.taken for name, choice in backends.survey(backends.Task("cpu", torch.float32)).items()}
 save_file({"logits": logits, "written": written}, "result.safetensors")
 print(json.dumps({"ids": tokenizer(prompts)["input_ids"], "chat": chat["input_ids"], "taken": taken}))
-model.save_pretrained("again")  # as one who goes on training it there does
-assert AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).config.auto_map
+if not hasattr(model.config, "quantization_config"):  # transformers cannot write such a model again
+    model.save_pretrained("again")  # as one who goes on training it there does
+    assert AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).config.auto_map
 """
 
 
@@ -76,3 +79,28 @@ def test_opens_with_torch_and_transformers_alone(
     found = load_file(elsewhere.folder / "result.safetensors")
     assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)
+
+
+def test_nano_is_trained_merged_quantised_exported_and_talks_elsewhere(
+    command: Command, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(settings(Path("hymba-nano"), questions, tmp_path / "run", quantize="nf4", steps=2, eval_split=0))
+    for words in (
+        ("merge", "run", "--out", "merged", "--dtype", "float32"),
+        ("quantize", "merged", "--scheme", "nf4", "--out", "small"),
+        ("export", "small", "--out", "mine"),
+    ):
+        done = command(*words)
+        assert done.code == 0, done.err
+    away = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate", "bitsandbytes")
+    said = json.loads(away.run(PROGRAM, tmp_path / "mine", *PROMPTS).splitlines()[-1])
+    found = load_file(away.folder / "result.safetensors")
+
+    tokenizer = load_tokenizer(tmp_path / "mine")
+    model = AutoModelForCausalLM.from_pretrained("mine")  # as it computes there: bitsandbytes may take bfloat16
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(found["logits"], model(**batch).logits, rtol=0, atol=1e-4)
+    assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
+    assert said["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)

@@ -1,0 +1,43 @@
+"""`hymba-tune quantize`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.config import QuantizeConfig
+
+
+def quantize(
+    model: Annotated[str, Parameter(name="MODEL")],
+    /,
+    *,
+    flags: Annotated[QuantizeConfig, Parameter(name="*")] = QuantizeConfig(),  # noqa: B008 (cyclopts reads the default)
+) -> None:
+    """Store a model's weights in fewer bits, a run's with its adapter folded in, and check what was written.
+
+    Example: hymba-tune quantize runs/my-run --scheme nf4 --out my-model-nf4
+
+    The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export.
+
+    Parameters
+    ----------
+    model
+        A run directory, or whatever --model takes.
+    """
+    from hymba_tune.hub import quantize as make
+    from hymba_tune.pages import gigabytes
+
+    quiet_libraries()
+    flags.model = model
+    done = make(flags, RichScreen().working)
+    before, after = gigabytes(done.bytes_before), gigabytes(done.bytes_after)
+    for label, line in (
+        ("quantised", f"{done.folder} (weights {before} → {after})"),
+        ("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"),
+        ("talk to it", f"hymba-tune chat {done.folder}"),
+        ("publish it", f"hymba-tune export {done.folder} --push USER/NAME"),
+    ):
+        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)

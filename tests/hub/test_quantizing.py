@@ -1,0 +1,102 @@
+"""What is written of a quantised model, that it stands wherever a model does, and what is refused before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.adapters import open_model
+from hymba_tune.checkpoint import load_config
+from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.hub import export, quantize
+from hymba_tune.hub.checks import check_sums
+from hymba_tune.quant import quantise
+from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.schemes import quantization, scheme_of, stored_quantization
+from tests.cli.conftest import Command
+from tests.hub.silent import silent
+from tests.runs import same_tensors, tensors
+
+CPU = torch.device("cpu")
+
+
+def quantised(model: Path | str, out: Path, **options: Any) -> Path:
+    done = quantize(QuantizeConfig(model=str(model), out=out, **options), silent)
+    assert done.folder == out
+    assert done.difference == 0
+    assert done.bytes_after < done.bytes_before
+    return out
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_folder_is_whole_and_exported_as_it_is(scheme: Scheme, wide_model: Path, tmp_path: Path) -> None:
+    folder = quantised(wide_model, tmp_path / "one", scheme=scheme)
+    check_sums(folder)
+    stored = stored_quantization(load_config(ModelSource("model", folder)))
+    assert stored is not None
+    assert scheme_of(stored) is scheme
+    assert {"chat_template.jinja", "generation_config.json", "modeling_hymba.py"} <= {f.name for f in folder.iterdir()}
+    assert f"quantised to {scheme} by bitsandbytes" in (folder / "README.md").read_text()
+    # transformers alone cannot write a quantised model that it has read
+    export(ExportConfig(model=str(folder), out=tmp_path / "two"), silent)
+    assert same_tensors(tmp_path / "two", folder)
+
+
+def test_run_is_quantised_with_its_adapter(finished_run: Path, tmp_path: Path) -> None:
+    out = quantised(finished_run, tmp_path / "out", scheme="int8")
+    whole = open_model(resolve_model(str(finished_run)), dtype=torch.float32, device=CPU).eval()
+    meant = quantise(whole, quantization(whole.config, Scheme.int8, torch.float32)).eval()
+    found = open_model(resolve_model(str(out)), dtype=torch.float32, device=CPU).eval()
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(found(ids).logits, meant(ids).logits)
+    assert "held-out loss before" in (out / "README.md").read_text()
+    with pytest.raises(CheckpointError, match=r"out is quantised already, to int8\.(.|\n)*name the model it was"):
+        quantize(QuantizeConfig(model=str(out), out=tmp_path / "again"), silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_to_be_skipped_keeps_its_format(wide_model: Path, tmp_path: Path) -> None:
+    held = tensors(quantised(wide_model, tmp_path / "out", skip=["down_proj", "layers.0.mamba.in_proj"]))
+    plain = {
+        name.removesuffix(".weight") for name, tensor in held.items() if tensor.is_floating_point() and "proj" in name
+    }
+    assert {name for name in plain if name.endswith("down_proj")} == {
+        f"model.layers.{layer}.moe.experts.0.down_proj" for layer in range(3)
+    }
+    assert "model.layers.0.mamba.in_proj" in plain
+    assert "model.layers.1.mamba.in_proj" not in plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"out": "file/out"}, r"--out .*file/out cannot be written"),
+        ({"skip": ["dwn_proj"]}, r"--skip dwn_proj: no linear layer of the model is called so"),
+        ({"device": "cuda:99"}, r"--device cuda:99: this machine has"),
+    ],
+)
+def test_wrong_settings_end_before_the_weights_load(
+    flags: dict[str, Any], message: str, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.hub.quantizing.open_model", lambda *_, **__: pytest.fail("the weights are loaded"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    with pytest.raises(ConfigError, match=message):
+        quantize(QuantizeConfig(model=str(wide_model), **flags), silent)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "exports"] == ["file"]
+
+
+def test_verb_names_its_folder_and_what_it_saved(
+    command: Command, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("quantize", wide_model)
+    assert done.code == 0, done.err
+    assert " quantised  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n" in done.out
+    assert "hymba-tune chat exports/wide-nf4" in done.out
+    refused = command("quantize", wide_model, "--scheme", "nf3")
+    assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")
