@@ -15,7 +15,6 @@ for every piece outside the support. Mass and bucket together are made to sum to
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
@@ -25,10 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.alignment import Alignment, Indices
 from hymba_tune.distill.chunks import Head, expand
 from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
 
+ROWS = 16
+"""Of the teacher's outputs, how many are projected at a time: what fits a processor's cache."""
 FLOOR = 1e-6
 """Mass below which a position has no target: there is nothing left but rounding."""
 
@@ -147,11 +148,17 @@ class Projection:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.vocabulary, self.device = vocabulary, torch.device(device)
-        self._first = _first_pieces(tables, seen, vocabulary, dtype).to(device)
 
         def moved(column: NDArray[Any]) -> Tensor:
             return torch.from_numpy(column).to(device)
 
+        tokens, pieces, shares = _first_pieces(tables, seen)
+        one = np.bincount(tokens)[tokens] == 1
+        begins = np.full(len(tables.first), vocabulary)
+        begins[tokens[one]] = pieces[one]
+        self._begins = moved(begins)  # the piece of each token that has one; else a column that is thrown away
+        self._several_token, self._several_piece = moved(tokens[~one]), moved(pieces[~one])
+        self._several_share = moved(shares[~one]).to(dtype)
         self._after_start, self._exact_start = moved(tables.after_start), moved(tables.exact_start)
         self._after_token, self._after_piece = moved(tables.after_token), moved(tables.after_piece)
         self._exact_token = moved(tables.exact_token)
@@ -174,7 +181,8 @@ class Projection:
         earlier = torch.where(covered, earlier, 1)
         shared, inside = (places.inside == 0).nonzero().squeeze(1), places.inside.nonzero().squeeze(1)
         mass = probs.new_zeros(len(places), self.vocabulary)
-        mass[shared] = (self._first @ probs[places.now[shared]].mT).mT * earlier[shared, None]
+        for part in shared.split(ROWS):
+            mass[part] = self._begin(probs[places.now[part]]).mul_(earlier[part, None])
         bucket = torch.zeros_like(earlier) if cut is None else earlier * cut[places.now]
 
         rows, tokens, pieces = self._entries(inside, places.inside[inside])
@@ -214,6 +222,14 @@ class Projection:
         """
         return self.from_outputs(lambda rows: ((teacher.logits(rows) / temperature).softmax(-1), None), places)
 
+    def _begin(self, probs: Tensor) -> Tensor:
+        """From the probabilities ``(n, V)`` of the teacher's tokens to those of the pieces that they begin with."""
+        mass = probs.new_zeros(len(probs), self.vocabulary + 1)
+        mass.scatter_add_(1, self._begins.expand_as(probs), probs)
+        several = probs.index_select(1, self._several_token).mul_(self._several_share)
+        mass.scatter_add_(1, self._several_piece.expand_as(several), several)
+        return mass[:, : self.vocabulary]
+
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows with their nodes: each entry's row, token and piece."""
         owner, at = expand(self._after_start[nodes].long(), self._after_start[nodes + 1].long())
@@ -225,25 +241,19 @@ class Projection:
         return rows[owner], self._exact_token[at].long()
 
 
-def _first_pieces(tables: Tables, seen: FirstPieces | None, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """A_u for an empty u: a sparse ``(student, teacher)`` matrix whose columns sum to 1, or to 0 without a piece."""
+def _first_pieces(tables: Tables, seen: FirstPieces | None) -> tuple[Indices, Indices, NDArray[np.float64]]:
+    """A_u for an empty u: of each entry its token, ascending, its piece, and the share of that token's mass.
+
+    A token's shares sum to 1; one without a piece has no entry.
+    """
     alone = np.flatnonzero(tables.first >= 0)
     tokens, pieces, counts = alone, tables.first[alone].astype(np.int64), np.ones(len(alone))
     if seen is not None:
         tokens, pieces = np.concatenate([tokens, seen.tokens]), np.concatenate([pieces, seen.pieces])
         counts = np.concatenate([counts, seen.counts])
-    shares = counts / np.bincount(tokens, counts, len(tables.first))[tokens]
-    keys, where = np.unique(pieces * len(tables.first) + tokens, return_inverse=True)
-    rows, columns = np.divmod(keys, len(tables.first))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(np.searchsorted(rows, np.arange(vocabulary + 1))),
-            torch.from_numpy(columns),
-            torch.from_numpy(np.bincount(where, shares)).to(dtype),
-            (vocabulary, len(tables.first)),
-            check_invariants=True,
-        )
+    shares = counts / np.bincount(tokens, counts)[tokens]
+    pairs, where = np.unique(tokens << 32 | pieces, return_inverse=True)
+    return pairs >> 32, pairs & 0xFFFFFFFF, np.bincount(where, shares).astype(np.float64)
 
 
 def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
@@ -252,7 +262,7 @@ def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
 
 def _normalised(mass: Tensor, bucket: Tensor, kept: Tensor, places: Places) -> Target:
     """Mass and bucket as probabilities. A bucket beside a full support stands for nothing, and is left out."""
-    bucket = bucket.masked_fill((mass > 0).all(-1), 0)
+    bucket = bucket.masked_fill(mass.amin(-1) > 0, 0)
     total = mass.sum(-1) + bucket
     reached = mass.gather(1, places.piece[:, None]).squeeze(1) > 0
     known = (total > FLOOR) & (reached | ~places.crossing)

@@ -159,7 +159,7 @@ def test_places_move_between_devices(sample: Sample) -> None:
 def test_from_hidden_states_as_from_probabilities(sample: Sample, temperature: float) -> None:
     """Each output's softmax is computed once, of those that the places ask for."""
     row, projection, places, _ = sample
-    vocabulary = projection._first.shape[1]
+    vocabulary = len(projection._begins)
     hidden, weight = torch.randn(len(row.teacher_ids), 5).double(), torch.randn(vocabulary, 5).double()
     probs = (hidden @ weight.mT / temperature).softmax(-1)
     for chunk in (slice(0, 1), slice(3, 20), slice(None)):
@@ -219,7 +219,7 @@ def test_top_pieces_and_the_rest(sample: Sample) -> None:
 def test_learned_in_chunks_as_at_once(sample: Sample) -> None:
     """From both sides' hidden states to the gradients, cross-entropy where nothing is known."""
     row, projection, places, _ = sample
-    vocabularies = projection.vocabulary, projection._first.shape[1]
+    vocabularies = projection.vocabulary, len(projection._begins)
     ours, theirs = (torch.randn(len(ids), 5).double() for ids in (row.student_ids, row.teacher_ids))
     heads = [torch.randn(size, 5).double() for size in vocabularies]
     student = Head(ours[torch.from_numpy(row.student) - 1].requires_grad_(), heads[0].requires_grad_())
