@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -29,7 +30,7 @@ class RichScreen(Screen):
     """Shows a run on the terminal, 60 columns wide; plain text when it is piped."""
 
     def __init__(self) -> None:
-        self._eval_loss: float | None = None
+        self._eval_losses: dict[str, float] = {}
         self._columns: dict[str, int] = {}
 
     @contextmanager
@@ -63,7 +64,7 @@ class RichScreen(Screen):
         cells = {
             "step": f"{row.step}/{total_steps}",
             "loss": _format(row.loss, ".3f"),
-            "eval": self._trend(row.eval_loss),
+            "eval": "" if row.eval_loss is None else self._trend("", row.eval_loss),
             "margin": _format(margin, ".3f"),
             "acc": _format(accuracy, ".0%"),
             "lr": _format(row.learning_rate, ".1e"),
@@ -72,17 +73,25 @@ class RichScreen(Screen):
             "left": "" if seconds_left is None else _duration(seconds_left),
         }
         console.print("".join(f"{cells[name]:>{width}}" for name, width in self._columns.items()), markup=False)
+        indent = self._columns["step"] + 2
+        for line in _listed((f"{name} {self._trend(name, loss)}" for name, loss in row.source_losses.items()), indent):
+            console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line on its own."""
         console.print(f" {text}", markup=False)
 
-    def _trend(self, eval_loss: float | None) -> str:
-        if eval_loss is None:
-            return ""
-        before, self._eval_loss = self._eval_loss, eval_loss
-        mark = " " if before is None or before == eval_loss else "▼" if eval_loss < before else "▲"
-        return f"{eval_loss:.3f} {mark}"
+    def _trend(self, source: str, loss: float) -> str:
+        before, self._eval_losses[source] = self._eval_losses.get(source, loss), loss
+        mark = " " if before == loss else "▼" if loss < before else "▲"
+        return f"{loss:.3f} {mark}"
+
+
+def _listed(items: Iterable[str], indent: int) -> list[str]:
+    """Items in lines of the terminal's width, none of them torn apart but where it is wider than that."""
+    whole = " · ".join(visible(item).strip().replace(" ", "\xa0") for item in items)
+    lines = textwrap.wrap(whole, console.width - indent, break_on_hyphens=False)
+    return [" " * indent + line.replace("\xa0", " ") for line in lines]
 
 
 def visible(text: str) -> str:

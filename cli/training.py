@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console
+from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import combine
 from hymba_tune.config import TrainingConfig
 
@@ -55,13 +55,16 @@ def _show_result(run: Run) -> None:
         console.print(
             f" held-out loss  {evaluations[0].eval_loss:.3f} → {kept['eval_loss']:.3f} ({where})", markup=False
         )
+        ended = next((row for row in evaluations if row.step == kept["step"]), best)
+        for name, loss in evaluations[0].source_losses.items():
+            if name in ended.source_losses:
+                console.print(f"   {visible(name)}  {loss:.3f} → {ended.source_losses[name]:.3f}", markup=False)
         if best.eval_loss < kept["eval_loss"]:
             console.print(
                 f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
             )
-        accuracy = next((row.eval_accuracy for row in evaluations if row.step == kept["step"]), None)
-        if accuracy is not None:
-            console.print(f" better answer preferred in {accuracy:.0%} of the held-out pairs", markup=False)
+        if ended.eval_accuracy is not None:
+            console.print(f" better answer preferred in {ended.eval_accuracy:.0%} of the held-out pairs", markup=False)
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):

@@ -18,13 +18,13 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from hymba_tune.config import DataOptions, as_mapping
-from hymba_tune.data import Conversation, DataReport, open_sources, sample_prompts
+from hymba_tune.data import DataReport, TrainingData, open_sources, sample_prompts
 from hymba_tune.data.building import IDS, RowKind, build
 from hymba_tune.data.chat import Encoded, fit
 from hymba_tune.data.dataset import fit_reading
 from hymba_tune.data.encoding import ExampleReading, readings
 from hymba_tune.data.sources import Source
-from hymba_tune.data.splitting import split_rows
+from hymba_tune.data.splitting import rows_by_source, split_rows
 from hymba_tune.data.training import Working
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
 from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
@@ -47,25 +47,17 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class AlignedData:
-    """All that a run of distillation reads.
+class AlignedData(TrainingData[DataReport]):
+    """All that a run of distillation reads. The report's fingerprint is of both sides' tokens.
 
     Attributes:
         rows: Every row of ``--data``, held-out ones among them, then of ``--eval-data``; see `alignment`. A row's
             ``row`` is its index here.
-        train: Those to train on, each as often as its source's weight says.
-        held_out: Those to evaluate on, if any.
-        report: What became of ``--data``; its fingerprint is of both sides' tokens.
         alignment: How the two sides' tokens lie to each other.
-        prompts: A few, with the answers that are known.
     """
 
     rows: Dataset
-    train: Dataset
-    held_out: Dataset | None
-    report: DataReport
     alignment: AlignmentReport
-    prompts: list[tuple[Conversation, str]]
 
 
 def alignment(row: Mapping[str, Any]) -> Alignment:
@@ -119,13 +111,15 @@ def read_rows(
         rows, report = builder.build(sources, 0, progress)
     split = split_rows(report.sources, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows)
     train, held_out = (rows.select(part) if len(part) else None for part in split)
+    held_out_sources = rows_by_source(report.sources, split[1])
     if given:
         with working("reading and aligning the evaluation data") as progress:
-            held_out, _ = builder.build(given, len(rows), progress)
+            held_out, given_report = builder.build(given, len(rows), progress)
         held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
+        held_out_sources = rows_by_source(given_report.sources, np.arange(len(held_out)))
         rows = concatenate_datasets([rows, held_out])
     samples = sample_prompts(given or sources, prompts)
-    return AlignedData(rows, train, held_out, report, counts, samples)
+    return AlignedData(train, held_out, held_out_sources, report, samples, rows, counts)
 
 
 def named(sources: Sequence[Source], mapping: Mapping[str, str]) -> list[Source]:

@@ -107,7 +107,7 @@ class _Distillation:
                 device=setup.device,
                 screen=screen,
             )
-        return data_of(setup, data.train, data.held_out, data.report, data.prompts)
+        return data_of(setup, data)
 
     def _written(self, setup: Setup, screen: Screen) -> Path | None:
         """The data with the teacher's answers, if it is to write them."""

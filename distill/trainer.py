@@ -195,17 +195,18 @@ class DistillTrainer(HymbaTrainer):
         self.model.eval()
         names = ["tokens", "bytes", *PARTS]
         total = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
+        own: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2).to(total))
+        for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
                 losses = self._losses(self.model, inputs)
             labels = inputs["labels"]
             size = self._token_bytes.to(labels.device)[labels[labels != IGNORED]].sum()
             known = {"tokens": losses.tokens, "bytes": size, **losses.parts}
             total += torch.stack([torch.as_tensor(known.get(name, 0.0)).to(total) for name in names])
+            own[source] += torch.stack([torch.as_tensor(known[name]).to(total) for name in ("ce", "tokens")])
         sums = dict(zip(names, self.accelerator.reduce(total, "sum").tolist(), strict=True))
         means = self._means({name: value for name, value in sums.items() if value}, f"{metric_key_prefix}_")
-        metrics = {f"{metric_key_prefix}_loss": sums["ce"] / max(sums["tokens"], 1.0)} | means
+        metrics = self.held_out_losses(own, metric_key_prefix) | means
         metrics.pop(f"{metric_key_prefix}_{MORE}{PARTS['ce']}", None)
         if sums["bytes"]:
             metrics[f"{metric_key_prefix}_{MORE}bits_per_byte"] = sums["ce"] / math.log(2) / sums["bytes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -49,6 +50,14 @@ class SourceCounts:
         if self.weight < 1:
             return f"{self.kept:,} rows (× {self.weight:g})"
         return f"{self.kept * self.weight:,.0f} rows ({self.kept:,} × {self.weight:g})"
+
+
+def short_names(sources: Sequence[SourceCounts]) -> list[str]:
+    """What sources are called where there is little room: no two the same."""
+    for names in ([Path(source.name).name for source in sources], [source.name for source in sources]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{source.name} ({number})" for number, source in enumerate(sources, start=1)]
 
 
 @dataclass
@@ -104,7 +113,8 @@ class DataReport:
         """How many rows each source gives, in words; nothing if there is but one, taken as it is."""
         if len(self.sources) == 1 and self.sources[0].weight == 1:
             return ""
-        return " · ".join(f"{Path(source.name).name} {source.share()}" for source in self.sources)
+        named = zip(short_names(self.sources), self.sources, strict=True)
+        return " · ".join(f"{name} {source.share()}" for name, source in named)
 
     def counts(self) -> dict[str, Any]:
         """The report without the list of dropped rows, for ``run.json``."""

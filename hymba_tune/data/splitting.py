@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hymba_tune.data.report import SourceCounts
+from hymba_tune.data.report import SourceCounts, short_names
 from hymba_tune.errors import DataError
 
 
@@ -68,3 +68,15 @@ def first_rows(sources: Sequence[SourceCounts], max_rows: int) -> np.ndarray:
         left -= taken[index]
     starts = np.cumsum([0, *(source.kept for source in sources)])
     return np.concatenate([start + np.arange(count) for start, count in zip(starts, taken, strict=False)])
+
+
+def rows_by_source(sources: Sequence[SourceCounts], rows: np.ndarray) -> dict[str, int]:
+    """How many rows are of each source, in their order; those of which there are none are left out.
+
+    Args:
+        sources: What each gave, in the order of the rows.
+        rows: Indices of some, ascending.
+    """
+    ends = np.cumsum([source.kept for source in sources])
+    counts = np.diff(np.searchsorted(rows, ends), prepend=0).tolist()
+    return {name: count for name, count in zip(short_names(sources), counts, strict=True) if count}

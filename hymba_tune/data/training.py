@@ -21,7 +21,7 @@ from hymba_tune.data.mixes import open_sources
 from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, sample_preferred
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
-from hymba_tune.data.splitting import first_rows, split_rows
+from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Shows what is being done; what it gives is called with the number of rows done."""
@@ -35,12 +35,14 @@ class TrainingData(Generic[D]):
     Attributes:
         train: Rows to train on.
         held_out: Rows to evaluate on, source by source, if any.
+        held_out_sources: How many of them are of each source, in their order.
         report: What became of the rows to train on.
         prompts: What comes before an answer, and that answer.
     """
 
     train: Dataset
     held_out: Dataset | None
+    held_out_sources: dict[str, int]
     report: D
     prompts: list[tuple[Conversation, str]]
 
@@ -120,15 +122,15 @@ def _read(
             held_out_of, given_report = build(given, progress=progress)
         counts = given_report.sources
         held_out = first_rows(counts, most)
+    held_out_sources = rows_by_source(counts, held_out)
     if shuffled:
-        random, ends = np.random.default_rng(seed), np.cumsum([source.kept for source in counts])
+        random, ends = np.random.default_rng(seed), np.cumsum(list(held_out_sources.values()))
         train = random.permutation(train)
-        held_out = np.concatenate(
-            [random.permutation(part) for part in np.split(held_out, np.searchsorted(held_out, ends))]
-        )
+        held_out = np.concatenate([random.permutation(part) for part in np.split(held_out, ends)])
     return TrainingData(
         rows.select(train),
         held_out_of.select(held_out) if len(held_out) else None,
+        held_out_sources,
         report,
         sample(given or sources, prompts, as_mapping(options.map)),
     )

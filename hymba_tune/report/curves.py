@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -15,8 +15,12 @@ from hymba_tune.report.record import RunRecord
 
 FEW = 40
 """Up to so many points each is marked."""
-LINES = (("first", "-", "o"), ("second", "--", "s"), ("third", "-.", "^"), ("fourth", ":", "D"))
-"""How the curves of several runs are told apart, also in grey."""
+COLOURS = ("first", "second", "third", "fourth")
+LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
+"""How curves on the same axes are told apart, also in grey."""
+MOST_SOURCES = 8
+LABEL = 18
+"""Characters of a source's name in a plot."""
 
 
 def loss_plot(record: RunRecord) -> Plot | None:
@@ -32,8 +36,8 @@ def loss_picture(record: RunRecord) -> tuple[str, bytes] | None:
 
 def other_plots(record: RunRecord) -> list[Plot]:
     """A plot for everything else that the run measured."""
-    names = sorted(record.measures, key=order)
-    plots = [_with_held_out(record, name) for name in names if name != "loss"]
+    names = sorted((name for name in record.measures if name.partition("/")[0] != "loss"), key=order)
+    plots = [_by_source(record), *(_with_held_out(record, name) for name in names)]
     return [drawn for drawn in plots if drawn is not None]
 
 
@@ -55,6 +59,22 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
             title = f"Held-out {kind.title[0].lower()}{kind.title[1:]}" if held_out else kind.title
             plots.append(_overlaid(title, kind, curves))
     return plots
+
+
+def _by_source(record: RunRecord) -> Plot | None:
+    """The held-out loss of each source; None where there is but one."""
+    curves = record.source_losses
+    title = "Held-out loss by source"
+    if len(curves) > MOST_SOURCES:
+        title += f" (the first {MOST_SOURCES} of {len(curves)})"
+    shown = dict(islice(zip(_labels(curves), curves.values(), strict=True), MOST_SOURCES))
+    return _overlaid(title, measure("loss", record.verb), shown, columns=2) if curves else None
+
+
+def _labels(names: Iterable[str]) -> list[str]:
+    """Names so short that there is room for two beside each other, and no two the same."""
+    labels = [name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}" for name in names]
+    return labels if len(set(labels)) == len(labels) else [f"{i} {label}" for i, label in enumerate(labels, start=1)]
 
 
 def _with_held_out(record: RunRecord, name: str) -> Plot | None:
@@ -91,13 +111,17 @@ def _drawing(record: RunRecord, name: str) -> tuple[str, str, Callable[[Axes], N
     return kind.title, f"{kind.title}: {'; '.join(said)}.", draw
 
 
-def _overlaid(title: str, kind: Measure, curves: Mapping[str, tuple[list[int], list[float]]]) -> Plot:
+def _overlaid(
+    title: str, kind: Measure, curves: Mapping[str, tuple[list[int], list[float]]], *, columns: int = 4
+) -> Plot:
     def draw(axes: Axes) -> None:
-        for (letter, curve), (colour, dashes, marker) in zip(curves.items(), cycle(LINES), strict=False):
+        for number, (letter, curve) in enumerate(curves.items()):
+            turn, place = divmod(number, len(COLOURS))
+            colour, (dashes, marker) = COLOURS[place], LINES[(place + turn) % len(LINES)]
             if curve[0]:
                 _line(axes, curve, kind, color=LIGHT[colour], linestyle=dashes, marker=marker, label=letter)
         _axes(axes, kind)
-        _legend(axes)
+        _legend(axes, columns)
 
     said = "; ".join(_said(kind, curve, letter) for letter, curve in curves.items() if curve[0])
     return plot(title, f"{title}: {said}.", draw)
@@ -129,10 +153,10 @@ def _axes(axes: Axes, kind: Measure, *, zero: bool = False) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int = 4) -> None:
     """Above the curves, where it hides none."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, columnspacing=1.2, handlelength=2, borderpad=0.2
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, handlelength=2, borderpad=0.2
     )
 
 

@@ -55,13 +55,18 @@ KNOWN = {
 def order(name: str) -> float:
     """Where a measure stands among the others: those nobody described after the loss, before the machine's."""
     names = list(KNOWN)
-    if name == "loss":
+    if name.partition("/")[0] == "loss":
         return -1
     return names.index(name) if name in names else names.index("learning_rate") - 0.5
 
 
 def measure(name: str, verb: str | None) -> Measure:
-    """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name."""
-    if name == "loss":
-        return Measure("Loss", "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
+    """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name.
+
+    The held-out loss of one source of several is ``loss/`` and its name.
+    """
+    what, _, source = name.partition("/")
+    if what == "loss":
+        title = f"Loss on {source}" if source else "Loss"
+        return Measure(title, "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

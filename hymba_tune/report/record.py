@@ -92,6 +92,12 @@ class RunRecord:
         return [step for step, _ in known], [value for _, value in known]
 
     @property
+    def source_losses(self) -> dict[str, tuple[list[int], list[float]]]:
+        """The series of the held-out loss of each source, by its name, where there are several."""
+        names = [name.removeprefix("loss/") for name in self.measures if name.startswith("loss/")]
+        return {name: self.series(f"eval_loss/{name}") for name in names}
+
+    @property
     def last_step(self) -> int:
         """As far as it got."""
         return int(max((row["step"] for row in self.rows), default=0))

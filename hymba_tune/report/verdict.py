@@ -68,6 +68,13 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
             f"After step {steps[best]:,} the held-out loss rose again, to {last:.3f}: the run went on to learn its "
             "training data by heart. Fewer --epochs, a lower --lr, or more data."
         )
+    worse = [
+        f"{name} {curve[0]:.3f} → {curve[best]:.3f}"
+        for name, (_, curve) in record.source_losses.items()
+        if curve[best] > WORSE * curve[0]
+    ]
+    if better and worse:
+        notes.append(f"Not on every source: the held-out loss rose on {', '.join(worse)}.")
     figures = [
         ("held-out loss before", f"{first:.3f}", kind.unit),
         ("best", f"{losses[best]:.3f}", f"step {steps[best]:,}"),

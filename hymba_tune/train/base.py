@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,11 +24,14 @@ class RunTrainer(Trainer):
 
     Attributes:
         rates: The learning rates, those of the arguments where none are given.
+        held_out_sources: How many of the held-out rows are of each source, in their order; may be left out where there
+            is but one.
         step_batches: Each batch of the step at hand, and its share of the step's loss.
         step_grad_norm: The norm of the step's gradient, before it was clipped.
     """
 
     rates: Rates | None = None
+    held_out_sources: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
@@ -59,6 +64,35 @@ class RunTrainer(Trainer):
             return None
         tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()
         return float(tokens / (len(rows) * self.args.max_length))
+
+    def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The batches of the held-out rows, none of which is of two sources, each with its source's name.
+
+        Args:
+            dataloader: Of all of them.
+        """
+        if len(self.held_out_sources) < 2:
+            yield from (("", self._prepare_inputs(batch)) for batch in dataloader)
+            return
+        start = 0
+        for name, count in self.held_out_sources.items():
+            rows = self.eval_dataset.select(range(start, start + count))
+            yield from ((name, self._prepare_inputs(batch)) for batch in self.get_eval_dataloader(rows))
+            start += count
+
+    def held_out_losses(self, sums: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+        """The mean loss on held-out rows and, where there are several sources, on those of each; by its logged names.
+
+        Args:
+            sums: By source ``(2,)``: the summed loss, and what it is a sum of.
+            prefix: What the names begin with.
+        """
+        parts = {name: self.accelerator.reduce(part, "sum").tolist() for name, part in sums.items()}
+        total = [sum(values) for values in zip(*parts.values(), strict=True)]
+        named = {f"{prefix}_loss": total}
+        if len(parts) > 1:
+            named |= {f"{prefix}_loss/{name}": part for name, part in parts.items()}
+        return {name: loss / max(count, 1.0) for name, (loss, count) in named.items()}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -15,7 +15,7 @@ from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.memory import peak_memory
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import OF_SOURCE, Row, Screen
 
 LEAST_RATE = 1e-3
 """Share of its peak that a learning rate must have for every step to be seen in the weights."""
@@ -83,7 +83,11 @@ class Metrics(TrainerCallback):
             tokens_per_s=speed,
             memory_bytes=peak_memory(args.device),
             **{name: logs[key] for key, name in REWARDS.items() if key in logs},
-            more={name.replace(MORE, "", 1): value for name, value in logs.items() if MORE in name},
+            more={
+                name.replace(MORE, "", 1): value
+                for name, value in logs.items()
+                if MORE in name or name.startswith(OF_SOURCE)
+            },
         )
         self._run.log(row)
         left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None

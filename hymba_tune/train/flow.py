@@ -180,7 +180,7 @@ def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, scree
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
     with screen.working("handing the data to the trainer"), quantisation_unseen(model):
         trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
-    trainer.rates = learning_rates(setup)
+    trainer.rates, trainer.held_out_sources = learning_rates(setup), data.held_out_sources
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
     trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))

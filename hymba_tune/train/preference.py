@@ -73,7 +73,7 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
     )
     report = data.report
     warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
-    return Data(data.train, data.held_out, report, _summary(report), data.prompts, warning)
+    return Data(data.train, data.held_out, data.held_out_sources, report, _summary(report), data.prompts, warning)
 
 
 def _summary(report: PreferenceReport) -> list[str]:

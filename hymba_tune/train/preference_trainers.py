@@ -49,26 +49,28 @@ class PreferenceTrainer(RunTrainer):
         """Means over all pairs or answers. TRL's own loop averages batches, however many they hold."""
         del description
         self.model.eval()
+        losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
         sums: dict[str, float] = defaultdict(float)
         weights: dict[str, float] = defaultdict(float)
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
+        for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs)
             counts = self.counts(inputs)
-            measured = {"loss": loss.item()} | {name: values[-1] for name, values in self._metrics["eval"].items()}
+            losses[source] += torch.tensor([counts["all"] * loss.item(), counts["all"]]).to(losses[source])
+            measured = {name: values[-1] for name, values in self._metrics["eval"].items()}
             self._metrics["eval"].clear()
             for name, value in measured.items():
                 weight = counts.get(name.split("/")[-1], counts["all"])
                 sums[name] += weight * value
                 weights[name] += weight
-        names = sorted(name for name in sums if name == "loss" or name.startswith(EXACT))
+        names = sorted(name for name in sums if name.startswith(EXACT))
         pairs = torch.tensor([[sums[name], weights[name]] for name in names], dtype=torch.float64)
         total = self.accelerator.reduce(pairs.to(self.args.device), "sum").tolist()
         metrics = {name: value / max(weight, 1.0) for name, (value, weight) in zip(names, total, strict=True)}
         if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= self.held_out_losses(losses, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

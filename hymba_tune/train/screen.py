@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+OF_SOURCE = "eval_loss/"
+"""Begins the names of the columns with the held-out losses of several sources, before the source's."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -29,7 +32,8 @@ class Row:
         eval_accuracy: See `eval_margin`.
         eval_chosen_reward: See `eval_margin`.
         eval_rejected_reward: See `eval_margin`.
-        more: Whatever else a kind of training measures, by the names of its columns.
+        more: Whatever else is measured, by the names of its columns: the held-out loss of each source where there are
+            several (`OF_SOURCE`), what one kind of training has of its own.
     """
 
     step: int
@@ -48,6 +52,11 @@ class Row:
     eval_chosen_reward: float | None = None
     eval_rejected_reward: float | None = None
     more: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def source_losses(self) -> dict[str, float]:
+        """Held-out losses by source, where there are several."""
+        return {name.removeprefix(OF_SOURCE): loss for name, loss in self.more.items() if name.startswith(OF_SOURCE)}
 
     def as_columns(self) -> dict[str, Any]:
         """What is known, by column."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,7 +82,8 @@ class Data:
 
     Attributes:
         train: Rows as the kind's trainer takes them.
-        held_out: Such rows to evaluate on, if any.
+        held_out: Such rows to evaluate on, source by source, if any.
+        held_out_sources: How many of them are of each source, in their order.
         report: What became of the rows to train on.
         summary: How much data there is, in words, for the banner.
         prompts: What is answered before and after training, and what the data answers.
@@ -90,6 +92,7 @@ class Data:
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
+    held_out_sources: Mapping[str, int]
     report: DataReport
     summary: list[str]
     prompts: list[tuple[Conversation, str]]

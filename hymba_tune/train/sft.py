@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
 import trl
 from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
-from hymba_tune.data import Conversation, DataReport, read_training_data
+from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.train.flow import train
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.run import Run
@@ -29,23 +28,18 @@ def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
 def _read_data(setup: Setup, screen: Screen) -> Data:
     config = setup.config
     data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=SAMPLES, working=screen.working)
-    return data_of(setup, data.train, data.held_out, data.report, data.prompts)
+    return data_of(setup, data)
 
 
-def data_of(
-    setup: Setup,
-    train: datasets.Dataset,
-    held_out: datasets.Dataset | None,
-    report: DataReport,
-    prompts: list[tuple[Conversation, str]],
-) -> Data:
-    """Conversations and texts as a run works with them, their amount in words; see `Data`."""
+def data_of(setup: Setup, data: TrainingData[DataReport]) -> Data:
+    """Conversations and texts as a run works with them, their amount in words."""
+    report = data.report
     warning = check_length(report.longest, setup.model_config, strict=setup.config.strict_length)
     summary = [
         f"{report.conversations + report.texts:,} {'conversations' if report.conversations else 'texts'}",
         f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
     ]
-    return Data(train, held_out, report, summary, prompts, warning)
+    return Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
 
 
 def _make_trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -35,17 +36,18 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
-        """The mean loss over all learned tokens. Trainer's own loop averages batches, however many tokens they have."""
+        """The mean loss over all learned tokens, and over those of each source.
+
+        Trainer's own loop averages batches, however many tokens they have.
+        """
         del description
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
+        for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(self.model, inputs, num_items_in_batch=1)
-            total += torch.stack([loss.double(), _targets(inputs).double()])
-        loss_sum, tokens = self.accelerator.reduce(total, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1.0)}
+            sums[source] += torch.stack([loss.double(), _targets(inputs).double()])
+        metrics = self.held_out_losses(sums, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
 

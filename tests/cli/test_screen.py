@@ -56,6 +56,22 @@ def test_evaluations_say_whether_it_got_better(capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_losses_of_several_sources_stand_below_their_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    """In as many lines as it takes, none of which tears a name from its loss."""
+    screen = RichScreen()
+    names = [f"source number {i}.jsonl" for i in range(4)]
+    for step, loss in enumerate((2.0, 1.5)):
+        more = {f"eval_loss/{name}": loss + i for i, name in enumerate(names)}
+        screen.row(Row(step, eval_loss=loss, more=more), total_steps=9, seconds_left=None)
+    lines = capsys.readouterr().out.splitlines()
+    below = [line for line in lines if "source" in line]
+    assert max(map(cell_len, below)) <= 80
+    said = " · ".join(line.strip(" ·") for line in below).split(" · ")
+    assert said == [f"{name} {i + 2:.3f}" for i, name in enumerate(names)] + [
+        f"{name} {i + 1.5:.3f} ▼" for i, name in enumerate(names)
+    ]
+
+
 def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
     RichScreen().banner({"data": "word " * 40, "run": "runs/[mine]"})
     lines = capsys.readouterr().out.splitlines()

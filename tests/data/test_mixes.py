@@ -92,6 +92,7 @@ def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrained
     assert len(data.train) == 40
     assert data.held_out is not None
     assert len(data.held_out) == 7
+    assert data.held_out_sources == {"math-test.jsonl": 7}
     assert "math-test question 0" in data.prompts[0][0].messages[0].content
     with pytest.raises(ConfigError, match=rf"--weights beside {mix}, which is a mix"):
         open_sources([str(mix)], [1])

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hymba_tune.data.report import SourceCounts
-from hymba_tune.data.splitting import first_rows, split_rows
+from hymba_tune.data.report import SourceCounts, short_names
+from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
 from hymba_tune.errors import DataError
 
 
@@ -69,3 +69,21 @@ def test_weights_above_one_repeat_rows_that_are_trained_on_only(fraction: float)
 )
 def test_first_rows_are_taken_of_every_source(kept: tuple[int, ...], most: int, taken: list[int]) -> None:
     assert first_rows(of(*kept), most).tolist() == taken
+
+
+def test_rows_are_counted_by_source() -> None:
+    assert rows_by_source(of(3, 0, 4), np.array([0, 2, 3, 5, 6])) == {"a.jsonl": 2, "c.jsonl": 3}
+    assert rows_by_source(of(3, 4), np.array([4])) == {"b.jsonl": 1}
+    assert rows_by_source(of(3), np.arange(0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["x/a.jsonl", "y/b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["x/a.jsonl", "y/a.jsonl"], ["x/a.jsonl", "y/a.jsonl"]),
+        (["x/a.jsonl", "x/a.jsonl"], ["x/a.jsonl (1)", "x/a.jsonl (2)"]),
+    ],
+)
+def test_sources_are_told_apart_by_their_names(names: list[str], short: list[str]) -> None:
+    assert short_names([SourceCounts(name) for name in names]) == short

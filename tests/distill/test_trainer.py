@@ -206,6 +206,7 @@ def test_evaluation_is_of_all_learned_tokens(
     targets: Sequence[Targets],
 ) -> None:
     fit = trainer(losses=LOSSES["mix"], **LAYOUTS[layout])
+    fit.held_out_sources = {"first": 1, "others": len(data.rows) - 1}
     with torch.no_grad():
         sums = loop(fit.model, data, targets, LOSSES["mix"])
     answers = [row["labels"][at] for row in data.rows for at in row["at"]]
@@ -214,6 +215,9 @@ def test_evaluation_is_of_all_learned_tokens(
     )
     found = fit.evaluate()
     assert found["eval_loss"] == pytest.approx(sums["ce"] / sums["tokens"], rel=1e-5)
+    first = len(data.rows[0]["at"])
+    both = first * found["eval_loss/first"] + (sums["tokens"] - first) * found["eval_loss/others"]
+    assert found["eval_loss"] == pytest.approx(float(both / sums["tokens"]), rel=1e-6)
     assert found["eval_more/distillation"] == pytest.approx(sums["kd"] / sums["tokens"], rel=1e-4)
     assert found["eval_more/bits_per_byte"] == pytest.approx(sums["ce"] / math.log(2) / text, rel=1e-5)
     assert fit.stage.losses == LOSSES["mix"]

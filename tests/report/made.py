@@ -77,6 +77,8 @@ def nasty_run(path: Path) -> Path:
             "margin": [i / 10 for i in range(steps)],
             "eval_accuracy": [0.5, 0.6, 0.7, 0.7, 0.8, 0.82],
             "eval_margin": [0, 0.2, 0.4, 0.5, 0.7, 0.8],
+            **{f"eval_loss/a source of pairs {i}.jsonl": [2.0 + i / 5 - j / 9 for j in range(6)] for i in range(6)},
+            f"eval_loss/{NASTY}": [2.0] * 6,
             "never_heard_of": [1.0] * steps,
         },
     )

@@ -49,7 +49,15 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     for width in (PHONE, DESK):
         seen = browser.look(page, width)
         assert_sound(seen, width)
-    titles = ["Loss", "Pairs ranked right", "Margin of rewards", "Never heard of", *CURVES[1:], MOVED]
+    titles = [
+        "Loss",
+        "Held-out loss by source",
+        "Pairs ranked right",
+        "Margin of rewards",
+        "Never heard of",
+        *CURVES[1:],
+        MOVED,
+    ]
     assert [plot.title for plot in seen.plots] == titles
     assert "predicted 3.00 GB" in next(plot.alt for plot in seen.plots if plot.title == "Peak memory")
     assert "<script>document.title" in seen.text

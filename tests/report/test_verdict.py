@@ -40,6 +40,12 @@ def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> N
     assert not judged(tmp_path, [1.0], [2.0, 1.0, 1.01]).notes
 
 
+def test_source_that_got_worse_beside_the_others_is_named(tmp_path: Path) -> None:
+    columns = {"eval_loss/a.jsonl": [5.0, 1.0, 1.5], "eval_loss/b.jsonl": [2.0, 2.5, 1.0]}
+    run = made_run(tmp_path / "run", [1.0], [3.0, 1.7, 1.71], columns=columns)
+    assert judge(RunRecord.read(run)).notes == ["Not on every source: the held-out loss rose on b.jsonl 2.000 → 2.500."]
+
+
 def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
     columns = {"eval_accuracy": [0.0, 0.78], "eval_margin": [0.0, 0.4]}
     run = made_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)

@@ -15,7 +15,7 @@ from hymba_tune.train.setup import Data
 
 def data(columns: dict[str, Any], longest: int) -> Data:
     report = DataReport(tokens=100, learned=50, longest=longest)
-    return Data(datasets.Dataset.from_dict(columns), None, report, [], [], None)
+    return Data(datasets.Dataset.from_dict(columns), None, {}, report, [], [], None)
 
 
 def rows(*lengths: int) -> list[list[int]]:

@@ -122,6 +122,17 @@ def test_evaluation_is_the_mean_over_pairs_by_the_equation(
     assert last.eval_chosen_reward == pytest.approx(rewards[:, 0].mean().item(), abs=1e-4)
 
 
+def test_evaluation_of_several_sources_is_the_mean_over_the_pairs_of_each_and_of_all(
+    finished_run: Path, pairs: Path, tmp_path: Path
+) -> None:
+    few = save_pairs(tmp_path / "few.jsonl", 2)
+    row = dpo(finished_run, pairs, tmp_path / "out", eval_data=[str(few), str(pairs)]).rows()[-1]
+    losses = row.source_losses
+    assert list(losses) == ["few.jsonl", "pairs.jsonl"]
+    assert len(set(losses.values())) == 2
+    assert row.eval_loss == pytest.approx((2 * losses["few.jsonl"] + 24 * losses["pairs.jsonl"]) / 26, rel=1e-9)
+
+
 def test_reference_computed_before_is_that_beside_the_batch(small_model: Path, pairs: Path, tmp_path: Path) -> None:
     one = dpo(small_model, pairs, tmp_path / "one", steps=3)
     other = dpo(small_model, pairs, tmp_path / "other", steps=3, reference="precompute")

@@ -14,7 +14,7 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.stopping import since_best
 from hymba_tune.train.trainer import HymbaTrainer
-from tests.runs import run, same_tensors, settings, tensors
+from tests.runs import run, same_tensors, save_questions, settings, tensors
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 4.5, 4: 4.0, 5: 4.2, 6: 3.0}
 
@@ -82,8 +82,10 @@ def test_keep_best_without_early_stopping_goes_to_the_end(small_model: Path, que
 def test_resumed_run_ends_as_it_would_have(small_model: Path, questions: Path, tmp_path: Path) -> None:
     """Also where it lies somewhere else by then, and where what it is gone on from is the end already."""
     out = tmp_path / "out"
-    whole = run(settings(small_model, questions, out, **changed(early_stopping=3)))
-    before = tensors(whole.adapter)
+    sources = [str(questions), str(save_questions(tmp_path / "few.jsonl", 3))]
+    whole = run(settings(small_model, questions, out, **changed(early_stopping=3), eval_data=sources))
+    before, losses = tensors(whole.adapter), [row.source_losses for row in whole.evaluations()]
+    assert all(row.keys() == {"questions.jsonl", "few.jsonl"} for row in losses)
     for step in (4, 5):
         moved = Path(out.rename(tmp_path / f"moved-{step}"))
         for checkpoint in Run(moved).checkpoints.iterdir():
@@ -94,6 +96,7 @@ def test_resumed_run_ends_as_it_would_have(small_model: Path, questions: Path, t
         assert finished.facts()["kept"]["step"] == 2
         after = tensors(finished.adapter)
         assert all(after[name].equal(before[name]) for name in before)
+        assert [row.source_losses for row in finished.evaluations()] == losses
         out = moved
 
 

@@ -93,7 +93,26 @@ def test_evaluation_is_the_mean_over_learned_tokens(
     fit = trainer(packing=packing, batch_size=batch_size)
     with torch.no_grad():
         total, count = loop(fit.model, data)
-    FLOAT32.check(torch.tensor(fit.evaluate()["eval_loss"]), total / count)
+    found = fit.evaluate()
+    FLOAT32.check(torch.tensor(found["eval_loss"]), total / count)
+    assert not [name for name in found if name.startswith("eval_loss/")]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_of_several_sources_is_the_mean_over_the_tokens_of_each_and_of_all(
+    packing: bool, trainer: Callable[..., HymbaTrainer], data: Dataset
+) -> None:
+    fit = trainer(packing=packing, batch_size=3)
+    fit.held_out_sources = {"a": 1, "b": 5, "c": 2}
+    with torch.no_grad():
+        parts = {"a": loop(fit.model, data.select([0])), "b": loop(fit.model, data.select(range(1, 6)))}
+        parts["c"] = loop(fit.model, data.select([6, 7]))
+    found = fit.evaluate()
+    for name, (total, count) in parts.items():
+        FLOAT32.check(torch.tensor(found[f"eval_loss/{name}"]), total / count)
+    tokens = sum(count for _, count in parts.values())
+    weighted = sum(found[f"eval_loss/{name}"] * count for name, (_, count) in parts.items()) / tokens
+    assert found["eval_loss"] == pytest.approx(weighted, rel=1e-12)
 
 
 def test_first_tokens_are_no_targets_even_where_they_are_labelled(
