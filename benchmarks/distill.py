@@ -65,6 +65,10 @@ AROUND = {
     "temperature 2": {"temperature": 2.0},
 }
 """What is changed of the winner."""
+LONGER = 8
+"""How many times as many steps it takes until tasks with digits are answered."""
+LIKEWISE = ("sorted ULD", "chunk likelihood")
+"""What is trained so long beside cross-entropy, the winner and the ceiling."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,14 @@ LEARNING_RATES = (1.5e-3, 1e-3)
 
 @dataclass(frozen=True)
 class Task:
-    """One run; ``writes`` says whether the student also writes, which takes long."""
+    """One run; ``writes`` says whether the student also writes, which takes long; ``times`` as many steps."""
 
     name: str
     way: Way
     lr: float
     seed: int
     writes: bool
+    times: int = 1
 
     @property
     def key(self) -> str:
@@ -193,6 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = best[winner]
         runs.do([Task(name, way, rate, seed, False) for seed in seeds for name, way in changed.items()])
         report_around(runs, [winner, *changed], rate, given)
+        longer = {f"{name}, longer": name for name in (FLOOR, *LIKEWISE, winner, CEILING) if name in ways}
+        times = 2 if given.quick else LONGER
+        runs.do([Task(key, ways[n], best[n], seed, True, times) for seed in seeds for key, n in longer.items()])
+        report_longer(runs, {key: best[name] for key, name in longer.items()}, given)
         report_teachers(bench, given)
 
 
@@ -250,7 +259,7 @@ def run(bench: Bench, task: Task) -> dict[str, Any]:
     taught, head = bench.lessons(task.way), None
     if task.way.loss in ("uld", "kl"):
         head = lessons.load(bench.teacher(twin=task.way.setting.twin))[0].get_output_embeddings().weight.detach()
-    student = students.train(taught, task.way, task.lr, task.seed, bench.size.steps, head)
+    student = students.train(taught, task.way, task.lr, task.seed, bench.size.steps * task.times, head)
     trained = time.perf_counter() - began
     held_out = bench.texts.held_out()
     measured = students.bits_per_byte(student, held_out, students.nano()[1])
@@ -288,6 +297,14 @@ def report_around(runs: Runs, names: Sequence[str], lr: float, given: harness.Op
     rows = [cells(name, runs.of(name, lr), lr, base) for name in names]
     notes = [f"The first row has k {Way.k}, alpha {Way.alpha}, temperature 1; all at its learning rate."]
     harness.report("distill_around", list(rows[-1]), rows, notes, given)
+
+
+def report_longer(runs: Runs, rates: dict[str, float], given: harness.Options) -> None:
+    """The chief ways with more steps."""
+    base = runs.of(f"{FLOOR}, longer", rates[f"{FLOOR}, longer"])
+    rows = [cells(name, runs.of(name, lr), lr, base) for name, lr in rates.items()]
+    notes = [f"{LONGER * runs.bench.size.steps} steps, at the learning rate that was best for {runs.bench.size.steps}."]
+    harness.report("distill_longer", list(rows[0]), rows, notes, given)
 
 
 def cells(

@@ -58,6 +58,7 @@ COLUMNS = {
             *("digits", "exact %", "teacher's"),
         },
         "distill_around": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits"},
+        "distill_longer": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits", "exact %", "teacher's"},
     },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
