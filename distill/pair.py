@@ -6,13 +6,13 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn
-from hymba_tune.data import IGNORED, Conversation, Encoded, Message, with_chat_template
+from hymba_tune.data import Conversation, Encoded, Message, with_chat_template
 from hymba_tune.data.chat import Rendered, render, tokenize
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.spelling import Spelling, read_spelling
@@ -156,15 +156,13 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) 
 
 def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Row | Unaligned:
     """Where the answers are among the tokens of a rendered example."""
-    labels = [*encoded.labels]
-    if rendered.learned and rendered.learned[0][0] == 0 and encoded.input_ids[0] != tokenizer.bos_token_id:
-        labels[0] = encoded.input_ids[0]  # not learned, as nothing comes before it, but part of the answer
-    learned = np.array([False, *(label != IGNORED for label in labels), False])
-    edges = np.flatnonzero(learned[1:] != learned[:-1]).reshape(-1, 2).tolist()
-    contents = [rendered.text[start:end].removesuffix(tokenizer.eos_token) for start, end in rendered.learned]
-    if len(edges) != len(contents):
+    spans = encoded.spans
+    if any(end >= start for (_, end), (start, _) in pairwise(spans)):
         return Unaligned("template", "two answers stand side by side, with nothing between them")
-    if not rendered.plain:
-        contents = [content.strip() for content in contents]
-    answers = [Answer(begin, end, content.encode()) for (begin, end), content in zip(edges, contents, strict=True)]
+    answers = []
+    for (begin, end), (start, stop) in zip(spans, rendered.learned, strict=True):
+        content = rendered.text[start:stop].removesuffix(tokenizer.eos_token)
+        # A beginning-of-sequence token that a text brings along is no part of it.
+        begin += begin == 0 and encoded.input_ids[0] == tokenizer.bos_token_id
+        answers.append(Answer(begin, end, (content if rendered.plain else content.strip()).encode()))
     return Row(encoded.input_ids, answers)

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -47,12 +48,14 @@ class Encoded:
     """A row to train on: ids, and as many labels, each the id itself or `IGNORED`.
 
     The first label is always `IGNORED`: nothing comes before it to predict it from. ``begin`` is where the row begins
-    in the text that it is a part of, in tokens.
+    in the text that it is a part of, in tokens; ``spans`` are the learned spans of a whole text, ``[start, end)`` in
+    tokens.
     """
 
     input_ids: list[int]
     labels: list[int]
     begin: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def learned(self) -> int:
@@ -250,8 +253,13 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
     encoded = []
     for example, ids, offsets in zip(rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
         head = [] if bos_token and example.text.startswith(bos_token) else bos
-        labels = [IGNORED] * len(head) + _labels(ids, offsets, example.learned)
-        encoded.append(Encoded(head + ids, [IGNORED, *labels[1:]]))
+        spans = _spans(offsets, example.learned, len(head))
+        ids = head + ids
+        labels = [IGNORED] * len(ids)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        labels[:1] = [IGNORED]
+        encoded.append(Encoded(ids, labels, spans=spans))
     return encoded
 
 
@@ -261,14 +269,17 @@ def _added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] else []
 
 
-def _labels(ids: list[int], offsets: list[tuple[int, int]], learned: Sequence[tuple[int, int]]) -> list[int]:
-    """Ids of the tokens that share a character with a learned span. Offsets ascend, so bisection finds them."""
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    labels = [IGNORED] * len(ids)
-    for start, end in learned:
-        tokens = slice(bisect_right(ends, start), bisect_left(starts, end))
-        labels[tokens] = ids[tokens]
-    return labels
+def _spans(
+    offsets: list[tuple[int, int]], learned: Sequence[tuple[int, int]], begin: int
+) -> tuple[tuple[int, int], ...]:
+    """The tokens that share a character with each learned span, counted from ``begin``.
+
+    Offsets ascend, so bisection finds them.
+    """
+    return tuple(
+        (begin + bisect_right(offsets, start, key=itemgetter(1)), begin + bisect_left(offsets, end, key=itemgetter(0)))
+        for start, end in learned
+    )
 
 
 def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
