@@ -16,6 +16,8 @@ from hymba_tune.train.setup import Data, Setup, lay_out
 
 MOST_DRAWN = 2**22
 """Rows that batches are drawn from at most: more of them hold no larger one worth waiting for."""
+READ = 1_000
+"""Rows looked at at a time."""
 TEXTS_A_ROW = {"dpo": 2}
 """By verb, the texts of a row that are trained on together, where it is not one: both answers of a pair."""
 
@@ -119,9 +121,9 @@ def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.in
 
 def text_lengths(rows: datasets.Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tokens ``(rows, texts of a row)`` of encoded rows: one text, or the answers to a prompt behind it."""
-    columns = rows.with_format("arrow")
-    lengths = {
-        name: np.asarray(pc.list_value_length(columns[name][:])) for name in rows.column_names if name.endswith("_ids")
-    }
+    names = [name for name in rows.column_names if name.endswith("_ids")]
+    some = rows.select_columns(names).with_format("arrow").iter(READ)  # all at once, they would be copied to memory
+    parts = [np.stack([pc.list_value_length(table[name]) for name in names], 1) for table in some]
+    lengths = dict(zip(names, np.concatenate(parts).T.astype(np.int64), strict=True))
     prompt = lengths.pop("prompt_ids", 0)
-    return np.stack([answers + prompt for answers in lengths.values()], 1).astype(np.int64)
+    return np.stack([answers + prompt for answers in lengths.values()], 1)
