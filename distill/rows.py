@@ -190,6 +190,12 @@ class _Builder:
         if isinstance(row, Unaligned):
             return DataError(f"not aligned ({row.reason}): {row.what}")
         (encoded,), (rendered,) = reading.encoded, reading.rendered
+        if rendered.weights:
+            return DataError(
+                f"one of its answers has weight {min(rendered.weights):g}",
+                expected="0 or 1: what a teacher says counts in full or not at all",
+                fix="round it",
+            )
         bos = self.pair.teacher.tokenizer.bos_token_id
         rows = fit(encoded, self.options.max_length, split=rendered.plain)
         parts = [cut(row, one.begin, one.begin + len(one.input_ids), bos) for one in rows]

@@ -183,7 +183,9 @@ def _row(talk: Conversation, answer: str | None) -> dict[str, Any] | None:
     """A conversation up to its last answer, which is this one, and alone is learned."""
     if answer is None:
         return None
-    before = (replace(message, learned=message.role != "assistant") for message in talk.messages[: _last_answer(talk)])
+    before = (
+        replace(message, weight=float(message.role != "assistant")) for message in talk.messages[: _last_answer(talk)]
+    )
     return TARGETS["messages"].row(replace(talk, messages=(*before, Message("assistant", answer))))
 
 

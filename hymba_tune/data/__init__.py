@@ -2,7 +2,7 @@
 
 from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.chat import IGNORED, Encoded, encode, encode_prompt, render_prompt
-from hymba_tune.data.dataset import build_dataset, sample_prompts
+from hymba_tune.data.dataset import LOSS_WEIGHTS, build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation, Text
 from hymba_tune.data.messages import Message
 from hymba_tune.data.mixes import open_sources
@@ -17,6 +17,7 @@ from hymba_tune.data.training import TrainingData, read_preferences, read_traini
 __all__ = [
     "HYMBA_TEMPLATE",
     "IGNORED",
+    "LOSS_WEIGHTS",
     "Conversation",
     "DataReport",
     "Encoded",

@@ -35,11 +35,13 @@ class Rendered:
     Attributes:
         text: As the model reads it, but for a beginning-of-sequence token that the tokenizer itself adds.
         learned: Ascending spans of ``text``, ``[start, end)`` in characters.
+        weights: How much a token of each span counts in the loss; where none are given, 1.
         plain: Whether it is plain text, which may go on in a further row where a conversation would be cut.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...] = ()
     plain: bool = False
 
 
@@ -49,13 +51,14 @@ class Encoded:
 
     The first label is always `IGNORED`: nothing comes before it to predict it from. ``begin`` is where the row begins
     in the text that it is a part of, in tokens; ``spans`` are the learned spans of a whole text, ``[start, end)`` in
-    tokens.
+    tokens. ``loss_weights`` say how much each label counts; None for 1 each.
     """
 
     input_ids: list[int]
     labels: list[int]
     begin: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    loss_weights: list[float] | None = None
 
     @property
     def learned(self) -> int:
@@ -143,7 +146,7 @@ def _with_last_learned(conversation: Conversation) -> Conversation:
     return replace(
         conversation,
         messages=tuple(
-            replace(message, learned=message.role != "assistant" or index == last)
+            message if message.role != "assistant" or index == last else replace(message, weight=0.0)
             for index, message in enumerate(conversation.messages)
         ),
     )
@@ -156,7 +159,7 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
     """
     eos = _eos_token(tokenizer)
     text, copied = "", 0  # what is written so far, and how much of `source` that is
-    learned = []
+    learned, weights = [], []
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
@@ -168,8 +171,9 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
         text += source[copied:end] + ("" if after.startswith(eos) else eos)
         if message.learned:
             learned.append((start, len(text)))
+            weights.append(message.weight)
         copied = end
-    return Rendered(text + source[copied:], tuple(learned))
+    return Rendered(text + source[copied:], tuple(learned), tuple(weights) if min(weights, default=1) < 1 else ())
 
 
 def _find_answer(
@@ -259,7 +263,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
         for start, end in spans:
             labels[start:end] = ids[start:end]
         labels[:1] = [IGNORED]
-        encoded.append(Encoded(ids, labels, spans=spans))
+        encoded.append(Encoded(ids, labels, spans=spans, loss_weights=_loss_weights(example, spans, len(ids))))
     return encoded
 
 
@@ -282,6 +286,16 @@ def _spans(
     )
 
 
+def _loss_weights(example: Rendered, spans: Sequence[tuple[int, int]], size: int) -> list[float] | None:
+    """How much each of so many tokens counts, where the spans' weights differ."""
+    if not example.weights:
+        return None
+    counted = [1.0] * size
+    for (start, end), weight in zip(spans, example.weights, strict=True):
+        counted[start:end] = [weight] * (end - start)
+    return counted
+
+
 def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
     """Bring an encoded example to at most ``max_length`` tokens a row.
 
@@ -300,5 +314,6 @@ def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
     rows = []
     for start, end in pairwise(cuts if split else [0, min(size, max_length)]):
         labels = [IGNORED, *encoded.labels[start + 1 : end]]
-        rows.append(Encoded(encoded.input_ids[start:end], labels, start))
+        weights = encoded.loss_weights and encoded.loss_weights[start:end]
+        rows.append(Encoded(encoded.input_ids[start:end], labels, start, loss_weights=weights))
     return [row for row in rows if row.learned]

@@ -60,7 +60,7 @@ def _sharegpt_row(example: Example) -> dict[str, Any]:
 
 def _item(role_key: str, role: str, content_key: str, message: Message) -> dict[str, Any]:
     item: dict[str, Any] = {role_key: role, content_key: message.content}
-    return item if message.learned else {**item, "weight": 0}
+    return item if message.weight == 1 else {**item, "weight": message.weight}
 
 
 def _completion_row(example: Example) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _beside(talk: Conversation) -> dict[str, Any]:
 
 
 def _turn_list(*keys: str) -> pa.DataType:
-    return pa.list_(pa.struct([*((key, TEXT) for key in keys), ("weight", pa.int32())]))
+    return pa.list_(pa.struct([*((key, TEXT) for key in keys), ("weight", pa.float64())]))
 
 
 TARGETS: dict[str, Target] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +23,8 @@ from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+LOSS_WEIGHTS = "loss_weights"
 
 
 def build_dataset(
@@ -52,7 +56,8 @@ def build_dataset(
 
     Returns:
         The rows, memory-mapped, with int32 lists ``input_ids`` and ``labels`` as in `Encoded`, and the ``place`` they
-        were read from, in the order of the sources; and the report on them.
+        were read from, in the order of the sources; where some are `weighted`, also with ``loss_weights``, null for
+        others. And the report on them.
 
     Raises:
         RowError: At the first row that cannot be used, if ``on_bad_row`` is ``stop``.
@@ -60,12 +65,12 @@ def build_dataset(
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
     settings = {"max_length": max_length, "mapping": dict(mapping or {}), "learn": learn, "seed": seed}
-    return build(
+    rows, report = build(
         RowKind(
-            columns={"input_ids": IDS, "labels": IDS},
+            columns={"input_ids": IDS, "labels": IDS, LOSS_WEIGHTS: pa.list_(pa.float32())},
             report=DataReport,
             fit=partial(_fit, max_length),
-            fingerprinted=lambda row: [len(row["input_ids"]), *row["input_ids"], *row["labels"]],
+            fingerprinted=_numbers,
             purpose=("learn", "with an answer that begins"),
         ),
         readings(sources, tokenizer, mapping=mapping, learn=learn, seed=seed),
@@ -76,6 +81,13 @@ def build_dataset(
         cache_dir=cache_dir,
         progress=progress,
     )
+    return rows if report.weighted else rows.remove_columns(LOSS_WEIGHTS), report
+
+
+def _numbers(row: Mapping[str, Any]) -> list[int]:
+    """What tells a row from others; weights by their bits."""
+    weights = array("i", array("f", row[LOSS_WEIGHTS] or ()).tobytes())
+    return [len(row["input_ids"]), *row["input_ids"], *row["labels"], *weights]
 
 
 def fit_reading(reading: ExampleReading, max_length: int, report: DataReport) -> list[Encoded] | str:
@@ -92,6 +104,7 @@ def fit_reading(reading: ExampleReading, max_length: int, report: DataReport) ->
     report.tokens += sum(len(row.input_ids) for row in rows)
     report.learned += sum(row.learned for row in rows)
     report.longest = max(report.longest, *(len(row.input_ids) for row in rows))
+    report.weighted += sum(row.loss_weights is not None for row in rows)
     return rows
 
 
@@ -100,7 +113,11 @@ def _fit(
 ) -> Iterator[list[dict[str, Any]] | str]:
     for reading in readings:
         rows = fit_reading(reading, max_length, report)
-        yield rows if isinstance(rows, str) else [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+        yield rows if isinstance(rows, str) else [_as_columns(row) for row in rows]
+
+
+def _as_columns(row: Encoded) -> dict[str, Any]:
+    return {"input_ids": row.input_ids, "labels": row.labels, LOSS_WEIGHTS: row.loss_weights}
 
 
 def sample_prompts(

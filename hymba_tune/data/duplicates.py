@@ -21,7 +21,7 @@ def content_hash(example: Example) -> int:
     """64 bits of everything that the model would read or learn."""
     if not isinstance(example, Conversation):
         return _hash("text", example.text)
-    messages = [(message.role, message.content, message.learned) for message in example.messages]
+    messages = [(message.role, message.content, message.weight) for message in example.messages]
     return _hash("chat", json.dumps([messages, example.tools, example.contexts], ensure_ascii=False, sort_keys=True))
 
 

@@ -170,7 +170,7 @@ def _prompt_turns(fields: Fields, names: Names) -> list[Message]:
         side = fields[name]
         said = [turn(role, side, names.column(name))] if isinstance(side, str) else _turns(side, name, names)
         # An answer that stands in the prompt is there to be read.
-        turns += said if name == "completion" else [replace(m, learned=m.role != "assistant") for m in said]
+        turns += said if name == "completion" else [replace(m, weight=float(m.role != "assistant")) for m in said]
     return turns
 
 

@@ -25,12 +25,17 @@ class Message:
     Attributes:
         role: One of `ROLES`.
         content: What is said. Calls of tools are written out in it, as Hymba writes them.
-        learned: Whether it is learned, if it is an answer.
+        weight: How much each of its tokens counts in the loss, if it is an answer: from 0, only read, to 1.
     """
 
     role: str
     content: str
-    learned: bool = True
+    weight: float = 1.0
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is learned at all, if it is an answer."""
+        return self.weight > 0
 
 
 def read_messages(items: list[object], roles: Mapping[str, str], where: str = "") -> list[Message]:
@@ -69,7 +74,7 @@ def read_message(item: object, where: str, roles: Mapping[str, str]) -> Message:
     return turn(role, text if calls else content, where, _weight(item, role, where))
 
 
-def turn(role: str, content: object, where: str, learned: bool = True) -> Message:
+def turn(role: str, content: object, where: str, weight: float = 1.0) -> Message:
     """A message whose role is known; an answer must say something.
 
     Raises:
@@ -78,7 +83,7 @@ def turn(role: str, content: object, where: str, learned: bool = True) -> Messag
     text = read_text(content, where)
     if role == "assistant" and not text.strip():
         raise DataError(f"{where} is an empty answer", expected="text to learn", fix="write the answer, or take it out")
-    return Message(role, text, learned)
+    return Message(role, text, weight)
 
 
 def read_text(value: object, where: str) -> str:
@@ -165,16 +170,16 @@ def _arguments(value: object, where: str) -> object:
         raise DataError(f"the arguments of a tool call of {where} are not JSON", expected='such as {"a": 1}') from None
 
 
-def _weight(item: Mapping[str, Any], role: str, where: str) -> bool:
+def _weight(item: Mapping[str, Any], role: str, where: str) -> float:
     weight = item.get("weight")
     if weight is None:
-        return True
-    if weight not in (0, 1):
+        return 1.0
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise DataError(
             f"{where} has weight {weight}",
-            expected="0 (read, not learned) or 1 (learned): every learned token counts the same",
-            fix="round it, or put such rows in a file of their own and give that a weight",
+            expected="a number from 0 (read, not learned) to 1 (learned as answers without a weight are)",
+            fix="divide all weights by the largest one",
         )
     if weight and role != "assistant":
-        raise DataError(f"{where} has weight 1, but is from the {role}", expected="weights on answers only")
-    return bool(weight) or role != "assistant"
+        raise DataError(f"{where} has weight {weight}, but is from the {role}", expected="weights on answers only")
+    return float(weight) if role == "assistant" else 1.0

@@ -72,6 +72,7 @@ class DataReport:
         tokens: Tokens kept.
         learned: Those of them that carry loss.
         longest: Tokens of the longest row kept.
+        weighted: Rows kept in which some learned tokens count less than others.
         too_long: Rows dropped because their answers begin past the maximum length.
         bad_rows: Rows dropped because they cannot be used.
         first_dropped: The first row left out.
@@ -88,6 +89,7 @@ class DataReport:
     tokens: int = 0
     learned: int = 0
     longest: int = 0
+    weighted: int = 0
     too_long: int = 0
     bad_rows: int = 0
     first_dropped: Dropped | None = None

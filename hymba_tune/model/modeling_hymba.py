@@ -238,6 +238,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         cache: HymbaCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -258,11 +259,12 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             cache: Texts to go on with.
             inputs_embeds: ``(B, L, d)``.
             labels: ``(B, L)``, -100 where nothing is learned. The first token of a text is never a target.
+            loss_weights: ``(B, L)``: how much each label counts; 1 when not given.
             use_cache: Return a cache.
             output_hidden_states: Return hidden states.
             cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             logits_to_keep: How many columns, from the right, or which ones, to compute logits for; 0 for all.
-            num_items_in_batch: What the summed loss is divided by; the number of learned tokens when not given.
+            num_items_in_batch: What the summed loss is divided by; when not given, what the learned tokens count.
             skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
             fused_lm_head: Return `TokenScores` of the labels instead, as TRL's preference trainers ask for them.
             return_dict: False for a tuple.
@@ -290,8 +292,13 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             targets = documents.next_labels(labels)
-            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, targets)
-            loss = total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            learned, counts = targets != -100, None
+            if loss_weights is not None:
+                counts = documents.next_labels(loss_weights).where(learned, 0)
+            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, targets, counts)
+            if num_items_in_batch is None:
+                num_items_in_batch = learned.sum().clamp(min=1) if counts is None else counts.sum()
+            loss = total / num_items_in_batch
         logits = None
         if not skip_logits:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -103,6 +103,7 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         "tokens": "tokens",
         "learned": "tokens learned",
         "longest": "tokens in the longest row",
+        "weighted": "rows with weights of their own",
         "cut": "rows cut to --max-length",
         "too_long": "rows dropped: the answer begins past --max-length",
         "bad_rows": "rows dropped: could not be used",

@@ -92,7 +92,7 @@ class RunTrainer(Trainer):
         named = {f"{prefix}_loss": total}
         if len(parts) > 1:
             named |= {f"{prefix}_loss/{name}": part for name, part in parts.items()}
-        return {name: loss / max(count, 1.0) for name, (loss, count) in named.items()}
+        return {name: loss / count if count else 0.0 for name, (loss, count) in named.items()}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import datasets
 import torch
+import trl
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from hymba_tune.data import LOSS_WEIGHTS
 from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 
 class HymbaTrainer(RunTrainer, SFTTrainer):
-    """Trains on rows of ``input_ids`` and ``labels``."""
+    """Trains on rows of ``input_ids`` and ``labels``, and ``loss_weights`` where some have such.
+
+    The loss is then the weighted mean: the sum of weights and losses over the sum of weights.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         keep_own_forward(self.accelerator.unwrap_model(self.model))
+        self.data_collator: Any = Weighted(self.data_collator)
 
     def compute_loss(
         self,
@@ -36,7 +44,7 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
-        """The mean loss over all learned tokens, and over those of each source.
+        """The mean loss over all learned tokens, and over those of each source, by their weights if they have such.
 
         Trainer's own loop averages batches, however many tokens they have.
         """
@@ -50,11 +58,58 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
         metrics = self.held_out_losses(sums, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
+    def _prepare_dataset(
+        self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *rest: Any
+    ) -> datasets.Dataset:
+        if not packing or LOSS_WEIGHTS not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        # TRL's packing would leave weights behind.
+        columns = ["input_ids", "labels", LOSS_WEIGHTS]
+        rows = dataset.select_columns(columns).map(lambda row: {LOSS_WEIGHTS: _weights(row)})
+        return trl.pack_dataset(rows, args.max_length, args.packing_strategy)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", LOSS_WEIGHTS, "seq_lengths"]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+        if not batch_samples or LOSS_WEIGHTS not in batch_samples[0]:
+            items: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+            return items
+        total = torch.stack([_targets(batch) for batch in batch_samples]).sum().to(device)
+        summed: Tensor = self.accelerator.reduce(total, "sum")
+        return summed
+
+
+class Weighted:
+    """A collator whose batches say how much each label counts, ``loss_weights`` ``(B, L)``, where rows do.
+
+    Args:
+        collator: Makes padded batches, or packed ones of one row.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of examples."""
+        batch: dict[str, Any] = self._collator(examples)
+        if LOSS_WEIGHTS not in examples[0]:
+            return batch
+        weights = [torch.tensor(_weights(example)) for example in examples]
+        packed = "position_ids" in batch
+        return batch | {LOSS_WEIGHTS: torch.cat(weights)[None] if packed else pad_sequence(weights, batch_first=True)}
+
+
+def _weights(row: dict[str, Any]) -> list[float]:
+    """How much each label of a row counts; one that does not say so is counted in full."""
+    return row[LOSS_WEIGHTS] or [1.0] * len(row["labels"])
+
 
 def _targets(inputs: dict[str, Tensor]) -> Tensor:
-    """How many tokens the loss of a batch is summed over: a text's first token is never a target."""
+    """What the loss of a batch is summed over: tokens, or their weights. A text's first token is never a target."""
     learned = inputs["labels"] != -100
     first = inputs["position_ids"] == 0 if "position_ids" in inputs else torch.zeros_like(learned)
     if "position_ids" not in inputs:
         first[:, 0] = True
-    return (learned & ~first).sum()
+    counted = learned & ~first
+    return (counted * inputs[LOSS_WEIGHTS] if LOSS_WEIGHTS in inputs else counted).sum()

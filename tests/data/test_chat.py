@@ -134,11 +134,29 @@ def test_answers_that_are_only_read_stand_in_the_text_and_not_in_the_labels(
     any_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     messages = turns("Hi", "Hello", "Bye", "So long")
-    read = (messages[0], replace(messages[1], learned=False), *messages[2:])
+    read = (messages[0], replace(messages[1], weight=0.0), *messages[2:])
     (whole,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
     (row,) = encode(Conversation(read), any_tokenizer, ENOUGH)
     assert row.input_ids == whole.input_ids
     assert [run.strip() for run in learned_runs(row, any_tokenizer)] == ["So long" + any_tokenizer.eos_token]
+
+
+def test_weights_are_those_of_the_answer_that_a_token_is_of(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = turns("Hi", "Hello you", "Bye", "So long", "?", "!!")
+    weighted = (messages[0], replace(messages[1], weight=0.25), *messages[2:5], replace(messages[5], weight=0.5))
+    (plain,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
+    (row,) = encode(Conversation(weighted), any_tokenizer, ENOUGH)
+    assert replace(row, loss_weights=None) == plain
+    assert row.loss_weights is not None
+    said: dict[float, list[int]] = {}
+    for weight, label in zip(row.loss_weights, row.labels, strict=True):
+        if label != IGNORED:
+            said.setdefault(weight, []).append(label)
+    texts = {weight: any_tokenizer.decode(ids).strip() for weight, ids in said.items()}
+    eos = any_tokenizer.eos_token
+    assert texts == {0.25: f"Hello you{eos}", 1.0: f"So long{eos}", 0.5: f"!!{eos}"}
+    (cut,) = encode(Conversation(weighted), any_tokenizer, len(row.labels) - 2)
+    assert cut.loss_weights == row.loss_weights[:-2]
 
 
 def test_learning_the_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
@@ -146,7 +164,7 @@ def test_learning_the_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
     whole, last = (render(conversation, hymba, learn) for learn in (Learn.all, Learn.last))
     assert last == replace(whole, learned=whole.learned[-1:])
     assert [last.text[start:end] for start, end in last.learned] == ["So long</s>"]
-    unlearned = replace(conversation, messages=(*conversation.messages, Message("assistant", "x", learned=False)))
+    unlearned = replace(conversation, messages=(*conversation.messages, Message("assistant", "x", weight=0.0)))
     with pytest.raises(DataError, match=r"its last answer has weight 0(.|\n)*--learn all"):
         render(unlearned, hymba, Learn.last)
 

@@ -60,6 +60,17 @@ def test_texts_come_back_from_every_kind_of_file(ending: str, tmp_path: Path) ->
     assert examples(tmp_path / f"a.{ending}") == [Text(row["text"]) for row in rows]
 
 
+@pytest.mark.parametrize("weight", [0.25, 1])
+def test_weights_come_back_from_parquet(weight: float, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": weight}]}
+    ]
+    convert([source(rows)], "messages", tmp_path / "a.parquet")
+    (example,) = examples(tmp_path / "a.parquet")
+    assert isinstance(example, Conversation)
+    assert example.messages[1].weight == weight
+
+
 def test_a_weight_of_nought_is_kept(tmp_path: Path) -> None:
     convert([source([MANY_TURNS])], "sharegpt", tmp_path / "a.jsonl")
     (row,) = (json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines())

@@ -52,6 +52,28 @@ def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> No
     assert report.learned == sum(row.learned for row in expected)
 
 
+def test_weights_are_kept_where_a_row_has_some(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    """And found again; rows without are what they are elsewhere."""
+
+    def said(weight: float) -> dict[str, object]:
+        return {
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "weight": weight}]
+        }
+
+    plain, plain_report = build_dataset([source([GOOD, said(1)])], hymba, max_length=50)
+    assert (plain.column_names, plain_report.weighted) == (["input_ids", "labels", "place"], 0)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, said(0.25))))
+    for _ in range(2):
+        rows, report = build_dataset(
+            [open_source(str(tmp_path / "a.jsonl"))], hymba, max_length=50, cache_dir=tmp_path / "cache"
+        )
+        assert report.weighted == 1
+        assert report.fingerprint != plain_report.fingerprint
+        assert rows["input_ids"][:] == plain["input_ids"][:]
+        assert rows["loss_weights"][0] is None
+        assert set(rows["loss_weights"][1]) == {1.0, 0.25}
+
+
 def test_batching_changes_nothing(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"{number}?", "completion": "word " * (number % 7 + 1)} for number in range(50)]
     whole, report = build_dataset([source(rows)], hymba, max_length=64)

@@ -191,14 +191,16 @@ def test_tool_calls_are_written_as_hymba_writes_them() -> None:
 
 
 def test_weight_says_which_answers_are_learned() -> None:
-    row = chat({**USER, "weight": 0}, {**ANSWER, "weight": 0.0}, USER, {**ANSWER, "weight": 1})
-    first = Message("assistant", "Hello", learned=False)
-    assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello")))
+    row = chat(
+        {**USER, "weight": 0}, {**ANSWER, "weight": 0.0}, USER, {**ANSWER, "weight": 1}, {**ANSWER, "weight": 0.3}
+    )
+    first, last = (Message("assistant", "Hello", weight=weight) for weight in (0, 0.3))
+    assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello"), last))
 
 
 def test_answers_in_a_prompt_are_read_only() -> None:
     row = {"prompt": [USER, ANSWER, USER], "completion": "Hello"}
-    first = Message("assistant", "Hello", learned=False)
+    first = Message("assistant", "Hello", weight=0.0)
     assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello")))
 
 
@@ -250,9 +252,15 @@ BAD_ROWS = {
         chat(USER, {**ANSWER, "tool_calls": [{"name": "add", "arguments": "{"}]}),
         "the arguments of a tool call of message 2 are not JSON",
     ),
-    "fraction of a weight": (
-        chat(USER, {**ANSWER, "weight": 0.5}),
-        r"message 2 has weight 0\.5\n *expected +0 \(read, not learned\) or 1",
+    "weight above 1": (
+        chat(USER, {**ANSWER, "weight": 1.5}),
+        r"message 2 has weight 1\.5\n *expected +a number from 0 \(read, not learned\) to 1(.|\n)*the largest one",
+    ),
+    "weight below 0": (chat(USER, {**ANSWER, "weight": -0.5}), r"message 2 has weight -0\.5"),
+    "weight that is no number": (chat(USER, {**ANSWER, "weight": float("nan")}), "message 2 has weight nan"),
+    "weight that is text": (
+        chat(USER, {**ANSWER, "weight": "1"}),
+        r"message 2 has weight 1\n *expected +a number",
     ),
     "weight of a question": (chat({**USER, "weight": 1}, ANSWER), "message 1 has weight 1, but is from the user"),
     "nothing learned": (chat(USER, {**ANSWER, "weight": 0}), "none of its answers is learned"),

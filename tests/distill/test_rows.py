@@ -76,6 +76,12 @@ def test_conversation_is_aligned_as_its_example(tmp_path: Path) -> None:
     assert data.prompts[0][1] == ANSWERS[0]
 
 
+def test_weight_between_nought_and_one_is_refused(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0], "weight": 0.5}]
+    with pytest.raises(DataError, match=r"one of its answers has weight 0\.5\.(.|\n)*0 or 1"):
+        read(write(tmp_path / "a.jsonl", [{"messages": said}]), pair_of())
+
+
 def test_cut_conversation_keeps_what_comes_before_the_cut(tmp_path: Path) -> None:
     pair = pair_of()
     full, short = (read(talks(tmp_path / "a.jsonl"), pair, max_length=length) for length in (512, 44))

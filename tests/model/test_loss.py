@@ -21,8 +21,8 @@ def random_inputs(tokens: int) -> tuple[dict[str, Tensor], Tensor]:
     return {name: x.double().requires_grad_() for name, x in inputs.items()}, targets
 
 
-def chunked(inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    return linear_cross_entropy(inputs["hidden"], inputs["weight"], targets)
+def chunked(inputs: dict[str, Tensor], targets: Tensor, counts: Tensor | None = None) -> Tensor:
+    return linear_cross_entropy(inputs["hidden"], inputs["weight"], targets, counts)
 
 
 def with_gradients(inputs: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
@@ -37,6 +37,15 @@ def test_equals_cross_entropy(tokens: int, chunk: int, monkeypatch: pytest.Monke
     inputs, targets = random_inputs(tokens)
     expected = cross_entropy(linear(*inputs.values()), targets, reduction="sum")
     FLOAT64.check_all(with_gradients(inputs, chunked(inputs, targets)), with_gradients(inputs, expected))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_tokens_cost_what_they_count(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    inputs, targets = random_inputs(7)
+    counts = torch.rand(7).double()
+    expected = cross_entropy(linear(*inputs.values()), targets, reduction="none") @ counts
+    FLOAT64.check_all(with_gradients(inputs, chunked(inputs, targets, counts)), with_gradients(inputs, expected))
 
 
 def test_nothing_learned_costs_nothing() -> None:

@@ -49,14 +49,26 @@ def trainer(small_model: Path, data: Dataset, tmp_path: Path) -> Callable[..., H
     return make
 
 
-def loop(model: torch.nn.Module, rows: Dataset) -> tuple[torch.Tensor, int]:
-    """Summed loss of the rows, each passed alone, and how many tokens that are."""
-    total, count = torch.zeros(()), 0
+@pytest.fixture(scope="module")
+def weighted(data: Dataset) -> Dataset:
+    """The same rows, two of three with weights of their own for each token."""
+    weights = [
+        None if number % 3 == 0 else [(number + place % 5) / 12 for place in range(len(row["labels"]))]
+        for number, row in enumerate(data)
+    ]
+    return data.add_column("loss_weights", weights)
+
+
+def loop(model: torch.nn.Module, rows: Dataset) -> tuple[torch.Tensor, float]:
+    """Summed loss of the rows, each passed alone, and how many tokens that are; or both by their weights."""
+    total, count = torch.zeros(()), 0.0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        weights = torch.tensor(row.get("loss_weights") or [1.0] * len(labels))[1:] * (labels[1:] != -100)
         logits = model(input_ids=ids).logits[0]
-        total = total + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-        count += int((labels[1:] != -100).sum())
+        losses = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="none")
+        total = total + losses @ weights
+        count += float(weights.sum())
     return total, count
 
 
@@ -69,12 +81,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["data", "weighted"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_first_step_is_that_of_a_plain_loop(layout: str, trainer: Callable[..., HymbaTrainer], data: Dataset) -> None:
+def test_first_step_is_that_of_a_plain_loop(
+    layout: str, kind: str, trainer: Callable[..., HymbaTrainer], request: pytest.FixtureRequest
+) -> None:
     """The loss is a token's, however rows are batched, padded, packed and accumulated; SGD's step is the gradient."""
-    fit = trainer(**LAYOUTS[layout])
+    rows: Dataset = request.getfixturevalue(kind)
+    fit = trainer(rows=rows, **LAYOUTS[layout])
     before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
-    total, count = loop(fit.model, data)
+    total, count = loop(fit.model, rows)
     (total / count).backward()
     gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
     fit.model.zero_grad()
@@ -100,19 +116,19 @@ def test_evaluation_is_the_mean_over_learned_tokens(
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_evaluation_of_several_sources_is_the_mean_over_the_tokens_of_each_and_of_all(
-    packing: bool, trainer: Callable[..., HymbaTrainer], data: Dataset
+    packing: bool, trainer: Callable[..., HymbaTrainer], weighted: Dataset
 ) -> None:
-    fit = trainer(packing=packing, batch_size=3)
+    fit = trainer(rows=weighted, packing=packing, batch_size=3)
     fit.held_out_sources = {"a": 1, "b": 5, "c": 2}
     with torch.no_grad():
-        parts = {"a": loop(fit.model, data.select([0])), "b": loop(fit.model, data.select(range(1, 6)))}
-        parts["c"] = loop(fit.model, data.select([6, 7]))
+        parts = {"a": loop(fit.model, weighted.select([0])), "b": loop(fit.model, weighted.select(range(1, 6)))}
+        parts["c"] = loop(fit.model, weighted.select([6, 7]))
     found = fit.evaluate()
     for name, (total, count) in parts.items():
         FLOAT32.check(torch.tensor(found[f"eval_loss/{name}"]), total / count)
     tokens = sum(count for _, count in parts.values())
-    weighted = sum(found[f"eval_loss/{name}"] * count for name, (_, count) in parts.items()) / tokens
-    assert found["eval_loss"] == pytest.approx(weighted, rel=1e-12)
+    mean = sum(found[f"eval_loss/{name}"] * count for name, (_, count) in parts.items()) / tokens
+    assert found["eval_loss"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_first_tokens_are_no_targets_even_where_they_are_labelled(
