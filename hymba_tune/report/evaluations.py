@@ -46,15 +46,16 @@ def tabulate(facts: dict[str, Any]) -> EvaluationTable:
     """Lay out what `hymba_tune.evaluate` notes of an evaluation."""
     models = facts["models"]
     columns = [name.rsplit("/", 1)[-1] if name.startswith("/") else name for name in (m["name"] for m in models)]
+    texts = [model["measures"] for model in models]
     lines = [
-        _line(label, [model["measures"] for model in models], name, written)
+        _line(label, texts, name, written)
         for name, (label, written) in TEXT_MEASURES.items()
+        if any(name in measures for measures in texts)
     ]
     for task in dict.fromkeys(task for model in models for task in model["tasks"]):
         values = [model["tasks"].get(task, {}) for model in models]
         names = dict.fromkeys(name for one in values for name in one if not name.endswith(ERROR))
         lines += [_line(f"{task}: {name}", values, name, "{:.4g}".format) for name in names]
-    lines = [line for line in lines if any(cell != NONE for cell in line.cells)]
     lines.append(Line("weights", [gigabytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
     return EvaluationTable(facts["when"], _what(facts), columns + ["change"] * (len(models) == 2), lines)
 
