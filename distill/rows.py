@@ -7,7 +7,7 @@ row keeps those that it needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,15 +17,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from hymba_tune.config import DataOptions, as_mapping
+from hymba_tune.config import DataOptions
 from hymba_tune.data import DataReport, TrainingData, open_sources, sample_prompts
 from hymba_tune.data.building import IDS, RowKind, build
 from hymba_tune.data.chat import Encoded, fit
 from hymba_tune.data.dataset import fit_reading
 from hymba_tune.data.encoding import ExampleReading, readings
 from hymba_tune.data.sources import Source
-from hymba_tune.data.splitting import rows_by_source, split_rows
-from hymba_tune.data.training import Working
+from hymba_tune.data.training import Working, opened, read_sources
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
 from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
 from hymba_tune.errors import DataError
@@ -99,67 +98,61 @@ def read_rows(
         DataError: If data cannot be used.
         ConfigError: If weights, caps or names do not fit the data.
     """
-    counts = AlignmentReport()
-    builder = _Builder(pair, counts, options, context, seed)
-    mapping = as_mapping(options.map)
-    sources = named(open_sources(options.data, options.weights, options.caps), mapping)
-    given = named(open_sources(options.eval_data), mapping)
-    given = given or [source.held_out for source in sources if source.held_out]
+    builder = _Builder(pair, options, context, seed)
+    sources, given = opened(options)
     if instead is not None:
         sources = open_sources([str(instead)])
-    with working("reading and aligning the data") as progress:
-        rows, report = builder.build(sources, 0, progress)
-    split = split_rows(report.sources, 0 if given else options.eval_split, seed=seed, max_rows=options.eval_max_rows)
-    train, held_out = (rows.select(part) if len(part) else None for part in split)
-    held_out_sources = rows_by_source(report.sources, split[1])
-    if given:
-        with working("reading and aligning the evaluation data") as progress:
-            held_out, given_report = builder.build(given, len(rows), progress)
-        held_out = held_out.select(range(min(len(held_out), options.eval_max_rows)))
-        held_out_sources = rows_by_source(given_report.sources, np.arange(len(held_out)))
+    data = read_sources(
+        options,
+        sources,
+        given,
+        builder.build,
+        sample_prompts,
+        seed=seed,
+        prompts=prompts,
+        working=working,
+        doing="reading and aligning",
+    )
+    rows, held_out = builder.built[0], data.held_out
+    if given and held_out is not None:
+        held_out = _numbered(held_out, len(rows))
         rows = concatenate_datasets([rows, held_out])
-    samples = sample_prompts(given or sources, prompts)
-    return AlignedData(train, held_out, held_out_sources, report, samples, rows, counts)
+    return AlignedData(**{**vars(data), "held_out": held_out}, rows=rows, alignment=builder.counts)
 
 
-def named(sources: Sequence[Source], mapping: Mapping[str, str]) -> list[Source]:
-    """Sources whose columns and roles are named as a mapping says, where they do not say so themselves."""
-    return [
-        replace(
-            source,
-            mapping={**mapping, **source.mapping},
-            held_out=source.held_out and replace(source.held_out, mapping={**mapping, **source.held_out.mapping}),
-        )
-        for source in sources
-    ]
+def _numbered(rows: Dataset, first: int) -> Dataset:
+    """Rows with new numbers, from ``first`` on."""
+    numbers = [[first + index] * len(ids) for index, ids in enumerate(rows["input_ids"])]
+    return rows.remove_columns("row").add_column("row", pa.array(numbers, IDS)).select_columns(rows.column_names)
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Encodes sources; see `read_rows`."""
+    """Encodes sources; see `read_rows`. ``built`` is what came of them, ``counts`` how their tokens lie."""
 
     pair: Pair
-    counts: AlignmentReport
     options: DataOptions
     context: int | None
     seed: int
+    counts: AlignmentReport = field(default_factory=AlignmentReport)
+    built: list[Dataset] = field(default_factory=list)
 
-    def build(
-        self, sources: Sequence[Source], first: int, progress: Callable[[int], None]
-    ) -> tuple[Dataset, DataReport]:
-        """The rows of the sources, numbered from ``first`` on, memory-mapped; and what became of them."""
+    def build(self, sources: Sequence[Source], progress: Callable[[int], None]) -> tuple[Dataset, DataReport]:
+        """The rows of the sources, numbered, memory-mapped; and what became of them."""
         options, tokenizer = self.options, self.pair.student.tokenizer
         kind = RowKind(
             columns=COLUMNS,
             report=DataReport,
-            fit=partial(self._fit, count(first)),
+            fit=partial(self._fit, count()),
             fingerprinted=_numbers,
             purpose=("learn", "with an answer that both tokenizers spell, and that begins"),
         )
         read = readings(sources, tokenizer, learn=options.learn, seed=self.seed)
-        return build(
+        rows, report = build(
             kind, read, sources, tokenizer, {}, on_bad_row=options.on_bad_row, cache_dir=None, progress=progress
         )
+        self.built.append(rows)
+        return rows, report
 
     def _fit(
         self, numbers: Iterator[int], some: Sequence[ExampleReading], report: DataReport

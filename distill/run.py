@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.checkpoint import choose_dtype
-from hymba_tune.config import DistillConfig, as_mapping
+from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.data import cache_folder, open_sources
+from hymba_tune.data import cache_folder
+from hymba_tune.data.training import opened
 from hymba_tune.distill.cache import WIDE
 from hymba_tune.distill.capture import (
     load_target_maker,
@@ -33,7 +34,7 @@ from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.own_answers import OwnAnswers
 from hymba_tune.distill.pair import Pair, Side
 from hymba_tune.distill.preflight import look
-from hymba_tune.distill.rows import AlignedData, named, read_rows
+from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
@@ -115,8 +116,7 @@ class _Distillation:
         if not config.teacher_writes or config.dry_run:
             return None
         assert self._pair
-        sources = named(open_sources(config.data, config.weights, config.caps), as_mapping(config.map))
-        writer = AnswerWriter(config, sources, self._pair, self._found.fingerprint)
+        writer = AnswerWriter(config, opened(config)[0], self._pair, self._found.fingerprint)
         with screen.working("reading what the teacher is to answer") as progress:
             key = writer.key(progress)
         with screen.working("the teacher answers") as progress:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic
 
@@ -25,7 +25,7 @@ from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Shows what is being done; what it gives is called with the number of rows done."""
-Sample = Callable[[Sequence[Source], int, Mapping[str, str]], list[tuple[Conversation, str]]]
+Sample = Callable[[Sequence[Source], int], list[tuple[Conversation, str]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_training_data(
         ConfigError: If weights, caps or names do not fit the data.
     """
     build = partial(build_dataset, tokenizer=tokenizer, learn=options.learn, seed=seed, **_reading(options))
-    return _read(options, build, sample_prompts, seed=seed, prompts=prompts, working=working)
+    return read_sources(options, *opened(options), build, sample_prompts, seed=seed, prompts=prompts, working=working)
 
 
 def read_preferences(
@@ -87,38 +87,79 @@ def read_preferences(
     build = partial(build_preferences, tokenizer=tokenizer, paired=paired, seed=seed, **_reading(options))
     sample = partial(sample_preferred, paired=paired)
     # Judged answers are taken in this order, and a batch should hold good and bad ones to different prompts.
-    return _read(options, build, sample, seed=seed, prompts=prompts, working=working, shuffled=not paired)
+    return read_sources(
+        options,
+        *opened(options),
+        build,
+        sample,
+        seed=seed,
+        prompts=prompts,
+        working=working,
+        shuffled=not paired,
+    )
 
 
 def _reading(options: DataOptions) -> dict[str, Any]:
     """How rows are read, whatever kind they are."""
     return {
         "max_length": options.max_length,
-        "mapping": as_mapping(options.map),
         "on_bad_row": options.on_bad_row,
         "cache_dir": cache_folder() if options.cache else None,
     }
 
 
-def _read(
+def opened(options: DataOptions) -> tuple[list[Source], list[Source]]:
+    """What ``--data`` names, and what is held out of its own: ``--eval-data``, or what comes with the data.
+
+    Columns and roles of all of them are named as ``--map`` says, where a source does not say so itself.
+
+    Raises:
+        DataError: If a source is not found, or is of no known kind.
+        ConfigError: If weights, caps or names do not fit the data.
+    """
+    sources = open_sources(options.data, options.weights, options.caps)
+    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    mapping = as_mapping(options.map)
+
+    def named(some: Sequence[Source]) -> list[Source]:
+        return [replace(source, mapping={**mapping, **source.mapping}) for source in some]
+
+    return named(sources), named(given)
+
+
+def read_sources(
     options: DataOptions,
+    sources: Sequence[Source],
+    given: Sequence[Source],
     build: Callable[..., tuple[Dataset, D]],
     sample: Sample,
     *,
     seed: int,
     prompts: int,
     working: Working,
+    doing: str = "reading",
     shuffled: bool = False,
 ) -> TrainingData[D]:
-    sources = open_sources(options.data, options.weights, options.caps)
-    # Some sources come with held-out data of their own.
-    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
-    with working("reading the data") as progress:
+    """Read sources, and hold rows out: as many of each source in ``given``, or drawn where there is none.
+
+    Args:
+        options: How many are held out.
+        sources: What is trained on.
+        given: What is evaluated on.
+        build: From sources to their rows, and the report on these.
+        sample: From sources to some of their prompts.
+        seed: Of the rows that are drawn and held out.
+        prompts: How many prompts to return.
+        working: Told what is done.
+        doing: What that is called.
+        shuffled: Whether the rows of a source are to be mixed.
+    """
+    with working(f"{doing} the data") as progress:
         rows, report = build(sources, progress=progress)
     held_out_of, counts, most = rows, report.sources, options.eval_max_rows
     train, held_out = split_rows(counts, 0 if given else options.eval_split, seed=seed, max_rows=most)
     if given:
-        with working("reading the evaluation data") as progress:
+        with working(f"{doing} the evaluation data") as progress:
             held_out_of, given_report = build(given, progress=progress)
         counts = given_report.sources
         held_out = first_rows(counts, most)
@@ -132,5 +173,5 @@ def _read(
         held_out_of.select(held_out) if len(held_out) else None,
         held_out_sources,
         report,
-        sample(given or sources, prompts, as_mapping(options.map)),
+        sample(given or sources, prompts),
     )

@@ -124,6 +124,20 @@ def test_rows_know_their_numbers_wherever_they_go(tmp_path: Path) -> None:
             assert read_data.rows[row["row"][0]] == row
 
 
+def test_as_many_rows_are_held_out_of_each_source(tmp_path: Path) -> None:
+    """Under the columns' names that ``--map`` gives to all of them."""
+    named = [
+        write(tmp_path / f"{name}.jsonl", [{"ask": QUESTION, "completion": f"{name} {i}"} for i in range(count)])
+        for name, count in (("a", 5), ("b", 4), ("c", 3))
+    ]
+    data = read(named[0], pair_of(), eval_data=named[1:], eval_max_rows=4, map=["prompt=ask"])
+    assert data.held_out is not None
+    assert data.held_out_sources == {"b.jsonl": 2, "c.jsonl": 2}
+    assert [row["row"][0] for row in data.held_out] == [5, 6, 7, 8]
+    assert data.rows[7:9]["input_ids"] == data.held_out[2:4]["input_ids"]
+    assert [data.rows[number]["place"] for number in (5, 7)] == data.held_out[0:4:2]["place"]
+
+
 def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> None:
     context = min(len(row["teacher_tokens"]) for row in read(talks(tmp_path / "a.jsonl"), pair_of()).rows)
     data = read(talks(tmp_path / "a.jsonl"), pair_of(), context=context)
