@@ -20,7 +20,14 @@ from hymba_tune.config.base import (
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
-from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
+from hymba_tune.config.options import (
+    AdapterOptions,
+    DataOptions,
+    EngineOptions,
+    KeptDataOptions,
+    ModelOptions,
+    TrainingOptions,
+)
 from hymba_tune.config.quantize import QuantizeConfig
 from hymba_tune.config.verbs import (
     DoctorConfig,
@@ -52,6 +59,7 @@ __all__ = [
     "ExportConfig",
     "KTOConfig",
     "Keep",
+    "KeptDataOptions",
     "Learn",
     "MergeConfig",
     "MetaTokens",

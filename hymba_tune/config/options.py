@@ -80,11 +80,13 @@ class DataOptions(ReadingOptions):
     """Rows the held-out data is cut to, so that an evaluation stays short."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
+
+
+class KeptDataOptions(DataOptions):
+    """The same, where what was read is kept."""
+
     cache: bool = True
     """Keep encoded data in the user's cache and find it again (hymba-tune data clear empties it)."""
-    packing: bool = False
-    """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
-    costs nothing here, packed or not."""
 
 
 class AdapterOptions(Config):
@@ -119,6 +121,9 @@ class TrainingOptions(Config):
     """Rows a device computes at a time."""
     grad_accum: int = Field(default=1, ge=1)
     """Batches whose gradients are added up before a step."""
+    packing: bool = False
+    """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
+    costs nothing here, packed or not."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. When not given: 2e-4 for an adapter, 2e-5 for full training."""
     lr_meta: float | None = Field(default=None, gt=0)

@@ -10,7 +10,14 @@ from cyclopts import Parameter
 from pydantic import Field, model_validator
 
 from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Reference, Scheme, Start
-from hymba_tune.config.options import AdapterOptions, DataOptions, EngineOptions, ModelOptions, TrainingOptions
+from hymba_tune.config.options import (
+    AdapterOptions,
+    DataOptions,
+    EngineOptions,
+    KeptDataOptions,
+    ModelOptions,
+    TrainingOptions,
+)
 
 
 class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
@@ -80,14 +87,14 @@ class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions
         return self
 
 
-class SFTConfig(TrainingConfig):
+class SFTConfig(TrainingConfig, KeptDataOptions):
     """Supervised fine-tuning."""
 
     verb: ClassVar[str] = "sft"
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
-class PreferenceConfig(TrainingConfig):
+class PreferenceConfig(TrainingConfig, KeptDataOptions):
     """How answers are compared with those of a reference model."""
 
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 5e-5, Method.dora: 5e-5, Method.full: 1e-6}

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.config import DataOptions, as_mapping
+from hymba_tune.config import DataOptions, KeptDataOptions, as_mapping
 from hymba_tune.data.building import D
 from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.dataset import build_dataset, sample_prompts
@@ -48,7 +48,7 @@ class TrainingData(Generic[D]):
 
 
 def read_training_data(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, seed: int, prompts: int, working: Working
+    options: KeptDataOptions, tokenizer: PreTrainedTokenizerBase, *, seed: int, prompts: int, working: Working
 ) -> TrainingData[DataReport]:
     """Read everything that ``--data`` and ``--eval-data`` name, as `build_dataset` does.
 
@@ -68,7 +68,13 @@ def read_training_data(
 
 
 def read_preferences(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, paired: bool, seed: int, prompts: int, working: Working
+    options: KeptDataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    paired: bool,
+    seed: int,
+    prompts: int,
+    working: Working,
 ) -> TrainingData[PreferenceReport]:
     """Read everything that ``--data`` and ``--eval-data`` name as preferences, as `build_preferences` does.
 
@@ -99,7 +105,7 @@ def read_preferences(
     )
 
 
-def _reading(options: DataOptions) -> dict[str, Any]:
+def _reading(options: KeptDataOptions) -> dict[str, Any]:
     """How rows are read, whatever kind they are."""
     return {
         "max_length": options.max_length,

@@ -63,6 +63,7 @@ def _with_adapter_of_run(config: P) -> P:
 
 def _read_data(setup: Setup, screen: Screen) -> Data:
     config = setup.config
+    assert isinstance(config, PreferenceConfig)
     data = read_preferences(
         config,
         setup.tokenizer,

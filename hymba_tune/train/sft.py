@@ -27,6 +27,7 @@ def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
 
 def _read_data(setup: Setup, screen: Screen) -> Data:
     config = setup.config
+    assert isinstance(config, SFTConfig)
     data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=SAMPLES, working=screen.working)
     return data_of(setup, data)
 

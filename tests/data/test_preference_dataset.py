@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.checkpoint import load_tokenizer
-from hymba_tune.config import DataOptions, OnBadRow
+from hymba_tune.config import KeptDataOptions, OnBadRow
 from hymba_tune.data import open_sources, read_preferences
 from hymba_tune.data.chat import Encoded, encode, encode_prompt
 from hymba_tune.data.comparisons import split_answers
@@ -140,7 +140,7 @@ def test_judged_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
 
 def read(tokenizer: PreTrainedTokenizerBase, *, paired: bool, **options: Any) -> Any:
     return read_preferences(
-        DataOptions(cache=False, **options),
+        KeptDataOptions(cache=False, **options),
         tokenizer,
         paired=paired,
         seed=0,
