@@ -20,7 +20,8 @@ def quantize(
 
     Example: hymba-tune quantize runs/my-run --scheme nf4 --out my-model-nf4
 
-    The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export.
+    The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export. What
+    it cost is measured on --data: damage.json, damage.html.
 
     Parameters
     ----------
@@ -33,9 +34,15 @@ def quantize(
     quiet_libraries()
     flags.model = model
     done = make(flags, RichScreen().working)
-    before, after = gigabytes(done.bytes_before), gigabytes(done.bytes_after)
+    damage, drift = done.damage, done.damage.drift
+    before, after = (gigabytes(size) for size in damage.weight_bytes)
+    errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
     for label, line in (
         ("quantised", f"{done.folder} (weights {before} → {after})"),
+        ("damage", damage.sentence),
+        ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
+        ("weights", f"off by {errors}"),
+        ("kept", f"{', '.join(damage.kept)} (why: {done.folder}/damage.html)"),
         ("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"),
         ("talk to it", f"hymba-tune chat {done.folder}"),
         ("publish it", f"hymba-tune export {done.folder} --push USER/NAME"),

@@ -74,6 +74,25 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
     return config
 
 
+def reasons(model_config: Any, config: BitsAndBytesConfig, skip: Sequence[str] = ()) -> dict[str, str]:
+    """Why modules keep their number format, by the ends of their names.
+
+    Args:
+        model_config: Of the model.
+        config: What `quantization` made of it.
+        skip: As given there.
+    """
+    model = _without_weights(model_config)
+    names = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
+    said = {end: why for end, why in KEPT.items() if any(name.endswith(end) for name in names)}
+    done = quantised(model, config)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name not in done and not name.endswith((*said, *skip)):
+            shape = f"{module.out_features} × {module.in_features}"
+            said[name.rpartition(".")[2]] = f"is {shape}: no multiple of {ROWS} rows and {COLUMNS} columns"
+    return said | dict.fromkeys(skip, "was to be left (--skip)")
+
+
 def bitsandbytes(scheme: Scheme, dtype: torch.dtype, kept: Sequence[str] | None = None) -> BitsAndBytesConfig:
     """A scheme in bitsandbytes' words, for any model.
 

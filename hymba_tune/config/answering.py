@@ -43,7 +43,18 @@ class ChatConfig(AskingOptions):
     """Seed of the sampling."""
 
 
-class EvalConfig(ReadingOptions, AskingOptions):
+class ScoringOptions(ReadingOptions):
+    """Which texts a model is scored on."""
+
+    data: Names = Field(default_factory=list)
+    """What sft takes as --data."""
+    on_bad_row: OnBadRow = OnBadRow.stop
+    """stop at a row that cannot be used, or leave it out."""
+    learn: Annotated[Learn, Parameter(name="--score")] = Learn.all
+    """Score all answers of a conversation, or only the last."""
+
+
+class EvalConfig(ScoringOptions, AskingOptions):
     """How good a model is."""
 
     model: Annotated[str, Parameter(parse=False)] = ""
@@ -54,10 +65,6 @@ class EvalConfig(ReadingOptions, AskingOptions):
     """Set the model that the adapter was trained on beside it."""
     data: Names = Field(default_factory=list)
     """What sft takes as --data: the loss on it, perplexity and bits per byte."""
-    on_bad_row: OnBadRow = OnBadRow.stop
-    """stop at a row that cannot be used, or leave it out."""
-    learn: Annotated[Learn, Parameter(name="--score")] = Learn.all
-    """Score all answers of a conversation, or only the last."""
     max_rows: int | None = Field(default=None, ge=1)
     """Rows after which each source of --data ends; of a task, examples."""
     batch_size: int = Field(default=8, ge=1)

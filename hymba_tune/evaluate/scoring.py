@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hymba_tune.data import IGNORED, Encoded
@@ -77,21 +78,35 @@ def score_rows(
 
 def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[list[float], list[bool]]]:
     """The log-probability of every labelled token of each row, nats, and whether no other is likelier there."""
-    longest = max(len(row.input_ids) for row in rows)
-    ids, mask, labels = (
-        torch.tensor([values + [fill] * (longest - len(values)) for values in columns], device=model.device)
-        for columns, fill in (
-            ([row.input_ids for row in rows], 0),
-            ([[1] * len(row.input_ids) for row in rows], 0),
-            ([row.labels for row in rows], IGNORED),
-        )
-    )
+    ids, mask, labels = _padded(rows, model.device)
     with torch.inference_mode():
         scores = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     asked = labels[:, 1:] != IGNORED
     return [
         (log_probs[own].tolist(), likeliest[own].tolist())
         for log_probs, likeliest, own in zip(scores.log_probs, scores.is_top1, asked, strict=True)
+    ]
+
+
+def predicting_states(model: PreTrainedModel, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """What the head predicts the labelled tokens of all rows from, states ``(n, d)``, and those tokens ``(n,)``."""
+    ids, mask, labels = _padded(rows, model.device)
+    with torch.inference_mode():
+        states = model.base_model(ids, attention_mask=mask).last_hidden_state
+    asked = labels[:, 1:] != IGNORED
+    return states[:, :-1][asked], labels[:, 1:][asked]
+
+
+def _padded(rows: Sequence[Encoded], device: torch.device) -> list[Tensor]:
+    """Token ids, the mask, and labels of rows, ``(B, L)`` each, on the left."""
+    longest = max(len(row.input_ids) for row in rows)
+    return [
+        torch.tensor([values + [fill] * (longest - len(values)) for values in columns], device=device)
+        for columns, fill in (
+            ([row.input_ids for row in rows], 0),
+            ([[1] * len(row.input_ids) for row in rows], 0),
+            ([row.labels for row in rows], IGNORED),
+        )
     ]
 
 

@@ -81,11 +81,22 @@ class Texts:
         """
         counts, digest = TextCounts(), hashlib.sha256()
         for row in self._rows(counts):
-            counts.parts += 1
-            counts.tokens += row.encoded.learned
-            counts.spelled += row.spelled
-            digest.update(array("i", [len(row.encoded.labels), *row.encoded.input_ids, *row.encoded.labels]).tobytes())
+            _add(row, counts, digest)
             progress(counts.rows)
+        return self._checked(counts, digest)
+
+    def sample(self, tokens: int) -> tuple[list[ScoredRow], TextCounts]:
+        """The first rows of every source, which together have about so many tokens to score; errors as of `count`."""
+        counts, digest, rows = TextCounts(), hashlib.sha256(), []
+        for number, source in enumerate(self.sources, 1):
+            for row in replace(self, sources=[source])._rows(counts):
+                _add(row, counts, digest)
+                rows.append(row)
+                if counts.tokens * len(self.sources) >= tokens * number:
+                    break
+        return rows, self._checked(counts, digest)
+
+    def _checked(self, counts: TextCounts, digest: hashlib._Hash) -> TextCounts:
         if not counts.tokens:
             raise DataError(
                 f"Nothing to score in {listing(source.name for source in self.sources)}: {counts.rows:,} rows, "
@@ -119,6 +130,13 @@ class Texts:
             scored = zip(row.labels, sizes[begin:end], strict=True)
             yield ScoredRow(row, sum(size for label, size in scored if label != IGNORED))
             begin = end
+
+
+def _add(row: ScoredRow, counts: TextCounts, digest: hashlib._Hash) -> None:
+    counts.parts += 1
+    counts.tokens += row.encoded.learned
+    counts.spelled += row.spelled
+    digest.update(array("i", [len(row.encoded.labels), *row.encoded.input_ids, *row.encoded.labels]).tobytes())
 
 
 def spelled_bytes(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from hymba_tune import __version__
-from hymba_tune.config import ExportConfig, Scheme
+from hymba_tune.config import ExportConfig
 from hymba_tune.data.readers import KINDS, kind
 from hymba_tune.errors import ConfigError
 from hymba_tune.hub.lineage import CARD, Lineage
+from hymba_tune.quant import Damage
 from hymba_tune.report import RunRecord, judge, loss_picture
 
 PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "kernels"}
@@ -54,7 +55,7 @@ model = PeftModel.from_pretrained(model, "{name}")
 
 
 def write_card(
-    folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str, scheme: Scheme | None = None
+    folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str, damage: Damage | None = None
 ) -> None:
     """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
 
@@ -64,10 +65,10 @@ def write_card(
         lineage: Where it comes from.
         config: How it is exported.
         size: Its parameters and number format, in words.
-        scheme: In which its weights are stored, if in fewer bits.
+        damage: What quantising it cost, if its weights are stored in fewer bits.
     """
-    head = {name: value for name, value in _head(lineage, config, scheme).items() if value}
-    needs = "torch, transformers 5, accelerate and bitsandbytes" if scheme else "torch and transformers 5"
+    head = {name: value for name, value in _head(lineage, config, quantised=damage is not None).items() if value}
+    needs = "torch, transformers 5, accelerate and bitsandbytes" if damage else "torch and transformers 5"
     code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
     what = "An adapter for" if config.adapter_only else "Made from"
     lines = [
@@ -75,7 +76,7 @@ def write_card(
         *("", f"# {name.rpartition('/')[2]}", ""),
         f"{what} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
         "([arXiv 2411.13676](https://arxiv.org/abs/2411.13676)).",
-        *("", f"{size}, quantised to {scheme} by bitsandbytes." if scheme else f"{size}.", "", "## Use", "", code),
+        *("", f"{size}.", *(["", _cost(damage)] if damage else []), "", "## Use", "", code),
         f"With hymba-tune: `hymba-tune chat {name}`",
     ]
     for number, run in enumerate(lineage.runs):
@@ -108,19 +109,23 @@ def check_publishable(lineage: Lineage) -> None:
         )
 
 
-def _head(lineage: Lineage, config: ExportConfig, scheme: Scheme | None) -> dict[str, Any]:
+def _head(lineage: Lineage, config: ExportConfig, *, quantised: bool) -> dict[str, Any]:
     """What the Hub reads."""
-    relation = "adapter" if config.adapter_only else "quantized" if scheme else "finetune"
+    relation = "adapter" if config.adapter_only else "quantized" if quantised else "finetune"
     data = (name for run in lineage.runs for name in run.settings.get("data", []))
     return {
         **lineage.licence,
         "base_model": lineage.base,
-        "base_model_relation": relation if lineage.base and (lineage.runs or scheme) else None,
+        "base_model_relation": relation if lineage.base and (lineage.runs or quantised) else None,
         "library_name": "peft" if config.adapter_only else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data if _on_the_hub(name))),  # type: ignore[index]
         "tags": ["hymba", "hymba-tune"],
     }
+
+
+def _cost(damage: Damage) -> str:
+    return f"Quantised to {damage.scheme} by bitsandbytes. {damage.sentence} More in damage.json and damage.html."
 
 
 def _on_the_hub(name: str) -> bool:

@@ -21,10 +21,10 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
-from hymba_tune.hub.layout import write_tokenizer
+from hymba_tune.hub.layout import write_model, write_tokenizer
 from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
 from hymba_tune.hub.push import Target, check_target, push
-from hymba_tune.hub.writing import usual_folder, write_checked
+from hymba_tune.hub.writing import read_again, usual_folder
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
 
 
@@ -116,19 +116,20 @@ def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
 def _write_whole(
     config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
 ) -> tuple[float, str]:
-    """Write a whole model, and read it again."""
+    """Write a whole model, and read it again. The two are never in memory together."""
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     tokenizer = with_chat_template(load_tokenizer(source.folder))
-
-    def make() -> PreTrainedModel:
-        with working("loading the weights"):
-            return open_model(source, dtype=dtype, device=device)
-
-    written = write_checked(make, tokenizer, folder, layout=config.format, base=lineage.base, working=working)
-    count = short_count(written.model.num_parameters())
-    return written.difference, f"{count} parameters in {str(dtype).removeprefix('torch.')}"
+    with working("loading the weights"):
+        model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
+    size = f"{short_count(model.num_parameters())} parameters in {str(dtype).removeprefix('torch.')}"
+    with working("writing"):
+        meant = sample_logits(model, tokenizer)
+        write_model(model, tokenizer, folder, config.format, lineage.base)
+    del model
+    with working("reading it again"):
+        return read_again(folder, tokenizer, meant, dtype=dtype, device=device)[1], size
 
 
 def _write_adapter(

@@ -1,26 +1,33 @@
-"""A model stored in fewer bits: quantised, written, read again and compared."""
+"""A model stored in fewer bits: quantised, written, read again, compared, and measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import open_model, short_count, weights_of
+from hymba_tune.adapters import base_of, open_model, short_count, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, weight_files
-from hymba_tune.config import ExportConfig, QuantizeConfig
-from hymba_tune.data import with_chat_template
+from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
+from hymba_tune.data import Encoded, open_sources, with_chat_template
 from hymba_tune.data.training import Working
+from hymba_tune.evaluate.texts import TextCounts, Texts
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.card import write_card
-from hymba_tune.hub.checks import write_sums
+from hymba_tune.hub.checks import sample_logits, write_sums
+from hymba_tune.hub.layout import write_model
 from hymba_tune.hub.lineage import trace
-from hymba_tune.hub.writing import usual_folder, write_checked
-from hymba_tune.quant import check_quantisable, quantise
-from hymba_tune.registry import resolve_model
-from hymba_tune.schemes import quantization
+from hymba_tune.hub.writing import read_again, usual_folder
+from hymba_tune.quant import Damage, check_quantisable, compare, damage_page, quantise, refer, weight_errors
+from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.schemes import quantization, reasons
+
+DAMAGE, PAGE = "damage.json", "damage.html"
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,84 @@ class Quantised:
 
     Attributes:
         folder: Where it is.
-        bytes_before: Of the model's weights, not quantised.
-        bytes_after: Of those that were written.
+        damage: What it cost.
         difference: The largest between logits of the quantised model in memory and of what was read again.
+        size: Its parameters, in words.
     """
 
     folder: Path
-    bytes_before: int
-    bytes_after: int
+    damage: Damage
     difference: float
+    size: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be quantised, all of it found and checked before the weights load.
+
+    Attributes:
+        source: The model.
+        config: Of the model below all adapters.
+        tokenizer: With a chat template.
+        dtype: What is computed in.
+        device: Where.
+        scheme: How its weights are to be stored.
+        skip: What is to be left as it is, beside what always is.
+        quantization: What transformers is told.
+        rows: Texts that the damage is measured on.
+        texts: What was read of them.
+        data: What they are called; files are told without their folders.
+    """
+
+    source: ModelSource
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    device: torch.device
+    scheme: Scheme
+    skip: Sequence[str]
+    quantization: BitsAndBytesConfig
+    rows: list[Encoded]
+    texts: TextCounts
+    data: list[str]
+
+
+def find(config: QuantizeConfig, working: Working) -> Asked:
+    """Find a model and texts.
+
+    Raises:
+        HymbaTuneError: If something cannot be used.
+    """
+    source = resolve_model(config.model)
+    check_quantisable(source)
+    device, model_config = choose_device(config.device), load_config(weights_of(source))
+    stored = model_config.dtype or torch.float32
+    dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    asked = quantization(model_config, config.scheme, dtype, config.skip)
+    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    texts = Texts(
+        open_sources(config.data),
+        tokenizer,
+        config.max_length,
+        as_mapping(config.map),
+        config.learn,
+        config.on_bad_row,
+    )
+    with working("reading the data"):
+        rows, counts = texts.sample(config.max_tokens)
+    return Asked(
+        source=source,
+        config=model_config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        scheme=config.scheme,
+        skip=config.skip,
+        quantization=asked,
+        rows=[row.encoded for row in rows],
+        texts=counts,
+        data=[Path(name).name if Path(name).exists() else name for name in config.data],
+    )
 
 
 def quantize(config: QuantizeConfig, working: Working) -> Quantised:
@@ -50,28 +126,66 @@ def quantize(config: QuantizeConfig, working: Working) -> Quantised:
     Raises:
         HymbaTuneError: If something is to be mended first. The folder is then whole, or not there.
     """
-    source = resolve_model(config.model)
-    check_quantisable(source)
-    device, model_config = choose_device(config.device), load_config(weights_of(source))
-    stored = model_config.dtype or torch.float32
-    dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
-    asked = quantization(model_config, config.scheme, dtype, config.skip)
-    tokenizer, lineage = with_chat_template(load_tokenizer(source.folder)), trace(source)
-    out = config.out or usual_folder(source, ending=f"-{config.scheme}")
-    before = 0
-
-    def make() -> PreTrainedModel:
-        nonlocal before
-        with working("loading the weights"):
-            model = open_model(source, dtype=dtype, device=device)
-        before = model.get_memory_footprint(return_buffers=False)
-        with working("quantising"):
-            return quantise(model, asked)
-
+    asked = find(config, working)
+    lineage, out = trace(asked.source), config.out or usual_folder(asked.source, ending=f"-{config.scheme}")
     with new_folder(out) as folder:
-        written = write_checked(make, tokenizer, folder, layout="kit", base=lineage.base, working=working)
-        size = f"{short_count(written.model.num_parameters())} parameters"
-        write_card(folder, out.name, lineage, ExportConfig(), size=size, scheme=config.scheme)
+        done = write_quantised(asked, folder, lineage.base, working)
+        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, damage=done.damage)
         write_sums(folder)
-        after = sum(file.stat().st_size for file in weight_files(folder))
-    return Quantised(out, before, after, written.difference)
+    return replace(done, folder=out)
+
+
+def write_quantised(asked: Asked, folder: Path, base: str | None, working: Working) -> Quantised:
+    """Quantise a model into a folder, read it again, and measure what that cost.
+
+    Args:
+        asked: Of `find`.
+        folder: Is there.
+        base: As `write_model` takes it.
+        working: Shows the steps that take long.
+
+    Raises:
+        CheckpointError: If the weights cannot be used, or what was written is not what was meant.
+    """
+    tokenizer = asked.tokenizer
+    with working("loading the weights"):
+        model = open_model(asked.source, dtype=asked.dtype, device=asked.device).eval()
+    with working("predicting with the model as it is") as progress:
+        reference = refer(model, asked.rows, progress)
+    with working("quantising"):
+        made = quantise(model, asked.quantization).eval()
+        kinds = weight_errors(model, made)
+    before, after = (each.get_memory_footprint(return_buffers=False) for each in (model, made))
+    del model
+    with working("writing"):
+        meant = sample_logits(made, tokenizer)
+        write_model(made, tokenizer, folder, "kit", base)
+    del made
+    with working("reading it again"):
+        again, difference = read_again(folder, tokenizer, meant, dtype=asked.dtype, device=asked.device)
+    with working("predicting with the quantised model") as progress:
+        drift = compare(reference, again, progress)
+    damage = Damage(
+        model=asked.source.published or Path(asked.source.name).name,
+        scheme=asked.scheme,
+        dtype=str(asked.dtype).removeprefix("torch."),
+        kept=reasons(asked.config, asked.quantization, asked.skip),
+        kinds=kinds,
+        drift=drift,
+        data=asked.data,
+        texts=asked.texts,
+        weight_bytes=(before, after),
+        file_bytes=(_file_bytes(asked.source), _file_bytes(ModelSource(folder.name, folder))),
+    )
+    (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
+    return Quantised(folder, damage, difference, f"{short_count(again.num_parameters())} parameters")
+
+
+def _file_bytes(source: ModelSource) -> int:
+    """Of the files that hold a model's weights, those of adapters included."""
+    size = 0
+    while source.adapter is not None:
+        size += sum(file.stat().st_size for file in source.adapter.glob("*.safetensors"))
+        source = base_of(source)
+    return size + sum(file.stat().st_size for file in weight_files(source.folder))

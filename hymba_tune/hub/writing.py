@@ -1,67 +1,41 @@
-"""A model written, read again, and compared: what an export and a quantised model have in common."""
+"""A model that was written, read again and compared: what an export and a quantised model have in common."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.checkpoint import load_tokenizer, load_weights
-from hymba_tune.data.training import Working
 from hymba_tune.hub.checks import check_logits, check_tokens, sample_logits
-from hymba_tune.hub.layout import Format, write_model
 from hymba_tune.registry import ModelSource
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written.
-
-    Attributes:
-        model: As it was read again.
-        difference: The largest between its logits and those of the model that was written.
-    """
-
-    model: PreTrainedModel
-    difference: float
-
-
-def write_checked(
-    make: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    layout: Format,
-    base: str | None,
-    working: Working,
-) -> Written:
-    """Write a model, and read it again. The two are never in memory together.
+def read_again(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, meant: Tensor, *, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, float]:
+    """Read what was written, and compare. By then nobody should hold the model that was written.
 
     Args:
-        make: Opens the model, without an adapter, and keeps nothing of it.
-        tokenizer: With a chat template.
-        folder: As for `write_model`.
-        layout: As there.
-        base: As there.
-        working: Shows the steps that take long.
+        folder: What `write_model` wrote.
+        tokenizer: That was written.
+        meant: `sample_logits` of the model that was written.
+        dtype: What that one computed in.
+        device: Where.
+
+    Returns:
+        The model, and the largest difference between its logits and those that were meant.
 
     Raises:
-        CheckpointError: If it is not the same.
+        CheckpointError: If it is another one.
     """
-    model = make()
-    dtype, device = model.dtype, model.device
-    with working("writing"):
-        meant = sample_logits(model, tokenizer)
-        write_model(model, tokenizer, folder, layout, base)
-    del model
     gc.collect()
-    with working("reading it again"):
-        again = load_weights(ModelSource(folder.name, folder), dtype=dtype, device=device)
-        check_tokens(load_tokenizer(folder), tokenizer, folder)
-        return Written(again, check_logits(sample_logits(again, tokenizer), meant, folder))
+    again = load_weights(ModelSource(folder.name, folder), dtype=dtype, device=device)
+    check_tokens(load_tokenizer(folder), tokenizer, folder)
+    return again, check_logits(sample_logits(again, tokenizer), meant, folder)
 
 
 def usual_folder(source: ModelSource, *, ending: str = "") -> Path:

@@ -177,7 +177,7 @@ def test_folder_that_does_not_read_as_it_was_meant_is_not_kept(
         held = load_file(folder / SINGLE)
         save_file(held | {"model.memory_tokens": held["model.memory_tokens"] + 1}, folder / SINGLE, {"format": "pt"})
 
-    monkeypatch.setattr("hymba_tune.hub.writing.write_model", damaged)
+    monkeypatch.setattr("hymba_tune.hub.exports.write_model", damaged)
     with pytest.raises(CheckpointError, match=r"read again, the model is another one: a logit differs by (.|\n)*at mo"):
         export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent)
     assert not list(tmp_path.glob("out*"))

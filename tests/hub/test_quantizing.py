@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from hymba_tune.adapters import open_model
 from hymba_tune.checkpoint import load_config
-from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme
-from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.config import EvalConfig, ExportConfig, QuantizeConfig, Scheme
+from hymba_tune.errors import CheckpointError, HymbaTuneError
+from hymba_tune.evaluate import evaluate
 from hymba_tune.hub import export, quantize
 from hymba_tune.hub.checks import check_sums
 from hymba_tune.quant import quantise
@@ -25,22 +27,36 @@ CPU = torch.device("cpu")
 
 
 def quantised(model: Path | str, out: Path, **options: Any) -> Path:
-    done = quantize(QuantizeConfig(model=str(model), out=out, **options), silent)
+    done = quantize(QuantizeConfig(model=str(model), out=out, **{"max_tokens": 50} | options), silent)
     assert done.folder == out
     assert done.difference == 0
-    assert done.bytes_after < done.bytes_before
+    before, after = done.damage.weight_bytes
+    assert after < before
     return out
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_folder_is_whole_and_exported_as_it_is(scheme: Scheme, wide_model: Path, tmp_path: Path) -> None:
-    folder = quantised(wide_model, tmp_path / "one", scheme=scheme)
+def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
+    scheme: Scheme, wide_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    folder = quantised(wide_model, tmp_path / "one", scheme=scheme, data=[str(questions)], max_tokens=10**6)
     check_sums(folder)
     stored = stored_quantization(load_config(ModelSource("model", folder)))
     assert stored is not None
     assert scheme_of(stored) is scheme
     assert {"chat_template.jinja", "generation_config.json", "modeling_hymba.py"} <= {f.name for f in folder.iterdir()}
-    assert f"quantised to {scheme} by bitsandbytes" in (folder / "README.md").read_text()
+    found, page = json.loads((folder / "damage.json").read_text()), (folder / "damage.html").read_text()
+    rounding = 1e-3 if scheme is Scheme.int8 else 1e-5  # int8 leaves out what is far off in a whole batch
+    for name, model in (("before", wide_model), ("after", folder)):
+        told = evaluate(EvalConfig(model=str(model), data=[str(questions)], dtype="float32"), silent).results[0]
+        assert found["loss"][name] == pytest.approx(told.measures["loss"], rel=rounding)
+        assert found["data"]["fingerprint"] == (told.texts.fingerprint if told.texts else "")
+    assert found["kl"] > 0
+    assert found["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
+    sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:.4g} → "
+    assert sentence in page
+    assert f"Quantised to {scheme} by bitsandbytes. {sentence}" in (folder / "README.md").read_text()
+    assert str(questions.parent) not in page + json.dumps(found)
     # transformers alone cannot write a quantised model that it has read
     export(ExportConfig(model=str(folder), out=tmp_path / "two"), silent)
     assert same_tensors(tmp_path / "two", folder)
@@ -77,6 +93,7 @@ def test_what_is_to_be_skipped_keeps_its_format(wide_model: Path, tmp_path: Path
         ({"out": "file/out"}, r"--out .*file/out cannot be written"),
         ({"skip": ["dwn_proj"]}, r"--skip dwn_proj: no linear layer of the model is called so"),
         ({"device": "cuda:99"}, r"--device cuda:99: this machine has"),
+        ({"data": ["nosuch.jsonl"]}, r"Cannot find nosuch.jsonl"),
     ],
 )
 def test_wrong_settings_end_before_the_weights_load(
@@ -85,7 +102,7 @@ def test_wrong_settings_end_before_the_weights_load(
     monkeypatch.setattr("hymba_tune.hub.quantizing.open_model", lambda *_, **__: pytest.fail("the weights are loaded"))
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(HymbaTuneError, match=message):
         quantize(QuantizeConfig(model=str(wide_model), **flags), silent)
     assert [path.name for path in tmp_path.iterdir() if path.name != "exports"] == ["file"]
 
@@ -94,9 +111,9 @@ def test_verb_names_its_folder_and_what_it_saved(
     command: Command, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = command("quantize", wide_model)
+    done = command("quantize", wide_model, "--max-tokens", 50)
     assert done.code == 0, done.err
-    assert " quantised  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n" in done.out
+    assert " quantised  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage     Perplexity on demo: " in done.out
     assert "hymba-tune chat exports/wide-nf4" in done.out
     refused = command("quantize", wide_model, "--scheme", "nf3")
     assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")

@@ -1,0 +1,96 @@
+"""What quantising a model cost, as JSON and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hymba_tune import __version__
+from hymba_tune.config import Scheme
+from hymba_tune.evaluate.texts import TextCounts
+from hymba_tune.pages import LIGHT, Plot, plot, render
+from hymba_tune.quant.damage import Drift, KindError
+
+LIBRARIES = ("torch", "transformers", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantising a model cost.
+
+    Attributes:
+        model: What its user calls it.
+        scheme: How its weights are stored.
+        dtype: What it computes in, and what is not quantised is stored in.
+        kept: Why modules keep their number format, by the ends of their names.
+        kinds: Of the modules that were quantised.
+        drift: Of its predictions.
+        data: Names of the texts it was measured on.
+        texts: What was read of them.
+        weight_bytes: Of the weights in memory, before and after.
+        file_bytes: Of the files that hold them, before (adapters included) and after.
+    """
+
+    model: str
+    scheme: Scheme
+    dtype: str
+    kept: dict[str, str]
+    kinds: dict[str, KindError]
+    drift: Drift
+    data: Sequence[str]
+    texts: TextCounts
+    weight_bytes: tuple[int, int]
+    file_bytes: tuple[int, int]
+
+    def facts(self) -> dict[str, Any]:
+        """As ``damage.json`` holds it: nats a token, shares, bytes."""
+        drift = self.drift
+        return {
+            "model": self.model,
+            "scheme": str(self.scheme),
+            "dtype": self.dtype,
+            "data": {"names": list(self.data)} | asdict(self.texts),
+            "kl": drift.kl,
+            "loss": {"before": drift.loss_before, "after": drift.loss_after},
+            "perplexity": {"before": drift.perplexity_before, "after": drift.perplexity_after, "rise": drift.rise},
+            "same_likeliest": drift.same,
+            "kinds": {kind: asdict(error) for kind, error in self.kinds.items()},
+            "kept": self.kept,
+            "weight_bytes": dict(zip(("before", "after"), self.weight_bytes, strict=True)),
+            "file_bytes": dict(zip(("before", "after"), self.file_bytes, strict=True)),
+            "versions": {"hymba-tune": __version__} | {name: version(name) for name in LIBRARIES},
+        }
+
+    @property
+    def sentence(self) -> str:
+        """What matters most."""
+        drift, names = self.drift, ", ".join(self.data)
+        return f"Perplexity on {names}: {drift.perplexity_before:.4g} → {drift.perplexity_after:.4g} ({drift.risen})."
+
+
+def damage_page(damage: Damage) -> str:
+    """``damage.html``."""
+    return render("hymba_tune.quant", "damage.html.j2", damage=damage, plot=_errors(damage.kinds))
+
+
+def _errors(kinds: dict[str, KindError]) -> Plot:
+    errors = {kind: 100 * error.error for kind, error in kinds.items()}
+
+    def draw(axes: Axes) -> None:
+        bars = axes.barh(list(errors), list(errors.values()), height=0.6, color=LIGHT["first"])
+        axes.bar_label(bars, labels=[f"{error:.3g} %" for error in errors.values()], padding=3, color=LIGHT["ink"])
+        axes.invert_yaxis()
+        axes.margins(x=0.22)
+        axes.set(xlabel="‖W' − W‖ / ‖W‖, per cent")
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+    worst, best = (choose(errors, key=lambda kind: errors[kind]) for choose in (max, min))
+    alt = f"Relative error of weights: most in {worst} ({errors[worst]:.3g} %), least in {best} ({errors[best]:.3g} %)."
+    return plot("How far the weights moved, by kind of module", alt, draw)
