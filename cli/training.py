@@ -64,7 +64,9 @@ def _show_result(run: Run) -> None:
                 f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
             )
         if ended.eval_accuracy is not None:
-            console.print(f" better answer preferred in {ended.eval_accuracy:.0%} of the held-out pairs", markup=False)
+            one_by_one = run.facts()["verb"] == "kto"
+            told = "held-out answers told right:" if one_by_one else "better answer preferred in held-out pairs:"
+            console.print(f" {told} {ended.eval_accuracy:.0%}", markup=False)
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):

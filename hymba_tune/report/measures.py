@@ -50,6 +50,8 @@ KNOWN = {
     "memory_bytes": Measure("Peak memory", "GB", ".2f", scale=2**30, better=-1),
 }
 """In the order in which they are shown, after the loss."""
+TOLD_RIGHT = Measure("Answers told right", "%", ".0f", scale=0.01, better=1)
+"""The accuracy of answers that are judged one by one: what chance would give depends on how many of them are good."""
 
 
 def order(name: str) -> float:
@@ -69,4 +71,6 @@ def measure(name: str, verb: str | None) -> Measure:
     if what == "loss":
         title = f"Loss on {source}" if source else "Loss"
         return Measure(title, "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
+    if name == "accuracy" and verb == "kto":
+        return TOLD_RIGHT
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

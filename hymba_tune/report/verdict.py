@@ -86,9 +86,10 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
 
 
 def _ranked(record: RunRecord) -> str:
-    """How many held-out pairs are ranked right at the end, where the run measured that."""
+    """How many held-out pairs or answers are told right at the end, where the run measured that."""
     _, right = record.series("eval_accuracy")
-    return f"; {100 * right[-1]:.0f} % of the pairs ranked right" if right else ""
+    what = "answers told" if record.verb == "kto" else "pairs ranked"
+    return f"; {100 * right[-1]:.0f} % of the {what} right" if right else ""
 
 
 def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:

@@ -114,6 +114,19 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
         good = int(labels.sum())
         return {"all": len(labels), "chosen": good, "rejected": len(labels) - good}
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """TRL's loss, and among its metrics one that it has of pairs only: how many answers are told right."""
+        with caught_scores(self.accelerator.unwrap_model(self.model)) as scores:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+        # What computes the divergence comes before the answers, under the model as under the reference.
+        policy = scores[int(self.calculate_KL)].sum(-1)
+        reference = inputs["ref_logps"] if "ref_logps" in inputs else scores[-1].sum(-1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        beyond = policy.detach() - reference - metrics["kl"][-1]
+        right = torch.where(inputs["label"].bool(), beyond > 0, beyond < 0)
+        metrics["rewards/accuracies"].append(self.accelerator.gather_for_metrics(right.float()).mean().item())
+        return loss
+
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: trl.KTOConfig, *_: Any
     ) -> datasets.Dataset:
@@ -128,6 +141,17 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
             return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
         return dataset.map(hand_on, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+@contextmanager
+def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The log-probabilities, ``(B, L - 1)`` each, that a model gives in whatever forwards it goes through meanwhile."""
+    found: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, __, output: found.append(output.log_probs))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -25,7 +25,9 @@ class Row:
         memory_bytes: Peak memory so far, of the GPU or, on a CPU, of the process.
         margin: Of preferences: how much larger the rewards of better answers are than those of worse ones, on average.
             A reward is beta times the log-ratio of the answer's probabilities under the model and the reference.
-        accuracy: Share of the pairs whose better answer has the larger reward.
+        accuracy: Share of the pairs whose better answer has the larger reward. Of answers judged one by one: share of
+            the good ones whose reward is above the point that KTO compares with, and of the bad ones below it; that is
+            beta times its estimate of the divergence from the reference, or 0 in losses without one.
         chosen_reward: Mean reward of the better, or good, answers.
         rejected_reward: Mean reward of the worse, or bad, answers.
         eval_margin: These four on the held-out data, as means over all of its pairs or answers.

@@ -40,6 +40,14 @@ def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> N
     assert not judged(tmp_path, [1.0], [2.0, 1.0, 1.01]).notes
 
 
+def test_answers_judged_one_by_one_are_told_without_chance(tmp_path: Path) -> None:
+    columns = {"eval_accuracy": [0.5, 0.78], "eval_margin": [0.1, 0.4]}
+    run = made_run(tmp_path / "run", [0.6], [0.5, 0.4], settings={"verb": "kto"}, columns=columns)
+    verdict = judge(RunRecord.read(run))
+    assert verdict.sentence.endswith("; 78 % of the answers told right.")
+    assert ("answers told right", "78 %", "50 % before") in verdict.figures
+
+
 def test_source_that_got_worse_beside_the_others_is_named(tmp_path: Path) -> None:
     columns = {"eval_loss/a.jsonl": [5.0, 1.0, 1.5], "eval_loss/b.jsonl": [2.0, 2.5, 1.0]}
     run = made_run(tmp_path / "run", [1.0], [3.0, 1.7, 1.71], columns=columns)

@@ -242,14 +242,20 @@ def test_kto_learns_from_judged_answers(small_model: Path, judged: Path, tmp_pat
     assert first.eval_margin == pytest.approx(0.0, abs=1e-5)
     assert last.eval_margin is not None
     assert last.eval_margin > 0.5
-    assert last.eval_accuracy is None
+    assert last.eval_accuracy is not None
+    assert last.eval_accuracy > 0.6
+    assert all(row.accuracy is not None for row in run.rows() if row.loss is not None)
     facts = run.facts()
     assert (facts["verb"], facts["data"]["good"], facts["data"]["bad"]) == ("kto", 16, 8)
     assert isinstance(run.read_config(), KTOConfig)
 
 
-def test_kto_evaluation_is_the_mean_over_answers(small_model: Path, pairs: Path, tmp_path: Path) -> None:
-    run = kto(small_model, pairs, tmp_path / "out", eval_data=[str(pairs)], loss="apo_zero_unpaired", batch_size=5)
+@pytest.mark.parametrize("reference", ["adapter-off", "precompute"])
+def test_kto_evaluation_is_the_mean_over_answers(
+    reference: str, small_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    settings = {"loss": "apo_zero_unpaired", "batch_size": 5, "reference": reference}
+    run = kto(small_model, pairs, tmp_path / "out", eval_data=[str(pairs)], **settings)
     after, before = (log_probs(opened(model), pairs, small_model) for model in (run.path, small_model))
     rewards = 0.1 * (after - before)
     losses = torch.stack([1 - rewards[:, 0].sigmoid(), rewards[:, 1].sigmoid()])
@@ -257,6 +263,24 @@ def test_kto_evaluation_is_the_mean_over_answers(small_model: Path, pairs: Path,
     assert last.eval_loss == pytest.approx(losses.mean().item(), abs=1e-5)
     assert last.eval_chosen_reward == pytest.approx(rewards[:, 0].mean().item(), abs=1e-4)
     assert last.eval_rejected_reward == pytest.approx(rewards[:, 1].mean().item(), abs=1e-4)
+    right = torch.cat([rewards[:, 0] > 0, rewards[:, 1] < 0])
+    assert 0 < right.float().mean() < 1
+    assert last.eval_accuracy == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_kto_tells_answers_right_by_the_divergence_from_the_reference(
+    small_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """All held-out answers are one batch, so that there is one estimate of it."""
+    settings = {"batch_size": 48, "steps": 3, "good_weight": 50.0}
+    run = kto(small_model, pairs, tmp_path / "out", eval_data=[str(pairs)], **settings)
+    after, before = (log_probs(opened(model), pairs, small_model) for model in (run.path, small_model))
+    state = json.loads((run.checkpoints / "checkpoint-3" / "trainer_state.json").read_text())
+    divergence = next(row["eval_kl"] for row in reversed(state["log_history"]) if "eval_kl" in row)
+    assert divergence > 0.1
+    beyond = after - before - divergence
+    right = torch.cat([beyond[:, 0] > 0, beyond[:, 1] < 0]).float().mean().item()
+    assert run.rows()[-1].eval_accuracy == pytest.approx(right, abs=1e-6)
 
 
 @pytest.mark.parametrize(
