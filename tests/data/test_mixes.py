@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hymba_tune.config import DataOptions
+from hymba_tune.config import KeptDataOptions
 from hymba_tune.data import build_dataset, open_sources, read_training_data
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.train.screen import Screen
@@ -48,7 +48,7 @@ def test_weight_above_one_is_part_of_the_fingerprint(files: list[str], hymba: Pr
 
 
 def test_weights_are_those_of_training(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
-    options = DataOptions(data=files, weights=[1, 3], caps=[100, 50], eval_split=0.1, max_length=64)
+    options = KeptDataOptions(data=files, weights=[1, 3], caps=[100, 50], eval_split=0.1, max_length=64)
     data = read_training_data(options, hymba, seed=0, prompts=1, working=Screen().working)
     assert data.held_out is not None
     train, held_out = ([str(row["input_ids"]) for row in part] for part in (data.train, data.held_out))
@@ -86,7 +86,7 @@ def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrained
         "- path: math.jsonl\n  weight: 2\n  max_rows: 10\n  map: {prompt: question, completion: answer}\n"
         f"  eval_data: math-test.jsonl\n- path: {talk}\n"
     )
-    options = DataOptions(data=[str(mix)], max_length=64)
+    options = KeptDataOptions(data=[str(mix)], max_length=64)
     data = read_training_data(options, hymba, seed=0, prompts=1, working=Screen().working)
     assert [(source.weight, source.kept) for source in data.report.sources] == [(2.0, 10), (1.0, 20)]
     assert len(data.train) == 40
