@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 from rich.padding import Padding
@@ -183,18 +183,27 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
 
 
 @data.command
-def clear() -> None:
-    """Empty the cache of encoded data, which runs fill to start faster the next time.
+def clear(*kinds: Literal["data", "targets", "answers", "pairs"]) -> None:
+    """Empty the cache, which runs fill to start faster the next time.
 
-    Example: hymba-tune data clear
+    Example: hymba-tune data clear targets
+
+    Parameters
+    ----------
+    kinds
+        data (encoded), targets and answers (of teachers), pairs (tables of two tokenizers). When not given: all.
     """
-    from hymba_tune.data.cache import cache_folder
+    from hymba_tune.data.cache import KEPT, cache_folder
     from hymba_tune.data.cache import clear as empty
     from hymba_tune.pages import gigabytes
 
-    entries, size = empty(cache_folder())
-    things = "entry" if entries == 1 else "entries"
-    _lines([f"{entries:,} {things}, {gigabytes(size)} removed from {cache_folder()}"])
+    for kind, what in KEPT.items():
+        if kinds and kind not in kinds:
+            continue
+        entries, size = empty(cache_folder(kind))
+        if entries or kinds or kind == "data":
+            things = "entry" if entries == 1 else "entries"
+            _lines([f"{what}: {entries:,} {things}, {gigabytes(size)} removed from {cache_folder(kind)}"])
 
 
 def _some(files: tuple[str, ...]) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def load_target_maker(
         top_k=options.top_k,
         temperature=options.temperature,
         device=device,
-        tables_dir=cache_folder().parent / "pairs",
+        tables_dir=cache_folder("pairs"),
     )
 
 
@@ -165,7 +165,7 @@ def open_targets(
     check_aligned(data.alignment, options.min_aligned)
     with screen.working("reading what decides the targets"):
         key = cache_key(options, data.rows, pair, teacher, vocabulary=vocabulary)
-    folder = options.teacher_cache or cache_folder().parent / "targets" / key_digest(key)
+    folder = options.teacher_cache or cache_folder("targets") / key_digest(key)
     check_key(folder, key)
     if is_full(folder):
         cache = TargetCache(folder)

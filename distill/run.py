@@ -120,7 +120,7 @@ class _Distillation:
         with screen.working("reading what the teacher is to answer") as progress:
             key = writer.key(progress)
         with screen.working("the teacher answers") as progress:
-            written = writer.write(cache_folder().parent / "answers" / key, partial(self._load, setup), progress)
+            written = writer.write(cache_folder("answers") / key, partial(self._load, setup), progress)
         screen.note(
             f"the teacher answered {written.rows:,} conversations → {written.path}"
             + (f" · {written.left_out:,} answers left out, which did not end or are no text" * bool(written.left_out))

@@ -16,23 +16,31 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data.sources import Source
 
+Kept = Literal["data", "targets", "answers", "pairs"]
+KEPT: dict[Kept, str] = {
+    "data": "encoded data",
+    "targets": "what teachers give the next tokens",
+    "answers": "what teachers wrote",
+    "pairs": "tables of two tokenizers",
+}
+"""What lies in the user's cache, in words."""
 LIMIT_BYTES = 20 * 2**30
-"""What is kept at most: entries that were not used for longest go first."""
+"""Encoded data that is kept at most: entries that were not used for longest go first."""
 STALE_SECONDS = 2 * 24 * 3600
 """Age at which something unfinished is taken for left behind."""
 UNFINISHED = "unfinished-"
 
 
-def cache_folder() -> Path:
-    """Where encoded data is kept: ``hymba-tune/data`` in the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune", "data")
+def cache_folder(kind: Kept = "data") -> Path:
+    """Where something is kept: ``hymba-tune/KIND`` in the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune", kind)
 
 
 def entry_key(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str | None:
@@ -108,10 +116,13 @@ def clear(folder: Path) -> tuple[int, int]:
     Returns:
         How many there were, and their bytes.
     """
-    entries = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    entries = list(folder.iterdir()) if folder.is_dir() else []
     size = sum(map(_size, entries))
     for entry in entries:
-        shutil.rmtree(entry, ignore_errors=True)
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
     return sum(not entry.name.startswith(UNFINISHED) for entry in entries), size
 
 
@@ -133,9 +144,9 @@ def _trim(folder: Path, keep: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _size(folder: Path) -> int:
+def _size(entry: Path) -> int:
     size = 0
-    for file in folder.rglob("*"):
+    for file in (entry, *entry.rglob("*")) if entry.is_file() else entry.rglob("*"):
         with suppress(OSError):
             size += file.stat().st_size
     return size

@@ -146,5 +146,15 @@ def test_wrong_words_get_an_answer(command: Command, good: str) -> None:
 def test_clear_empties_the_cache(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (cache_folder() / "entry").mkdir(parents=True)
-    assert command("data", "clear").out == f" 1 entry, 0.0 MB removed from {cache_folder()}\n"
-    assert not list(cache_folder().iterdir())
+    for kind in ("targets", "pairs"):
+        cache_folder(kind).mkdir()
+    (cache_folder("targets") / "key").mkdir()
+    (cache_folder("targets") / "key" / "00000.arrow").write_bytes(bytes(2**20))
+    (cache_folder("pairs") / "key.safetensors").write_bytes(bytes(2**21))
+    told = command("data", "clear", "pairs").out
+    assert told == f" tables of two tokenizers: 1 entry, 2.0 MB removed from {cache_folder('pairs')}\n"
+    assert command("data", "clear").out == (
+        f" encoded data: 1 entry, 0.0 MB removed from {cache_folder()}\n"
+        f" what teachers give the next tokens: 1 entry, 1.0 MB removed from {cache_folder('targets')}\n"
+    )
+    assert not [path for kind in tmp_path.glob("hymba-tune/*") for path in kind.iterdir()]
