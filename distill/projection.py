@@ -28,8 +28,8 @@ from hymba_tune.distill.alignment import Alignment, Indices
 from hymba_tune.distill.chunks import Head, expand
 from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
 
-ROWS = 16
-"""Of the teacher's outputs, how many are projected at a time: what fits a processor's cache."""
+ROWS = 64
+"""Of the teacher's outputs, how many are projected at a time: a copy of them is held."""
 FLOOR = 1e-6
 """Mass below which a position has no target: there is nothing left but rounding."""
 
