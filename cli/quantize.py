@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.config import QuantizeConfig
+
+if TYPE_CHECKING:
+    from hymba_tune.hub import Quantised, Searched
+
+NOTHING_FOUND = 2
+"""Exit code of a search that finds nothing to propose."""
 
 
 def quantize(
@@ -15,10 +23,12 @@ def quantize(
     /,
     *,
     flags: Annotated[QuantizeConfig, Parameter(name="*")] = QuantizeConfig(),  # noqa: B008 (cyclopts reads the default)
-) -> None:
+) -> int | None:
     """Store a model's weights in fewer bits, a run's with its adapter folded in, and check what was written.
 
     Example: hymba-tune quantize runs/my-run --scheme nf4 --out my-model-nf4
+
+    What to leave: hymba-tune quantize runs/my-run --scheme fp4 --search --max-rise 0.5%
 
     The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export. What
     it cost is measured on --data: damage.json, damage.html.
@@ -29,15 +39,27 @@ def quantize(
         A run directory, or whatever --model takes.
     """
     from hymba_tune.hub import quantize as make
-    from hymba_tune.pages import gigabytes
+    from hymba_tune.hub import search_skips
 
     quiet_libraries()
     flags.model = model
-    done = make(flags, RichScreen().working)
+    if not flags.search:
+        _say_written(make(flags, RichScreen().working))
+        return None
+    found = search_skips(flags, RichScreen().working)
+    _say_search(found, flags)
+    if found.written:
+        _say_written(found.written)
+    return None if found.search.skip is not None else NOTHING_FOUND
+
+
+def _say_written(done: Quantised) -> None:
+    from hymba_tune.pages import gigabytes
+
     damage, drift = done.damage, done.damage.drift
     before, after = (gigabytes(size) for size in damage.weight_bytes)
     errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
-    for label, line in (
+    _lines(
         ("quantised", f"{done.folder} (weights {before} → {after})"),
         ("damage", damage.sentence),
         ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
@@ -46,5 +68,38 @@ def quantize(
         ("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"),
         ("talk to it", f"hymba-tune chat {done.folder}"),
         ("publish it", f"hymba-tune export {done.folder} --push USER/NAME"),
-    ):
+    )
+
+
+def _say_search(found: Searched, flags: QuantizeConfig) -> None:
+    from hymba_tune.pages import gigabytes
+
+    tried, scheme = found.search, flags.scheme
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(f" in {scheme}", overflow="fold", header_style="dim")
+    for name in ("perplexity", "rise", "drift", "saves"):
+        table.add_column(name, justify="right", header_style="dim")
+    before = tried.whole[0].drift.perplexity_before
+    table.add_row(Text(" nothing"), f"{before:.4g}", "", "", "")
+    alone = [(f"{' '.join(trial.kinds)} alone", trial) for trial in tried.alone]
+    sets = [(" ".join(("all but", *left)) if (left := tried.left_of(trial)) else "all", trial) for trial in tried.whole]
+    for label, trial in alone + sets:
+        drift = trial.drift
+        cells = (f"{drift.perplexity_after:.4g}", drift.risen, f"{drift.kl:.2g}", gigabytes(trial.saved))
+        table.add_row(Text(f" {label}"), *cells)
+    console.print(table)
+    limit = f"{flags.max_rise:g} %"
+    if tried.skip is None:
+        what, then = f"no set of them keeps the rise within {limit}", "a larger --max-rise, or --scheme int8"
+    else:
+        last = tried.whole[-1].drift.risen
+        what = f"leave {' '.join(tried.skip)}: {last}" if tried.skip else f"all may be quantised: {last}"
+        what = f"{what} (measured whole; {limit} allowed)"
+        skip = f" --skip {' '.join(found.skip)}" if found.skip else ""
+        then = f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"
+    _lines(("proposal", what), ("to do it" if tried.skip is not None else "to go on", then))
+
+
+def _lines(*lines: tuple[str, str]) -> None:
+    for label, line in lines:
         console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)

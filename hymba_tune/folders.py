@@ -25,14 +25,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: If it holds something already or cannot be written, or its disk is full.
     """
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists and is not empty.", expected="a new or empty folder")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.", fix="another --out") from error
+    partial = _begin(out)
     try:
         yield partial
         if out.exists():
@@ -43,3 +36,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         if (isinstance(error, OSError) and error.errno in FULL) or "os error 28" in str(error):  # safetensors' words
             raise ConfigError(f"--out {out}: its disk is full.", fix="free some space, or another --out") from error
         raise
+
+
+def check_new_folder(out: Path) -> None:
+    """See that `new_folder` could begin, where that is long after; errors are the same."""
+    _begin(out).rmdir()
+
+
+def _begin(out: Path) -> Path:
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists and is not empty.", expected="a new or empty folder")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.", fix="another --out") from error
+    return partial

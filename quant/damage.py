@@ -64,9 +64,14 @@ class Drift:
         return _perplexity(self.loss_after)
 
     @property
+    def loss_rise(self) -> float:
+        """By how much the cross-entropy is larger."""
+        return self.loss_after - self.loss_before
+
+    @property
     def rise(self) -> float:
         """By how much the perplexity is larger, as a share of what it was."""
-        return math.expm1(self.loss_after - self.loss_before)
+        return math.expm1(self.loss_rise)
 
     @property
     def risen(self) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Parameter
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.answering import ScoringOptions
 from hymba_tune.config.base import Names, Scheme
 from hymba_tune.config.options import ModelOptions
+
+
+def _without_sign(value: Any) -> Any:
+    """``1%`` is ``1``."""
+    return value.removesuffix("%") if isinstance(value, str) else value
 
 
 class QuantizeConfig(ScoringOptions, ModelOptions):
@@ -29,5 +34,16 @@ class QuantizeConfig(ScoringOptions, ModelOptions):
     """What the damage is measured on: as sft takes it. When not given: demo, which is packaged."""
     max_tokens: int = Field(default=8192, ge=1)
     """Tokens of it that are predicted before and after (common: 4096 to 100000)."""
+    search: bool = False
+    """Measure what each kind of module adds to the perplexity, and say what to --skip so that it rises by no more than
+    --max-rise. Nothing is written without --out."""
+    max_rise: Annotated[float, BeforeValidator(_without_sign)] = Field(default=1.0, ge=0, le=1000)
+    """With --search: per cent by which the perplexity may rise (common: 0.5 to 5)."""
     out: Path | None = None
     """Folder of the quantised model; must not exist or be empty. When not given: exports/MODEL-SCHEME."""
+
+    @model_validator(mode="after")
+    def _check_rise(self) -> Self:
+        if "max_rise" in self.model_fields_set and not self.search:
+            raise ValueError("max_rise: nothing is searched without --search")
+        return self

@@ -2,5 +2,6 @@
 
 from hymba_tune.hub.exports import Exported, export
 from hymba_tune.hub.quantizing import Quantised, quantize
+from hymba_tune.hub.searching import Searched, search_skips
 
-__all__ = ["Exported", "Quantised", "export", "quantize"]
+__all__ = ["Exported", "Quantised", "Searched", "export", "quantize", "search_skips"]

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from hymba_tune.adapters import open_model
 from hymba_tune.checkpoint import load_config
 from hymba_tune.config import EvalConfig, ExportConfig, QuantizeConfig, Scheme
-from hymba_tune.errors import CheckpointError, HymbaTuneError
+from hymba_tune.errors import CheckpointError, ConfigError, HymbaTuneError
 from hymba_tune.evaluate import evaluate
-from hymba_tune.hub import export, quantize
+from hymba_tune.hub import export, quantize, search_skips
 from hymba_tune.hub.checks import check_sums
-from hymba_tune.quant import quantise
+from hymba_tune.quant import Drift, quantise
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, scheme_of, stored_quantization
 from tests.cli.conftest import Command
@@ -117,3 +118,48 @@ def test_verb_names_its_folder_and_what_it_saved(
     assert "hymba-tune chat exports/wide-nf4" in done.out
     refused = command("quantize", wide_model, "--scheme", "nf3")
     assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")
+
+
+def test_what_is_found_is_written_and_predicts_as_it_did_in_the_search(wide_model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": str(wide_model), "skip": ["down_proj"], "search": True, "max_tokens": 200}
+    found = search_skips(QuantizeConfig(out=tmp_path / "out", max_rise="900%", **options), silent)
+    assert {kind for trial in found.search.alone for kind in trial.kinds} == {
+        "in_proj",
+        "out_proj",
+        "gate_proj",
+        "up_proj",
+    }
+    assert (found.search.skip, found.skip) == ((), ("down_proj",))
+    assert found.written
+    drift, searched = found.written.damage.drift, found.search.whole[-1].drift
+    assert (drift.kl, drift.loss_after) == (pytest.approx(searched.kl, rel=1e-4), pytest.approx(searched.loss_after))
+    assert found.written.damage.kept["down_proj"] == "was to be left (--skip)"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file/out cannot be written"):
+        search_skips(QuantizeConfig(out=tmp_path / "file/out", **options), silent)
+
+
+@pytest.mark.parametrize("holds", [("in_proj", "out_proj", "down_proj"), ()])
+def test_verb_says_what_to_leave_and_the_command(
+    holds: tuple[str, ...], command: Command, wide_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def compared(_: Any, model: Any, __: Any) -> Drift:
+        done = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        return Drift(0.01, 2.0, 2.0 + 0.1 * len(done - set(holds)), 0.9)
+
+    monkeypatch.setattr("hymba_tune.hub.searching.compare", compared)
+    done = command("quantize", wide_model, "--search", "--max-rise", "1%", "--max-tokens", 20)
+    assert " gate_proj alone" in done.out
+    assert " all " in done.out
+    if holds:
+        assert done.code == 0, done.err
+        assert " proposal   leave gate_proj up_proj: +0.00 % (measured whole; 1 % allowed)\n" in done.out
+        assert f"hymba-tune quantize {wide_model} --scheme nf4 --skip gate_proj up_proj\n" in done.out
+    else:
+        assert done.code == 2
+        assert " proposal   no set of them keeps the rise within 1 %\n" in done.out
+    assert not list(tmp_path.iterdir())
+    refused = command("quantize", wide_model, "--max-rise", 2)
+    assert (refused.code, refused.err) == (2, "max_rise: nothing is searched without --search\n")
