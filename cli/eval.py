@@ -53,6 +53,8 @@ def measure(
         console.print_json(json.dumps(facts(found), ensure_ascii=False))
         return
     _show(facts(found))
+    for note in filter(None, (result.note for result in found.results)):
+        console.print(f" {note}", style="dim", markup=False, soft_wrap=True)
     for label, path in (
         ("results", flags.out),
         ("answers", flags.save_answers),

@@ -35,6 +35,8 @@ def export(
     flags.model = model
     done = make(flags, RichScreen().working)
     lines = [("exported", f"{done.folder} ({gigabytes(done.size)})")]
+    if done.note is not None:
+        lines.append(("from", done.note))
     if done.difference is not None:
         lines.append(("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"))
     if done.address is not None:

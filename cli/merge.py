@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
-from hymba_tune.config import MergeConfig
+from hymba_tune.config import MergeConfig, Onto
+
+if TYPE_CHECKING:
+    from hymba_tune.hub import Merged
 
 
 def merge(
@@ -20,15 +23,42 @@ def merge(
 
     Example: hymba-tune merge runs/my-run --out my-model
 
+    One that was trained on quantised weights: hymba-tune merge runs/my-run --onto original --out my-model
+
     Parameters
     ----------
     run
         A run directory, or an adapter's folder.
     """
-    from hymba_tune.adapters import merge_into
+    from hymba_tune.hub import merge as make
+    from hymba_tune.pages import gigabytes
 
     quiet_libraries()
     flags.model = run
-    with RichScreen().working("merging"):
-        folder = merge_into(flags)
-    console.print(f" merged into {folder}\n talk to it  hymba-tune chat {folder}", markup=False, soft_wrap=True)
+    done = make(flags, RichScreen().working)
+    lines = [
+        ("merged", f"{done.folder} ({gigabytes(done.size)})"),
+        *_drifts(done),
+        ("talk to it", f"hymba-tune chat {done.folder}"),
+    ]
+    for label, line in lines:
+        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)
+
+
+def _drifts(done: Merged) -> list[tuple[str, str]]:
+    """What it was folded into, what it could have been, and how far both are from the trained model."""
+    if done.base is None:
+        unknown = "the original weights: an adapter without its run does not say whether they were quantised"
+        return [("onto", unknown)] if done.alone else []
+    told = {Onto.original: "the original weights", Onto.dequantised: f"{done.base.scheme} weights, dequantised"}
+    lines = [
+        (
+            "onto" if onto is done.onto else "not onto",
+            f"{told[onto]}: KL {drift.divergence:.2g}, logits within {drift.largest:.2g} of the trained model's",
+        )
+        for onto, drift in sorted(done.drifts.items(), key=lambda entry: entry[0] is not done.onto)
+    ]
+    nearest = min(done.drifts, key=lambda onto: done.drifts[onto].divergence)
+    if nearest is not done.onto:
+        lines.append(("advised", f"--onto {nearest}: nearer to what was trained"))
+    return lines

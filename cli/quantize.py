@@ -61,6 +61,7 @@ def _say_written(done: Quantised) -> None:
     errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
     _lines(
         ("quantised", f"{done.folder} (weights {before} → {after})"),
+        *([("from", done.note)] if done.note else []),
         ("damage", damage.sentence),
         ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
         ("weights", f"off by {errors}"),

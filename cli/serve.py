@@ -36,6 +36,8 @@ def serve(
     flags.model = model
     server = Server(flags, RichScreen().working)
     console.print(f" {server.name} at {server.url}", markup=False, soft_wrap=True)
+    if server.note:
+        console.print(f" {server.note}", style="dim", markup=False, soft_wrap=True)
     if not server.local:
         console.print(" everybody who reaches this port can use the model: there is no password", style="yellow")
     with suppress(KeyboardInterrupt):  # that is how it is to end

@@ -47,6 +47,8 @@ TEACHERS = {
 """Models that others are distilled from."""
 NANO = "hymba-nano"
 """The packaged model."""
+ADAPTER = "adapter"
+"""Folder of a run's adapter."""
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "README.md")
 """What is downloaded of a repository: no code, and no pickles."""
@@ -62,6 +64,8 @@ class ModelSource:
         folder: Its configuration, tokenizer and, without an adapter, its weights.
         adapter: Folder of the adapter that a run trained.
         base: The model that the adapter belongs to, as the run named it.
+        quantized: The scheme in which that model's weights were stored while the run trained, if in fewer bits.
+        dtype: What the run computed in.
         published: The name under which any machine finds it: its Hub id, or hymba-nano.
     """
 
@@ -69,6 +73,8 @@ class ModelSource:
     folder: Path
     adapter: Path | None = None
     base: str | None = None
+    quantized: str | None = None
+    dtype: str | None = None
     published: str | None = None
 
 
@@ -132,6 +138,8 @@ def _local(name: str, path: Path) -> ModelSource:
     if (path / "config.json").is_file():
         return ModelSource(name, path)
     if (path / ADAPTER_CONFIG).is_file():
+        if path.resolve().name == ADAPTER and (path.resolve().parent / "run.json").is_file():
+            return _run(path.resolve().parent)
         return ModelSource(name, path, adapter=path, base=_base_of_adapter(path))
     raise CheckpointError(
         f"{path}: no model in this folder.",
@@ -162,8 +170,10 @@ def _run(path: Path) -> ModelSource:
     run = _read_json(path / "run.json")
     if (path / "model" / "config.json").is_file():
         return ModelSource(path.name, path / "model")
-    if (path / "adapter" / ADAPTER_CONFIG).is_file():
-        return ModelSource(path.name, path / "adapter", adapter=path / "adapter", base=str(run["model"]))
+    adapter = path / ADAPTER
+    if (adapter / ADAPTER_CONFIG).is_file():
+        told = {name: run.get(name) for name in ("quantized", "dtype")}
+        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **told)
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, written when a run ends",

@@ -1,28 +1,43 @@
 """Adapters on plain PEFT: what they change, saving and loading, merging."""
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
-from hymba_tune.adapters.merge import merge
+from hymba_tune.adapters.folding import (
+    QuantisedBase,
+    base_of,
+    check_onto,
+    folded_weights,
+    folding_note,
+    plain_config,
+    quantised_base,
+    weights_of,
+)
 from hymba_tune.adapters.moved import AdapterWatch
-from hymba_tune.adapters.opening import base_of, merge_into, open_model, weights_of
+from hymba_tune.adapters.opening import open_model
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
 from hymba_tune.adapters.updates import Update, adapter_updates, full_updates
+from hymba_tune.adapters.weights import released_name
 
 __all__ = [
     "PRESETS",
     "AdapterWatch",
+    "QuantisedBase",
     "Update",
     "adapter_updates",
     "add_adapter",
     "base_of",
+    "check_onto",
     "count_parameters",
     "describe",
+    "folded_weights",
+    "folding_note",
     "full_updates",
     "load_adapter",
     "lora_config",
-    "merge",
-    "merge_into",
     "open_model",
+    "plain_config",
+    "quantised_base",
+    "released_name",
     "restrict_rows",
     "short_count",
     "weights_of",

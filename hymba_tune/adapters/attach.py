@@ -19,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -87,7 +88,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     """Put a saved adapter on a model, which is changed in place.
 
     Args:
-        model: The base model.
+        model: The base model; one on the meta device stays there, and only the adapter is in memory.
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
         trainable: To go on training it; see also `restrict_rows`.
 
@@ -96,15 +97,21 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     """
     config, tensors = _read_config(folder), _read_tensors(folder)
     config.inference_mode = not trainable
+    without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
-            adapted = PeftModelForCausalLM(model, config, ADAPTER)
+            adapted = PeftModelForCausalLM(model, config, ADAPTER, low_cpu_mem_usage=without_memory)
     except ValueError as error:  # PEFT found none of the modules
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_own_base(config)) from error
     _widen_meta_tokens(adapted)
     _save_without_asking(adapted)
     _check_fit(folder, tensors, adapted)
-    set_peft_model_state_dict(adapted, tensors, ADAPTER)
+    if without_memory:  # the tensors then take the places of the model's own, number format and all
+        tensors = {name: held.to(torch.promote_types(held.dtype, torch.float32)) for name, held in tensors.items()}
+        for module in adapted.modules():
+            if isinstance(module, BaseTunerLayer):  # which would follow its base to the meta device
+                module._move_adapter_to_device_of_base_layer = lambda *_: None
+    set_peft_model_state_dict(adapted, tensors, ADAPTER, low_cpu_mem_usage=without_memory)
     # Widening the factors, PEFT lets those of an embedding be trained again.
     return adapted if trainable else adapted.eval().requires_grad_(False)
 

@@ -46,6 +46,13 @@ class Scheme(StrEnum):
     int8 = "int8"
 
 
+class Onto(StrEnum):
+    """Which weights an adapter that was trained on quantised ones is folded into."""
+
+    original = "original"
+    dequantised = "dequantised"
+
+
 class MetaTokens(StrEnum):
     """How the meta tokens are trained beside an adapter."""
 

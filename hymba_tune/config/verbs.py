@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Reference, Scheme, Start
+from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, Reference, Scheme, Start
 from hymba_tune.config.options import (
     AdapterOptions,
     DataOptions,
@@ -189,7 +189,10 @@ class MergeConfig(ModelOptions):
     """The run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the merged weights: auto keeps the base model's."""
-
+    onto: Onto | None = None
+    """Of an adapter that was trained on quantised weights: fold it into what those weights dequantise to, as the model
+    was while it was trained, or into the original ones. When not given: dequantised, as chat, eval, serve and export
+    do. How far both are from the trained model is measured."""
     out: Path
     """Folder of the merged model; must not exist or be empty."""
 

@@ -30,6 +30,7 @@ class ModelResult:
     Attributes:
         name: What its user calls it.
         weight_bytes: Of its weights in memory.
+        note: What is worth knowing of how its adapters were folded in.
         seconds: It took, loading included.
         measures: Numbers by name: ``loss``, ``perplexity``, ``bits_per_byte``, ``token_accuracy`` on texts;
             ``exact_match``, ``exact_match_stderr`` and ``answers_found`` on questions.
@@ -40,6 +41,7 @@ class ModelResult:
 
     name: str
     weight_bytes: int = 0
+    note: str | None = None
     seconds: float = 0.0
     measures: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
         started = time.monotonic()
         with working(f"loading {found.source.name}"):
             model = found.load()
-        result = ModelResult(found.source.name, model.get_memory_footprint(return_buffers=False))
+        result = ModelResult(found.source.name, model.get_memory_footprint(return_buffers=False), found.note)
         if texts:
             _score(result, model, texts[number], counts[number], config, working)
         if questions:

@@ -33,6 +33,8 @@ def _model(result: ModelResult) -> dict[str, Any]:
     told: dict[str, Any] = {"name": result.name, "weight_bytes": result.weight_bytes, "seconds": result.seconds}
     if result.texts:
         told["data"] = asdict(result.texts)
+    if result.note:
+        told["note"] = result.note
     return told | {"measures": result.measures, "tasks": result.tasks}
 
 

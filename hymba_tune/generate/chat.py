@@ -36,6 +36,8 @@ class Chat:
         self._config = config
         self._on_note: Callable[[str], None] | None = on_note
         self._tokenizer = found.tokenizer
+        if note := found.note:
+            on_note(note)
         self._model = found.load()
         self._system = config.system
         self._messages: list[Message] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import open_model, weights_of
+from hymba_tune.adapters import folding_note, open_model, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
 from hymba_tune.config import AskingOptions, as_mapping
 from hymba_tune.data import with_chat_template
@@ -32,6 +32,11 @@ class FoundModel:
     config: Any
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def note(self) -> str | None:
+        """What is worth knowing of how its adapters are folded in."""
+        return folding_note(self.source)
 
     def load(self) -> PreTrainedModel:
         """Its weights, adapters folded in, in evaluation mode; errors are those of `open_model`."""

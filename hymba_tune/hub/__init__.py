@@ -1,7 +1,8 @@
 """Models that load anywhere: exported, checked, described, and published on the Hugging Face Hub."""
 
 from hymba_tune.hub.exports import Exported, export
+from hymba_tune.hub.merging import Merged, merge
 from hymba_tune.hub.quantizing import Quantised, quantize
 from hymba_tune.hub.searching import Searched, search_skips
 
-__all__ = ["Exported", "Quantised", "Searched", "export", "quantize", "search_skips"]
+__all__ = ["Exported", "Merged", "Quantised", "Searched", "export", "merge", "quantize", "search_skips"]

@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters import base_of, load_adapter, open_model, short_count, weights_of
+from hymba_tune.adapters import base_of, folding_note, load_adapter, open_model, short_count, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import ExportConfig
 from hymba_tune.data import with_chat_template
@@ -37,12 +37,14 @@ class Exported:
         size: Bytes of it.
         difference: The largest between logits of the model before and after; None of a folder that was only uploaded.
         address: On the Hub, if it was uploaded.
+        note: What is worth knowing of how its adapters were folded in.
     """
 
     folder: Path
     size: int
     difference: float | None
     address: str | None
+    note: str | None = None
 
 
 def export(config: ExportConfig, working: Working) -> Exported:
@@ -71,13 +73,13 @@ def export(config: ExportConfig, working: Working) -> Exported:
     else:
         folder = config.out or usual_folder(source)
         difference = _export(config, source, folder, working)
-    address = None
+    address, note = None, None if config.adapter_only else folding_note(source)
     if target is not None:
         again = f"hymba-tune export {folder} --push {target.repository}"
         again += f" --revision {target.revision}" if target.revision else ""
         with working(f"uploading to {target.repository}"):
             address = push(folder, target, message="Upload by hymba-tune", again=again)
-    return Exported(folder, sum(file.stat().st_size for file in folder.iterdir()), difference, address)
+    return Exported(folder, sum(file.stat().st_size for file in folder.iterdir()), difference, address, note)
 
 
 def _export(config: ExportConfig, source: ModelSource, out: Path, working: Working) -> float:

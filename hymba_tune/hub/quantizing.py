@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import base_of, open_model, short_count, weights_of
+from hymba_tune.adapters import base_of, folding_note, open_model, short_count, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, weight_files
 from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
 from hymba_tune.data import Encoded, open_sources, with_chat_template
@@ -39,12 +39,14 @@ class Quantised:
         damage: What it cost.
         difference: The largest between logits of the quantised model in memory and of what was read again.
         size: Its parameters, in words.
+        note: What is worth knowing of how its adapters were folded in.
     """
 
     folder: Path
     damage: Damage
     difference: float
     size: str
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def write_quantised(asked: Asked, folder: Path, base: str | None, working: Worki
     )
     (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
-    return Quantised(folder, damage, difference, f"{short_count(again.num_parameters())} parameters")
+    return Quantised(
+        folder, damage, difference, f"{short_count(again.num_parameters())} parameters", folding_note(asked.source)
+    )
 
 
 def _file_bytes(source: ModelSource) -> int:

@@ -38,6 +38,8 @@ class Server:
         self.name = found.source.name
         self.local = _is_local(config.host)
         """Whether only this machine reaches it."""
+        self.note = found.note
+        """What is worth knowing of how its adapters were folded in."""
         self.worker = Worker(model, found.tokenizer, batch_size=config.batch_size, queue=config.queue)
         context = int(found.config.max_position_embeddings)
         limits = Limits(context, min(config.max_new_tokens, context - 1), config.max_body * 1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hymba_tune.adapters import count_parameters, describe, short_count
+from hymba_tune.adapters import count_parameters, describe, folding_note, short_count
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.foresight import Foresight
@@ -27,6 +27,7 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
         lengths = f"packed to {config.max_length:,}, {full:.1%} full"
     lines = {
         "model": f"{setup.source.name} · {short_count(size)} · {stored}{dtype} · {_device(setup.device)}",
+        **({"weights": note} if (note := None if setup.continues else folding_note(setup.source)) else {}),
         "kernels": " · ".join(f"{name} {choice.taken}" for name, choice in setup.kernels.items()),
         "trained": describe(trainer.model, config.targets),
         "data": " · ".join(

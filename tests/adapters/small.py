@@ -1,14 +1,17 @@
 """Adapters on tiny models, and a few steps of training."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hymba_tune.adapters import add_adapter, lora_config
+from hymba_tune.adapters import add_adapter, lora_config, open_model
 from hymba_tune.config import MetaTokens, Method
 from hymba_tune.model import HymbaForCausalLM
+from hymba_tune.registry import ModelSource
 from tests.tiny import random_texts, tiny_model
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,6 +31,16 @@ def adapted_model(
 ) -> PeftModel:
     model = tiny_model(dtype)
     return add_adapter(model, config_for(model, targets, meta, **changes), [targets])
+
+
+def merged(model: PeftModel, folder: Path, **changes: Any) -> PreTrainedModel:
+    """An adapter of `adapted_model`, saved and folded into its base as a run's is."""
+    base, adapter = folder / "base", folder / "adapter"
+    dtype = model.get_base_model().dtype
+    tiny_model(dtype, **changes).save_pretrained(base)
+    model.save_pretrained(adapter)
+    source = ModelSource("adapter", adapter, adapter=adapter, base=str(base))
+    return open_model(source, dtype=dtype, device=torch.device("cpu"))
 
 
 def token_ids() -> Tensor:

@@ -8,10 +8,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hymba_tune.adapters import PRESETS, add_adapter, load_adapter, merge, restrict_rows
+from hymba_tune.adapters import PRESETS, add_adapter, load_adapter, restrict_rows
 from hymba_tune.config import MetaTokens, Method
 from hymba_tune.errors import CheckpointError, ConfigError
-from tests.adapters.small import METHODS, adapted_model, config_for, logits, token_ids, train
+from tests.adapters.small import METHODS, adapted_model, config_for, logits, merged, token_ids, train
 from tests.tiny import tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,9 +62,9 @@ def test_base_weights_stay_as_they_are() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def changed_rows(model: PeftModel, dtype: torch.dtype = torch.float32) -> list[list[bool]]:
+def changed_rows(model: PeftModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[list[bool]]:
     """By layer, which rows of `in_proj` are not, bit for bit, what they were."""
-    before, after = tiny_model(dtype).model.layers, merge(model).model.layers
+    before, after = tiny_model(dtype).model.layers, merged(model, folder).model.layers
     pairs = [[layers[i].mamba.in_proj.weight for layers in (before, after)] for i in range(len(before))]
     return [(old != new).any(1).tolist() for old, new in pairs]
 
@@ -85,8 +85,8 @@ def test_rows_of_the_other_side_stay_as_they_are(targets: str, dtype: torch.dtyp
     again = load_adapter(tiny_model(dtype), save(model, tmp_path), trainable=True)
     restrict_rows(again, [targets])
     train(again)
-    assert changed_rows(model, dtype) == adapted_rows(targets)
-    assert changed_rows(again, dtype) == adapted_rows(targets)
+    assert changed_rows(model, tmp_path, dtype) == adapted_rows(targets)
+    assert changed_rows(again, tmp_path, dtype) == adapted_rows(targets)
 
 
 @plain_peft
@@ -97,7 +97,7 @@ def test_rows_stay_when_a_trainer_loads_a_checkpoint_into_the_model(tmp_path: Pa
     resumed = adapted_model("ssm")
     resumed.load_adapter(tmp_path, "default", is_trainable=True)
     train(resumed)
-    assert changed_rows(resumed) == adapted_rows("ssm")
+    assert changed_rows(resumed, tmp_path) == adapted_rows("ssm")
 
 
 def test_rows_and_magnitudes_do_not_go_together() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.adapters import Update, adapter_updates, full_updates, merge
-from tests.adapters.small import METHODS, adapted_model, train
+from hymba_tune.adapters import Update, adapter_updates, full_updates
+from tests.adapters.small import METHODS, adapted_model, merged, train
 from tests.tiny import tiny_model
 
 
@@ -25,12 +25,12 @@ def sizes(updates: list[Update]) -> dict[tuple[str, int | None], float]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("meta", ["lora", "full"])
-def test_updates_are_those_of_the_merged_weights(method: str, meta: str) -> None:
+def test_updates_are_those_of_the_merged_weights(method: str, meta: str, tmp_path: Path) -> None:
     model = adapted_model(meta=meta, **METHODS[method])
     before = copy.deepcopy(tiny_model().state_dict())
     train(model)
     found = sizes(adapter_updates(model))
-    after = merge(model).state_dict()
+    after = merged(model, tmp_path).state_dict()
     widths = {layer: block.mamba.widths for layer, block in enumerate(tiny_model().model.layers)}
     for (part, layer), size in found.items():
         if layer is None:

@@ -1,0 +1,148 @@
+"""Adapters folded into what lies below them: which weights those are, where there is a choice, and the sums."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWeights, Weights
+from hymba_tune.checkpoint import check_weights, load_config
+from hymba_tune.config import Onto, Scheme
+from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.schemes import quantization, scheme_of, stored_bytes, stored_quantization
+
+CPU = torch.device("cpu")
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def base_of(source: ModelSource) -> ModelSource:
+    """The model that an adapter belongs to.
+
+    Raises:
+        CheckpointError: If the adapter does not say.
+        HymbaTuneError: If that model cannot be found.
+    """
+    if not source.base:
+        raise CheckpointError(
+            f"{source.adapter} does not say which model it belongs to.",
+            expected="base_model_name_or_path in its adapter_config.json",
+        )
+    return resolve_model(source.base)
+
+
+def weights_of(source: ModelSource) -> ModelSource:
+    """The model below all adapters; errors are those of `base_of`."""
+    while source.adapter is not None:
+        source = base_of(source)
+    return source
+
+
+@dataclass(frozen=True)
+class QuantisedBase:
+    """Weights in fewer bits on which an adapter was trained.
+
+    Attributes:
+        quantization: How they were stored.
+        dtype: What was computed in, and what they were before they were quantised.
+        only: Whether the files of the base hold them so: there are no others.
+    """
+
+    quantization: BitsAndBytesConfig
+    dtype: torch.dtype
+    only: bool
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme by its name."""
+        return scheme_of(self.quantization)
+
+
+def quantised_base(source: ModelSource) -> QuantisedBase | None:
+    """How the weights below an adapter were stored while it was trained; None if in full, or if nothing says.
+
+    An adapter without its run's directory says nothing: only a base that is stored quantised is known then.
+
+    Raises:
+        CheckpointError: If the run's record cannot be understood.
+        HymbaTuneError: As `base_of`.
+    """
+    if source.adapter is None:
+        return None
+    below, config = base_of(source), load_config(weights_of(source))
+    try:
+        dtype = DTYPES[source.dtype or str(torch.float32)]
+        scheme = Scheme(source.quantized) if source.quantized else None
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"The run.json of {source.name} cannot be understood: {error}") from error
+    if below.adapter is None and (stored := stored_quantization(config)) is not None:
+        return QuantisedBase(stored, dtype, only=True)
+    return QuantisedBase(quantization(config, scheme, dtype), dtype, only=False) if scheme else None
+
+
+def check_onto(source: ModelSource, onto: Onto) -> None:
+    """See that an adapter can be folded into weights of this kind.
+
+    Raises:
+        ConfigError: If its base has none.
+    """
+    base = quantised_base(source)
+    if base is None and onto is Onto.dequantised:
+        raise ConfigError(
+            f"--onto dequantised: nothing says that {source.name} was trained on quantised weights.",
+            expected="a run that was trained with --quantize, or on a quantised model",
+            fix="leave it out; an adapter's folder is to be named by its run's directory",
+        )
+    if base is not None and base.only and onto is Onto.original:
+        raise ConfigError(
+            f"--onto original: {source.base} is stored in {base.scheme}, and has no other weights.",
+            fix="leave it out",
+        )
+
+
+def folding_note(source: ModelSource) -> str | None:
+    """One line for whoever opens an adapter that was trained on quantised weights; None for all others.
+
+    Raises:
+        HymbaTuneError: As `quantised_base`.
+    """
+    while source.adapter is not None:
+        if (base := quantised_base(source)) is not None:
+            return f"{source.name}: folded into the weights it was trained on, {base.scheme} dequantised"
+        source = base_of(source)
+    return None
+
+
+def folded_weights(source: ModelSource, onto: Onto = Onto.dequantised, *, device: torch.device = CPU) -> Weights:
+    """A model's tensors, with its adapters folded in; each is made when it is asked for.
+
+    Args:
+        source: Of `resolve_model`.
+        onto: Which weights an adapter that was trained on quantised ones is folded into; those below it always into
+            the ones that they were trained on.
+        device: Where weights are quantised to be dequantised again; all tensors are on the CPU.
+
+    Raises:
+        CheckpointError: If weights or adapter cannot be used; see `check_weights` and `load_adapter`.
+    """
+    if source.adapter is None:
+        config = load_config(source)
+        check_weights(source.folder, config)
+        return StoredWeights(source.folder, config)
+    below, base, config = folded_weights(base_of(source), device=device), quantised_base(source), plain_config(source)
+    if base is not None and not base.only and onto is Onto.dequantised:
+        layers = stored_bytes(config, base.quantization).keys()
+        below = RoundedWeights(below, base.quantization, layers, dtype=base.dtype, device=device)
+    return FoldedWeights(below, config, source.adapter)
+
+
+def plain_config(source: ModelSource) -> Any:
+    """The configuration of a model that its adapters are folded into: not quantised."""
+    config = copy.deepcopy(load_config(weights_of(source)))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

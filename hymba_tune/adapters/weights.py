@@ -1,0 +1,216 @@
+"""The tensors of a model, one at a time: as files hold them, as fewer bits hold them, with an adapter folded in.
+
+Each stands on the one before as a mapping from released names, so that no more than one tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_bnb_weight
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hymba_tune.adapters.attach import ADAPTER, load_adapter
+from hymba_tune.checkpoint import META_TOKENS, read_header, weight_files
+from hymba_tune.errors import CheckpointError
+from hymba_tune.schemes import quantised, stored_quantization
+
+Weights = Mapping[str, Tensor]
+"""Tensors by their released names, each of which is made when it is asked for."""
+
+
+class StoredWeights(Weights):
+    """What the files of a model hold; weights that they hold in fewer bits are dequantised.
+
+    Args:
+        folder: Of the model, whose files `check_weights` has found right.
+        model_config: Of the model.
+    """
+
+    def __init__(self, folder: Path, model_config: Any) -> None:
+        self._files = {name: file for file in weight_files(folder) for name in read_header(file)}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        tied = {"lm_head.weight"} if model_config.tie_word_embeddings else set()
+        self._names = [released_name(name) for name in model.state_dict() if name not in tied]
+        self._quantization = stored_quantization(model_config)
+        self._quantised = set(quantised(model, self._quantization)) if self._quantization else set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in self._quantised:
+            return self._read(name)
+        # As bitsandbytes names them: what lies beside a weight of 4 bits is called after it, of int8 after the layer.
+        parts = {part: self._read(part) for part in self._files if part.startswith(f"{name}.")}
+        if not parts:
+            weight, scales = self._read(name), self._read(f"{layer}.SCB")
+            return _dequantised(Int8Params(weight, requires_grad=False, SCB=scales))
+        return _dequantised(Params4bit.from_prequantized(self._read(name), parts, device="cpu"))
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class RoundedWeights(Weights):
+    """What is left of weights that were stored in fewer bits.
+
+    Args:
+        full: The weights.
+        quantization: How some of them are stored.
+        layers: Names of the layers whose weights these are.
+        dtype: What the weights were when they were quantised, and what is computed with them in.
+        device: Where they are quantised.
+    """
+
+    def __init__(
+        self,
+        full: Weights,
+        quantization: BitsAndBytesConfig,
+        layers: Collection[str],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._full = full
+        self._quantization = quantization
+        self._rounded = {f"{layer}.weight" for layer in layers}
+        self._dtype = dtype
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._rounded:
+            return self._full[name]
+        weight, asked = self._full[name].to(self._dtype), self._quantization
+        if asked.load_in_8bit:
+            return _dequantised(Int8Params(weight, requires_grad=False).to(self._device)).to(self._dtype)
+        stored = Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=asked.bnb_4bit_use_double_quant,
+            quant_type=asked.bnb_4bit_quant_type,
+        )
+        return _dequantised(stored.to(self._device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._full)
+
+    def __len__(self) -> int:
+        return len(self._full)
+
+
+class FoldedWeights(Weights):
+    """Weights with an adapter folded in by PEFT, each sum in float32 at least.
+
+    Args:
+        base: The weights that the adapter changes.
+        model_config: Of their model, not quantised.
+        adapter: Its folder.
+
+    Raises:
+        CheckpointError: If the adapter does not fit the model, holds NaN or infinity, or changes what cannot be folded.
+    """
+
+    def __init__(self, base: Weights, model_config: Any, adapter: Path) -> None:
+        self._base = base
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        adapted = load_adapter(model, adapter)
+        _check_finite(adapted)
+        self._changed = {released_name(f"{place.path}.{place.part}"): place for place in _changes(adapted, adapter)}
+        if beyond := sorted(self._changed.keys() - set(base)):
+            raise _unfoldable(adapter, beyond[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._changed:
+            return self._base[name]
+        place = self._changed[name]
+        if isinstance(place.module, ModulesToSaveWrapper):
+            own: Tensor = getattr(place.module.modules_to_save[ADAPTER], place.part).detach()
+            return own
+        layer = copy.deepcopy(place.module)  # to be given weights, which the adapter's own is not to keep
+        plain = layer.get_base_layer()
+        for part, parameter in list(plain.named_parameters()):
+            if parameter.is_meta:
+                weight = self._base[released_name(f"{place.path}.{part}")]
+                weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+                setattr(plain, part, nn.Parameter(weight, requires_grad=False))
+        layer.merge()
+        folded: Tensor = getattr(plain, place.part).detach()
+        return folded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def released_name(name: str) -> str:
+    """What checkpoints call a parameter: the meta tokens' embedding is a bare parameter there."""
+    return name.replace(f"{META_TOKENS}.weight", META_TOKENS)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter that an adapter changes."""
+
+    path: str
+    module: Any
+    part: str
+
+
+def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
+    found: list[_Place] = []
+    known: set[Tensor] = set()
+    for path, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            found += [_Place(path, module, part) for part, _ in module.get_base_layer().named_parameters()]
+        elif isinstance(module, ModulesToSaveWrapper):
+            found += [_Place(path, module, part) for part, _ in module.modules_to_save[ADAPTER].named_parameters()]
+        else:
+            continue
+        known |= set(module.parameters())
+    for name, parameter in adapted.get_base_model().named_parameters():
+        if not parameter.is_meta and parameter not in known:
+            raise _unfoldable(adapter, name)
+    return found
+
+
+def _unfoldable(adapter: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter} changes {name} in a way that cannot be folded in.",
+        expected="an adapter on linear layers, on meta tokens, or a whole copy of them",
+    )
+
+
+def _check_finite(adapted: PeftModel) -> None:
+    for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{name} holds NaN or infinity, so the adapter cannot be merged.",
+                fix="merge an earlier checkpoint, or train again at a lower learning rate",
+            )
+
+
+def _dequantised(weight: nn.Parameter) -> Tensor:
+    tensor: Tensor = dequantize_bnb_weight(weight, state=weight).cpu()
+    return tensor
