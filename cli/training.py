@@ -27,8 +27,11 @@ def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run | No
         flags: Of the verb.
         train: What the verb does.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from hymba_tune.train.flow import resume_config
 
+    disable_progress_bar()  # what they say is the log's, as soon as there is one
     settings = combine(recipe, flags)
     if settings.resume:
         settings = resume_config(settings)

@@ -30,6 +30,7 @@ from hymba_tune.distill.cache import (
     key_digest,
     shard_path,
 )
+from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.preflight import Preflight, check_aligned, look
@@ -175,7 +176,7 @@ def open_targets(
         maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
     with screen.working("asking the teacher about a few rows"):
         found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
-    screen.banner(found.lines() | {"folder": str(folder)} | ({"bias": teacher.bias} if teacher.bias else {}))
+    screen.banner(found.lines() | {"folder": str(folder)})
     found.check(min_aligned=options.min_aligned, min_probability=options.min_teacher_probability)
     check_space(folder, found, len(data.rows))
     with screen.working("asking the teacher", len(data.rows)) as progress:
@@ -220,6 +221,7 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
             "teacher": f"{teacher.name} · {len(pair.teacher.spelling):,} tokens"
             + (f" · {teacher.quantize}" if teacher.quantize else ""),
             "student": f"{source.name} · {student.vocab_size:,} tokens",
+            **({"bias": teacher.bias} if teacher.bias else {}),
         }
     )
     data = read_rows(config, pair, context=teacher.context, seed=config.seed, prompts=0, working=screen.working)
@@ -266,27 +268,34 @@ BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
 """Of a quantised weight, with its scales."""
 
 
-def teacher_bytes(config: DistillConfig, parameters: int, device: torch.device) -> int:
+def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student: Any, device: torch.device) -> int:
     """Bytes that a run holds of its teacher while the student learns.
 
     Args:
         config: Of the run.
+        teacher: The teacher's configuration.
         parameters: How many the teacher has.
-        device: Where it is to be.
+        student: The student's configuration.
+        device: Where both are to be.
     """
     if not config.keeps_teacher:
         return 0
-    usual = 8 * choose_dtype(config.teacher_dtype, device).itemsize
-    return round(parameters * BITS.get(config.teacher_quantize or "", usual) / 8)
+    dtype = choose_dtype(config.teacher_dtype, device)
+    weights = round(parameters * BITS.get(config.teacher_quantize or "", 8 * dtype.itemsize) / 8)
+    if not config.match_hidden:
+        return weights
+    tokens = config.batch_size * config.max_length
+    shapes = Layers.of(student), Layers.of(teacher)
+    return weights + match_bytes(*shapes, tokens=tokens, dtype=dtype, optimizer=config.optimizer)
 
 
-def plan_teacher(config: DistillConfig, device: torch.device) -> int:
-    """`teacher_bytes`, from the teacher's configuration alone."""
+def plan_teacher(config: DistillConfig, student: Any, device: torch.device) -> int:
+    """`teacher_bytes`, from both configurations alone."""
     if not config.keeps_teacher or not config.teacher:
         return 0
     source = resolve_model(config.teacher, TOKENIZER_FILES, flag="--teacher", aliases=TEACHERS)
     known = AutoConfig.from_pretrained(weights_of(source).folder, local_files_only=True)
-    return teacher_bytes(config, parameters_of(known), device)
+    return teacher_bytes(config, known, parameters_of(known), student, device)
 
 
 def parameters_of(config: Any) -> int:

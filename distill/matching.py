@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,26 +12,41 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.footprint import MOMENT_BYTES
 
 FILE = "hidden_match.safetensors"
 """In a checkpoint. Nothing of it belongs to what is trained."""
+
+
+class Layers(NamedTuple):
+    """The width and number of layers of a model."""
+
+    width: int
+    layers: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """By a model's configuration."""
+        text = config.get_text_config()
+        return cls(text.hidden_size, text.num_hidden_layers)
 
 
 class HiddenMatch(nn.Module):
     """A linear projection for each of the student's layers, to that of the teacher which is as deep in proportion.
 
     Args:
-        student: Width and number of layers.
-        teacher: Likewise.
+        student: Who learns.
+        teacher: Whom from.
         kind: ``cosine`` compares directions, ``mse`` values.
     """
 
-    def __init__(self, student: tuple[int, int], teacher: tuple[int, int], kind: Literal["cosine", "mse"]) -> None:
+    def __init__(self, student: Layers, teacher: Layers, kind: Literal["cosine", "mse"]) -> None:
         super().__init__()
-        self.layers = [(layer, round(layer * teacher[1] / student[1])) for layer in range(1, student[1] + 1)]
-        self.maps = nn.ModuleList(nn.Linear(student[0], teacher[0], bias=False) for _ in self.layers)
+        deeper = teacher.layers / student.layers
+        self.layers = [(layer, round(layer * deeper)) for layer in range(1, student.layers + 1)]
+        self.maps = nn.ModuleList(nn.Linear(student.width, teacher.width, bias=False) for _ in self.layers)
         self._kind = kind
-        if student[0] == teacher[0]:
+        if student.width == teacher.width:
             for projection in self.maps:
                 nn.init.eye_(projection.weight)  # type: ignore[arg-type]
 
@@ -62,6 +77,22 @@ class HiddenMatch(nn.Module):
     def load(self, folder: Path) -> None:
         """Take up a checkpoint's projections."""
         self.load_state_dict(load_file(folder / FILE))
+
+
+def match_bytes(student: Layers, teacher: Layers, *, tokens: int, dtype: torch.dtype, optimizer: str) -> int:
+    """Bytes that a step takes to compare hidden states, about.
+
+    Args:
+        student: Who learns.
+        teacher: Whom from.
+        tokens: Of a batch.
+        dtype: Of the teacher.
+        optimizer: Of the projections, by its name in `MOMENT_BYTES`.
+    """
+    told = (teacher.layers + 1) * teacher.width * dtype.itemsize
+    compared = student.layers * 4 * (student.width + 2 * teacher.width)  # kept in float32 for the gradients
+    projections = student.layers * student.width * teacher.width
+    return tokens * (told + compared) + round(projections * (4 + 4 + MOMENT_BYTES[optimizer]))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class Found(Protocol):
     @property
     def parameters(self) -> int | None:
         """How many it has; None if that is not known."""
+
+    @property
+    def config(self) -> Any:
+        """Its configuration; None if that is not known."""
 
     @property
     def quantize(self) -> str | None:

@@ -18,7 +18,7 @@ from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder
 from hymba_tune.data.training import opened
-from hymba_tune.distill.cache import WIDE
+from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
     load_target_maker,
     open_targets,
@@ -29,7 +29,7 @@ from hymba_tune.distill.capture import (
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
-from hymba_tune.distill.matching import HiddenMatch
+from hymba_tune.distill.matching import HiddenMatch, Layers
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.own_answers import OwnAnswers
 from hymba_tune.distill.pair import Pair, Side
@@ -153,7 +153,7 @@ class _Distillation:
         lines = found.lines()
         if not self._wants_targets:
             del lines["targets"]
-        screen.banner(lines | ({"bias": self._found.bias} if self._found.bias else {}))
+        screen.banner(lines)
         found.check(min_aligned=config.min_aligned, min_probability=config.min_teacher_probability)
         return maker
 
@@ -199,12 +199,8 @@ class _Distillation:
             return None
         assert self._maker
         assert isinstance(self._maker.teacher, ModelTeacher)
-        student, teacher = setup.model_config, self._maker.teacher.model.config.get_text_config()
-        return HiddenMatch(
-            (student.hidden_size, student.num_hidden_layers),
-            (teacher.hidden_size, teacher.num_hidden_layers),
-            self._config.match_hidden,
-        )
+        teacher = Layers.of(self._maker.teacher.model.config)
+        return HiddenMatch(Layers.of(setup.model_config), teacher, self._config.match_hidden)
 
     def _own_answers(self) -> OwnAnswers | None:
         config = self._config
@@ -223,7 +219,8 @@ class _Distillation:
 
     def beside(self, setup: Setup) -> int:
         """Bytes of the teacher, if it is kept, and of the loss's chunks."""
-        held = teacher_bytes(self._config, self._found.parameters or 0, setup.device)
+        found = self._found
+        held = teacher_bytes(self._config, found.config, found.parameters or 0, setup.model_config, setup.device)
         return held + LOSS_CHUNKS * CHUNK_BYTES
 
     def describe(self, setup: Setup) -> dict[str, str]:
@@ -231,15 +228,18 @@ class _Distillation:
         del setup
         assert self._pair
         assert self._data
-        aligned = self._data.alignment
+        aligned, targets = self._data.alignment, self._targets
+        sure = targets.kept.mean_own if isinstance(targets, TargetCache) else None
         kept = aligned.rows - sum(aligned.dropped.values())
         quantised = f" · {self._found.quantize}" if self._found.quantize else ""
         return {
             "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
             "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
+            **({"sanity": f"the teacher gives its own next token p = {sure:.2f} on average"} if sure else {}),
             "loss": " · then ".join(_in_words(stage) for stage in self._stages)
             + " · answers written by the teacher" * self._config.teacher_writes
             + f" · {self._config.match_weight:g} × hidden states" * bool(self._config.match_hidden),
+            **({"bias": self._found.bias} if self._found.bias else {}),
         }
 
 

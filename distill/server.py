@@ -67,6 +67,7 @@ class ServedTeacher:
     _model: str
     _device: torch.device = field(default=torch.device("cpu"))
     _echo: bool = False
+    config: None = None
     parameters: None = None
     quantize: None = None
 

@@ -29,7 +29,7 @@ from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.outputs import Found, HeadOutputs
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
-from hymba_tune.schemes import bitsandbytes
+from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
 
 FLAG = "--teacher"
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
@@ -86,7 +86,8 @@ class FoundTeacher:
             ConfigError: If its logits are not its hidden states times its output layer.
         """
         if self.config.model_type == "hymba":
-            model = open_model(self.source, dtype=dtype, device=device)
+            wanted = quantization(self.config, self.quantize, dtype) if self.quantize else None
+            model = open_model(self.source, dtype=dtype, device=device, quantization=wanted)
         else:
             model = self._load(dtype, device)
         return ModelTeacher(model.eval().requires_grad_(False), self.tokenizer, self.name)
@@ -137,8 +138,8 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
             expected="whole weights",
             fix="merge it into its base, and name the merged folder",
         )
-    if quantize and config.model_type == "hymba":
-        raise ConfigError(f"--teacher-quantize: {name} is a Hymba, which teaches as it is.", fix="leave it out")
+    if quantize:
+        _check_quantization(source, config, quantize)
     shapes = [shape for file in weight_files(folder) for shape in read_header(file).values()]
     return FoundTeacher(
         name=source.name,
@@ -191,6 +192,23 @@ def _read_config(folder: Path, name: str) -> Any:
             expected="a causal language model that transformers knows without code of its own",
         )
     return config
+
+
+def _check_quantization(source: ModelSource, config: Any, scheme: Scheme) -> None:
+    """See that a teacher can be quantised while it is loaded.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if source.adapter:
+        raise ConfigError(
+            f"--teacher-quantize: {source.name} is an adapter, which has to be folded in first.",
+            fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
+        )
+    if stored_quantization(config) is not None:
+        raise ConfigError(f"--teacher-quantize: {source.name} is quantised already.", fix="leave it out")
+    if config.model_type == "hymba":
+        quantization(config, scheme, torch.float32)  # refuses a model of which nothing can be
 
 
 def _digest(file: Path) -> str:

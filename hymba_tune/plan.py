@@ -126,7 +126,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     choose_kernels(as_mapping(config.kernels), model_config, device, own)
     check_quantization(config, source, model_config)
     model = _lay_out(config, model_config, foreign)
-    beside = _teacher(config, device)
+    beside = _teacher(config, model_config, device)
     memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign, beside)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
@@ -153,13 +153,13 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     )
 
 
-def _teacher(config: TrainingConfig, device: torch.device) -> int:
+def _teacher(config: TrainingConfig, student: Any, device: torch.device) -> int:
     """Bytes of a teacher beside the model, if there is one."""
     if not isinstance(config, DistillConfig):
         return 0
     from hymba_tune.distill.capture import plan_teacher  # takes a second to import, and is not always needed
 
-    return plan_teacher(config, device)
+    return plan_teacher(config, student, device)
 
 
 def _timed(verdict: Verdict, length: Length | None) -> Verdict:

@@ -112,13 +112,15 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)
-            screen.banner(describe_run(setup, data, trainer, foresight) | kind.describe(setup))
+            described = kind.describe(setup)
+            screen.banner(describe_run(setup, data, trainer, foresight) | described)
             if config.dry_run:
                 return None
             run.record(
                 verb=config.verb,
                 model=setup.base,
                 data=data.report.counts(),
+                described=described,
                 device=str(setup.device),
                 dtype=str(setup.dtype),
                 quantized=setup.scheme,

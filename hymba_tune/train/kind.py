@@ -21,7 +21,7 @@ class Kind:
         read_data: Reads and encodes the data, before any weights are loaded.
         make_trainer: Builds the trainer of a model with its adapter on. The arguments are those that every kind of
             training shares (`hymba_tune.train.arguments`), by TRL's names; the callbacks are the run's.
-        describe: What the banner says of this kind alone, a label and a line each.
+        describe: What the banner and the report say of this kind alone, a label and a line each.
         beside: Bytes that it holds beside the model while that is trained.
     """
 

@@ -72,6 +72,7 @@ def test_run_measures_the_data_and_the_teacher(ask: Callable[..., DistillConfig]
     assert trained.more.keys() == {"cross_entropy", "distillation"}
     assert lines["aligned"] == "24 of 24 rows byte for byte"
     assert lines["loss"] == "0.7 × (projection + alm) + 0.3 × ce"
+    assert finished.facts()["described"] == {name: lines[name] for name in ("teacher", "aligned", "sanity", "loss")}
     assert "trained by hymba-tune distill" in (finished.path / "README.md").read_text()
 
 
@@ -107,6 +108,13 @@ def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teach
     assert plan(ask()).parts.beside == 0
     parts = [run(ask(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
     assert parts[0]["beside"] - parts[1]["beside"] == size
+
+
+def test_comparing_hidden_states_is_foreseen(ask: Callable[..., DistillConfig], alike: Path) -> None:
+    """The states of a batch of 4 × 64 tokens, both sides' for the gradients, and 3 maps with theirs and moments."""
+    kept = sum(tensor.nbytes for tensor in tensors(alike).values())
+    states, maps = 256 * (3 * 24 * 4 + 3 * 4 * (32 + 2 * 24)), 3 * 32 * 24 * 16
+    assert plan(ask(teacher="alike", loss=["ce"], match_hidden="mse")).parts.beside == kept + states + maps
 
 
 def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hymba_tune import registry
+from hymba_tune.config import Scheme
 from hymba_tune.distill.teacher import ModelTeacher, Scheme, batches, find_teacher, smaller_than
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
-from hymba_tune.registry import ALIASES, TEACHERS
+from hymba_tune.registry import ALIASES, TEACHERS, resolve_model
 from tests.distill.teachers import random_model, save_teacher, tokenizer_size
 from tests.distill.tokenizers import ALL
 from tests.tolerances import FLOAT32
@@ -201,9 +202,30 @@ def test_adapter_of_another_family(tmp_path: Path) -> None:
         find_teacher(str(adapter))
 
 
-def test_a_hymba_is_not_quantised() -> None:
-    with pytest.raises(ConfigError, match="--teacher-quantize: hymba-nano is a Hymba"):
-        find_teacher("hymba-nano", "nf4")
+def test_a_hymba_is_quantised_as_a_student_is() -> None:
+    whole, quantised = (
+        find_teacher("hymba-nano", scheme).load(torch.device("cpu"), torch.float32) for scheme in (None, Scheme.int8)
+    )
+    ours, theirs = quantised.model.state_dict(), whole.model.state_dict()
+    name = "model.layers.0.mamba.in_proj.weight"
+    assert (ours[name].dtype, theirs[name].dtype) == (torch.int8, torch.float32)
+    told = [
+        next(iter(teacher.outputs([[1, 300, 301]])))[1].tell(torch.tensor([1]), 1.0) for teacher in (whole, quantised)
+    ]
+    assert 0 < float((told[0].probs - told[1].probs).abs().sum()) < 0.2
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "hymba-nano"}))
+    with pytest.raises(ConfigError, match="is an adapter, which has to be folded in first"):
+        find_teacher(str(tmp_path / "adapter"), Scheme.nf4)
+    stored = Path(shutil.copytree(resolve_model("hymba-nano").folder, tmp_path / "stored"))
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (stored / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is quantised already"):
+        find_teacher(str(stored), Scheme.nf4)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-3b", "Qwen2.5-7B-Instruct", *ALIASES])

@@ -16,7 +16,7 @@ from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
-from hymba_tune.distill.matching import HiddenMatch
+from hymba_tune.distill.matching import HiddenMatch, Layers
 from hymba_tune.distill.pair import Pair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
@@ -333,7 +333,7 @@ def test_hidden_states_are_drawn_to_the_teachers(
     alike: ModelTeacher,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
-    match = HiddenMatch((32, 3), (24, 2), kind)
+    match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
     rows, lessons = beside(1.0)
     fit = trainer(losses=LOSSES["ce"], lessons=lessons, match=match)

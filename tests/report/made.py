@@ -63,6 +63,7 @@ def nasty_run(path: Path) -> Path:
         facts={
             "memory": {"predicted_bytes": 3 * 2**30, "measured_bytes": 2.9 * 2**30},
             "data": {"rows": 9_412_000, "pairs": 9_411_988, "too_long": 11, "bad_rows": 1, "fingerprint": "ab" * 32},
+            "described": {"reference": NASTY},
             "ended": {"how": "failed", "what": NASTY},
             "peak_memory_bytes": 2.9 * 2**30,
             "seconds": 4000.0,

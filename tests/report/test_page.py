@@ -64,6 +64,7 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     assert "failed at step 300" in seen.text
     assert "11 too long · 1 bad row" in seen.text
     assert "82 %" in seen.text
+    assert "What it learned from" in seen.text
     assert "3.0 GB predicted, 2.9 GB measured (-3 %)" in seen.text
 
 
