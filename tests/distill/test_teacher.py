@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune import registry
 from hymba_tune.config import Scheme
-from hymba_tune.distill.teacher import ModelTeacher, Scheme, batches, find_teacher, smaller_than
+from hymba_tune.distill.teacher import ModelTeacher, batches, find_teacher, smaller_than
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 from hymba_tune.registry import ALIASES, TEACHERS, resolve_model
 from tests.distill.teachers import random_model, save_teacher, tokenizer_size
