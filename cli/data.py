@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, visible
+from hymba_tune.cli.settings import AsJson
 from hymba_tune.config import (
     DataCheckConfig,
     DataConvertConfig,
@@ -50,7 +51,7 @@ data = App(
 @data.command
 def check(
     *files: str,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
     flags: Annotated[DataCheckConfig, Parameter(name="*")] = DataCheckConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> int:
     """Say whether files can be trained on, and what to mend. Ends with 0 if so, else with 2.

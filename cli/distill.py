@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from hymba_tune.cli.distill_capture import capture
+from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import run_verb
 from hymba_tune.config import DistillConfig
 
@@ -18,7 +19,7 @@ distill = App(
 
 
 @distill.default
-def train(*, config: str | None = None, flags: Annotated[DistillConfig, Parameter(name="*")] = DistillConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+def train(*, config: Recipe = None, flags: Annotated[DistillConfig, Parameter(name="*")] = DistillConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Teach a model what another one knows, whatever its tokenizer.
 
     Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import console, quiet_libraries
+from hymba_tune.cli.settings import AsJson
 from hymba_tune.config import DoctorConfig
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def doctor(
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
     flags: Annotated[DoctorConfig, Parameter(name="*")] = DoctorConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
     """Say what this machine has, which ways to compute are taken on it, and why not the others.

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import run_verb
 from hymba_tune.config import DPOConfig
 
 
-def dpo(*, config: str | None = None, flags: Annotated[DPOConfig, Parameter(name="*")] = DPOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+def dpo(*, config: Recipe = None, flags: Annotated[DPOConfig, Parameter(name="*")] = DPOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Train a model to prefer the better one of two answers.
 
     Example: hymba-tune dpo --data pairs.jsonl --model runs/my-sft

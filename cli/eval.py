@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.settings import AsJson
 from hymba_tune.config import EvalConfig
 from hymba_tune.train.screen import Screen
 
@@ -20,7 +21,7 @@ def measure(
     model: Annotated[str, Parameter(name="MODEL")],
     /,
     *,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
     flags: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
     """Measure a model: loss, perplexity and bits per byte on data, right answers, lm-eval's tasks; beside others.

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import run_verb
 from hymba_tune.config import KTOConfig
 
 
-def kto(*, config: str | None = None, flags: Annotated[KTOConfig, Parameter(name="*")] = KTOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+def kto(*, config: Recipe = None, flags: Annotated[KTOConfig, Parameter(name="*")] = KTOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Train a model on answers that are judged good or bad, one by one.
 
     Example: hymba-tune kto --data judged.jsonl --model runs/my-sft

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
-from hymba_tune.cli.settings import combine_for
+from hymba_tune.cli.settings import AsJson, combine_for
 from hymba_tune.config import SFTConfig
+from hymba_tune.config.groups import RUN
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ GB = 2**30
 
 def plan(
     *,
-    config: Annotated[str | None, Parameter(name=("--config", "--recipe"))] = None,
-    verb: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    config: Annotated[str | None, Parameter(name=("--config", "--recipe"), group=RUN)] = None,
+    verb: Annotated[str | None, Parameter(group=RUN)] = None,
+    as_json: AsJson = False,
     flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
     """Say what a run would take of memory and time, and what to change where it does not fit. Loads no weights.

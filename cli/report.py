@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import console
+from hymba_tune.config.groups import RESULT
 from hymba_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def report(
     run: Annotated[Path, Parameter(name="RUN")],
     /,
     *others: Annotated[Path, Parameter(name="RUN")],
-    out: Path | None = None,
+    out: Annotated[Path | None, Parameter(group=RESULT)] = None,
 ) -> None:
     """Write a run's report.html anew, or compare several runs on one page.
 

@@ -6,16 +6,20 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from cyclopts import Parameter
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from hymba_tune.config import Config, TrainingConfig
+from hymba_tune.config.groups import RESULT, RUN
 from hymba_tune.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
+Recipe = Annotated[str | None, Parameter(group=RUN)]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", group=RESULT)]
 LIMITS = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt}",

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import run_verb
 from hymba_tune.config import SFTConfig
 
 
-def sft(*, config: str | None = None, flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
+def sft(*, config: Recipe = None, flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Fine-tune a model on conversations or texts.
 
     Example: hymba-tune sft --data my.jsonl

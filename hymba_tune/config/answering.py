@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import Learn, Names, OnBadRow, Pairs
+from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
 from hymba_tune.config.options import EngineOptions, ModelOptions, ReadingOptions
 
 
@@ -18,6 +19,8 @@ class AskingOptions(EngineOptions, ModelOptions):
 
 class ChatConfig(AskingOptions):
     """Talking to a model."""
+
+    group: ClassVar[Group] = ANSWERS
 
     against: Names = Field(default_factory=list)
     """Further models that are asked the same, to compare their answers."""
@@ -46,6 +49,8 @@ class ChatConfig(AskingOptions):
 class ScoringOptions(ReadingOptions):
     """Which texts a model is scored on."""
 
+    group: ClassVar[Group] = DATA
+
     data: Names = Field(default_factory=list)
     """What sft takes as --data."""
     on_bad_row: OnBadRow = OnBadRow.stop
@@ -56,6 +61,8 @@ class ScoringOptions(ReadingOptions):
 
 class EvalConfig(ScoringOptions, AskingOptions):
     """How good a model is."""
+
+    group: ClassVar[Group] = EVALUATION
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model."""
@@ -90,6 +97,8 @@ class EvalConfig(ScoringOptions, AskingOptions):
 
 class ServeConfig(AskingOptions):
     """A model behind OpenAI's interface."""
+
+    group: ClassVar[Group] = SERVER
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model."""

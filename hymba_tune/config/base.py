@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -113,6 +113,17 @@ def as_mapping(pairs: Pairs) -> dict[str, str]:
 
 class Config(BaseModel):
     """The base of all settings: unknown keys are errors and values are checked also when assigned."""
+
+    group: ClassVar[Group]
+    """Where `--help` shows the settings that a class adds; one that changes some leaves them where they are."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name in cls.__annotations__.keys() & cls.model_fields.keys():
+            kinds = (kind for kind in reversed(cls.__mro__) if issubclass(kind, Config))
+            first = next(kind for kind in kinds if name in kind.__annotations__)
+            cls.model_fields[name].metadata.append(Parameter(group=first.group))
 
     @classmethod
     def kinds(cls) -> Iterator[type[Config]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import Config, OnBadRow, Pairs
+from hymba_tune.config.groups import RESULT
 from hymba_tune.config.options import ModelChoice, ReadingOptions
 
 
 class DataCheckConfig(ReadingOptions, ModelChoice):
     """Whether data can be trained on."""
+
+    group: ClassVar[Group] = RESULT
 
     html: Path | None = None
     """Write the findings as a page, with plots, to this file."""
@@ -21,6 +24,8 @@ class DataCheckConfig(ReadingOptions, ModelChoice):
 
 class DataPreviewConfig(ReadingOptions, ModelChoice):
     """Rows as the model reads them."""
+
+    group: ClassVar[Group] = RESULT
 
     rows: Annotated[int, Field(ge=1), Parameter(name=("--rows", "-n"))] = 3
     """How many."""
@@ -30,6 +35,8 @@ class DataPreviewConfig(ReadingOptions, ModelChoice):
 
 class DataConvertConfig(Config):
     """Data in another format."""
+
+    group: ClassVar[Group] = RESULT
 
     to: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"]
     """The format to write."""
@@ -45,6 +52,8 @@ class DataConvertConfig(Config):
 
 class DataSplitConfig(Config):
     """Data in two parts."""
+
+    group: ClassVar[Group] = RESULT
 
     eval: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the rows that is held out."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from cyclopts import Group
 from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, Config, Method, Names, Pairs, Scheme
+from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
 from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
 
@@ -60,6 +62,8 @@ Stages = Annotated[list[str], LIST, BeforeValidator(_written_as_stages)]
 class TeacherOptions(Config):
     """Who teaches, and what is kept of it."""
 
+    group: ClassVar[Group] = TEACHER
+
     teacher: str = ""
     """A Hub id, an alias (llama-3.2-3b, qwen2.5-7b-instruct, …), a folder, a run directory, or the address of an
     OpenAI-compatible server (http://…)."""
@@ -97,6 +101,8 @@ class TeacherOptions(Config):
 
 class DistillConfig(TeacherOptions, TrainingConfig):
     """Distillation from a teacher, whatever its tokenizer."""
+
+    group: ClassVar[Group] = DISTILLATION
 
     verb: ClassVar[str] = "distill"
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
@@ -223,6 +229,8 @@ def _stage(text: str, whole: Stage) -> Stage:
 
 class DistillCaptureConfig(TeacherOptions, DataOptions, ModelOptions):
     """A teacher's targets for a student, kept on disk."""
+
+    group: ClassVar[Group] = DATA
 
     seed: int = Field(default=0, ge=0)
     """Of the rows that are held out, and of those drawn of sources with a weight below 1; as of the run to come."""

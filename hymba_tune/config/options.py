@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import (
@@ -23,10 +23,13 @@ from hymba_tune.config.base import (
     Tracker,
     Weights,
 )
+from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, MODEL, RUN, TRAINING
 
 
 class ModelChoice(Config):
     """Which model."""
+
+    group: ClassVar[Group] = MODEL
 
     model: str = "nvidia/Hymba-1.5B-Base"
     """A Hub id, an alias (hymba-1.5b, hymba-1.5b-instruct, hymba-nano), a folder, or a run directory."""
@@ -34,6 +37,8 @@ class ModelChoice(Config):
 
 class ModelOptions(ModelChoice):
     """Which model, and in which number format."""
+
+    group: ClassVar[Group] = COMPUTING
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights: auto takes bfloat16 where the device computes in it, else float32."""
@@ -44,6 +49,8 @@ class ModelOptions(ModelChoice):
 class EngineOptions(Config):
     """How the model computes."""
 
+    group: ClassVar[Group] = COMPUTING
+
     kernels: Pairs = Field(default_factory=list)
     """Ways to compute, instead of the fastest: --kernels scan=torch attention=sdpa (see hymba-tune doctor)."""
     strict_length: bool = False
@@ -52,6 +59,8 @@ class EngineOptions(Config):
 
 class ReadingOptions(Config):
     """How rows are read."""
+
+    group: ClassVar[Group] = DATA
 
     map: Pairs = Field(default_factory=list)
     """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
@@ -63,8 +72,10 @@ class ReadingOptions(Config):
     """Tokens a row is cut to (common: 512 to 8192)."""
 
 
-class DataOptions(ReadingOptions):
-    """Which data, and how it is read."""
+class SourceOptions(Config):
+    """Which data."""
+
+    group: ClassVar[Group] = DATA
 
     data: Names = Field(default_factory=list)
     """JSONL, JSON, CSV or Parquet files, a mix of them (.yaml), a Hub dataset id, or demo (packaged)."""
@@ -72,12 +83,26 @@ class DataOptions(ReadingOptions):
     """How often the rows of each source of --data are taken: --weights 1 0.3 takes three in ten of the second's."""
     caps: Counts = Field(default_factory=list)
     """Rows after which each source of --data ends."""
+
+
+class HeldOutOptions(Config):
+    """What is held out."""
+
+    group: ClassVar[Group] = EVALUATION
+
     eval_data: Names = Field(default_factory=list)
     """Held-out data in the same formats; without it, a split of --data is held out."""
     eval_split: Fraction = 0.05
     """Share of --data that is held out when there is no --eval-data; 0 trains on everything."""
     eval_max_rows: int = Field(default=500, ge=1)
     """Rows the held-out data is cut to, so that an evaluation stays short."""
+
+
+class DataOptions(HeldOutOptions, ReadingOptions, SourceOptions):
+    """Which data, and how it is read."""
+
+    group: ClassVar[Group] = DATA
+
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
 
@@ -85,12 +110,16 @@ class DataOptions(ReadingOptions):
 class KeptDataOptions(DataOptions):
     """The same, where what was read is kept."""
 
+    group: ClassVar[Group] = DATA
+
     cache: bool = True
     """Keep encoded data in the user's cache and find it again (hymba-tune data clear empties it)."""
 
 
 class AdapterOptions(Config):
     """What is trained."""
+
+    group: ClassVar[Group] = ADAPTER
 
     method: Method = Method.lora
     """lora, dora (LoRA with learned magnitudes), or full (every weight)."""
@@ -112,6 +141,8 @@ class AdapterOptions(Config):
 
 class TrainingOptions(Config):
     """How long, how fast, and where to."""
+
+    group: ClassVar[Group] = TRAINING
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, unless --steps is given."""
@@ -151,11 +182,6 @@ class TrainingOptions(Config):
     """Gradients of a larger norm are scaled down to it."""
     max_loss_spike: float | None = Field(default=5.0, gt=1)
     """Stop before a step whose loss is more than this many times the usual one: 50 steps' median, at least 1 nat."""
-    early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations in a row without a better one."""
-    keep: Keep | None = None
-    """Which weights the run ends with: last, or best (of the lowest held-out loss). When not given: best with
-    --early-stopping, else last."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: noise on the text's embeddings while training (common: 5 to 15)."""
     gradient_checkpointing: bool = False
@@ -164,10 +190,35 @@ class TrainingOptions(Config):
     """Keep activations in the CPU's memory instead of the GPU's. CUDA only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order, the adapter and dropout."""
-    log_every: int | None = Field(default=None, ge=1)
-    """Steps between two rows of the table. When not given: 10, in a short run a fifth of it."""
+
+
+class EvaluationOptions(Config):
+    """When it is evaluated, and what follows from that."""
+
+    group: ClassVar[Group] = EVALUATION
+
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations. When not given: five times a run."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a better one."""
+    keep: Keep | None = None
+    """Which weights the run ends with: last, or best (of the lowest held-out loss). When not given: best with
+    --early-stopping, else last."""
+
+
+class RunOptions(Config):
+    """What becomes of a run."""
+
+    group: ClassVar[Group] = RUN
+
+    out: Path | None = None
+    """Run directory. When not given: runs/MODEL-DATA-TIME."""
+    resume: Path | None = None
+    """Run directory to go on with, from its last whole checkpoint."""
+    dry_run: bool = Field(default=False, exclude=True)
+    """Do everything but the training: checks, data, memory, steps. Nothing is left behind."""
+    log_every: int | None = Field(default=None, ge=1)
+    """Steps between two rows of the table. When not given: 10, in a short run a fifth of it."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between two checkpoints. When not given: with each evaluation."""
     track: Annotated[list[Tracker], Parameter(negative="", consume_multiple=True, show_default=False)] = Field(
@@ -175,9 +226,3 @@ class TrainingOptions(Config):
     )
     """Log live to these as well: tensorboard, trackio, wandb, mlflow. Nothing leaves the machine unless you have logged
     in to one of them or pointed it elsewhere."""
-    dry_run: bool = Field(default=False, exclude=True)
-    """Do everything but the training: checks, data, memory, steps. Nothing is left behind."""
-    out: Path | None = None
-    """Run directory. When not given: runs/MODEL-DATA-TIME."""
-    resume: Path | None = None
-    """Run directory to go on with, from its last whole checkpoint."""

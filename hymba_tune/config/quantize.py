@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.answering import ScoringOptions
 from hymba_tune.config.base import Names, Scheme
+from hymba_tune.config.groups import RESULT
 from hymba_tune.config.options import ModelOptions
 
 
@@ -20,6 +21,8 @@ def _without_sign(value: Any) -> Any:
 
 class QuantizeConfig(ScoringOptions, ModelOptions):
     """Storing a model's weights in fewer bits."""
+
+    group: ClassVar[Group] = RESULT
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model or run."""

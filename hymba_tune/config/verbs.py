@@ -6,21 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field, model_validator
 
 from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, Reference, Scheme, Start
+from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
     DataOptions,
     EngineOptions,
+    EvaluationOptions,
     KeptDataOptions,
     ModelOptions,
+    RunOptions,
     TrainingOptions,
 )
 
 
-class TrainingConfig(TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions):
+class TrainingConfig(
+    RunOptions, EvaluationOptions, TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions
+):
     """What every kind of training is told."""
 
     verb: ClassVar[str]
@@ -96,6 +101,8 @@ class SFTConfig(TrainingConfig, KeptDataOptions):
 
 class PreferenceConfig(TrainingConfig, KeptDataOptions):
     """How answers are compared with those of a reference model."""
+
+    group: ClassVar[Group] = PREFERENCES
 
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 5e-5, Method.dora: 5e-5, Method.full: 1e-6}
     beta: float = Field(default=0.1, gt=0)
@@ -185,6 +192,8 @@ class KTOConfig(PreferenceConfig):
 class MergeConfig(ModelOptions):
     """Folding an adapter into its base model."""
 
+    group: ClassVar[Group] = RESULT
+
     model: Annotated[str, Parameter(parse=False)] = ""
     """The run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -199,6 +208,8 @@ class MergeConfig(ModelOptions):
 
 class ExportConfig(ModelOptions):
     """Making a model ready to be loaded anywhere, and publishing it."""
+
+    group: ClassVar[Group] = RESULT
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model or run."""
@@ -237,6 +248,8 @@ class ExportConfig(ModelOptions):
 
 class DoctorConfig(Config):
     """What this machine can do."""
+
+    group: ClassVar[Group] = COMPUTING
 
     device: str = "auto"
     """The device to ask about: auto, cpu, cuda, cuda:1."""

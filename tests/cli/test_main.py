@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 import hymba_tune
-from hymba_tune.cli.main import main
+from hymba_tune.cli.main import app, main
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 
@@ -18,6 +21,34 @@ def test_help_of_a_verb_shows_an_example(verb: str, command: Command) -> None:
     assert result.code == 0
     assert f"Example: hymba-tune {verb} " in result.out
     assert "--model" in result.out
+
+
+def verbs(app: App, *path: str) -> Iterator[tuple[str, App]]:
+    for name in app:
+        if not name.startswith("-"):
+            yield " ".join((*path, name)), app[name]
+            yield from verbs(app[name], *path, name)
+
+
+def test_every_flag_of_every_verb_stands_in_a_group() -> None:
+    """Those of function parameters as well, which no class of settings groups."""
+    found = {
+        f"{path} {argument.name}": [group.name for group in argument.parameter.group]
+        for path, verb in verbs(app)
+        if verb.default_command
+        for argument in verb.assemble_argument_collection()
+        if argument.index is None and argument.show
+    }
+    assert {name: groups for name, groups in found.items() if len(groups) != 1 or groups == ["Parameters"]} == {}
+    sft = [groups[0] for name, groups in found.items() if name.startswith("sft ")]
+    assert set(sft) == {"Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing"}
+    # Settings that a verb changes stay where they are.
+    assert (found["dpo --lr"], found["eval --score"], found["merge --dtype"]) == (["Training"], ["Data"], ["Computing"])
+
+
+def test_help_begins_with_what_is_needed_first(command: Command) -> None:
+    titles = re.findall(r"╭─ (\w+) ─", command("sft", "--help").out)
+    assert titles == ["Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing"]
 
 
 def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:

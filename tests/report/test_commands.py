@@ -49,8 +49,8 @@ def test_defaults_are_not_repeated(finished_run: Path, small_model: Path, questi
         [
             *("hymba-tune", "sft", "--model", str(small_model), "--dtype", "float32"),
             *("--data", str(questions), "--eval-split", "0.2"),
-            *("--rank", "4", "--steps", "30", "--batch-size", "4", "--lr", "0.01", "--log-every", "5"),
-            *("--eval-every", "10"),
+            *("--rank", "4", "--steps", "30", "--batch-size", "4", "--lr", "0.01"),
+            *("--eval-every", "10", "--log-every", "5"),
         ]
     )
 

@@ -1,0 +1,28 @@
+"""The groups in which `--help` shows flags: the order here is the order there, what a newcomer needs first."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from cyclopts import Group
+
+_place = count()
+
+
+def _next(name: str) -> Group:
+    return Group(name, sort_key=next(_place))
+
+
+MODEL = _next("Model")
+DATA = _next("Data")
+TEACHER = _next("Teacher")
+ANSWERS = _next("Answers")
+SERVER = _next("Server")
+RESULT = _next("Result")
+TRAINING = _next("Training")
+PREFERENCES = _next("Preferences")
+DISTILLATION = _next("Distillation")
+ADAPTER = _next("Adapter")
+EVALUATION = _next("Evaluation")
+RUN = _next("Run")
+COMPUTING = _next("Computing")
