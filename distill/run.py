@@ -30,7 +30,7 @@ from hymba_tune.distill.capture import (
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.matching import HiddenMatch, Layers
-from hymba_tune.distill.outputs import Found
+from hymba_tune.distill.outputs import Found, Teacher
 from hymba_tune.distill.own_answers import OwnAnswers
 from hymba_tune.distill.pair import Pair, Side
 from hymba_tune.distill.preflight import look
@@ -128,10 +128,8 @@ class _Distillation:
         )
         return written.path
 
-    def _load(self, setup: Setup) -> PreTrainedModel:
-        teacher = self._found.load(setup.device, choose_dtype(self._config.teacher_dtype, setup.device))
-        assert isinstance(teacher, ModelTeacher)
-        return teacher.model
+    def _load(self, setup: Setup) -> Teacher:
+        return self._found.load(setup.device, choose_dtype(self._config.teacher_dtype, setup.device))
 
     @property
     def _wants_targets(self) -> bool:
@@ -239,7 +237,7 @@ class _Distillation:
             "loss": " · then ".join(_in_words(stage) for stage in self._stages)
             + " · answers written by the teacher" * self._config.teacher_writes
             + f" · {self._config.match_weight:g} × hidden states" * bool(self._config.match_hidden),
-            **({"bias": self._found.bias} if self._found.bias else {}),
+            **({"bias": self._found.bias} if self._found.bias and self._wants_targets else {}),
         }
 
 

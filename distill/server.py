@@ -31,6 +31,8 @@ KEY_VARIABLE = "HYMBA_TUNE_TEACHER_KEY"
 """Environment variable with the server's key. It is sent to that server alone, and never shown."""
 TIMEOUT = 120.0
 """Seconds that an answer may take."""
+WRITING_TIMEOUT = 1200.0
+"""Where it is text that the server writes."""
 PAUSES = (1.0, 4.0, 16.0)
 """Seconds before a request is tried again."""
 BATCH_TOKENS = 4096
@@ -98,6 +100,31 @@ class ServedTeacher:
             for index, answer in zip(batch, told, strict=True):
                 yield index, self._outputs(rows[index], answer)
 
+    def write(
+        self, prompts: list[list[int]], *, end: str, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[str | None]:
+        """Have it go on with prompts.
+
+        Args:
+            prompts: Token ids.
+            end: What its tokenizer calls the token that ends an answer. Where this is a special token, a server does
+                not look for it in the text: it ends there if its model's configuration says so.
+            max_new_tokens: The most that it may write.
+            temperature: At which it samples; 0 takes the likeliest token each time.
+            seed: Of the sampling.
+
+        Returns:
+            What it wrote to each, without white space around it; None where that did not end, or is nothing.
+
+        Raises:
+            TrainingError: As `outputs`.
+        """
+        asked = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": [end]}
+        answer = self._complete(prompts, WRITING_TIMEOUT, **asked)
+        if not all(isinstance(choice.get("text"), str) for choice in answer):
+            raise _wrong("it has no text")
+        return [choice["text"].strip() or None if choice.get("finish_reason") == "stop" else None for choice in answer]
+
     def _ask(self, prompts: list[list[int]]) -> list[list[Mapping[int, float]]]:
         """Of each prompt's tokens but the first, the log-probabilities that are told, the token's own among them."""
         if not self._echo:
@@ -110,9 +137,9 @@ class ServedTeacher:
         answer = self._complete(prompts, echo=True, logprobs=self.top_k, return_tokens_as_token_ids=True)
         return [_echoed(choice.get("logprobs"), prompt) for choice, prompt in zip(answer, prompts, strict=True)]
 
-    def _complete(self, prompts: list[list[int]], **asked: Any) -> list[dict[str, Any]]:
+    def _complete(self, prompts: list[list[int]], timeout: float | None = None, **asked: Any) -> list[dict[str, Any]]:
         body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **asked}
-        choices = request(f"{self._base}/completions", body).get("choices")
+        choices = request(f"{self._base}/completions", body, timeout).get("choices")
         if not isinstance(choices, list) or len(choices) != len(prompts):
             raise _wrong(f"{len(prompts)} prompts were sent, and not as many answered")
         return sorted(choices, key=lambda choice: choice.get("index", 0))
@@ -189,12 +216,13 @@ def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) ->
     return ServedTeacher(f"{name} at {base}", tokenizer, models[name].get("max_model_len"), top_k, base, name)
 
 
-def request(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def request(url: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
     """Ask a server for JSON, several times if it is busy or cannot be reached.
 
     Args:
         url: Of the endpoint.
         body: What to post; nothing gets.
+        timeout: Seconds that an answer may take, where it is not `TIMEOUT`.
 
     Raises:
         TrainingError: If it does not answer, refuses, or answers something else than JSON.
@@ -206,7 +234,7 @@ def request(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     opener = urllib.request.build_opener(_NoRedirects)
     for pause in (*PAUSES, None):
         try:
-            with opener.open(asked, timeout=TIMEOUT) as answer:
+            with opener.open(asked, timeout=timeout or TIMEOUT) as answer:
                 return dict(json.loads(answer.read()))
         except urllib.error.HTTPError as error:
             if pause is None or not (error.code == 429 or error.code >= 500):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from hymba_tune.config import DistillConfig, OnBadRow
 from hymba_tune.data import Conversation, Message, encode_prompt
@@ -20,8 +19,11 @@ from hymba_tune.data.building import stopped
 from hymba_tune.data.converting import TARGETS
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
+from hymba_tune.distill.outputs import Teacher
 from hymba_tune.distill.pair import Pair, for_teacher
+from hymba_tune.distill.server import ServedTeacher
 from hymba_tune.distill.spelling import END
+from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import write
 
@@ -90,7 +92,7 @@ class AnswerWriter:
             )
         return digest.hexdigest()
 
-    def write(self, folder: Path, load: Callable[[], PreTrainedModel], progress: Callable[[int], None]) -> Written:
+    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> Written:
         """Write the answers that are missing; a folder that has them all needs no teacher.
 
         Args:
@@ -115,31 +117,30 @@ class AnswerWriter:
             )
         return Written(folder / ANSWERS, len(rows), len(asked) - len(rows), self._texts)
 
-    def _go_on(self, part: Path, load: Callable[[], PreTrainedModel], progress: Callable[[int], None]) -> None:
+    def _go_on(self, part: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> None:
         done = len(_lines(part)) // BATCH * BATCH
         _keep(part, done)
-        talks, model = islice(self._talks(), done, None), None
+        talks, teacher = islice(self._talks(), done, None), None
         with part.open("a", encoding="utf-8") as file:
             while batch := list(islice(talks, BATCH)):
-                model = model or load()
-                for talk, answer in zip(batch, self._answer(model, batch, done // BATCH), strict=True):
+                teacher = teacher or load()
+                for talk, answer in zip(batch, self._answer(teacher, batch, done // BATCH), strict=True):
                     file.write(json.dumps(_row(talk, answer), ensure_ascii=False) + "\n")
                 file.flush()
                 done += len(batch)
                 progress(done)
 
-    def _answer(self, model: PreTrainedModel, talks: Sequence[Conversation], number: int) -> list[str | None]:
+    def _answer(self, teacher: Teacher, talks: Sequence[Conversation], number: int) -> list[str | None]:
         """Answers to a batch of conversations; its number gives the same ones each time."""
-        config = self._config
+        config, prompts = self._config, [self._prompt(talk) for talk in talks]
+        seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
+        how: dict[str, Any] = {"max_new_tokens": config.answer_tokens, "temperature": config.answer_temperature}
+        if isinstance(teacher, ServedTeacher):
+            return teacher.write(prompts, end=str(self._pair.teacher.tokenizer.eos_token), seed=seed, **how)
+        model = cast(ModelTeacher, teacher).model
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16))
-            answers = write(
-                model,
-                [self._prompt(talk) for talk in talks],
-                end=self._end,
-                max_new_tokens=config.answer_tokens,
-                temperature=config.answer_temperature,
-            )
+            torch.manual_seed(seed)
+            answers = write(model, prompts, end=self._end, **how)
         return list(map(self._read, answers))
 
     def _read(self, answer: list[int]) -> str | None:

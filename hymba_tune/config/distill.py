@@ -167,10 +167,6 @@ class DistillConfig(TeacherOptions, TrainingConfig):
             raise ValueError(f"loss: {whole[0]} compares whole vocabularies, which no cache holds; add --online")
         if self.packing and any(part.on_policy for part in self.parts):
             raise ValueError("packing: answers that the student writes cannot be packed beforehand; leave it out")
-        if self.served and self.teacher_writes:
-            raise ValueError(
-                "teacher: a server is asked for probabilities only, not for answers; --loss seq needs a model"
-            )
         if self.served and self.keeps_teacher:
             flag = "--online" if self.online else "--match-hidden" if self.match_hidden else "--on-policy"
             raise ValueError(

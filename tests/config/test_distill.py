@@ -20,7 +20,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "server beside the student": ({"teacher": "http://x", "online": True}, "likeliest tokens, and --online needs all"),
     "server that scores": ({"teacher": "http://x", "on_policy": 1.0}, "and --on-policy needs all"),
     "server's hidden states": ({"teacher": "https://x", "match_hidden": "mse"}, "and --match-hidden needs all"),
-    "server that writes": ({"teacher": "http://x", "loss": ["seq"]}, "--loss seq needs a model"),
     "stage whose teacher writes": ({"stages": ["0.5", "0.5:loss=seq"]}, "use it in every stage or in none"),
     "stages of too few steps": ({"stages": ["0.5", "0.4"]}, r"make 0\.9, not 1"),
     "stage that is none": ({"stages": ["half"]}, "'half' is no stage"),

@@ -117,6 +117,16 @@ def test_comparing_hidden_states_is_foreseen(ask: Callable[..., DistillConfig], 
     assert plan(ask(teacher="alike", loss=["ce"], match_hidden="mse")).parts.beside == kept + states + maps
 
 
+def test_quantised_student_learns_the_same_from_targets_as_from_the_teacher(ask: Callable[..., DistillConfig]) -> None:
+    losses = []
+    for online in (False, True):
+        finished = run(ask(str(online), quantize="int8", online=online))
+        assert finished.facts()["quantized"] == "int8"
+        losses.append([row.loss for row in finished.rows() if row.loss is not None])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # sixteen bits a probability
+
+
 def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:
     config = ask(dry_run=True, loss=["alm"])
     run(config)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from hymba_tune.config import DistillCaptureConfig
+from hymba_tune.config import DistillCaptureConfig, DistillConfig
 from hymba_tune.distill import server as serving
 from hymba_tune.distill.capture import open_teacher, run_capture
 from hymba_tune.distill.server import KEY_VARIABLE, ServedTeacher, find_server, request
 from hymba_tune.errors import ConfigError, TrainingError
+from tests.distill.runs import run
 from tests.distill.teachers import random_model, tokenizer_size
 from tests.distill.test_capture import Told
 from tests.distill.tokenizers import ALL
@@ -152,6 +153,48 @@ def test_temperature_is_that_of_the_server(server: Server) -> None:
     ((_, outputs),) = found(server).outputs([[1, 2]])
     with pytest.raises(ValueError, match=r"temperature is 2\.0; a server's probabilities are those at 1"):
         outputs.tell(torch.tensor([0]), 2.0)
+
+
+def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, questions: Path, tmp_path: Path) -> None:
+    """Those that ended; and it tells how likely their tokens are."""
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    unended = []
+
+    def answer(body: dict[str, Any]) -> Any:
+        if body["max_tokens"] == 1:
+            return server.prompt_logprobs(body)
+        unended.append(sum(len(prompt) for prompt in body["prompt"]) % len(body["prompt"]))
+        return {
+            "choices": [
+                {"index": index, "text": " So.\n", "finish_reason": "length" if index == unended[-1] else "stop"}
+                for index, _ in enumerate(body["prompt"])
+            ]
+        }
+
+    server.answer = answer
+    config = DistillConfig(
+        model=str(small_model),
+        data=[str(questions)],
+        teacher=server.address,
+        teacher_tokenizer=str(tmp_path / "tokenizer"),
+        teacher_cache=tmp_path / "targets",
+        min_teacher_probability=0,
+        loss=["seq", "auto"],
+        top_k=K,
+        steps=2,
+        max_length=64,
+        out=tmp_path / "out",
+    )
+    finished = run(config)
+    first = server.asked[0]
+    assert (first["max_tokens"], first["temperature"], first["stop"]) == (256, 1.0, ["<|eot_id|>"])
+    assert finished.facts()["data"]["rows"] == 24 - len(unended)
+    assert json.loads((finished.path / "samples.json").read_text())[0]["reference"] == "So."
+    assert finished.facts()["described"]["bias"].startswith("a server tells its 5 likeliest")
+    for wrong in ([{"finish_reason": "stop"}], [{"text": "a"}, {"text": "b"}]):
+        server.answer = lambda _, choices=wrong: {"choices": choices}  # type: ignore[misc]
+        with pytest.raises(TrainingError, match=r"cannot be used: (it has no text|1 prompts were sent)"):
+            found(server).write([[1]], end="<end>", max_new_tokens=2, temperature=0, seed=0)
 
 
 def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ class Model:
 
     device = torch.device("cpu")
 
+    @property
+    def model(self) -> Model:
+        return self
+
 
 class Scripted:
     """Answers with the number of tokens of each prompt; remembers how many it was asked for, and may be killed."""
