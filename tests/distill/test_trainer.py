@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,8 +55,15 @@ def alike(small_model: Path) -> ModelTeacher:
 
 
 @pytest.fixture(scope="module")
-def data(questions: Path, pair: Pair) -> AlignedData:
-    options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
+def options(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
+    """Questions, and an answer with tokens that begin within one of the teacher's and go on into its next."""
+    across = tmp_path_factory.mktemp("data") / "across.jsonl"
+    across.write_text(json.dumps({"prompt": "What do I see?", "completion": "You see clever answers."}) + "\n")
+    return SFTConfig(data=[str(across), str(questions)], caps=[1, ROWS - 1], eval_split=0, max_length=64)
+
+
+@pytest.fixture(scope="module")
+def data(options: SFTConfig, pair: Pair) -> AlignedData:
     return read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet)
 
 
@@ -184,6 +192,7 @@ def test_first_step_is_that_of_a_plain_loop(
     before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
     sums = loop(fit.model, data, targets, LOSSES[losses])
     count = sums["tokens"]
+    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # beside projection, of the tokens that it says nothing of
     (sums["total"] / count).backward()
     gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
     fit.model.zero_grad()
@@ -232,7 +241,7 @@ def test_teacher_beside_the_student_says_what_it_left(
     online = trainer(losses=LOSSES["beside"], lessons=Lessons(shape, CPU, None, OnlineTeacher(made[1], data.rows)))
     found, known = online.evaluate(), kept.evaluate()
     names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
-    assert len(names) == 3
+    assert len(names) == 4
     assert {name: found[name] for name in names} == pytest.approx({name: known[name] for name in names}, rel=1e-5)
 
 
@@ -258,12 +267,11 @@ def test_own_answers_are_judged_by_the_teacher_alone(
 
 
 @pytest.fixture
-def beside(questions: Path, alike: ModelTeacher, tmp_path: Path) -> Callable[[float], tuple[Dataset, Lessons]]:
+def beside(options: SFTConfig, alike: ModelTeacher, tmp_path: Path) -> Callable[[float], tuple[Dataset, Lessons]]:
     """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
 
     def make(temperature: float) -> tuple[Dataset, Lessons]:
         pair = make_pair(alike.tokenizer, alike.tokenizer)
-        options = SFTConfig(data=[str(questions)], caps=[ROWS], eval_split=0, max_length=64)
         rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
         maker = TargetMaker.of(
             alike, pair, None, vocabulary=4096, top_k=4, temperature=temperature, device=CPU, tables_dir=tmp_path
