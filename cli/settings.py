@@ -21,16 +21,17 @@ C = TypeVar("C", bound=Config)
 Recipe = Annotated[str | None, Parameter(group=RUN)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", group=RESULT)]
 LIMITS = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be more than {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be less than {lt}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
+    "list_type": "must be a list, [in, brackets]",
     "missing": "is missing",
 }
 
@@ -97,7 +98,8 @@ def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     limit = LIMITS.get(problem["type"], "")
     said = limit.format(**problem.get("ctx", {})) if limit else problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
-        return str(said)
+        name, colon, rest = str(said).partition(":")
+        return f"--{name.replace('_', '-')}:{rest}" if name in fields else f"{name}{colon}{rest}"
     field = str(problem["loc"][0])
     flag = "--" + field.replace("_", "-")
     common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None

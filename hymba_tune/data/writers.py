@@ -101,9 +101,18 @@ def _writer(path: Path, part: Path, columns: Mapping[str, pa.DataType]) -> Itera
         text.detach()
 
 
+def _json(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which stands in a row that nobody has looked at
+        return json.dumps(row)
+    return text
+
+
 @contextmanager
 def _lines(file: TextIO, _: Mapping[str, pa.DataType]) -> Iterator[Write]:
-    yield lambda row: _ignore(file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+    yield lambda row: _ignore(file.write(_json(row) + "\n"))
 
 
 @contextmanager
@@ -112,7 +121,7 @@ def _array(file: TextIO, _: Mapping[str, pa.DataType]) -> Iterator[Write]:
 
     def write(row: dict[str, Any]) -> None:
         nonlocal before
-        file.write(before + json.dumps(row, ensure_ascii=False))
+        file.write(before + _json(row))
         before = ",\n"
 
     yield write

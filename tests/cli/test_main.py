@@ -87,13 +87,13 @@ MISTAKES = {
     "--rank x": "--rank x: must be a whole number (common: 8 to 64).\n",
     "--steps 1.5": "--steps 1.5: must be a whole number.\n",
     "--max-length 4": "--max-length 4: must be at least 8 (common: 512 to 8192).\n",
-    "--lr 0": "--lr 0: must be more than 0.0.\n",
+    "--lr 0": "--lr 0: must be more than 0.\n",
     "--lr fast": "--lr fast: must be a number.\n",
-    "--eval-split 1": "--eval-split 1: must be less than 1.0.\n",
+    "--eval-split 1": "--eval-split 1: must be less than 1.\n",
     "--method lara": "--method lara: must be 'lora', 'dora' or 'full'.\n",
     "--dtype int8": "--dtype int8: must be 'auto', 'float32', 'bfloat16' or 'float16'.\n",
     "--map prompt": "--map prompt: 'prompt' is not a pair such as name=value.\n",
-    "--rank 0 --lr 0": "--rank 0: must be at least 1 (common: 8 to 64).\n--lr 0: must be more than 0.0.\n",
+    "--rank 0 --lr 0": "--rank 0: must be at least 1 (common: 8 to 64).\n--lr 0: must be more than 0.\n",
     "--rnk 3": "Unknown option: --rnk. Did you mean --rank?\n",
 }
 

@@ -59,6 +59,14 @@ def test_rows_of_other_formats_are_kept_apart_by_their_prompt(tmp_path: Path) ->
     assert len(train) + len(held_out) == 60
 
 
+def test_half_characters_stay_as_they_are(tmp_path: Path) -> None:
+    """Splitting looks at no texts: what is wrong in a row is said where it is trained on."""
+    rows = [{"prompt": f"{number} \ud83d", "completion": "🙂"} for number in range(10)]
+    divide([source(rows)], 0.5, tmp_path)
+    train, held_out = parts(tmp_path)
+    assert sorted(map(str, train + held_out)) == sorted(map(str, rows))
+
+
 def test_both_sides_have_a_row(tmp_path: Path) -> None:
     for name, fraction in {"little": 0.01, "much": 0.99}.items():
         done = divide([numbered(3)], fraction, tmp_path / name)
