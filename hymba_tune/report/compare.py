@@ -60,10 +60,13 @@ def final_figures(record: RunRecord) -> dict[str, str]:
         kind = measure(name, record.verb)
         _, held_out = record.series(f"eval_{name}")
         if held_out:
-            ends = {"before": held_out[0], "last": held_out[-1]}
-            if kind.better:
-                ends["best"] = (min if kind.better < 0 else max)(held_out)
-            figures |= {f"held-out {kind.title.lower()}, {when}": kind.written(end) for when, end in ends.items()}
+            ends = {"last": held_out[-1]}
+            if not name.startswith("loss/"):  # of a source the last one says enough
+                ends = {"before": held_out[0], **ends}
+                if kind.better:
+                    ends["best"] = (min if kind.better < 0 else max)(held_out)
+            title = f"{kind.title[0].lower()}{kind.title[1:]}"
+            figures |= {f"held-out {title}, {when}": kind.written(end) for when, end in ends.items()}
     facts = record.facts
     figures["steps"] = f"{record.last_step:,}"
     if "seconds" in facts:

@@ -91,13 +91,15 @@ def test_comparison_in_a_browser(browser: Browser, finished_run: Path, tmp_path:
 
 def test_comparison_names_the_best_and_what_differs(tmp_path: Path) -> None:
     runs = [
-        made_run(tmp_path / "one", [3.0], [4.0, 2.0], settings={"rank": 8}),
+        made_run(tmp_path / "one", [3.0], [4.0, 2.0], settings={"rank": 8}, columns={"eval_loss/A.jsonl": [5.0, 1.0]}),
         made_run(tmp_path / "two", [3.0], [4.0, 1.5], settings={"rank": 16}),  # the default
         made_run(tmp_path / "three", [3.0], settings={"lr": 0.1}),
     ]
     compared = write_comparison(runs, tmp_path / "compare.html")
     assert [(letter, record.name) for letter, record, _ in compared] == [("A", "one"), ("B", "two"), ("C", "three")]
     assert compared[1][2]["held-out loss, best"] == "1.500 nats a token"
+    of_source = {name: value for name, value in compared[0][2].items() if "A.jsonl" in name}
+    assert of_source == {"held-out loss on A.jsonl, last": "1.000 nats a token"}
     page = (tmp_path / "compare.html").read_text()
     assert "B did best: lowest held-out loss B 1.500, A 2.000." in page
     rows = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
