@@ -60,6 +60,14 @@ COLUMNS = {
         "distill_around": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits"},
         "distill_longer": {"loss", "lr", "seeds", "mbit a byte", "change", "+-", "digits", "exact %", "teacher's"},
     },
+    "quantize": {
+        "quantize": {
+            *("text", "scheme", "perplexity before", "after", "rise %", "KL mnat"),
+            *("same likeliest %", "tokens", "MB before", "MB after"),
+        },
+        "quantize_weights": {"scheme", "kind", "modules", "error %", "MB before", "MB after"},
+        "quantize_search": {"scheme", "quantised", "rise %", "KL mnat", "MB saved"},
+    },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
 """By benchmark, the tables it writes and their columns."""
