@@ -80,25 +80,26 @@ def _say_search(found: Searched, flags: QuantizeConfig) -> None:
     table.add_column(f" in {scheme}", overflow="fold", header_style="dim")
     for name in ("perplexity", "rise", "drift", "saves"):
         table.add_column(name, justify="right", header_style="dim")
-    before = tried.whole[0].drift.perplexity_before
-    table.add_row(Text(" nothing"), f"{before:.4g}", "", "", "")
+    table.add_row(Text(" nothing"), tried.whole[0].drift.perplexities[0], "", "", "")
     alone = [(f"{' '.join(trial.kinds)} alone", trial) for trial in tried.alone]
     sets = [(" ".join(("all but", *left)) if (left := tried.left_of(trial)) else "all", trial) for trial in tried.whole]
     for label, trial in alone + sets:
         drift = trial.drift
-        cells = (f"{drift.perplexity_after:.4g}", drift.risen, f"{drift.kl:.2g}", gigabytes(trial.saved))
+        cells = (drift.perplexities[1], drift.risen, f"{drift.kl:.2g}", gigabytes(trial.saved))
         table.add_row(Text(f" {label}"), *cells)
     console.print(table)
     limit = f"{flags.max_rise:g} %"
     if tried.skip is None:
-        what, then = f"no set of them keeps the rise within {limit}", "a larger --max-rise, or --scheme int8"
-    else:
-        last = tried.whole[-1].drift.risen
-        what = f"leave {' '.join(tried.skip)}: {last}" if tried.skip else f"all may be quantised: {last}"
-        what = f"{what} (measured whole; {limit} allowed)"
+        _lines(
+            ("proposal", f"no set of them keeps the rise within {limit}"),
+            ("to go on", "a larger --max-rise, or --scheme int8"),
+        )
+        return
+    what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantised"
+    _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
+    if not found.written:
         skip = f" --skip {' '.join(found.skip)}" if found.skip else ""
-        then = f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"
-    _lines(("proposal", what), ("to do it" if tried.skip is not None else "to go on", then))
+        _lines(("to do it", f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"))
 
 
 def _lines(*lines: tuple[str, str]) -> None:

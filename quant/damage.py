@@ -74,6 +74,12 @@ class Drift:
         return math.expm1(self.loss_rise)
 
     @property
+    def perplexities(self) -> tuple[str, str]:
+        """Before and after, with the digits that matter."""
+        digits = 1 if self.perplexity_before >= 100 else 2 if self.perplexity_before >= 10 else 3
+        return f"{self.perplexity_before:,.{digits}f}", f"{self.perplexity_after:,.{digits}f}"
+
+    @property
     def risen(self) -> str:
         """The same in words: ``+0.42 %``."""
         return f"{100 * self.rise:+.2f} %".replace("-", "−")

@@ -69,8 +69,7 @@ class Damage:
     @property
     def sentence(self) -> str:
         """What matters most."""
-        drift, names = self.drift, ", ".join(self.data)
-        return f"Perplexity on {names}: {drift.perplexity_before:.4g} → {drift.perplexity_after:.4g} ({drift.risen})."
+        return f"Perplexity on {', '.join(self.data)}: {' → '.join(self.drift.perplexities)} ({self.drift.risen})."
 
 
 def damage_page(damage: Damage) -> str:

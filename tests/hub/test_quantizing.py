@@ -54,7 +54,7 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
         assert found["data"]["fingerprint"] == (told.texts.fingerprint if told.texts else "")
     assert found["kl"] > 0
     assert found["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
-    sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:.4g} → "
+    sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:,.1f} → "
     assert sentence in page
     assert f"Quantised to {scheme} by bitsandbytes. {sentence}" in (folder / "README.md").read_text()
     assert str(questions.parent) not in page + json.dumps(found)
