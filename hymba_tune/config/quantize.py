@@ -36,7 +36,7 @@ class QuantizeConfig(ScoringOptions, ModelOptions):
     data: Names = Field(default_factory=lambda: ["demo"])
     """What the damage is measured on: as sft takes it. When not given: demo, which is packaged."""
     max_tokens: int = Field(default=8192, ge=1)
-    """Tokens of it that are predicted before and after (common: 4096 to 100000)."""
+    """Tokens of --data that are predicted before and after (common: 4096 to 100000)."""
     search: bool = False
     """Measure what each kind of module adds to the perplexity, and say what to --skip so that it rises by no more than
     --max-rise. Nothing is written without --out."""

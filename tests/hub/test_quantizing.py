@@ -162,4 +162,4 @@ def test_verb_says_what_to_leave_and_the_command(
         assert " proposal   no set of them keeps the rise within 1 %\n" in done.out
     assert not list(tmp_path.iterdir())
     refused = command("quantize", wide_model, "--max-rise", 2)
-    assert (refused.code, refused.err) == (2, "max_rise: nothing is searched without --search\n")
+    assert (refused.code, refused.err) == (2, "--max-rise: nothing is searched without --search\n")
