@@ -33,7 +33,7 @@ from hymba_tune.distill.cache import (
 from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import Found
 from hymba_tune.distill.pair import Pair, make_pair
-from hymba_tune.distill.preflight import Preflight, check_aligned, look
+from hymba_tune.distill.preflight import Preflight, check_aligned, in_bytes, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
@@ -57,7 +57,7 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
         ConfigError: If a template or an end cannot be used.
         DataError: If a tokenizer's tokens do not tell the bytes of a text.
     """
-    tokenizer = with_chat_template(teacher.tokenizer, options.teacher_chat_template)
+    tokenizer = with_chat_template(teacher.tokenizer, options.teacher_chat_template, flag="--teacher-chat-template")
     template = str(tokenizer.chat_template)
     values = {name: value for name, value in PINNED.items() if name in template}
     return make_pair(
@@ -195,9 +195,9 @@ def check_space(folder: Path, found: Preflight, rows: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ConfigError(
-            f"{FLAG} {folder}: its disk has {free / 1e9:.1f} GB free.",
-            expected=f"{needed / 1e9:.1f} GB for the teacher's targets",
-            fix=f"free {(needed - free) / 1e9:.1f} GB, or {FLAG} on another disk, or a lower --top-k",
+            f"{FLAG} {folder}: its disk has {in_bytes(free)} free.",
+            expected=f"{in_bytes(needed)} for the teacher's targets",
+            fix=f"free {in_bytes(needed - free)}, or {FLAG} on another disk, or a lower --top-k",
         )
 
 

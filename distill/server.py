@@ -202,7 +202,7 @@ def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) ->
     """
     base, _, wanted = address.rstrip("/").partition("#")
     base = base.rstrip("/") if base.rstrip("/").endswith("/v1") else f"{base.rstrip('/')}/v1"
-    listed = request(f"{base}/models").get("data")
+    listed = request(f"{base}/models", pauses=PAUSES[:1]).get("data")  # nobody has begun to wait yet
     if not isinstance(listed, list) or not all(isinstance(model, dict) and "id" in model for model in listed):
         raise _wrong("it lists no models")
     models = {str(model["id"]): model for model in listed}
@@ -216,13 +216,16 @@ def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) ->
     return ServedTeacher(f"{name} at {base}", tokenizer, models[name].get("max_model_len"), top_k, base, name)
 
 
-def request(url: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
+def request(
+    url: str, body: Mapping[str, Any] | None = None, timeout: float | None = None, pauses: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Ask a server for JSON, several times if it is busy or cannot be reached.
 
     Args:
         url: Of the endpoint.
         body: What to post; nothing gets.
         timeout: Seconds that an answer may take, where it is not `TIMEOUT`.
+        pauses: Before it is asked again, where they are not `PAUSES`.
 
     Raises:
         TrainingError: If it does not answer, refuses, or answers something else than JSON.
@@ -232,7 +235,7 @@ def request(url: str, body: Mapping[str, Any] | None = None, timeout: float | No
         headers["Authorization"] = f"Bearer {key}"
     asked = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, headers)
     opener = urllib.request.build_opener(_NoRedirects)
-    for pause in (*PAUSES, None):
+    for pause in (*(PAUSES if pauses is None else pauses), None):
         try:
             with opener.open(asked, timeout=timeout or TIMEOUT) as answer:
                 return dict(json.loads(answer.read()))

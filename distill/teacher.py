@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hymba_tune.adapters import open_model, weights_of
+from hymba_tune.adapters import open_model, short_count, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
@@ -177,7 +177,7 @@ def smaller_than(teacher: Found, student_parameters: int) -> str | None:
     """A warning, if the teacher is smaller than who learns from it."""
     if teacher.parameters is None or teacher.parameters >= student_parameters:
         return None
-    sizes = f"{teacher.parameters / 1e6:,.0f}M parameters to {student_parameters / 1e6:,.0f}M"
+    sizes = f"{short_count(teacher.parameters)} parameters to {short_count(student_parameters)}"
     return f"the teacher is smaller than the student ({sizes}): expect little, unless it knows this data better"
 
 

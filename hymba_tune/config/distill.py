@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -181,7 +182,8 @@ def _losses(names: list[str]) -> dict[str, float]:
     for text in names:
         name, _, weight = text.partition("=")
         if name not in ("auto", *LOSSES):
-            raise ValueError(f"loss: there is no {name!r}; use auto, {', '.join(LOSSES)}")
+            near = "".join(f" (did you mean {one}?)" for one in get_close_matches(name, LOSSES, n=1))
+            raise ValueError(f"loss: there is no {name!r}{near}; use auto, {', '.join(LOSSES)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:

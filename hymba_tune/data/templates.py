@@ -68,13 +68,16 @@ NAMED = {"hymba": HYMBA_TEMPLATE, "alpaca": ALPACA_TEMPLATE}
 PROBE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 
 
-def with_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PreTrainedTokenizerBase:
+def with_chat_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, flag: str = "--chat-template"
+) -> PreTrainedTokenizerBase:
     """Give a tokenizer the chat template that is asked for.
 
     Args:
         tokenizer: Left as it is.
         template: One of `NAMED`, or a file of Jinja. `None` keeps the tokenizer's own, but for one that writes what
             Hymba's released one does; `HYMBA_TEMPLATE` takes the place of that, and of none.
+        flag: By which it was asked for.
 
     Returns:
         A copy with the template, or the tokenizer itself if its own template is to be kept.
@@ -85,26 +88,26 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None 
     if template is None and tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else _load(template)
+    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else _load(template, flag)
     if template is not None:
         try:
             render(PROBE, tokenizer)
         except DataError as problem:
             raise ConfigError(
-                f"--chat-template {template}: {problem.what}.",
+                f"{flag} {template}: {problem.what}.",
                 expected="a template that writes answers unchanged",
             ) from problem
     return tokenizer
 
 
-def _load(template: str) -> str:
+def _load(template: str, flag: str) -> str:
     if template in NAMED:
         return NAMED[template]
     try:
         return Path(template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--chat-template {template} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
+            f"{flag} {template} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
             expected=f"one of {listing(NAMED)}, or a file of Jinja",
         ) from error
 

@@ -9,7 +9,7 @@ from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown loss": ({"loss": ["klx"]}, r"there is no 'klx'; use auto, kl, reverse-kl"),
+    "unknown loss": ({"loss": ["klx"]}, r"there is no 'klx' \(did you mean kl\?\); use auto, kl"),
     "weight that is no number": ({"loss": ["alm=much"]}, r"'much' is no weight; --loss alm=0\.5"),
     "weight of nothing": ({"loss": ["alm=0"]}, "weight of alm is 0; it must be more than 0"),
     "auto beside another": ({"loss": ["auto", "alm"]}, "auto stands alone"),

@@ -76,7 +76,8 @@ def test_captured_once_and_found_again_without_the_teacher(
     assert screen.lines["aligned"] == "24 of 24 rows, 100.0% of the bytes"
     assert screen.lines["sanity"].startswith("the teacher gives its own next token p = 0.0")
     assert screen.notes == [
-        "the teacher is smaller than the student (0M parameters to 4M): expect little, unless it knows this data better"
+        "the teacher is smaller than the student (26.2k parameters to 3.6M): expect little, unless it knows this data "
+        "better"
     ]
     monkeypatch.setattr(FoundTeacher, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
     again = run_capture(config, screen)
@@ -134,7 +135,7 @@ def test_small_disk_is_said_before_the_pass(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda _: usage(10))
     monkeypatch.setattr(capture, "fill", Mock(side_effect=AssertionError("the pass has begun")))
-    with pytest.raises(ConfigError, match=r"its disk has 0\.0 GB free(.|\n)*for the teacher's targets(.|\n)*--top-k"):
+    with pytest.raises(ConfigError, match=r"its disk has 0\.0 MB free(.|\n)*for the teacher's targets(.|\n)*--top-k"):
         run_capture(settings(teacher, questions, teacher_cache=tmp_path / "targets"), Screen())
 
 

@@ -251,6 +251,6 @@ def test_smaller_teacher_gets_a_warning() -> None:
     nano = find_teacher("hymba-nano")
     assert smaller_than(nano, nano.parameters) is None
     assert smaller_than(nano, 1_500_000_000) == (
-        "the teacher is smaller than the student (4M parameters to 1,500M): expect little, unless it knows this data "
+        "the teacher is smaller than the student (3.6M parameters to 1.5B): expect little, unless it knows this data "
         "better"
     )
