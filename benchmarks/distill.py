@@ -67,7 +67,7 @@ AROUND = {
 """What is changed of the winner."""
 LONGER = 8
 """How many times as many steps it takes until tasks with digits are answered."""
-LIKEWISE = ("sorted ULD", "chunk likelihood")
+RIVAL = "chunk likelihood"
 """What is trained so long beside cross-entropy, the winner and the ceiling."""
 
 
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = best[winner]
         runs.do([Task(name, way, rate, seed, False) for seed in seeds for name, way in changed.items()])
         report_around(runs, [winner, *changed], rate, given)
-        longer = {f"{name}, longer": name for name in (FLOOR, *LIKEWISE, winner, CEILING) if name in ways}
+        longer = {f"{name}, longer": name for name in (FLOOR, RIVAL, winner, CEILING) if name in ways}
         times = 2 if given.quick else LONGER
         runs.do([Task(key, ways[n], best[n], seed, True, times) for seed in seeds for key, n in longer.items()])
         report_longer(runs, {key: best[name] for key, name in longer.items()}, given)
