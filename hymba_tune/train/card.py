@@ -41,7 +41,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
 
 def _table(first: Row, last: Row) -> list[str]:
     """The first and the last evaluation, side by side."""
-    columns = {"eval_loss": "loss" if last.eval_margin is not None else "nats a token"}
+    columns = {"eval_loss": "loss" if last.eval_accuracy is not None else "nats a token"}
     columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}
     columns |= {"eval_distillation": "from the teacher", "eval_bits_per_byte": "bits per byte"}
     values = [row.as_columns() for row in (first, last)]

@@ -20,11 +20,12 @@ from hymba_tune.data import build_preferences, open_sources, with_chat_template
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import Chat
 from hymba_tune.registry import resolve_model
+from hymba_tune.train.card import write_card
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.margin import MarginWatch
 from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Screen
+from hymba_tune.train.screen import Row, Screen
 from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
 from tests.runs import same_tensors, tensors
 
@@ -248,6 +249,15 @@ def test_kto_learns_from_judged_answers(small_model: Path, judged: Path, tmp_pat
     facts = run.facts()
     assert (facts["verb"], facts["data"]["good"], facts["data"]["bad"]) == ("kto", 16, 8)
     assert isinstance(run.read_config(), KTOConfig)
+
+
+def test_card_of_answers_that_are_all_good_or_all_bad_has_no_margin_and_no_nats(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step, loss in enumerate((0.5, 0.4)):
+        run.log(Row(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
+    run.record(kept={"step": 1}, data={"rows": 4, "fingerprint": "ab"}, steps=1, tokens_seen=9)
+    write_card(run, KTOConfig(data=["judged.jsonl"]), ["4 answers"])
+    assert "| held-out | step | loss | accuracy |\n" in (run.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("reference", ["adapter-off", "precompute"])
