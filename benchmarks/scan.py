@@ -13,9 +13,9 @@ import harness
 import torch
 from torch import Tensor
 
+from hymba_tune.memory import keep_freed_memory
 from hymba_tune.model.backends import Task
 from hymba_tune.model.scan import SCAN, selective_scan
-from hymba_tune.train.memory import keep_freed_memory
 
 STATES = 16
 Shape = tuple[int, list[int]]

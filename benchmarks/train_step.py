@@ -13,8 +13,8 @@ import models
 from models import Step
 from torch import Tensor, nn
 
+from hymba_tune.memory import keep_freed_memory
 from hymba_tune.model.backends import use_kernels
-from hymba_tune.train.memory import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,6 +23,8 @@ def export(
     The folder holds safetensors under the released names, tokenizer, settings, checksums and a model card. A folder
     exported before is uploaded as it is: hymba-tune export my-model --push me/my-model
 
+    In fewer bits: hymba-tune export runs/my-run --quantize nf4 --out my-nf4
+
     Parameters
     ----------
     model

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from hymba_tune.adapters import add_adapter
+from hymba_tune.checkpoint import load_tokenizer
+from hymba_tune.registry import resolve_model
+from tests.adapters.small import config_for
+from tests.conftest import ROOT
 from tests.tiny import RELEASED
 
 LAYERS_A_SHARD = 8
@@ -57,6 +64,20 @@ loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
 loss.backward()
 optimizer.step()
 print(json.dumps({"loss": loss.item(), "unmoved": watch.unmoved()}))
+"""
+
+MERGE = """
+import json, sys
+from pathlib import Path
+import torch
+from hymba_tune.config import MergeConfig
+from hymba_tune.hub import merge
+from hymba_tune.memory import peak_memory
+from tests.hub.silent import silent
+
+done = merge(MergeConfig(model=sys.argv[1], out=Path(sys.argv[2]), device="cpu"), silent)
+told = {onto: drift.divergence for onto, drift in done.drifts.items()}
+print(json.dumps({"share": peak_memory(torch.device("cpu")) / done.size, "size": done.size, "divergence": told}))
 """
 
 
@@ -108,3 +129,24 @@ def test_full_size_takes_a_lora_step_in_bfloat16_on_a_cpu(full_size: Path) -> No
     assert stepped["unmoved"] == []
     # Random weights give every token about the same probability.
     assert stepped["loss"] == pytest.approx(math.log(RELEASED.vocab_size), rel=0.1)
+
+
+@pytest.mark.slow
+def test_merging_takes_less_than_one_and_a_third_of_the_model(full_size: Path, tmp_path: Path) -> None:
+    """The whole process, its libraries included, that measures both ways and writes one of them."""
+    run = tmp_path / "run"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(RELEASED)
+        adapted = add_adapter(model, config_for(model), ["all"])
+    adapted.peft_config["default"].save_pretrained(run / "adapter")
+    factors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    save_file({name: 0.01 * torch.randn(t.shape) for name, t in factors.items()}, run / "adapter" / ADAPTER_WEIGHTS)
+    load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(run / "adapter")
+    told = {"model": str(full_size), "quantized": "nf4", "dtype": "torch.bfloat16"}
+    (run / "run.json").write_text(json.dumps(told))
+    said = subprocess.check_output([sys.executable, "-c", MERGE, str(run), str(tmp_path / "merged")], cwd=ROOT)
+    found = json.loads(said)
+    assert found["size"] > 3e9
+    assert found["share"] < 1.3, found
+    assert found["divergence"]["dequantised"] < found["divergence"]["original"]
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 2

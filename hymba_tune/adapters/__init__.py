@@ -16,13 +16,14 @@ from hymba_tune.adapters.opening import open_model
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
 from hymba_tune.adapters.updates import Update, adapter_updates, full_updates
-from hymba_tune.adapters.weights import released_name
+from hymba_tune.adapters.weights import Weights, released_name
 
 __all__ = [
     "PRESETS",
     "AdapterWatch",
     "QuantisedBase",
     "Update",
+    "Weights",
     "adapter_updates",
     "add_adapter",
     "base_of",

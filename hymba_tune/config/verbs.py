@@ -221,6 +221,8 @@ class ExportConfig(ModelOptions):
     """kit: with this kit's code beside the weights, for any machine with torch and transformers 5, CPUs included.
     hymba: with the released config.json, which names NVIDIA's code; that needs CUDA and transformers 4.44. The weights
     and their names are the same, and hymba-tune opens both."""
+    quantize: Scheme | None = None
+    """Store the weights in fewer bits, as hymba-tune quantize does, which has more to choose: nf4, fp4 or int8."""
     adapter_only: bool = False
     """Only the adapter, as plain PEFT, for those who have the base model."""
     push: str | None = None
@@ -240,6 +242,13 @@ class ExportConfig(ModelOptions):
     def _check_format(self) -> Self:
         if self.adapter_only and self.format != "kit":
             raise ValueError("format: an adapter has one format, PEFT's; leave it out, or --adapter-only")
+        if self.quantize and self.adapter_only:
+            raise ValueError("quantize: an adapter is not quantised, its base is; leave it out, or --adapter-only")
+        if self.quantize and self.format != "kit":
+            raise ValueError(
+                "quantize: the hymba format is for NVIDIA's code, which was not tried with quantised weights; "
+                "leave it out, or --format hymba"
+            )
         for field in ("private", "revision", "update"):
             if getattr(self, field) and self.push is None:
                 raise ValueError(f"{field}: nothing is uploaded without --push USER/NAME")

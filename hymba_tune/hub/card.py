@@ -125,7 +125,10 @@ def _head(lineage: Lineage, config: ExportConfig, *, quantised: bool) -> dict[st
 
 
 def _cost(damage: Damage) -> str:
-    return f"Quantised to {damage.scheme} by bitsandbytes. {damage.sentence} More in damage.json and damage.html."
+    return (
+        f"Quantised to {damage.scheme} by bitsandbytes. {damage.sentence} Left in {damage.dtype}: "
+        f"{', '.join(damage.kept)}. Why, and more, in damage.json and damage.html."
+    )
 
 
 def _on_the_hub(name: str) -> bool:

@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import QuantisedBase, base_of, load_adapter
+from hymba_tune.adapters import QuantisedBase, Weights, base_of, folded_weights, load_adapter, plain_config
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.data import open_source
 from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.texts import Texts
+from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.registry import ModelSource
+from hymba_tune.schemes import settle
 
 TEXTS, TOKENS = 8, 64
 """Texts of the packaged data that logits are compared on, and the tokens that each may have."""
@@ -51,12 +54,36 @@ def trained_model(source: ModelSource, base: QuantisedBase, device: torch.device
         CheckpointError: As `load_weights` and `load_adapter`.
     """
     assert source.adapter is not None
-    model = load_weights(base_of(source), dtype=base.dtype, device=device, quantization=base.quantization)
+    below = base_of(source)
+    if base.only:
+        model = load_weights(below, dtype=base.dtype, device=device)
+    else:
+        weights = folded_weights(below)
+        model = HymbaForCausalLM.from_pretrained(
+            None,
+            config=plain_config(source),
+            state_dict={name: _Unread(weights, name) for name in weights},
+            quantization_config=base.quantization,
+            dtype=base.dtype,
+            device_map={"": device},
+        )
+        settle(model, base.dtype)
     adapted = load_adapter(model, source.adapter).train()  # evaluated, int8 rounds activations as well
     for module in adapted.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
     return adapted
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that transformers reads when its turn comes, as it does with those in files, and quantises at once."""
+
+    weights: Weights
+    name: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.weights[self.name]
 
 
 @torch.no_grad()

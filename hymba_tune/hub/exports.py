@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.adapters import base_of, folding_note, load_adapter, open_model, short_count, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
-from hymba_tune.config import ExportConfig
+from hymba_tune.config import ExportConfig, QuantizeConfig
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError
@@ -24,6 +24,7 @@ from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, 
 from hymba_tune.hub.layout import write_model, write_tokenizer
 from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
 from hymba_tune.hub.push import Target, check_target, push
+from hymba_tune.hub.quantizing import Asked, find, write_quantised
 from hymba_tune.hub.writing import read_again, usual_folder
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
 
@@ -62,7 +63,8 @@ def export(config: ExportConfig, working: Working) -> Exported:
         target = Target(config.push, private=config.private, revision=config.revision, update=config.update)
         check_target(target)
     source = resolve_model(config.model)
-    if target and config.out is None and (source.folder / SUMS).is_file() and source.published is None:
+    exported = (source.folder / SUMS).is_file() and source.published is None
+    if target and exported and config.out is None and config.quantize is None:
         folder, difference = source.folder, None
         with working("comparing checksums"):
             check_sums(folder)
@@ -71,7 +73,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
             Lineage(said.get("base_model"), {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)})
         )
     else:
-        folder = config.out or usual_folder(source)
+        folder = config.out or usual_folder(source, ending=f"-{config.quantize}" if config.quantize else "")
         difference = _export(config, source, folder, working)
     address, note = None, None if config.adapter_only else folding_note(source)
     if target is not None:
@@ -88,14 +90,25 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
     lineage = _lineage(config, source)
     if config.push is not None:
         check_publishable(lineage)
-    name = config.push or out.name
+    name, damage = config.push or out.name, None
+    asked = _to_quantise(config, working)
     with new_folder(out) as folder:
-        difference, size = (_write_adapter if config.adapter_only else _write_whole)(
-            config, source, lineage, folder, working
-        )
-        write_card(folder, name, lineage, config, size=size)
+        if asked is not None:
+            done = write_quantised(asked, folder, lineage.base, working)
+            difference, size, damage = done.difference, done.size, done.damage
+        else:
+            write = _write_adapter if config.adapter_only else _write_whole
+            difference, size = write(config, source, lineage, folder, working)
+        write_card(folder, name, lineage, config, size=size, damage=damage)
         write_sums(folder)
     return difference
+
+
+def _to_quantise(config: ExportConfig, working: Working) -> Asked | None:
+    if config.quantize is None:
+        return None
+    same = config.model_dump(include={"model", "dtype", "device"})
+    return find(QuantizeConfig(scheme=config.quantize, **same), working)
 
 
 def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:

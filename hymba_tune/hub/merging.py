@@ -31,6 +31,7 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.drift import Drift, drift, logits_of, sample_texts, trained_model
 from hymba_tune.hub.layout import SHARD
+from hymba_tune.memory import give_back_freed_memory
 from hymba_tune.registry import ModelSource, resolve_model
 
 
@@ -77,6 +78,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    give_back_freed_memory()
     with new_folder(config.out) as folder:
         drifts = _drifts(source, base, dtype, device, working) if base else {}
         with working("merging"):
@@ -91,11 +93,12 @@ def _drifts(
     texts = sample_texts(with_chat_template(load_tokenizer(source.folder)))
     with working("asking the trained model"):
         trained = logits_of(trained_model(source, base, device), texts)
+    gc.collect()  # a model is a circle of references, and stays until then
     found = {}
     for onto in Onto if not base.only else [Onto.dequantised]:
-        gc.collect()
         with working(f"asking it merged onto the {onto} weights"):
             found[onto] = drift(logits_of(open_model(source, dtype=dtype, device=device, onto=onto), texts), trained)
+        gc.collect()
     return found
 
 

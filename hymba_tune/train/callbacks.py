@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
-from hymba_tune.train.memory import peak_memory
+from hymba_tune.memory import peak_memory
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import OF_SOURCE, Row, Screen
 

@@ -15,6 +15,7 @@ from hymba_tune.adapters import add_adapter, base_of, count_parameters, load_ada
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.memory import keep_freed_memory
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_run
 from hymba_tune.train.base import RunTrainer, quantisation_unseen
@@ -26,7 +27,6 @@ from hymba_tune.train.foresight import foresee, needs_with
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
-from hymba_tune.train.memory import keep_freed_memory
 from hymba_tune.train.optimizers import describe_groups
 from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run

@@ -14,8 +14,8 @@ import torch
 from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.footprint import MOMENT_BYTES
+from hymba_tune.memory import peak_memory
 from hymba_tune.train.checkpoints import forget_torn
-from hymba_tune.train.memory import peak_memory
 from hymba_tune.train.run import Run
 
 SMALL_FILES = 2**23

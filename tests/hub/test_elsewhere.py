@@ -104,3 +104,7 @@ def test_nano_is_trained_merged_quantised_exported_and_talks_elsewhere(
         torch.testing.assert_close(found["logits"], model(**batch).logits, rtol=0, atol=1e-4)
     assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
     assert said["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
+
+    answered = command("chat", "mine", "--prompt", "I see two cats. What do I see?", "--max-new-tokens", 4)
+    assert answered.code == 0, answered.err
+    assert answered.out.strip()

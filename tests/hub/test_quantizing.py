@@ -163,3 +163,31 @@ def test_verb_says_what_to_leave_and_the_command(
     assert not list(tmp_path.iterdir())
     refused = command("quantize", wide_model, "--max-rise", 2)
     assert (refused.code, refused.err) == (2, "--max-rise: nothing is searched without --search\n")
+
+
+def test_export_quantises_as_quantize_does(wide_model: Path, tmp_path: Path) -> None:
+    done = export(ExportConfig(model=str(wide_model), out=tmp_path / "exported", quantize="fp4", license="mit"), silent)
+    assert done.difference == 0
+    folder = quantised(wide_model, tmp_path / "quantised", scheme="fp4")
+    assert same_tensors(done.folder, folder)
+    assert {file.name for file in done.folder.iterdir()} == {file.name for file in folder.iterdir()}
+    check_sums(done.folder)
+    card = (done.folder / "README.md").read_text()
+    assert "Quantised to fp4 by bitsandbytes." in card
+    assert "Left in float32: lm_head, " in card
+    assert "\nThe weights: mit.\n" in card
+    with pytest.raises(CheckpointError, match=r"exported is quantised already, to fp4"):
+        export(ExportConfig(model=str(done.folder), quantize="nf4", out=tmp_path / "again"), silent)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_only": True}, "quantize: an adapter is not quantised, its base is"),
+        ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which was not tried"),
+    ],
+)
+def test_exports_that_are_not_quantised(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(quantize="nf4", **changes)

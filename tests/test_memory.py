@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from hymba_tune.train.memory import keep_freed_memory, peak_memory
+from hymba_tune.memory import keep_freed_memory, peak_memory
 
 FAULTS = """
 import json, resource, sys
 import torch
-from hymba_tune.train.memory import keep_freed_memory
+from hymba_tune.memory import keep_freed_memory
 
 def take():
     blocks = [torch.ones(2**22) for _ in range(32)]
