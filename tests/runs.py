@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hymba_tune.checkpoint import load_tokenizer
-from hymba_tune.config import SFTConfig
+from hymba_tune.config import MergeConfig, SFTConfig
+from hymba_tune.hub import merge
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
@@ -70,6 +71,11 @@ def run(config: SFTConfig, screen: Screen | None = None, *, report: bool = False
     drawn = nullcontext() if report else patch("hymba_tune.report.write_report")
     with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS), drawn:
         return run_sft(config, screen or Screen())
+
+
+def merge_run(path: Path, out: Path) -> Path:
+    """The folder of a run's model in float32, its adapter folded in."""
+    return merge(MergeConfig(model=str(path), out=out, dtype="float32"), Screen().working).folder
 
 
 def one_plain_step(folder: Path, *, batch_size: int, grad_accum: int, **changes: Any) -> trl.SFTConfig:

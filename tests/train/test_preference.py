@@ -13,9 +13,9 @@ import torch
 import trl
 from torch.nn.functional import logsigmoid
 
-from hymba_tune.adapters import merge_into, open_model
+from hymba_tune.adapters import open_model
 from hymba_tune.checkpoint import load_tokenizer
-from hymba_tune.config import ChatConfig, DPOConfig, KTOConfig, MergeConfig, SFTConfig
+from hymba_tune.config import ChatConfig, DPOConfig, KTOConfig, SFTConfig
 from hymba_tune.data import build_preferences, open_sources, with_chat_template
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import Chat
@@ -27,7 +27,7 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
 from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
-from tests.runs import same_tensors, tensors
+from tests.runs import merge_run, same_tensors, tensors
 
 
 class Notes(Screen):
@@ -145,7 +145,7 @@ def test_reference_computed_before_is_that_beside_the_batch(small_model: Path, p
 def test_run_on_a_run_opens_merges_and_talks(preferred: Path, finished_run: Path, tmp_path: Path) -> None:
     config = json.loads((preferred / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(finished_run)
-    folder = merge_into(MergeConfig(model=str(preferred), out=tmp_path / "merged", dtype="float32"))
+    folder = merge_run(preferred, tmp_path / "merged")
     ids = torch.arange(3, 40)[None]
     whole, layered = opened(folder)(input_ids=ids).logits, opened(preferred)(input_ids=ids).logits
     torch.testing.assert_close(whole, layered, atol=1e-5, rtol=0)

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from hymba_tune.adapters import merge_into
-from hymba_tune.config import MergeConfig, SFTConfig
+from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Row, Screen
-from tests.runs import run, same_tensors, save_questions, settings, tensors
+from tests.runs import merge_run, run, same_tensors, save_questions, settings, tensors
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
@@ -142,7 +141,7 @@ def test_rows_that_a_preset_leaves_alone_stay_so_after_resuming(
     out = tmp_path / "out"
     run(settings(small_model, questions, out, **changes))
     finished = resumed(out, steps=4)
-    folder = merge_into(MergeConfig(model=str(finished.path), out=tmp_path / "merged", dtype="float32"))
+    folder = merge_run(finished.path, tmp_path / "merged")
     merged, base = tensors(folder), tensors(small_model)
     names = [name for name in base if name.endswith("in_proj.weight")]
     assert len(names) == 3

@@ -8,15 +8,14 @@ import pytest
 import torch
 import yaml
 
-from hymba_tune.adapters import merge_into
-from hymba_tune.config import ChatConfig, MergeConfig, SFTConfig
+from hymba_tune.config import ChatConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError, HymbaTuneError, TrainingError
 from hymba_tune.generate import Chat
 from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import Task
 from hymba_tune.model.layers import HymbaMLP
 from hymba_tune.train.screen import Screen
-from tests.runs import run, same_tensors, settings, tensors
+from tests.runs import merge_run, run, same_tensors, settings, tensors
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -239,7 +238,7 @@ def test_a_side_of_in_proj_is_all_that_a_side_preset_changes(
 ) -> None:
     changes = {"targets": [targets], "meta_tokens": "frozen", "weight_decay": 0.1}
     finished = run(settings(small_model, questions, tmp_path / "out", **changes))
-    folder = merge_into(MergeConfig(model=str(finished.path), out=tmp_path / "merged", dtype="float32"))
+    folder = merge_run(finished.path, tmp_path / "merged")
     for name, merged in tensors(folder).items():
         base = tensors(small_model)[name]
         if not name.endswith("in_proj.weight"):
@@ -259,7 +258,7 @@ def test_run_on_a_run_trains_a_new_adapter_on_top(finished_run: Path, questions:
     assert start == pytest.approx(end, rel=1e-5)
     assert second.facts()["model"] == str(finished_run)
     assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
-    folder = merge_into(MergeConfig(model=str(second.path), out=tmp_path / "merged", dtype="float32"))
+    folder = merge_run(second.path, tmp_path / "merged")
     assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
 
 
