@@ -75,7 +75,7 @@ from hymba_tune.hub import merge
 from hymba_tune.memory import peak_memory
 from tests.hub.silent import silent
 
-done = merge(MergeConfig(model=sys.argv[1], out=Path(sys.argv[2]), device="cpu"), silent)
+done = merge(MergeConfig(model=sys.argv[1], out=Path(sys.argv[2]), dtype="bfloat16", device="cpu"), silent)
 told = {onto: drift.divergence for onto, drift in done.drifts.items()}
 print(json.dumps({"share": peak_memory(torch.device("cpu")) / done.size, "size": done.size, "divergence": told}))
 """

@@ -55,7 +55,14 @@ model = PeftModel.from_pretrained(model, "{name}")
 
 
 def write_card(
-    folder: Path, name: str, lineage: Lineage, config: ExportConfig, *, size: str, damage: Damage | None = None
+    folder: Path,
+    name: str,
+    lineage: Lineage,
+    config: ExportConfig,
+    *,
+    size: str,
+    quantised: bool = False,
+    damage: Damage | None = None,
 ) -> None:
     """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
 
@@ -65,10 +72,11 @@ def write_card(
         lineage: Where it comes from.
         config: How it is exported.
         size: Its parameters and number format, in words.
-        damage: What quantising it cost, if its weights are stored in fewer bits.
+        quantised: Whether its weights are stored in fewer bits.
+        damage: What that cost, where it was measured.
     """
-    head = {name: value for name, value in _head(lineage, config, quantised=damage is not None).items() if value}
-    needs = "torch, transformers 5, accelerate and bitsandbytes" if damage else "torch and transformers 5"
+    head = {name: value for name, value in _head(lineage, config, quantised=quantised).items() if value}
+    needs = "torch, transformers 5, accelerate and bitsandbytes" if quantised else "torch and transformers 5"
     code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
     what = "An adapter for" if config.adapter_only else "Made from"
     lines = [

@@ -17,7 +17,7 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load
 from hymba_tune.config import ExportConfig, QuantizeConfig
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
-from hymba_tune.errors import CheckpointError
+from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
@@ -27,6 +27,7 @@ from hymba_tune.hub.push import Target, check_target, push
 from hymba_tune.hub.quantizing import Asked, find, write_quantised
 from hymba_tune.hub.writing import read_again, usual_folder
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
+from hymba_tune.schemes import scheme_of, stored_quantization
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def export(config: ExportConfig, working: Working) -> Exported:
 def _export(config: ExportConfig, source: ModelSource, out: Path, working: Working) -> float:
     if config.adapter_only and source.adapter is None:
         raise CheckpointError(f"--adapter-only: {source.name} has no adapter.", fix="leave it out")
+    stored = None if source.adapter else stored_quantization(load_config(source))
+    if config.format == "hymba" and stored:
+        raise ConfigError(
+            f"--format hymba: {source.name} is stored in fewer bits, with which NVIDIA's code was not tried.",
+            fix="leave it out, or export the model that it was made from",
+        )
     lineage = _lineage(config, source)
     if config.push is not None:
         check_publishable(lineage)
@@ -99,7 +106,9 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
         else:
             write = _write_adapter if config.adapter_only else _write_whole
             difference, size = write(config, source, lineage, folder, working)
-        write_card(folder, name, lineage, config, size=size, damage=damage)
+        if stored:
+            size += f", quantised to {scheme_of(stored)} by bitsandbytes"
+        write_card(folder, name, lineage, config, size=size, quantised=bool(stored or asked), damage=damage)
         write_sums(folder)
     return difference
 

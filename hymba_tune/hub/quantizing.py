@@ -132,7 +132,7 @@ def quantize(config: QuantizeConfig, working: Working) -> Quantised:
     lineage, out = trace(asked.source), config.out or usual_folder(asked.source, ending=f"-{config.scheme}")
     with new_folder(out) as folder:
         done = write_quantised(asked, folder, lineage.base, working)
-        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, damage=done.damage)
+        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantised=True, damage=done.damage)
         write_sums(folder)
     return replace(done, folder=out)
 

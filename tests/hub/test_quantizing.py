@@ -61,6 +61,9 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     # transformers alone cannot write a quantised model that it has read
     export(ExportConfig(model=str(folder), out=tmp_path / "two"), silent)
     assert same_tensors(tmp_path / "two", folder)
+    card = (tmp_path / "two/README.md").read_text()
+    assert f"parameters in float32, quantised to {scheme} by bitsandbytes.\n" in card
+    assert "With torch, transformers 5, accelerate and bitsandbytes, on" in card
 
 
 def test_run_is_quantised_with_its_adapter(finished_run: Path, tmp_path: Path) -> None:
@@ -178,6 +181,8 @@ def test_export_quantises_as_quantize_does(wide_model: Path, tmp_path: Path) -> 
     assert "\nThe weights: mit.\n" in card
     with pytest.raises(CheckpointError, match=r"exported is quantised already, to fp4"):
         export(ExportConfig(model=str(done.folder), quantize="nf4", out=tmp_path / "again"), silent)
+    with pytest.raises(ConfigError, match=r"--format hymba: .*exported is stored in fewer bits"):
+        export(ExportConfig(model=str(done.folder), format="hymba", out=tmp_path / "again"), silent)
     assert not (tmp_path / "again").exists()
 
 
