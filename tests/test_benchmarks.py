@@ -47,7 +47,7 @@ COLUMNS = {
     },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
     "alignment": {
-        "alignment": {"what", "MB of text", "MB/s", *TIMES},
+        "alignment": {"what", "MB/s", "x tokenising", *TIMES},
         "projection_tables": {"student tokens", "teacher tokens", "build s", "peak MB", "disk MB", "open s"},
         "projection": {"what", "us a token", "x softmax", *TIMES},
     },
