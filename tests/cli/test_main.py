@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import hymba_tune
 from hymba_tune.cli.main import app, main
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
+
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @pytest.mark.parametrize("verb", ["sft", "chat", "merge", "plan"])
@@ -57,6 +60,17 @@ def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:
         assert result.code == 0
         assert all(verb in result.out for verb in ("sft", "chat", "merge"))
         assert "Try it: hymba-tune sft --model hymba-nano --data demo" in result.out
+
+
+@pytest.mark.parametrize(("own", "kept"), [(None, "64"), ("7", "7")])
+def test_few_kernels_are_kept_unless_told(
+    own: str | None, kept: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KERNELS, own or "")
+    if own is None:
+        monkeypatch.delenv(KERNELS)
+    assert command("--version").code == 0
+    assert os.environ[KERNELS] == kept
 
 
 def test_version(command: Command) -> None:
