@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data.chat import render
 from hymba_tune.data.formats import Conversation
 from hymba_tune.data.messages import Message
 from hymba_tune.data.rows import listing
 from hymba_tune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 HYMBA_TEMPLATE = r"""
 {{- bos_token -}}
