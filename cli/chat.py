@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
 
@@ -33,11 +34,12 @@ def chat(
     model
         A run directory, or whatever --model takes.
     """
+    if model is not None:
+        flags.model = model
+    check_first(flags)
     from hymba_tune.generate import Talk, answer_file
 
     quiet_libraries()
-    if model is not None:
-        flags.model = model
     if flags.prompts is not None or flags.to is not None:
         new, known = answer_file(flags, RichScreen().working)
         before = f", {known:,} of them before" if known else ""

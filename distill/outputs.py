@@ -87,6 +87,10 @@ class Found(Protocol):
         """How its weights are quantised, if they are."""
 
     @property
+    def is_here(self) -> bool:
+        """Whether it can teach without a download."""
+
+    @property
     def fingerprint(self) -> str:
         """By which its targets are told from another's."""
 

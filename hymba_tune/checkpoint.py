@@ -22,7 +22,7 @@ from transformers import (
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
-from hymba_tune.registry import ModelSource
+from hymba_tune.registry import ModelSource, fetch_weights
 from hymba_tune.schemes import quantised, settle, stored_quantization, stored_shapes, stored_state
 
 INDEX = "model.safetensors.index.json"
@@ -152,6 +152,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """A model with its weights, which are checked by their names and shapes before they are read.
 
+    Those of a Hub model are downloaded first.
+
     Args:
         source: Without an adapter.
         dtype: What it computes in, and what its weights are stored in unless they are quantised.
@@ -160,8 +162,10 @@ def load_weights(
 
     Raises:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
+        HubError: If they cannot be downloaded.
     """
     config = load_config(source)
+    fetch_weights(source)
     check_weights(source.folder, config)
     asked = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -90,7 +90,7 @@ def with_chat_template(
     if template is None and tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else _load(template, flag)
+    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else read_template(template, flag=flag)
     if template is not None:
         try:
             render(PROBE, tokenizer)
@@ -102,7 +102,16 @@ def with_chat_template(
     return tokenizer
 
 
-def _load(template: str, flag: str) -> str:
+def read_template(template: str, *, flag: str = "--chat-template") -> str:
+    """Read a chat template.
+
+    Args:
+        template: One of `NAMED`, or a file of Jinja.
+        flag: The flag that names it.
+
+    Raises:
+        ConfigError: If there is no such template.
+    """
     if template in NAMED:
         return NAMED[template]
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -56,14 +55,6 @@ class RunTrainer(Trainer):
         """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
-
-    def packed_share(self) -> float | None:
-        """How much of the packed rows is filled with tokens; None where rows are not packed."""
-        rows = self.train_dataset
-        if "seq_lengths" not in rows.column_names:
-            return None
-        tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()
-        return float(tokens / (len(rows) * self.args.max_length))
 
     def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The batches of the held-out rows, none of which is of two sources, each with its source's name.

@@ -70,7 +70,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ans
     def make(script: Scripted, rows: list[dict[str, Any]] | None = None, **changes: Any) -> AnswerWriter:
         monkeypatch.setattr(written, "write", script)
         sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
-        return AnswerWriter(DistillConfig(**changes), sources, PAIR, "teacher")
+        return AnswerWriter(DistillConfig(**changes), sources, PAIR, lambda: "teacher")
 
     return make
 
@@ -136,7 +136,7 @@ def test_nothing_to_answer_is_said(writer: Callable[..., AnswerWriter], tmp_path
 def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)], [2.0])
     with pytest.raises(ConfigError, match=r"data\.jsonl is to be taken 2 times(.|\n)*--weights of at most 1"):
-        AnswerWriter(DistillConfig(), sources, PAIR, "teacher")
+        AnswerWriter(DistillConfig(), sources, PAIR, lambda: "teacher")
 
 
 def test_student_imitates_what_was_written(
