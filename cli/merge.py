@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
 
@@ -37,6 +37,7 @@ def merge(
     from hymba_tune.pages import gigabytes
 
     quiet_libraries()
+    say_which_gpu(flags.device)
     done = make(flags, RichScreen().working)
     lines = [
         ("merged", f"{done.folder} ({gigabytes(done.size)})"),

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
 
@@ -45,6 +45,7 @@ def quantize(
     from hymba_tune.hub import search_skips
 
     quiet_libraries()
+    say_which_gpu(flags.device)
     if not flags.search:
         _say_written(make(flags, RichScreen().working))
         return None

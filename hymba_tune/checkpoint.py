@@ -35,20 +35,34 @@ META_TOKENS = "model.memory_tokens"
 def choose_device(name: str) -> torch.device:
     """The device of this name; "auto" is the first CUDA device, else the CPU.
 
+    A CUDA device becomes the current one of this process: some kernels always start on that one.
+
     Raises:
         ConfigError: If there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: no such device.", expected="auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.", fix="--device cpu"
         )
+    torch.cuda.set_device(device)
     return device
+
+
+def describe_choice(device: torch.device) -> str | None:
+    """Which GPU is used, in a sentence; None if there is no other."""
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or count < 2:
+        return None
+    return f"{count} GPUs are visible and one is used, {device}; --device chooses another"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

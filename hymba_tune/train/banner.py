@@ -25,7 +25,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, foresight: Foresigh
     if outline.packed_share is not None:
         lengths = f"packed to {config.max_length:,}, {outline.packed_share:.1%} full"
     lines = {
-        "model": f"{setup.source.name} · {short_count(size)} · {stored}{dtype} · {_device(setup.device)}",
+        "model": f"{setup.source.name} · {short_count(size)} · {stored}{dtype} · {device_in_words(setup.device)}",
         **({"weights": note} if (note := None if setup.continues else folding_note(setup.source)) else {}),
         "kernels": " · ".join(f"{name} {choice.taken}" for name, choice in setup.kernels.items()),
         "trained": describe(outline.model, config.targets),
@@ -69,8 +69,10 @@ def describe_memory(setup: Setup, foresight: Foresight) -> str:
     return line if foresight.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
 
 
-def _device(device: torch.device) -> str:
+def device_in_words(device: torch.device) -> str:
+    """A device, what it is, and of how many it is one."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return f"{device} ({torch.cuda.get_device_name(device)}, {memory:.0f} GB)"
+        others = f", 1 of {count} GPUs" if (count := torch.cuda.device_count()) > 1 else ""
+        return f"{device} ({torch.cuda.get_device_name(device)}, {memory:.0f} GB{others})"
     return f"cpu ({torch.get_num_threads()} threads)"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hymba_tune.train.checkpoints import seal
@@ -20,6 +20,8 @@ from hymba_tune.train.optimizers import Rates, parameter_groups
 
 class RunTrainer(Trainer):
     """Learns each kind of parameter at its own rate, keeps the step at hand in sight, and seals its checkpoints.
+
+    It computes on the device of its model.
 
     Attributes:
         rates: The learning rates, those of the arguments where none are given.
@@ -32,10 +34,11 @@ class RunTrainer(Trainer):
     rates: Rates | None = None
     held_out_sources: Mapping[str, int] = MappingProxyType({})
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
         self.step_grad_norm: float | None = None
-        super().__init__(*args, **kwargs)
+        use_one_device(kwargs["args"], kwargs["model"].device)
+        super().__init__(**kwargs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, as the optimiser takes them."""
@@ -108,6 +111,20 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+
+def use_one_device(args: TrainingArguments, device: torch.device) -> None:
+    """Have a trainer compute on one device. On its own it takes the first GPU and splits batches among all of them.
+
+    Args:
+        args: Of the trainer that is to be made; changed in place.
+        device: The model's.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        vars(args)["_setup_devices"] = device  # what the cached property of this name holds
+        args.distributed_state.device = device  # type: ignore[attr-defined]  # which Accelerate reads
 
 
 def keep_own_forward(model: PreTrainedModel) -> None:

@@ -108,8 +108,8 @@ def check(config: TrainingConfig) -> Setup:
         HymbaTuneError: If something is to be mended first.
     """
     check_single_process()
-    check_inputs(config)
     check_trackers(config.track)
+    check_inputs(config)
     run = Run(config.resume) if config.resume else Run.choose(config)
     device = choose_device(config.device)
     if config.activation_offload and device.type != "cuda":

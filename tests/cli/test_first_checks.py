@@ -7,10 +7,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.cli.conftest import Command
 
 RUN_ALL = """
 import io, json, sys
@@ -94,21 +97,67 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def answers(here: Path) -> dict[str, list[object]]:
-    """By command line: the exit code, the message, and whether torch was imported."""
-    lines = "".join(json.dumps(shlex.split(words)) + "\n" for words in MISSING)
+def run_all(lines: Iterable[str], folder: Path, **environment: str) -> dict[str, tuple[int, str, bool]]:
+    """By command line: the exit code, the message, and whether torch was imported by then."""
+    words = "".join(json.dumps(shlex.split(line)) + "\n" for line in lines)
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], input=lines, cwd=here, env=os.environ, capture_output=True, text=True
+        [sys.executable, "-c", RUN_ALL],
+        input=words,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    return dict(zip(MISSING, map(json.loads, done.stdout.splitlines()), strict=False))
+    return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=False))
+
+
+@pytest.fixture(scope="module")
+def answers(here: Path) -> dict[str, tuple[int, str, bool]]:
+    return run_all(MISSING, here)
 
 
 @pytest.mark.parametrize("words", MISSING)
-def test_what_is_not_there_is_refused_before_torch_is_imported(words: str, answers: dict[str, list[object]]) -> None:
+def test_what_is_not_there_is_refused_before_torch_is_imported(
+    words: str, answers: dict[str, tuple[int, str, bool]]
+) -> None:
     assert words in answers, "a command line before this one has imported torch"
     code, said, torch_imported = answers[words]
     assert code == 2
-    assert isinstance(said, str)
     assert said.startswith(MISSING[words])
     assert not torch_imported
+
+
+def test_several_processes_are_refused_in_a_sentence_before_torch_is_imported(here: Path) -> None:
+    """By all verbs that load a model."""
+    lines = [f"{verb} --data rows.jsonl" for verb in TRAINED] + [verb.format("hymba-nano") for verb in LOADED]
+    answers = run_all(lines, here, WORLD_SIZE="2")
+    sentence = "hymba-tune runs in a single process, and a launcher such as torchrun has started 2 (WORLD_SIZE)."
+    for line in lines:
+        code, said, torch_imported = answers[line]
+        assert (code, said.splitlines()[0], torch_imported) == (2, sentence, False), line
+    assert list(here.glob("runs")) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "distill capture --teacher hymba-nano --data bad.jsonl --model hymba-nano",
+        "chat hymba-nano --from bad.jsonl --to out.jsonl",
+        "eval hymba-nano --data bad.jsonl --json",
+        "quantize hymba-nano --data bad.jsonl",
+        "export hymba-nano --adapter-only",
+        "merge hymba-nano --out new",
+        "serve hymba-nano --host 999.9.9.9",
+    ],
+)
+def test_gpu_that_is_used_of_several_is_said(
+    words: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
+    monkeypatch.setattr("hymba_tune.checkpoint.describe_choice", lambda _: "2 GPUs are visible")
+    result = command(*words.split())
+    assert result.code == 2
+    assert result.err.startswith(" 2 GPUs are visible\n")
+    assert "2 GPUs" not in result.out
