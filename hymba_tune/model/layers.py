@@ -5,15 +5,14 @@ Hidden states are packed, ``(rows, d)``: the M meta tokens once, then the T toke
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import cached_attention, packed_attention
+from .autocast import without_autocast
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
@@ -70,8 +69,7 @@ class HymbaTimeStep(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., in)`` to ``(..., out)`` in float32."""
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+        with without_autocast(x.device.type):
             bias = None if self.bias is None else at_least_float32(self.bias)
             return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .autocast import to_autocast_dtype
+
 CHUNK = 1024
 """Tokens whose logits are held at a time."""
 
@@ -40,7 +42,8 @@ def score_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
     """
     targets = labels[:, 1:]
     asked = targets != -100
-    values = _Scores.apply(hidden[:, :-1][asked], weight, targets[asked])
+    # The backward, which runs outside autocast, has to compute the same logits.
+    values = _Scores.apply(to_autocast_dtype(hidden[:, :-1][asked]), weight, targets[asked])
     rows = [value.new_zeros(asked.shape).masked_scatter(asked, value) for value in values]
     return TokenScores(*rows)
 
