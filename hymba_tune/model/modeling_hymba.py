@@ -6,6 +6,7 @@ Hidden states are packed, ``(M + T, d)``: the M meta tokens once, then the T tok
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from transformers.utils import logging
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
-from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
+from .layers import (
+    HymbaDecay,
+    HymbaDecoderLayer,
+    HymbaHead,
+    HymbaRMSNorm,
+    HymbaSkip,
+    HymbaTimeStep,
+    at_least_float32,
+)
 from .log_probs import TokenScores, score_tokens
 from .loss import linear_cross_entropy
 from .rotary import rotary_base, rotary_tables
@@ -227,7 +236,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         self.model = HymbaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = HymbaHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -288,14 +297,14 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         )
         hidden: Tensor = outputs.last_hidden_state
         if fused_lm_head and labels is not None:
-            return score_tokens(hidden, self.lm_head.weight, labels)
+            return self.lm_head(hidden, partial(score_tokens, labels=labels))
         loss = None
         if labels is not None:
             targets = documents.next_labels(labels)
             learned, counts = targets != -100, None
             if loss_weights is not None:
                 counts = documents.next_labels(loss_weights).where(learned, 0)
-            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, targets, counts)
+            total = self.lm_head(documents.pack(hidden), partial(linear_cross_entropy, targets=targets, counts=counts))
             if num_items_in_batch is None:
                 num_items_in_batch = learned.sum().clamp(min=1) if counts is None else counts.sum()
             loss = total / num_items_in_batch
@@ -307,6 +316,12 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: cache}
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head; `resize_token_embeddings` makes a plain linear layer."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = HymbaHead
+        super().set_output_embeddings(new_embeddings)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Read generation settings as transformers does; the released ones switch the cache off, for want of one."""
