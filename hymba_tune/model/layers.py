@@ -136,14 +136,6 @@ class HymbaSkip(HymbaParameter):
         return packed_scan(u, dt, A, B, C, self[0], z, documents, states)
 
 
-class HymbaHead(nn.Linear):
-    """The output layer. Losses are computed in it, which need its weight but never all logits at once."""
-
-    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Return the logits ``(..., V)`` of hidden states, or what a loss makes of those and the weight ``(V, d)``."""
-        return super().forward(hidden) if loss is None else loss(hidden, self.weight)
-
-
 class HymbaMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``, or ``down(relu(up(x)) ** 2)``."""
 

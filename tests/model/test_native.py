@@ -80,7 +80,9 @@ def test_a_shard_is_refused() -> None:
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     weight = distribute_tensor(torch.ones(17), init_device_mesh("cpu", (1,)))
     try:
-        with pytest.raises(RuntimeError, match=r"native elementwise cannot read 'weight': .* \(17,\) on cpu has no memory"):
+        with pytest.raises(
+            RuntimeError, match=r"native elementwise cannot read 'weight': .* \(17,\) on cpu has no memory"
+        ):
             native_rms_norm(torch.ones(3, 17), weight, 1e-6)
     finally:
         destroy_process_group()

@@ -115,6 +115,10 @@ def test_no_parameter_belongs_to_a_module_that_is_not_called() -> None:
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: called.add(module))
     model(IDS)
-    owners = {name: module for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
     unused = {name for name, module in owners.items() if module not in called}
     assert unused == {"model.layers.2.mamba.self_attn.k_norm"}  # the layer takes its keys from another one
