@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
+from hymba_tune.adapters import tokenizer_of, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config
 from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
 from hymba_tune.distill.cache import (
@@ -211,7 +211,7 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     check_inputs(config)
     device = choose_device(config.device)
     source = resolve_model(config.model)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     student = load_config(weights_of(source))
     teacher = open_teacher(config)
     if warning := smaller_than(teacher, parameters_of(student)):
