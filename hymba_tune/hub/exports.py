@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -177,8 +178,10 @@ def _write_adapter(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
     count = sum(tensor.numel() for tensor in load_file(folder / ADAPTER_WEIGHTS).values())
+    meant = sample_logits(adapted, tokenizer)
+    del adapted  # two models are never in memory together, and an adapter may have changed its base for good
+    gc.collect()
     with working("reading it again"):
-        meant = sample_logits(adapted, tokenizer)
-        again = load_adapter(adapted.unload(), folder)
+        again = load_adapter(open_model(base, dtype=dtype, device=device), folder)
         check_tokens(load_tokenizer(folder), tokenizer, folder)
         return check_logits(sample_logits(again, tokenizer), meant, folder), f"{short_count(count)} parameters"

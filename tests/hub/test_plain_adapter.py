@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from hymba_tune.adapters import tokenizer_of
-from hymba_tune.checkpoint import load_tokenizer
+from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.distill.teacher import find_teacher
 from hymba_tune.errors import CheckpointError
-from hymba_tune.registry import resolve_model
+from hymba_tune.registry import ModelSource, resolve_model
 from tests.cli.conftest import Command
+from tests.runs import same_tensors
 
 
 @pytest.fixture
@@ -44,6 +47,19 @@ def test_every_verb_takes_the_base_models_tokenizer(
     for out in ("merged", "exported", "alone", "int8"):
         assert load_tokenizer(tmp_path / out).get_vocab() == expected
     assert find_teacher(str(adapter)).tokenizer.get_vocab() == expected
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapter_that_changes_its_base_is_exported_alone(small_model: Path, command: Command, tmp_path: Path) -> None:
+    source = ModelSource("small", small_model)
+    model = load_weights(source, dtype=torch.float32, device=torch.device("cpu"))
+    config = LoraConfig(base_model_name_or_path=str(small_model), target_modules=["in_proj"], init_lora_weights="pissa")
+    adapted = get_peft_model(model, config)
+    adapted.model.model.layers[1].mamba.in_proj.lora_B["default"].weight.data.mul_(2)
+    adapted.save_pretrained(tmp_path / "pissa")
+    said = command("export", tmp_path / "pissa", "--adapter-only", "--out", tmp_path / "alone")
+    assert said.code == 0, said.err
+    assert same_tensors(tmp_path / "pissa", tmp_path / "alone")
 
 
 def test_own_tokenizer_comes_first(adapter: Path, small_model: Path) -> None:
