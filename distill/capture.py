@@ -64,7 +64,7 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
     return make_pair(
         student,
         tokenizer,
-        ends=(student.eos_token, options.teacher_end) if options.teacher_end else None,
+        teacher_end=options.teacher_end,
         teacher_system=options.teacher_system,
         teacher_template=values | as_mapping(options.teacher_template),
     )
@@ -178,10 +178,19 @@ def open_targets(
     with screen.working("asking the teacher about a few rows"):
         found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
     screen.banner(found.lines() | {"folder": str(folder)})
-    found.check(min_aligned=options.min_aligned, min_probability=options.min_teacher_probability)
+    check_found(options, found)
     check_space(folder, found, len(data.rows))
     with screen.working("asking the teacher", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
+
+
+def check_found(options: TeacherOptions, found: Preflight) -> None:
+    """Refuse to go on where the preflight has found less than the settings ask for; errors are `Preflight.check`'s."""
+    found.check(
+        min_aligned=options.min_aligned,
+        min_probability=options.min_teacher_probability,
+        min_end=options.min_end_probability,
+    )
 
 
 def check_space(folder: Path, found: Preflight, rows: int) -> None:
