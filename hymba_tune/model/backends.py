@@ -90,8 +90,9 @@ class Backend:
     unfit: Callable[[Task], str | None] = _fits
 
     def __post_init__(self) -> None:
-        run = self.run
-        run = type(run)(*map(outside_autocast, run)) if isinstance(run, tuple) else outside_autocast(run)
+        run: Any = self.run
+        kind: Any = type(run)  # several functions are a NamedTuple
+        run = kind(*map(outside_autocast, run)) if issubclass(kind, tuple) else outside_autocast(run)
         object.__setattr__(self, "run", run)
 
     def obstacle(self, task: Task) -> str | None:
