@@ -20,7 +20,7 @@ PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["s
 
 FLOORS = [
     {"errors"},
-    {"config", "folders", "memory", "pages"},
+    {"config", "files", "memory", "pages"},
     {"registry"},
     {"model", "schemes"},
     {"checkpoint"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ def weights_of(source: ModelSource) -> ModelSource:
     while source.adapter is not None:
         source = base_of(source)
     return source
+
+
+def folders_of(source: ModelSource) -> list[Path]:
+    """The folders that a model is read from, those of the models below its adapters included."""
+    folders = [source.folder]
+    while source.adapter is not None:
+        source = base_of(source)
+        folders.append(source.folder)
+    return folders
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data.sources import Source
+from hymba_tune.files import flush_to_disk
 
 Kept = Literal["data", "targets", "answers", "pairs"]
 KEPT: dict[Kept, str] = {
@@ -95,6 +96,7 @@ def unfinished(folder: Path) -> tempfile.TemporaryDirectory[str]:
 def keep(written: Path, folder: Path, name: str) -> Path:
     """Move a finished entry to its name. If another process was faster, its entry is the one."""
     entry = folder / name
+    flush_to_disk(written)
     try:
         written.rename(entry)
     except OSError:

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,12 +14,13 @@ from transformers import PreTrainedModel
 from hymba_tune.adapters import base_of
 from hymba_tune.config import EvalConfig, as_mapping
 from hymba_tune.data import open_sources
+from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
-from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError
 from hymba_tune.evaluate.asking import Answered, Extraction, Question, ask_all, judge_answers, read_questions
 from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import TextCounts, Texts
+from hymba_tune.files import check_file
 from hymba_tune.generate import FoundModel, find_model
 from hymba_tune.registry import resolve_model
 
@@ -107,8 +109,16 @@ def _check(config: EvalConfig) -> None:
         raise ConfigError("--answers and --extract are two ways to compare.", expected="one of them")
     if config.save_answers and not asks:
         raise ConfigError("--save-answers: nothing is asked.", fix="--answers gsm8k, number or exact; or --extract")
-    for path in filter(None, (config.out, config.save_answers)):
-        check_folder(path)
+    _check_outputs(config)
+
+
+def _check_outputs(config: EvalConfig) -> None:
+    inputs = [*local_files(config.data), *map(Path, config.tasks), Path(config.chat_template or "")]
+    for flag, path in (("--out", config.out), ("--save-answers", config.save_answers)):
+        if path:
+            check_file(flag, path, overwrite=config.overwrite, inputs=[each for each in inputs if each.name])
+    if config.out and config.save_answers and config.out.resolve() == config.save_answers.resolve():
+        raise ConfigError(f"--out and --save-answers are both {config.out}.", fix="two names")
 
 
 def _names(config: EvalConfig) -> list[str]:
