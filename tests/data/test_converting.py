@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hymba_tune.config import OnBadRow
 from hymba_tune.data import Conversation, Message, RowError, open_source
 from hymba_tune.data.converting import TARGETS, convert
 from hymba_tune.data.formats import Text, parse
-from hymba_tune.errors import DataError
+from hymba_tune.errors import ConfigError, DataError
 from tests.data.small_tokenizers import turns
 from tests.data.test_dataset import source
 

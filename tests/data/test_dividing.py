@@ -9,7 +9,7 @@ import pytest
 from hymba_tune.config import OnBadRow
 from hymba_tune.data import Place, Row, RowError, Source
 from hymba_tune.data.dividing import divide
-from hymba_tune.errors import DataError
+from hymba_tune.errors import ConfigError, DataError
 from tests.data.test_dataset import numbered, source
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -200,4 +199,4 @@ def test_only_folders_that_were_made_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path / "old/new") == ["file"]
     with pytest.raises(NotADirectoryError, match="new/file"):
         make_folders(tmp_path / "old/new/file")
-    assert os.listdir(tmp_path) == ["old"]
+    assert names(tmp_path) == ["old"]

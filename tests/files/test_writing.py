@@ -45,22 +45,22 @@ def test_error_leaves_the_old_file(error: type[BaseException], tmp_path: Path) -
 
 
 def test_content_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[tuple[str, str]] = []
+    events: list[tuple[str, int]] = []
     fsync, replace = os.fsync, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
-        events.append(("flushed", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        events.append(("flushed", os.fstat(descriptor).st_ino))
         fsync(descriptor)
 
     def noted_replace(self: Path, target: Any) -> Path:
-        events.append(("renamed", self.name))
+        events.append(("renamed", self.stat().st_ino))
         return replace(self, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
     write_text(tmp_path / "file", "text")
-    part = events[0][1]
-    assert events == [("flushed", part), ("renamed", part), ("flushed", tmp_path.name)]
+    file, folder = (path.stat().st_ino for path in (tmp_path / "file", tmp_path))
+    assert events == [("flushed", file), ("renamed", file), ("flushed", folder)]
 
 
 def test_link_stays_a_link(tmp_path: Path) -> None:
