@@ -105,7 +105,7 @@ def check_key(folder: Path, key: Key) -> None:
         ConfigError: If it holds something else, naming what differs.
         CheckpointError: If its key cannot be read.
     """
-    if not folder.exists() or (folder.is_dir() and not any(entries(folder))):
+    if not folder.exists() or (folder.is_dir() and _is_empty(folder)):
         return
     if not (folder / KEY).is_file():
         raise ConfigError(
@@ -120,6 +120,11 @@ def check_key(folder: Path, key: Key) -> None:
             expected=f"{first} {_shown(wanted.get(first))}, which it has as {_shown(made.get(first))}",
             fix=f"another folder for these settings, or none; or the settings it was made with; or remove {folder}",
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, apart from targets that are being replaced."""
+    return all(path.name.startswith(f"{REPLACED}.") for path in entries(folder))
 
 
 def key_digest(key: Key) -> str:
