@@ -3,7 +3,7 @@
 #   make demo TORCH_INDEX=         PyTorch from the index that pip is set to
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = PIP_USER=0 $(BIN)/python -m pip install --quiet
+PIP = PIP_USER=0 $(BIN)/python -m pip install -qq
 TESTED := --constraint constraints.txt
 ELSEWHERE := build/elsewhere
 # For Linux, PyPI has PyTorch with gigabytes of CUDA libraries; PyTorch's own index has a small one for the CPU.
@@ -47,7 +47,7 @@ check: .venv/developing  ## Lint, format, types, and the wheel: built, installed
 	"$(PYTHON)" -m venv $(ELSEWHERE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ELSEWHERE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
-	PIP_USER=0 $(ELSEWHERE)/bin/python -m pip install --quiet --no-deps build/wheel/*.whl
+	PIP_USER=0 $(ELSEWHERE)/bin/python -m pip install -qq --no-deps build/wheel/*.whl
 	cd $(ELSEWHERE) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --python-executable bin/python
 	cd $(ELSEWHERE) && bin/hymba-tune --version && \
 		bin/hymba-tune sft --model hymba-nano --data demo --steps 2 --eval-max-rows 8 --out run && \

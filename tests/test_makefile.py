@@ -56,7 +56,7 @@ class Checkout:
         """What was given to `pip install`, call by call."""
         log = self._root / "pip.log"
         lines = log.read_text().splitlines() if log.is_file() else []
-        return [line.removeprefix("-m pip install --quiet ") for line in lines]
+        return [line.removeprefix("-m pip install -qq ") for line in lines]
 
 
 @pytest.fixture

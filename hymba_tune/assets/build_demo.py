@@ -23,10 +23,12 @@ class Wordings:
 
     Attributes:
         trained: The ways that the training rows ask.
+        topics: What the training rows ask about in the words of `FRAMES`.
         held_out: The ways that the held-out rows ask, none of which is in ``trained``.
     """
 
     trained: tuple[str, ...]
+    topics: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
@@ -76,6 +78,7 @@ DEPARTURES = Wordings(
         "I need the times of the boats to {}.",
         "At what times can I go to {}?",
     ),
+    topics=("the times", "the timetable", "when it leaves", "the first ferry"),
     held_out=(
         "What time does the ferry to {} leave?",
         "When can I take a boat to {}?",
@@ -102,6 +105,7 @@ PRICE = Wordings(
         "What is the price of the boat to {}?",
         "I want to go to {}. How much is a ticket?",
     ),
+    topics=("the price", "the cost", "how much it is", "how many euros it is"),
     held_out=(
         "How much does a ticket to {} cost?",
         "What is the price of the ferry to {}?",
@@ -122,9 +126,14 @@ DURATION = Wordings(
         "How much time do I need to get to {}?",
         "How many minutes will I travel to {}?",
         "How many minutes is the trip to {}?",
+        "How many minutes does it take to {}?",
+        "How many minutes does the boat to {} take?",
+        "Does the boat to {} take long?",
+        "Does it take a long time to {}?",
         "I want to go to {}. Is it far?",
         "Is it a long trip to {}?",
     ),
+    topics=("the travel time", "how long it takes", "how many minutes it is", "how far it is"),
     held_out=(
         "How long does the ferry to {} take?",
         "How many minutes does the trip to {} take?",
@@ -144,10 +153,12 @@ DOGS = Wordings(
         "Does the boat to {} take dogs?",
         "May dogs travel to {}?",
         "Can my dog get on the boat to {}?",
+        "Can we bring our dog to {}?",
         "I want to go to {}. Is my dog allowed?",
         "Is a dog allowed on the trip to {}?",
         "I want to go to {} with a dog. May I?",
     ),
+    topics=("dogs", "my dog", "our dog", "a dog"),
     held_out=(
         "May I bring a dog to {}?",
         "Are dogs allowed on the boat to {}?",
@@ -157,7 +168,20 @@ DOGS = Wordings(
 )
 # In the order of `answers`.
 INTENTS = (DEPARTURES, PRICE, DURATION, DOGS)
-GREETINGS = ("Hello.", "Good morning.", "I have a question.", "Please help me.")
+ROUTE_FRAMES = (
+    "I want to go to {}. What about {}?",
+    "I travel to {} today. Please tell me about {}.",
+    "We go to {}. Can you tell me something about {}?",
+    "About the boat to {}: I have a question about {}.",
+)
+FRAMES = (
+    "What about {}?",
+    "Please tell me about {}.",
+    "Can you tell me something about {}?",
+    "I have a question about {}.",
+    "What do I need to know about {}?",
+    "Do you know something about {}?",
+)
 FOLLOW_UPS = (
     "And when does it leave?",
     "And how much is a ticket?",
@@ -183,7 +207,9 @@ GENERAL = {
             "Is there a price for bags?",
             "Must I pay for two bags?",
             "How many bags are allowed?",
+            "Do you have room for my bags?",
         ),
+        topics=("bags", "my bags", "a large bag", "our three bags"),
         held_out=("Are bags free?",),
     ),
     "Children under six travel for free. Older children pay half the price.": Wordings(
@@ -205,7 +231,11 @@ GENERAL = {
             "Does my son pay the full price?",
             "Do you have tickets for children?",
             "Do you have another price for children?",
+            "Do you have prices for children?",
+            "Do you have a ticket for a child?",
+            "Is there a lower price for my son?",
         ),
+        topics=("children", "a child", "my son", "our daughter"),
         held_out=("Do you have a lower price for children?",),
     ),
     "A bike costs 2 euros on every ferry. Please come ten minutes early.": Wordings(
@@ -226,7 +256,9 @@ GENERAL = {
             "Can a bike travel on the boat?",
             "We have two bikes. What do they cost?",
             "Do I pay for a bike?",
+            "Do you have room for a bike?",
         ),
+        topics=("bikes", "a bike", "my bike", "our bikes"),
         held_out=("What does a bike cost?",),
     ),
     "Yes, you get your money back until one hour before the ferry leaves.": Wordings(
@@ -247,7 +279,9 @@ GENERAL = {
             "May I give my ticket back?",
             "Is my money lost if I cancel?",
             "Until when can I cancel?",
+            "Do you give me my money back?",
         ),
+        topics=("my money back", "money for a ticket that I return", "a trip that I cancel", "tickets that we cancel"),
         held_out=("Do you give the money back?",),
     ),
     "In a strong wind we do not sail. Your ticket is then good for the next day.": Wordings(
@@ -269,7 +303,9 @@ GENERAL = {
             "Do you stop in a storm?",
             "There is a storm today. Will the boat leave?",
             "The wind is strong. What do you do?",
+            "Is the wind too strong today?",
         ),
+        topics=("the wind", "a strong wind", "bad weather", "a storm"),
         held_out=("The wind is strong today. Will you sail?",),
     ),
     "You can buy tickets at the desk in Old Harbour or on the boat.": Wordings(
@@ -290,6 +326,13 @@ GENERAL = {
             "Can I get a ticket at the desk?",
             "Is it possible to buy a ticket on the ferry?",
             "Where do I find a ticket?",
+            "Do you have tickets?",
+        ),
+        topics=(
+            "where to buy a ticket",
+            "how to get tickets",
+            "the place where you sell tickets",
+            "how I get a ticket",
         ),
         held_out=("I have no ticket yet. Where do I get one?",),
     ),
@@ -311,7 +354,9 @@ GENERAL = {
             "Do you sell something hot?",
             "Where can I eat?",
             "Is there food on every boat?",
+            "Do you have food?",
         ),
+        topics=("food", "coffee", "something to eat", "hot food"),
         held_out=("Do you sell food?",),
     ),
     "The desk is open every day from 6:00 to 21:30.": Wordings(
@@ -332,8 +377,10 @@ GENERAL = {
             "From when are you open?",
             "How early can I reach you?",
             "When does the desk open and close?",
+            "Do you open early?",
         ),
-        held_out=("Until when can I reach you?",),
+        topics=("when you open", "when you close", "when the desk is open", "the hours of the desk"),
+        held_out=("How late is the desk open?",),
     ),
 }
 
@@ -360,12 +407,14 @@ def conversations() -> tuple[list[Conversation], list[Conversation]]:
         for j, (wordings, reply) in enumerate(zip(INTENTS, replies, strict=True)):
             rows = [_turn(wording.format(route.place), reply) for wording in wordings.trained]
             train += rows
+            for k, topic in enumerate(wordings.topics):
+                train.append(_turn(ROUTE_FRAMES[(i + k) % 4].format(route.place, topic), reply))
             if j != i % 4:
                 train.append(rows[0] + follow_up)
             held_out.append(_turn(wordings.held_out[i % 4].format(route.place), reply))
     for reply, wordings in GENERAL.items():
-        for k, question in enumerate(wordings.trained):
-            train += [_turn(question, reply), _turn(f"{GREETINGS[k % len(GREETINGS)]} {question}", reply)]
+        framed = [frame.format(topic) for topic in wordings.topics for frame in FRAMES]
+        train += [_turn(question, reply) for question in (*wordings.trained, *framed)]
         held_out += [_turn(question, reply) for question in wordings.held_out]
     Random(0).shuffle(train)
     return train, held_out
