@@ -71,6 +71,8 @@ DEPARTURES = Wordings(
         "At what time do you sail to {}?",
         "What is the timetable for {}?",
         "When do the boats to {} leave?",
+        "When do the ferries to {} leave?",
+        "Please tell me the times of the ferry to {}.",
         "How early can I leave for {}?",
         "How late can I go to {}?",
         "Please tell me when the boat to {} leaves.",
@@ -138,7 +140,7 @@ DURATION = Wordings(
         "How long does the ferry to {} take?",
         "How many minutes does the trip to {} take?",
         "How long will I travel to {}?",
-        "Does it take long to go to {}?",
+        "Does the ferry to {} take long?",
     ),
 )
 DOGS = Wordings(
@@ -192,7 +194,6 @@ GENERAL = {
     "You may bring two bags for free. Each further bag costs 3 euros.": Wordings(
         trained=(
             "How many bags can I bring?",
-            "What about my bags?",
             "Do I pay for my bags?",
             "I have three bags. Is that allowed?",
             "Can I bring a large bag?",
@@ -234,6 +235,8 @@ GENERAL = {
             "Do you have prices for children?",
             "Do you have a ticket for a child?",
             "Is there a lower price for my son?",
+            "Is the price for children low?",
+            "Do you have low prices for children?",
         ),
         topics=("children", "a child", "my son", "our daughter"),
         held_out=("Do you have a lower price for children?",),
@@ -304,6 +307,7 @@ GENERAL = {
             "There is a storm today. Will the boat leave?",
             "The wind is strong. What do you do?",
             "Is the wind too strong today?",
+            "Today there is a strong wind. Is there a boat?",
         ),
         topics=("the wind", "a strong wind", "bad weather", "a storm"),
         held_out=("The wind is strong today. Will you sail?",),

@@ -13,7 +13,7 @@ from hymba_tune.config import EvalConfig, SFTConfig
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.evaluate import evaluate
 from hymba_tune.report import RunRecord, judge
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.runs import run, settings
