@@ -1,8 +1,8 @@
 """Two tokenizers on one text: aligning it, the pair's tables, and projecting the teacher's probabilities.
 
 A SentencePiece-like student of 32,000 tokens, trained here on Python's own library, and a byte-level teacher of
-128,000, which takes PyTorch's source as well: the library alone has too few words. "tokenising" is both tokenizers' own
-code, "from text" renders, tokenises and aligns, "given tokens" aligns what is tokenised already; all on one core.
+128,000, which takes PyTorch's source as well: the library alone has too few words. "tokenizing" is both tokenizers' own
+code, "from text" renders, tokenizes and aligns, "given tokens" aligns what is tokenized already; all on one core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from hymba_tune.assets.vocabulary import train_tokenizer
 from hymba_tune.data import Conversation, Message
 from hymba_tune.distill.alignment import Alignment, align, align_rows
-from hymba_tune.distill.pair import Pair, make_pair, tokenise
+from hymba_tune.distill.pair import TokenizerPair, make_pair, tokenize_examples
 from hymba_tune.distill.projection import Projection, find_places
 from hymba_tune.distill.tables import build_tables, count_first_pieces, open_tables
 
@@ -81,29 +81,29 @@ def train(sizes: tuple[int, int], characters: tuple[int, int], folder: str) -> N
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(f"{folder}/teacher")
 
 
-def load(folder: str) -> Pair:
+def load(folder: str) -> TokenizerPair:
     """The trained pair."""
     student, teacher = (PreTrainedTokenizerFast.from_pretrained(f"{folder}/{side}") for side in ("student", "teacher"))
     return make_pair(student, teacher)
 
 
-def report_alignment(pair: Pair, given: harness.Options) -> list[Alignment]:
+def report_alignment(pair: TokenizerPair, given: harness.Options) -> list[Alignment]:
     """Speed in text, and the aligned rows."""
     text = "".join(library(1_000_000))
     answers = [text[begin : begin + ANSWER] for begin in range(0, len(text), ANSWER)]
     examples = [Conversation((Message("user", "Go on."), Message("assistant", answer))) for answer in answers]
     examples = examples[:BATCH] if given.quick else examples
     batches = [examples[begin : begin + BATCH] for begin in range(0, len(examples), BATCH)]
-    tokens = [(tokenise(batch, pair.student), tokenise(batch, pair.teacher)) for batch in batches]
+    tokens = [(tokenize_examples(batch, pair.student), tokenize_examples(batch, pair.teacher)) for batch in batches]
     texts = [[m.messages[1].content for m in batch] for batch in batches]
 
-    def tokenised() -> None:
+    def tokenized() -> None:
         for batch in texts:
             for side in (pair.student, pair.teacher):
                 side.tokenizer.backend_tokenizer.encode_batch(batch, add_special_tokens=False)
 
     ways: dict[str, Callable[[], Any]] = {
-        "tokenising": tokenised,
+        "tokenizing": tokenized,
         "from text": lambda: [row for batch in batches for row in align(batch, pair)],
         "given tokens": lambda: [row for both in tokens for row in align_rows(*both, pair)],
     }
@@ -114,7 +114,7 @@ def report_alignment(pair: Pair, given: harness.Options) -> list[Alignment]:
         {
             "what": name,
             "MB/s": size / timing.median,
-            "x tokenising": timing.over(timings["tokenising"]),
+            "x tokenizing": timing.over(timings["tokenizing"]),
             **timing.cells(),
         }
         for name, timing in timings.items()
@@ -154,7 +154,7 @@ def measure_tables(folder: str) -> dict[str, harness.Cell]:
     }
 
 
-def report_projection(pair: Pair, rows: list[Alignment], given: harness.Options) -> None:
+def report_projection(pair: TokenizerPair, rows: list[Alignment], given: harness.Options) -> None:
     """Time a token beside the teacher's softmax."""
     tables = build_tables(pair)
     projection = Projection(

@@ -25,13 +25,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import distill_lessons as lessons
+import distill_losses as signals
 import distill_students as students
 import distill_teachers as teachers
 import distill_texts as texts
 import harness
 import torch
-from distill_lessons import Setting
+from distill_losses import Setting
 from distill_students import Way
 
 from hymba_tune.distill.projection import SparseTarget
@@ -137,10 +137,10 @@ class Bench:
             teachers.train(tokenizer, [teachers.Stage(*part) for part in parts], self.size.body, folder)
         return folder
 
-    def lessons(self, way: Way) -> list[lessons.Lesson]:
+    def signals(self, way: Way) -> list[signals.Lesson]:
         """What a way teaches, made if need be."""
-        with torch.serialization.safe_globals([lessons.Lesson, Targets, SparseTarget]):
-            taught: list[lessons.Lesson] = torch.load(self.make_lessons(way), weights_only=True)
+        with torch.serialization.safe_globals([signals.Lesson, Targets, SparseTarget]):
+            taught: list[signals.Lesson] = torch.load(self.make_lessons(way), weights_only=True)
         return taught
 
     def make_lessons(self, way: Way) -> Path:
@@ -153,11 +153,11 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         examples = self.texts.student()
         if way.written:
-            examples = lessons.rewritten(examples, self.teacher(twin=False), self.size.written)
+            examples = signals.rewritten(examples, self.teacher(twin=False), self.size.written)
         if way.setting is None:
-            made = lessons.plain_lessons(examples)
+            made = signals.plain_lessons(examples)
         else:
-            made = lessons.taught_lessons(examples, self.teacher(twin=way.setting.twin), way.setting)
+            made = signals.taught_lessons(examples, self.teacher(twin=way.setting.twin), way.setting)
         torch.save(made, path)
         return path
 
@@ -256,9 +256,9 @@ def run(bench: Bench, task: Task) -> dict[str, Any]:
     """Train and measure one student."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    taught, head = bench.lessons(task.way), None
+    taught, head = bench.signals(task.way), None
     if task.way.loss in ("uld", "kl"):
-        head = lessons.load(bench.teacher(twin=task.way.setting.twin))[0].get_output_embeddings().weight.detach()
+        head = signals.load(bench.teacher(twin=task.way.setting.twin))[0].get_output_embeddings().weight.detach()
     student = students.train(taught, task.way, task.lr, task.seed, bench.size.steps * task.times, head)
     trained = time.perf_counter() - began
     held_out = bench.texts.held_out()
@@ -330,8 +330,8 @@ def report_teachers(bench: Bench, given: harness.Options) -> None:
     """How good the teachers are, beside hymba-nano as it is packaged."""
     held_out = bench.texts.held_out()
     models = {
-        "teacher": lessons.load(bench.teacher(twin=False)),
-        "same tokenizer": lessons.load(bench.teacher(twin=True)),
+        "teacher": signals.load(bench.teacher(twin=False)),
+        "same tokenizer": signals.load(bench.teacher(twin=True)),
         "student": students.nano(),
     }
     rows = []

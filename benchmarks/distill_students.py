@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from distill_lessons import KEPT, Lesson, Setting, fewer, load, write
+from distill_losses import KEPT, Lesson, Setting, fewer, load, write
 from distill_teachers import NANO, answer_bits, groups, side_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -63,11 +63,11 @@ class Batch:
     hidden: Tensor
 
 
-def lay_out(lessons: Sequence[Lesson], k: int) -> Batch:
+def lay_out(signals: Sequence[Lesson], k: int) -> Batch:
     """Lay lessons end to end."""
-    sizes = torch.tensor([len(lesson.ids) for lesson in lessons])
+    sizes = torch.tensor([len(lesson.ids) for lesson in signals])
     offsets = (sizes.cumsum(0) - sizes - 1).tolist()  # what is predicted stands one token before itself
-    taught = [(lesson, offset) for lesson, offset in zip(lessons, offsets, strict=True) if lesson.targets is not None]
+    taught = [(lesson, offset) for lesson, offset in zip(signals, offsets, strict=True) if lesson.targets is not None]
     targets = None
     begins, hidden = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1)
     if taught:
@@ -75,21 +75,21 @@ def lay_out(lessons: Sequence[Lesson], k: int) -> Batch:
         begins = torch.cat([lesson.begins + offset for lesson, offset in taught])
         hidden = torch.cat([lesson.hidden for lesson, _ in taught]).float()
     return Batch(
-        torch.cat([lesson.ids for lesson in lessons]),
-        torch.cat([torch.arange(len(lesson.ids)) for lesson in lessons]),
-        torch.cat([lesson.labels for lesson in lessons])[1:],
+        torch.cat([lesson.ids for lesson in signals]),
+        torch.cat([torch.arange(len(lesson.ids)) for lesson in signals]),
+        torch.cat([lesson.labels for lesson in signals])[1:],
         targets,
         begins,
         hidden,
     )
 
 
-def batches(lessons: Sequence[Lesson], seed: int) -> Iterator[list[Lesson]]:
+def batches(signals: Sequence[Lesson], seed: int) -> Iterator[list[Lesson]]:
     """Rows in random order, again and again, about `STEP_TOKENS` at a time."""
     drawn = random.Random(seed)
     batch: list[Lesson] = []
     while True:
-        for lesson in drawn.sample(lessons, len(lessons)):
+        for lesson in drawn.sample(signals, len(signals)):
             batch.append(lesson)
             if sum(len(one.ids) for one in batch) >= STEP_TOKENS:
                 yield batch
@@ -97,12 +97,12 @@ def batches(lessons: Sequence[Lesson], seed: int) -> Iterator[list[Lesson]]:
 
 
 def train(
-    lessons: Sequence[Lesson], way: Way, lr: float, seed: int, steps: int, head: Tensor | None
+    signals: Sequence[Lesson], way: Way, lr: float, seed: int, steps: int, head: Tensor | None
 ) -> HymbaForCausalLM:
     """Train all of hymba-nano's weights.
 
     Args:
-        lessons: Its rows.
+        signals: Its rows.
         way: How.
         lr: The highest learning rate; it rises for a twentieth of the steps, then falls to zero as a cosine.
         seed: Of the order of the rows.
@@ -113,7 +113,7 @@ def train(
     model = nano()[0].train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     weight = model.get_output_embeddings().weight
-    for step, rows in zip(range(steps), batches(lessons, seed), strict=False):
+    for step, rows in zip(range(steps), batches(signals, seed), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, WARMUP * steps), (1 + math.cos(math.pi * step / steps)) / 2)
         batch = lay_out(rows, way.k)

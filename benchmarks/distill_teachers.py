@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hymba_tune.data.formats import Example, Text
-from hymba_tune.distill.pair import Row, Side, make_pair, tokenise
+from hymba_tune.distill.pair import Side, TokenizedRow, make_pair, tokenize_examples
 
 NANO = Path(__file__).parent.parent / "hymba_tune" / "assets" / "hymba-nano"
 VOCABULARY = 8192
@@ -80,7 +80,7 @@ def spelled(example: Example) -> str:
 
 
 def side_of(tokenizer: PreTrainedTokenizerFast) -> Side:
-    """A tokenizer as `tokenise` takes it."""
+    """A tokenizer as `tokenize_examples` takes it."""
     return make_pair(tokenizer, tokenizer).student
 
 
@@ -114,7 +114,9 @@ def train(tokenizer: PreTrainedTokenizerFast, stages: Sequence[Stage], body: dic
     )
     model = LlamaForCausalLM(config)
     for stage in stages:
-        rows = [row.ids for row in tokenise(stage.examples, side_of(tokenizer)) if isinstance(row, Row)]
+        rows = [
+            row.ids for row in tokenize_examples(stage.examples, side_of(tokenizer)) if isinstance(row, TokenizedRow)
+        ]
         rows = [row for row in rows if len(row) <= LONGEST]
         console.print(f"{folder.name}: {model.num_parameters():,} parameters, {sum(map(len, rows)):,} tokens a pass")
         _go_through(model, rows, stage)
@@ -183,7 +185,7 @@ def answer_bits(model: Any, side: Side, examples: Sequence[Example], *, ends: bo
         Bits, and bytes.
     """
     nats, size = 0.0, 0
-    rows = [row for row in tokenise(examples, side) if isinstance(row, Row)]
+    rows = [row for row in tokenize_examples(examples, side) if isinstance(row, TokenizedRow)]
     for some in groups(sorted(rows, key=lambda row: len(row.ids)), 16):
         ids = padded([row.ids for row in some])
         with torch.autocast("cpu", torch.bfloat16):

@@ -57,7 +57,7 @@ def card(bench: Bench) -> None:
         facts["bf16 matmul, TFLOP/s"] = bench.limits.matmul / 1e12
         rows.extend({"fact": fact, "value": value} for fact, value in facts.items())
         for what, gradients in (("training", True), ("generation", False)):
-            task = Task(bench.device.type, torch.bfloat16, gradients, continues=not gradients)
+            task = Task(bench.device.type, torch.bfloat16, gradients, has_initial_state=not gradients)
             for operation, choice in survey(task).items():
                 rows.append({"fact": f"{operation} in {what}", "value": choice.taken})
                 notes += [f"{operation} in {what}: not {name}, {why}" for name, why in choice.obstacles.items()]

@@ -255,7 +255,7 @@ def scan_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
                 del values["dt_bias"]
             yield Case(
                 layout=f"{layout}, initial states: {initial}",
-                task=Task(bench.device.type, dtype, continues=initial != "none"),
+                task=Task(bench.device.type, dtype, has_initial_state=initial != "none"),
                 values=values,
                 run=partial(_scan, lengths),
                 naive=partial(_scan_by_text, lengths),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 COLUMNS = ("weights", "tokens", "checkpointing", "ms", "min", "max", "kernels ms", "tokens/s", "% of matmul", "peak GB")
 KERNEL_COLUMNS = ("kernel", "launches", "ms", "%")
 TARGETS = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"]
-QUANTISED = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
+QUANTIZED = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
 """The SSM's own projections stay as they are: too narrow for blocks of 4-bit weights, and too small to matter."""
 RANK = 16
 LISTED = 20
@@ -111,20 +111,20 @@ def adapted(bench: Bench, weights: str) -> PeftModel:
     """Hymba with frozen weights of this kind and a fresh adapter, training."""
     base = hymba(bench.device, quick=bench.quick)
     if weights == "NF4":
-        quantise(base)
+        quantize(base)
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that transformers is leaving.
         warnings.filterwarnings("ignore", category=FutureWarning)
         return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)).train()
 
 
-def quantise(model: PreTrainedModel) -> None:
+def quantize(model: PreTrainedModel) -> None:
     """Turn the weights of the large linear layers into 4-bit ones, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if name in QUANTISED:
+            if name in QUANTIZED:
                 small = Linear4bit(
                     layer.in_features,
                     layer.out_features,

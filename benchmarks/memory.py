@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for count, peak in zip(texts, peaks, strict=True)
             ]
     notes = [
-        f"Texts of {length} tokens; peak beyond the weights, with gradients, no optimiser; outputs live to the end.",
+        f"Texts of {length} tokens; peak beyond the weights, with gradients, no optimizer; outputs live to the end.",
         f"Gradients alone are {gradients_mb(changes):,.0f} MB in float32.",
     ]
     harness.report("memory", list(rows[0]), rows, notes, given)

@@ -83,7 +83,7 @@ def random_ids(model: PreTrainedModel, *shape: int) -> Tensor:
 
 
 def training_step(model: PreTrainedModel, ids: Tensor, **more: Any) -> Step:
-    """Forward, loss on every token, and backward to all weights; no optimiser."""
+    """Forward, loss on every token, and backward to all weights; no optimizer."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ MAX_RISE = 0.5
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Quantise, measure and report."""
+    """Quantize, measure and report."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", default=NANO)
     parser.add_argument("--gsm8k", type=Path)
@@ -124,7 +124,7 @@ def report_search(text: str, searches: dict[Scheme, Search], given: harness.Opti
         rows += [
             {
                 "scheme": str(scheme),
-                "quantised": label,
+                "quantized": label,
                 "rise %": 100 * trial.drift.rise,
                 "KL mnat": 1000 * trial.drift.kl,
                 "MB saved": trial.saved / 1e6,

@@ -57,7 +57,7 @@ def compare_steps(given: harness.Options) -> None:
             for name, timing in timings.items()
         ]
     notes = [
-        f"{texts} rows of {length} tokens, full attention for Falcon-H1 and Llama; no optimiser, no cache.",
+        f"{texts} rows of {length} tokens, full attention for Falcon-H1 and Llama; no optimizer, no cache.",
         "x falcon-h1: how many times its speed. x linear: how many times the linear layers' time.",
         "Hymba's loss makes its logits in chunks, as its trainer does; the others make them all, as theirs do.",
     ]

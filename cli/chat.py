@@ -13,7 +13,7 @@ from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hymba_tune.generate import Talk
+    from hymba_tune.generate import ChatSession
 
 
 def chat(
@@ -33,7 +33,7 @@ def chat(
     model
         A run directory, or whatever --model takes.
     """
-    from hymba_tune.generate import Talk, answer_file
+    from hymba_tune.generate import ChatSession, answer_file
 
     quiet_libraries()
     if model is not None:
@@ -44,7 +44,7 @@ def chat(
         console.print(f" {new + known:,} answers{before} → {flags.to}", markup=False, soft_wrap=True)
         return
     with console.status(Text("loading the weights", style="dim")):
-        talk = Talk(flags, _note)
+        talk = ChatSession(flags, _note)
     if flags.prompt is not None:
         _ask(talk, flags.prompt)
         return
@@ -66,12 +66,12 @@ def chat(
                 _ask(talk, said)
 
 
-def _ask(talk: Talk, said: str) -> None:
+def _ask(talk: ChatSession, said: str) -> None:
     several = len(talk.chats) > 1
     talk.ask(said, _write, on_begin=_note if several else lambda _: None, on_end=console.print)
 
 
-def _command(talk: Talk, line: str) -> None:
+def _command(talk: ChatSession, line: str) -> None:
     try:
         _note(talk.command(line))
     except ConfigError as problem:  # a slip while talking ends nothing

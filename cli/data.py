@@ -40,7 +40,7 @@ PIECES = {
     "chosen": ("chosen ", "bold green"),
     "rejected": ("rejected ", "red"),
 }
-"""How pieces of a preview are labelled and coloured."""
+"""How pieces of a preview are labeled and colored."""
 
 data = App(
     name="data",
@@ -229,7 +229,7 @@ def _lines(lines: Iterable[str]) -> None:
 
 
 def _show_check(found: Check) -> None:
-    from hymba_tune.data.check_facts import mends, overview, verdict
+    from hymba_tune.data.check_facts import overview, problems, verdict
 
     console.print(Text(f" {verdict(found)}", style="bold green" if found.usable else "bold red"))
     console.print()
@@ -240,7 +240,7 @@ def _show_check(found: Check) -> None:
         table.add_row(f" {label}", Text(line))
     console.print(table)
     console.print()
-    if to_mend := mends(found):
+    if to_mend := problems(found):
         console.print(Text(" to mend", style="bold"))
         for mend in to_mend:
             _hanging(mend.what)

@@ -23,7 +23,7 @@ def merge(
 
     Example: hymba-tune merge runs/my-run --out my-model
 
-    One that was trained on quantised weights: hymba-tune merge runs/my-run --onto original --out my-model
+    One that was trained on quantized weights: hymba-tune merge runs/my-run --onto original --out my-model
 
     Parameters
     ----------
@@ -48,9 +48,9 @@ def merge(
 def _drifts(done: Merged) -> list[tuple[str, str]]:
     """What it was folded into, what it could have been, and how far both are from the trained model."""
     if done.base is None:
-        unknown = "the original weights: an adapter without its run does not say whether they were quantised"
+        unknown = "the original weights: an adapter without its run does not say whether they were quantized"
         return [("onto", unknown)] if done.alone else []
-    told = {Onto.original: "the original weights", Onto.dequantised: f"{done.base.scheme} weights, dequantised"}
+    told = {Onto.original: "the original weights", Onto.dequantized: f"{done.base.scheme} weights, dequantized"}
     lines = [
         (
             "onto" if onto is done.onto else "not onto",

@@ -17,7 +17,7 @@ from hymba_tune.config.groups import RUN
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
-    from hymba_tune.plan import Plan, Verdict
+    from hymba_tune.plan import DeviceEstimate, Plan
 
 GB = 2**30
 
@@ -66,8 +66,8 @@ def _show(made: Plan) -> None:
         console.print(f" {made.length.steps:,} steps · {made.length.tokens:,} tokens in all", markup=False)
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    quantised = ["in NF4", ""] if made.here.nf4 is not None else []
-    for heading in (" device", "needs", "", *quantised, "tok/s", *(["time"] if made.length else [])):
+    quantized = ["in NF4", ""] if made.here.nf4 is not None else []
+    for heading in (" device", "needs", "", *quantized, "tok/s", *(["time"] if made.length else [])):
         table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
     for verdict in [*made.gpus, made.here]:
         needs: list[str | Text] = [f"{verdict.needs / GB:.1f} GB", _mark(verdict.needs <= verdict.has)]
@@ -98,5 +98,5 @@ def _size(count: int) -> str:
     return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 2**20:.0f} MB"
 
 
-def _advice(verdict: Verdict) -> str:
+def _advice(verdict: DeviceEstimate) -> str:
     return "nothing here makes it fit; take another device" if verdict.change is None else verdict.change

@@ -12,7 +12,7 @@ from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.config import QuantizeConfig
 
 if TYPE_CHECKING:
-    from hymba_tune.hub import Quantised, Searched
+    from hymba_tune.hub import QuantizedModel, Searched
 
 NOTHING_FOUND = 2
 """Exit code of a search that finds nothing to propose."""
@@ -53,14 +53,14 @@ def quantize(
     return None if found.search.skip is not None else NOTHING_FOUND
 
 
-def _say_written(done: Quantised) -> None:
+def _say_written(done: QuantizedModel) -> None:
     from hymba_tune.pages import gigabytes
 
     damage, drift = done.damage, done.damage.drift
     before, after = (gigabytes(size) for size in damage.weight_bytes)
     errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
     _lines(
-        ("quantised", f"{done.folder} (weights {before} → {after})"),
+        ("quantized", f"{done.folder} (weights {before} → {after})"),
         *([("from", done.note)] if done.note else []),
         ("damage", damage.sentence),
         ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
@@ -95,7 +95,7 @@ def _say_search(found: Searched, flags: QuantizeConfig) -> None:
             ("to go on", "a larger --max-rise, or --scheme int8"),
         )
         return
-    what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantised"
+    what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantized"
     _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
     if not found.written:
         skip = f" --skip {' '.join(found.skip)}" if found.skip else ""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 
 console = Console(highlight=False, emoji=False)
 error_console = Console(stderr=True, highlight=False, emoji=False)
@@ -52,7 +52,7 @@ class RichScreen(Screen):
         console.print(table)
         console.print()
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         """One line of the table."""
         margin = row.margin if row.eval_margin is None else row.eval_margin
         accuracy = row.accuracy if row.eval_accuracy is None else row.eval_accuracy
@@ -95,7 +95,7 @@ def _listed(items: Iterable[str], indent: int) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """The text with what would move the cursor, colour the screen or turn the line round, as symbols."""
+    """The text with what would move the cursor, color the screen or turn the line round, as symbols."""
     return MOVES.sub(lambda found: _symbol(ord(found[0])), text)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hymba_tune.config import Learn
 from hymba_tune.data.formats import Example
-from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned, for_teacher, tokenise
+from hymba_tune.distill.pair import Answer, Side, TokenizedRow, TokenizerPair, Unaligned, for_teacher, tokenize_examples
 from hymba_tune.distill.spelling import END
 
 Indices = NDArray[np.int64]
@@ -54,8 +54,8 @@ class Alignment:
     spans: Indices
 
 
-def align(examples: Sequence[Example], pair: Pair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
-    """Render, tokenise and align examples, each side in its own way.
+def align(examples: Sequence[Example], pair: TokenizerPair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
+    """Render, tokenize and align examples, each side in its own way.
 
     Args:
         examples: A batch, faster than one by one.
@@ -67,12 +67,12 @@ def align(examples: Sequence[Example], pair: Pair, learn: Learn = Learn.all) -> 
         character (a lone surrogate, which no tokenizer takes), or a template cannot render it.
     """
     shown = [for_teacher(example, pair.teacher_system) for example in examples]
-    students, teachers = tokenise(examples, pair.student, learn), tokenise(shown, pair.teacher, learn)
+    students, teachers = tokenize_examples(examples, pair.student, learn), tokenize_examples(shown, pair.teacher, learn)
     return align_rows(students, teachers, pair)
 
 
 def align_rows(
-    students: Sequence[Row | Unaligned], teachers: Sequence[Row | Unaligned], pair: Pair
+    students: Sequence[TokenizedRow | Unaligned], teachers: Sequence[TokenizedRow | Unaligned], pair: TokenizerPair
 ) -> list[Alignment | Unaligned]:
     """Align rows of tokens; see `align`."""
     checked = [_check(*rows, pair) for rows in zip(students, teachers, strict=True)]
@@ -99,12 +99,14 @@ class _Common(NamedTuple):
 class _Checked(NamedTuple):
     """A row whose sides spell the same answers."""
 
-    student: Row
-    teacher: Row
+    student: TokenizedRow
+    teacher: TokenizedRow
     answers: list[_Common]
 
 
-def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _Checked | Unaligned:
+def _check(
+    student: TokenizedRow | Unaligned, teacher: TokenizedRow | Unaligned, pair: TokenizerPair
+) -> _Checked | Unaligned:
     if isinstance(student, Unaligned):
         return student
     size = sum(len(answer.content) for answer in student.answers)
@@ -258,7 +260,7 @@ class AlignmentReport:
         rows = self.rows - self.dropped.total()
         return min(rows / max(self.rows, 1), self.bytes / max(self.bytes + self.lost, 1))
 
-    def add(self, aligned: Sequence[Alignment | Unaligned], pair: Pair) -> None:
+    def add(self, aligned: Sequence[Alignment | Unaligned], pair: TokenizerPair) -> None:
         """Count a batch."""
         whole = set(pair.teacher.spelling.tokens)
         for row in aligned:
@@ -276,7 +278,7 @@ class AlignmentReport:
             self.spans += len(row.spans)
 
 
-def matched_vocabulary(pair: Pair) -> float:
+def matched_vocabulary(pair: TokenizerPair) -> float:
     """Share of the student's vocabulary whose bytes are also one token of the teacher's."""
     whole = {token for token in pair.teacher.spelling.tokens if token}
     return sum(token in whole for token in pair.student.spelling.tokens) / len(pair.student.spelling)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import alignment
-from hymba_tune.distill.target_maker import Kept, TargetMaker
+from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 
@@ -60,7 +60,7 @@ class TargetCache(Sequence[Targets]):
         self.folder = folder
         self._key, done = _read(folder / KEY), _read(folder / DONE)
         try:
-            self._rows, self.kept = int(done["rows"]), Kept(**done["kept"])
+            self._rows, self.kept = int(done["rows"]), CaptureStats(**done["kept"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(folder / DONE, error) from error
         self._open: dict[int, pa.RecordBatchFileReader] = {}
@@ -163,7 +163,7 @@ def fill(
 def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, progress: Callable[[int], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / KEY, json.dumps(key, indent=2))
-    kept, done = Kept(), 0
+    kept, done = CaptureStats(), 0
     for shard in range(-(-len(rows) // SHARD)):
         path = shard_path(folder, shard)
         part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
@@ -183,14 +183,14 @@ def _after(progress: Callable[[int], None], before: int, count: int) -> None:
 
 def _write_shard(
     path: Path, rows: datasets.Dataset, maker: TargetMaker, key: Key, progress: Callable[[int], None]
-) -> Kept:
+) -> CaptureStats:
     wide = key["vocabulary"] > WIDE
     made: dict[int, Columns] = {}
-    kept: dict[int, Kept] = {}
+    kept: dict[int, CaptureStats] = {}
     for index, taught in maker([alignment(row) for row in rows]):
         made[index], kept[index] = encode(taught.targets, wide), taught.kept
         progress(len(made))
-    total = Kept()
+    total = CaptureStats()
     for index in sorted(kept):  # in the rows' order: sums of floats depend on theirs
         total.add(kept[index])
     write_shard(path, [made[index] for index in sorted(made)], total)
@@ -223,7 +223,7 @@ def _steps(sorted_halves: NDArray[np.float16]) -> NDArray[np.uint16]:
     return np.diff(bits, axis=1, prepend=np.zeros_like(bits[:, :1]))
 
 
-def write_shard(path: Path, rows: Sequence[Columns], kept: Kept) -> None:
+def write_shard(path: Path, rows: Sequence[Columns], kept: CaptureStats) -> None:
     """Write rows, `GROUP` of them to a record batch, and what their pass has shown."""
     types = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in rows[0].items()}
     schema = pa.schema(types, metadata={"kept": json.dumps(asdict(kept))})
@@ -268,11 +268,11 @@ def open_shard(path: Path) -> pa.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(path)))
 
 
-def _kept_in(path: Path) -> Kept | None:
+def _kept_in(path: Path) -> CaptureStats | None:
     """What the pass over a shard has shown; None if the shard is not there, or damaged."""
     try:
         metadata = open_shard(path).schema.metadata
-        return Kept(**json.loads(metadata[b"kept"]))
+        return CaptureStats(**json.loads(metadata[b"kept"]))
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
         return None
 

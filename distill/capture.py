@@ -31,8 +31,8 @@ from hymba_tune.distill.cache import (
     shard_path,
 )
 from hymba_tune.distill.matching import Layers, match_bytes
-from hymba_tune.distill.outputs import Found
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.outputs import TeacherSpec
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight, check_aligned, in_bytes, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
@@ -50,7 +50,7 @@ MARGIN = 1.1
 """Of disk space beyond what is foreseen."""
 
 
-def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: Found) -> Pair:
+def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: TeacherSpec) -> TokenizerPair:
     """The student's tokenizer beside the teacher's, as the settings want them.
 
     Raises:
@@ -72,8 +72,8 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
 def load_target_maker(
     options: TeacherOptions,
     rows: datasets.Dataset,
-    pair: Pair,
-    teacher: Found,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
     *,
     vocabulary: int,
     device: torch.device,
@@ -84,7 +84,7 @@ def load_target_maker(
         options: Who teaches.
         rows: As `read_rows` gives them: how the student begins the teacher's tokens is counted in them.
         pair: Both sides.
-        teacher: Found, not loaded.
+        teacher: TeacherSpec, not loaded.
         vocabulary: Rows of the student's head.
         device: Where all is computed.
     """
@@ -100,7 +100,9 @@ def load_target_maker(
     )
 
 
-def cache_key(options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teacher: Found, *, vocabulary: int) -> Key:
+def cache_key(
+    options: TeacherOptions, rows: datasets.Dataset, pair: TokenizerPair, teacher: TeacherSpec, *, vocabulary: int
+) -> Key:
     """All that decides what the targets are, by names that people understand."""
 
     def template(side: PreTrainedTokenizerBase) -> str:
@@ -109,7 +111,7 @@ def cache_key(options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teach
     return {
         "version": VERSION,
         "teacher": teacher.fingerprint,
-        "quantisation": teacher.quantize,
+        "quantization": teacher.quantize,
         "pair of tokenizers": pair_key(pair),
         "student's chat template": template(pair.student.tokenizer),
         "teacher's chat template": template(pair.teacher.tokenizer),
@@ -141,8 +143,8 @@ def _digest_rows(rows: datasets.Dataset) -> str:
 def open_targets(
     options: TeacherOptions,
     data: AlignedData,
-    pair: Pair,
-    teacher: Found,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
     *,
     vocabulary: int,
     device: torch.device,
@@ -154,7 +156,7 @@ def open_targets(
         options: Who teaches, and what is kept of it.
         data: Both sides' tokens of it.
         pair: Both sides.
-        teacher: Found, not loaded.
+        teacher: TeacherSpec, not loaded.
         vocabulary: Rows of the student's head.
         device: Where the teacher computes.
         screen: Told what happens.
@@ -230,7 +232,7 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     )
 
 
-def open_teacher(options: TeacherOptions) -> Found:
+def open_teacher(options: TeacherOptions) -> TeacherSpec:
     """Find who is to teach.
 
     Raises:
@@ -265,7 +267,7 @@ def open_teacher(options: TeacherOptions) -> Found:
 
 
 BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
-"""Of a quantised weight, with its scales."""
+"""Of a quantized weight, with its scales."""
 
 
 def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student: Any, device: torch.device) -> int:

@@ -94,21 +94,21 @@ class _LogLikelihood(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        normaliser = torch.empty_like(found)
+        normalizer = torch.empty_like(found)
         for chunk in _chunks(hidden, rows):
             logits = Head(hidden, weight).logits(chunk)
-            normaliser[chunk] = logits.logsumexp(-1)
-            found[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - normaliser[chunk]
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+            normalizer[chunk] = logits.logsumexp(-1)
+            found[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - normalizer[chunk]
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.rows = rows
         return found
 
     @staticmethod
     def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        hidden, weight, targets, normalizer = ctx.saved_tensors
         gradients = _Gradients(ctx.needs_input_grad, hidden, weight)
         for chunk in _chunks(hidden, ctx.rows):
-            d_logits = Head(hidden, weight).logits(chunk).sub_(normaliser[chunk, None]).exp_().neg_()
+            d_logits = Head(hidden, weight).logits(chunk).sub_(normalizer[chunk, None]).exp_().neg_()
             d_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(d_logits[:, :1]))
             gradients.add(chunk, d_logits.mul_(d_found[chunk, None]))
         return gradients.hidden, gradients.weight, None, None

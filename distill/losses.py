@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, pad
 
 from hymba_tune.distill.chunks import expand
-from hymba_tune.distill.projection import SparseTarget, Target
+from hymba_tune.distill.projection import ProjectedTarget, SparseTarget
 
 LEAST = 1e-6
 """How far below zero a log-likelihood stays: at zero, the probability of anything else has no logarithm."""
@@ -57,7 +57,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
-    """Generalised Jensen-Shannon divergence (Agarwal et al. 2024, section 2).
+    """Generalized Jensen-Shannon divergence (Agarwal et al. 2024, section 2).
 
     beta · KL(teacher || m) + (1 - beta) · KL(student || m), with m = beta · teacher + (1 - beta) · student. At the ends
     of beta's range, where that is zero, it is what it tends to in proportion: `forward_kl` at 0, `reverse_kl` at 1.
@@ -85,7 +85,7 @@ def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float, temperature
     return (beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)) * temperature**2
 
 
-def projection_kl(student: Tensor, target: Target, *, temperature: float = 1.0) -> Tensor:
+def projection_kl(student: Tensor, target: ProjectedTarget, *, temperature: float = 1.0) -> Tensor:
     """KL(target || student), the bucket against all of the student's pieces outside the support.
 
     Args:

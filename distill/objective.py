@@ -1,4 +1,4 @@
-"""What a step of distillation minimises, from hidden states: (1 - alpha) · CE + alpha · KD, summed over tokens."""
+"""What a step of distillation minimizes, from hidden states: (1 - alpha) · CE + alpha · KD, summed over tokens."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Losses:
     """Sums over the learned tokens of a batch.
 
     Attributes:
-        total: What is minimised, with its gradient.
+        total: What is minimized, with its gradient.
         tokens: How many learned tokens there are.
         parts: Each loss alone, for the log: ``ce`` of all tokens, and the teacher's by name.
     """

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.distill.chunks import Head
 
 
-class Told(NamedTuple):
+class TokenDistribution(NamedTuple):
     """A teacher's next-token distributions after n of a row's tokens.
 
     Attributes:
@@ -31,7 +31,7 @@ class Told(NamedTuple):
 class Outputs(Protocol):
     """A row that a teacher has read."""
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """Its distributions after some of the row's tokens, none of which is the last.
 
         Args:
@@ -59,7 +59,7 @@ class Teacher(Protocol):
         """
 
 
-class Found(Protocol):
+class TeacherSpec(Protocol):
     """Who is to teach, before the weights are loaded."""
 
     @property
@@ -84,7 +84,7 @@ class Found(Protocol):
 
     @property
     def quantize(self) -> str | None:
-        """How its weights are quantised, if they are."""
+        """How its weights are quantized, if they are."""
 
     @property
     def fingerprint(self) -> str:
@@ -110,9 +110,9 @@ class HeadOutputs:
     head: Head
     ids: Tensor
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """See `Outputs`."""
         logits = self.head.logits(rows)
         log_probs = logits.log_softmax(-1)
         own = log_probs.gather(1, self.ids[rows + 1, None]).squeeze(1)
-        return Told(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)
+        return TokenDistribution(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)

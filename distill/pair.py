@@ -28,7 +28,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenizerPair:
     """Both sides, and what the teacher is shown beside the data.
 
     Attributes:
@@ -49,7 +49,7 @@ def make_pair(
     ends: tuple[str, str] | None = None,
     teacher_system: str | None = None,
     teacher_template: Mapping[str, object] | None = None,
-) -> Pair:
+) -> TokenizerPair:
     """Bring two tokenizers together; both are left as they are.
 
     Args:
@@ -57,7 +57,7 @@ def make_pair(
         teacher: Likewise.
         ends: The tokens that end an answer, the student's and the teacher's. Their end-of-sequence tokens, if not
             given; a base model's often differs from the one that its chat template writes.
-        teacher_system: See `Pair`. Some templates write one of their own where a conversation has none.
+        teacher_system: See `TokenizerPair`. Some templates write one of their own where a conversation has none.
         teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``: without
             it some templates write today's date, and the same data gives other rows tomorrow.
 
@@ -67,7 +67,7 @@ def make_pair(
     """
     ends = ends or (student.eos_token, teacher.eos_token)
     teacher = _with_template_values(with_chat_template(teacher), teacher_template or {})
-    return Pair(_side(student, ends[0], "student"), _side(teacher, ends[1], "teacher"), teacher_system)
+    return TokenizerPair(_side(student, ends[0], "student"), _side(teacher, ends[1], "teacher"), teacher_system)
 
 
 def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Side:
@@ -104,7 +104,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenizedRow:
     """An example as one side's tokens."""
 
     ids: list[int]
@@ -133,7 +133,9 @@ def for_teacher(example: Example, system: str | None) -> Example:
     return replace(example, messages=(Message("system", system), *example.messages))
 
 
-def tokenise(examples: Sequence[Example], side: Side, learn: Learn = Learn.all) -> list[Row | Unaligned]:
+def tokenize_examples(
+    examples: Sequence[Example], side: Side, learn: Learn = Learn.all
+) -> list[TokenizedRow | Unaligned]:
     """One side's tokens of some examples, and where the answers are among them."""
     rendered = [_render(example, side.tokenizer, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
@@ -154,7 +156,7 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) 
     return rendered
 
 
-def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Row | Unaligned:
+def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow | Unaligned:
     """Where the answers are among the tokens of a rendered example."""
     spans = encoded.spans
     if any(end >= start for (_, end), (start, _) in pairwise(spans)):
@@ -165,4 +167,4 @@ def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedToke
         # A beginning-of-sequence token that a text brings along is no part of it.
         begin += begin == 0 and encoded.input_ids[0] == tokenizer.bos_token_id
         answers.append(Answer(begin, end, (content if rendered.plain else content.strip()).encode()))
-    return Row(encoded.input_ids, answers)
+    return TokenizedRow(encoded.input_ids, answers)

@@ -11,9 +11,9 @@ import datasets
 
 from hymba_tune.distill.alignment import AlignmentReport, matched_vocabulary
 from hymba_tune.distill.cache import Columns, encode, write_shard
-from hymba_tune.distill.pair import Pair
+from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.rows import alignment
-from hymba_tune.distill.target_maker import Kept, TargetMaker
+from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.errors import TrainingError
 from hymba_tune.pages import duration
 
@@ -45,7 +45,7 @@ class Preflight:
 
     aligned: AlignmentReport
     vocabulary: float
-    kept: Kept
+    kept: CaptureStats
     places: int
     bytes_a_token: float
     seconds: float
@@ -86,7 +86,9 @@ class Preflight:
         }
 
 
-def look(maker: TargetMaker, rows: datasets.Dataset, aligned: AlignmentReport, pair: Pair, *, wide: bool) -> Preflight:
+def look(
+    maker: TargetMaker, rows: datasets.Dataset, aligned: AlignmentReport, pair: TokenizerPair, *, wide: bool
+) -> Preflight:
     """Ask a teacher about a few rows, spread over all of them.
 
     Args:
@@ -104,7 +106,7 @@ def look(maker: TargetMaker, rows: datasets.Dataset, aligned: AlignmentReport, p
             break
         chosen.append(row)
         read += tokens[row]
-    started, kept, encoded = time.monotonic(), Kept(), list[Columns]()
+    started, kept, encoded = time.monotonic(), CaptureStats(), list[Columns]()
     for _, taught in maker([alignment(row) for row in rows.select(chosen)]):
         kept.add(taught.kept)
         encoded.append(encode(taught.targets, wide))

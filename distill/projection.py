@@ -87,7 +87,7 @@ def find_places(row: Alignment, tables: Tables) -> Places:
 
 
 class SparseTarget(NamedTuple):
-    """The likeliest pieces of a `Target`; all others are in the bucket.
+    """The likeliest pieces of a `ProjectedTarget`; all others are in the bucket.
 
     Attributes:
         pieces: ``(N, k)`` int64, distinct in each row.
@@ -101,7 +101,7 @@ class SparseTarget(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ProjectedTarget:
     """What the student is to predict at N places.
 
     Attributes:
@@ -164,7 +164,7 @@ class Projection:
         self._exact_token = moved(tables.exact_token)
 
     @torch.no_grad()
-    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> Target:
+    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> ProjectedTarget:
         """Project.
 
         Args:
@@ -197,22 +197,24 @@ class Projection:
         both = beyond[places.inside[beyond] > 0]
         rows, tokens = self._exact(both, places.beyond[both])
         bucket.index_add_(0, rows, probs[places.before[rows], tokens])
-        return _normalised(mass, bucket, kept, places)
+        return _normalized(mass, bucket, kept, places)
 
     @torch.no_grad()
-    def from_outputs(self, tell: Callable[[Tensor], tuple[Tensor, Tensor | None]], places: Places) -> Target:
+    def from_outputs(
+        self, probabilities: Callable[[Tensor], tuple[Tensor, Tensor | None]], places: Places
+    ) -> ProjectedTarget:
         """Project at some places, asking for each of the teacher's outputs there and before once.
 
         Args:
-            tell: From rows of outputs, ascending, to their ``probs`` and ``cut``.
+            probabilities: From rows of outputs, ascending, to their ``probs`` and ``cut``.
             places: A chunk of them.
         """
         rows = torch.cat([places.now, places.before[places.before >= 0]]).unique()
         before = torch.where(places.before < 0, -1, torch.searchsorted(rows, places.before))
-        probs, cut = tell(rows)
+        probs, cut = probabilities(rows)
         return self(probs, replace(places, now=torch.searchsorted(rows, places.now), before=before), cut)
 
-    def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> Target:
+    def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> ProjectedTarget:
         """Project at some places, from the teacher's hidden states there and before: one softmax an output.
 
         Args:
@@ -260,11 +262,11 @@ def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
     mass.view(-1).index_add_(0, rows * mass.shape[1] + pieces, values)
 
 
-def _normalised(mass: Tensor, bucket: Tensor, kept: Tensor, places: Places) -> Target:
+def _normalized(mass: Tensor, bucket: Tensor, kept: Tensor, places: Places) -> ProjectedTarget:
     """Mass and bucket as probabilities. A bucket beside a full support stands for nothing, and is left out."""
     bucket = bucket.masked_fill(mass.amin(-1) > 0, 0)
     total = mass.sum(-1) + bucket
     reached = mass.gather(1, places.piece[:, None]).squeeze(1) > 0
     known = (total > FLOOR) & (reached | ~places.crossing)
     scale = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return Target(mass.div_(scale[:, None]), bucket / scale, total, known, kept)
+    return ProjectedTarget(mass.div_(scale[:, None]), bucket / scale, total, known, kept)

@@ -1,4 +1,4 @@
-"""From sources to rows on disk, tokenised on both sides and aligned: what the teacher reads and the student learns.
+"""From sources to rows on disk, tokenized on both sides and aligned: what the teacher reads and the student learns.
 
 They are cut as all training data is, a conversation at its end, a text into further rows; of the teacher's tokens each
 row keeps those that it needs.
@@ -19,14 +19,14 @@ from datasets import Dataset, concatenate_datasets
 
 from hymba_tune.config import DataOptions
 from hymba_tune.data import DataReport, TrainingData, open_sources, sample_prompts
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.chat import Encoded, fit
 from hymba_tune.data.dataset import fit_reading
 from hymba_tune.data.encoding import ExampleReading, readings
 from hymba_tune.data.sources import Source
 from hymba_tune.data.training import Working, opened, read_sources
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
-from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
+from hymba_tune.distill.pair import TokenizerPair, Unaligned, find_answers, for_teacher, tokenize_examples
 from hymba_tune.errors import DataError
 
 FLAGS = pa.list_(pa.bool_())
@@ -75,7 +75,7 @@ def alignment(row: Mapping[str, Any]) -> Alignment:
 
 def read_rows(
     options: DataOptions,
-    pair: Pair,
+    pair: TokenizerPair,
     *,
     context: int | None,
     seed: int,
@@ -130,7 +130,7 @@ def _numbered(rows: Dataset, first: int) -> Dataset:
 class _Builder:
     """Encodes sources; see `read_rows`. ``built`` is what came of them, ``counts`` how their tokens lie."""
 
-    pair: Pair
+    pair: TokenizerPair
     options: DataOptions
     context: int | None
     seed: int
@@ -140,7 +140,7 @@ class _Builder:
     def build(self, sources: Sequence[Source], progress: Callable[[int], None]) -> tuple[Dataset, DataReport]:
         """The rows of the sources, numbered, memory-mapped; and what became of them."""
         options, tokenizer = self.options, self.pair.student.tokenizer
-        kind = RowKind(
+        kind = RowSchema(
             columns=COLUMNS,
             report=DataReport,
             fit=partial(self._fit, count()),
@@ -175,7 +175,7 @@ class _Builder:
         tokenizer = self.pair.student.tokenizer
         students = [find_answers(reading.rendered[0], reading.encoded[0], tokenizer) for reading in some]
         shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in some if reading.example]
-        teachers = tokenise(shown, self.pair.teacher, self.options.learn)
+        teachers = tokenize_examples(shown, self.pair.teacher, self.options.learn)
         return align_rows(students, teachers, self.pair)
 
     def _parts(self, reading: ExampleReading, row: Alignment | Unaligned) -> list[Alignment] | DataError:

@@ -28,28 +28,28 @@ from hymba_tune.distill.capture import (
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
-from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.matching import HiddenMatch, Layers
-from hymba_tune.distill.outputs import Found, Teacher
-from hymba_tune.distill.own_answers import OwnAnswers
-from hymba_tune.distill.pair import Pair, Side
+from hymba_tune.distill.outputs import Teacher, TeacherSpec
+from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.preflight import look
+from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, smaller_than
+from hymba_tune.distill.teacher_generations import TeacherGenerator
+from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
-from hymba_tune.distill.written import AnswerWriter
 from hymba_tune.errors import ConfigError
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.sft import data_of
+from hymba_tune.train.task import TrainingTask
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
 """Losses that compare the same tokens on both sides."""
@@ -64,15 +64,17 @@ def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
         ConfigError: If no teacher is named, or it cannot teach what is asked for.
     """
     lesson = _Distillation(config, open_teacher(config))
-    return train(config, Kind(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.beside), screen)
+    return train(
+        config, TrainingTask(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.extra_bytes), screen
+    )
 
 
 class _Distillation:
     """What a run's steps hand on to each other."""
 
-    def __init__(self, config: DistillConfig, found: Found) -> None:
+    def __init__(self, config: DistillConfig, found: TeacherSpec) -> None:
         self._config, self._found = config, found
-        self._pair: Pair | None = None
+        self._pair: TokenizerPair | None = None
         self._data: AlignedData | None = None
         self._stages: list[Stage] = []
         self._targets: Sequence[Targets] | None = None
@@ -116,7 +118,7 @@ class _Distillation:
         if not config.teacher_writes or config.dry_run:
             return None
         assert self._pair
-        writer = AnswerWriter(config, opened(config)[0], self._pair, self._found.fingerprint)
+        writer = TeacherGenerator(config, opened(config)[0], self._pair, self._found.fingerprint)
         with screen.working("reading what the teacher is to answer") as progress:
             key = writer.key(progress)
         with screen.working("the teacher answers") as progress:
@@ -168,10 +170,10 @@ class _Distillation:
         packing = self._config.packing
         own = {"packing": packing, "packing_strategy": "bfd", "eval_packing": False}
         return DistillTrainer(
-            lessons=self._lessons(setup),
+            signals=self._signals(setup),
             stages=self._stages,
             token_bytes=token_bytes(self._pair.student),
-            own_answers=self._own_answers(),
+            rollouts=self._rollouts(),
             match=self._match(setup),
             match_weight=self._config.match_weight,
             model=model,
@@ -182,15 +184,15 @@ class _Distillation:
             callbacks=callbacks,
         )
 
-    def _lessons(self, setup: Setup) -> Lessons:
+    def _signals(self, setup: Setup) -> TeacherSignals:
         config = self._config
-        shape = Shape(config.temperature, config.tau, config.beta)
+        shape = LossParameters(config.temperature, config.tau, config.beta)
         online = None
         if config.keeps_teacher:
             assert self._data
             assert self._maker
             online = OnlineTeacher(self._maker, self._data.rows)
-        return Lessons(shape, setup.device, self._targets, online)
+        return TeacherSignals(shape, setup.device, self._targets, online)
 
     def _match(self, setup: Setup) -> HiddenMatch | None:
         if self._config.match_hidden is None:
@@ -200,13 +202,13 @@ class _Distillation:
         teacher = Layers.of(self._maker.teacher.model.config)
         return HiddenMatch(Layers.of(setup.model_config), teacher, self._config.match_hidden)
 
-    def _own_answers(self) -> OwnAnswers | None:
+    def _rollouts(self) -> RolloutGenerator | None:
         config = self._config
         if not any(stage.on_policy for stage in self._stages):
             return None
         assert self._pair
         assert self._data
-        return OwnAnswers(
+        return RolloutGenerator(
             self._pair,
             self._data.rows,
             config.max_length,
@@ -215,7 +217,7 @@ class _Distillation:
             config.seed,
         )
 
-    def beside(self, setup: Setup) -> int:
+    def extra_bytes(self, setup: Setup) -> int:
         """Bytes of the teacher, if it is kept, and of the loss's chunks."""
         found = self._found
         held = teacher_bytes(self._config, found.config, found.parameters or 0, setup.model_config, setup.device)
@@ -229,9 +231,9 @@ class _Distillation:
         aligned, targets = self._data.alignment, self._targets
         sure = targets.kept.mean_own if isinstance(targets, TargetCache) else None
         kept = aligned.rows - sum(aligned.dropped.values())
-        quantised = f" · {self._found.quantize}" if self._found.quantize else ""
+        quantized = f" · {self._found.quantize}" if self._found.quantize else ""
         return {
-            "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
+            "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantized}",
             "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
             **({"sanity": f"the teacher gives its own next token p = {sure:.2f} on average"} if sure else {}),
             "loss": " · then ".join(_in_words(stage) for stage in self._stages)
@@ -241,7 +243,7 @@ class _Distillation:
         }
 
 
-def resolve_losses(config: DistillConfig, pair: Pair) -> list[Stage]:
+def resolve_losses(config: DistillConfig, pair: TokenizerPair) -> list[Stage]:
     """The stages of a run with the losses that fit the pair.
 
     Raises:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.distill.outputs import Told
+from hymba_tune.distill.outputs import TokenDistribution
 from hymba_tune.distill.teacher import batches
 from hymba_tune.errors import ConfigError, TrainingError
 
@@ -175,7 +175,7 @@ class ServedOutputs:
     own: Tensor
     vocabulary: int
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """See `Outputs`.
 
         Raises:
@@ -185,7 +185,7 @@ class ServedOutputs:
             raise ValueError(f"temperature is {temperature}; a server's probabilities are those at 1")
         told = self.probs[rows]
         probs = told.new_zeros(len(rows), self.vocabulary).scatter_add_(1, self.tokens[rows], told)
-        return Told(probs, self.own[rows], (1 - told.sum(-1)).clamp(min=0))
+        return TokenDistribution(probs, self.own[rows], (1 - told.sum(-1)).clamp(min=0))
 
 
 def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) -> ServedTeacher:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hymba_tune.distill.alignment import Alignment, Indices
-from hymba_tune.distill.pair import Pair, Side
+from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.segments import Pieces, Segmenter
 from hymba_tune.distill.spelling import END, describe
 
@@ -93,7 +93,7 @@ class Tables:
         return nodes
 
 
-def open_tables(pair: Pair, cache_dir: Path) -> Tables:
+def open_tables(pair: TokenizerPair, cache_dir: Path) -> Tables:
     """The tables of a pair, from the cache if they were built before.
 
     Args:
@@ -114,12 +114,12 @@ def open_tables(pair: Pair, cache_dir: Path) -> Tables:
     return tables
 
 
-def pair_key(pair: Pair) -> str:
+def pair_key(pair: TokenizerPair) -> str:
     """SHA-256 of all that decides a pair's tables: both ``tokenizer.json`` and the tokens that end a turn."""
     return _digest([VERSION, _side_key(pair.student), _side_key(pair.teacher)])
 
 
-def same_tokenizer(pair: Pair) -> bool:
+def same_tokenizer(pair: TokenizerPair) -> bool:
     """Whether both sides have the same tokens, and end turns with the same one."""
     return _side_key(pair.student) == _side_key(pair.teacher)
 
@@ -132,7 +132,7 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build_tables(pair: Pair) -> Tables:
+def build_tables(pair: TokenizerPair) -> Tables:
     """Compute the tables of a pair, in seconds."""
     spelled = pair.teacher.spelling.tokens
     nodes = {b"": 0}
@@ -169,7 +169,7 @@ def build_tables(pair: Pair) -> Tables:
     )
 
 
-def _segments(pair: Pair) -> Iterator[Pieces]:
+def _segments(pair: TokenizerPair) -> Iterator[Pieces]:
     """The student's pieces of each token of the teacher's; None of special ones, but that which ends a turn."""
     spelled = pair.teacher.spelling.tokens
     if same_tokenizer(pair):

@@ -15,14 +15,14 @@ from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.chunks import chunk_rows, expand
 from hymba_tune.distill.losses import span_sums
 from hymba_tune.distill.outputs import Outputs, Teacher
-from hymba_tune.distill.pair import Pair
+from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
 from hymba_tune.distill.tables import FirstPieces, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
 
 
 @dataclass
-class Kept:
+class CaptureStats:
     """What a pass shows of the teacher.
 
     Attributes:
@@ -41,7 +41,7 @@ class Kept:
     tokens: int = 0
     own: float = 0.0
 
-    def add(self, other: Kept) -> None:
+    def add(self, other: CaptureStats) -> None:
         """Count another row, or many."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
@@ -58,11 +58,11 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
+class TargetBatch:
     """A row's targets, and what they show of the teacher."""
 
     targets: Targets
-    kept: Kept
+    kept: CaptureStats
 
 
 def _find_alone(row: Alignment, tables: Tables) -> Places:
@@ -95,7 +95,7 @@ class TargetMaker:
     def of(
         cls,
         teacher: Teacher,
-        pair: Pair,
+        pair: TokenizerPair,
         seen: FirstPieces | None,
         *,
         vocabulary: int,
@@ -122,36 +122,36 @@ class TargetMaker:
         return cls(teacher, tables, projection, top_k, temperature, find)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, Taught]]:
+    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
         """Targets of aligned rows: which row, and what it is taught, in whatever order the teacher reads them."""
         for index, outputs in self.teacher.outputs([row.teacher_ids for row in rows]):
             yield index, self._teach(rows[index], outputs)
 
-    def _teach(self, row: Alignment, outputs: Outputs) -> Taught:
+    def _teach(self, row: Alignment, outputs: Outputs) -> TargetBatch:
         device = self.projection.device
         places, spans = self.find(row, self.tables).to(device), torch.from_numpy(row.spans).to(device)
         own = torch.full((len(row.teacher_ids),), math.nan, device=device)
 
-        def tell(at: Tensor) -> tuple[Tensor, Tensor | None]:
-            told = outputs.tell(at, self.temperature)
+        def probabilities(at: Tensor) -> tuple[Tensor, Tensor | None]:
+            told = outputs.probabilities(at, self.temperature)
             own[at] = told.own
             return told.probs, told.cut
 
         step = chunk_rows(len(self.tables.first), self.projection.vocabulary)
         tops, known, kept = [], [], []
         for begin in range(0, max(1, len(places)), step):
-            target = self.projection.from_outputs(tell, places[begin : begin + step])
+            target = self.projection.from_outputs(probabilities, places[begin : begin + step])
             tops.append(SparseTarget(*(part[target.known] for part in target.top(self.top_k))))
             known.append(target.known)
             kept.append(target.kept)
         first, last = spans[:, 2] - 1, spans[:, 3] - 1
         answered = expand(first, last)[1]
         for rest in answered[own[answered].isnan()].split(step):  # tokens that one piece of the student's goes across
-            tell(rest)
+            probabilities(rest)
         at = torch.from_numpy(row.student).to(device)[torch.cat(known)]
         top = SparseTarget(*map(torch.cat, zip(*tops, strict=True)))
         shared = places.inside == 0
-        shown = Kept(
+        shown = CaptureStats(
             places=len(places),
             known=len(at),
             shared=int(shared.sum()),
@@ -159,4 +159,4 @@ class TargetMaker:
             tokens=len(answered),
             own=float(own[answered].exp().sum()),
         )
-        return Taught(Targets(at, top, spans[:, :2], span_sums(own, first, last)), shown)
+        return TargetBatch(Targets(at, top, spans[:, :2], span_sums(own, first, last)), shown)

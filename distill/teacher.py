@@ -26,7 +26,7 @@ from hymba_tune.adapters import open_model, short_count, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
-from hymba_tune.distill.outputs import Found, HeadOutputs
+from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
 from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
@@ -42,7 +42,7 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class FoundTeacher:
+class LocalTeacherSpec:
     """A model on this machine that is to teach; its weights are not loaded.
 
     Attributes:
@@ -52,7 +52,7 @@ class FoundTeacher:
         tokenizer: Its own.
         context: The most tokens of a row; None if it does not say.
         parameters: How many it has.
-        quantize: How its weights are to be quantised, if they are.
+        quantize: How its weights are to be quantized, if they are.
         bias: Nothing: all of its probabilities are at hand.
     """
 
@@ -79,7 +79,7 @@ class FoundTeacher:
 
         Args:
             device: Where they are to be.
-            dtype: In which number format; what is quantised, computes in it.
+            dtype: In which number format; what is quantized, computes in it.
 
         Raises:
             CheckpointError: If they cannot be used.
@@ -117,7 +117,7 @@ class FoundTeacher:
         return model
 
 
-def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
+def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
     """Find a teacher: an alias, a Hub id, which is downloaded, a folder, or a run directory.
 
     Args:
@@ -125,7 +125,7 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
         quantize: How its weights are to be loaded.
 
     Raises:
-        ConfigError: If the name is none of these, or it cannot be quantised.
+        ConfigError: If the name is none of these, or it cannot be quantized.
         CheckpointError: If configuration, weights or tokenizer are missing or cannot be used.
         HubError: If the Hub cannot be reached, or refuses.
     """
@@ -141,7 +141,7 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
     if quantize:
         _check_quantization(source, config, quantize)
     shapes = [shape for file in weight_files(folder) for shape in read_header(file).values()]
-    return FoundTeacher(
+    return LocalTeacherSpec(
         name=source.name,
         source=source,
         config=config,
@@ -173,7 +173,7 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def smaller_than(teacher: Found, student_parameters: int) -> str | None:
+def smaller_than(teacher: TeacherSpec, student_parameters: int) -> str | None:
     """A warning, if the teacher is smaller than who learns from it."""
     if teacher.parameters is None or teacher.parameters >= student_parameters:
         return None
@@ -195,7 +195,7 @@ def _read_config(folder: Path, name: str) -> Any:
 
 
 def _check_quantization(source: ModelSource, config: Any, scheme: Scheme) -> None:
-    """See that a teacher can be quantised while it is loaded.
+    """See that a teacher can be quantized while it is loaded.
 
     Raises:
         ConfigError: If not.
@@ -206,7 +206,7 @@ def _check_quantization(source: ModelSource, config: Any, scheme: Scheme) -> Non
             fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
         )
     if stored_quantization(config) is not None:
-        raise ConfigError(f"--teacher-quantize: {source.name} is quantised already.", fix="leave it out")
+        raise ConfigError(f"--teacher-quantize: {source.name} is quantized already.", fix="leave it out")
     if config.model_type == "hymba":
         quantization(config, scheme, torch.float32)  # refuses a model of which nothing can be
 

@@ -25,11 +25,11 @@ from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.batches import COLUMNS, Numbered, examples_of
 from hymba_tune.distill.chunks import Head, expand
-from hymba_tune.distill.lessons import Lessons, Place
 from hymba_tune.distill.matching import HiddenMatch, teacher_states
 from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillation_loss
-from hymba_tune.distill.own_answers import OwnAnswers
+from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.teacher_signals import RowSpan, TeacherSignals
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.trainer import HymbaTrainer
 
@@ -41,10 +41,10 @@ class DistillTrainer(HymbaTrainer):
     """Trains on rows of ``input_ids``, ``labels`` and ``row``, their number at each of their tokens.
 
     Args:
-        lessons: What the teacher says of rows.
+        signals: What the teacher says of rows.
         stages: Of the run; their shares make 1.
         token_bytes: ``(V,)``: how many bytes of text each of the student's tokens spells.
-        own_answers: Writes the student's own, if a stage wants such.
+        rollouts: Writes the student's own, if a stage wants such.
         match: Compares hidden states with the teacher's, if they are to be, and is trained along.
         match_weight: Of that beside the other losses.
         kwargs: Of `HymbaTrainer`.
@@ -53,16 +53,16 @@ class DistillTrainer(HymbaTrainer):
     def __init__(
         self,
         *,
-        lessons: Lessons,
+        signals: TeacherSignals,
         stages: Sequence[Stage],
         token_bytes: Tensor,
-        own_answers: OwnAnswers | None = None,
+        rollouts: RolloutGenerator | None = None,
         match: HiddenMatch | None = None,
         match_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        self._lessons, self._stages, self._token_bytes = lessons, stages, token_bytes
-        self._own_answers, self._own = own_answers, list[Alignment]()
+        self._signals, self._stages, self._token_bytes = signals, stages, token_bytes
+        self._rollouts, self._own = rollouts, list[Alignment]()
         self._match, self._match_weight = match, match_weight
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         super().__init__(**kwargs)
@@ -86,13 +86,13 @@ class DistillTrainer(HymbaTrainer):
             self._match.zero_grad()  # transformers forgets the gradients of the model alone
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._own.clear()
-        if not self.stage.on_policy or self._own_answers is None:
+        if not self.stage.on_policy or self._rollouts is None:
             return batches, items
         student = self.accelerator.unwrap_model(self.model)
         mixed = []
         for number, batch in enumerate(batches):
             moment = self.state.global_step * self.args.gradient_accumulation_steps + number
-            examples, own = self._own_answers.rewrite(
+            examples, own = self._rollouts.rewrite(
                 student, examples_of(batch), self.stage.on_policy, moment, len(self._own)
             )
             self._own += own
@@ -106,7 +106,7 @@ class DistillTrainer(HymbaTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean over learned tokens of what is minimised; its parts are remembered for the log."""
+        """The mean over learned tokens of what is minimized; its parts are remembered for the log."""
         del return_outputs
         losses = self._losses(model, inputs)
         for name, part in losses.parts.items():
@@ -123,7 +123,7 @@ class DistillTrainer(HymbaTrainer):
         # A state predicts the token after it; the first of a text, which none does, is never learned.
         hidden = outputs[-1].last_hidden_state.flatten(0, 1)
         student = Head(hidden.roll(1, 0), base.get_output_embeddings().weight)
-        places = [Place(row, offset) for row, offset in inputs["rows"].tolist()]
+        places = [RowSpan(row, offset) for row, offset in inputs["rows"].tolist()]
         stage, ends = self.stage, [*(place.offset for place in places[1:]), len(labels)]
         own = torch.zeros_like(labels, dtype=torch.bool)
         for place, end in zip(places, ends, strict=True):
@@ -141,9 +141,9 @@ class DistillTrainer(HymbaTrainer):
         total = losses.total + self._match_weight * distance
         return Losses(total, losses.tokens, losses.parts | {"hidden": distance.detach().double()})
 
-    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[RowSpan]) -> Tensor:
         """How far the student's hidden states are from the teacher's, where both predict the same tokens."""
-        online = self._lessons.online
+        online = self._signals.online
         assert online
         assert isinstance(online.maker.teacher, ModelTeacher)
         rows = [online.row(place.row, self._own) for place in places]
@@ -154,8 +154,8 @@ class DistillTrainer(HymbaTrainer):
         distance: Tensor = match([state.flatten(0, 1)[chosen] for state in states], theirs)
         return distance
 
-    def _taught(self, student: Head, labels: Tensor, places: Sequence[Place], stage: Stage) -> Losses:
-        tokens, spans = self._lessons.terms(places, stage, self._own)
+    def _taught(self, student: Head, labels: Tensor, places: Sequence[RowSpan], stage: Stage) -> Losses:
+        tokens, spans = self._signals.terms(places, stage, self._own)
         if places and places[0].row < 0:
             labels = labels.masked_fill(~_spoken_of(labels, tokens, spans), IGNORED)
         taught = tokens is not None or spans is not None

@@ -18,10 +18,10 @@ from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError
-from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.registry import TOKENIZER_FILES, ModelSource, resolve_model
 from hymba_tune.schemes import stored_bytes, stored_quantization
-from hymba_tune.train.foresight import full_batch, step_settings
+from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import check_quantization, lay_out, weights_quantization
 
 CARDS = {
@@ -42,7 +42,7 @@ SHORTEST = 256
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DeviceEstimate:
     """A run on one device.
 
     Attributes:
@@ -50,7 +50,7 @@ class Verdict:
         has: Its bytes.
         needs: Bytes that the run takes there.
         tokens_per_s: That it may reach.
-        nf4: Bytes that it takes with its weights quantised to NF4; None where they are not to be.
+        nf4: Bytes that it takes with its weights quantized to NF4; None where they are not to be.
         change: Flags that make it fit; empty where it does, or None where none do.
         seconds: That the steps of the run may take, where its length is known.
     """
@@ -74,7 +74,7 @@ class Length:
     """How long a run is.
 
     Attributes:
-        steps: Of the optimiser.
+        steps: Of the optimizer.
         tokens: That all of them read.
     """
 
@@ -89,7 +89,7 @@ class Plan:
     Attributes:
         model: Its name.
         settings: What matters to memory, in words.
-        tokens_per_step: At most, in an optimiser step of one device.
+        tokens_per_step: At most, in an optimizer step of one device.
         dtype: The GPUs' number format.
         parts: Bytes on a GPU, by part.
         gpus: A verdict for each size.
@@ -102,8 +102,8 @@ class Plan:
     tokens_per_step: int
     dtype: str
     parts: Footprint
-    gpus: list[Verdict]
-    here: Verdict
+    gpus: list[DeviceEstimate]
+    here: DeviceEstimate
     length: Length | None
 
 
@@ -126,8 +126,8 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     choose_kernels(as_mapping(config.kernels), model_config, device, own)
     check_quantization(config, source, model_config)
     model = _lay_out(config, model_config, foreign)
-    beside = _teacher(config, model_config, device)
-    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign, beside)
+    extra_bytes = _teacher(config, model_config, device)
+    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
     gpus = []
@@ -135,10 +135,10 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         has, needs = size * 2**30, parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
-        gpus.append(Verdict(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
+        gpus.append(DeviceEstimate(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
     if own is not foreign or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, own)
-        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own, beside)
+        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own, extra_bytes)
     here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
     length = run_length(config, source, progress)
     return Plan(
@@ -162,7 +162,7 @@ def _teacher(config: TrainingConfig, student: Any, device: torch.device) -> int:
     return plan_teacher(config, student, device)
 
 
-def _timed(verdict: Verdict, length: Length | None) -> Verdict:
+def _timed(verdict: DeviceEstimate, length: Length | None) -> DeviceEstimate:
     return replace(verdict, seconds=length.tokens / verdict.tokens_per_s) if length else verdict
 
 
@@ -227,14 +227,14 @@ def _gpu_dtype(name: str) -> torch.dtype:
 
 def _here(
     config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
-) -> Verdict:
-    beside, has = held_beside(device, dtype), device_memory(device)
-    needs, in_nf4 = memory.of(config).total + beside, memory.in_nf4(config)
+) -> DeviceEstimate:
+    extra_bytes, has = process_overhead(device, dtype), device_memory(device)
+    needs, in_nf4 = memory.of(config).total + extra_bytes, memory.in_nf4(config)
     slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if device.type == "cpu" else 1 / GPU_SHARE
     speed = _product_rate(width, device, dtype) / slower / flops
-    nf4 = None if in_nf4 is None else in_nf4 + beside
-    return Verdict(
-        f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - beside)
+    nf4 = None if in_nf4 is None else in_nf4 + extra_bytes
+    return DeviceEstimate(
+        f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - extra_bytes)
     )
 
 
@@ -262,27 +262,27 @@ def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds:
 
 
 class _Memory:
-    """Tells what a model's steps take with any settings; what is not quantised is counted once."""
+    """Tells what a model's steps take with any settings; what is not quantized is counted once."""
 
-    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype, beside: int) -> None:
-        self._steps, self._model_config, self._dtype, self._beside = steps, model_config, dtype, beside
-        self._quantised: dict[Scheme | None, dict[str, int]] = {}
+    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype, extra_bytes: int) -> None:
+        self._steps, self._model_config, self._dtype, self._beside = steps, model_config, dtype, extra_bytes
+        self._quantized: dict[Scheme | None, dict[str, int]] = {}
 
     def of(self, config: TrainingConfig) -> Footprint:
         """The worst moment of a step."""
-        if config.quantize not in self._quantised:
+        if config.quantize not in self._quantized:
             quantization = weights_quantization(config, self._model_config, self._dtype)
-            self._quantised[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
-        step = self._steps.of(full_batch(config), **step_settings(config), quantised=self._quantised[config.quantize])
-        return replace(step, beside=self._beside)
+            self._quantized[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
+        step = self._steps.of(full_batch(config), **step_settings(config), quantized=self._quantized[config.quantize])
+        return replace(step, extra_bytes=self._beside)
 
     def in_nf4(self, config: TrainingConfig) -> int | None:
-        """Bytes of a step on weights in NF4; None where it trains on quantised ones already, or trains them."""
-        if not self.may_be_quantised(config):
+        """Bytes of a step on weights in NF4; None where it trains on quantized ones already, or trains them."""
+        if not self.may_be_quantized(config):
             return None
         return self.of(config.model_copy(update={"quantize": Scheme.nf4})).total
 
-    def may_be_quantised(self, config: TrainingConfig) -> bool:
+    def may_be_quantized(self, config: TrainingConfig) -> bool:
         """Whether the weights are whole and not trained."""
         whole = stored_quantization(self._model_config) is None and config.quantize is None
         return whole and config.method is not Method.full
@@ -290,7 +290,7 @@ class _Memory:
 
 def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:
     """The least that has to change for a step to fit into some bytes, as flags."""
-    schemes = [config.quantize, *([Scheme.nf4] if memory.may_be_quantised(config) else [])]
+    schemes = [config.quantize, *([Scheme.nf4] if memory.may_be_quantized(config) else [])]
     for other in _alternatives(config, schemes):
         if memory.of(other).total <= room:
             return _flags(config, other)

@@ -1,4 +1,4 @@
-"""What quantising costs: errors of weights, and what they do to a model's predictions."""
+"""What quantizing costs: errors of weights, and what they do to a model's predictions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStates:
     """What a model makes of texts, kept so that others can be compared with it when it is gone.
 
     Of each predicted token its state is kept, from which the head makes the logits: d numbers, not one for each token
-    of the vocabulary. The head is never quantised, so that both models have the same one.
+    of the vocabulary. The head is never quantized, so that both models have the same one.
 
     Attributes:
         rows: The texts, a list a batch.
@@ -38,7 +38,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Drift:
+class QuantizationDrift:
     """How a model predicts beside the one that it was made of; means over all predicted tokens.
 
     Attributes:
@@ -87,7 +87,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class KindError:
-    """What quantising did to the modules of one kind.
+    """What quantizing did to the modules of one kind.
 
     Attributes:
         modules: How many there are.
@@ -104,7 +104,7 @@ class KindError:
     error: float
 
 
-def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[int], None]) -> Reference:
+def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[int], None]) -> ReferenceStates:
     """Read texts with a model, to compare others with it.
 
     Args:
@@ -120,11 +120,11 @@ def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[i
             room = BATCH
         batches[-1].append(row)
         room -= len(row.input_ids)
-    return Reference(batches, [states for states, _ in _read(model, batches, progress)])
+    return ReferenceStates(batches, [states for states, _ in _read(model, batches, progress)])
 
 
 @torch.inference_mode()
-def compare(reference: Reference, model: PreTrainedModel, progress: Callable[[int], None]) -> Drift:
+def compare(reference: ReferenceStates, model: PreTrainedModel, progress: Callable[[int], None]) -> QuantizationDrift:
     """Let a model predict what another one did.
 
     Args:
@@ -144,20 +144,20 @@ def compare(reference: Reference, model: PreTrainedModel, progress: Callable[[in
             sums[2] -= after.gather(1, targets[part, None]).sum().item()
             sums[3] += (before.argmax(1) == after.argmax(1)).sum().item()
         tokens += len(targets)
-    return Drift(*(sums / tokens).tolist())
+    return QuantizationDrift(*(sums / tokens).tolist())
 
 
 @torch.inference_mode()
-def weight_errors(model: PreTrainedModel, quantised: PreTrainedModel) -> dict[str, KindError]:
-    """What quantising did to weights, by kind of module; kinds that were left as they are do not stand there.
+def weight_errors(model: PreTrainedModel, quantized: PreTrainedModel) -> dict[str, KindError]:
+    """What quantizing did to weights, by kind of module; kinds that were left as they are do not stand there.
 
     Args:
         model: As it was.
-        quantised: What was made of it.
+        quantized: What was made of it.
     """
     before = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     found: dict[str, list[tuple[float, float, int, int, int]]] = {}
-    for name, module in quantised.named_modules():
+    for name, module in quantized.named_modules():
         if name in before and type(module) is not nn.Linear:
             weight = before[name].weight
             change = dequantize_module_weight(module).float() - weight.float()
@@ -182,7 +182,7 @@ def _log_probs(states: Tensor, head: Tensor) -> Tensor:
 
 
 def _stored(module: nn.Module) -> int:
-    """Bytes of what a quantised layer stores of its weight."""
+    """Bytes of what a quantized layer stores of its weight."""
     state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, "", False)
     return sum(held.nbytes for name, held in state.items() if name != "bias")

@@ -1,4 +1,4 @@
-"""What quantising a model cost, as JSON and as a page."""
+"""What quantizing a model cost, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hymba_tune import __version__
 from hymba_tune.config import Scheme
 from hymba_tune.evaluate.texts import TextCounts
 from hymba_tune.pages import LIGHT, Plot, plot, render
-from hymba_tune.quant.damage import Drift, KindError
+from hymba_tune.quant.damage import KindError, QuantizationDrift
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What quantising a model cost.
+    """What quantizing a model cost.
 
     Attributes:
         model: What its user calls it.
         scheme: How its weights are stored.
-        dtype: What it computes in, and what is not quantised is stored in.
+        dtype: What it computes in, and what is not quantized is stored in.
         kept: Why modules keep their number format, by the ends of their names.
-        kinds: Of the modules that were quantised.
+        kinds: Of the modules that were quantized.
         drift: Of its predictions.
         data: Names of the texts it was measured on.
         texts: What was read of them.
@@ -41,7 +41,7 @@ class Damage:
     dtype: str
     kept: dict[str, str]
     kinds: dict[str, KindError]
-    drift: Drift
+    drift: QuantizationDrift
     data: Sequence[str]
     texts: TextCounts
     weight_bytes: tuple[int, int]

@@ -1,7 +1,7 @@
 """Which kinds of modules are worth leaving as they are: each measured alone, and what is proposed measured whole.
 
-A kind's sensitivity is what the perplexity rises by when only that kind is quantised: beside weights that are as they
-were, no other kind's error hides its own. (The other way round, all but one kind quantised, what one kind adds drowns
+A kind's sensitivity is what the perplexity rises by when only that kind is quantized: beside weights that are as they
+were, no other kind's error hides its own. (The other way round, all but one kind quantized, what one kind adds drowns
 in what all the others do.) To first order these rises, as cross-entropies, add up; so their sums say which sets of
 kinds are worth trying, and only a trial of the whole set says whether it holds.
 """
@@ -18,21 +18,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters.presets import kind_of
-from hymba_tune.quant.damage import Drift
+from hymba_tune.quant.damage import QuantizationDrift
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a model does with some kinds of modules quantised.
+    """What a model does with some kinds of modules quantized.
 
     Attributes:
-        kinds: Those that are quantised.
+        kinds: Those that are quantized.
         drift: Measured.
         saved: Bytes that this saves.
     """
 
     kinds: frozenset[str]
-    drift: Drift
+    drift: QuantizationDrift
     saved: int
 
 
@@ -41,7 +41,7 @@ class Search:
     """What was tried, and what came of it.
 
     Attributes:
-        alone: Each kind quantised alone, the most sensitive first.
+        alone: Each kind quantized alone, the most sensitive first.
         whole: Sets of them in the order they were tried, all kinds first.
         max_rise: By how much the perplexity may rise, as a share.
         skip: The kinds to leave as they are; None if even a single kind takes too much.
@@ -57,12 +57,12 @@ class Search:
         return tuple(sorted(self.whole[0].kinds - trial.kinds))
 
 
-def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], Drift], max_rise: float) -> Search:
+def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], QuantizationDrift], max_rise: float) -> Search:
     """Find what to leave as it is, so that the perplexity stays within a limit and the least memory is given up.
 
     Args:
-        saved: Bytes that quantising each kind saves.
-        measure: Lets the model predict with these kinds quantised, and no others.
+        saved: Bytes that quantizing each kind saves.
+        measure: Lets the model predict with these kinds quantized, and no others.
         max_rise: By how much the perplexity may rise, as a share of what it was.
 
     Returns:
@@ -96,14 +96,14 @@ def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], Drift],
 
 
 @contextmanager
-def quantised_only(model: PreTrainedModel, made: PreTrainedModel, kinds: frozenset[str]) -> Iterator[PreTrainedModel]:
-    """A model with only some kinds of its modules quantised; afterwards it is as it was.
+def quantized_only(model: PreTrainedModel, made: PreTrainedModel, kinds: frozenset[str]) -> Iterator[PreTrainedModel]:
+    """A model with only some kinds of its modules quantized; afterwards it is as it was.
 
     The modules change places, so that nothing is computed otherwise than in a model that is written so.
 
     Args:
-        model: Not quantised.
-        made: All of it quantised.
+        model: Not quantized.
+        made: All of it quantized.
         kinds: Of modules that `made` gives.
     """
     plain = {

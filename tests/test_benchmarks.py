@@ -47,7 +47,7 @@ COLUMNS = {
     },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
     "alignment": {
-        "alignment": {"what", "MB/s", "x tokenising", *TIMES},
+        "alignment": {"what", "MB/s", "x tokenizing", *TIMES},
         "projection_tables": {"student tokens", "teacher tokens", "build s", "peak MB", "disk MB", "open s"},
         "projection": {"what", "us a token", "x softmax", *TIMES},
     },
@@ -66,7 +66,7 @@ COLUMNS = {
             *("same likeliest %", "tokens", "MB before", "MB after"),
         },
         "quantize_weights": {"scheme", "kind", "modules", "error %", "MB before", "MB after"},
-        "quantize_search": {"scheme", "quantised", "rise %", "KL mnat", "MB saved"},
+        "quantize_search": {"scheme", "quantized", "rise %", "KL mnat", "MB saved"},
     },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
@@ -167,7 +167,7 @@ def test_lengths_are_those_of_a_distribution(benchmark: Any) -> None:
 
 
 def test_fewer_pieces_of_a_target_keep_its_mass(benchmark: Any) -> None:
-    lessons = benchmark("distill_lessons")
+    lessons = benchmark("distill_losses")
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.7, 0.2, 0.0, 0.1]], dtype=torch.float64)
     top = lessons.SparseTarget(torch.tensor([[5, 2, 9], [1, 8, 0]]), probs[:, :3].log(), probs[:, 3].log())
     spans = torch.tensor([[0, 2]]), torch.tensor([-1.0])
@@ -178,7 +178,7 @@ def test_fewer_pieces_of_a_target_keep_its_mass(benchmark: Any) -> None:
 
 
 def test_lessons_laid_end_to_end_name_the_tokens_that_predict(benchmark: Any) -> None:
-    lessons, students = benchmark("distill_lessons"), benchmark("distill_students")
+    lessons, students = benchmark("distill_losses"), benchmark("distill_students")
     rows = []
     for ids in ([7, 3, 5], [7, 2, 4, 6]):
         last = torch.tensor([len(ids) - 1])

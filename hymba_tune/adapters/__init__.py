@@ -2,13 +2,13 @@
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.folding import (
-    QuantisedBase,
+    QuantizedBase,
     base_of,
     check_onto,
     folded_weights,
     folding_note,
     plain_config,
-    quantised_base,
+    quantized_base,
     weights_of,
 )
 from hymba_tune.adapters.moved import AdapterWatch
@@ -21,7 +21,7 @@ from hymba_tune.adapters.weights import Weights, released_name
 __all__ = [
     "PRESETS",
     "AdapterWatch",
-    "QuantisedBase",
+    "QuantizedBase",
     "Update",
     "Weights",
     "adapter_updates",
@@ -37,7 +37,7 @@ __all__ = [
     "lora_config",
     "open_model",
     "plain_config",
-    "quantised_base",
+    "quantized_base",
     "released_name",
     "restrict_rows",
     "short_count",

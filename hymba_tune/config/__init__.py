@@ -4,7 +4,6 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
-from hymba_tune.config.answering import AskingOptions, ChatConfig, EvalConfig, ServeConfig
 from hymba_tune.config.base import (
     Config,
     Keep,
@@ -13,7 +12,7 @@ from hymba_tune.config.base import (
     Method,
     OnBadRow,
     Onto,
-    Reference,
+    ReferenceSource,
     Scheme,
     Start,
     Tracker,
@@ -21,6 +20,7 @@ from hymba_tune.config.base import (
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
+from hymba_tune.config.inference import ChatConfig, EvalConfig, GenerationOptions, ServeConfig
 from hymba_tune.config.options import (
     AdapterOptions,
     DataOptions,
@@ -43,7 +43,6 @@ from hymba_tune.config.verbs import (
 
 __all__ = [
     "AdapterOptions",
-    "AskingOptions",
     "ChatConfig",
     "Config",
     "DPOConfig",
@@ -58,6 +57,7 @@ __all__ = [
     "EngineOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerationOptions",
     "KTOConfig",
     "Keep",
     "KeptDataOptions",
@@ -70,7 +70,7 @@ __all__ = [
     "Onto",
     "PreferenceConfig",
     "QuantizeConfig",
-    "Reference",
+    "ReferenceSource",
     "SFTConfig",
     "Scheme",
     "ServeConfig",

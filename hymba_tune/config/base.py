@@ -47,10 +47,10 @@ class Scheme(StrEnum):
 
 
 class Onto(StrEnum):
-    """Which weights an adapter that was trained on quantised ones is folded into."""
+    """Which weights an adapter that was trained on quantized ones is folded into."""
 
     original = "original"
-    dequantised = "dequantised"
+    dequantized = "dequantized"
 
 
 class MetaTokens(StrEnum):
@@ -98,7 +98,7 @@ class Start(StrEnum):
     continue_ = "continue"
 
 
-class Reference(StrEnum):
+class ReferenceSource(StrEnum):
     """Where a reference model's log-probabilities come from."""
 
     auto = "auto"

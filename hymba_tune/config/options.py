@@ -147,7 +147,7 @@ class TrainingOptions(Config):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data, unless --steps is given."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
     """Rows a device computes at a time."""
     grad_accum: int = Field(default=1, ge=1)
@@ -177,7 +177,7 @@ class TrainingOptions(Config):
     ] = "adamw"
     """What takes the steps. 8 bits take a quarter of the memory; paged ones lend it to the CPU when a GPU runs full."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """The optimiser's weight decay."""
+    """The optimizer's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
     max_loss_spike: float | None = Field(default=5.0, gt=1)

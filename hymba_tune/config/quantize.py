@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from cyclopts import Group, Parameter
 from pydantic import BeforeValidator, Field, model_validator
 
-from hymba_tune.config.answering import ScoringOptions
 from hymba_tune.config.base import Names, Scheme
 from hymba_tune.config.groups import RESULT
+from hymba_tune.config.inference import ScoringOptions
 from hymba_tune.config.options import ModelOptions
 
 
@@ -27,7 +27,7 @@ class QuantizeConfig(ScoringOptions, ModelOptions):
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model or run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of what is not quantised, and of what is computed: auto keeps the base model's."""
+    """Number format of what is not quantized, and of what is computed: auto keeps the base model's."""
     scheme: Scheme = Scheme.nf4
     """nf4 (4 bits; best), fp4 (4 bits), or int8."""
     skip: Names = Field(default_factory=list)
@@ -43,7 +43,7 @@ class QuantizeConfig(ScoringOptions, ModelOptions):
     max_rise: Annotated[float, BeforeValidator(_without_sign)] = Field(default=1.0, ge=0, le=1000)
     """With --search: per cent by which the perplexity may rise (common: 0.5 to 5)."""
     out: Path | None = None
-    """Folder of the quantised model; must not exist or be empty. When not given: exports/MODEL-SCHEME."""
+    """Folder of the quantized model; must not exist or be empty. When not given: exports/MODEL-SCHEME."""
 
     @model_validator(mode="after")
     def _check_rise(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Group, Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, Reference, Scheme, Start
+from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, ReferenceSource, Scheme, Start
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -110,7 +110,7 @@ class PreferenceConfig(TrainingConfig, KeptDataOptions):
     start: Start = Start.merge
     """Where to start from a run: merge its adapter into its base and train a new one, the reference being the run's
     model; or continue its adapter, the reference being that adapter as it is now."""
-    reference: Reference = Reference.auto
+    reference: ReferenceSource = ReferenceSource.auto
     """Where the reference's log-probabilities come from: adapter-off computes them beside each batch with the adapter
     switched off; precompute once, before training. When not given: precompute where there is no new adapter to switch
     off (--method full, --start continue), else adapter-off."""
@@ -120,12 +120,12 @@ class PreferenceConfig(TrainingConfig, KeptDataOptions):
     @property
     def precomputes(self) -> bool:
         """Whether the reference is computed once, before training."""
-        given = self.reference is Reference.precompute
+        given = self.reference is ReferenceSource.precompute
         return given or self.method is Method.full or self.start is Start.continue_
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:
-        if self.reference is Reference.adapter_off and self.precomputes:
+        if self.reference is ReferenceSource.adapter_off and self.precomputes:
             what = "--method full" if self.method is Method.full else "--start continue"
             raise ValueError(f"reference: {what} has no new adapter to switch off; use --reference precompute")
         if self.packing:
@@ -138,7 +138,7 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 class DPOConfig(PreferenceConfig):
-    """Direct preference optimisation."""
+    """Direct preference optimization."""
 
     verb: ClassVar[str] = "dpo"
     loss: Literal[
@@ -172,14 +172,14 @@ class DPOConfig(PreferenceConfig):
 
 
 class KTOConfig(PreferenceConfig):
-    """Kahneman-Tversky optimisation, on answers that are judged one by one."""
+    """Kahneman-Tversky optimization, on answers that are judged one by one."""
 
     verb: ClassVar[str] = "kto"
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
     """The loss, by TRL's names."""
-    good_weight: float = Field(default=1.0, gt=0)
+    desirable_weight: float = Field(default=1.0, gt=0)
     """Weight of good answers. KTO's paper wants weight × number within 1 to 4/3 of that of bad ones."""
-    bad_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of bad answers."""
 
     @model_validator(mode="after")
@@ -199,8 +199,8 @@ class MergeConfig(ModelOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the merged weights: auto keeps the base model's."""
     onto: Onto | None = None
-    """Of an adapter that was trained on quantised weights: fold it into what those weights dequantise to, as the model
-    was while it was trained, or into the original ones. When not given: dequantised, as chat, eval, serve and export
+    """Of an adapter that was trained on quantized weights: fold it into what those weights dequantize to, as the model
+    was while it was trained, or into the original ones. When not given: dequantized, as chat, eval, serve and export
     do. How far both are from the trained model is measured."""
     out: Path
     """Folder of the merged model; must not exist or be empty."""
@@ -234,7 +234,7 @@ class ExportConfig(ModelOptions):
     update: bool = False
     """Replace what a repository of yours holds already, as one more commit."""
     license: str | None = None
-    """Licence of the weights, by the Hub's id of it (apache-2.0, other). When not given: the base model's."""
+    """License of the weights, by the Hub's id of it (apache-2.0, other). When not given: the base model's."""
     base_model: str | None = None
     """The base model's Hub id, where the files do not say it."""
 
@@ -243,10 +243,10 @@ class ExportConfig(ModelOptions):
         if self.adapter_only and self.format != "kit":
             raise ValueError("format: an adapter has one format, PEFT's; leave it out, or --adapter-only")
         if self.quantize and self.adapter_only:
-            raise ValueError("quantize: an adapter is not quantised, its base is; leave it out, or --adapter-only")
+            raise ValueError("quantize: an adapter is not quantized, its base is; leave it out, or --adapter-only")
         if self.quantize and self.format != "kit":
             raise ValueError(
-                "quantize: the hymba format is for NVIDIA's code, which was not tried with quantised weights; "
+                "quantize: the hymba format is for NVIDIA's code, which was not tried with quantized weights; "
                 "leave it out, or --format hymba"
             )
         for field in ("private", "revision", "update"):

@@ -32,7 +32,7 @@ ROWS, DROPPED, REPORT = "rows.arrow", "dropped.jsonl", "report.json"
 
 
 @dataclass(frozen=True)
-class RowKind(Generic[R, D]):
+class RowSchema(Generic[R, D]):
     """What one kind of rows has of its own.
 
     Attributes:
@@ -57,7 +57,7 @@ class RowKind(Generic[R, D]):
 
 
 def build(
-    kind: RowKind[R, D],
+    kind: RowSchema[R, D],
     rows: Iterator[R],
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +109,7 @@ def build(
     return Dataset.from_file(str(entry / ROWS)), replace(report, dropped_file=entry / DROPPED)
 
 
-def _load(kind: RowKind[R, D], entry: Path) -> tuple[Dataset, D] | None:
+def _load(kind: RowSchema[R, D], entry: Path) -> tuple[Dataset, D] | None:
     try:
         report = kind.report.load(entry / REPORT, entry / DROPPED)
         rows = Dataset.from_file(str(entry / ROWS))
@@ -123,7 +123,7 @@ def _load(kind: RowKind[R, D], entry: Path) -> tuple[Dataset, D] | None:
 
 
 def _write(
-    kind: RowKind[R, D],
+    kind: RowSchema[R, D],
     entry: Path,
     rows: Iterator[R],
     tokenizer: PreTrainedTokenizerBase,
@@ -167,7 +167,7 @@ def stopped(bad: Reading, after: Iterable[Reading]) -> RowError:
     return RowError(bad.row.place, bad.problem, extent=extent)
 
 
-def _take(kind: RowKind[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:
+def _take(kind: RowSchema[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:
     """The rows that a batch gives, counted."""
     fitting = iter(kind.fit([reading for reading in batch if not reading.problem], report))
     for reading in batch:

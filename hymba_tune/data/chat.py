@@ -2,7 +2,7 @@
 
 Every answer and the end-of-sequence token after it are learned, whatever the chat template. The template renders the
 conversation once; each answer is found in that text by rendering the messages before it, and tokens are matched to
-answers by character offsets. The text is tokenised whole: tokenised in parts, SentencePiece would start each part with
+answers by character offsets. The text is tokenized whole: tokenized in parts, SentencePiece would start each part with
 a space of its own.
 """
 
@@ -242,7 +242,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
     The text begins with the beginning-of-sequence token exactly once, where the tokenizer uses one.
 
     Args:
-        rendered: Tokenised together, which is faster than one by one.
+        rendered: Tokenized together, which is faster than one by one.
         tokenizer: A fast one: it must know which characters a token stands for.
     """
     batch = tokenizer(

@@ -85,15 +85,15 @@ class Lengths:
 
 
 @dataclass
-class Pairs:
+class PairCounts:
     """What only preferences have.
 
     Attributes:
-        rows: Pairs that can be used.
+        rows: PairCounts that can be used.
         ties: Those whose row scores both answers the same.
         identical: Rows whose answers are the same; they are bad rows as well.
-        chosen_longer: Pairs whose better answer has more tokens.
-        rejected_longer: Pairs whose worse answer has more tokens.
+        chosen_longer: PairCounts whose better answer has more tokens.
+        rejected_longer: PairCounts whose worse answer has more tokens.
     """
 
     rows: int = 0
@@ -141,7 +141,7 @@ class Check:
     tokens_lost: int = 0
     too_long: int = 0
     duplicates: Duplicates = field(default_factory=lambda: Duplicates(0, [], 0))
-    pairs: Pairs | None = None
+    pairs: PairCounts | None = None
 
     @property
     def usable(self) -> bool:

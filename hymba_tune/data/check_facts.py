@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hymba_tune.data.check_counts import Check, FileCheck, Lengths, Pairs
+from hymba_tune.data.check_counts import Check, FileCheck, Lengths, PairCounts
 
 BARS = 10
 """Bars of a histogram, about, where they are of even width."""
@@ -22,7 +22,7 @@ LENGTH_BIAS = 0.65
 
 
 @dataclass(frozen=True)
-class Mend:
+class Problem:
     """Something worth mending.
 
     Attributes:
@@ -54,35 +54,35 @@ def verdict(check: Check) -> str:
     return "Can be trained on as it is."
 
 
-def mends(check: Check) -> list[Mend]:
+def problems(check: Check) -> list[Problem]:
     """What to mend, what stops a run first."""
-    found = [Mend(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
+    found = [Problem(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
     for finding in sorted(check.problems.values(), key=lambda finding: -finding.rows):
-        found.append(Mend(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples)))
+        found.append(Problem(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples)))
     if check.bad_rows:
-        found.append(Mend("or leave all such rows out", "--on-bad-row skip"))
+        found.append(Problem("or leave all such rows out", "--on-bad-row skip"))
     if check.too_long:
         dropped = f"{counted(check.too_long, 'row')} dropped: no answer begins within --max-length"
-        found.append(Mend(dropped, _longer(check)))
+        found.append(Problem(dropped, _longer(check)))
     if check.cut:
         lost = f"{counted(check.cut, 'conversation')} cut ({counted(check.tokens_lost, 'token')} lost)"
-        found.append(Mend(lost, _longer(check)))
+        found.append(Problem(lost, _longer(check)))
     if check.duplicates.rows:
         pairs = tuple(f"{place} repeats {original}" for place, original in check.duplicates.examples)
         fix = "hymba-tune data convert --unique leaves them out"
-        found.append(Mend(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, pairs))
+        found.append(Problem(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, pairs))
     if check.pairs and check.pairs.ties:
-        found.append(Mend(f"{counted(check.pairs.ties, 'pair')}: both answers have one score", "take them out"))
+        found.append(Problem(f"{counted(check.pairs.ties, 'pair')}: both answers have one score", "take them out"))
     if check.pairs and max(shares := _longer_shares(check.pairs)) > LENGTH_BIAS:
         side = "better" if shares[0] > shares[1] else "worse"
         told = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
-        found.append(Mend(told, "balance them, or length is what is learned"))
+        found.append(Problem(told, "balance them, or length is what is learned"))
     for note in check.notes.values():
-        found.append(Mend(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
+        found.append(Problem(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
     return found
 
 
-def _longer_shares(pairs: Pairs) -> tuple[float, float]:
+def _longer_shares(pairs: PairCounts) -> tuple[float, float]:
     """In which share of the pairs the better answer is the longer one, and the worse."""
     rows = max(1, pairs.rows)
     return pairs.chosen_longer / rows, pairs.rejected_longer / rows

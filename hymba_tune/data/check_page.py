@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hymba_tune.data.check_counts import Check
-from hymba_tune.data.check_facts import facts, histogram, mends
+from hymba_tune.data.check_facts import facts, histogram, problems
 from hymba_tune.data.rows import listing
 from hymba_tune.pages import LIGHT, Plot, plot, render, share
 
@@ -31,7 +31,7 @@ def check_page(check: Check, *, model: str, commands: Sequence[tuple[str, str]])
         names=listing(file.name for file in check.files),
         model=model,
         facts=facts(check),
-        mends=mends(check),
+        problems=problems(check),
         plots=[drawn for drawn in (_lengths(check), _rows(check), _tokens(check), _pairs(check)) if drawn],
         commands=commands,
     )

@@ -11,9 +11,9 @@ from hymba_tune.config import Learn
 from hymba_tune.data.chat import fit
 from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, general
 from hymba_tune.data.checking_pairs import check_pairs, holds_pairs
-from hymba_tune.data.duplicates import Seen
+from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import ExampleReading, encoded_batches, readings
-from hymba_tune.data.formats import Conversation, Names, recognise
+from hymba_tune.data.formats import Conversation, Names, recognize
 from hymba_tune.data.messages import SHOWN_KEYS
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
@@ -54,7 +54,7 @@ def check_sources(
     Raises:
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    check, seen, mapping = Check(max_length), Seen(), mapping or {}
+    check, seen, mapping = Check(max_length), SeenRows(), mapping or {}
     for source in sources:
         file = FileCheck(source.name)
         check.files.append(file)
@@ -74,7 +74,7 @@ def check_sources(
     return check
 
 
-def _take(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: Seen) -> None:
+def _take(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows) -> None:
     place = reading.row.place
     check.rows += 1
     file.rows += 1
@@ -110,7 +110,7 @@ def _format_of(reading: ExampleReading, names: Names) -> str:
     if not isinstance(reading.row.value, Mapping):
         return "unreadable"
     try:
-        return recognise(names.rename(reading.row.value), names).name
+        return recognize(names.rename(reading.row.value), names).name
     except DataError:
         return "unknown"
 
@@ -136,7 +136,7 @@ def _hidden_keys(reading: ExampleReading, names: Names, known: Mapping[str, int]
     row = reading.row.value
     assert isinstance(row, Mapping)
     fields = names.rename(row)
-    form = recognise(fields, names)
+    form = recognize(fields, names)
     hidden = {str(key) for key, value in fields.items() if value and key not in form.fields}
     for name in form.required:
         messages = fields[name]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.data.check_counts import Check, FileCheck, Pairs, general
+from hymba_tune.data.check_counts import Check, FileCheck, PairCounts, general
 from hymba_tune.data.comparisons import comparisons, split_answers
-from hymba_tune.data.duplicates import Seen
+from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import encoded_batches
 from hymba_tune.data.preferences import IdenticalPairError
 from hymba_tune.data.sources import Source
@@ -34,7 +34,7 @@ def check_pairs(
     mapping: Mapping[str, str],
     check: Check,
     file: FileCheck,
-    seen: Seen,
+    seen: SeenRows,
     progress: Callable[[int], None] | None,
 ) -> None:
     """Count what a file of pairs holds into ``check``.
@@ -43,7 +43,7 @@ def check_pairs(
         DataError: If the source cannot be read.
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    check.pairs = check.pairs or Pairs()
+    check.pairs = check.pairs or PairCounts()
     rows = comparisons([source], tokenizer, paired=True, mapping=mapping)
     for batch in encoded_batches(rows, tokenizer):
         for one in batch:
@@ -63,7 +63,7 @@ def check_pairs(
             progress(check.rows)
 
 
-def _measure(prompt: list[int], answers: list[list[int]], tie: bool, check: Check, pairs: Pairs) -> None:
+def _measure(prompt: list[int], answers: list[list[int]], tie: bool, check: Check, pairs: PairCounts) -> None:
     sizes = [len(answer) for answer in answers]
     room = check.max_length - len(prompt)
     pairs.rows += 1

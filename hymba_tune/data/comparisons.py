@@ -12,8 +12,8 @@ from hymba_tune.config import Learn
 from hymba_tune.data.chat import IGNORED, Encoded, render
 from hymba_tune.data.encoding import Reading, drawn
 from hymba_tune.data.formats import Conversation, Names
-from hymba_tune.data.preferences import FIELDS, parse_judged, parse_pair
-from hymba_tune.data.rows import Row
+from hymba_tune.data.preferences import FIELDS, parse_pair, parse_unpaired
+from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -65,7 +65,7 @@ def comparisons(
                 yield Comparison(number, row, problem=problem)
 
 
-def read_comparisons(row: Row, names: Names, *, paired: bool, source: int = 0) -> list[Comparison]:
+def read_comparisons(row: SourceRow, names: Names, *, paired: bool, source: int = 0) -> list[Comparison]:
     """What a row compares.
 
     Raises:
@@ -76,7 +76,7 @@ def read_comparisons(row: Row, names: Names, *, paired: bool, source: int = 0) -
     if paired:
         pair = parse_pair(row.value, names)
         return [Comparison(source, row, talks=(pair.chosen, pair.rejected), tie=pair.tie)]
-    judged = parse_judged(row.value, names)
+    judged = parse_unpaired(row.value, names)
     return [Comparison(source, row, talks=(one.conversation,), good=one.good) for one in judged]
 
 

@@ -15,7 +15,7 @@ from hymba_tune.data.encoding import read_example
 from hymba_tune.data.formats import Conversation, Example, Names
 from hymba_tune.data.messages import Message
 from hymba_tune.data.report import Dropped
-from hymba_tune.data.rows import Row, RowError, listing
+from hymba_tune.data.rows import RowError, SourceRow, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.data.writers import check_target, writing
 from hymba_tune.errors import DataError
@@ -28,7 +28,7 @@ SHAREGPT = {"user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetFormat:
     """A format to write: its columns, and how an example becomes a row of them."""
 
     columns: Mapping[str, pa.DataType]
@@ -96,12 +96,12 @@ def _turn_list(*keys: str) -> pa.DataType:
     return pa.list_(pa.struct([*((key, TEXT) for key in keys), ("weight", pa.float64())]))
 
 
-TARGETS: dict[str, Target] = {
-    "messages": Target({"messages": _turn_list("role", "content"), **BESIDE}, _messages_row),
-    "sharegpt": Target({"conversations": _turn_list("from", "value"), **BESIDE}, _sharegpt_row),
-    "prompt-completion": Target({"prompt": TEXT, "completion": TEXT, "system": TEXT, **BESIDE}, _completion_row),
-    "alpaca": Target({"instruction": TEXT, "input": TEXT, "output": TEXT, "system": TEXT, **BESIDE}, _alpaca_row),
-    "text": Target({"text": TEXT}, _text_row),
+TARGETS: dict[str, TargetFormat] = {
+    "messages": TargetFormat({"messages": _turn_list("role", "content"), **BESIDE}, _messages_row),
+    "sharegpt": TargetFormat({"conversations": _turn_list("from", "value"), **BESIDE}, _sharegpt_row),
+    "prompt-completion": TargetFormat({"prompt": TEXT, "completion": TEXT, "system": TEXT, **BESIDE}, _completion_row),
+    "alpaca": TargetFormat({"instruction": TEXT, "input": TEXT, "output": TEXT, "system": TEXT, **BESIDE}, _alpaca_row),
+    "text": TargetFormat({"text": TEXT}, _text_row),
 }
 
 
@@ -167,8 +167,8 @@ def convert(
 
 
 def _attempts(
-    sources: Sequence[Source], target: Target, mapping: Mapping[str, str]
-) -> Iterator[tuple[Row, Example | None, dict[str, Any] | DataError]]:
+    sources: Sequence[Source], target: TargetFormat, mapping: Mapping[str, str]
+) -> Iterator[tuple[SourceRow, Example | None, dict[str, Any] | DataError]]:
     """Every row, what it says, and that in the target's format, or why not."""
     for source in sources:
         names = Names.parse({**mapping, **source.mapping})

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn, OnBadRow
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.chat import IGNORED, Encoded, fit
 from hymba_tune.data.encoding import ExampleReading, read_example, readings
 from hymba_tune.data.formats import Conversation, Names
@@ -66,7 +66,7 @@ def build_dataset(
     """
     settings = {"max_length": max_length, "mapping": dict(mapping or {}), "learn": learn, "seed": seed}
     rows, report = build(
-        RowKind(
+        RowSchema(
             columns={"input_ids": IDS, "labels": IDS, LOSS_WEIGHTS: pa.list_(pa.float32())},
             report=DataReport,
             fit=partial(_fit, max_length),

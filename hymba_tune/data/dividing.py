@@ -15,7 +15,7 @@ from hymba_tune.config import OnBadRow
 from hymba_tune.data.duplicates import prompt_hash, text_hash
 from hymba_tune.data.encoding import read_example
 from hymba_tune.data.formats import Names
-from hymba_tune.data.rows import Row, RowError, listing
+from hymba_tune.data.rows import RowError, SourceRow, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.data.writers import check_target, writing
 from hymba_tune.errors import DataError
@@ -108,13 +108,13 @@ def _divide(
     return done
 
 
-def _rows(sources: Sequence[Source], mapping: Mapping[str, str]) -> Iterator[tuple[Row, Names]]:
+def _rows(sources: Sequence[Source], mapping: Mapping[str, str]) -> Iterator[tuple[SourceRow, Names]]:
     for source in sources:
         names = Names.parse({**mapping, **source.mapping})
         yield from ((row, names) for row in source)
 
 
-def _group(row: Row, names: Names) -> int:
+def _group(row: SourceRow, names: Names) -> int:
     """What rows have in common that must stay together: the prompt, or where no format fits all they hold."""
     try:
         return prompt_hash(read_example(row, names))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hymba_tune.data.formats import Conversation, Example
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 
 EXAMPLES = 3
 NOT_WORDS = re.compile(r"[\W_]+")
@@ -48,7 +48,7 @@ def _hash(*parts: str) -> int:
 
 @dataclass
 class Duplicates:
-    """What `Seen` found.
+    """What `SeenRows` found.
 
     Attributes:
         rows: Rows that repeat an earlier one word for word.
@@ -62,15 +62,15 @@ class Duplicates:
 
 
 @dataclass
-class Seen:
+class SeenRows:
     """The rows so far."""
 
     _contents: array[int] = field(default_factory=lambda: array("Q"))
     _prompts: array[int] = field(default_factory=lambda: array("Q"))
     _numbers: array[int] = field(default_factory=lambda: array("I"))
-    _files: list[tuple[int, Place]] = field(default_factory=list)
+    _files: list[tuple[int, RowLocation]] = field(default_factory=list)
 
-    def add(self, example: Example, place: Place, *, beside: Example | None = None) -> None:
+    def add(self, example: Example, place: RowLocation, *, beside: Example | None = None) -> None:
         """Take in a row, and what it holds beside its example. Rows of a file come one after the other."""
         if not self._files or self._files[-1][1].file != place.file:
             self._files.append((len(self._numbers), place))
@@ -95,4 +95,4 @@ class Seen:
 
     def _place(self, index: int) -> str:
         place = next(place for start, place in reversed(self._files) if start <= index)
-        return str(Place(place.file, self._numbers[index], place.unit))
+        return str(RowLocation(place.file, self._numbers[index], place.unit))

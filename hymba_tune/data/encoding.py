@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
 from hymba_tune.data.formats import Example, Names, parse
-from hymba_tune.data.rows import Row
+from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -33,7 +33,7 @@ class Reading:
     """
 
     source: int
-    row: Row
+    row: SourceRow
     rendered: Sequence[Rendered] = ()
     encoded: Sequence[Encoded] = ()
     problem: DataError | None = None
@@ -86,13 +86,13 @@ def readings(
             yield reading
 
 
-def drawn(source: Source, seed: int) -> Iterator[Row]:
+def drawn(source: Source, seed: int) -> Iterator[SourceRow]:
     """Rows of a source; where its weight is below 1, that share of them, the same ones for the same seed."""
     draw = random.Random(seed)
     return (row for row in source if source.weight >= 1 or draw.random() < source.weight)
 
 
-def read_example(row: Row, names: Names) -> Example:
+def read_example(row: SourceRow, names: Names) -> Example:
     """What a row says.
 
     Raises:
@@ -104,7 +104,7 @@ def read_example(row: Row, names: Names) -> Example:
 
 
 def encoded_batches(rows: Iterable[R], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[R]]:
-    """The rows in batches, those that were rendered also tokenised: together, which is faster than one by one."""
+    """The rows in batches, those that were rendered also tokenized: together, which is faster than one by one."""
     for batch in _batches(rows):
         if texts := [text for reading in batch for text in reading.rendered]:
             encoded = iter(tokenize(texts, tokenizer))

@@ -114,7 +114,7 @@ def _known(flag: str, name: str, names: Sequence[str]) -> None:
 
 
 def parse(row: object, names: Names | None = None) -> Example:
-    """Recognise a row's format by its fields and bring it to the common form.
+    """Recognize a row's format by its fields and bring it to the common form.
 
     Args:
         row: What a reader gave; anything but an object is an error.
@@ -131,7 +131,7 @@ def parse(row: object, names: Names | None = None) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…", "completion": "…"}')
     fields = names.rename(row)
-    form = recognise(fields, names)
+    form = recognize(fields, names)
     if form.turns is None:
         text = read_text(fields["text"], names.column("text"))
         if not text.strip():
@@ -192,7 +192,7 @@ FORMATS = (
 )
 
 
-def recognise(fields: Fields, names: Names) -> Format:
+def recognize(fields: Fields, names: Names) -> Format:
     """The format that a row's fields make.
 
     Raises:

@@ -14,12 +14,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import OnBadRow
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.comparisons import Comparison, comparisons, read_comparisons, split_answers
 from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.preferences import FIELDS, IdenticalPairError
 from hymba_tune.data.report import DataReport
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -47,7 +47,7 @@ class PreferenceReport(DataReport):
     identical: int = 0
     chosen_longer: int = 0
 
-    def drop_bad(self, place: Place, problem: DataError, listing: TextIO) -> None:
+    def drop_bad(self, place: RowLocation, problem: DataError, listing: TextIO) -> None:
         """Count a row that cannot be used, and list it."""
         self.identical += isinstance(problem, IdenticalPairError)
         super().drop_bad(place, problem, listing)
@@ -91,7 +91,7 @@ def build_preferences(
     """
     columns = PAIRED if paired else JUDGED
     return build(
-        RowKind(
+        RowSchema(
             columns=columns,
             report=PreferenceReport,
             fit=lambda some, report: (_fit(one, max_length, report) for one in some),

@@ -26,7 +26,7 @@ GOOD, BAD = (True, 1, "true", "1"), (False, 0, "false", "0")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PreferencePair:
     """Two conversations that differ in their last message, an answer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class UnpairedPreference:
     """A conversation whose last message is an answer, and whether it is a good one."""
 
     conversation: Conversation
@@ -52,8 +52,8 @@ class IdenticalPairError(DataError):
     """The answers of a pair are the same."""
 
 
-def parse_pair(row: object, names: Names | None = None) -> Pair:
-    """Recognise a pair by its columns.
+def parse_pair(row: object, names: Names | None = None) -> PreferencePair:
+    """Recognize a pair by its columns.
 
     ``chosen`` and ``rejected`` are answers to ``prompt``, as texts or as messages, or whole conversations: lists of
     messages (as in UltraFeedback), or texts with ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
@@ -81,11 +81,11 @@ def parse_pair(row: object, names: Names | None = None) -> Pair:
         )
     _check_same_prompt(chosen, rejected)
     tie = any(fields.get(one) is not None and fields.get(one) == fields.get(other) for one, other in SCORES)
-    return Pair(chosen, rejected, tie)
+    return PreferencePair(chosen, rejected, tie)
 
 
-def parse_judged(row: object, names: Names | None = None) -> list[Judged]:
-    """Recognise an answer and its label, or a pair, which is one good answer and a bad one.
+def parse_unpaired(row: object, names: Names | None = None) -> list[UnpairedPreference]:
+    """Recognize an answer and its label, or a pair, which is one good answer and a bad one.
 
     The label is true or false, or 1 or 0, of the answer in ``completion``, or of the last one of ``messages``.
 
@@ -96,14 +96,14 @@ def parse_judged(row: object, names: Names | None = None) -> list[Judged]:
     fields = _fields(row, names)
     if "chosen" in fields and "rejected" in fields:
         pair = parse_pair(row, names)
-        return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
+        return [UnpairedPreference(pair.chosen, True), UnpairedPreference(pair.rejected, False)]
     if "label" not in fields:
         what = f"it has no {names.column('label')} (but {listing(fields)})"
         raise DataError(what, expected=EXPECTED_JUDGED, fix=_other_verb(fields) or "--map label=COLUMN")
     side = "completion" if "completion" in fields else "messages"
     if side not in fields:
         raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_JUDGED)
-    return [Judged(_conversation(fields, side, names), _label(fields["label"], names))]
+    return [UnpairedPreference(_conversation(fields, side, names), _label(fields["label"], names))]
 
 
 def _other_verb(fields: Mapping[str, object]) -> str:

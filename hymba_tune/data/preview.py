@@ -14,7 +14,7 @@ from hymba_tune.data.chat import Rendered, tokenize
 from hymba_tune.data.checking_pairs import holds_pairs
 from hymba_tune.data.comparisons import Comparison, comparisons, split_answers
 from hymba_tune.data.encoding import Reading, readings
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -33,7 +33,7 @@ class Preview:
         problem: What is wrong with it; there is no text then.
     """
 
-    place: Place
+    place: RowLocation
     pieces: tuple[tuple[str, Kind], ...] = ()
     tokens: int = 0
     learned: tuple[int, ...] = ()

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hymba_tune.data.rows import Place, Row, listing
+from hymba_tune.data.rows import RowLocation, SourceRow, listing
 from hymba_tune.errors import DataError
 
 GZIP_MARK = b"\x1f\x8b"
@@ -40,7 +40,7 @@ UTF8 = "UTF-8"
 TO_UTF8 = "save the file as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)"
 
 
-def read_file(path: Path, name: str) -> Iterator[Row]:
+def read_file(path: Path, name: str) -> Iterator[SourceRow]:
     """Rows of a file, gzipped or not, by the kind its name ends in.
 
     Args:
@@ -93,19 +93,19 @@ def _open(path: Path, name: str) -> BinaryIO:
     return path.open("rb")
 
 
-def read_jsonl(file: BinaryIO, name: str) -> Iterator[Row]:
+def read_jsonl(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     """One JSON value a line. Blank lines are counted as lines and are no rows."""
     for number, line in enumerate(file, start=1):
-        place = Place(name, number)
+        place = RowLocation(name, number)
         try:
             text = _decode(line, first=number == 1).rstrip()
             if text:
-                yield Row(place, _parse(text))
+                yield SourceRow(place, _parse(text))
         except DataError as error:
-            yield Row(place, error=error)
+            yield SourceRow(place, error=error)
 
 
-def read_json(file: BinaryIO, name: str) -> Iterator[Row]:
+def read_json(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     """An array of rows, or an object that holds one array; also JSON lines that are named ``.json``."""
     first, second = file.readline(), file.readline()
     file.seek(0)
@@ -118,7 +118,7 @@ def read_json(file: BinaryIO, name: str) -> Iterator[Row]:
         problem, expected = error.what, error.details["expected"]
         raise DataError(f"Cannot use {name}: {problem}.", expected=expected, fix=error.details["to fix"]) from None
     for number, value in enumerate(values, start=1):
-        yield Row(Place(name, number, "row"), value)
+        yield SourceRow(RowLocation(name, number, "row"), value)
 
 
 def _decode(raw: bytes, *, first: bool) -> str:
@@ -165,7 +165,7 @@ def _only_list(document: object) -> list[object]:
     )
 
 
-def read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
+def read_csv(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     """A table under a header, parted by commas, semicolons or tabs. The place of a row is its first line."""
     csv.field_size_limit(LARGEST_CELL)
     # Bytes that are not UTF-8 become lone surrogates: the row they are in is named, and the stream goes on.
@@ -174,13 +174,13 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
         table = csv.reader(chain([first], text), delimiter=max(",;\t", key=first.count), strict=True)
         header: list[str] = []
         while True:
-            place = Place(name, table.line_num + 1)
+            place = RowLocation(name, table.line_num + 1)
             try:
                 cells = next(table)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(
+                yield SourceRow(
                     place, error=DataError(f"not CSV ({error})", fix="close every quote, and double those inside")
                 )
                 continue
@@ -190,28 +190,28 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
                 yield _table_row(place, header, cells)
 
 
-def _table_row(place: Place, header: list[str], cells: list[str]) -> Row:
+def _table_row(place: RowLocation, header: list[str], cells: list[str]) -> SourceRow:
     if len(cells) != len(header):
         what = f"it has {len(cells)} fields, the header {len(header)} ({listing(header)})"
-        return Row(place, error=DataError(what, fix="put fields with separators or line breaks in quotes"))
+        return SourceRow(place, error=DataError(what, fix="put fields with separators or line breaks in quotes"))
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
-        return Row(place, error=DataError("it is not UTF-8", expected=UTF8, fix=TO_UTF8))
-    return Row(place, dict(zip(header, cells, strict=True)))
+        return SourceRow(place, error=DataError("it is not UTF-8", expected=UTF8, fix=TO_UTF8))
+    return SourceRow(place, dict(zip(header, cells, strict=True)))
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Row]:
+def read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
     """Rows of a Parquet table, a batch of them in memory at a time."""
     number = 0
     with pq.ParquetFile(path) as table:
         for batch in table.iter_batches(batch_size=PARQUET_BATCH):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(Place(name, number, "row"), value)
+                yield SourceRow(RowLocation(name, number, "row"), value)
 
 
-READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[SourceRow]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

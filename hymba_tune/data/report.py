@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.errors import DataError
 
 
@@ -17,7 +17,7 @@ from hymba_tune.errors import DataError
 class Dropped:
     """A row that is not trained on. ``reason`` is ``bad row`` or ``too long``; ``what`` says it in full."""
 
-    place: Place
+    place: RowLocation
     reason: str
     what: str
 
@@ -97,12 +97,12 @@ class DataReport:
     sources: list[SourceCounts] = field(default_factory=list)
     fingerprint: str = ""
 
-    def drop_bad(self, place: Place, problem: DataError, listing: TextIO) -> None:
+    def drop_bad(self, place: RowLocation, problem: DataError, listing: TextIO) -> None:
         """Count a row that cannot be used, and list it."""
         self.bad_rows += 1
         self._drop(Dropped(place, "bad row", problem.what), listing)
 
-    def drop_long(self, place: Place, what: str, listing: TextIO) -> None:
+    def drop_long(self, place: RowLocation, what: str, listing: TextIO) -> None:
         """Count a row of which nothing fits, and list it."""
         self.too_long += 1
         self._drop(Dropped(place, "too long", what), listing)

@@ -10,7 +10,7 @@ from hymba_tune.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RowLocation:
     """Where a row stands.
 
     Attributes:
@@ -28,10 +28,10 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """A row as it was read: its value, or the error that kept it from being read."""
 
-    place: Place
+    place: RowLocation
     value: object = None
     error: DataError | None = None
 
@@ -45,7 +45,7 @@ class RowError(DataError):
         extent: How many such rows there are, in words; nothing where rows cannot be skipped.
     """
 
-    def __init__(self, place: Place, problem: DataError, *, extent: str = "") -> None:
+    def __init__(self, place: RowLocation, problem: DataError, *, extent: str = "") -> None:
         super().__init__(
             f"Cannot use {place}: {problem.what}.",
             expected=problem.details["expected"],

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 
 from hymba_tune.data.readers import KINDS, kind, read_file, unreadable
-from hymba_tune.data.rows import Place, Row, listing
+from hymba_tune.data.rows import RowLocation, SourceRow, listing
 from hymba_tune.errors import DataError, HubError
 
 DEMO = "demo"
@@ -37,14 +37,14 @@ class Source:
     """
 
     name: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[], Iterator[SourceRow]]
     held_out: Source | None = None
     content: Callable[[], str] | None = None
     weight: float = 1.0
     max_rows: int | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[SourceRow]:
         """A pass over the rows.
 
         Raises:
@@ -136,8 +136,8 @@ def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
             fix=f"choose what to load: {path}:CONFIG, {path}@SPLIT or {path}:CONFIG@SPLIT",
         ) from error
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[SourceRow]:
         for number, value in enumerate(rows, start=1):
-            yield Row(Place(name, number, "row"), value)
+            yield SourceRow(RowLocation(name, number, "row"), value)
 
     return Source(name, read, content=lambda: f"{name} {rows._fingerprint}")

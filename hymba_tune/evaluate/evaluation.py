@@ -16,10 +16,17 @@ from hymba_tune.data import open_sources
 from hymba_tune.data.training import Working
 from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError
-from hymba_tune.evaluate.asking import Answered, Extraction, Question, ask_all, judge_answers, read_questions
+from hymba_tune.evaluate.questions import (
+    AnsweredQuestion,
+    Extraction,
+    Question,
+    answer_questions,
+    judge_answers,
+    read_questions,
+)
 from hymba_tune.evaluate.scoring import score_rows
-from hymba_tune.evaluate.texts import TextCounts, Texts
-from hymba_tune.generate import FoundModel, find_model
+from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
+from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.registry import resolve_model
 
 
@@ -46,7 +53,7 @@ class ModelResult:
     measures: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: TextCounts | None = None
-    answered: list[Answered] = field(default_factory=list)
+    answered: list[AnsweredQuestion] = field(default_factory=list)
 
 
 @dataclass
@@ -71,10 +78,10 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
     models = [find_model(name, config, config.chat_template) for name in _names(config)]
     questions, extract = _questions(config)
     tasks = _Tasks(config) if config.tasks else None
-    texts: list[Texts] = []
+    texts: list[ScoringTexts] = []
     counts: list[TextCounts] = []
     for model in models if config.data else ():
-        texts.append(Texts.named(config, model.tokenizer))
+        texts.append(ScoringTexts.named(config, model.tokenizer))
         with working("reading the data") as progress:
             counts.append(texts[-1].count(progress))
     results = []
@@ -135,7 +142,7 @@ def _questions(config: EvalConfig) -> tuple[list[Question], Extraction]:
 def _score(
     result: ModelResult,
     model: PreTrainedModel,
-    texts: Texts,
+    texts: ScoringTexts,
     counts: TextCounts,
     config: EvalConfig,
     working: Working,
@@ -154,14 +161,14 @@ def _score(
 def _ask(
     result: ModelResult,
     model: PreTrainedModel,
-    found: FoundModel,
+    found: LoadableModel,
     questions: Sequence[Question],
     extract: Extraction,
     config: EvalConfig,
     working: Working,
 ) -> None:
     with working(f"asking {result.name} {len(questions):,} questions") as progress:
-        result.answered = ask_all(
+        result.answered = answer_questions(
             model,
             found.tokenizer,
             questions,
@@ -191,7 +198,7 @@ class _Tasks:
         self._harness, self._config = harness, config
         self.names, self._manager = harness.find_tasks(config.tasks)
 
-    def run(self, model: PreTrainedModel, found: FoundModel, working: Working) -> dict[str, dict[str, float]]:
+    def run(self, model: PreTrainedModel, found: LoadableModel, working: Working) -> dict[str, dict[str, float]]:
         config: Any = self._config
         with working(f"{', '.join(self.names)} with {found.source.name}") as progress:
             lm = self._harness.HymbaLM(model, found.tokenizer, batch_size=config.batch_size, progress=progress)

@@ -77,7 +77,7 @@ def score_rows(
 
 
 def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[list[float], list[bool]]]:
-    """The log-probability of every labelled token of each row, nats, and whether no other is likelier there."""
+    """The log-probability of every labeled token of each row, nats, and whether no other is likelier there."""
     ids, mask, labels = _padded(rows, model.device)
     with torch.inference_mode():
         scores = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
@@ -89,7 +89,7 @@ def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[
 
 
 def predicting_states(model: PreTrainedModel, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """What the head predicts the labelled tokens of all rows from, states ``(n, d)``, and those tokens ``(n,)``."""
+    """What the head predicts the labeled tokens of all rows from, states ``(n, d)``, and those tokens ``(n,)``."""
     ids, mask, labels = _padded(rows, model.device)
     with torch.inference_mode():
         states = model.base_model(ids, attention_mask=mask).last_hidden_state

@@ -47,7 +47,7 @@ class TextCounts:
 
 
 @dataclass(frozen=True)
-class Texts:
+class ScoringTexts:
     """Data to score, for one tokenizer. Every pass reads it anew."""
 
     sources: Sequence[Source]
@@ -58,7 +58,7 @@ class Texts:
     on_bad_row: OnBadRow = OnBadRow.stop
 
     @classmethod
-    def named(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    def named(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> ScoringTexts:
         """What ``--data`` names, opened.
 
         Raises:

@@ -23,7 +23,7 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def held_beside(device: torch.device, dtype: torch.dtype) -> int:
+def process_overhead(device: torch.device, dtype: torch.dtype) -> int:
     """Bytes taken beside a training step's tensors.
 
     On a CPU what this process holds now, such as Python and libraries, and what it is known to load later; on CUDA a

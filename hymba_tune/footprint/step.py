@@ -24,7 +24,7 @@ MOMENT_BYTES = {
     "adafactor": 0.1,
     "sgd": 0.0,
 }
-"""Bytes that each optimiser keeps of a parameter; those in 8 bits have a scale for every block beside them."""
+"""Bytes that each optimizer keeps of a parameter; those in 8 bits have a scale for every block beside them."""
 SHORT = 64
 """Tokens of the texts that layers are counted with: all but attention's scores grows with the batch's tokens alone."""
 COUNTS = (1, 3)
@@ -65,7 +65,7 @@ class Footprint:
         optimizer: Its state.
         activations: What layers keep for the backward, and take while they compute.
         head: What the loss takes.
-        beside: What is held beside the model: a teacher.
+        extra_bytes: What is held beside the model: a teacher.
     """
 
     weights: int
@@ -74,7 +74,7 @@ class Footprint:
     optimizer: int
     activations: int
     head: int
-    beside: int = 0
+    extra_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -104,7 +104,7 @@ class StepMemory:
         checkpointing: bool,
         accumulates: bool,
         optimizer: str,
-        quantised: Mapping[str, int] = MappingProxyType({}),
+        quantized: Mapping[str, int] = MappingProxyType({}),
     ) -> Footprint:
         """The worst moment of a step.
 
@@ -113,10 +113,10 @@ class StepMemory:
             checkpointing: Whether layers compute their activations again in the backward.
             accumulates: Whether gradients of earlier batches are there while one is computed.
             optimizer: Its name in the settings.
-            quantised: Bytes of each layer whose weight is stored in fewer bits, by its name.
+            quantized: Bytes of each layer whose weight is stored in fewer bits, by its name.
         """
         layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
-        frozen, unpacked = self._frozen(quantised)
+        frozen, unpacked = self._frozen(quantized)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         trained_bytes = sum(parameter.nbytes for parameter in trained)
         state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
@@ -124,7 +124,7 @@ class StepMemory:
         around = self._around_layers(batch)
         moments = [
             (waiting, around + sum(cost.held(checkpointing) for cost in layers), loss.peak),
-            (trained_bytes, 0, 0),  # the optimiser's step
+            (trained_bytes, 0, 0),  # the optimizer's step
             (trained_bytes, around, loss.gradients),  # the embedding's backward, with a gradient of its own
         ]
         # The backward comes from the last layer: those before it still hold all they keep, those after it nothing.
@@ -137,13 +137,13 @@ class StepMemory:
         weights, adapter = (frozen, trained_bytes) if frozen else (trained_bytes, 0)
         return Footprint(weights, adapter, gradients, state, activations, head)
 
-    def _frozen(self, quantised: Mapping[str, int]) -> tuple[int, int]:
+    def _frozen(self, quantized: Mapping[str, int]) -> tuple[int, int]:
         """Bytes of what is not trained, and those that a weight in fewer bits takes while it is computed with."""
         held = unpacked = 0
         for name, parameter in self._base.named_parameters():
             if parameter.requires_grad:
                 continue
-            size = quantised.get(name.replace(".base_layer", "").removesuffix(".weight"))
+            size = quantized.get(name.replace(".base_layer", "").removesuffix(".weight"))
             held += parameter.nbytes if size is None else size
             if size is not None:
                 unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)

@@ -97,7 +97,7 @@ class Chat:
             self._on_note = None
 
 
-class Talk:
+class ChatSession:
     """The same conversation with one model or with several, and what can be done to it between two questions.
 
     Args:

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.adapters import folding_note, open_model, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
-from hymba_tune.config import AskingOptions, as_mapping
+from hymba_tune.config import GenerationOptions, as_mapping
 from hymba_tune.data import with_chat_template
 from hymba_tune.registry import ModelSource, resolve_model
 
 
 @dataclass(frozen=True)
-class FoundModel:
+class LoadableModel:
     """A model without its weights.
 
     Attributes:
@@ -43,7 +43,7 @@ class FoundModel:
         return open_model(self.source, dtype=self.dtype, device=self.device).eval()
 
 
-def find_model(name: str, options: AskingOptions, chat_template: str | None = None) -> FoundModel:
+def find_model(name: str, options: GenerationOptions, chat_template: str | None = None) -> LoadableModel:
     """Find a model, and choose how this process computes it.
 
     Args:
@@ -60,4 +60,4 @@ def find_model(name: str, options: AskingOptions, chat_template: str | None = No
     config = load_config(weights_of(source))
     choose_kernels(as_mapping(options.kernels), config, device, dtype)
     tokenizer = with_chat_template(load_tokenizer(source.folder), chat_template)
-    return FoundModel(source, tokenizer, config, dtype, device)
+    return LoadableModel(source, tokenizer, config, dtype, device)

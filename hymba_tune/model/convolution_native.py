@@ -23,7 +23,7 @@ SOURCE = (
     VECTORS
     + r"""
 // W channels stand side by side in a vector, GROUP channels are one unit of work. A group goes through the texts CHUNK
-// tokens at a time, one block of W channels after the other: neighbours in a row are then read close to each other.
+// tokens at a time, one block of W channels after the other: neighbors in a row are then read close to each other.
 
 constexpr int GROUP = 64, CHUNK = 32;
 
@@ -161,7 +161,7 @@ def native_conv1d(
     bias: Tensor | None,
     *,
     offsets: tuple[int, ...] | None = None,
-    chained: bool = False,
+    fuses_meta_prefix: bool = False,
     silu: bool = False,
 ) -> Tensor:
     """Convolve texts that begin from zeros.
@@ -171,18 +171,18 @@ def native_conv1d(
         weight: ``(E, K)``, K up to `WIDEST`.
         bias: ``(E,)`` or None.
         offsets: Where each text begins among the T tokens, and T; one text when not given.
-        chained: Whether the texts after the first begin from its last inputs instead.
+        fuses_meta_prefix: Whether the texts after the first begin from its last inputs instead.
         silu: Whether silu follows.
 
     Returns:
         ``(T, E)`` in x's dtype.
     """
-    layout = offsets or (0, x.shape[0]), chained, silu
+    layout = offsets or (0, x.shape[0]), fuses_meta_prefix, silu
     y: Tensor = _NativeConvolution.apply(readable(x), weight, bias, layout)
     return y
 
 
-def native_unfit(task: Task) -> str | None:
+def native_unsupported_reason(task: Task) -> str | None:
     """Why a task cannot be taken, or None if it can."""
     return None if task.taps <= WIDEST else f"the width must be at most {WIDEST}, not {task.taps}"
 
@@ -226,14 +226,14 @@ def _call(
     layout: tuple[tuple[int, ...], bool, bool],
     **others: Tensor | None,
 ) -> None:
-    offsets, chained, silu = layout
+    offsets, fuses_meta_prefix, silu = layout
     texts = (ctypes.c_int64 * len(offsets))(*offsets)
     arguments = _Arguments(
         texts=len(offsets) - 1,
         E=x.shape[1],
         K=weight.shape[1],
         threads=threads_for(weight.shape[1] * x.numel()),
-        chained=chained,
+        fuses_meta_prefix=fuses_meta_prefix,
         silu=silu,
         offsets=ctypes.addressof(texts),
         x=x,

@@ -52,30 +52,30 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         weight = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        normalisers, log_probs, entropy, means = (hidden.new_empty(len(targets), dtype=wide) for _ in range(4))
+        normalizers, log_probs, entropy, means = (hidden.new_empty(len(targets), dtype=wide) for _ in range(4))
         top1 = torch.empty_like(targets, dtype=torch.bool)
         for rows in _chunks(len(targets)):
             logits = torch.nn.functional.linear(hidden[rows], weight).to(wide)
             chosen = logits.gather(1, targets[rows, None])[:, 0]
             means[rows] = logits.mean(-1)
             top1[rows] = chosen >= logits.amax(-1)
-            normalisers[rows] = logits.logsumexp(-1)
-            log_probs[rows] = chosen - normalisers[rows]
-            probabilities = (logits - normalisers[rows, None]).exp_()
-            entropy[rows] = normalisers[rows] - torch.linalg.vecdot(probabilities, logits)
-        ctx.save_for_backward(hidden, weight, targets, normalisers)
+            normalizers[rows] = logits.logsumexp(-1)
+            log_probs[rows] = chosen - normalizers[rows]
+            probabilities = (logits - normalizers[rows, None]).exp_()
+            entropy[rows] = normalizers[rows] - torch.linalg.vecdot(probabilities, logits)
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.mark_non_differentiable(entropy, means, top1)
         return log_probs, entropy, means, top1
 
     @staticmethod
     def backward(ctx: Any, d_log_probs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+        hidden, weight, targets, normalizers = ctx.saved_tensors
         need_hidden, need_weight, _ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if need_weight else None
+        d_weight = torch.zeros_like(weight, dtype=normalizers.dtype) if need_weight else None
         for rows in _chunks(len(targets)):
-            logits = torch.nn.functional.linear(hidden[rows], weight).to(normalisers.dtype)
-            d_logits = (logits - normalisers[rows, None]).exp_().neg_()
+            logits = torch.nn.functional.linear(hidden[rows], weight).to(normalizers.dtype)
+            d_logits = (logits - normalizers[rows, None]).exp_().neg_()
             d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[rows]] += 1
             d_logits = (d_logits * d_log_probs[rows, None]).to(hidden.dtype)
             if d_hidden is not None:

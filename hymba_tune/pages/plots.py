@@ -1,4 +1,4 @@
-"""Plots as SVG inside a page: sharp at any size, their text real text, their colours the page's."""
+"""Plots as SVG inside a page: sharp at any size, their text real text, their colors the page's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def plot(
     Args:
         title: What it shows; the page prints it above.
         alt: What it says in a sentence.
-        draw: Draws on the axes it is given, in colours of `LIGHT`, and labels them with units.
+        draw: Draws on the axes it is given, in colors of `LIGHT`, and labels them with units.
         size: Inches.
         note: A line below it.
     """
@@ -103,10 +103,10 @@ def _drawn(draw: Callable[[Axes], None], size: tuple[float, float], *, salt: str
 
 
 def _of_the_page(svg: str) -> str:
-    """The ``svg`` element alone, its colours and fonts those of the page, without names that other plots have too."""
+    """The ``svg`` element alone, its colors and fonts those of the page, without names that other plots have too."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<svg .*?(viewBox=\"[^\"]*\").*?>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(f"'{FONT}'", "var(--sans)").replace("xlink:href", "href")
-    for name, colour in LIGHT.items():
-        svg = svg.replace(colour, f"var(--{name})")
+    for name, color in LIGHT.items():
+        svg = svg.replace(color, f"var(--{name})")
     return svg

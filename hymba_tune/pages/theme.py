@@ -1,4 +1,4 @@
-"""The colours of pages and plots. Every line also differs by its dashes or marks, so that grey print loses nothing."""
+"""The colors of pages and plots. Every line also differs by its dashes or marks, so that gray print loses nothing."""
 
 from __future__ import annotations
 

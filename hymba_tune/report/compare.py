@@ -106,7 +106,7 @@ def _best(records: dict[str, RunRecord]) -> str:
     if len(known) < 2:
         return "Not enough of these runs have held-out data to compare them by."
     if len({record.verb for record in records.values()}) > 1:
-        return "These runs minimise different losses, which cannot be compared."
+        return "These runs minimize different losses, which cannot be compared."
     ranked = sorted(known, key=lambda letter: known[letter])
     said = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
     return f"{ranked[0]} did best: lowest held-out loss {said}."

@@ -17,7 +17,7 @@ FEW = 40
 """Up to so many points each is marked."""
 COLOURS = ("first", "second", "third", "fourth")
 LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
-"""How curves on the same axes are told apart, also in grey."""
+"""How curves on the same axes are told apart, also in gray."""
 MOST_SOURCES = 8
 LABEL = 18
 """Characters of a source's name in a plot."""
@@ -117,9 +117,9 @@ def _overlaid(
     def draw(axes: Axes) -> None:
         for number, (letter, curve) in enumerate(curves.items()):
             turn, place = divmod(number, len(COLOURS))
-            colour, (dashes, marker) = COLOURS[place], LINES[(place + turn) % len(LINES)]
+            color, (dashes, marker) = COLOURS[place], LINES[(place + turn) % len(LINES)]
             if curve[0]:
-                _line(axes, curve, kind, color=LIGHT[colour], linestyle=dashes, marker=marker, label=letter)
+                _line(axes, curve, kind, color=LIGHT[color], linestyle=dashes, marker=marker, label=letter)
         _axes(axes, kind)
         _legend(axes, columns)
 

@@ -14,7 +14,7 @@ from hymba_tune.pages import LIGHT, SIZE, Plot, plot
 GROUPS = ("attention", "SSM", "attention + SSM", "MLP")
 """Rows of the map, from above; what is not in a layer stands below it in words."""
 SHADES = 40
-"""So few that the colour bar is drawn, not embedded as a picture."""
+"""So few that the color bar is drawn, not embedded as a picture."""
 
 
 def updates_plot(parts: list[dict[str, Any]], *, from_base: bool = False) -> Plot | None:

@@ -22,10 +22,10 @@ from hymba_tune.data import Conversation, encode_prompt
 from hymba_tune.data.messages import read_messages
 from hymba_tune.errors import DataError
 from hymba_tune.generate import Sampling, TokenScore, Writing
-from hymba_tune.serve.asked import ApiError, Asked, ChatAsked, CompletionAsked, read_asked
-from hymba_tune.serve.told import (
-    Pieces,
-    Tokens,
+from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
+from hymba_tune.serve.responses import (
+    AnswerStream,
+    TokenTexts,
     chat_logprobs,
     completion_logprobs,
     head,
@@ -38,7 +38,7 @@ from hymba_tune.serve.worker import Job, QueueFullError, Worker
 BODY_SECONDS = 30
 """That a request's body may take to come."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-Choice = Callable[[Pieces, bool], dict[str, Any]]
+Choice = Callable[[AnswerStream, bool], dict[str, Any]]
 """What is told of a text, since the last time where that is streamed."""
 
 
@@ -47,8 +47,8 @@ class Limits:
     """What a request may have.
 
     Attributes:
-        context: Tokens that prompt and answer may have together.
-        new_tokens: Tokens of an answer.
+        context: TokenTexts that prompt and answer may have together.
+        new_tokens: TokenTexts of an answer.
         body: Bytes of a request.
     """
 
@@ -69,7 +69,7 @@ class Service:
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, worker: Worker, limits: Limits) -> None:
         self._name, self._tokenizer, self._worker, self._limits = name, tokenizer, worker, limits
-        self._tokens = Tokens(tokenizer)
+        self._tokens = TokenTexts(tokenizer)
 
     def app(self, *, local: bool) -> Starlette:
         """The application.
@@ -127,7 +127,7 @@ class Service:
             raise ApiError(400, f"The body is not JSON: {error}.") from None
 
     async def _chat(self, request: Request) -> Response:
-        asked = read_asked(ChatAsked, await self._body(request))
+        asked = read_request(ChatRequest, await self._body(request))
         self._known(asked.model)
         try:
             messages = read_messages(list(asked.messages), {"developer": "system"})
@@ -140,7 +140,7 @@ class Service:
         limit = asked.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
         texts = self._texts(asked, [prompt], limit, top, goes_on=False)
 
-        def choice(pieces: Pieces, streamed: bool) -> dict[str, Any]:
+        def choice(pieces: AnswerStream, streamed: bool) -> dict[str, Any]:
             told = pieces.next()
             scores = pieces.scores()
             said = {"role": "assistant", "content": told}
@@ -160,7 +160,7 @@ class Service:
         )
 
     async def _complete(self, request: Request) -> Response:
-        asked = read_asked(CompletionAsked, await self._body(request))
+        asked = read_request(CompletionRequest, await self._body(request))
         self._known(asked.model)
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         if not prompts or not all(prompts):
@@ -174,7 +174,7 @@ class Service:
         top = max(asked.prompt_logprobs or 0, asked.logprobs or 0)
         read = [await self._score(ids, top) for ids in prompts] if scored else None
 
-        def choice(pieces: Pieces, streamed: bool) -> dict[str, Any]:
+        def choice(pieces: AnswerStream, streamed: bool) -> dict[str, Any]:
             told, scores = pieces.next(), pieces.scores()
             number = pieces.text.number
             before = read[number // asked.n] if read else None
@@ -194,7 +194,7 @@ class Service:
 
     def _completion_scores(
         self,
-        asked: CompletionAsked,
+        asked: CompletionRequest,
         text: Writing,
         told: str,
         scores: Sequence[TokenScore],
@@ -218,7 +218,7 @@ class Service:
         return prompt
 
     def _texts(
-        self, asked: Asked, prompts: Sequence[list[int]], limit: int, top: int | None, *, goes_on: bool
+        self, asked: BaseRequest, prompts: Sequence[list[int]], limit: int, top: int | None, *, goes_on: bool
     ) -> list[Writing]:
         if limit > self._limits.new_tokens:
             raise ApiError(400, f"max_tokens: at most {self._limits.new_tokens:,} here.", param="max_tokens")
@@ -228,7 +228,7 @@ class Service:
                     400,
                     f"{len(prompt):,} tokens of prompt and {limit:,} of answer are more than the model's "
                     f"{self._limits.context:,}.",
-                    param="messages" if isinstance(asked, ChatAsked) else "prompt",
+                    param="messages" if isinstance(asked, ChatRequest) else "prompt",
                     code="context_length_exceeded",
                 )
         choices = range(asked.n * len(prompts))
@@ -254,7 +254,7 @@ class Service:
     async def _answer(
         self,
         request: Request,
-        asked: Asked,
+        asked: BaseRequest,
         texts: list[Writing],
         begin: dict[str, Any],
         choice: Choice,
@@ -263,7 +263,7 @@ class Service:
         *,
         stripped: bool,
     ) -> Response:
-        pieces = [Pieces(text, self._tokenizer, stripped=stripped) for text in texts]
+        pieces = [AnswerStream(text, self._tokenizer, stripped=stripped) for text in texts]
         if not texts[0].max_new_tokens:  # only the prompt was asked about
             return JSONResponse(begin | {"choices": [choice(p, False) for p in pieces], "usage": usage(prompts, texts)})
         changes = self._changes(texts)
@@ -309,7 +309,7 @@ class Service:
 
 async def _stream(
     changes: AsyncGenerator[None, None],
-    pieces: Sequence[Pieces],
+    pieces: Sequence[AnswerStream],
     begin: dict[str, Any],
     choice: Choice,
     opening: list[dict[str, Any]],

@@ -7,13 +7,13 @@ import torch
 from hymba_tune.adapters import count_parameters, describe, folding_note, short_count
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.train.base import RunTrainer
-from hymba_tune.train.foresight import Foresight
 from hymba_tune.train.limits import GB, memory_advice
+from hymba_tune.train.memory_estimate import MemoryEstimate
 from hymba_tune.train.optimizers import describe_groups
 from hymba_tune.train.setup import Data, Setup
 
 
-def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Foresight) -> dict[str, str]:
+def describe_run(setup: Setup, data: Data, trainer: RunTrainer, memory_estimate: MemoryEstimate) -> dict[str, str]:
     """A label and a line for each thing worth knowing before a run."""
     config, report = setup.config, data.report
     trainable, total = count_parameters(trainer.model)
@@ -41,8 +41,8 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
         "batch": " · ".join(
             [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{trainer.args.max_steps:,} steps"]
         ),
-        **({"optimiser": line} if (line := _optimizer(trainer, config)) else {}),
-        "memory": _memory(setup, foresight),
+        **({"optimizer": line} if (line := _optimizer(trainer, config)) else {}),
+        "memory": _memory(setup, memory_estimate),
         "run": str(setup.run.path),
     }
     were = "row is longer than --max-length and was"
@@ -55,7 +55,7 @@ def describe_run(setup: Setup, data: Data, trainer: RunTrainer, foresight: Fores
 
 
 def _optimizer(trainer: RunTrainer, config: TrainingConfig) -> str:
-    """What there is to say of an optimiser that is not the usual one, or of rates that differ."""
+    """What there is to say of an optimizer that is not the usual one, or of rates that differ."""
     groups = describe_groups(trainer.parameter_groups())
     rates = {group["name"].removesuffix(", no decay"): group["lr"] for group in groups}
     said: list[str] = [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
@@ -64,9 +64,9 @@ def _optimizer(trainer: RunTrainer, config: TrainingConfig) -> str:
     return " · ".join(said + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
 
 
-def _memory(setup: Setup, foresight: Foresight) -> str:
-    line = f"needs about {foresight.needs / GB:.1f} of {foresight.has / GB:.1f} GB"
-    return line if foresight.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
+def _memory(setup: Setup, memory_estimate: MemoryEstimate) -> str:
+    line = f"needs about {memory_estimate.needs / GB:.1f} of {memory_estimate.has / GB:.1f} GB"
+    return line if memory_estimate.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
 
 
 def _device(device: torch.device) -> str:

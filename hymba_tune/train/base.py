@@ -39,7 +39,7 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, as the optimiser takes them."""
+        """The trained parameters, as the optimizer takes them."""
         return parameter_groups(
             self.model,
             self.rates or Rates(self.args.learning_rate),
@@ -48,7 +48,7 @@ class RunTrainer(Trainer):
         )
 
     def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Transformers' choice of an optimiser, for our groups of parameters."""
+        """Transformers' choice of an optimizer, for our groups of parameters."""
         kind, arguments = Trainer.get_optimizer_cls_and_kwargs(*args, **kwargs)
         return kind, {**arguments, "params": self.parameter_groups()}
 
@@ -131,8 +131,8 @@ def keep_own_forward(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def quantisation_unseen(model: PreTrainedModel) -> Iterator[None]:
-    """Hide from TRL's trainers while they are made that a model is quantised: they would round its adapter to bfloat16.
+def quantization_unseen(model: PreTrainedModel) -> Iterator[None]:
+    """Hide from TRL's trainers while they are made that a model is quantized: they would round its adapter to bfloat16.
 
     Args:
         model: With its adapter on, or without one.

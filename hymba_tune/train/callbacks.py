@@ -15,7 +15,7 @@ from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import OF_SOURCE, Row, Screen
+from hymba_tune.train.screen import OF_SOURCE, MetricsRow, Screen
 
 LEAST_RATE = 1e-3
 """Share of its peak that a learning rate must have for every step to be seen in the weights."""
@@ -74,7 +74,7 @@ class Metrics(TrainerCallback):
         if "loss" in logs and self._seconds:
             speed = (state.num_input_tokens_seen - self._tokens) / self._seconds
             self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
-        row = Row(
+        row = MetricsRow(
             step=state.global_step,
             loss=logs.get("loss"),
             eval_loss=logs.get("eval_loss"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hymba_tune.config import TrainingConfig
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 
 def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     """
     facts, evaluations = run.facts(), list(run.evaluations())
     trained = "model" if run.model.is_dir() else "adapter"
-    how = config.method.value + (f" on weights quantised to {facts['quantized']}" if facts.get("quantized") else "")
+    how = config.method.value + (f" on weights quantized to {facts['quantized']}" if facts.get("quantized") else "")
     lines = [
         *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
         *("", f"# {run.name}", ""),
@@ -39,7 +39,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     (run.path / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _table(first: Row, last: Row) -> list[str]:
+def _table(first: MetricsRow, last: MetricsRow) -> list[str]:
     """The first and the last evaluation, side by side."""
     columns = {"eval_loss": "loss" if last.eval_accuracy is not None else "nats a token"}
     columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}

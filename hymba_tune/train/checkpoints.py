@@ -36,7 +36,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step a checkpoint was written after."""
+    """The optimizer step a checkpoint was written after."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -18,15 +18,14 @@ from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_run
-from hymba_tune.train.base import RunTrainer, quantisation_unseen
+from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import forget_torn, step_of
 from hymba_tune.train.ending import reported
-from hymba_tune.train.foresight import foresee, needs_with
 from hymba_tune.train.guard import LossGuard
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
+from hymba_tune.train.memory_estimate import bytes_needed_with, estimate_memory
 from hymba_tune.train.optimizers import describe_groups
 from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
@@ -34,6 +33,7 @@ from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import Stopping
+from hymba_tune.train.task import TrainingTask
 from hymba_tune.train.tracking import tracking
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -70,7 +70,7 @@ def _as_flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
-def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
+def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | None:
     """Train a model.
 
     Args:
@@ -102,18 +102,18 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
     else:
         run.create(config)
     trackers = [] if config.dry_run else config.track
-    beside = kind.beside(setup)
-    needs = partial(needs_with, setup, data, beside)
+    extra_bytes = kind.extra_bytes(setup)
+    needs = partial(bytes_needed_with, setup, data, extra_bytes)
     try:
         with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, trackers):
             set_seed(config.seed)
             with screen.working("foreseeing the memory"):
-                foresight = foresee(setup, data, beside)
+                memory_estimate = estimate_memory(setup, data, extra_bytes)
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)
             described = kind.describe(setup)
-            screen.banner(describe_run(setup, data, trainer, foresight) | described)
+            screen.banner(describe_run(setup, data, trainer, memory_estimate) | described)
             if config.dry_run:
                 return None
             run.record(
@@ -125,7 +125,7 @@ def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
                 dtype=str(setup.dtype),
                 quantized=setup.scheme,
                 kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
-                memory={"predicted_bytes": foresight.peak, "parts": asdict(foresight.step)},
+                memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
                 optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
                 packed_share=trainer.packed_share(),
             )
@@ -174,13 +174,13 @@ def _open(setup: Setup) -> PreTrainedModel:
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
-def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, screen: Screen) -> RunTrainer:
+def _trainer(setup: Setup, data: Data, kind: TrainingTask, model: PreTrainedModel, screen: Screen) -> RunTrainer:
     config = setup.config
     callbacks: list[Any] = [Metrics(setup.run, screen)]
     if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
-    with screen.working("handing the data to the trainer"), quantisation_unseen(model):
+    with screen.working("handing the data to the trainer"), quantization_unseen(model):
         trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
     trainer.rates, trainer.held_out_sources = learning_rates(setup), data.held_out_sources
     trainer.args.load_best_model_at_end = config.keeps_best

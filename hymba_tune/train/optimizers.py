@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate of each kind of parameter, and how it falls."""
+"""Optimizers, the learning rate of each kind of parameter, and how it falls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-"""Names of optimisers, and transformers' for them; bitsandbytes has the paged ones, Lion and those in 8 bits."""
+"""Names of optimizers, and transformers' for them; bitsandbytes has the paged ones, Lion and those in 8 bits."""
 
 META_TOKENS = re.compile(r"(^|\.)memory_tokens\.")
 SSM = re.compile(r"\.(A_log|D|conv1d|x_proj|dt_proj|dt_layernorm|B_layernorm|C_layernorm)\.")
@@ -59,7 +59,7 @@ class Rates:
 def parameter_groups(
     model: nn.Module, rates: Rates, *, weight_decay: float, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """The trained parameters by kind, as optimisers take them.
+    """The trained parameters by kind, as optimizers take them.
 
     Args:
         model: With its adapter on.

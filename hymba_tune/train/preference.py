@@ -15,25 +15,29 @@ from hymba_tune.data import PreferenceReport, read_preferences
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.margin import MarginWatch
-from hymba_tune.train.preference_trainers import JudgedTrainer, PairTrainer
+from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
+from hymba_tune.train.task import TrainingTask
 
 P = TypeVar("P", bound=PreferenceConfig)
 
 
 def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
     """Train a model to prefer the better answer of each pair; see `train`."""
-    return train(_with_adapter_of_run(config), Kind(_read_data, partial(_pair_trainer, screen), _describe), screen)
+    return train(
+        _with_adapter_of_run(config), TrainingTask(_read_data, partial(_pair_trainer, screen), _describe), screen
+    )
 
 
 def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
     """Train a model towards answers judged good and away from bad ones; see `train`."""
-    return train(_with_adapter_of_run(config), Kind(_read_data, partial(_judged_trainer, screen), _describe), screen)
+    return train(
+        _with_adapter_of_run(config), TrainingTask(_read_data, partial(_judged_trainer, screen), _describe), screen
+    )
 
 
 def _with_adapter_of_run(config: P) -> P:
@@ -136,10 +140,10 @@ def _judged_trainer(
     model: PreTrainedModel,
     arguments: dict[str, Any],
     callbacks: list[TrainerCallback],
-) -> JudgedTrainer:
+) -> UnpairedTrainer:
     config = cast(KTOConfig, setup.config)
-    weights = {"desirable_weight": config.good_weight, "undesirable_weight": config.bad_weight}
-    return JudgedTrainer(
+    weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+    return UnpairedTrainer(
         model=model,
         args=trl.KTOConfig(**_arguments(setup, arguments), loss_type=config.loss, **weights),
         train_dataset=data.train,

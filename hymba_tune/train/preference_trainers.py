@@ -105,7 +105,7 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
         return {"all": len(inputs["input_ids"]) // 2}
 
 
-class JudgedTrainer(PreferenceTrainer, KTOTrainer):
+class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
     """Trains on rows of ``prompt_ids``, ``completion_ids`` and ``label``."""
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:

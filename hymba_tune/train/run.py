@@ -20,7 +20,7 @@ import yaml
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.train.checkpoints import newest_whole
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -131,23 +131,23 @@ class Run:
         path = self.path / "run.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         """Add a line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_as_line(row))
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[MetricsRow]:
         """The lines of ``metrics.jsonl``; the last one counts only if it was written to its end."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [Row.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
+        return [MetricsRow.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
         lines = [_as_line(row) for row in self.rows() if row.step <= step]
         write_aside(self.path / "metrics.jsonl", "".join(lines))
 
-    def evaluations(self) -> Iterator[Row]:
+    def evaluations(self) -> Iterator[MetricsRow]:
         """The lines that carry a held-out loss."""
         return (row for row in self.rows() if row.eval_loss is not None)
 
@@ -183,5 +183,5 @@ def write_aside(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _as_line(row: Row) -> str:
+def _as_line(row: MetricsRow) -> str:
     return json.dumps(row.as_columns()) + "\n"

@@ -12,11 +12,11 @@ OF_SOURCE = "eval_loss/"
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricsRow:
     """One line of a run's metrics; None where the step has no such number.
 
     Attributes:
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         loss: Mean over the steps since the last row, nats a learned token.
         eval_loss: Mean over the held-out data's learned tokens, nats.
         learning_rate: Of the last step.
@@ -86,7 +86,7 @@ class Screen:
     def banner(self, lines: dict[str, str]) -> None:
         """What is about to run, a label and a line each."""
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         """New numbers."""
 
     def note(self, text: str) -> None:

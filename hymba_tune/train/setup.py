@@ -153,7 +153,7 @@ def weights_quantization(
 
 
 def check_quantization(config: TrainingConfig, source: ModelSource, model_config: PretrainedConfig) -> None:
-    """See that weights that are quantised, or are to be, can be trained as asked.
+    """See that weights that are quantized, or are to be, can be trained as asked.
 
     Raises:
         ConfigError: If not.
@@ -162,23 +162,23 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
     scheme = scheme_of(stored) if stored else None
     if source.adapter is not None and (scheme or config.quantize) and not _continues(config):
         raise ConfigError(
-            f"{source.name} is an adapter: it has to be folded in before its model is quantised.",
+            f"{source.name} is an adapter: it has to be folded in before its model is quantized.",
             fix=f"hymba-tune merge {config.model} --out merged, then --model merged",
         )
     if scheme is None:
         return
     if config.quantize not in (None, scheme):
         raise ConfigError(
-            f"--quantize {config.quantize}: {source.name} is quantised already, to {scheme}.", fix="leave it out"
+            f"--quantize {config.quantize}: {source.name} is quantized already, to {scheme}.", fix="leave it out"
         )
     if config.method is Method.full:
         raise ConfigError(
-            f"--method full trains every weight, and those of {source.name} are quantised ({scheme}).",
-            fix="--method lora, or a model that is not quantised",
+            f"--method full trains every weight, and those of {source.name} are quantized ({scheme}).",
+            fix="--method lora, or a model that is not quantized",
         )
     if config.method is Method.dora and scheme is Scheme.int8:
         raise ConfigError(
-            f"--method dora needs the norms of the weights, and those of {source.name} are quantised to int8, which "
+            f"--method dora needs the norms of the weights, and those of {source.name} are quantized to int8, which "
             "PEFT cannot take apart for it.",
             fix="--method lora",
         )

@@ -12,17 +12,17 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
+from hymba_tune.train.task import TrainingTask
 from hymba_tune.train.trainer import HymbaTrainer
 
 
 def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
     """Fine-tune a model on conversations or texts; see `train`."""
-    return train(config, Kind(_read_data, _make_trainer), screen)
+    return train(config, TrainingTask(_read_data, _make_trainer), screen)
 
 
 def _read_data(setup: Setup, screen: Screen) -> Data:

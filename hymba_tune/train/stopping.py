@@ -13,7 +13,7 @@ from hymba_tune.train.checkpoints import is_whole
 
 
 @dataclass(frozen=True)
-class Kept:
+class BestCheckpoint:
     """The weights a run ended with.
 
     Attributes:
@@ -70,13 +70,13 @@ class Stopping(TrainerCallback):
         if self._is_over(state):
             control.should_save = control.should_training_stop = True
 
-    def kept(self, state: TrainerState) -> Kept:
+    def kept(self, state: TrainerState) -> BestCheckpoint:
         """The weights that the trainer holds at the end of training."""
         losses = dict(evaluations(state))
         ended = f"no better evaluation in {self._patience}" if self._is_over(state) else None
         if self._keep_best and state.best_model_checkpoint is not None:
-            return Kept(state.best_global_step, losses[state.best_global_step], "best", ended)
-        return Kept(state.global_step, losses.get(state.global_step), "last", ended)
+            return BestCheckpoint(state.best_global_step, losses[state.best_global_step], "best", ended)
+        return BestCheckpoint(state.global_step, losses.get(state.global_step), "last", ended)
 
     def _is_over(self, state: TrainerState) -> bool:
         losses = [loss for _, loss in evaluations(state)]

@@ -132,7 +132,7 @@ def test_run_too_large_for_the_machine_says_so(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hymba_tune.cli.screen import RichScreen
-    from hymba_tune.train import foresight
+    from hymba_tune.train import memory_estimate
 
     said: dict[str, str] = {}
 
@@ -140,6 +140,6 @@ def test_run_too_large_for_the_machine_says_so(
         def banner(self, lines: dict[str, str]) -> None:
             said.update(lines)
 
-    monkeypatch.setattr(foresight, "device_memory", lambda _: 2**20)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda _: 2**20)
     assert run(settings(small_model, questions, tmp_path / "out", dry_run=True), Seeing()) is None
     assert "may run out: --batch-size 2 --grad-accum 2" in said["memory"]

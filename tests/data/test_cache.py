@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry each time that rows are tokenised."""
+    """An entry each time that rows are tokenized."""
     calls: list[int] = []
     from hymba_tune.data import encoding
 

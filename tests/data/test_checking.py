@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hymba_tune.config import Learn, OnBadRow
 from hymba_tune.data import Source, build_dataset, open_source
 from hymba_tune.data.check_counts import Check, FileCheck, Lengths
-from hymba_tune.data.check_facts import facts, histogram, mends, next_commands, overview, verdict
+from hymba_tune.data.check_facts import facts, histogram, next_commands, overview, problems, verdict
 from hymba_tune.data.check_page import check_page
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import ConfigError, DataError
@@ -127,7 +127,7 @@ def test_file_that_cannot_be_read_does_not_keep_the_others_from_it(
     assert found.rows == 1
     assert not found.usable
     assert verdict(found) == f"Cannot be trained on yet: {tmp_path}/empty.jsonl cannot be used."
-    assert mends(found)[0].what == f"Cannot use {tmp_path}/empty.jsonl: it has no rows."
+    assert problems(found)[0].what == f"Cannot use {tmp_path}/empty.jsonl: it has no rows."
     assert next_commands(found, ["a"], "m", [], 64) == []
 
 
@@ -152,11 +152,11 @@ def test_wrong_mapping_is_refused(hymba: PreTrainedTokenizerFast) -> None:
 def test_longer_rows_are_advised_within_reason(hymba: PreTrainedTokenizerFast) -> None:
     found = check([LONG, LATE], hymba)
     longest = max(found.lengths.rows)
-    fixes = [mend.fix for mend in mends(found)]
+    fixes = [mend.fix for mend in problems(found)]
     assert f"--max-length {-(-longest // 64) * 64} holds 99% of the rows whole" in fixes
     found.lengths = Lengths()
     found.lengths.rows.update({100_000: 9, 10: 1})
-    assert "shorten them, or a larger --max-length" in [mend.fix for mend in mends(found)]
+    assert "shorten them, or a larger --max-length" in [mend.fix for mend in problems(found)]
 
 
 @pytest.mark.parametrize(

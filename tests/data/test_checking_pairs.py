@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.check_counts import Check
-from hymba_tune.data.check_facts import facts, mends, next_commands, overview
+from hymba_tune.data.check_facts import facts, next_commands, overview, problems
 from hymba_tune.data.check_page import check_page
 from hymba_tune.data.checking import check_sources
 from hymba_tune.data.preference_dataset import build_preferences
@@ -35,7 +35,7 @@ def test_ties_identical_pairs_and_length_bias_are_told(hymba: PreTrainedTokenize
     assert (pairs["rows"], pairs["ties"], pairs["identical"]) == (5, 1, 1)
     assert (pairs["chosen_longer"], pairs["rejected_longer"], pairs["chosen_longer_share"]) == (4, 1, 0.8)
     assert found.duplicates.examples == [("support.jsonl, line 6", "support.jsonl, line 1")]
-    told = [mend.what for mend in mends(found)]
+    told = [mend.what for mend in problems(found)]
     assert '1 row: "chosen" and "rejected" are the same' in told
     assert "1 pair: both answers have one score" in told
     assert "the better answer is the longer one in 80% of the pairs" in told
@@ -45,7 +45,7 @@ def test_ties_identical_pairs_and_length_bias_are_told(hymba: PreTrainedTokenize
     assert "The chosen answer is longer in 80 % of the pairs." in check_page(found, model="m", commands=[])
 
 
-def test_pairs_under_other_names_are_recognised(hymba: PreTrainedTokenizerFast) -> None:
+def test_pairs_under_other_names_are_recognized(hymba: PreTrainedTokenizerFast) -> None:
     rows = [{"q": "Hi", "good": "Hello", "bad": "No"}]
     mapping = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     found = check_sources([source(rows)], hymba, max_length=64, mapping=mapping)

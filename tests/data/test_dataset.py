@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from hymba_tune.config import OnBadRow
 from hymba_tune.data import (
     Conversation,
-    Place,
-    Row,
     RowError,
+    RowLocation,
     Source,
+    SourceRow,
     Text,
     build_dataset,
     encode,
@@ -30,7 +30,9 @@ LONG = {"prompt": "word " * 200, "completion": "Hello"}
 
 
 def source(rows: Sequence[object], name: str = "support.jsonl") -> Source:
-    return Source(name, lambda: iter(Row(Place(name, number), row) for number, row in enumerate(rows, start=1)))
+    return Source(
+        name, lambda: iter(SourceRow(RowLocation(name, number), row) for number, row in enumerate(rows, start=1))
+    )
 
 
 def numbered(count: int) -> Source:

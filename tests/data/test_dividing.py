@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.config import OnBadRow
-from hymba_tune.data import Place, Row, RowError, Source
+from hymba_tune.data import RowError, RowLocation, Source, SourceRow
 from hymba_tune.data.dividing import divide
 from hymba_tune.errors import DataError
 from tests.data.test_dataset import numbered, source
@@ -82,7 +82,7 @@ def test_mapping_says_where_prompts_stand(tmp_path: Path) -> None:
 
 def test_unreadable_row_stops_or_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hymba_tune.data.dividing.PROGRESS_ROWS", 2)
-    bad = Row(Place("a.jsonl", 1), error=DataError("not JSON"))
+    bad = SourceRow(RowLocation("a.jsonl", 1), error=DataError("not JSON"))
     rows = Source("a.jsonl", lambda: iter([bad, *numbered(9)]))
     for out in (tmp_path, tmp_path / "new"):
         with pytest.raises(RowError, match=r"a\.jsonl, line 1: not JSON"):

@@ -8,7 +8,7 @@ import pytest
 
 from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.messages import Message
-from hymba_tune.data.preferences import FIELDS, IdenticalPairError, Pair, parse_judged, parse_pair
+from hymba_tune.data.preferences import FIELDS, IdenticalPairError, PreferencePair, parse_pair, parse_unpaired
 from hymba_tune.errors import ConfigError, DataError
 
 
@@ -128,20 +128,20 @@ def test_row_that_is_no_pair(row: object, message: str) -> None:
 
 @pytest.mark.parametrize("label", [True, 1, "true", "True ", "1"])
 def test_label_in_any_notation(label: object) -> None:
-    (judged,) = parse_judged({"prompt": "Is it?", "completion": "Yes.", "label": label})
+    (judged,) = parse_unpaired({"prompt": "Is it?", "completion": "Yes.", "label": label})
     assert said(judged.conversation) == said(talk("Is it?", "Yes."))
     assert judged.good
 
 
 def test_judged_conversation_is_judged_by_its_last_answer() -> None:
-    (judged,) = parse_judged({"messages": messages("a", "b", "c", "d"), "label": 0})
+    (judged,) = parse_unpaired({"messages": messages("a", "b", "c", "d"), "label": 0})
     assert said(judged.conversation) == said(talk("a", "b", "c", "d"))
     assert not judged.good
 
 
 def test_pair_is_one_good_answer_and_a_bad_one() -> None:
-    pair: Pair = parse_pair(SAME["texts"])
-    good, bad = parse_judged(SAME["texts"])
+    pair: PreferencePair = parse_pair(SAME["texts"])
+    good, bad = parse_unpaired(SAME["texts"])
     assert (good.conversation, good.good) == (pair.chosen, True)
     assert (bad.conversation, bad.good) == (pair.rejected, False)
 
@@ -158,4 +158,4 @@ def test_pair_is_one_good_answer_and_a_bad_one() -> None:
 )
 def test_row_that_is_no_judgement(row: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        parse_judged(row)
+        parse_unpaired(row)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hymba_tune.data import Row, open_source
+from hymba_tune.data import SourceRow, open_source
 from hymba_tune.errors import DataError
 
 ROWS = [
@@ -24,7 +24,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[SourceRow]:
     return list(open_source(str(path)))
 
 
@@ -36,7 +36,7 @@ def numbers(path: Path) -> list[int]:
     return [row.place.number for row in read(path)]
 
 
-def problem(row: Row) -> str:
+def problem(row: SourceRow) -> str:
     assert row.error is not None
     return row.error.what
 
@@ -57,7 +57,7 @@ def test_json_lines_are_read_however_they_are_ended(tmp_path: Path, name: str, c
     assert values(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)) == ROWS
 
 
-def test_gzip_is_recognised_under_a_plain_name(tmp_path: Path) -> None:
+def test_gzip_is_recognized_under_a_plain_name(tmp_path: Path) -> None:
     assert values(write(tmp_path / "a.jsonl", gzip.compress(b"\n".join(LINES)))) == ROWS
 
 
@@ -125,7 +125,7 @@ def test_other_encoding_is_named_by_its_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_utf_16_is_recognised(tmp_path: Path, name: str) -> None:
+def test_utf_16_is_recognized(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, "\n".join(line.decode() for line in LINES).encode("utf-16"))
     with pytest.raises(DataError, match="it is UTF-16") as refusal:
         read(path)

@@ -24,7 +24,7 @@ from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.cache import TargetCache, check_key, encode, fill, is_full, key_digest
 from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import COLUMNS
-from hymba_tune.distill.target_maker import Kept, Taught
+from hymba_tune.distill.target_maker import CaptureStats, TargetBatch
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT
@@ -52,11 +52,16 @@ def random_targets(tokens: int, seed: int, top_k: int = K, vocabulary: int = VOC
 class RandomMaker:
     """Teaches rows by the number of their first token."""
 
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, Taught]]:
+    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
         for index in reversed(range(len(rows))):
             number = rows[index].student_ids[0]
             tokens = number % 7
-            yield index, Taught(random_targets(tokens, number), Kept(tokens, tokens, tokens, tokens / 3, tokens, 0.1))
+            yield (
+                index,
+                TargetBatch(
+                    random_targets(tokens, number), CaptureStats(tokens, tokens, tokens, tokens / 3, tokens, 0.1)
+                ),
+            )
 
 
 def numbered_rows(count: int) -> datasets.Dataset:
@@ -105,9 +110,9 @@ def test_read_as_written_in_any_order(tmp_path: Path) -> None:
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     targets = random_targets(3, 0, vocabulary=200_000)
-    cache.write_shard(tmp_path / "00000.arrow", [encode(targets, wide=True)], Kept())
+    cache.write_shard(tmp_path / "00000.arrow", [encode(targets, wide=True)], CaptureStats())
     (tmp_path / "key.json").write_text(json.dumps(KEY))
-    (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(Kept())}))
+    (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(CaptureStats())}))
     assert same(TargetCache(tmp_path)[0], targets, halves=True)
     assert int(targets.top.pieces.max()) > 65536
 
@@ -115,7 +120,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 def test_bytes_a_token(tmp_path: Path) -> None:
     """Worse than any teacher's: pieces drawn evenly from the whole vocabulary."""
     rows = [encode(random_targets(100, seed), wide=False) for seed in range(16)]
-    cache.write_shard(tmp_path / "it.arrow", rows, Kept())
+    cache.write_shard(tmp_path / "it.arrow", rows, CaptureStats())
     assert (tmp_path / "it.arrow").stat().st_size / 1600 <= 128
 
 

@@ -17,8 +17,8 @@ from hymba_tune.distill import capture
 from hymba_tune.distill.alignment import AlignmentReport
 from hymba_tune.distill.capture import open_teacher, pair_of, run_capture
 from hymba_tune.distill.preflight import Preflight, check_aligned
-from hymba_tune.distill.target_maker import Kept
-from hymba_tune.distill.teacher import FoundTeacher, find_teacher
+from hymba_tune.distill.target_maker import CaptureStats
+from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.train.screen import Screen
 from tests.distill.teachers import save_teacher
@@ -79,7 +79,7 @@ def test_captured_once_and_found_again_without_the_teacher(
         "the teacher is smaller than the student (26.2k parameters to 3.6M): expect little, unless it knows this data "
         "better"
     ]
-    monkeypatch.setattr(FoundTeacher, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
+    monkeypatch.setattr(LocalTeacherSpec, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
     again = run_capture(config, screen)
     assert torch.equal(again[7].top.pieces, first[7].top.pieces)
     assert again[7].top.pieces.shape[1] == 4
@@ -166,7 +166,7 @@ def test_what_is_found_in_words() -> None:
         positions=Counter(shared=801, inside=176, crossing=23),
         matched=992,
     )
-    kept = Kept(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0)
+    kept = CaptureStats(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0)
     assert Preflight(aligned, 0.572, kept, 1_600_000, 118.0, 720.0).lines() == {
         "aligned": "9,409 of 9,412 rows, 99.9% of the bytes (3 dropped: bytes differ)",
         "matched": "57.2% of the student's vocabulary, 99.2% of what it writes",

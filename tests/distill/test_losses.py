@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional
 
 from hymba_tune.distill import losses
-from hymba_tune.distill.projection import SparseTarget, Target
+from hymba_tune.distill.projection import ProjectedTarget, SparseTarget
 from tests.reference import naive_losses as naive
 from tests.tolerances import FLOAT32, FLOAT64
 
@@ -29,7 +29,7 @@ def logits(vocabulary: int = VOCABULARY, tokens: int = TOKENS) -> Tensor:
     return 3 * torch.randn(tokens, vocabulary, dtype=torch.float64)
 
 
-def target(support: int = 7) -> Target:
+def target(support: int = 7) -> ProjectedTarget:
     """The first token's has no bucket, the last is not known; supports of any places."""
     weights = torch.rand(TOKENS, VOCABULARY + 1, dtype=torch.float64)
     for token in range(TOKENS):
@@ -38,7 +38,7 @@ def target(support: int = 7) -> Target:
     weights /= weights.sum(-1, keepdim=True)
     known = torch.arange(TOKENS) < TOKENS - 1
     ones = torch.ones(TOKENS, dtype=torch.float64)
-    return Target(weights[:, :-1], weights[:, -1], ones, known, ones)
+    return ProjectedTarget(weights[:, :-1], weights[:, -1], ones, known, ones)
 
 
 def check(loss: Loss, twin: Loss, student: Tensor, *others: Tensor, **settings: float) -> None:
@@ -137,7 +137,7 @@ def test_full_support_leaves_nothing_to_a_bucket() -> None:
     student, pieces = logits().requires_grad_(), torch.arange(VOCABULARY).expand(TOKENS, -1)
     probs = logits().softmax(-1)
     ones = torch.ones(TOKENS)
-    full = Target(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
+    full = ProjectedTarget(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
     left_over = SparseTarget(pieces, probs.log(), torch.full((TOKENS,), -30.0))
     for found in (losses.projection_kl(student, full), losses.sparse_projection_kl(student, left_over)):
         FLOAT64.check(found, losses.forward_kl(student, probs.log()))

@@ -14,7 +14,7 @@ from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.distill.alignment import Alignment, align
 from hymba_tune.distill.chunks import Head, chunked_loss
 from hymba_tune.distill.losses import cross_entropy, mix, projection_kl
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.projection import Places, Projection, find_places
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
@@ -24,7 +24,7 @@ from tests.reference import naive_projection as naive
 from tests.tolerances import FLOAT32, FLOAT64
 
 
-def aligned(texts: list[str], pair: Pair) -> list[Alignment]:
+def aligned(texts: list[str], pair: TokenizerPair) -> list[Alignment]:
     talks = [Conversation((Message("user", ""), Message("assistant", text))) for text in texts]
     rows = align([*map(Text, texts), *talks], pair)
     assert all(isinstance(row, Alignment) for row in rows), rows
@@ -35,7 +35,9 @@ def random_probs(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64)
     return torch.randn(rows, vocabulary, dtype=torch.float64).mul(2).softmax(-1).to(dtype)
 
 
-def naive_first(pair: Pair, rows: list[Alignment], segment: naive.Segment) -> Callable[[int], dict[int, float]]:
+def naive_first(
+    pair: TokenizerPair, rows: list[Alignment], segment: naive.Segment
+) -> Callable[[int], dict[int, float]]:
     """Shares of first pieces: once alone, and as often as the rows have them."""
     seen: dict[int, Counter[int]] = {}
     for row in rows:
@@ -92,13 +94,15 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
                 FLOAT64.check(target.bucket[place], torch.tensor(bucket / total, dtype=torch.float64), "bucket")
 
 
-def projection_of(pair: Pair, rows: list[Alignment], dtype: torch.dtype = torch.float64) -> tuple[Projection, Tables]:
+def projection_of(
+    pair: TokenizerPair, rows: list[Alignment], dtype: torch.dtype = torch.float64
+) -> tuple[Projection, Tables]:
     tables = build_tables(pair)
     vocabulary = len(pair.student.spelling)
     return Projection(tables, count_first_pieces(rows), vocabulary=vocabulary, dtype=dtype), tables
 
 
-def talk(text: str, pair: Pair) -> Alignment:
+def talk(text: str, pair: TokenizerPair) -> Alignment:
     (row,) = align([Conversation((Message("user", "What?"), Message("assistant", text)))], pair)
     assert isinstance(row, Alignment), row
     return row

@@ -15,7 +15,7 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.data import Conversation, Message
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.errors import DataError
 from tests.distill.tokenizers import ALL
@@ -30,7 +30,7 @@ def quiet(label: str) -> Iterator[Callable[[int], None]]:
     yield lambda _: None
 
 
-def pair_of(student: str = "hymba", teacher: str = "llama3") -> Pair:
+def pair_of(student: str = "hymba", teacher: str = "llama3") -> TokenizerPair:
     return make_pair(ALL[student], ALL[teacher])
 
 
@@ -43,12 +43,12 @@ def talks(path: Path) -> str:
     return write(path, [{"prompt": QUESTION, "completion": answer} for answer in ANSWERS])
 
 
-def read(data: str, pair: Pair, *, context: int | None = None, **changes: Any) -> AlignedData:
+def read(data: str, pair: TokenizerPair, *, context: int | None = None, **changes: Any) -> AlignedData:
     options = SFTConfig.model_validate({"data": [data], "eval_split": 0, "cache": False, **changes})
     return read_rows(options, pair, context=context, seed=0, prompts=1, working=quiet)
 
 
-def whole(example: Example, pair: Pair) -> Alignment:
+def whole(example: Example, pair: TokenizerPair) -> Alignment:
     (row,) = align([example], pair)
     assert isinstance(row, Alignment)
     return row

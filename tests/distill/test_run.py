@@ -104,8 +104,8 @@ def test_projections_of_hidden_states_are_no_part_of_the_result(ask: Callable[..
 
 def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teacher: Path) -> None:
     size = sum(tensor.nbytes for tensor in tensors(teacher).values())
-    assert plan(ask(online=True)).parts.beside == size
-    assert plan(ask()).parts.beside == 0
+    assert plan(ask(online=True)).parts.extra_bytes == size
+    assert plan(ask()).parts.extra_bytes == 0
     parts = [run(ask(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
     assert parts[0]["beside"] - parts[1]["beside"] == size
 
@@ -114,10 +114,10 @@ def test_comparing_hidden_states_is_foreseen(ask: Callable[..., DistillConfig], 
     """The states of a batch of 4 × 64 tokens, both sides' for the gradients, and 3 maps with theirs and moments."""
     kept = sum(tensor.nbytes for tensor in tensors(alike).values())
     states, maps = 256 * (3 * 24 * 4 + 3 * 4 * (32 + 2 * 24)), 3 * 32 * 24 * 16
-    assert plan(ask(teacher="alike", loss=["ce"], match_hidden="mse")).parts.beside == kept + states + maps
+    assert plan(ask(teacher="alike", loss=["ce"], match_hidden="mse")).parts.extra_bytes == kept + states + maps
 
 
-def test_quantised_student_learns_the_same_from_targets_as_from_the_teacher(ask: Callable[..., DistillConfig]) -> None:
+def test_quantized_student_learns_the_same_from_targets_as_from_the_teacher(ask: Callable[..., DistillConfig]) -> None:
     losses = []
     for online in (False, True):
         finished = run(ask(str(online), quantize="int8", online=online))

@@ -139,7 +139,7 @@ def test_what_is_told_is_what_the_model_says(way: str, server: Server, monkeypat
     assert len(server.asked) == {"prompt_logprobs": 3, "echo": 4}[way]  # it is asked the other way once
     for index, row in enumerate(ROWS):
         log_probs = server.model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
-        told = outputs[index].tell(torch.arange(len(row) - 1), 1.0)
+        told = outputs[index].probabilities(torch.arange(len(row) - 1), 1.0)
         following = torch.tensor(row[1:], dtype=torch.int64)[:, None]
         FLOAT32.check(told.own, log_probs.gather(1, following).squeeze(1), "its own tokens")
         known = torch.zeros_like(log_probs).scatter(1, log_probs.topk(K).indices, 1).scatter(1, following, 1)
@@ -152,7 +152,7 @@ def test_what_is_told_is_what_the_model_says(way: str, server: Server, monkeypat
 def test_temperature_is_that_of_the_server(server: Server) -> None:
     ((_, outputs),) = found(server).outputs([[1, 2]])
     with pytest.raises(ValueError, match=r"temperature is 2\.0; a server's probabilities are those at 1"):
-        outputs.tell(torch.tensor([0]), 2.0)
+        outputs.probabilities(torch.tensor([0]), 2.0)
 
 
 def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, questions: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from hymba_tune.data import Conversation, Message
 from hymba_tune.distill import chunks
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.projection import Projection, find_places
 from hymba_tune.distill.tables import build_tables, count_first_pieces
-from hymba_tune.distill.target_maker import Kept, TargetMaker, Taught
+from hymba_tune.distill.target_maker import CaptureStats, TargetBatch, TargetMaker
 from hymba_tune.distill.teacher import ModelTeacher
 from tests.distill.teachers import random_model, tokenizer_size
 from tests.distill.tokenizers import ALL
@@ -24,14 +24,16 @@ TEXTS = ["Natalia sold 48 clips in April, naïve 🙂.", "The answer is 42\n\n  
 PAIRS = [("hymba", "llama3"), ("llama3", "hymba"), ("llama3", "llama3"), ("unigram", "chatml")]
 
 
-def aligned(pair: Pair) -> list[Alignment]:
+def aligned(pair: TokenizerPair) -> list[Alignment]:
     talks = [Conversation((Message("user", "What?"), Message("assistant", text))) for text in TEXTS]
     rows = align(talks, pair)
     assert all(isinstance(row, Alignment) for row in rows), rows
     return [row for row in rows if isinstance(row, Alignment)]
 
 
-def taught(pair: Pair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0) -> list[Taught]:
+def taught(
+    pair: TokenizerPair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0
+) -> list[TargetBatch]:
     teacher = pair.teacher.tokenizer
     maker = TargetMaker.of(
         ModelTeacher(random_model("llama", tokenizer_size(teacher) + 2), teacher, "it"),
@@ -47,7 +49,7 @@ def taught(pair: Pair, rows: list[Alignment], folder: Path, *, top_k: int, tempe
     return [found[index] for index in range(len(rows))]
 
 
-def logits_of(pair: Pair, row: Alignment) -> Tensor:
+def logits_of(pair: TokenizerPair, row: Alignment) -> Tensor:
     size = tokenizer_size(pair.teacher.tokenizer)
     return random_model("llama", size + 2)(input_ids=torch.tensor([row.teacher_ids])).logits[0, :, :size]
 
@@ -101,8 +103,8 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
 
 
 def test_what_a_pass_shows_is_summed() -> None:
-    kept = Kept(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0)
-    kept.add(Kept(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0))
+    kept = CaptureStats(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0)
+    kept.add(CaptureStats(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0))
     assert vars(kept) == {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0}
     assert (kept.mean_mass, kept.mean_own) == (0.8, 0.5)
-    assert (Kept().mean_mass, Kept().mean_own) == (0.0, 0.0)
+    assert (CaptureStats().mean_mass, CaptureStats().mean_own) == (0.0, 0.0)

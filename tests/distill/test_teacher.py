@@ -51,7 +51,7 @@ def test_teacher_says_what_the_model_says(
         expected = own_log_probs(model, row)
         at = torch.arange(len(row) - 1)
         for temperature in (1.0, 2.0):
-            told = outputs[index].tell(at, temperature)
+            told = outputs[index].probabilities(at, temperature)
             FLOAT32.check(told.probs, (expected[:-1] / temperature).softmax(-1), f"row {index}")
             assert told.cut is None
             FLOAT32.check(told.own, expected[at, torch.tensor(row[1:], dtype=torch.int64)], "its own tokens")
@@ -98,18 +98,18 @@ def test_found_and_loaded_is_the_same_teacher(tmp_path: Path, rows: list[list[in
     teacher = find_teacher(str(save_teacher(tmp_path, padding=3))).load(CPU, torch.float32)
     for index, outputs in teacher.outputs(rows):
         at = torch.arange(len(rows[index]) - 1)
-        FLOAT32.check(outputs.tell(at, 1.0).probs, own_log_probs(model, rows[index])[:-1].exp())
+        FLOAT32.check(outputs.probabilities(at, 1.0).probs, own_log_probs(model, rows[index])[:-1].exp())
 
 
 def test_packaged_model_can_teach() -> None:
     found = find_teacher("hymba-nano")
     ((_, outputs),) = found.load(CPU, torch.float32).outputs([found.tokenizer("def f(x): return x")["input_ids"]])
-    told = outputs.tell(torch.arange(3), 1.0)
+    told = outputs.probabilities(torch.arange(3), 1.0)
     assert told.probs.shape == (3, len(found.tokenizer))
 
 
 @pytest.mark.parametrize(("scheme", "distance"), [("int8", 0.3), ("nf4", 0.8), ("fp4", 1.2)])
-def test_quantised_teacher_says_nearly_the_same(
+def test_quantized_teacher_says_nearly_the_same(
     scheme: Scheme, distance: float, tmp_path: Path, rows: list[list[int]]
 ) -> None:
     """Of the 2 that two distributions can be apart; random weights leave much to rounding."""
@@ -117,7 +117,7 @@ def test_quantised_teacher_says_nearly_the_same(
     exact = dict(find_teacher(str(tmp_path)).load(CPU, torch.float32).outputs(rows))
     for index, outputs in found.load(CPU, torch.float32).outputs(rows):
         at = torch.arange(len(rows[index]) - 1)
-        theirs, ours = exact[index].tell(at, 1.0).probs, outputs.tell(at, 1.0).probs
+        theirs, ours = exact[index].probabilities(at, 1.0).probs, outputs.probabilities(at, 1.0).probs
         assert 0 < (theirs - ours).abs().sum(-1).mean() < distance or not len(at)
 
 
@@ -202,20 +202,21 @@ def test_adapter_of_another_family(tmp_path: Path) -> None:
         find_teacher(str(adapter))
 
 
-def test_a_hymba_is_quantised_as_a_student_is() -> None:
-    whole, quantised = (
+def test_a_hymba_is_quantized_as_a_student_is() -> None:
+    whole, quantized = (
         find_teacher("hymba-nano", scheme).load(torch.device("cpu"), torch.float32) for scheme in (None, Scheme.int8)
     )
-    ours, theirs = quantised.model.state_dict(), whole.model.state_dict()
+    ours, theirs = quantized.model.state_dict(), whole.model.state_dict()
     name = "model.layers.0.mamba.in_proj.weight"
     assert (ours[name].dtype, theirs[name].dtype) == (torch.int8, torch.float32)
     told = [
-        next(iter(teacher.outputs([[1, 300, 301]])))[1].tell(torch.tensor([1]), 1.0) for teacher in (whole, quantised)
+        next(iter(teacher.outputs([[1, 300, 301]])))[1].probabilities(torch.tensor([1]), 1.0)
+        for teacher in (whole, quantized)
     ]
     assert 0 < float((told[0].probs - told[1].probs).abs().sum()) < 0.2
 
 
-def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "hymba-nano"}))
     with pytest.raises(ConfigError, match="is an adapter, which has to be folded in first"):
@@ -224,7 +225,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     config = json.loads((stored / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (stored / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is quantised already"):
+    with pytest.raises(ConfigError, match="is quantized already"):
         find_teacher(str(stored), Scheme.nf4)
 
 

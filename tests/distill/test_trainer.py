@@ -16,15 +16,15 @@ from torch import Tensor
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
 from hymba_tune.distill.matching import HiddenMatch, Layers
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
 from hymba_tune.distill.tables import count_first_pieces
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
+from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
 from tests.distill.teachers import random_model, save_teacher
@@ -44,7 +44,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelTeacher:
 
 
 @pytest.fixture(scope="module")
-def pair(small_model: Path, teacher: ModelTeacher) -> Pair:
+def pair(small_model: Path, teacher: ModelTeacher) -> TokenizerPair:
     return make_pair(load_tokenizer(small_model), teacher.tokenizer)
 
 
@@ -63,12 +63,14 @@ def options(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> SFTCon
 
 
 @pytest.fixture(scope="module")
-def data(options: SFTConfig, pair: Pair) -> AlignedData:
+def data(options: SFTConfig, pair: TokenizerPair) -> AlignedData:
     return read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet)
 
 
 @pytest.fixture(scope="module")
-def made(data: AlignedData, pair: Pair, teacher: ModelTeacher, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def made(
+    data: AlignedData, pair: TokenizerPair, teacher: ModelTeacher, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Targets, and what made them."""
     rows = list(map(alignment, data.rows))
     maker = TargetMaker.of(
@@ -92,19 +94,19 @@ def targets(made: tuple[list[Targets], TargetMaker]) -> list[Targets]:
 
 @pytest.fixture
 def trainer(
-    small_model: Path, data: AlignedData, pair: Pair, targets: Sequence[Targets], tmp_path: Path
+    small_model: Path, data: AlignedData, pair: TokenizerPair, targets: Sequence[Targets], tmp_path: Path
 ) -> Callable[..., DistillTrainer]:
     def make(
         *,
         losses: dict[str, float],
         batch_size: int = ROWS,
         grad_accum: int = 1,
-        lessons: Lessons | None = None,
+        signals: TeacherSignals | None = None,
         match: HiddenMatch | None = None,
         **changes: Any,
     ) -> DistillTrainer:
         return DistillTrainer(
-            lessons=lessons or Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, targets),
+            signals=signals or TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
             token_bytes=token_bytes(pair.student),
             match=match,
@@ -211,7 +213,7 @@ def test_evaluation_is_of_all_learned_tokens(
     layout: str,
     trainer: Callable[..., DistillTrainer],
     data: AlignedData,
-    pair: Pair,
+    pair: TokenizerPair,
     targets: Sequence[Targets],
 ) -> None:
     fit = trainer(losses=LOSSES["mix"], **LAYOUTS[layout])
@@ -236,9 +238,11 @@ def test_teacher_beside_the_student_says_what_it_left(
     trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
     """Asked now, or from its targets: the same terms."""
-    shape = Shape(TEMPERATURE, TAU, BETA)
+    shape = LossParameters(TEMPERATURE, TAU, BETA)
     kept = trainer(losses=LOSSES["beside"])
-    online = trainer(losses=LOSSES["beside"], lessons=Lessons(shape, CPU, None, OnlineTeacher(made[1], data.rows)))
+    online = trainer(
+        losses=LOSSES["beside"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
+    )
     found, known = online.evaluate(), kept.evaluate()
     names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
     assert len(names) == 4
@@ -250,8 +254,8 @@ def test_own_answers_are_judged_by_the_teacher_alone(
     loss: str, trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
     """No cross-entropy on what the student wrote, not even where the teacher has nothing to say."""
-    lessons = Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
-    fit = trainer(losses={loss: 1.0}, lessons=lessons)
+    signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
+    fit = trainer(losses={loss: 1.0}, signals=signals)
     rows = [{name: data.rows[number][name] for name in ("input_ids", "labels", "row")} for number in (0, 1)]
     known = fit._losses(fit.model, fit.data_collator(rows))
     fit._own = [alignment(data.rows[1])]
@@ -267,16 +271,18 @@ def test_own_answers_are_judged_by_the_teacher_alone(
 
 
 @pytest.fixture
-def beside(options: SFTConfig, alike: ModelTeacher, tmp_path: Path) -> Callable[[float], tuple[Dataset, Lessons]]:
+def beside(
+    options: SFTConfig, alike: ModelTeacher, tmp_path: Path
+) -> Callable[[float], tuple[Dataset, TeacherSignals]]:
     """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
 
-    def make(temperature: float) -> tuple[Dataset, Lessons]:
+    def make(temperature: float) -> tuple[Dataset, TeacherSignals]:
         pair = make_pair(alike.tokenizer, alike.tokenizer)
         rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
         maker = TargetMaker.of(
             alike, pair, None, vocabulary=4096, top_k=4, temperature=temperature, device=CPU, tables_dir=tmp_path
         )
-        return rows, Lessons(Shape(temperature, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+        return rows, TeacherSignals(LossParameters(temperature, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
 
     return make
 
@@ -309,11 +315,11 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
 def test_whole_vocabularies_are_compared(
-    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, Lessons]]
+    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, TeacherSignals]]
 ) -> None:
     """With one tokenizer every learned token has the teacher's at the same place."""
-    rows, lessons = beside(TEMPERATURE)
-    fit = trainer(losses=dict.fromkeys(losses, 0.5), lessons=lessons)
+    rows, signals = beside(TEMPERATURE)
+    fit = trainer(losses=dict.fromkeys(losses, 0.5), signals=signals)
     total, count, model = torch.zeros(()), 0, fit.model
     teacher = random_model("llama", 4096)
     for row in rows:
@@ -337,14 +343,14 @@ def test_whole_vocabularies_are_compared(
 def test_hidden_states_are_drawn_to_the_teachers(
     kind: Any,
     trainer: Callable[..., DistillTrainer],
-    beside: Callable[[float], tuple[Dataset, Lessons]],
+    beside: Callable[[float], tuple[Dataset, TeacherSignals]],
     alike: ModelTeacher,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
     match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
-    rows, lessons = beside(1.0)
-    fit = trainer(losses=LOSSES["ce"], lessons=lessons, match=match)
+    rows, signals = beside(1.0)
+    fit = trainer(losses=LOSSES["ce"], signals=signals, match=match)
     batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
     found = fit._losses(fit.model, batch)
     total, distance = torch.zeros(()), torch.zeros(())

@@ -14,7 +14,7 @@ from hymba_tune.data import Conversation, Message, RowError, Text
 from hymba_tune.data.chat import render, tokenize
 from hymba_tune.errors import DataError
 from hymba_tune.evaluate.scoring import TextScore, score_rows
-from hymba_tune.evaluate.texts import Texts, spelled_bytes
+from hymba_tune.evaluate.texts import ScoringTexts, spelled_bytes
 from tests.runs import SMALL
 from tests.tiny import tiny_model
 
@@ -47,8 +47,8 @@ def texts(tokenizer: Any, tmp_path: Path) -> Any:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def make(**changes: Any) -> Texts:
-        return Texts.named(EvalConfig(data=[str(path)], **{"max_length": 40} | changes), tokenizer)
+    def make(**changes: Any) -> ScoringTexts:
+        return ScoringTexts.named(EvalConfig(data=[str(path)], **{"max_length": 40} | changes), tokenizer)
 
     return make
 
@@ -116,8 +116,8 @@ def test_bad_rows_stop_or_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(RowError, match=r"bad.jsonl, line 2: it has no \"completion\""):
-        Texts.named(EvalConfig(data=[str(path)]), tokenizer).count()
-    counts = Texts.named(EvalConfig(data=[str(path)], on_bad_row="skip"), tokenizer).count()
+        ScoringTexts.named(EvalConfig(data=[str(path)]), tokenizer).count()
+    counts = ScoringTexts.named(EvalConfig(data=[str(path)], on_bad_row="skip"), tokenizer).count()
     assert (counts.rows, counts.bad_rows, counts.parts) == (2, 1, 1)
 
 
@@ -125,4 +125,4 @@ def test_nothing_to_score_is_said(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "many words " * 40, "completion": "b"}) + "\n")
     with pytest.raises(DataError, match=r"Nothing to score in .*long.jsonl: 1 rows, 0 of them bad"):
-        Texts.named(EvalConfig(data=[str(path)], max_length=16), tokenizer).count()
+        ScoringTexts.named(EvalConfig(data=[str(path)], max_length=16), tokenizer).count()

@@ -9,7 +9,7 @@ import pytest
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import encode_prompt
 from hymba_tune.errors import ConfigError
-from hymba_tune.generate import Talk
+from hymba_tune.generate import ChatSession
 
 HEAR: list[str] = []
 
@@ -31,14 +31,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.fixture
-def talk(small_model: Path, tmp_path: Path) -> Talk:
+def talk(small_model: Path, tmp_path: Path) -> ChatSession:
     (tmp_path / "other").symlink_to(small_model)
-    return Talk(
+    return ChatSession(
         ChatConfig(model=str(small_model), against=[str(tmp_path / "other")], dtype="float32", system="Be brief.")
     )
 
 
-def test_every_model_goes_on_from_its_own_answers(talk: Talk, asked: list[list[str]]) -> None:
+def test_every_model_goes_on_from_its_own_answers(talk: ChatSession, asked: list[list[str]]) -> None:
     said: list[str] = []
     for text in ("one", "two"):
         talk.ask(text, HEAR.append, on_begin=said.append, on_end=lambda: said.append("end"))
@@ -46,7 +46,7 @@ def test_every_model_goes_on_from_its_own_answers(talk: Talk, asked: list[list[s
     assert said == [talk.chats[0].name, "end", talk.chats[1].name, "end"] * 2
 
 
-def test_undo_takes_a_turn_back(talk: Talk, asked: list[list[str]]) -> None:
+def test_undo_takes_a_turn_back(talk: ChatSession, asked: list[list[str]]) -> None:
     assert talk.command("/undo") == "nothing was said yet"
     talk.ask("one", HEAR.append)
     talk.ask("two", HEAR.append)
@@ -55,7 +55,7 @@ def test_undo_takes_a_turn_back(talk: Talk, asked: list[list[str]]) -> None:
     assert asked[-1] == ["Be brief.", "one", "answer 2", "three"]
 
 
-def test_reset_and_system(talk: Talk, asked: list[list[str]]) -> None:
+def test_reset_and_system(talk: ChatSession, asked: list[list[str]]) -> None:
     talk.ask("one", HEAR.append)
     assert talk.command("/system Be long.") == "system prompt: Be long."
     talk.ask("two", HEAR.append)
@@ -66,7 +66,7 @@ def test_reset_and_system(talk: Talk, asked: list[list[str]]) -> None:
     assert asked[-1] == ["three"]
 
 
-def test_an_interruption_takes_the_question_back_from_all(talk: Talk, asked: list[list[str]]) -> None:
+def test_an_interruption_takes_the_question_back_from_all(talk: ChatSession, asked: list[list[str]]) -> None:
     talk.ask("one", HEAR.append)
     with pytest.raises(KeyboardInterrupt):
         talk.ask("stop", HEAR.append)
@@ -74,7 +74,7 @@ def test_an_interruption_takes_the_question_back_from_all(talk: Talk, asked: lis
     assert len(asked) == 3
 
 
-def test_saved_conversations_can_be_trained_on(talk: Talk, asked: list[list[str]], tmp_path: Path) -> None:
+def test_saved_conversations_can_be_trained_on(talk: ChatSession, asked: list[list[str]], tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     assert talk.command(f"/save {file}") == "nothing was said yet"
     talk.ask("one", HEAR.append)
@@ -86,7 +86,7 @@ def test_saved_conversations_can_be_trained_on(talk: Talk, asked: list[list[str]
     assert len(asked) == 2
 
 
-def test_history_and_help(talk: Talk, asked: list[list[str]]) -> None:
+def test_history_and_help(talk: ChatSession, asked: list[list[str]]) -> None:
     talk.ask("one", HEAR.append)
     assert f"{talk.chats[0].name}:\nsystem: Be brief.\nuser: one\nassistant: answer 1" in talk.command("/history")
     assert all(name in talk.command("/help") for name in ("/undo", "/save", "/quit"))
@@ -101,7 +101,7 @@ def test_history_and_help(talk: Talk, asked: list[list[str]]) -> None:
         ("/save nowhere/x.jsonl", "No such file or directory"),
     ],
 )
-def test_slips_are_explained(talk: Talk, asked: list[list[str]], line: str, said: str) -> None:
+def test_slips_are_explained(talk: ChatSession, asked: list[list[str]], line: str, said: str) -> None:
     talk.ask("one", HEAR.append)
     with pytest.raises(ConfigError, match=said):
         talk.command(line)

@@ -81,7 +81,7 @@ def test_opens_with_torch_and_transformers_alone(
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)
 
 
-def test_nano_is_trained_merged_quantised_exported_and_talks_elsewhere(
+def test_nano_is_trained_merged_quantized_exported_and_talks_elsewhere(
     command: Command, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -135,7 +135,7 @@ def test_nothing_is_published_without_a_licence_and_a_base(hub: Hub, small_model
     given = {"model": str(small_model), "out": tmp_path / "out", "push": NAME}
     with pytest.raises(ConfigError, match=r"nothing says which model this one was made from\.(.|\n)*--base-model"):
         export(ExportConfig(**given), silent)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"the licence of me/base is not known\.(.|\n)*--license"):
+    with pytest.raises(ConfigError, match=r"the license of me/base is not known\.(.|\n)*--license"):
         export(ExportConfig(**given, base_model="me/base"), silent)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out*"))
     local = export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent).folder

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.model import attention_blocks, attention_native
 from hymba_tune.model.attention import packed_attention
-from hymba_tune.model.attention_native import BLOCK, native_attention, native_missing
+from hymba_tune.model.attention_native import BLOCK, native_attention, native_unavailable_reason
 from hymba_tune.model.documents import Documents, find_documents
 from tests.reference.naive_attention import naive_attention
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -108,7 +108,7 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
 @pytest.fixture
 def native() -> None:
     """Skips where it cannot run: attention is then computed in blocks, which the tests above are about."""
-    if reason := native_missing():
+    if reason := native_unavailable_reason():
         pytest.skip(reason)
 
 
@@ -160,12 +160,12 @@ def test_native_keeps_only_its_inputs_and_output() -> None:
 
 def test_without_mkl_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_native, "PRODUCTS", {torch.float32: "no_such_function", torch.bfloat16: "nor_this"})
-    native_missing.cache_clear()
+    native_unavailable_reason.cache_clear()
     attention_native._product.cache_clear()
     try:
-        assert native_missing() == "this build of PyTorch brings no MKL"
+        assert native_unavailable_reason() == "this build of PyTorch brings no MKL"
     finally:
-        native_missing.cache_clear()
+        native_unavailable_reason.cache_clear()
         attention_native._product.cache_clear()
 
 

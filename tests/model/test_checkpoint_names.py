@@ -127,8 +127,8 @@ def test_plain_load_state_dict_takes_released_names() -> None:
     model = tiny_model()
     released = {released_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     other = HymbaForCausalLM(HymbaConfig(**CONFIG))
-    missing, extra = other.load_state_dict(released, strict=False)
-    assert missing == ["lm_head.weight"]
+    unavailable_reason, extra = other.load_state_dict(released, strict=False)
+    assert unavailable_reason == ["lm_head.weight"]
     assert not extra
     assert_same_weights(other, model)
     assert "model.memory_tokens" in released  # the caller's dict is left as it was

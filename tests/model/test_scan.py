@@ -95,7 +95,7 @@ def test_one_initial_state_for_every_text(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "native", "torch", "reference"])
 def test_float32_is_close_to_float64(backend: str) -> None:
-    if backend == "native" and LIBRARY.missing():  # `doctor` says why; "auto" then takes another
+    if backend == "native" and LIBRARY.unavailable_reason():  # `doctor` says why; "auto" then takes another
         backend = "auto"
     lengths = LENGTHS["many_texts"]
     wide = random_inputs(lengths)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hymba_tune.model import scan_triton, scan_triton_kernels
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
-from hymba_tune.model.scan_triton import triton_missing, triton_scan
+from hymba_tune.model.scan_triton import triton_scan, triton_unavailable_reason
 from tests.conftest import ROOT
 from tests.model import test_scan
 from tests.model.test_scan import WITHOUT, naive, random_inputs, with_gradients
@@ -31,7 +31,7 @@ LENGTHS = [1, 0, 5]
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a few tokens and channels fill several; skips where Triton is not installed."""
-    if reason := triton_missing():
+    if reason := triton_unavailable_reason():
         pytest.skip(reason)
     sizes = {"CHUNK": 4, "STATES": 16, "GRADIENT_STATES": 8, "GROUP": 4, "CARRIED": 2, "CARRYING": 4}
     for name, size in sizes.items():
@@ -185,9 +185,9 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(scan_triton, "INSTALLED", True)
-    assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_missing())
+    assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_unavailable_reason())
     monkeypatch.setattr(scan_triton, "INSTALLED", False)
-    assert triton_missing() == "triton is not installed; pip install triton"
+    assert triton_unavailable_reason() == "triton is not installed; pip install triton"
 
 
 def test_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_plot_is_xml_in_the_colours_of_the_page() -> None:
     text = [element.text for element in root.iter("text")]
     assert {"step", "nats a token", "loss $x$"} <= set(text)
     assert "var(--first)" in drawn.svg
-    assert not [colour for colour in LIGHT.values() if colour in drawn.svg]
+    assert not [color for color in LIGHT.values() if color in drawn.svg]
     assert plot("Loss", "It rises.", rising) == drawn
 
 

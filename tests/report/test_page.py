@@ -114,7 +114,7 @@ def test_settings_that_are_the_same_do_not_differ() -> None:
 def test_runs_of_other_losses_are_not_ranked(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / name, [3.0], [4.0, 2.0], settings={"verb": name}) for name in ("sft", "dpo")]
     write_comparison(runs, tmp_path / "compare.html")
-    assert "minimise different losses" in (tmp_path / "compare.html").read_text()
+    assert "minimize different losses" in (tmp_path / "compare.html").read_text()
 
 
 def test_runs_without_held_out_data_are_not_ranked(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from hymba_tune.config import SFTConfig
 from hymba_tune.train import flow, trainer
 from hymba_tune.train.flow import resume_config
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -55,7 +55,7 @@ class _Telling(Screen):
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         del total_steps, seconds_left
         self._pipe.send(row.step)
 

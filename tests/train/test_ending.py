@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import TrainingError
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run, settings
 
 
@@ -20,7 +20,7 @@ class Breaking(Screen):
         self._step, self._error = step, error
         self.notes: list[str] = []
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         del total_steps, seconds_left
         if row.step == self._step and row.loss is not None:
             if self._error is not None:

@@ -17,7 +17,7 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.guard import FEWEST_STEPS, listed
-from hymba_tune.train.preference_trainers import JudgedTrainer, PairTrainer
+from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
 from tests.preferences import dpo, kto, save_judged, save_pairs
@@ -171,7 +171,7 @@ def test_preferences_are_watched_as_well(
     verb: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their batches hold each prompt with its answers: the rows named are those that were judged."""
-    kind, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (JudgedTrainer, kto, save_judged)
+    kind, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (UnpairedTrainer, kto, save_judged)
     data = save(tmp_path / "rows.jsonl")
     loss_of = kind.compute_loss
 

@@ -45,8 +45,8 @@ def test_every_optimizer_trains(optimizer: str, small_model: Path, questions: Pa
     losses = [row.loss for row in finished.rows() if row.loss is not None]
     assert losses[-1] < losses[0]
     assert finished.facts()["optimizer"]["name"] == optimizer
-    assert banner.lines["optimiser"].startswith(optimizer)
-    assert ("not paged: there is no GPU" in banner.lines["optimiser"]) is optimizer.startswith("paged")
+    assert banner.lines["optimizer"].startswith(optimizer)
+    assert ("not paged: there is no GPU" in banner.lines["optimizer"]) is optimizer.startswith("paged")
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw8bit", "method": "full"}, {"neftune_alpha": 10.0}])

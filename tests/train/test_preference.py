@@ -25,7 +25,7 @@ from hymba_tune.train.flow import resume_config
 from hymba_tune.train.margin import MarginWatch
 from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
@@ -254,7 +254,7 @@ def test_kto_learns_from_judged_answers(small_model: Path, judged: Path, tmp_pat
 def test_card_of_answers_that_are_all_good_or_all_bad_has_no_margin_and_no_nats(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step, loss in enumerate((0.5, 0.4)):
-        run.log(Row(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
+        run.log(MetricsRow(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
     run.record(kept={"step": 1}, data={"rows": 4, "fingerprint": "ab"}, steps=1, tokens_seen=9)
     write_card(run, KTOConfig(data=["judged.jsonl"]), ["4 answers"])
     assert "| held-out | step | loss | accuracy |\n" in (run.path / "README.md").read_text()
@@ -282,7 +282,7 @@ def test_kto_tells_answers_right_by_the_divergence_from_the_reference(
     small_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """All held-out answers are one batch, so that there is one estimate of it."""
-    settings = {"batch_size": 48, "steps": 3, "good_weight": 50.0}
+    settings = {"batch_size": 48, "steps": 3, "desirable_weight": 50.0}
     run = kto(small_model, pairs, tmp_path / "out", eval_data=[str(pairs)], **settings)
     after, before = (log_probs(opened(model), pairs, small_model) for model in (run.path, small_model))
     state = json.loads((run.checkpoints / "checkpoint-3" / "trainer_state.json").read_text())

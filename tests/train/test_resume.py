@@ -16,7 +16,7 @@ from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.flow import resume_config
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import merge_run, run, same_tensors, save_questions, settings, tensors
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ class Pressing(Screen):
     def __init__(self, step: int, *, times: int = 1) -> None:
         self._step, self._times = step, times
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         del total_steps, seconds_left
         if row.step == self._step and row.loss is not None:
             for _ in range(self._times):

@@ -9,7 +9,7 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.train.checkpoints import seal
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 
 def checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
@@ -108,8 +108,11 @@ def test_facts_are_added_to(tmp_path: Path) -> None:
 
 
 def test_metrics_come_back_without_what_a_step_does_not_have(tmp_path: Path) -> None:
-    run, rows = Run(tmp_path), [Row(step=0, eval_loss=2.5), Row(step=3, loss=2.0, learning_rate=1e-3), Row(step=4)]
-    rows.append(Row(step=5, more={"kl": 0.5, "eval_kl": 0.25}))
+    run, rows = (
+        Run(tmp_path),
+        [MetricsRow(step=0, eval_loss=2.5), MetricsRow(step=3, loss=2.0, learning_rate=1e-3), MetricsRow(step=4)],
+    )
+    rows.append(MetricsRow(step=5, more={"kl": 0.5, "eval_kl": 0.25}))
     assert run.rows() == []
     for row in rows:
         run.log(row)
@@ -121,7 +124,7 @@ def test_metrics_come_back_without_what_a_step_does_not_have(tmp_path: Path) -> 
 def test_metrics_past_a_step_are_forgotten(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):
-        run.log(Row(step=step))
+        run.log(MetricsRow(step=step))
     run.forget_after(2)
     assert [row.step for row in run.rows()] == [1, 2]
     run.forget_after(0)

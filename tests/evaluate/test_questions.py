@@ -8,7 +8,7 @@ import pytest
 
 from hymba_tune.data import Conversation, Message, open_source
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.evaluate.asking import Answered, Extraction, Question, judge_answers, read_questions
+from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, judge_answers, read_questions
 
 QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
 
@@ -38,10 +38,10 @@ def test_pattern_must_be_one() -> None:
 
 def test_answers_are_counted() -> None:
     answered = [
-        Answered(QUESTION, "#### 2", "2", "2"),
-        Answered(QUESTION, "#### 3", "3", "2"),
-        Answered(QUESTION, "?", None, "2"),
-        Answered(QUESTION, "?", None, None),
+        AnsweredQuestion(QUESTION, "#### 2", "2", "2"),
+        AnsweredQuestion(QUESTION, "#### 3", "3", "2"),
+        AnsweredQuestion(QUESTION, "?", None, "2"),
+        AnsweredQuestion(QUESTION, "?", None, None),
     ]
     score = judge_answers(answered)
     assert (score.questions, score.right, score.found) == (4, 1, 2)

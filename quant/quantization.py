@@ -12,8 +12,8 @@ from hymba_tune.registry import ModelSource
 from hymba_tune.schemes import scheme_of, settle, stored_quantization
 
 
-def check_quantisable(source: ModelSource) -> None:
-    """See that a model is not quantised already; of a run it does not matter, its adapter is folded into full weights.
+def check_quantizable(source: ModelSource) -> None:
+    """See that a model is not quantized already; of a run it does not matter, its adapter is folded into full weights.
 
     Raises:
         CheckpointError: If it is.
@@ -21,24 +21,24 @@ def check_quantisable(source: ModelSource) -> None:
     stored = None if source.adapter else stored_quantization(load_config(weights_of(source)))
     if stored is not None:
         raise CheckpointError(
-            f"{source.name} is quantised already, to {scheme_of(stored)}.",
+            f"{source.name} is quantized already, to {scheme_of(stored)}.",
             expected="a model or a run whose weights have their full format",
             fix="name the model it was made from",
         )
 
 
-def quantise(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> PreTrainedModel:
-    """Quantise a model that is in memory, as transformers quantises one that it loads, bit for bit.
+def quantize_model(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> PreTrainedModel:
+    """Quantize a model that is in memory, as transformers quantizes one that it loads, bit for bit.
 
-    The weights are quantised one after the other, beside the model, which stays as it was: both together take its size
-    and what the quantised weights take. What is not quantised, they share.
+    The weights are quantized one after the other, beside the model, which stays as it was: both together take its size
+    and what the quantized weights take. What is not quantized, they share.
 
     Args:
-        model: Without an adapter, not quantised.
+        model: Without an adapter, not quantized.
         quantization: Of `hymba_tune.schemes.quantization`.
 
     Returns:
-        The quantised model, in evaluation mode.
+        The quantized model, in evaluation mode.
     """
     dtype: torch.dtype = model.dtype
     # Under the names of files: transformers writes a model under those it has read.

@@ -13,11 +13,11 @@ from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
 from hymba_tune.config.options import EngineOptions, ModelOptions, ReadingOptions
 
 
-class AskingOptions(EngineOptions, ModelOptions):
+class GenerationOptions(EngineOptions, ModelOptions):
     """Which model is asked, and how it computes."""
 
 
-class ChatConfig(AskingOptions):
+class ChatConfig(GenerationOptions):
     """Talking to a model."""
 
     group: ClassVar[Group] = ANSWERS
@@ -59,7 +59,7 @@ class ScoringOptions(ReadingOptions):
     """Score all answers of a conversation, or only the last."""
 
 
-class EvalConfig(ScoringOptions, AskingOptions):
+class EvalConfig(ScoringOptions, GenerationOptions):
     """How good a model is."""
 
     group: ClassVar[Group] = EVALUATION
@@ -95,7 +95,7 @@ class EvalConfig(ScoringOptions, AskingOptions):
     """Write the results to this file as JSON."""
 
 
-class ServeConfig(AskingOptions):
+class ServeConfig(GenerationOptions):
     """A model behind OpenAI's interface."""
 
     group: ClassVar[Group] = SERVER

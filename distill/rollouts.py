@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment, align_rows
-from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned
+from hymba_tune.distill.pair import Answer, Side, TokenizedRow, TokenizerPair, Unaligned
 from hymba_tune.distill.rows import alignment, cut
 from hymba_tune.distill.segments import tokenizer_within
 from hymba_tune.distill.spelling import END
@@ -39,7 +39,7 @@ class _Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OwnAnswers:
+class RolloutGenerator:
     """Writes them.
 
     Attributes:
@@ -51,7 +51,7 @@ class OwnAnswers:
         seed: Of the choice of rows, and of the sampling.
     """
 
-    pair: Pair
+    pair: TokenizerPair
     rows: Dataset
     max_length: int
     answer_tokens: int
@@ -127,8 +127,8 @@ class OwnAnswers:
         read: list[int] = self._reader.encode(row.lead + text).ids
         ids, teacher_ids = [*row.prompt, *answer, *([] if ended else [ours])], [*row.teacher_prompt, *read, theirs]
         (found,) = align_rows(
-            [Row(ids, [Answer(len(row.prompt), len(ids), said)])],
-            [Row(teacher_ids, [Answer(len(row.teacher_prompt), len(teacher_ids), said)])],
+            [TokenizedRow(ids, [Answer(len(row.prompt), len(ids), said)])],
+            [TokenizedRow(teacher_ids, [Answer(len(row.teacher_prompt), len(teacher_ids), said)])],
             self.pair,
         )
         if isinstance(found, Unaligned):

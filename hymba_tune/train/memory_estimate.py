@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from hymba_tune.config import TrainingConfig
-from hymba_tune.footprint import Batch, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.footprint import Batch, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
 
@@ -23,18 +23,18 @@ TEXTS_A_ROW = {"dpo": 2}
 
 
 @dataclass(frozen=True)
-class Foresight:
+class MemoryEstimate:
     """The memory that a run will take at its peak.
 
     Attributes:
         step: Of a training step.
-        beside: What the process holds, or a GPU's reserve.
+        extra_bytes: What the process holds, or a GPU's reserve.
         has: What the device has.
         on_gpu: Whether that is a GPU.
     """
 
     step: Footprint
-    beside: int
+    extra_bytes: int
     has: int
     on_gpu: bool
 
@@ -46,7 +46,7 @@ class Foresight:
     @property
     def needs(self) -> int:
         """Bytes, all told."""
-        return self.step.total + self.beside
+        return self.step.total + self.extra_bytes
 
     @property
     def fits(self) -> bool:
@@ -54,13 +54,13 @@ class Foresight:
         return self.needs <= self.has
 
 
-def foresee(setup: Setup, data: Data, beside: int = 0) -> Foresight:
+def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEstimate:
     """Tell what a run will take, before its weights are loaded.
 
     Args:
         setup: Of the run.
         data: It trains on.
-        beside: Bytes that this kind of training holds beside the model.
+        extra_bytes: Bytes that this kind of training holds beside the model.
     """
     config, device = setup.config, setup.device
     memory = StepMemory(
@@ -68,16 +68,19 @@ def foresee(setup: Setup, data: Data, beside: int = 0) -> Foresight:
         dtype=setup.dtype,
         own_kernels=device.type == "cpu",
     )
-    quantised = stored_bytes(setup.model_config, setup.quantization) if setup.quantization else {}
-    step = memory.of(largest_batch(config, data), **step_settings(config), quantised=quantised)
-    return Foresight(
-        replace(step, beside=beside), held_beside(device, setup.dtype), device_memory(device), device.type == "cuda"
+    quantized = stored_bytes(setup.model_config, setup.quantization) if setup.quantization else {}
+    step = memory.of(largest_batch(config, data), **step_settings(config), quantized=quantized)
+    return MemoryEstimate(
+        replace(step, extra_bytes=extra_bytes),
+        process_overhead(device, setup.dtype),
+        device_memory(device),
+        device.type == "cuda",
     )
 
 
-def needs_with(setup: Setup, data: Data, beside: int, config: TrainingConfig) -> int:
+def bytes_needed_with(setup: Setup, data: Data, extra_bytes: int, config: TrainingConfig) -> int:
     """Bytes that a run would take on the same data with other settings."""
-    return foresee(replace(setup, config=config), data, beside).needs
+    return estimate_memory(replace(setup, config=config), data, extra_bytes).needs
 
 
 def step_settings(config: TrainingConfig) -> dict[str, Any]:

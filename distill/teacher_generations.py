@@ -20,7 +20,7 @@ from hymba_tune.data.converting import TARGETS
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.outputs import Teacher
-from hymba_tune.distill.pair import Pair, for_teacher
+from hymba_tune.distill.pair import TokenizerPair, for_teacher
 from hymba_tune.distill.server import ServedTeacher
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher import ModelTeacher
@@ -34,7 +34,7 @@ ANSWERS, PART = "answers.jsonl", "answers.part.jsonl"
 
 
 @dataclass(frozen=True)
-class Written:
+class TeacherGenerations:
     """Answers that a teacher wrote.
 
     Attributes:
@@ -50,7 +50,7 @@ class Written:
     texts: int
 
 
-class AnswerWriter:
+class TeacherGenerator:
     """Has the teacher answer the conversations of the data anew, each up to its last answer.
 
     Args:
@@ -63,7 +63,7 @@ class AnswerWriter:
         ConfigError: If a source is to be taken more than once.
     """
 
-    def __init__(self, config: DistillConfig, sources: Sequence[Source], pair: Pair, teacher: str) -> None:
+    def __init__(self, config: DistillConfig, sources: Sequence[Source], pair: TokenizerPair, teacher: str) -> None:
         if often := next((source for source in sources if source.weight > 1), None):
             raise ConfigError(
                 f"--loss seq has every conversation answered once, and {often.name} is to be taken "
@@ -92,7 +92,7 @@ class AnswerWriter:
             )
         return digest.hexdigest()
 
-    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> Written:
+    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> TeacherGenerations:
         """Write the answers that are missing; a folder that has them all needs no teacher.
 
         Args:
@@ -115,7 +115,7 @@ class AnswerWriter:
                 expected="answers that end",
                 fix="a larger --answer-tokens; or --teacher-end, if its chat template ends answers with another token",
             )
-        return Written(folder / ANSWERS, len(rows), len(asked) - len(rows), self._texts)
+        return TeacherGenerations(folder / ANSWERS, len(rows), len(asked) - len(rows), self._texts)
 
     def _go_on(self, part: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> None:
         done = len(_lines(part)) // BATCH * BATCH

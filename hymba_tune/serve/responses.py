@@ -19,7 +19,7 @@ CHUNK = 256
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class Tokens:
+class TokenTexts:
     """Tokens as texts.
 
     Args:
@@ -61,7 +61,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(held, default=0)]
 
 
-class Pieces:
+class AnswerStream:
     """An answer piece by piece.
 
     Args:
@@ -105,7 +105,7 @@ def usage(prompts: int, texts: Sequence[Writing]) -> dict[str, int]:
     return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
 
 
-def chat_logprobs(scores: Sequence[TokenScore], tokens: Tokens) -> dict[str, Any]:
+def chat_logprobs(scores: Sequence[TokenScore], tokens: TokenTexts) -> dict[str, Any]:
     """Log-probabilities as chats have them."""
 
     def told(token: int, log_prob: float) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def chat_logprobs(scores: Sequence[TokenScore], tokens: Tokens) -> dict[str, Any
 
 
 def completion_logprobs(
-    scores: Sequence[TokenScore | None], ids: Sequence[int], tokens: Tokens, *, by_id: bool, begin: int = 0
+    scores: Sequence[TokenScore | None], ids: Sequence[int], tokens: TokenTexts, *, by_id: bool, begin: int = 0
 ) -> dict[str, Any]:
     """Log-probabilities as completions have them.
 
@@ -148,7 +148,7 @@ def completion_logprobs(
     }
 
 
-def prompt_logprobs(scores: Sequence[TokenScore | None], tokens: Tokens) -> list[dict[str, Any] | None]:
+def prompt_logprobs(scores: Sequence[TokenScore | None], tokens: TokenTexts) -> list[dict[str, Any] | None]:
     """Log-probabilities of a prompt as vLLM tells them: by token id, with the token's own among them."""
     told: list[dict[str, Any] | None] = []
     for score in scores:

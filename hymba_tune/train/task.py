@@ -14,7 +14,7 @@ from hymba_tune.train.setup import Data, Setup
 
 
 @dataclass(frozen=True)
-class Kind:
+class TrainingTask:
     """What one kind of training has of its own; `hymba_tune.train.flow.train` is the rest.
 
     Attributes:
@@ -22,10 +22,10 @@ class Kind:
         make_trainer: Builds the trainer of a model with its adapter on. The arguments are those that every kind of
             training shares (`hymba_tune.train.arguments`), by TRL's names; the callbacks are the run's.
         describe: What the banner and the report say of this kind alone, a label and a line each.
-        beside: Bytes that it holds beside the model while that is trained.
+        extra_bytes: Bytes that it holds beside the model while that is trained.
     """
 
     read_data: Callable[[Setup, Screen], Data]
     make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], RunTrainer]
     describe: Callable[[Setup], dict[str, str]] = lambda _: {}
-    beside: Callable[[Setup], int] = lambda _: 0
+    extra_bytes: Callable[[Setup], int] = lambda _: 0

@@ -27,7 +27,7 @@ FROM_TARGETS = {"kl", "projection", "alm"}
 Terms = tuple[TokenTerm | None, SpanTerm | None]
 
 
-class Place(NamedTuple):
+class RowSpan(NamedTuple):
     """Where a row stands in a batch.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class LossParameters:
     """What losses are told beside their weights.
 
     Attributes:
@@ -55,7 +55,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TeacherSignals:
     """What a teacher has to say of rows.
 
     Attributes:
@@ -65,12 +65,12 @@ class Lessons:
         online: The teacher itself, if it is in memory.
     """
 
-    shape: Shape
+    shape: LossParameters
     device: torch.device
     targets: Sequence[Targets] | None = None
     online: OnlineTeacher | None = None
 
-    def terms(self, places: Sequence[Place], stage: Stage, own: Sequence[Alignment] = ()) -> Terms:
+    def terms(self, places: Sequence[RowSpan], stage: Stage, own: Sequence[Alignment] = ()) -> Terms:
         """Of a batch's rows, what a stage's losses ask for.
 
         Args:
@@ -85,17 +85,17 @@ class Lessons:
             return self._from_targets([self.targets[place.row] for place in places], places, stage.losses)
         assert self.online
         rows = [self.online.row(place.row, own) for place in places]
-        heard = self.online.hear(rows)
+        row_outputs = self.online.forward(rows)
         whole = []
         if losses - {"projection", "alm"}:
-            whole = self.online.whole_terms(rows, heard, places, stage.losses, self.shape)
+            whole = self.online.whole_terms(rows, row_outputs, places, stage.losses, self.shape)
         told: Terms = None, None
         if losses & {"projection", "alm"}:
             without_kl = {name: weight for name, weight in stage.losses.items() if name != "kl"}
-            told = self._from_targets(self.online.make_targets(rows, heard), places, without_kl)
+            told = self._from_targets(self.online.make_targets(rows, row_outputs), places, without_kl)
         return joined_terms([*whole, *([told[0]] if told[0] else [])]), told[1]
 
-    def _from_targets(self, rows: Sequence[Targets], places: Sequence[Place], losses: Mapping[str, float]) -> Terms:
+    def _from_targets(self, rows: Sequence[Targets], places: Sequence[RowSpan], losses: Mapping[str, float]) -> Terms:
         batch = Targets.joined(rows, [place.offset for place in places]).to(self.device)
         weight = losses.get("projection", 0.0) + losses.get("kl", 0.0)
         tokens = sparse_term(batch, temperature=self.shape.temperature, weight=weight) if weight else None
@@ -118,37 +118,37 @@ class OnlineTeacher:
     rows: Dataset
 
     def row(self, number: int, own: Sequence[Alignment]) -> Alignment:
-        """A row of the data, or one that the student wrote; see `Place`."""
+        """A row of the data, or one that the student wrote; see `RowSpan`."""
         return alignment(self.rows[number]) if number >= 0 else own[-1 - number]
 
-    def hear(self, rows: Sequence[Alignment]) -> list[HeadOutputs]:
+    def forward(self, rows: Sequence[Alignment]) -> list[HeadOutputs]:
         """What the teacher says of rows, read now."""
         said = dict(self.maker.teacher.outputs([row.teacher_ids for row in rows]))
-        heard = [said[index] for index in range(len(rows))]
-        assert all(isinstance(outputs, HeadOutputs) for outputs in heard)
-        return heard  # type: ignore[return-value]
+        row_outputs = [said[index] for index in range(len(rows))]
+        assert all(isinstance(outputs, HeadOutputs) for outputs in row_outputs)
+        return row_outputs  # type: ignore[return-value]
 
-    def make_targets(self, rows: Sequence[Alignment], heard: Sequence[HeadOutputs]) -> list[Targets]:
+    def make_targets(self, rows: Sequence[Alignment], row_outputs: Sequence[HeadOutputs]) -> list[Targets]:
         """Targets from what was heard."""
-        maker = replace(self.maker, teacher=_Heard(heard, self.maker.teacher.tokenizer))
+        maker = replace(self.maker, teacher=TeacherOutputs(row_outputs, self.maker.teacher.tokenizer))
         made = {index: taught.targets for index, taught in maker(rows)}
         return [made[index] for index in range(len(rows))]
 
     def whole_terms(
         self,
         rows: Sequence[Alignment],
-        heard: Sequence[HeadOutputs],
-        places: Sequence[Place],
+        row_outputs: Sequence[HeadOutputs],
+        places: Sequence[RowSpan],
         losses: Mapping[str, float],
-        shape: Shape,
+        shape: LossParameters,
     ) -> list[TokenTerm]:
         """The losses that compare whole vocabularies, where both sides' tokens begin together."""
         at, hidden = [], []
-        for row, outputs, place in zip(rows, heard, places, strict=True):
+        for row, outputs, place in zip(rows, row_outputs, places, strict=True):
             both = row.spelled == 0
             at.append(torch.from_numpy(row.student[both]) + place.offset)
             hidden.append(outputs.head.hidden[torch.from_numpy(row.teacher[both] - 1)])
-        weight = heard[0].head.weight
+        weight = row_outputs[0].head.weight
         teacher, where = Head(torch.cat(hidden), weight), torch.cat(at).to(weight.device)
         known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "kl": partial(_on_common, partial(forward_kl, temperature=shape.temperature)),
@@ -167,11 +167,11 @@ class OnlineTeacher:
         ]
 
 
-class _Heard:
+class TeacherOutputs:
     """A teacher that has read its rows already."""
 
-    def __init__(self, heard: Sequence[HeadOutputs], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.name, self.tokenizer, self._heard = "", tokenizer, heard
+    def __init__(self, row_outputs: Sequence[HeadOutputs], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name, self.tokenizer, self._heard = "", tokenizer, row_outputs
 
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
         """See `hymba_tune.distill.outputs.Teacher`."""

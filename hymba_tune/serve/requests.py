@@ -53,7 +53,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class BaseRequest(BaseModel):
     """What chats and completions have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -69,14 +69,14 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _refuse_the_rest(self) -> Asked:
+    def _refuse_the_rest(self) -> BaseRequest:
         extra = self.model_extra or {}
         if unknown := [name for name, value in extra.items() if name not in IGNORED and value not in EMPTY]:
             raise ApiError(400, f"{unknown[0]} is not supported here.", param=unknown[0], code="unsupported_parameter")
         return self
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(BaseRequest):
     """A text to go on with."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -96,7 +96,7 @@ class CompletionAsked(Asked):
         return [one for one in self.prompt if not isinstance(one, int)]
 
 
-class ChatAsked(Asked):
+class ChatRequest(BaseRequest):
     """A conversation to answer."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -111,10 +111,10 @@ class ChatAsked(Asked):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-A = TypeVar("A", bound=Asked)
+A = TypeVar("A", bound=BaseRequest)
 
 
-def read_asked(kind: type[A], body: object) -> A:
+def read_request(kind: type[A], body: object) -> A:
     """A request's body as what it is to be.
 
     Raises:

@@ -27,7 +27,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredQuestion:
     """A question with what a model answered; what was taken out of both, None where there was nothing to take."""
 
     question: Question
@@ -123,7 +123,7 @@ def read_questions(
     return questions
 
 
-def ask_all(
+def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
@@ -132,7 +132,7 @@ def ask_all(
     max_new_tokens: int,
     batch_size: int,
     progress: Callable[[int], None],
-) -> list[Answered]:
+) -> list[AnsweredQuestion]:
     """Let a model answer, by its likeliest tokens.
 
     Args:
@@ -154,12 +154,12 @@ def ask_all(
         answers[written.number] = written.text(tokenizer).strip()
         progress(done)
     return [
-        Answered(question, answer, extract(answer), extract(question.reference))
+        AnsweredQuestion(question, answer, extract(answer), extract(question.reference))
         for question, answer in zip(questions, answers, strict=True)
     ]
 
 
-def judge_answers(answered: Sequence[Answered]) -> AnswerScore:
+def judge_answers(answered: Sequence[AnsweredQuestion]) -> AnswerScore:
     """Count what was right."""
     found = sum(one.found is not None for one in answered)
     return AnswerScore(len(answered), sum(one.right for one in answered), found)

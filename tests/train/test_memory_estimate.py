@@ -8,8 +8,8 @@ import torch
 
 from hymba_tune.config import DPOConfig, SFTConfig
 from hymba_tune.data import DataReport
-from hymba_tune.footprint import GPU_RESERVE, held_beside
-from hymba_tune.train.foresight import full_batch, largest_batch, text_lengths
+from hymba_tune.footprint import GPU_RESERVE, process_overhead
+from hymba_tune.train.memory_estimate import full_batch, largest_batch, text_lengths
 from hymba_tune.train.setup import Data
 
 
@@ -56,5 +56,5 @@ def test_both_answers_of_a_pair_are_in_a_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_process_holds_more_than_its_libraries(dtype: torch.dtype) -> None:
-    assert held_beside(torch.device("cpu"), dtype) > 2**27
-    assert held_beside(torch.device("cuda"), dtype) == GPU_RESERVE
+    assert process_overhead(torch.device("cpu"), dtype) > 2**27
+    assert process_overhead(torch.device("cuda"), dtype) == GPU_RESERVE

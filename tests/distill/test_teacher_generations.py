@@ -15,7 +15,7 @@ from hymba_tune.data import open_sources
 from hymba_tune.distill import written
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.written import ANSWERS, PART, AnswerWriter
+from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
 from hymba_tune.errors import ConfigError, DataError
 from tests.distill.runs import run, settings
 from tests.distill.teachers import save_teacher
@@ -64,13 +64,13 @@ class Scripted:
 
 
 @pytest.fixture
-def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AnswerWriter]:
+def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TeacherGenerator]:
     monkeypatch.setattr(written, "BATCH", 2)
 
-    def make(script: Scripted, rows: list[dict[str, Any]] | None = None, **changes: Any) -> AnswerWriter:
+    def make(script: Scripted, rows: list[dict[str, Any]] | None = None, **changes: Any) -> TeacherGenerator:
         monkeypatch.setattr(written, "write", script)
         sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
-        return AnswerWriter(DistillConfig(**changes), sources, PAIR, "teacher")
+        return TeacherGenerator(DistillConfig(**changes), sources, PAIR, "teacher")
 
     return make
 
@@ -82,7 +82,9 @@ def nobody() -> Any:
     raise AssertionError("the teacher is loaded, though nothing is to be written")
 
 
-def test_last_answers_are_the_teachers_and_alone_learned(writer: Callable[..., AnswerWriter], tmp_path: Path) -> None:
+def test_last_answers_are_the_teachers_and_alone_learned(
+    writer: Callable[..., TeacherGenerator], tmp_path: Path
+) -> None:
     script = Scripted(unended=1, unread=3)
     found = writer(script, [*TALKS, {"text": "no prompt"}]).write(tmp_path / "a", Model, quiet)  # type: ignore[arg-type]
     assert (found.rows, found.left_out, found.texts) == (len(TALKS) - 2, 2, 1)
@@ -96,7 +98,7 @@ def test_last_answers_are_the_teachers_and_alone_learned(writer: Callable[..., A
     assert "Bye" not in prompt
 
 
-def test_interrupted_writing_goes_on_where_it_was(writer: Callable[..., AnswerWriter], tmp_path: Path) -> None:
+def test_interrupted_writing_goes_on_where_it_was(writer: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
     whole = writer(Scripted()).write(tmp_path / "whole", Model, quiet)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         writer(Scripted(die_at=4)).write(tmp_path / "a", Model, quiet)  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ def test_interrupted_writing_goes_on_where_it_was(writer: Callable[..., AnswerWr
     assert (again.rows, again.left_out) == (whole.rows, whole.left_out)
 
 
-def test_key_is_of_all_that_decides_the_answers(writer: Callable[..., AnswerWriter]) -> None:
+def test_key_is_of_all_that_decides_the_answers(writer: Callable[..., TeacherGenerator]) -> None:
     keys = [
         writer(Scripted(), rows, **changes).key(quiet)
         for rows, changes in (
@@ -126,7 +128,7 @@ def test_key_is_of_all_that_decides_the_answers(writer: Callable[..., AnswerWrit
     assert writer(Scripted()).key(quiet) == keys[0]
 
 
-def test_nothing_to_answer_is_said(writer: Callable[..., AnswerWriter], tmp_path: Path) -> None:
+def test_nothing_to_answer_is_said(writer: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no conversation in the data, only texts"):
         writer(Scripted(), [{"text": "a text"}]).key(quiet)
     with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
@@ -136,7 +138,7 @@ def test_nothing_to_answer_is_said(writer: Callable[..., AnswerWriter], tmp_path
 def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)], [2.0])
     with pytest.raises(ConfigError, match=r"data\.jsonl is to be taken 2 times(.|\n)*--weights of at most 1"):
-        AnswerWriter(DistillConfig(), sources, PAIR, "teacher")
+        TeacherGenerator(DistillConfig(), sources, PAIR, "teacher")
 
 
 def test_student_imitates_what_was_written(

@@ -16,8 +16,8 @@ from hymba_tune.data import IGNORED, Conversation, Message, encode_prompt
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, align_rows
 from hymba_tune.distill.outputs import HeadOutputs
-from hymba_tune.distill.pair import Row, Unaligned, make_pair, tokenise
-from hymba_tune.distill.projection import Places, Projection, SparseTarget, Target, find_places
+from hymba_tune.distill.pair import TokenizedRow, Unaligned, make_pair, tokenize_examples
+from hymba_tune.distill.projection import Places, ProjectedTarget, Projection, SparseTarget, find_places
 from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
@@ -74,10 +74,10 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 def plain_lessons(examples: Sequence[Example]) -> list[Lesson]:
     """Rows without a teacher."""
     side = side_of(PreTrainedTokenizerFast.from_pretrained(NANO))
-    return [lesson for row in tokenise(examples, side) if (lesson := _lesson(row)) is not None]
+    return [lesson for row in tokenize_examples(examples, side) if (lesson := _lesson(row)) is not None]
 
 
-def _lesson(row: Row | Unaligned) -> Lesson | None:
+def _lesson(row: TokenizedRow | Unaligned) -> Lesson | None:
     if isinstance(row, Unaligned) or len(row.ids) > LONGEST:
         return None
     ids = torch.tensor(row.ids)
@@ -92,7 +92,7 @@ def taught_lessons(examples: Sequence[Example], folder: Path, setting: Setting) 
     """The same rows, with the targets of the teacher in a folder where the sides can be aligned."""
     teacher = _Watched(find_teacher(str(folder)).load(torch.device("cpu"), torch.float32))
     pair = make_pair(PreTrainedTokenizerFast.from_pretrained(NANO), teacher.tokenizer)
-    students, teachers = tokenise(examples, pair.student), tokenise(examples, pair.teacher)
+    students, teachers = tokenize_examples(examples, pair.student), tokenize_examples(examples, pair.teacher)
     both = zip(map(_lesson, students), align_rows(students, teachers, pair), strict=True)
     aligned = [(lesson, row) for lesson, row in both if lesson and _fits(row)]
     plain, rows = zip(*aligned, strict=True)
@@ -103,17 +103,17 @@ def taught_lessons(examples: Sequence[Example], folder: Path, setting: Setting) 
     )
     find = find_places if setting.second_cover else _find_without_cover
     maker = TargetMaker(teacher, tables, projection, KEPT, setting.temperature, find)
-    lessons = list(plain)
+    signals = list(plain)
     for index, taught in maker(rows):
         row = rows[index]
         begins = row.spelled == 0
-        lessons[index] = replace(
-            lessons[index],
+        signals[index] = replace(
+            signals[index],
             targets=taught.targets,
             begins=torch.from_numpy(row.student[begins]),
             hidden=teacher.hidden[row.teacher[begins] - 1].to(torch.bfloat16),
         )
-    return lessons
+    return signals
 
 
 def _fits(row: Alignment | Unaligned) -> bool:
@@ -136,7 +136,7 @@ class _Watched:
 class WithoutBucket(Projection):
     """A projection whose targets have no bucket but what is cut off later."""
 
-    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> Target:
+    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> ProjectedTarget:
         """See `Projection`."""
         target = super().__call__(probs, places, cut)
         left = target.probs.sum(-1)

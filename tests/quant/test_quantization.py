@@ -7,7 +7,7 @@ import torch
 
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.config import Scheme
-from hymba_tune.quant import quantise
+from hymba_tune.quant import quantize_model
 from hymba_tune.registry import ModelSource
 from hymba_tune.schemes import quantization
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_quantised_in_memory_is_what_is_loaded_quantised(scheme: Scheme, wide_model: Path) -> None:
+def test_quantized_in_memory_is_what_is_loaded_quantized(scheme: Scheme, wide_model: Path) -> None:
     source = ModelSource("model", wide_model)
     model = load_weights(source, dtype=torch.bfloat16, device=CPU)
     before = {name: held.clone() for name, held in model.state_dict().items()}
     asked = quantization(model.config, scheme, torch.bfloat16)
-    made = quantise(model, asked)
+    made = quantize_model(model, asked)
     loaded = load_weights(source, dtype=torch.bfloat16, device=CPU, quantization=asked)
     for ours, theirs in ((made, loaded.state_dict()), (model, before)):
         held = ours.state_dict()
