@@ -31,10 +31,11 @@ from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.serve import serve
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
+from hymba_tune.config import TrainingConfig
 from hymba_tune.errors import ConfigError, HymbaTuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
-TRAINS = ("sft", "dpo", "kto", "distill", "plan")
+TRAINS = (*TrainingConfig.by_verb(), "plan")
 
 app = App(
     name="hymba-tune",

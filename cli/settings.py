@@ -50,7 +50,7 @@ def combine(recipe: str | None, flags: C) -> C:
         return flags
     path = find_recipe(recipe)
     settings = read_recipe(path)
-    own = getattr(flags, "verb", None)
+    own = flags.verb.name if isinstance(flags, TrainingConfig) else None
     if (verb := settings.pop("verb", own)) != own:
         raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
     known = type(flags).model_fields
@@ -79,7 +79,7 @@ def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> 
         ConfigError: As `combine`; also if there is no such verb, or it has no such setting.
     """
     try:
-        kind = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb)
+        kind = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb.name)
         given = {name: getattr(flags, name) for name in flags.model_fields_set}
         return combine(recipe, kind.model_validate(given))
     except ValidationError as error:

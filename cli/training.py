@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import combine
-from hymba_tune.config import TrainingConfig
+from hymba_tune.config import TrainingConfig, Verb
 
 if TYPE_CHECKING:
     from hymba_tune.train.run import Run
@@ -46,10 +46,10 @@ def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run | No
     if run is None:
         console.print(" dry run: nothing was trained or written; leave --dry-run out to train", markup=False)
     else:
-        _show_result(run)
+        _show_result(run, settings.verb)
 
 
-def _show_result(run: Run) -> None:
+def _show_result(run: Run, verb: Verb) -> None:
     evaluations = list(run.evaluations())
     console.print()
     if len(evaluations) > 1:
@@ -66,10 +66,9 @@ def _show_result(run: Run) -> None:
             console.print(
                 f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
             )
-        if ended.eval_accuracy is not None:
-            one_by_one = run.facts()["verb"] == "kto"
-            told = "held-out answers told right:" if one_by_one else "better answer preferred in held-out pairs:"
-            console.print(f" {told} {ended.eval_accuracy:.0%}", markup=False)
+        if ended.eval_accuracy is not None and verb.accuracy is not None:
+            label = f"held-out {verb.accuracy.subject} {verb.accuracy.verdict}"
+            console.print(f" {label}: {ended.eval_accuracy:.0%}", markup=False)
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
     if samples:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):

@@ -330,5 +330,5 @@ def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
 def _in_words(config: TrainingConfig) -> str:
     method = "every weight" if config.method is Method.full else f"{config.method.value} r{config.rank}"
     method += f" on {config.quantize}" if config.quantize else ""
-    words = [config.verb, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
+    words = [config.verb.name, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
     return " · ".join([*words, "checkpointing"] if config.gradient_checkpointing else words)

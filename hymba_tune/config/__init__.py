@@ -5,6 +5,7 @@ A field is a flag (`--max-length`), a recipe key (`max_length`) and an environme
 """
 
 from hymba_tune.config.base import (
+    Accuracy,
     Config,
     Keep,
     Learn,
@@ -16,6 +17,7 @@ from hymba_tune.config.base import (
     Scheme,
     Start,
     Tracker,
+    Verb,
     as_mapping,
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
@@ -42,6 +44,7 @@ from hymba_tune.config.verbs import (
 )
 
 __all__ = [
+    "Accuracy",
     "AdapterOptions",
     "ChatConfig",
     "Config",
@@ -79,5 +82,6 @@ __all__ = [
     "Tracker",
     "TrainingConfig",
     "TrainingOptions",
+    "Verb",
     "as_mapping",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
@@ -109,6 +110,55 @@ class ReferenceSource(StrEnum):
 def as_mapping(pairs: Pairs) -> dict[str, str]:
     """Pairs such as ``prompt=question`` by their first halves."""
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How the accuracy of a kind of preference training is worded.
+
+    Attributes:
+        subject: What is counted, in the plural: ``pairs``.
+        verdict: What makes one of them count: ``ranked correctly``.
+        chance: The accuracy of guessing; None where it depends on the data.
+    """
+
+    subject: str
+    verdict: str
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the plan, the table, the report and the model card need to know of a verb that trains.
+
+    No field has a default, so that a verb cannot be declared in part.
+
+    Attributes:
+        name: The command. The config.yaml of a run holds it, and a recipe may.
+        title: The title of its reports.
+        loss_unit: The unit of its loss; empty where the loss is in no common unit.
+        paired: Whether a row is a pair of texts that are trained on together.
+        accuracy: How its accuracy is worded; None where it measures none.
+        figures: The held-out measures that a report shows beside the losses: their columns without ``eval_``.
+    """
+
+    name: str
+    title: str
+    loss_unit: str
+    paired: bool
+    accuracy: Accuracy | None
+    figures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def texts_per_row(self) -> int:
+        """Texts of a row that are trained on together."""
+        return 2 if self.paired else 1
+
+
+NATS_PER_TOKEN = "nats a token"
 
 
 class Config(BaseModel):

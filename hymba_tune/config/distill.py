@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from cyclopts import Group
 from pydantic import BeforeValidator, Field, model_validator
 
-from hymba_tune.config.base import LIST, Config, Method, Names, Pairs, Scheme
+from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
 from hymba_tune.config.options import DataOptions, ModelOptions
 from hymba_tune.config.verbs import TrainingConfig
@@ -105,7 +105,7 @@ class DistillConfig(TeacherOptions, TrainingConfig):
 
     group: ClassVar[Group] = DISTILLATION
 
-    verb: ClassVar[str] = "distill"
+    verb: ClassVar[Verb] = Verb("distill", "Distillation", NATS_PER_TOKEN, paired=False, accuracy=None, figures=())
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
     loss: Names = Field(default_factory=lambda: ["auto"])

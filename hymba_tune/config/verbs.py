@@ -9,7 +9,19 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Group, Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, ReferenceSource, Scheme, Start
+from hymba_tune.config.base import (
+    NATS_PER_TOKEN,
+    Accuracy,
+    Config,
+    Keep,
+    MetaTokens,
+    Method,
+    Onto,
+    ReferenceSource,
+    Scheme,
+    Start,
+    Verb,
+)
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -28,8 +40,8 @@ class TrainingConfig(
 ):
     """What every kind of training is told."""
 
-    verb: ClassVar[str]
-    """The command that trains with these settings; a run's config.yaml says it, and a recipe may."""
+    verb: ClassVar[Verb]
+    """The command that trains with these settings."""
     learning_rates: ClassVar[Mapping[Method, float]]
     """What ``lr`` is when it is not given."""
 
@@ -40,10 +52,16 @@ class TrainingConfig(
         Raises:
             ValueError: If there is no such verb.
         """
-        kinds = {kind.verb: kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and hasattr(kind, "verb")}
-        if verb not in kinds:
-            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
-        return kinds[verb]
+        known = cls.by_verb()
+        if verb not in known:
+            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(known)}")
+        return known[verb]
+
+    @classmethod
+    def by_verb(cls) -> dict[str, type[TrainingConfig]]:
+        """The settings of every verb that trains, by its name."""
+        training = (kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and "verb" in vars(kind))
+        return {kind.verb.name: kind for kind in training}
 
     @property
     def keeps_best(self) -> bool:
@@ -95,7 +113,7 @@ class TrainingConfig(
 class SFTConfig(TrainingConfig, KeptDataOptions):
     """Supervised fine-tuning."""
 
-    verb: ClassVar[str] = "sft"
+    verb: ClassVar[Verb] = Verb("sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, accuracy=None, figures=())
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
@@ -140,7 +158,14 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 class DPOConfig(PreferenceConfig):
     """Direct preference optimization."""
 
-    verb: ClassVar[str] = "dpo"
+    verb: ClassVar[Verb] = Verb(
+        "dpo",
+        "Preference training (DPO)",
+        loss_unit="",
+        paired=True,
+        accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
+        figures=("accuracy", "margin"),
+    )
     loss: Literal[
         "sigmoid",
         "sigmoid_norm",
@@ -174,7 +199,14 @@ class DPOConfig(PreferenceConfig):
 class KTOConfig(PreferenceConfig):
     """Kahneman-Tversky optimization, on answers that are judged one by one."""
 
-    verb: ClassVar[str] = "kto"
+    verb: ClassVar[Verb] = Verb(
+        "kto",
+        "Preference training (KTO)",
+        loss_unit="",
+        paired=False,
+        accuracy=Accuracy("answers", "classified correctly", chance=None),
+        figures=("accuracy", "margin"),
+    )
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
     """The loss, by TRL's names."""
     desirable_weight: float = Field(default=1.0, gt=0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from hymba_tune.config import Config
+from hymba_tune.config import TrainingConfig, Verb
 from hymba_tune.report.record import RunRecord
 
 
-def defaults(verb: str) -> dict[str, Any]:
-    """What a verb's settings are when they are not given; nothing for a verb that is not known any more."""
-    kind = next((kind for kind in Config.kinds() if getattr(kind, "verb", None) == verb), None)
+def defaults(verb: Verb) -> dict[str, Any]:
+    """Return the default settings of a verb; none for a verb that this version does not have."""
+    kind = TrainingConfig.by_verb().get(verb.name)
     fields = kind.model_fields if kind else {}
     return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
@@ -24,7 +24,7 @@ def chosen(record: RunRecord) -> dict[str, Any]:
 
 def repeat(record: RunRecord) -> str:
     """The command that makes the same run again, elsewhere."""
-    words = ["hymba-tune", record.verb]
+    words = ["hymba-tune", record.verb.name]
     for name, value in chosen(record).items():
         words += _flag(name, value)
     return shlex.join(words)

@@ -35,7 +35,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
         raise ConfigError(f"{len(paths)} runs are too many for one page.", expected=f"at most {MOST}")
     records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
     figures = {letter: final_figures(record) for letter, record in records.items()}
-    settings = {letter: {"verb": r.verb, **defaults(r.verb), **r.settings} for letter, r in records.items()}
+    settings = {letter: {"verb": r.verb.name, **defaults(r.verb), **r.settings} for letter, r in records.items()}
     page = render(
         "hymba_tune.report",
         "compare.html.j2",

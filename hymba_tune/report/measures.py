@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-A_TOKEN = ("sft", "distill")
-"""Verbs whose loss is a mean over tokens; that of preferences is in a unit of its own, and another for every kind."""
+from hymba_tune.config import Verb
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ KNOWN = {
     "distillation": Measure("Distance from the teacher", "nats a token", ".3f", better=-1),
     "chunk_likelihood": Measure("Distance from the teacher, by chunks", format=".3f", better=-1),
     "hidden_states": Measure("Distance from the teacher's hidden states", format=".3f", better=-1),
-    "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, chance=0.5, better=1),
+    "accuracy": Measure("Accuracy", "%", ".0f", scale=0.01, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
     "chosen_reward": Measure("Reward of better answers", format=".3f"),
     "rejected_reward": Measure("Reward of worse answers", format=".3f"),
@@ -50,8 +49,6 @@ KNOWN = {
     "memory_bytes": Measure("Peak memory", "GB", ".2f", scale=2**30, better=-1),
 }
 """In the order in which they are shown, after the loss."""
-TOLD_RIGHT = Measure("Answers told right", "%", ".0f", scale=0.01, better=1)
-"""The accuracy of answers that are judged one by one: what chance would give depends on how many of them are good."""
 
 
 def order(name: str) -> float:
@@ -62,15 +59,21 @@ def order(name: str) -> float:
     return names.index(name) if name in names else names.index("learning_rate") - 0.5
 
 
-def measure(name: str, verb: str | None) -> Measure:
-    """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name.
+def measure(name: str, verb: Verb | None) -> Measure:
+    """Describe a column of metrics.jsonl.
 
-    The held-out loss of one source of several is ``loss/`` and its name.
+    Args:
+        name: The column. The held-out loss of one source of several is ``loss/`` and the source's name.
+        verb: The verb of the run; None where runs of several verbs are compared.
+
+    Returns:
+        The measure; one that nobody described is called by its name.
     """
     what, _, source = name.partition("/")
     if what == "loss":
         title = f"Loss on {source}" if source else "Loss"
-        return Measure(title, "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
-    if name == "accuracy" and verb == "kto":
-        return TOLD_RIGHT
+        return Measure(title, verb.loss_unit if verb else "", ".3f", better=-1)
+    if name == "accuracy" and verb and verb.accuracy:
+        title = f"{verb.accuracy.subject} {verb.accuracy.verdict}".capitalize()
+        return replace(KNOWN[name], title=title, chance=verb.accuracy.chance)
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

@@ -14,8 +14,6 @@ from hymba_tune.report.record import RunRecord
 from hymba_tune.report.verdict import Verdict, judge
 
 REPORT = "report.html"
-VERBS = {"sft": "Fine-tuning", "dpo": "Preference training (DPO)", "kto": "Preference training (KTO)"}
-VERBS |= {"distill": "Distillation"}
 
 
 def write_report(path: Path) -> tuple[Path, Verdict]:
@@ -38,7 +36,7 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         "run.html.j2",
         record=record,
         verdict=verdict,
-        kind=VERBS.get(record.verb, record.verb),
+        kind=record.verb.title,
         state=_state(record),
         brief=_brief(record),
         loss=loss_plot(record),

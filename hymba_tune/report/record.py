@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
 
 SHOWN_DROPPED = 10
@@ -36,7 +37,7 @@ class RunRecord:
 
     path: Path
     settings: dict[str, Any]
-    verb: str
+    verb: Verb
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -60,7 +61,7 @@ class RunRecord:
             dropped, reasons = _dropped(path / "dropped.jsonl")
             return cls(
                 path=path,
-                verb=settings.pop("verb", "sft"),
+                verb=_verb(settings.pop("verb", SFTConfig.verb.name)),
                 settings=settings,
                 facts=facts,
                 rows=_rows(path / "metrics.jsonl"),
@@ -101,6 +102,12 @@ class RunRecord:
     def last_step(self) -> int:
         """As far as it got."""
         return int(max((row["step"] for row in self.rows), default=0))
+
+
+def _verb(name: str) -> Verb:
+    known = TrainingConfig.by_verb()
+    # The report of a run can be written by a version that no longer has its verb.
+    return known[name].verb if name in known else Verb(name, name, "", paired=False, accuracy=None, figures=())
 
 
 def _json(path: Path, absent: Any) -> Any:

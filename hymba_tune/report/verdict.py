@@ -82,20 +82,20 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     ]
     if kind.unit:
         figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
-    return Verdict(f"{sentence}{ranked}.", better, figures + _pairs(record), notes)
+    return Verdict(f"{sentence}{ranked}.", better, figures + _others(record), notes)
 
 
 def _ranked(record: RunRecord) -> str:
-    """How many held-out pairs or answers are told right at the end, where the run measured that."""
+    """The held-out accuracy at the end, where the run measured one."""
     _, right = record.series("eval_accuracy")
-    what = "answers told" if record.verb == "kto" else "pairs ranked"
-    return f"; {100 * right[-1]:.0f} % of the {what} right" if right else ""
+    accuracy = record.verb.accuracy
+    return f"; {100 * right[-1]:.0f} % of the {accuracy.subject} {accuracy.verdict}" if right and accuracy else ""
 
 
-def _pairs(record: RunRecord) -> list[tuple[str, str, str]]:
-    """How held-out preferences changed, where the run measured them."""
+def _others(record: RunRecord) -> list[tuple[str, str, str]]:
+    """How the other measures of held-out data changed, where the run has them."""
     figures = []
-    for name in ("accuracy", "margin"):
+    for name in record.verb.figures:
         _, values = record.series(f"eval_{name}")
         kind = measure(name, record.verb)
         if values:

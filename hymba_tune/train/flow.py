@@ -117,7 +117,7 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
             if config.dry_run:
                 return None
             run.record(
-                verb=config.verb,
+                verb=config.verb.name,
                 model=setup.base,
                 data=data.report.counts(),
                 described=described,

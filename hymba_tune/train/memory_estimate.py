@@ -18,8 +18,6 @@ MOST_DRAWN = 2**22
 """Rows that batches are drawn from at most: more of them hold no larger one worth waiting for."""
 READ = 1_000
 """Rows looked at at a time."""
-TEXTS_A_ROW = {"dpo": 2}
-"""By verb, the texts of a row that are trained on together, where it is not one: both answers of a pair."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def step_settings(config: TrainingConfig) -> dict[str, Any]:
 
 def full_batch(config: TrainingConfig) -> Batch:
     """The batch of a run whose rows are all as long as they may be."""
-    return Batch.full(config.batch_size * TEXTS_A_ROW.get(config.verb, 1), config.max_length)
+    return Batch.full(config.batch_size * config.verb.texts_per_row, config.max_length)
 
 
 def largest_batch(config: TrainingConfig, data: Data) -> Batch:

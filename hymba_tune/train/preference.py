@@ -71,7 +71,7 @@ def _read_data(setup: Setup, screen: Screen) -> Data:
     data = read_preferences(
         config,
         setup.tokenizer,
-        paired=isinstance(config, DPOConfig),
+        paired=config.verb.paired,
         seed=config.seed,
         prompts=SAMPLES,
         working=screen.working,

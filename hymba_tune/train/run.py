@@ -80,7 +80,7 @@ class Run:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = {"verb": config.verb}
+            settings = {"verb": config.verb.name}
             settings |= config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
             (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         except OSError as error:
@@ -97,7 +97,7 @@ class Run:
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
             settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-            verb = settings.pop("verb", SFTConfig.verb)  # the first runs did not say it: there was no other
+            verb = settings.pop("verb", SFTConfig.verb.name)  # the first runs did not say it: there was no other
             return TrainingConfig.of(verb).model_validate(settings)
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error

@@ -12,7 +12,7 @@ import torch
 
 from hymba_tune.config import DistillConfig
 from hymba_tune.data import open_sources
-from hymba_tune.distill import written
+from hymba_tune.distill import teacher_generations
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
@@ -65,10 +65,10 @@ class Scripted:
 
 @pytest.fixture
 def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TeacherGenerator]:
-    monkeypatch.setattr(written, "BATCH", 2)
+    monkeypatch.setattr(teacher_generations, "BATCH", 2)
 
     def make(script: Scripted, rows: list[dict[str, Any]] | None = None, **changes: Any) -> TeacherGenerator:
-        monkeypatch.setattr(written, "write", script)
+        monkeypatch.setattr(teacher_generations, "write", script)
         sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
         return TeacherGenerator(DistillConfig(**changes), sources, PAIR, "teacher")
 
@@ -144,7 +144,7 @@ def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:
 def test_student_imitates_what_was_written(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written, "write", Scripted())
+    monkeypatch.setattr(teacher_generations, "write", Scripted())
     config = settings(
         small_model, save_teacher(tmp_path / "teacher"), questions, tmp_path / "out", loss=["seq", "auto"], steps=3
     )

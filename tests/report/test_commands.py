@@ -71,6 +71,6 @@ def test_next_commands_are_those_that_can_be_done(finished_run: Path, tmp_path: 
 
 def test_settings_of_the_run_are_read_without_its_verb(finished_run: Path) -> None:
     record = RunRecord.read(finished_run)
-    assert record.verb == "sft"
+    assert record.verb.name == "sft"
     assert TrainingConfig.of("sft").model_validate(record.settings)
     assert "verb" in yaml.safe_load((finished_run / "config.yaml").read_text())

@@ -52,7 +52,7 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     titles = [
         "Loss",
         "Held-out loss by source",
-        "Pairs ranked right",
+        "Pairs ranked correctly",
         "Margin of rewards",
         "Never heard of",
         *CURVES[1:],

@@ -44,8 +44,8 @@ def test_answers_judged_one_by_one_are_told_without_chance(tmp_path: Path) -> No
     columns = {"eval_accuracy": [0.5, 0.78], "eval_margin": [0.1, 0.4]}
     run = made_run(tmp_path / "run", [0.6], [0.5, 0.4], settings={"verb": "kto"}, columns=columns)
     verdict = judge(RunRecord.read(run))
-    assert verdict.sentence.endswith("; 78 % of the answers told right.")
-    assert ("answers told right", "78 %", "50 % before") in verdict.figures
+    assert verdict.sentence.endswith("; 78 % of the answers classified correctly.")
+    assert ("answers classified correctly", "78 %", "50 % before") in verdict.figures
 
 
 def test_source_that_got_worse_beside_the_others_is_named(tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
     verdict = judge(RunRecord.read(run))
     assert verdict.sentence == (
-        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked right."
+        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked correctly."
     )
     assert verdict.figures[3:] == [
-        ("pairs ranked right", "78 %", "50 % by chance"),
+        ("pairs ranked correctly", "78 %", "50 % by chance"),
         ("margin of rewards", "0.400", "0.000 before"),
     ]
 
