@@ -30,7 +30,7 @@ constexpr int GROUP = 64, CHUNK = 32;
 namespace {
 
 struct Convolution {
-    int64_t texts, E, K, threads, chained, silu;  // chained: texts after the first follow on the first's last inputs
+    int64_t texts, E, K, threads, fuses_meta_prefix, silu;  // fuses_meta_prefix: texts after the first follow on the first's last inputs
     const int64_t *offsets;
     Rows x, y, dy, dx;
     const float *taps, *bias;  // (K, E): the last meets the token itself
@@ -54,7 +54,7 @@ template <int K> struct Block {
 
     // Stand in front of a text.
     void enter(int64_t text) {
-        bool follows = p->chained && text;
+        bool follows = p->fuses_meta_prefix && text;
         for (int k = 0; k < K; k++) {
             x[k] = follows && p->offsets[1] > k ? read(p->x, p->offsets[1] - 1 - k) : V{};
             dx[k] = V{};
@@ -106,10 +106,10 @@ template <int K> struct Block {
             }
             int64_t done = t - (K - 1);
             if (done < begin) {
-                if (p->chained && text) d_first[begin - done] += dx[K - 1];
+                if (p->fuses_meta_prefix && text) d_first[begin - done] += dx[K - 1];
             } else {
                 V total = dx[K - 1];
-                if (p->chained && !text && end - done < K) total += d_first[end - done];
+                if (p->fuses_meta_prefix && !text && end - done < K) total += d_first[end - done];
                 store(p->dx, done, column, lanes, total);
             }
         }
@@ -189,7 +189,7 @@ def native_unsupported_reason(task: Task) -> str | None:
 
 class _Arguments(Arguments):
     _fields_ = (
-        *fields(ctypes.c_int64, "texts E K threads chained silu"),
+        *fields(ctypes.c_int64, "texts E K threads fuses_meta_prefix silu"),
         *fields(ctypes.c_void_p, "offsets"),
         *fields(Rows, "x y dy dx"),
         *fields(ctypes.c_void_p, "taps bias d_taps d_bias"),

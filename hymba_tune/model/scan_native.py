@@ -120,7 +120,7 @@ class _Scan(Arguments):
     """The C++'s struct of the same name."""
 
     _fields_ = (
-        *fields(ctypes.c_int64, "texts E N threads chained"),
+        *fields(ctypes.c_int64, "texts E N threads fuses_meta_prefix"),
         *fields(ctypes.c_void_p, "offsets"),
         *fields(Rows, "u dt B C z y dy du ddt dB dC dz"),
         *fields(ctypes.c_void_p, "A D dt_bias initial"),

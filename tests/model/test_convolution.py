@@ -125,7 +125,7 @@ def test_backend_that_cannot_is_refused(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 16, 17, 130])
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
+@pytest.mark.parametrize("fuses_meta_prefix", [False, True], ids=["alone", "fuses_meta_prefix"])
 @pytest.mark.parametrize("lengths", [[1], [2, 1, 65, 1], [7, 40, 2, 3, 1], [64, 33]], ids=str)
 def test_native_equals_naive_twin(
     lengths: list[int], fuses_meta_prefix: bool, width: int, channels: int, dtype: torch.dtype
