@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
 
@@ -33,11 +34,13 @@ def chat(
     model
         A run directory, or whatever --model takes.
     """
+    if model is not None:
+        flags.model = model
+    check_first(flags)
     from hymba_tune.generate import ChatSession, answer_file
 
     quiet_libraries()
-    if model is not None:
-        flags.model = model
+    say_which_gpu(flags.device)
     if flags.prompts is not None or flags.to is not None:
         new, known = answer_file(flags, RichScreen().working)
         before = f", {known:,} of them before" if known else ""

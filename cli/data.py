@@ -70,10 +70,12 @@ def check(
     from hymba_tune.data.check_page import check_page
     from hymba_tune.data.checking import check_sources
     from hymba_tune.data.writers import check_folder, write_text
+    from hymba_tune.inputs import check_inputs
 
     if flags.html:
         check_folder(flags.html)
     sources = open_sources(_some(files))
+    check_inputs(flags)
     tokenizer = _tokenizer(flags)
     with (Screen() if as_json else RichScreen()).working("checking") as progress:
         found = check_sources(
@@ -114,8 +116,10 @@ def preview(
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.preview import previews
+    from hymba_tune.inputs import check_inputs
 
     sources = open_sources(_some(files))
+    check_inputs(flags)
     rows = previews(sources, _tokenizer(flags), mapping=as_mapping(flags.map), learn=flags.learn)
     for row in islice(rows, flags.skip, flags.skip + flags.rows):
         _show_preview(row, flags.max_length)
@@ -216,10 +220,10 @@ def _some(files: tuple[str, ...]) -> tuple[str, ...]:
 def _tokenizer(flags: DataCheckConfig | DataPreviewConfig) -> PreTrainedTokenizerBase:
     from hymba_tune.checkpoint import load_tokenizer
     from hymba_tune.data import with_chat_template
-    from hymba_tune.registry import TOKENIZER_FILES, resolve_model
+    from hymba_tune.registry import resolve_model
 
     quiet_libraries()
-    folder = resolve_model(flags.model, TOKENIZER_FILES).folder
+    folder = resolve_model(flags.model).folder
     return with_chat_template(load_tokenizer(folder), flags.chat_template)
 
 

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 
 from hymba_tune.cli.distill_capture import capture
 from hymba_tune.cli.settings import Recipe
-from hymba_tune.cli.training import run_verb
+from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import DistillConfig
 
 distill = App(
@@ -29,9 +29,10 @@ def train(*, config: Recipe = None, flags: Annotated[DistillConfig, Parameter(na
     config
         A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
     """
+    settings = read_settings(config, flags)
     from hymba_tune.distill.run import run_distill
 
-    run_verb(config, flags, run_distill)
+    run_verb(settings, run_distill)
 
 
 distill.command(capture)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
 
 
@@ -17,10 +18,12 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
 
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
+    check_first(flags)
     from hymba_tune.distill.capture import run_capture
     from hymba_tune.distill.preflight import in_bytes
 
     quiet_libraries()
+    say_which_gpu(flags.device)
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",

@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
-from hymba_tune.cli.settings import AsJson
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import AsJson, check_first
 from hymba_tune.config import EvalConfig
 from hymba_tune.train.screen import Screen
 
@@ -35,11 +35,13 @@ def measure(
     as_json
         Print the results as JSON.
     """
+    flags.model = model
+    check_first(flags)
     from hymba_tune.evaluate import add_to_run, evaluate, facts, run_of, save
     from hymba_tune.report import write_report
 
     quiet_libraries()
-    flags.model = model
+    say_which_gpu(flags.device)
     if as_json:
         with contextlib.redirect_stdout(io.StringIO()):  # libraries' words are not JSON
             found = evaluate(flags, Screen().working)

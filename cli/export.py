@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ExportConfig
 
 
@@ -30,11 +31,13 @@ def export(
     model
         A run directory, or whatever --model takes.
     """
+    flags.model = model
+    check_first(flags)
     from hymba_tune.hub import export as make
     from hymba_tune.pages import gigabytes
 
     quiet_libraries()
-    flags.model = model
+    say_which_gpu(flags.device)
     done = make(flags, RichScreen().working)
     lines = [("exported", f"{done.folder} ({gigabytes(done.size)})")]
     if done.note is not None:

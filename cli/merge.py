@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ def merge(
     run
         A run directory, or an adapter's folder.
     """
+    flags.model = run
+    check_first(flags)
     from hymba_tune.hub import merge as make
     from hymba_tune.pages import gigabytes
 
     quiet_libraries()
-    flags.model = run
+    say_which_gpu(flags.device)
     done = make(flags, RichScreen().working)
     lines = [
         ("merged", f"{done.folder} ({gigabytes(done.size)})"),

@@ -45,10 +45,13 @@ def plan(
     as_json
         Print it as JSON.
     """
+    from hymba_tune.inputs import check_inputs
+
+    settings = combine_for(config, flags, verb)
+    check_inputs(settings, complete=False)
     from hymba_tune.plan import plan as make
 
     quiet_libraries()
-    settings = combine_for(config, flags, verb)
     with (Screen() if as_json else RichScreen()).working("planning") as progress:
         made = make(settings, progress)
     if as_json:

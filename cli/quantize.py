@@ -8,7 +8,8 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ def quantize(
     model
         A run directory, or whatever --model takes.
     """
+    flags.model = model
+    check_first(flags)
     from hymba_tune.hub import quantize as make
     from hymba_tune.hub import search_skips
 
     quiet_libraries()
-    flags.model = model
+    say_which_gpu(flags.device)
     if not flags.search:
         _say_written(make(flags, RichScreen().working))
         return None

@@ -111,6 +111,21 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
+def say_which_gpu(device: str) -> None:
+    """Say which GPU is used, if several are visible; beside the output, which may be JSON.
+
+    Args:
+        device: What --device says.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    from hymba_tune.checkpoint import choose_device, describe_choice
+
+    if said := describe_choice(choose_device(device)):
+        error_console.print(f" {said}", style="dim", markup=False, soft_wrap=True)
+
+
 def _progress(label: str, done: int, started: float, total: int | None = None) -> str:
     if total:
         label = f"{label} · {done:,} of {total:,}"

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ServeConfig
 from hymba_tune.errors import ConfigError
 
@@ -30,10 +31,12 @@ def serve(
     """
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serve needs {missing[0]}, which is not installed.", fix="pip install 'hymba-tune[serve]'")
+    flags.model = model
+    check_first(flags)
     from hymba_tune.serve import Server
 
     quiet_libraries()
-    flags.model = model
+    say_which_gpu(flags.device)
     server = Server(flags, RichScreen().working)
     console.print(f" {server.name} at {server.url}", markup=False, soft_wrap=True)
     if server.note:

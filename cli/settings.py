@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
 from hymba_tune.errors import ConfigError
+from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
 Recipe = Annotated[str | None, Parameter(group=RUN)]
@@ -65,6 +66,18 @@ def combine(recipe: str | None, flags: C) -> C:
         return type(flags).model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"{recipe}: {explain(error)}") from error
+
+
+def check_first(config: Config) -> None:
+    """Check what a verb that loads a model can check at once: nothing is downloaded, and torch is not imported.
+
+    Raises:
+        HymbaTuneError: If it cannot be run so, or something that the settings name is not there.
+    """
+    from hymba_tune.inputs import check_inputs
+
+    check_single_process()
+    check_inputs(config)
 
 
 def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> TrainingConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, visible
-from hymba_tune.cli.settings import combine
+from hymba_tune.cli.settings import check_first, combine
 from hymba_tune.config import TrainingConfig, Verb
 
 if TYPE_CHECKING:
@@ -19,22 +19,39 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def run_verb(recipe: str | None, flags: C, train: Callable[[C, Screen], Run | None]) -> None:
-    """Train with a recipe's settings and the flags on top, or go on with the run that ``--resume`` names.
+def read_settings(recipe: str | None, flags: C) -> C:
+    """The settings of a run: a recipe's with the flags on top, or those of the run that ``--resume`` names.
+
+    They are checked as far as that takes no time: nothing is downloaded, and torch is not imported.
 
     Args:
         recipe: As `combine` takes it.
         flags: Of the verb.
+
+    Raises:
+        HymbaTuneError: If something is to be mended first.
+    """
+    from hymba_tune.train.resuming import resume_config
+    from hymba_tune.train.tracking import check_trackers
+
+    settings = combine(recipe, flags)
+    if settings.resume:
+        settings = resume_config(settings)
+    check_first(settings)
+    check_trackers(settings.track)
+    return settings
+
+
+def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:
+    """Train, and show what came of it.
+
+    Args:
+        settings: Of `read_settings`.
         train: What the verb does.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from hymba_tune.train.flow import resume_config
-
     disable_progress_bar()  # what they say is the log's, as soon as there is one
-    settings = combine(recipe, flags)
-    if settings.resume:
-        settings = resume_config(settings)
     try:
         run = train(settings, RichScreen())
     except KeyboardInterrupt as interrupt:

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import count_parameters, weights_of
+from hymba_tune.adapters import weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
@@ -38,9 +38,10 @@ from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
-from hymba_tune.distill.teacher import find_teacher, read_tokenizer, smaller_than
+from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
-from hymba_tune.registry import TEACHERS, TOKENIZER_FILES, resolve_model
+from hymba_tune.inputs import check_inputs
+from hymba_tune.registry import TEACHERS, resolve_model
 from hymba_tune.train.screen import Screen
 
 PINNED = {"date_string": "26 Jul 2024"}
@@ -209,8 +210,8 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     Raises:
         HymbaTuneError: If something is to be mended first.
     """
-    if not config.data:
-        raise ConfigError("--data is missing.", expected="a file, a Hub dataset, or demo", fix="--data demo to try it")
+    check_inputs(config)
+    device = choose_device(config.device)
     source = resolve_model(config.model)
     tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
     student = load_config(weights_of(source))
@@ -227,43 +228,22 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
         }
     )
     data = read_rows(config, pair, context=teacher.context, seed=config.seed, prompts=0, working=screen.working)
-    return open_targets(
-        config, data, pair, teacher, vocabulary=student.vocab_size, device=choose_device(config.device), screen=screen
-    )
+    return open_targets(config, data, pair, teacher, vocabulary=student.vocab_size, device=device, screen=screen)
 
 
 def open_teacher(options: TeacherOptions) -> TeacherSpec:
-    """Find who is to teach.
+    """Find who is to teach; `check_inputs` has seen that somebody is named.
 
     Raises:
-        ConfigError: If nobody is named, or a server is asked for what it cannot do.
         HymbaTuneError: As `find_teacher` and `find_server`.
     """
-    if not options.teacher:
-        raise ConfigError(
-            "--teacher is missing.",
-            expected="a Hub id, an alias (llama-3.2-3b), a folder, a run directory, or a server's address",
-        )
     if not options.served:
         return find_teacher(options.teacher, options.teacher_quantize)
-    if options.temperature != 1:
-        raise ConfigError(
-            f"--temperature {options.temperature:g}: a server tells its likeliest tokens as they are at 1.",
-            fix="leave it out, or name a model that is loaded here",
-        )
-    if options.teacher_quantize:
-        raise ConfigError("--teacher-quantize: a server has loaded its model already.", fix="leave it out")
-    if not options.teacher_tokenizer:
-        raise ConfigError(
-            "--teacher-tokenizer is missing: a server does not give its model's.",
-            expected="a Hub id, an alias or a folder",
-            fix="--teacher-tokenizer llama-3.2-3b",
-        )
-    folder = Path(options.teacher_tokenizer).expanduser()
+    name = str(options.teacher_tokenizer)
+    folder = Path(name).expanduser()
     if not (folder / "tokenizer.json").is_file():
-        flag = "--teacher-tokenizer"
-        folder = resolve_model(options.teacher_tokenizer, TOKENIZER_FILES, flag=flag, aliases=TEACHERS).folder
-    return find_server(options.teacher, read_tokenizer(folder, options.teacher_tokenizer), options.top_k)
+        folder = resolve_model(name, flag="--teacher-tokenizer", aliases=TEACHERS).folder
+    return find_server(options.teacher, read_tokenizer(folder, name), options.top_k)
 
 
 BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
@@ -295,12 +275,6 @@ def plan_teacher(config: DistillConfig, student: Any, device: torch.device) -> i
     """`teacher_bytes`, from both configurations alone."""
     if not config.keeps_teacher or not config.teacher:
         return 0
-    source = resolve_model(config.teacher, TOKENIZER_FILES, flag="--teacher", aliases=TEACHERS)
+    source = resolve_model(config.teacher, flag="--teacher", aliases=TEACHERS)
     known = AutoConfig.from_pretrained(weights_of(source).folder, local_files_only=True)
     return teacher_bytes(config, known, parameters_of(known), student, device)
-
-
-def parameters_of(config: Any) -> int:
-    """How many parameters a model has, without its weights."""
-    with torch.device("meta"):
-        return count_parameters(AutoModelForCausalLM.from_config(config))[1]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hymba_tune.model.autocast import to_autocast_dtype
+
 CHUNK_BYTES = 1 << 26
 """Float32 logits held at a time, the student's and the teacher's together. Losses hold up to six times as much."""
 
@@ -85,7 +87,8 @@ def log_likelihood(student: Head, targets: Tensor, rows: int) -> Tensor:
     Returns:
         ``(T,)`` float32 (float64 for float64 hidden states), nats.
     """
-    found: Tensor = _LogLikelihood.apply(student.hidden, student.weight, targets, rows)
+    # The backward, which runs outside autocast, has to compute the same logits.
+    found: Tensor = _LogLikelihood.apply(to_autocast_dtype(student.hidden), student.weight, targets, rows)
     return found
 
 

@@ -87,6 +87,10 @@ class TeacherSpec(Protocol):
         """How its weights are quantized, if they are."""
 
     @property
+    def is_here(self) -> bool:
+        """Whether it can teach without a download."""
+
+    @property
     def fingerprint(self) -> str:
         """By which its targets are told from another's."""
 

@@ -18,6 +18,7 @@ from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder
 from hymba_tune.data.training import opened
+from hymba_tune.distill.alignment import matched_vocabulary
 from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
     load_target_maker,
@@ -31,7 +32,7 @@ from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.matching import HiddenMatch, Layers
 from hymba_tune.distill.outputs import Teacher, TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
-from hymba_tune.distill.preflight import look
+from hymba_tune.distill.preflight import alignment_lines, check_aligned, look
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.spelling import END
@@ -44,6 +45,7 @@ from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, Onl
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.errors import ConfigError
 from hymba_tune.train.flow import train
+from hymba_tune.train.outline import PACKING
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
@@ -63,17 +65,17 @@ def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
     Raises:
         ConfigError: If no teacher is named, or it cannot teach what is asked for.
     """
-    lesson = _Distillation(config, open_teacher(config))
-    return train(
-        config, TrainingTask(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.extra_bytes), screen
-    )
+    lesson = _Distillation(config)
+    kind = TrainingTask(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.extra_bytes, lesson.prepare)
+    return train(config, kind, screen)
 
 
 class _Distillation:
     """What a run's steps hand on to each other."""
 
-    def __init__(self, config: DistillConfig, found: TeacherSpec) -> None:
-        self._config, self._found = config, found
+    def __init__(self, config: DistillConfig) -> None:
+        self._config = config
+        self._teacher: TeacherSpec | None = None
         self._pair: TokenizerPair | None = None
         self._data: AlignedData | None = None
         self._stages: list[Stage] = []
@@ -81,8 +83,9 @@ class _Distillation:
         self._maker: TargetMaker | None = None
 
     def read_data(self, setup: Setup, screen: Screen) -> Data:
-        """Read and align the data, and have the teacher's targets, before the student's weights are loaded."""
+        """Find the teacher, and read and align the data."""
         config = self._config
+        self._teacher = open_teacher(config)
         self._pair = pair_of(config, setup.tokenizer, self._found)
         self._stages = resolve_losses(config, self._pair)
         self._data = data = read_rows(
@@ -98,19 +101,34 @@ class _Distillation:
             warning := smaller_than(self._found, parameters_of(setup.model_config))
         ):
             screen.note(warning)
-        if config.keeps_teacher or config.dry_run:
+        return data_of(setup, data)
+
+    def prepare(self, setup: Setup, screen: Screen) -> None:
+        """Have the teacher, or its targets, before the student's weights are loaded."""
+        config = self._config
+        assert self._data
+        assert self._pair
+        if config.dry_run and not self._found.is_here:
+            check_aligned(self._data.alignment, config.min_aligned)
+            screen.banner(alignment_lines(self._data.alignment, matched_vocabulary(self._pair)))
+            screen.note("the teacher is not tried on a few rows: its weights are not on this machine")
+        elif config.keeps_teacher or config.dry_run:
             self._maker = self._look(setup, screen)
         if self._wants_targets and not config.dry_run:
             self._targets = open_targets(
                 config,
-                data,
+                self._data,
                 self._pair,
                 self._found,
                 vocabulary=setup.model_config.vocab_size,
                 device=setup.device,
                 screen=screen,
             )
-        return data_of(setup, data)
+
+    @property
+    def _found(self) -> TeacherSpec:
+        assert self._teacher
+        return self._teacher
 
     def _written(self, setup: Setup, screen: Screen) -> Path | None:
         """The data with the teacher's answers, if it is to write them."""
@@ -118,7 +136,7 @@ class _Distillation:
         if not config.teacher_writes or config.dry_run:
             return None
         assert self._pair
-        writer = TeacherGenerator(config, opened(config)[0], self._pair, self._found.fingerprint)
+        writer = TeacherGenerator(config, opened(config)[0], self._pair, lambda: self._found.fingerprint)
         with screen.working("reading what the teacher is to answer") as progress:
             key = writer.key(progress)
         with screen.working("the teacher answers") as progress:
@@ -168,7 +186,7 @@ class _Distillation:
         """The trainer of the student."""
         assert self._pair
         packing = self._config.packing
-        own = {"packing": packing, "packing_strategy": "bfd", "eval_packing": False}
+        own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
         return DistillTrainer(
             signals=self._signals(setup),
             stages=self._stages,

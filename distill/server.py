@@ -71,6 +71,7 @@ class ServedTeacher:
     _echo: bool = False
     config: None = None
     parameters: None = None
+    is_here: bool = True
     quantize: None = None
 
     @property

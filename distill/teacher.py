@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hymba_tune.adapters import open_model, short_count, weights_of
+from hymba_tune.adapters import count_parameters, open_model, short_count, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
+from hymba_tune.registry import TEACHERS, ModelSource, fetch_weights, has_weights, resolve_model
 from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
 
 FLAG = "--teacher"
@@ -43,7 +42,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class LocalTeacherSpec:
-    """A model on this machine that is to teach; its weights are not loaded.
+    """A model that is to teach; its weights are not loaded, and those of a Hub model are not downloaded.
 
     Attributes:
         name: What people call it.
@@ -51,7 +50,6 @@ class LocalTeacherSpec:
         config: Its configuration.
         tokenizer: Its own.
         context: The most tokens of a row; None if it does not say.
-        parameters: How many it has.
         quantize: How its weights are to be quantized, if they are.
         bias: Nothing: all of its probabilities are at hand.
     """
@@ -61,14 +59,29 @@ class LocalTeacherSpec:
     config: Any
     tokenizer: PreTrainedTokenizerBase
     context: int | None
-    parameters: int
     quantize: Scheme | None = None
     bias: str = ""
 
     @cached_property
+    def parameters(self) -> int:
+        """How many it has, by its configuration."""
+        return parameters_of(self.config)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be loaded without a download."""
+        return has_weights(self.source) and has_weights(weights_of(self.source))
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of its weights and configuration: read through once, but for files that the Hub's cache names so."""
-        folder = weights_of(self.source).folder
+        """SHA-256 of its weights and configuration: read through once, but for files that the Hub's cache names so.
+
+        Weights of the Hub are downloaded.
+        """
+        weights = weights_of(self.source)
+        for source in (self.source, weights):
+            fetch_weights(source)
+        folder = weights.folder
         files = [*weight_files(folder), folder / "config.json"]
         if self.source.adapter:
             files += sorted(self.source.adapter.glob("adapter_*"))
@@ -83,6 +96,7 @@ class LocalTeacherSpec:
 
         Raises:
             CheckpointError: If they cannot be used.
+            HubError: If they cannot be downloaded.
             ConfigError: If its logits are not its hidden states times its output layer.
         """
         if self.config.model_type == "hymba":
@@ -93,6 +107,7 @@ class LocalTeacherSpec:
         return ModelTeacher(model.eval().requires_grad_(False), self.tokenizer, self.name)
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        fetch_weights(self.source)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.source.folder,
@@ -118,7 +133,7 @@ class LocalTeacherSpec:
 
 
 def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
-    """Find a teacher: an alias, a Hub id, which is downloaded, a folder, or a run directory.
+    """Find a teacher: an alias, a Hub id, a folder, or a run directory. Only settings are downloaded of the Hub's.
 
     Args:
         name: What a user calls it.
@@ -130,8 +145,8 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
         HubError: If the Hub cannot be reached, or refuses.
     """
     source = resolve_model(name, flag=FLAG, aliases=TEACHERS)
-    folder = weights_of(source).folder
-    config = _read_config(folder, source.name)
+    weights = weights_of(source)
+    config = _read_config(weights.folder, source.name)
     if source.adapter and config.model_type != "hymba":
         raise CheckpointError(
             f"{FLAG} {name} is an adapter of a {config.model_type} model.",
@@ -140,14 +155,15 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
         )
     if quantize:
         _check_quantization(source, config, quantize)
-    shapes = [shape for file in weight_files(folder) for shape in read_header(file).values()]
+    if weights.hub_id is None:
+        for file in weight_files(weights.folder):
+            read_header(file)
     return LocalTeacherSpec(
         name=source.name,
         source=source,
         config=config,
         tokenizer=read_tokenizer(source.folder, source.name),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
-        parameters=sum(map(math.prod, shapes)),
         quantize=quantize,
     )
 
@@ -171,6 +187,12 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"The tokenizer of the teacher {name} cannot be read: {error}", expected="a tokenizer.json"
         ) from error
+
+
+def parameters_of(config: Any) -> int:
+    """How many parameters a model has, without its weights."""
+    with torch.device("meta"):
+        return count_parameters(AutoModelForCausalLM.from_config(config))[1]
 
 
 def smaller_than(teacher: TeacherSpec, student_parameters: int) -> str | None:

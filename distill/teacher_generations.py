@@ -57,13 +57,16 @@ class TeacherGenerator:
         config: Of the run.
         sources: Of its data.
         pair: The two sides.
-        teacher: By what its answers are told from another's.
+        teacher: Gives what tells the teacher's answers from another's. It is called when the data has been read: it
+            may have to download the teacher's weights.
 
     Raises:
         ConfigError: If a source is to be taken more than once.
     """
 
-    def __init__(self, config: DistillConfig, sources: Sequence[Source], pair: TokenizerPair, teacher: str) -> None:
+    def __init__(
+        self, config: DistillConfig, sources: Sequence[Source], pair: TokenizerPair, teacher: Callable[[], str]
+    ) -> None:
         if often := next((source for source in sources if source.weight > 1), None):
             raise ConfigError(
                 f"--loss seq has every conversation answered once, and {often.name} is to be taken "
@@ -76,11 +79,7 @@ class TeacherGenerator:
 
     def key(self, progress: Callable[[int], None]) -> str:
         """A name made of all that decides the answers: the prompts as the teacher reads them, and how it writes."""
-        config = self._config
-        settings: list[Any] = [self._teacher, config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
-        settings += [config.answer_temperature, config.seed, BATCH, self._end]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        number = 0
+        config, digest, number = self._config, hashlib.sha256(), 0
         for number, talk in enumerate(self._talks(), start=1):
             digest.update(json.dumps(self._prompt(talk)).encode())
             progress(number)
@@ -90,6 +89,9 @@ class TeacherGenerator:
                 expected="conversations whose answers the teacher writes anew",
                 fix="--loss auto, which learns texts as well",
             )
+        settings: list[Any] = [self._teacher(), config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
+        settings += [config.answer_temperature, config.seed, BATCH, self._end]
+        digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
     def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> TeacherGenerations:

@@ -22,7 +22,7 @@ from transformers import (
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
-from hymba_tune.registry import ModelSource
+from hymba_tune.registry import ModelSource, fetch_weights
 from hymba_tune.schemes import quantized, settle, stored_quantization, stored_shapes, stored_state
 
 INDEX = "model.safetensors.index.json"
@@ -35,20 +35,34 @@ META_TOKENS = "model.memory_tokens"
 def choose_device(name: str) -> torch.device:
     """The device of this name; "auto" is the first CUDA device, else the CPU.
 
+    A CUDA device becomes the current one of this process: some kernels always start on that one.
+
     Raises:
         ConfigError: If there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: no such device.", expected="auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.", fix="--device cpu"
         )
+    torch.cuda.set_device(device)
     return device
+
+
+def describe_choice(device: torch.device) -> str | None:
+    """Which GPU is used, in a sentence; None if there is no other."""
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or count < 2:
+        return None
+    return f"{count} GPUs are visible and one is used, {device}; --device chooses another"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -152,6 +166,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """A model with its weights, which are checked by their names and shapes before they are read.
 
+    Those of a Hub model are downloaded first.
+
     Args:
         source: Without an adapter.
         dtype: What it computes in, and what its weights are stored in unless they are quantized.
@@ -160,8 +176,10 @@ def load_weights(
 
     Raises:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
+        HubError: If they cannot be downloaded.
     """
     config = load_config(source)
+    fetch_weights(source)
     check_weights(source.folder, config)
     asked = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -19,7 +19,8 @@ from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
-from hymba_tune.registry import TOKENIZER_FILES, ModelSource, resolve_model
+from hymba_tune.inputs import check_inputs
+from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import stored_bytes, stored_quantization
 from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import check_quantization, lay_out, weights_quantization
@@ -119,9 +120,10 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     Raises:
         HymbaTuneError: If the model, the device, the data or a setting cannot be used.
     """
-    source = resolve_model(config.model, TOKENIZER_FILES)
-    model_config = load_config(weights_of(source))
+    check_inputs(config, complete=False)
     device = choose_device(config.device)
+    source = resolve_model(config.model)
+    model_config = load_config(weights_of(source))
     own, foreign = choose_dtype(config.dtype, device), _gpu_dtype(config.dtype)
     choose_kernels(as_mapping(config.kernels), model_config, device, own)
     check_quantization(config, source, model_config)

@@ -50,9 +50,10 @@ NANO = "hymba-nano"
 ADAPTER = "adapter"
 """Folder of a run's adapter."""
 ADAPTER_CONFIG = "adapter_config.json"
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "README.md")
-"""What is downloaded of a repository: no code, and no pickles."""
-TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
+SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")
+"""Files of a repository that are downloaded first: configuration, tokenizer and model card."""
+WEIGHT_FILES = ("*.safetensors",)
+"""Files that are downloaded once everything else has been checked. Code and pickles are never downloaded."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ModelSource:
         quantized: The scheme in which that model's weights were stored while the run trained, if in fewer bits.
         dtype: What the run computed in.
         published: The name under which any machine finds it: its Hub id, or hymba-nano.
+        hub_id: The repository that the folder is a snapshot of; `fetch_weights` downloads its weights.
     """
 
     name: str
@@ -76,21 +78,18 @@ class ModelSource:
     quantized: str | None = None
     dtype: str | None = None
     published: str | None = None
+    hub_id: str | None = None
 
 
-def resolve_model(
-    name: str,
-    files: Sequence[str] = MODEL_FILES,
-    *,
-    flag: str = "--model",
-    aliases: Mapping[str, str] = ALIASES,
-) -> ModelSource:
-    """Find a model: an alias, a run directory, a folder, or a Hub id, which is downloaded.
+def resolve_model(name: str, *, flag: str = "--model", aliases: Mapping[str, str] = ALIASES) -> ModelSource:
+    """Find a model: an alias, a run directory, a folder, or a Hub id.
+
+    The configuration, the tokenizer and the card of a Hub model are downloaded. Its weights are not: see
+    `fetch_weights`.
 
     Args:
         name: What a user calls it; a Hub id may have a branch, a tag or a commit behind it, ``owner/name@revision``.
-        files: Which of its files are needed, as patterns.
-        flag: What it was given as.
+        flag: The flag that names it.
         aliases: Names that stand for Hub ids.
 
     Raises:
@@ -98,14 +97,38 @@ def resolve_model(
         CheckpointError: If a folder holds no model.
         HubError: If the Hub cannot be reached, or refuses.
     """
+    found = find_local(name, flag=flag, aliases=aliases)
+    if found is not None:
+        return found
+    hub_id, revision = _hub_name(name, aliases)
+    offer = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
+    folder = _download(hub_id, revision or None, SETTINGS_FILES, offer)
+    return _downloaded(hub_id, revision, folder)
+
+
+def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] = ALIASES) -> ModelSource | None:
+    """Find a model on this machine, without a look at the Hub.
+
+    Args:
+        name: As `resolve_model` takes it.
+        flag: As there.
+        aliases: As there.
+
+    Returns:
+        The model; None if the name is a Hub id, or an alias of one.
+
+    Raises:
+        ConfigError: If the name is neither.
+        CheckpointError: If a folder holds no model.
+    """
     if name == NANO:
         return ModelSource(NANO, Path(str(resources.files("hymba_tune.assets") / NANO)), published=NANO)
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(name, path)
-    typed, _, revision = name.partition("@")
-    hub_id = aliases.get(typed.lower(), typed)
-    if not is_hub_id(hub_id) or (hub_id == typed and path.parent.is_dir()):
+    hub_id, _ = _hub_name(name, aliases)
+    renamed = hub_id != name.partition("@")[0]
+    if not is_hub_id(hub_id) or (path.parent.is_dir() and not renamed):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = difflib.get_close_matches(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())], n=1)
         raise ConfigError(
@@ -113,8 +136,32 @@ def resolve_model(
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
             fix=f"{flag} {near[0] if near else NANO}",
         )
-    folder = _download(hub_id, revision or None, files, flag)
-    return _downloaded(f"{hub_id}@{revision}" if revision else hub_id, folder)
+    return None
+
+
+def fetch_weights(source: ModelSource) -> None:
+    """Download the weights of a model or an adapter of the Hub that are not on this machine yet.
+
+    Args:
+        source: Of `resolve_model`; nothing happens for a model that does not come from the Hub.
+
+    Raises:
+        HubError: If the Hub cannot be reached, or refuses.
+    """
+    if source.hub_id is not None:
+        # The folder is named by its commit, so the weights are those of the configuration that was checked.
+        _download(source.hub_id, source.folder.name, WEIGHT_FILES, "try again: what was downloaded is kept")
+
+
+def has_weights(source: ModelSource) -> bool:
+    """Whether the weights of a model are on this machine, as far as their files tell."""
+    return source.hub_id is None or any(source.folder.glob(WEIGHT_FILES[0]))
+
+
+def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
+    """The Hub id that a name stands for, and the revision behind it."""
+    typed, _, revision = name.partition("@")
+    return aliases.get(typed.lower(), typed), revision
 
 
 def is_hub_id(name: str) -> bool:
@@ -148,8 +195,9 @@ def _local(name: str, path: Path) -> ModelSource:
     )
 
 
-def _downloaded(name: str, folder: Path) -> ModelSource:
+def _downloaded(hub_id: str, revision: str, folder: Path) -> ModelSource:
     """A model or an adapter of the Hub; a run's record there says nothing that is believed here."""
+    name = f"{hub_id}@{revision}" if revision else hub_id
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         base = _base_of_adapter(folder)
         if base and base.lower() not in (NANO, *ALIASES) and not is_hub_id(base):
@@ -158,8 +206,8 @@ def _downloaded(name: str, folder: Path) -> ModelSource:
                 expected="a model of the Hub as base_model_name_or_path in its adapter_config.json",
                 fix="download it, correct that line, and name the folder",
             )
-        return ModelSource(name, folder, adapter=folder, base=base, published=name)
-    return ModelSource(name, folder, published=name)
+        return ModelSource(name, folder, adapter=folder, base=base, published=name, hub_id=hub_id)
+    return ModelSource(name, folder, published=name, hub_id=hub_id)
 
 
 def _base_of_adapter(folder: Path) -> str:
@@ -188,8 +236,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
-def _download(hub_id: str, revision: str | None, files: Sequence[str], flag: str) -> Path:
-    offer = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
+def _download(hub_id: str, revision: str | None, files: Sequence[str], offer: str) -> Path:
+    """The folder of a repository's snapshot, with these of its files; the offer says what else can be done."""
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
@@ -198,7 +246,7 @@ def _download(hub_id: str, revision: str | None, files: Sequence[str], flag: str
             fix=f"ask for access at https://huggingface.co/{hub_id}, then: hf auth login",
         ) from error
     except LocalEntryNotFoundError as error:
-        raise HubError(f"Cannot reach the Hub for {hub_id}, and it is not in the cache.", fix=offer) from error
+        raise HubError(f"Cannot reach the Hub for {hub_id}, and not all of it is in the cache.", fix=offer) from error
     except RevisionNotFoundError as error:
         raise HubError(
             f"{hub_id} has no branch, tag or commit {revision} on the Hub.", fix=f"--model {hub_id} for its main branch"

@@ -78,7 +78,9 @@ def merge_run(path: Path, out: Path) -> Path:
     return merge(MergeConfig(model=str(path), out=out, dtype="float32"), Screen().working).folder
 
 
-def one_plain_step(folder: Path, *, batch_size: int, grad_accum: int, **changes: Any) -> trl.SFTConfig:
+def one_plain_step(
+    folder: Path, *, batch_size: int, grad_accum: int, use_cpu: bool = True, **changes: Any
+) -> trl.SFTConfig:
     """TRL's settings for one step of plain gradient descent, which moves each weight by its gradient."""
     return trl.SFTConfig(
         output_dir=str(folder),
@@ -95,7 +97,7 @@ def one_plain_step(folder: Path, *, batch_size: int, grad_accum: int, **changes:
         save_strategy="no",
         activation_checkpointing=False,
         eval_packing=False,
-        use_cpu=True,
+        use_cpu=use_cpu,
         bf16=False,
         report_to="none",
         disable_tqdm=True,

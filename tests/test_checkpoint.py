@@ -18,6 +18,7 @@ from hymba_tune.checkpoint import (
     check_weights,
     choose_device,
     choose_dtype,
+    describe_choice,
     load_config,
     load_tokenizer,
     load_weights,
@@ -292,8 +293,15 @@ def test_device_is_the_cpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPat
 def test_device_is_the_first_cuda_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == torch.device("cuda")
-    assert choose_device("cuda:1") == torch.device("cuda:1")
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    chosen = [choose_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert list(map(str, chosen)) == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    assert current == chosen[:3]  # Triton's kernels start on the current device, wherever their tensors are
+    said = "2 GPUs are visible and one is used, cuda:{}; --device chooses another"
+    assert [describe_choice(device) for device in chosen[1:]] == [said.format(0), said.format(1), None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert describe_choice(chosen[0]) is None
 
 
 def test_unknown_device() -> None:

@@ -20,11 +20,12 @@ PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["s
 
 FLOORS = [
     {"errors"},
-    {"config", "folders", "memory", "pages"},
+    {"config", "folders", "memory", "pages", "ranks"},
     {"registry"},
     {"model", "schemes"},
     {"checkpoint"},
     {"adapters", "data"},
+    {"inputs"},
     {"assets", "generate"},
     {"evaluate", "footprint", "report", "serve"},
     {"quant"},

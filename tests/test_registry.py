@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from hymba_tune import registry
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
-from hymba_tune.registry import ALIASES, resolve_model
+from hymba_tune.registry import ALIASES, fetch_weights, has_weights, resolve_model
 
 
 @pytest.fixture
@@ -46,13 +46,39 @@ def test_alias_is_downloaded_under_its_full_name(name: str, hub: Mock, tmp_path:
     assert (source.name, source.folder) == (ALIASES[name.lower()], tmp_path / "downloaded")
 
 
-def test_hub_id_is_downloaded_without_code_or_pickles(hub: Mock) -> None:
-    assert resolve_model("me/my-hymba").name == "me/my-hymba"
+SETTINGS = ("config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "README.md")
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+NEVER = ("modeling_hymba.py", "pytorch_model.bin", "model.pt", "adapter_model.bin", "training_args.bin", "a.zip")
+
+
+def downloaded(hub: Mock) -> set[str]:
+    """Which files the last download asks for."""
     wanted = hub.call_args.kwargs["allow_patterns"]
-    names = ("modeling_hymba.py", "pytorch_model.bin", "model.pt", "adapter_model.bin", "training_args.bin", "a.zip")
-    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
-    names = ("model.safetensors", "adapter_model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
-    assert all(any(fnmatch(name, pattern) for pattern in wanted) for name in names)
+    return {name for name in SETTINGS + WEIGHTS + NEVER if any(fnmatch(name, pattern) for pattern in wanted)}
+
+
+def test_weights_are_downloaded_apart_and_code_and_pickles_never(hub: Mock) -> None:
+    source = resolve_model("me/my-hymba@v2")
+    assert downloaded(hub) == set(SETTINGS)
+    fetch_weights(source)
+    assert downloaded(hub) == set(WEIGHTS)
+    # Of the commit whose settings were downloaded, whatever the branch is by then.
+    assert (hub.call_args.args, hub.call_args.kwargs["revision"]) == (("me/my-hymba",), "downloaded")
+
+
+def test_weights_of_a_folder_are_not_downloaded(hub: Mock, small_model: Path) -> None:
+    for name in (str(small_model), "hymba-nano"):
+        fetch_weights(resolve_model(name))
+    assert not hub.called
+
+
+@pytest.mark.usefixtures("hub")
+def test_whether_weights_are_here(small_model: Path, tmp_path: Path) -> None:
+    assert has_weights(resolve_model(str(small_model)))
+    source = resolve_model("me/my-hymba")
+    assert not has_weights(source)
+    (tmp_path / "downloaded" / "model-00001-of-00002.safetensors").touch()
+    assert has_weights(source)
 
 
 def save_adapter(folder: Path, base: str | None) -> None:

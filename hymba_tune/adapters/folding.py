@@ -13,7 +13,7 @@ from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWei
 from hymba_tune.checkpoint import check_weights, load_config
 from hymba_tune.config import Onto, Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.registry import ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import quantization, scheme_of, stored_bytes, stored_quantization
 
 CPU = torch.device("cpu")
@@ -120,6 +120,8 @@ def folding_note(source: ModelSource) -> str | None:
 def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device: torch.device = CPU) -> Weights:
     """A model's tensors, with its adapters folded in; each is made when it is asked for.
 
+    Weights and adapters of the Hub are downloaded first.
+
     Args:
         source: Of `resolve_model`.
         onto: Which weights an adapter that was trained on quantized ones is folded into; those below it always into
@@ -128,7 +130,9 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
 
     Raises:
         CheckpointError: If weights or adapter cannot be used; see `check_weights` and `load_adapter`.
+        HubError: If they cannot be downloaded.
     """
+    fetch_weights(source)
     if source.adapter is None:
         config = load_config(source)
         check_weights(source.folder, config)

@@ -32,6 +32,7 @@ def open_model(
 
     Raises:
         CheckpointError: If weights or adapter cannot be used; see `load_weights` and `load_adapter`.
+        HubError: If they cannot be downloaded.
     """
     if source.adapter is None:
         return load_weights(source, dtype=dtype, device=device, quantization=quantization)

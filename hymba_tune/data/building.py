@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TextIO, TypeVar
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import OnBadRow
 from hymba_tune.data import cache
@@ -23,6 +22,9 @@ from hymba_tune.data.report import DataReport, SourceCounts
 from hymba_tune.data.rows import RowError, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 D = TypeVar("D", bound=DataReport)
 LOOK_AHEAD = 10_000  # rows, a second or two, to say whether a bad row is the only one

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data.sources import Source
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 Kept = Literal["data", "targets", "answers", "pairs"]
 KEPT: dict[Kept, str] = {

@@ -13,14 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn
 from hymba_tune.data.formats import Conversation, Example
 from hymba_tune.data.messages import Message
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a token that is read but not learned: the value that PyTorch's cross-entropy leaves out."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import fit
@@ -17,6 +16,9 @@ from hymba_tune.data.formats import Conversation, Names, recognize
 from hymba_tune.data.messages import SHOWN_KEYS
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 TWO_QUESTIONS, TWO_ANSWERS = "two messages from the user in a row", "two answers in a row"
 NO_ANSWER_LAST = "the last message is no answer, so nothing is learned from it"

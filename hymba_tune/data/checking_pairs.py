@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from hymba_tune.data.check_counts import Check, FileCheck, PairCounts, general
 from hymba_tune.data.comparisons import comparisons, split_answers
@@ -12,6 +11,9 @@ from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import encoded_batches
 from hymba_tune.data.preferences import IdenticalPairError
 from hymba_tune.data.sources import Source
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = "chosen and rejected"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import IGNORED, Encoded, render
@@ -16,6 +15,9 @@ from hymba_tune.data.preferences import FIELDS, parse_pair, parse_unpaired
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)

@@ -9,11 +9,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import Learn, OnBadRow
 from hymba_tune.data.building import IDS, RowSchema, build
@@ -23,6 +22,9 @@ from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 LOSS_WEIGHTS = "loss_weights"
 

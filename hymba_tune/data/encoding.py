@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, TypeVar
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
@@ -15,6 +13,9 @@ from hymba_tune.data.formats import Example, Names, parse
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 256
 BATCH_CHARS = 2**20  # what bounds memory where rows are megabytes long

@@ -31,7 +31,6 @@ def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequ
     Raises:
         ConfigError: If weights or caps are not as many, or not positive.
         DataError: If a source is not found, or is of no known kind.
-        HubError: If the Hub cannot be reached or has no such dataset.
     """
     for flag, values in {"--weights": weights, "--caps": caps}.items():
         if values and len(values) != len(names):

@@ -7,11 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import OnBadRow
 from hymba_tune.data.building import IDS, RowSchema, build
@@ -22,6 +21,9 @@ from hymba_tune.data.report import DataReport
 from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 PAIRED = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
 JUDGED = {"prompt_ids": IDS, "completion_ids": IDS, "label": pa.bool_()}

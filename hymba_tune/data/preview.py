@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Rendered, tokenize
@@ -17,6 +15,9 @@ from hymba_tune.data.encoding import Reading, readings
 from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["read", "learned", "chosen", "rejected"]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ class Source:
         weight: How often each row is to be taken; below 1, the share of the rows.
         max_rows: Rows after which it ends.
         mapping: Names of columns and roles that only it has, as ``--map`` gives them.
+        download: Downloads the rows, if they are not on this machine; reading them does so too.
     """
 
     name: str
@@ -43,12 +45,14 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
+    download: Callable[[], object] = lambda: None
 
     def __iter__(self) -> Iterator[SourceRow]:
         """A pass over the rows.
 
         Raises:
             DataError: If it cannot be read, or has no rows.
+            HubError: If the Hub cannot be reached or has no such dataset.
         """
         empty = True
         for row in islice(self.read(), self.max_rows):
@@ -66,11 +70,10 @@ def open_source(name: str) -> Source:
             ``train`` where none is given.
 
     Returns:
-        The source. A Hub dataset is downloaded by then, or found in its cache.
+        The source. A Hub dataset is downloaded when it is first read.
 
     Raises:
         DataError: If there is no such file, or it is of no known kind.
-        HubError: If the Hub cannot be reached or has no such dataset.
     """
     if name == DEMO:
         return replace(_demo("train", DEMO), held_out=_demo("eval", f"{DEMO} (eval)"))
@@ -117,8 +120,20 @@ def _near_names(path: Path) -> str:
 
 
 def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
+    @cache
+    def rows() -> datasets.Dataset:
+        return _load_hub(name, path, config, split)
+
+    def read() -> Iterator[SourceRow]:
+        for number, value in enumerate(rows(), start=1):
+            yield SourceRow(RowLocation(name, number, "row"), value)
+
+    return Source(name, read, content=lambda: f"{name} {rows()._fingerprint}", download=rows)
+
+
+def _load_hub(name: str, path: str, config: str | None, split: str) -> datasets.Dataset:
     try:
-        rows = datasets.load_dataset(path, config, split=split)
+        return datasets.load_dataset(path, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise HubError(
             f"Cannot use {name}: there is no such file, and {error}",
@@ -135,9 +150,3 @@ def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
             f"Cannot load {name}: {str(error).strip()}",
             fix=f"choose what to load: {path}:CONFIG, {path}@SPLIT or {path}:CONFIG@SPLIT",
         ) from error
-
-    def read() -> Iterator[SourceRow]:
-        for number, value in enumerate(rows, start=1):
-            yield SourceRow(RowLocation(name, number, "row"), value)
-
-    return Source(name, read, content=lambda: f"{name} {rows._fingerprint}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data.chat import render
 from hymba_tune.data.formats import Conversation
 from hymba_tune.data.messages import Message
 from hymba_tune.data.rows import listing
 from hymba_tune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 HYMBA_TEMPLATE = r"""
 {{- bos_token -}}
@@ -88,7 +90,7 @@ def with_chat_template(
     if template is None and tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else _load(template, flag)
+    tokenizer.chat_template = HYMBA_TEMPLATE if template is None else read_template(template, flag=flag)
     if template is not None:
         try:
             render(PROBE, tokenizer)
@@ -100,7 +102,16 @@ def with_chat_template(
     return tokenizer
 
 
-def _load(template: str, flag: str) -> str:
+def read_template(template: str, *, flag: str = "--chat-template") -> str:
+    """Read a chat template.
+
+    Args:
+        template: One of `NAMED`, or a file of Jinja.
+        flag: The flag that names it.
+
+    Raises:
+        ConfigError: If there is no such template.
+    """
     if template in NAMED:
         return NAMED[template]
     try:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config import DataOptions, KeptDataOptions, as_mapping
 from hymba_tune.data.building import D
@@ -22,6 +21,9 @@ from hymba_tune.data.preference_dataset import PreferenceReport, build_preferenc
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
 from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
+
+if TYPE_CHECKING:  # importing transformers imports torch
+    from transformers import PreTrainedTokenizerBase
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Shows what is being done; what it gives is called with the number of rows done."""
@@ -117,14 +119,18 @@ def _reading(options: KeptDataOptions) -> dict[str, Any]:
 def opened(options: DataOptions) -> tuple[list[Source], list[Source]]:
     """What ``--data`` names, and what is held out of its own: ``--eval-data``, or what comes with the data.
 
-    Columns and roles of all of them are named as ``--map`` says, where a source does not say so itself.
+    Columns and roles of all of them are named as ``--map`` says, where a source does not say so itself. All of them
+    are on this machine afterwards.
 
     Raises:
         DataError: If a source is not found, or is of no known kind.
+        HubError: If the Hub cannot be reached or has no such dataset.
         ConfigError: If weights, caps or names do not fit the data.
     """
     sources = open_sources(options.data, options.weights, options.caps)
     given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    for source in (*sources, *given):
+        source.download()  # before the first is read: that may take long
     mapping = as_mapping(options.map)
 
     def named(some: Sequence[Source]) -> list[Source]:

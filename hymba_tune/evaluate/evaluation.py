@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from hymba_tune.evaluate.questions import (
 from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
 from hymba_tune.generate import LoadableModel, find_model
+from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
 
 
@@ -74,7 +74,9 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
     Raises:
         HymbaTuneError: If something cannot be found or used; all of it is looked at before any weights load.
     """
-    _check(config)
+    check_inputs(config)
+    for path in filter(None, (config.out, config.save_answers)):
+        check_folder(path)
     models = [find_model(name, config, config.chat_template) for name in _names(config)]
     questions, extract = _questions(config)
     tasks = _Tasks(config) if config.tasks else None
@@ -100,22 +102,6 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
         result.seconds = time.monotonic() - started
         results.append(result)
     return Evaluation(config, results)
-
-
-def _check(config: EvalConfig) -> None:
-    asks = config.answers or config.extract
-    if not config.data and not config.tasks:
-        raise ConfigError(
-            "Nothing to evaluate on.", expected="--data or --tasks", fix=f"hymba-tune eval {config.model} --data demo"
-        )
-    if asks and not config.data:
-        raise ConfigError("--answers and --extract need --data, whose prompts are asked.", fix="--data FILE")
-    if config.answers and config.extract:
-        raise ConfigError("--answers and --extract are two ways to compare.", expected="one of them")
-    if config.save_answers and not asks:
-        raise ConfigError("--save-answers: nothing is asked.", fix="--answers gsm8k, number or exact; or --extract")
-    for path in filter(None, (config.out, config.save_answers)):
-        check_folder(path)
 
 
 def _names(config: EvalConfig) -> list[str]:
@@ -189,10 +175,6 @@ class _Tasks:
     """Tasks of lm-eval, found but not yet run."""
 
     def __init__(self, config: EvalConfig) -> None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError(
-                "--tasks needs lm-eval, which is not installed.", fix="pip install 'hymba-tune[eval]' (or lm-eval)"
-            )
         from hymba_tune.evaluate import harness  # slow to import
 
         self._harness, self._config = harness, config

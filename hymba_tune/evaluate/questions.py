@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.data import Conversation, Source, encode_prompt, sample_prompts
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import DataError
 from hymba_tune.generate import Writing, write_texts
 
 NUMBER = r"[-$]{0,2}\d[\d,]*(?:\.\d+)?"
@@ -73,19 +73,11 @@ class Extraction:
     Args:
         way: One of `PATTERNS`.
         pattern: A regular expression instead of it.
-
-    Raises:
-        ConfigError: If the pattern is none.
     """
 
     def __init__(self, way: str | None, pattern: str | None) -> None:
         self.pattern = pattern or PATTERNS[way or "exact"]
-        try:
-            self._compiled = re.compile(self.pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"--extract {pattern}: {error}.", expected="a regular expression such as '#### (.*)'"
-            ) from error
+        self._compiled = re.compile(self.pattern)
 
     def __call__(self, text: str) -> str | None:
         """The last match, or its first group, without white space; a number written in one way: ``1,000.0`` as 1000."""

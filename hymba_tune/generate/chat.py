@@ -13,7 +13,8 @@ from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate.answers import answer
-from hymba_tune.generate.opening import find_model
+from hymba_tune.generate.opening import LoadableModel, find_model
+from hymba_tune.inputs import check_inputs
 
 Hear = Callable[[str], None]
 """Called with each piece of an answer as it is written."""
@@ -25,13 +26,16 @@ class Chat:
     Args:
         config: Which model, and how it answers.
         on_note: Called with what is worth knowing, once.
+        found: The model, where it has been found already.
 
     Raises:
         HymbaTuneError: If the model cannot be found or loaded.
     """
 
-    def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
-        found = find_model(config.model, config)
+    def __init__(
+        self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None, found: LoadableModel | None = None
+    ) -> None:
+        found = found or find_model(config.model, config)
         self.name = found.source.name
         self._config = config
         self._on_note: Callable[[str], None] | None = on_note
@@ -109,8 +113,10 @@ class ChatSession:
     """
 
     def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
+        check_inputs(config)
         names = dict.fromkeys([config.model, *config.against])
-        self.chats = [Chat(config.model_copy(update={"model": name}), on_note) for name in names]
+        every = [find_model(name, config) for name in names]  # before the first is loaded: that takes long
+        self.chats = [Chat(config, on_note, found) for found in every]
         self._commands: dict[str, tuple[str, Callable[[str], str]]] = {
             "/undo": ("take the last question and its answer back", self._undo),
             "/reset": ("start over; the system prompt stays", self._reset),

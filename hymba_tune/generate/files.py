@@ -18,6 +18,7 @@ from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate.decoding import Sampling, Writing, write_texts
 from hymba_tune.generate.opening import find_model
+from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import lasting_name
 
 ANSWER = "model_answer"
@@ -40,14 +41,15 @@ def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
     Raises:
         HymbaTuneError: If a row or the model cannot be used, before any weights load.
     """
+    check_inputs(config)
     source, target = _files(config)
+    found = find_model(config.model, config)
     names = Names.parse(as_mapping(config.map), FIELDS)
     with working("reading the prompts") as progress:
         for count, _ in enumerate(_prompts(source, names, config.system), start=1):
             progress(count)
     part = target.with_name(f".{target.name}.{_key(source, config)}.part")
     known = _whole_lines(part)
-    found = find_model(config.model, config)
     with working(f"loading {found.source.name}"):
         model = found.load()
     sampling = Sampling(config.temperature, config.top_p)
@@ -81,12 +83,7 @@ def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
 
 
 def _files(config: ChatConfig) -> tuple[Source, Path]:
-    if config.prompts is None or config.to is None:
-        raise ConfigError("--from and --to go together.", fix="--from prompts.jsonl --to answers.jsonl")
-    if config.against or config.prompt is not None:
-        raise ConfigError("--from answers a file with one model; leave --against and --prompt out.")
-    if config.to.suffix != ".jsonl":
-        raise ConfigError(f"--to {config.to}: answers are written as JSON lines.", expected="a name in .jsonl")
+    assert config.to is not None
     if config.to.exists():
         raise ConfigError(f"--to {config.to} exists.", fix="another name, or take it away first")
     check_folder(config.to)

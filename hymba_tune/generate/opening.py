@@ -17,7 +17,7 @@ from hymba_tune.registry import ModelSource, resolve_model
 
 @dataclass(frozen=True)
 class LoadableModel:
-    """A model without its weights.
+    """A model without its weights; those of a Hub model are not downloaded.
 
     Attributes:
         source: Where it is.
@@ -54,9 +54,9 @@ def find_model(name: str, options: GenerationOptions, chat_template: str | None 
     Raises:
         HymbaTuneError: If it cannot be found, or not be computed in this way.
     """
-    source = resolve_model(name)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    source = resolve_model(name)
     config = load_config(weights_of(source))
     choose_kernels(as_mapping(options.kernels), config, device, dtype)
     tokenizer = with_chat_template(load_tokenizer(source.folder), chat_template)

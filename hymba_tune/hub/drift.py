@@ -19,7 +19,7 @@ from hymba_tune.data import open_source
 from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.texts import ScoringTexts
 from hymba_tune.model import HymbaForCausalLM
-from hymba_tune.registry import ModelSource
+from hymba_tune.registry import ModelSource, fetch_weights
 from hymba_tune.schemes import settle
 
 TEXTS, TOKENS = 8, 64
@@ -54,6 +54,7 @@ def trained_model(source: ModelSource, base: QuantizedBase, device: torch.device
         CheckpointError: As `load_weights` and `load_adapter`.
     """
     assert source.adapter is not None
+    fetch_weights(source)
     below = base_of(source)
     if base.only:
         model = load_weights(below, dtype=base.dtype, device=device)

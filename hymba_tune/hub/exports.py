@@ -26,7 +26,8 @@ from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
 from hymba_tune.hub.push import UploadTarget, check_target, push
 from hymba_tune.hub.quantizing import QuantizationPlan, find, write_quantized
 from hymba_tune.hub.writing import read_again, usual_folder
-from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, resolve_model
+from hymba_tune.inputs import check_inputs
+from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import scheme_of, stored_quantization
 
 
@@ -59,6 +60,8 @@ def export(config: ExportConfig, working: Working) -> Exported:
     Raises:
         HymbaTuneError: If something is to be mended first, or the Hub refuses. The folder is then whole, or not there.
     """
+    check_inputs(config)
+    choose_device(config.device)
     target = None
     if config.push is not None:
         target = UploadTarget(config.push, private=config.private, revision=config.revision, update=config.update)
@@ -165,6 +168,7 @@ def _write_adapter(
     base, tokenizer = base_of(source), with_chat_template(load_tokenizer(source.folder))
     dtype = load_config(weights_of(source)).dtype or torch.float32
     with working("loading the weights"):
+        fetch_weights(source)
         adapted = load_adapter(open_model(base, dtype=dtype, device=device), source.adapter)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(source.adapter / file, folder / file)

@@ -16,7 +16,13 @@ SHARD = "2GB"
 """Largest file of weights: one that an upload can go on from."""
 RELEASED = "nvidia/Hymba-1.5B-Base"
 """Whose repository holds NVIDIA's code."""
-CLASSES = {"AutoConfig": "configuration_hymba.HymbaConfig", "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"}
+RELEASED_CLASSES = {
+    "AutoConfig": "configuration_hymba.HymbaConfig",
+    "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
+}
+"""What the released config.json says of NVIDIA's code."""
+CLASSES = RELEASED_CLASSES | {"AutoModel": "modeling_hymba.HymbaModel"}
+"""Where our code has what the Auto classes look for."""
 KEYS = (
     *("architectures", "attention_dropout", "attn_hidden_size", "attn_implementation_new", "bos_token_id"),
     *("calc_logits_for_entire_prompt", "eos_token_id", "global_attn_idx", "hidden_act", "hidden_size"),
@@ -69,7 +75,7 @@ def released_config(config: Any, repository: str) -> dict[str, Any]:
     layers = config.num_hidden_layers
     return {name: getattr(config, name) for name in KEYS} | {
         "attn_implementation": "flex",
-        "auto_map": {auto: f"{repository}--{name}" for auto, name in CLASSES.items()},
+        "auto_map": {auto: f"{repository}--{name}" for auto, name in RELEASED_CLASSES.items()},
         "conv_dim": {str(layer): config.ssm_size for layer in range(layers)},
         "layer_type": ["h"] * layers,
         "torch_dtype": str(config.dtype).removeprefix("torch."),

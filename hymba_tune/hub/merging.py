@@ -31,6 +31,7 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.folders import new_folder
 from hymba_tune.hub.drift import MergeDrift, drift, logits_of, sample_texts, trained_model
 from hymba_tune.hub.layout import SHARD
+from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import give_back_freed_memory
 from hymba_tune.registry import ModelSource, resolve_model
 
@@ -67,6 +68,8 @@ def merge(config: MergeConfig, working: Working) -> Merged:
         ConfigError: If the folder holds something already, or the base has no weights of the kind asked for.
         CheckpointError: If there is no adapter to fold in, or it cannot be used. The folder is then not there.
     """
+    check_inputs(config)
+    device = choose_device(config.device)
     source = resolve_model(config.model)
     if source.adapter is None:
         raise CheckpointError(
@@ -75,7 +78,6 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     base = quantized_base(source)
     onto = config.onto or (Onto.dequantized if base else Onto.original)
     check_onto(source, onto)
-    device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     give_back_freed_memory()

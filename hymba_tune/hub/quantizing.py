@@ -23,6 +23,7 @@ from hymba_tune.hub.checks import sample_logits, write_sums
 from hymba_tune.hub.layout import write_model
 from hymba_tune.hub.lineage import trace
 from hymba_tune.hub.writing import read_again, usual_folder
+from hymba_tune.inputs import check_inputs
 from hymba_tune.quant import Damage, check_quantizable, compare, damage_page, quantize_model, refer, weight_errors
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, reasons
@@ -86,9 +87,11 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     Raises:
         HymbaTuneError: If something cannot be used.
     """
+    check_inputs(config)
+    device = choose_device(config.device)
     source = resolve_model(config.model)
     check_quantizable(source)
-    device, model_config = choose_device(config.device), load_config(weights_of(source))
+    model_config = load_config(weights_of(source))
     stored = model_config.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     asked = quantization(model_config, config.scheme, dtype, config.skip)

@@ -3,7 +3,7 @@
 The folder needs only torch and transformers, so that it can be copied beside exported weights as their code.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from .backends import use_kernels
@@ -12,6 +12,7 @@ from .configuration_hymba import HymbaConfig
 from .modeling_hymba import HymbaForCausalLM, HymbaModel
 
 AutoConfig.register("hymba", HymbaConfig, exist_ok=True)
+AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
 # The released folder asks for a LlamaTokenizer, which AutoTokenizer builds anew with other ids than its tokenizer.json.
 TOKENIZER_MAPPING_NAMES["hymba"] = "TokenizersBackend"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import outside_autocast
 from .backends import Task
 from .documents import Documents
 from .hub_kernels import hub_kernel
@@ -196,6 +197,7 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         width, d_output = query.shape[-1], _aligned(d_output)

@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .autocast import outside_autocast, without_autocast
+
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,13 +66,14 @@ class Backend:
     Attributes:
         name: What it is called in settings.
         run: The function; its arguments are the operation's. Where an operation is several functions, all of them.
+            Each computes outside autocast, in the dtypes of its inputs.
         devices: Types of devices it runs on; None for any.
         dtypes: Of the inputs; None for any.
         gradients: Whether it has a backward.
         initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
         fuses_meta_prefix: Whether it takes, at once, texts of which all but the first go on from where that one ends.
         needs_self_test: Whether it is compiled at run time or comes from another package. It is then tried on a small
-            problem first, so that one that does not compile, or computes something else, is never used in a run.
+            problem first, so that one that does not compile, or computes something else, is never trusted with a run.
         unavailable_reason: Why it cannot be used on this machine and what to install, or None if it can.
         unsupported_reason: Why it cannot take a task, for reasons not among the above, or None if it can.
     """
@@ -85,6 +88,11 @@ class Backend:
     needs_self_test: bool = False
     unavailable_reason: Callable[[], str | None] = _nothing
     unsupported_reason: Callable[[Task], str | None] = _fits
+
+    def __post_init__(self) -> None:
+        run = self.run
+        run = run._make(map(outside_autocast, run)) if isinstance(run, tuple) else outside_autocast(run)
+        object.__setattr__(self, "run", run)
 
     def obstacle(self, task: Task) -> str | None:
         """Why it cannot take a task, or None if it can."""
@@ -215,17 +223,23 @@ class Operation:
 
     def _try(self, backend: Backend, task: Task) -> str | None:
         """What goes wrong when a small problem is computed, or None."""
-        with torch.enable_grad(), torch.autocast(task.device, enabled=False):
-            problem = self._problem(task)
-            expected = _results(problem, self._plain, task)
-            try:
-                actual = _results(problem, backend, task)
-            except Exception as error:  # compilers and foreign packages raise anything
-                return f"it failed on a small problem: {type(error).__name__}: {_first_line(error)}"
-        # Rounding of two ways to compute the same; a wrong kernel is off by more than all of it.
-        allowed = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize else 5e-2
-        errors = [_relative_error(*pair) for pair in zip(actual, expected, strict=True)]
-        return None if max(errors) <= allowed else f"its results are off by {max(errors):.1e}; {allowed:.0e} is allowed"
+        with torch.enable_grad():
+            with without_autocast(task.device):
+                problem = self._problem(task)
+                expected = _results(problem, self._plain, task)
+            for narrowing in (False, True):
+                where = " under autocast" if narrowing else ""
+                # Rounding of two ways to compute the same; a wrong kernel is off by more than all of it.
+                allowed = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize and not narrowing else 5e-2
+                try:
+                    with torch.autocast(task.device, enabled=narrowing):
+                        actual = _results(problem, backend, task)
+                except Exception as error:  # compilers and foreign packages raise anything
+                    return f"it failed on a small problem{where}: {type(error).__name__}: {_first_line(error)}"
+                error = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
+                if error > allowed:
+                    return f"its results{where} are off by {error:.1e}; {allowed:.0e} is allowed"
+        return None
 
 
 def use_kernels(**choices: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ class HymbaConfig(PreTrainedConfig):
     model_type = "hymba"
     # trl asks every model for it that is not one of transformers' own.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 32001
     hidden_size: int = 1600

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from .autocast import outside_autocast
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, kept, random_leaves
 from .convolution_causal_conv1d import (
     causal_conv1d_run,
@@ -165,9 +166,10 @@ class _ShiftedProducts(torch.autograd.Function):
         y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
         for lag in range(1, min(len(taps), x.shape[0])):
             y[lag:].addcmul_(x[:-lag], taps[-1 - lag])
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         taps = weight.t().contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from .autocast import outside_autocast
 from .backends import Backend, Operation, Problem, Task, random_leaves
 from .elementwise_native import LIBRARY, native_gated_silu, native_mean_of_norms, native_rms_norm, native_rotate
 from .native import DTYPES
@@ -84,6 +85,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
@@ -108,6 +110,7 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_gate = torch.ops.aten.silu_backward(dy * up, gate)
@@ -129,6 +132,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turned(d_turned, cos, sin, -1), None, None

@@ -1,19 +1,22 @@
 """One layer of Hymba: attention heads and Mamba heads on one projection, then an MLP (arXiv 2411.13676, section 2).
 
 Hidden states are packed, ``(rows, d)``: the M meta tokens once, then the T tokens of all texts (see `Documents`).
+
+Each parameter is read only while the module that owns it is called: offloaded and sharded weights are in memory then.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import cached_attention, packed_attention
+from .autocast import without_autocast
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
@@ -65,23 +68,72 @@ class HymbaHeadNorms(nn.Module):
         self.q_norm, self.k_norm = (HymbaHeadNorm(shape, config.rms_norm_eps) for shape in shapes)
 
 
+class HymbaFirstNorm(HymbaRMSNorm):
+    """The norm of the attention heads' output, averaged with that of the SSM heads in one pass over memory."""
+
+    def forward(self, a: Tensor, average: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Hand ``(rows, width)`` and the weight on to `HymbaSecondNorm`, which is called with its own input already."""
+        return average(a, self.weight)
+
+
+class HymbaSecondNorm(HymbaRMSNorm):
+    """The norm of the SSM heads' output, which takes the average of both."""
+
+    def forward(self, b: Tensor, a: Tensor, a_weight: Tensor) -> Tensor:
+        """Return half the sum of both norms, ``(rows, width)``."""
+        return mean_of_norms(a, a_weight, b, self.weight, self.eps)
+
+
+class HymbaConvolution(nn.Conv1d):
+    """The causal depthwise convolution in front of the SSM, and the silu behind it."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, documents: Documents, tails: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve each text; see `packed_conv1d`."""
+        return packed_conv1d(x, self.weight.squeeze(1).to(x.dtype), self.bias, documents, tails)
+
+
 class HymbaTimeStep(nn.Linear):
     """The projection to time steps, computed in float32 whatever its weights are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., in)`` to ``(..., out)`` in float32."""
-        device = x.device.type
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+        with without_autocast(x.device.type):
             bias = None if self.bias is None else at_least_float32(self.bias)
             return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
 
 
-class HymbaDecay(nn.ParameterList):
+class HymbaParameter(nn.ParameterList):
+    """One parameter under its released name, ``.0``. It is called as any module is, which a ParameterList refuses."""
+
+    __call__ = nn.Module.__call__
+
+
+class HymbaDecay(HymbaParameter):
     """Holds the logarithm of -A, ``(E, N)``: how fast each state decays."""
 
+    def forward(self) -> Tensor:
+        """Return A, in float32 or wider."""
+        return -torch.exp(at_least_float32(self[0]))
 
-class HymbaSkip(nn.ParameterList):
-    """Holds D, ``(E,)``: how much of its input a channel passes on past the state."""
+
+class HymbaSkip(HymbaParameter):
+    """Holds D, ``(E,)``: how much of its input a channel passes on past the state. It computes the scan with it."""
+
+    def forward(
+        self,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        documents: Documents,
+        states: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scan each text; see `packed_scan`."""
+        return packed_scan(u, dt, A, B, C, self[0], z, documents, states)
 
 
 class HymbaMLP(nn.Module):
@@ -136,8 +188,7 @@ class HymbaMixer(nn.Module):
 
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=bias)
         self.self_attn = HymbaHeadNorms(config) if config.kq_norm != "none" else None
-        # Holds the convolution's weights under their released names; `packed_conv1d` computes it.
-        self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
+        self.conv1d = HymbaConvolution(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
         self.x_proj = nn.ModuleList([nn.Linear(inner, sum(self.state_widths), bias=False)])
         inner_norms = config.mamba_inner_layernorms
         self.dt_layernorm = HymbaRMSNorm(rank, eps) if inner_norms else None
@@ -146,8 +197,8 @@ class HymbaMixer(nn.Module):
         self.dt_proj = nn.ModuleList([HymbaTimeStep(rank, inner)])
         self.A_log = HymbaDecay([nn.Parameter(torch.empty(inner, state))])
         self.D = HymbaSkip([nn.Parameter(torch.empty(inner))])
-        self.pre_avg_layernorm1 = HymbaRMSNorm(inner, eps)
-        self.pre_avg_layernorm2 = HymbaRMSNorm(inner, eps)
+        self.pre_avg_layernorm1 = HymbaFirstNorm(inner, eps)
+        self.pre_avg_layernorm2 = HymbaSecondNorm(inner, eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=bias)
 
     def forward(
@@ -188,8 +239,7 @@ class HymbaMixer(nn.Module):
             )
             attended = documents.from_grid(grid)
         scanned = self._ssm(x, gate, documents, cache)
-        norms = self.pre_avg_layernorm1, self.pre_avg_layernorm2
-        joined = mean_of_norms(attended, norms[0].weight, scanned, norms[1].weight, norms[0].eps)
+        joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
         return self.out_proj(joined), key, value
 
     def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -207,12 +257,11 @@ class HymbaMixer(nn.Module):
     def _ssm(self, x: Tensor, gate: Tensor, documents: Documents, cache: HymbaCache | None) -> Tensor:
         tails = cache.tails.get(self.layer) if cache is not None else None
         states = cache.states.get(self.layer) if cache is not None else None
-        x, tails = packed_conv1d(x, self.conv1d.weight.squeeze(1).to(x.dtype), self.conv1d.bias, documents, tails)
+        x, tails = self.conv1d(x, documents, tails)
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
             dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
-        A = -torch.exp(at_least_float32(self.A_log[0]))
-        y, states = packed_scan(x, self.dt_proj[0](dt), A, B, C, self.D[0], gate, documents, states)
+        y, states = self.D(x, self.dt_proj[0](dt), self.A_log(), B, C, gate, documents, states)
         if cache is not None:
             cache.tails[self.layer], cache.states[self.layer] = tails, states
         return y

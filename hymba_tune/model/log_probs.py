@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .autocast import to_autocast_dtype
+
 CHUNK = 1024
 """Tokens whose logits are held at a time."""
 
@@ -30,17 +32,19 @@ class TokenScores(ModelOutput):
     is_top1: Tensor | None = None
 
 
-def score_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
+def score_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, *, shifted: bool = False) -> TokenScores:
     """Score the tokens of rows, each text one row.
 
     Args:
         hidden: ``(B, L, d)``.
         weight: ``(V, d)``, of the head.
         labels: ``(B, L)``, -100 where no score is asked for.
+        shifted: Whether each label is what its own place is to predict. The scores are then ``(B, L)``.
     """
-    targets = labels[:, 1:]
+    hidden, targets = (hidden, labels) if shifted else (hidden[:, :-1], labels[:, 1:])
     asked = targets != -100
-    values = _Scores.apply(hidden[:, :-1][asked], weight, targets[asked])
+    # The backward, which runs outside autocast, has to compute the same logits.
+    values = _Scores.apply(to_autocast_dtype(hidden[asked]), weight, targets[asked])
     rows = [value.new_zeros(asked.shape).masked_scatter(asked, value) for value in values]
     return TokenScores(*rows)
 

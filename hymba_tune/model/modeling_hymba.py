@@ -16,15 +16,24 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
-from .layers import HymbaDecay, HymbaDecoderLayer, HymbaRMSNorm, HymbaSkip, HymbaTimeStep, at_least_float32
-from .log_probs import TokenScores, score_tokens
-from .loss import linear_cross_entropy
+from .head import HymbaHead, head_loss, head_scores
+from .layers import (
+    HymbaDecay,
+    HymbaDecoderLayer,
+    HymbaRMSNorm,
+    HymbaSkip,
+    HymbaTimeStep,
+    at_least_float32,
+)
+from .log_probs import TokenScores
 from .rotary import rotary_base, rotary_tables
+from .unread_inputs import check_unread
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +42,10 @@ logger = logging.get_logger(__name__)
 register_checkpoint_conversion_mapping(
     "hymba", [WeightRenaming(r"memory_tokens(?!\.)", "memory_tokens.weight")], overwrite=True
 )
+
+
+# By this name, and not by the loss, `Trainer` decides whether label smoothing shifts the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hymba"] = "HymbaForCausalLM"
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
@@ -98,7 +111,7 @@ class HymbaModel(HymbaPreTrainedModel):
         documents: Documents | None = None,
         return_dict: bool | None = None,
         past_key_values: HymbaCache | None = None,
-        **_: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over a batch in any layout.
 
@@ -112,8 +125,9 @@ class HymbaModel(HymbaPreTrainedModel):
             output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
             cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             documents: What `find_documents` makes of the inputs above, for a caller that has it already.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple; the configuration says it when not given, as it does of hidden states.
             past_key_values: What transformers before 5.24 calls the cache.
+            **others: What the libraries pass to every model; see `check_unread`.
 
         Returns:
             Hidden states ``(B, L, d)``, zero at padding.
@@ -121,6 +135,9 @@ class HymbaModel(HymbaPreTrainedModel):
         Raises:
             ValueError: If an input is malformed; the message says which row and what was expected.
         """
+        check_unread(HymbaModel.forward, others, output_attentions=self.config.output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -140,7 +157,7 @@ class HymbaModel(HymbaPreTrainedModel):
             hidden_states=unpacked if output_hidden_states else None,
             **{CACHE_NAME: cache},
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if _in_a_dict(return_dict, self.config) else output.to_tuple()
 
     def find_documents(
         self,
@@ -219,6 +236,10 @@ def _rename_memory_tokens(_: nn.Module, state_dict: dict[str, Tensor], prefix: s
         state_dict[f"{name}.weight"] = state_dict.pop(name)
 
 
+def _in_a_dict(asked: bool | None, config: HymbaConfig) -> bool:
+    return (config.return_dict if asked is None else asked) is not False
+
+
 class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     """Hymba with its head, for training and generation."""
 
@@ -227,7 +248,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(config)
         self.model = HymbaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = HymbaHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -248,7 +269,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         fused_lm_head: bool = False,
         return_dict: bool | None = None,
         past_key_values: HymbaCache | None = None,
-        **_: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | TokenScores | tuple[Any, ...]:
         """Predict the next tokens; see `HymbaModel.forward` for the layouts taken.
 
@@ -269,10 +290,15 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             fused_lm_head: Return `TokenScores` of the labels instead, as TRL's preference trainers ask for them.
             return_dict: False for a tuple.
             past_key_values: What transformers before 5.24 calls the cache.
+            **others: ``shift_labels`` ``(B, L)``, what each token is to predict, instead of ``labels``: trainers that
+                split rows shift before. It is no parameter, since `Trainer` would then expect it in every batch.
+                Then what the libraries pass to every model; see `check_unread`.
 
         Returns:
             The loss, nats a token, and float32 logits ``(B, L, V)``.
         """
+        shift_labels = others.pop("shift_labels", None)
+        check_unread(HymbaForCausalLM.forward, others, output_attentions=self.config.output_attentions)
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
             raise ValueError("give either input_ids or inputs_embeds")
@@ -285,20 +311,17 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             cache=cache,
             output_hidden_states=output_hidden_states,
             documents=documents,
+            return_dict=True,
         )
         hidden: Tensor = outputs.last_hidden_state
+        shifted = shift_labels is not None
+        labels = shift_labels if shifted else labels
         if fused_lm_head and labels is not None:
-            return score_tokens(hidden, self.lm_head.weight, labels)
+            return head_scores(self.lm_head, hidden, labels, shifted=shifted)
         loss = None
         if labels is not None:
-            targets = documents.next_labels(labels)
-            learned, counts = targets != -100, None
-            if loss_weights is not None:
-                counts = documents.next_labels(loss_weights).where(learned, 0)
-            total = linear_cross_entropy(documents.pack(hidden), self.lm_head.weight, targets, counts)
-            if num_items_in_batch is None:
-                num_items_in_batch = learned.sum().clamp(min=1) if counts is None else counts.sum()
-            loss = total / num_items_in_batch
+            options = {"shifted": shifted, "weights": loss_weights, "items": num_items_in_batch}
+            loss = head_loss(self.lm_head, hidden, labels, documents, **options)
         logits = None
         if not skip_logits:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -306,7 +329,13 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: cache}
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if _in_a_dict(return_dict, self.config) else output.to_tuple()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head; `resize_token_embeddings` makes a plain linear layer."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = HymbaHead
+        super().set_output_embeddings(new_embeddings)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Read generation settings as transformers does; the released ones switch the cache off, for want of one."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the C++ reads and writes; it computes in float32."""
@@ -63,7 +64,7 @@ class Arguments(ctypes.Structure):
 
     def __init__(self, **values: Any) -> None:
         kinds = dict(self._fields_)  # type: ignore[arg-type]
-        self.values = values.values()  # kept: the C++ reads them where they lie
+        self.values = values  # kept: the C++ reads them where they lie
         super().__init__(**{name: _as(kinds[name], value) for name, value in values.items() if value is not None})
 
 
@@ -74,12 +75,7 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _address(tensor: Tensor) -> int:
-    return 0 if _is_fake(tensor) else tensor.data_ptr()
-
-
-def _is_fake(value: Any) -> bool:
-    """Whether it is a tensor without memory: whoever made it asks for shapes, and there is nothing to read."""
-    return isinstance(value, Tensor) and value.untyped_storage().device.type == "meta"
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
@@ -118,13 +114,20 @@ class Library:
         return loaded if isinstance(loaded, str) else None
 
     def call(self, function: str, arguments: Arguments) -> None:
-        """Run a function of it, but for fake tensors.
+        """Run a function of the library. With fake tensors it returns at once: whoever made those asks for shapes.
 
         Raises:
-            RuntimeError: If it cannot run on this machine.
+            RuntimeError: If the library cannot run on this machine, or a tensor has no memory to read.
         """
-        if any(map(_is_fake, arguments.values)):
+        if any(isinstance(value, FakeTensor) for value in arguments.values.values()):
             return
+        for name, value in arguments.values.items():
+            if isinstance(value, Tensor) and value.numel() and not value.data_ptr():
+                raise RuntimeError(
+                    f"the native {self.name} cannot read {name!r}: a tensor of shape {tuple(value.shape)} on "
+                    f"{value.device} has no memory, such as a weight that is offloaded, sharded or not loaded yet; "
+                    "load it, or call the module that owns it"
+                )
         library = self.load()
         if isinstance(library, str):
             raise RuntimeError(f"the native {self.name} cannot run: {library}")

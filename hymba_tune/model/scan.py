@@ -174,7 +174,7 @@ def _recurrence(
         for _ in range(length):
             u_t, delta_t, B_t, C_t = (next(x) for x in tokens)
             s = torch.exp(delta_t[:, None] * A) * s + (delta_t * u_t)[:, None] * B_t
-            outputs.append(s @ C_t)
+            outputs.append((s * C_t).sum(-1))  # a product's backward would be narrowed by autocast
         finals.append(s)
     return torch.stack(outputs) if outputs else torch.empty_like(u), torch.stack(finals)
 

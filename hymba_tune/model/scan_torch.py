@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from .autocast import outside_autocast
+
 CHUNK = 16
 """Steps between two states that the backward starts from; the states between are computed again."""
 
@@ -72,6 +74,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, *kept = ctx.saved_tensors
         lengths, order = ctx.texts

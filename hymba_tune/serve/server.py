@@ -11,6 +11,7 @@ from hymba_tune.config import ServeConfig
 from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate import find_model
+from hymba_tune.inputs import check_inputs
 from hymba_tune.serve.app import Limits, Service
 from hymba_tune.serve.worker import Worker
 
@@ -27,6 +28,7 @@ class Server:
     """
 
     def __init__(self, config: ServeConfig, working: Working) -> None:
+        check_inputs(config)
         found = find_model(config.model, config, config.chat_template)
         self._socket = _listen(config.host, config.port)
         try:

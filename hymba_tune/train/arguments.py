@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hymba_tune.config import TrainingConfig
 from hymba_tune.train.limits import kept_checkpoints
 from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
@@ -65,11 +66,21 @@ def learning_rates(setup: Setup) -> Rates:
     return Rates(base, meta=config.lr_meta, ssm=config.lr_ssm, loraplus=config.loraplus_ratio)
 
 
+def run_steps(config: TrainingConfig, rows: int) -> int:
+    """The number of optimizer steps of a run.
+
+    Args:
+        config: The run's settings.
+        rows: How many rows the trainer draws batches from, packed ones if it packs them.
+    """
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.grad_accum)
+    return config.steps or max(1, math.ceil(config.epochs * per_epoch))
+
+
 def set_length(trainer: Trainer, setup: Setup) -> None:
     """Set the steps of a run and its intervals, which may depend on how many rows the trainer has made of the data."""
     config = setup.config
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / config.grad_accum)
-    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    steps = run_steps(config, len(trainer.train_dataset))
     every = max(1, steps // EVALUATIONS)
     trainer.args.max_steps = steps
     trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = schedule(

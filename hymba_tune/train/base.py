@@ -8,11 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hymba_tune.train.checkpoints import seal
@@ -21,6 +20,8 @@ from hymba_tune.train.optimizers import Rates, parameter_groups
 
 class RunTrainer(Trainer):
     """Learns each kind of parameter at its own rate, keeps the step at hand in sight, and seals its checkpoints.
+
+    It computes on the device of its model.
 
     Attributes:
         rates: The learning rates, those of the arguments where none are given.
@@ -33,10 +34,11 @@ class RunTrainer(Trainer):
     rates: Rates | None = None
     held_out_sources: Mapping[str, int] = MappingProxyType({})
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
         self.step_grad_norm: float | None = None
-        super().__init__(*args, **kwargs)
+        use_one_device(kwargs["args"], kwargs["model"].device)
+        super().__init__(**kwargs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, as the optimizer takes them."""
@@ -56,14 +58,6 @@ class RunTrainer(Trainer):
         """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
-
-    def packed_share(self) -> float | None:
-        """How much of the packed rows is filled with tokens; None where rows are not packed."""
-        rows = self.train_dataset
-        if "seq_lengths" not in rows.column_names:
-            return None
-        tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()
-        return float(tokens / (len(rows) * self.args.max_length))
 
     def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The batches of the held-out rows, none of which is of two sources, each with its source's name.
@@ -117,6 +111,20 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+
+def use_one_device(args: TrainingArguments, device: torch.device) -> None:
+    """Have a trainer compute on one device. On its own it takes the first GPU and splits batches among all of them.
+
+    Args:
+        args: Of the trainer that is to be made; changed in place.
+        device: The model's.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        vars(args)["_setup_devices"] = device  # what the cached property of this name holds
+        args.distributed_state.device = device  # type: ignore[attr-defined]  # which Accelerate reads
 
 
 def keep_own_forward(model: PreTrainedModel) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
@@ -17,7 +16,7 @@ from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
-from hymba_tune.train.banner import describe_run
+from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
@@ -25,8 +24,8 @@ from hymba_tune.train.checkpoints import forget_torn, step_of
 from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.limits import limits_explained
-from hymba_tune.train.memory_estimate import bytes_needed_with, estimate_memory
-from hymba_tune.train.optimizers import describe_groups
+from hymba_tune.train.memory_estimate import MemoryEstimate, bytes_needed_with, estimate_memory
+from hymba_tune.train.outline import Outline, outline_of, outline_without_weights
 from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import answer_samples
@@ -35,39 +34,6 @@ from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import Stopping
 from hymba_tune.train.task import TrainingTask
 from hymba_tune.train.tracking import tracking
-
-C = TypeVar("C", bound=TrainingConfig)
-CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
-CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
-"""Settings that a run may be gone on with differently."""
-
-
-def resume_config(given: C) -> C:
-    """The settings of the run that ``--resume`` names, with those given now on top.
-
-    Raises:
-        CheckpointError: If it is not a run.
-        ConfigError: If another verb made it, or a setting is given that a run cannot be gone on with differently.
-    """
-    assert given.resume is not None
-    saved = Run(given.resume).read_config()
-    if not isinstance(saved, type(given)):
-        raise ConfigError(
-            f"{given.resume} is a run of hymba-tune {saved.verb}, not of {given.verb}.",
-            fix=f"hymba-tune {saved.verb} --resume {given.resume}",
-        )
-    changed = {name: getattr(given, name) for name in given.model_fields_set}
-    if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
-        raise ConfigError(
-            f"--resume goes on with {given.resume} as it was started; {_as_flags(fixed)} cannot change.",
-            expected=f"at most: {_as_flags(CHANGEABLE - {'resume'})}",
-            fix="leave it out, or start a new run with --model RUN",
-        )
-    return saved.model_copy(update=changed)
-
-
-def _as_flags(names: Iterable[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | None:
@@ -98,37 +64,30 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
         )
     if resuming:
         _check_same_data(run, data.report)
+    extra_bytes = kind.extra_bytes(setup)
+    with screen.working("estimating the memory"):
+        memory_estimate = estimate_memory(setup, data, extra_bytes)
+    if not (memory_estimate.fits or config.dry_run):
+        screen.note(describe_memory(setup, memory_estimate))  # before what may take hours
+    kind.prepare(setup, screen)
+    described = kind.describe(setup)
+    if config.dry_run:
+        screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
+        return None
+    if resuming:
         forget_torn(run.checkpoints)
     else:
         run.create(config)
-    trackers = [] if config.dry_run else config.track
-    extra_bytes = kind.extra_bytes(setup)
     needs = partial(bytes_needed_with, setup, data, extra_bytes)
     try:
-        with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, trackers):
+        with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, config.track):
             set_seed(config.seed)
-            with screen.working("foreseeing the memory"):
-                memory_estimate = estimate_memory(setup, data, extra_bytes)
             with screen.working("loading the weights"):
                 model = _open(setup)
             trainer = _trainer(setup, data, kind, model, screen)
-            described = kind.describe(setup)
-            screen.banner(describe_run(setup, data, trainer, memory_estimate) | described)
-            if config.dry_run:
-                return None
-            run.record(
-                verb=config.verb.name,
-                model=setup.base,
-                data=data.report.counts(),
-                described=described,
-                device=str(setup.device),
-                dtype=str(setup.dtype),
-                quantized=setup.scheme,
-                kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
-                memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
-                optimizer={"name": config.optimizer, "groups": describe_groups(trainer.parameter_groups())},
-                packed_share=trainer.packed_share(),
-            )
+            outline = outline_of(trainer)
+            screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
+            _record_begin(setup, data, outline, memory_estimate, described)
             if not resuming:
                 data.report.write_dropped(run.path / "dropped.jsonl")
                 answer_samples(setup, data, trainer.model, "before", screen)
@@ -138,9 +97,26 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
         if not resuming and run.newest_checkpoint() is None:
             _forget(run.path, keep_folder=was_there)
         raise
-    finally:
-        if config.dry_run and not resuming:
-            _forget(run.path, keep_folder=was_there)
+
+
+def _record_begin(
+    setup: Setup, data: Data, outline: Outline, memory_estimate: MemoryEstimate, described: dict[str, str]
+) -> None:
+    """Record what is known of a run before its first step."""
+    config = setup.config
+    setup.run.record(
+        verb=config.verb.name,
+        model=setup.base,
+        data=data.report.counts(),
+        described=described,
+        device=str(setup.device),
+        dtype=str(setup.dtype),
+        quantized=setup.scheme,
+        kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
+        memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
+        optimizer={"name": config.optimizer, "groups": outline.groups},
+        packed_share=outline.packed_share,
+    )
 
 
 def _forget(folder: Path, *, keep_folder: bool) -> None:

@@ -13,7 +13,7 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, Start
 from hymba_tune.data import PreferenceReport, read_preferences
 from hymba_tune.errors import ConfigError
-from hymba_tune.registry import resolve_model
+from hymba_tune.registry import find_local
 from hymba_tune.train.flow import train
 from hymba_tune.train.margin import MarginWatch
 from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
@@ -48,8 +48,8 @@ def _with_adapter_of_run(config: P) -> P:
     """
     if config.start is not Start.continue_ or config.resume:
         return config
-    source = resolve_model(config.model)
-    if source.adapter is None or not (source.adapter.parent / "config.yaml").is_file():
+    source = find_local(config.model)
+    if source is None or source.adapter is None or not (source.adapter.parent / "config.yaml").is_file():
         raise ConfigError(
             f"--start continue: {config.model} is no run with an adapter to go on training.",
             expected="--model runs/<name>",

@@ -29,7 +29,9 @@ from hymba_tune.checkpoint import (
 from hymba_tune.config import Method, PreferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
+from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
+from hymba_tune.ranks import check_single_process
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
 from hymba_tune.schemes import quantization, scheme_of, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
@@ -100,20 +102,14 @@ class Data:
 
 
 def check(config: TrainingConfig) -> Setup:
-    """Look at all that can be looked at before the data is read and the weights are loaded.
+    """Look at all that can be looked at before the data is read and the weights are downloaded and loaded.
 
     Raises:
         HymbaTuneError: If something is to be mended first.
     """
-    if not config.data:
-        raise ConfigError(
-            "--data is missing.",
-            expected="a file or a Hub dataset"
-            if isinstance(config, PreferenceConfig)
-            else "a file, a Hub dataset, or demo",
-            fix="" if isinstance(config, PreferenceConfig) else "--data demo to try the kit",
-        )
+    check_single_process()
     check_trackers(config.track)
+    check_inputs(config)
     run = Run(config.resume) if config.resume else Run.choose(config)
     device = choose_device(config.device)
     if config.activation_offload and device.type != "cuda":
@@ -126,7 +122,8 @@ def check(config: TrainingConfig) -> Setup:
     tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
-    check_weights(weights.folder, model_config)
+    if weights.hub_id is None:
+        check_weights(weights.folder, model_config)
     check_quantization(config, source, model_config)
     weights_quantization(config, model_config, dtype)
     trained, total = count_parameters(lay_out(config, model_config, torch.float32))

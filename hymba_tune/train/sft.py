@@ -12,6 +12,7 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.train.flow import train
+from hymba_tune.train.outline import PACKING
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
@@ -48,7 +49,7 @@ def _make_trainer(
 ) -> HymbaTrainer:
     packing = setup.config.packing
     # Rows come encoded and cut; only packing is left to do.
-    own = {"packing": packing, "packing_strategy": "bfd", "eval_packing": False}
+    own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
     return HymbaTrainer(
         model=model,
         args=trl.SFTConfig(**arguments, **own, dataset_kwargs={"skip_prepare_dataset": not packing}),

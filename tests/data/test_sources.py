@@ -7,7 +7,9 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
+from hymba_tune.config import SFTConfig
 from hymba_tune.data import open_source, open_sources
+from hymba_tune.data.training import opened
 from hymba_tune.errors import DataError, HubError
 
 
@@ -121,8 +123,21 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         with pytest.raises(kind, match=message):
-            open_source("a/b")
+            list(open_source("a/b"))
 
     def test_unreachable_hub_is_one_message(self) -> None:
         with pytest.raises(HubError, match="the Hugging Face Hub cannot be reached"):  # tests run offline
-            open_source("no-such-owner/no-such-dataset")
+            list(open_source("no-such-owner/no-such-dataset"))
+
+    def test_dataset_is_downloaded_once_when_it_is_first_read(self, loaded: list[tuple[Any, ...]]) -> None:
+        source = open_source("openai/gsm8k")
+        assert not loaded
+        assert list(source) == list(source)
+        assert len(loaded) == 1
+
+    def test_all_of_a_runs_datasets_are_downloaded_before_one_is_read(
+        self, loaded: list[tuple[Any, ...]], tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.jsonl").write_text("not read\n")
+        opened(SFTConfig(data=[str(tmp_path / "a.jsonl"), "me/train"], eval_data=["me/eval"]))
+        assert [path for path, *_ in loaded] == ["me/train", "me/eval"]

@@ -15,7 +15,7 @@ import torch
 from hymba_tune.config import DistillCaptureConfig
 from hymba_tune.distill import capture
 from hymba_tune.distill.alignment import AlignmentReport
-from hymba_tune.distill.capture import open_teacher, pair_of, run_capture
+from hymba_tune.distill.capture import pair_of, run_capture
 from hymba_tune.distill.preflight import Preflight, check_aligned
 from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
@@ -210,6 +210,3 @@ def test_what_is_missing(missing: str, message: str, teacher: Path, questions: P
     config = settings(teacher, questions).model_copy(update={missing: [] if missing == "data" else ""})
     with pytest.raises(ConfigError, match=message):
         run_capture(config, Screen())
-    if missing == "teacher":
-        with pytest.raises(ConfigError, match=message):
-            open_teacher(config)

@@ -14,9 +14,10 @@ import torch
 
 from hymba_tune.config import DistillCaptureConfig, DistillConfig
 from hymba_tune.distill import server as serving
-from hymba_tune.distill.capture import open_teacher, run_capture
+from hymba_tune.distill.capture import run_capture
 from hymba_tune.distill.server import KEY_VARIABLE, ServedTeacher, find_server, request
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.inputs import check_inputs
 from tests.distill.runs import run
 from tests.distill.teachers import random_model, tokenizer_size
 from tests.distill.test_capture import Told
@@ -233,7 +234,7 @@ def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> D
 )
 def test_what_a_server_cannot_do(changes: dict[str, Any], message: str, server: Server, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        open_teacher(settings(server, tmp_path, tmp_path, **changes))
+        check_inputs(settings(server, tmp_path, tmp_path, **changes))
 
 
 def test_one_of_several_models_is_named(server: Server) -> None:

@@ -85,7 +85,8 @@ def test_batches_hold_every_row_once_and_few_tokens() -> None:
 
 def test_found_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_teacher(tmp_path, padding=3)
-    monkeypatch.setattr("torch.nn.Module.__init__", Mock(side_effect=AssertionError("a model is built")))
+    load = Mock(side_effect=AssertionError("weights are loaded"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     found = find_teacher(str(folder))
     assert (found.name, found.context) == (str(folder), 256)
     assert found.parameters == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())

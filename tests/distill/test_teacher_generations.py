@@ -12,7 +12,6 @@ import torch
 
 from hymba_tune.config import DistillConfig
 from hymba_tune.data import open_sources
-from hymba_tune.distill import teacher_generations
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
@@ -70,7 +69,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tea
     def make(script: Scripted, rows: list[dict[str, Any]] | None = None, **changes: Any) -> TeacherGenerator:
         monkeypatch.setattr(teacher_generations, "write", script)
         sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
-        return TeacherGenerator(DistillConfig(**changes), sources, PAIR, "teacher")
+        return TeacherGenerator(DistillConfig(**changes), sources, PAIR, lambda: "teacher")
 
     return make
 
@@ -138,7 +137,7 @@ def test_nothing_to_answer_is_said(writer: Callable[..., TeacherGenerator], tmp_
 def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)], [2.0])
     with pytest.raises(ConfigError, match=r"data\.jsonl is to be taken 2 times(.|\n)*--weights of at most 1"):
-        TeacherGenerator(DistillConfig(), sources, PAIR, "teacher")
+        TeacherGenerator(DistillConfig(), sources, PAIR, lambda: "teacher")
 
 
 def test_student_imitates_what_was_written(

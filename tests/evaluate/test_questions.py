@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.data import Conversation, Message, open_source
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import DataError
 from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, judge_answers, read_questions
 
 QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
@@ -29,11 +29,6 @@ QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
 )
 def test_what_is_compared(way: str | None, pattern: str | None, text: str, found: str | None) -> None:
     assert Extraction(way, pattern)(text) == found
-
-
-def test_pattern_must_be_one() -> None:
-    with pytest.raises(ConfigError, match=r"--extract \(: missing \)"):
-        Extraction(None, "(")
 
 
 def test_answers_are_counted() -> None:

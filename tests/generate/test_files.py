@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,7 +14,7 @@ from hymba_tune.data import Conversation, Message, RowError
 from hymba_tune.data.formats import Names
 from hymba_tune.data.prompts import parse_prompt
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.generate import answer_file
+from hymba_tune.generate import LoadableModel, answer_file
 from hymba_tune.generate.decoding import Decoder
 
 
@@ -89,10 +90,13 @@ def test_mistakes_are_seen_first(files: Any, changes: dict[str, Any], said: str)
         answer_file(files(**changes), working)
 
 
-def test_a_bad_row_is_named_before_the_weights_load(files: Any, tmp_path: Path) -> None:
+def test_a_bad_row_is_named_before_the_weights_load(
+    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadableModel, "load", Mock(side_effect=AssertionError("the weights are loaded")))
     (tmp_path / "asked.jsonl").write_text('{"prompt": "One?"}\n{"answer": "Two"}\n')
     with pytest.raises(RowError, match="line 2: it has neither a prompt nor messages") as caught:
-        answer_file(files(model="nobody"), working)
+        answer_file(files(), working)
     assert "--on-bad-row" not in str(caught.value)
 
 

@@ -49,6 +49,26 @@ if not hasattr(model.config, "quantization_config"):  # transformers cannot writ
     assert AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).config.auto_map
 """
 
+TRAINER = """
+import json, sys
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+folder, *prompts = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(prompts)["input_ids"]]
+arguments = TrainingArguments("out", per_device_eval_batch_size=1, use_cpu=True, report_to="none", disable_tqdm=True)
+trainer = Trainer(model, arguments, eval_dataset=rows)
+loss = trainer.evaluate()["eval_loss"]
+shapes = [list(trainer.predict(rows[:1]).predictions.shape)]
+batch = tokenizer(prompts[:1], return_tensors="pt")
+layers = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(layers).__module__.startswith("transformers_modules."), type(layers).__module__
+same = bool((layers(**batch).last_hidden_state == model.model(**batch).last_hidden_state).all())
+print(json.dumps({"loss": loss, "shapes": shapes, "kind": type(layers).__name__, "same": same}))
+"""
+
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
@@ -79,6 +99,18 @@ def test_opens_with_torch_and_transformers_alone(
     found = load_file(elsewhere.folder / "result.safetensors")
     assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)
+
+
+def test_is_evaluated_elsewhere_by_transformers_trainer(exported: Path, small_model: Path, tmp_path: Path) -> None:
+    away = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate")
+    said = json.loads(away.run(TRAINER, exported, *PROMPTS).splitlines()[-1])
+    tokenizer, model = load_tokenizer(small_model), AutoModelForCausalLM.from_pretrained(small_model)
+    rows = [torch.tensor([ids]) for ids in tokenizer(PROMPTS)["input_ids"]]
+    with torch.inference_mode():
+        losses = [model(row, labels=row).loss.item() for row in rows]
+    assert said["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert said["shapes"] == [[1, rows[0].shape[1], model.config.vocab_size]]
+    assert (said["kind"], said["same"]) == ("HymbaModel", True)
 
 
 def test_nano_is_trained_merged_quantized_exported_and_talks_elsewhere(

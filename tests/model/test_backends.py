@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hymba_tune.model import backends, use_kernels
-from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import OPERATIONS, Backend, Operation, Problem, Task, survey
-from hymba_tune.model.convolution import CONVOLUTION
 from hymba_tune.model.scan import SCAN
 
 CPU = Task("cpu", torch.float32)
@@ -97,6 +96,43 @@ def test_a_foreign_backend_that_does_not_work_is_left_out_and_said_so_once(
         chosen.choose(CPU, "foreign")
 
 
+class WrongGradient(torch.autograd.Function):
+    """Doubles; its backward takes autocast for something else."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(_: Any, dy: Tensor) -> Tensor:
+        return dy * (3 if torch.is_autocast_enabled("cpu") else 2)
+
+
+class FailingGradient(WrongGradient):
+    """Puts what autocast narrowed among wider numbers."""
+
+    @staticmethod
+    def backward(_: Any, dy: Tensor) -> Tensor:
+        dx = torch.empty_like(dy)
+        dx[torch.arange(len(dy))] = torch.eye(len(dy)) @ dy
+        return dx * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (WrongGradient, r"its results under autocast are off by 5\.0e-01; 5e-02 is allowed"),
+        (FailingGradient, r"it failed on a small problem under autocast: RuntimeError: Index put requires"),
+    ],
+    ids=["wrong", "fails"],
+)
+def test_a_foreign_backend_that_does_not_work_under_autocast_is_left_out(
+    operation: Callable[..., Operation], function: type[torch.autograd.Function], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"foreign cannot be used: {reason}"):
+        operation(Backend("foreign", function.apply, needs_self_test=True)).choose(CPU, "foreign")
+
+
 def test_a_foreign_backend_that_fails_after_all_is_left_out_and_the_computation_goes_on(
     operation: Callable[..., Operation], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,7 +170,7 @@ def test_a_foreign_backend_that_works_is_taken(operation: Callable[..., Operatio
     assert operation(Backend("foreign", double, needs_self_test=True)).choose(CPU).name == "foreign"
 
 
-@pytest.mark.parametrize("operation", [SCAN, ATTENTION, CONVOLUTION], ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 @pytest.mark.parametrize("continues", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_every_backend_usable_here_passes_its_small_problem(

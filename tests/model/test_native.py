@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from hymba_tune.model import native
+from hymba_tune.model.attention_native import native_attention
+from hymba_tune.model.convolution_native import native_conv1d
+from hymba_tune.model.documents import Documents, find_documents
+from hymba_tune.model.elementwise_native import native_rms_norm
 from hymba_tune.model.native import Library
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
@@ -18,6 +25,10 @@ from hymba_tune.model.scan_native import LIBRARY, native_scan
 from hymba_tune.model.scan_native_source import SOURCE
 
 SCANNED = torch.ones(3, 17), torch.ones(3, 17), -torch.ones(17, 5), torch.ones(3, 5), torch.ones(3, 5)
+
+
+def documents(tokens: int) -> Documents:
+    return find_documents((1, tokens), torch.device("cpu"), num_meta=0)
 
 
 @pytest.fixture
@@ -46,6 +57,35 @@ def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pyte
         selective_scan(*SCANNED, backend="native")
     with pytest.raises(RuntimeError, match=r"native scan cannot run: no C\+\+ compiler: no-such-compiler"):
         native_scan(ScanInputs(*SCANNED, None, None, None, None, (0, 3)))
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("operation", ["scan", "convolution", "elementwise", "attention"])
+def test_tensors_without_memory_are_refused(operation: str) -> None:
+    weight, x = torch.ones(17, device="meta"), torch.ones(3, 17)
+    heads = x[:, None]
+    computations: dict[str, tuple[str, Callable[[], object]]] = {
+        "scan": ("D", lambda: native_scan(ScanInputs(*SCANNED, weight, None, None, None, (0, 3)))),
+        "convolution": ("bias", lambda: native_conv1d(x, torch.ones(17, 4), weight)),
+        "elementwise": ("weight", lambda: native_rms_norm(x, weight, 1e-6)),
+        "attention": ("v", lambda: native_attention(heads, heads, heads.to("meta"), documents(3), None)),
+    }
+    name, compute = computations[operation]
+    with pytest.raises(RuntimeError, match=f"native {operation} cannot read '{name}': .* on meta has no memory"):
+        compute()
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_shard_is_refused() -> None:
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    weight = distribute_tensor(torch.ones(17), init_device_mesh("cpu", (1,)))
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"native elementwise cannot read 'weight': .* \(17,\) on cpu has no memory"
+        ):
+            native_rms_norm(torch.ones(3, 17), weight, 1e-6)
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.usefixtures("cache_folder")

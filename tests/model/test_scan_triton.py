@@ -110,6 +110,15 @@ def test_each_input_has_its_own_dtype(dtype: torch.dtype, narrow: tuple[str, ...
 
 
 @pytest.mark.usefixtures("triton")
+def test_results_under_autocast_are_those_without() -> None:
+    inputs = leaves(random_inputs([5]))
+    plain = with_gradients(inputs, scan(inputs, [5]))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        results = with_gradients(inputs, scan(inputs, [5]))
+    assert all(results[name].equal(x) for name, x in plain.items())
+
+
+@pytest.mark.usefixtures("triton")
 def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
     inputs = leaves(random_inputs([5]))
     u, dt, z, B = torch.cat([inputs[name] for name in ("u", "dt", "z", "B")], 1).split([5, 5, 5, 3], 1)

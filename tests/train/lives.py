@@ -14,7 +14,7 @@ import torch
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.train import flow, trainer
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import TrainingError
-from hymba_tune.train.flow import resume_config
 from hymba_tune.train.guard import FEWEST_STEPS, listed
 from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
 from tests.preferences import dpo, kto, save_judged, save_pairs

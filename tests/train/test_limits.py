@@ -13,7 +13,6 @@ import torch
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError, TrainingError
-from hymba_tune.train.flow import resume_config
 from hymba_tune.train.limits import (
     check_disk,
     disk_needed,
@@ -22,6 +21,7 @@ from hymba_tune.train.limits import (
     limits_explained,
     memory_advice,
 )
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
 from tests.runs import run, settings

@@ -17,8 +17,8 @@ from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.model.layers import HymbaMLP
 from hymba_tune.model.modeling_hymba import HymbaModel
 from hymba_tune.train.checkpoints import seal
-from hymba_tune.train.flow import resume_config
 from hymba_tune.train.optimizers import OPTIMIZERS
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.trainer import HymbaTrainer

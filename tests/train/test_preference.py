@@ -21,9 +21,9 @@ from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import Chat
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.card import write_card
-from hymba_tune.train.flow import resume_config
 from hymba_tune.train.margin import MarginWatch
 from hymba_tune.train.preference import run_dpo
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
 from tests.preferences import dpo, kto, run_short, save_judged, save_pairs

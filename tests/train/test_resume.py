@@ -14,7 +14,7 @@ import torch
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.train.checkpoints import WHOLE
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import merge_run, run, same_tensors, save_questions, settings, tensors

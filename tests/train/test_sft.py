@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from hymba_tune.config import ChatConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError, HymbaTuneError, TrainingError
 from hymba_tune.generate import Chat
+from hymba_tune.model import attention_native, convolution_native, elementwise_native, scan_native
 from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import Task
 from hymba_tune.model.layers import HymbaMLP
@@ -143,6 +145,29 @@ def test_banner_and_record_name_the_kernels(small_model: Path, questions: Path, 
     kernels = finished.facts()["kernels"]
     assert kernels["scan"]["taken"] == "torch"
     assert kernels["attention"]["obstacles"]["flex"] == "it runs on cuda, not on cpu"
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine without a compiler, on which nothing was compiled before."""
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    libraries = [module.LIBRARY for module in (attention_native, convolution_native, elementwise_native, scan_native)]
+    answers = [attention_native.native_unavailable_reason, *(library.load for library in libraries)]
+    for answer in answers:
+        answer.cache_clear()
+    yield
+    for answer in answers:
+        answer.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_bfloat16_is_trained_without_a_compiler(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    finished = run(settings(small_model, questions, tmp_path / "out", dtype="bfloat16", steps=10, eval_split=0.2))
+    taken = {name: choice["taken"] for name, choice in finished.facts()["kernels"].items()}
+    assert taken == {"scan": "torch", "conv": "torch", "attention": "blocks", "elementwise": "torch"}
+    first, *_, last = (row["eval_loss"] for row in rows(finished.path) if "eval_loss" in row)
+    assert last < first
 
 
 def test_kernels_that_cannot_be_used_are_refused_before_weights_are_read(

@@ -9,7 +9,7 @@ import pytest
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.stopping import since_best

@@ -1,0 +1,158 @@
+"""The first checks of a verb: what its settings need and name, before torch is imported and anything is downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hymba_tune.config import (
+    ChatConfig,
+    Config,
+    DPOConfig,
+    EvalConfig,
+    KTOConfig,
+    ServeConfig,
+    TeacherOptions,
+)
+from hymba_tune.config.inference import ScoringOptions
+from hymba_tune.config.options import HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
+from hymba_tune.data.mixes import open_sources
+from hymba_tune.data.sources import open_source
+from hymba_tune.data.templates import read_template
+from hymba_tune.errors import ConfigError
+from hymba_tune.registry import ALIASES, TEACHERS, find_local
+
+
+def check_inputs(config: Config, *, complete: bool = True) -> None:
+    """Check that settings are complete, and that the models, data and chat templates they name exist.
+
+    Nothing is downloaded, and torch is not imported. Whether a name on the Hub exists is not known afterwards.
+
+    Args:
+        config: The settings of any verb.
+        complete: Whether everything has to be given that the verb needs; a plan needs neither data nor teacher.
+
+    Raises:
+        ConfigError: If a setting is missing or does not fit the others, or there is no such model or template.
+        CheckpointError: If a folder holds no model.
+        DataError: If there is no such file, or it is of no known kind.
+    """
+    if complete:
+        _check_complete(config)
+    for flag, name, aliases in _models(config):
+        _check_model(flag, name, aliases)
+    for flag, template in _templates(config):
+        if template is not None:
+            read_template(template, flag=flag)
+    if isinstance(config, SourceOptions):
+        open_sources(config.data, config.weights, config.caps)
+    if isinstance(config, HeldOutOptions):
+        open_sources(config.eval_data)
+    if isinstance(config, ScoringOptions):
+        open_sources(config.data)
+    if isinstance(config, ChatConfig) and config.prompts is not None:
+        open_source(str(config.prompts))
+
+
+def _models(config: Config) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """The models that settings name: the flag, the name, and the aliases that the flag takes."""
+    if isinstance(config, ModelChoice):
+        yield "--model", config.model, ALIASES
+    if isinstance(config, ChatConfig | EvalConfig):
+        yield from (("--against", name, ALIASES) for name in config.against)
+    if isinstance(config, TeacherOptions):
+        if config.teacher and not config.served:
+            yield "--teacher", config.teacher, TEACHERS
+        name = config.teacher_tokenizer
+        if name and not (Path(name).expanduser() / "tokenizer.json").is_file():  # a tokenizer alone will do
+            yield "--teacher-tokenizer", name, TEACHERS
+
+
+def _check_model(flag: str, name: str, aliases: Mapping[str, str]) -> None:
+    """Check a model, and those below it if it is an adapter."""
+    found = find_local(name, flag=flag, aliases=aliases)
+    while found is not None and found.base:
+        found = find_local(found.base)
+
+
+def _templates(config: Config) -> Iterator[tuple[str, str | None]]:
+    if isinstance(config, ReadingOptions | ServeConfig):
+        yield "--chat-template", config.chat_template
+    if isinstance(config, TeacherOptions):
+        yield "--teacher-chat-template", config.teacher_chat_template
+
+
+def _check_complete(config: Config) -> None:
+    if isinstance(config, TeacherOptions):
+        _check_teacher(config)
+    if isinstance(config, SourceOptions) and not config.data:
+        packaged = not isinstance(config, DPOConfig | KTOConfig)  # the demo has no preferences
+        raise ConfigError(
+            "--data is missing.",
+            expected="a file, a Hub dataset, or demo" if packaged else "a file or a Hub dataset",
+            fix="--data demo to try the kit" if packaged else "",
+        )
+    if isinstance(config, EvalConfig):
+        _check_evaluation(config)
+    if isinstance(config, ChatConfig):
+        _check_chat(config)
+
+
+def _check_teacher(options: TeacherOptions) -> None:
+    if not options.teacher:
+        raise ConfigError(
+            "--teacher is missing.",
+            expected="a Hub id, an alias (llama-3.2-3b), a folder, a run directory, or a server's address",
+        )
+    if not options.served:
+        return
+    if options.temperature != 1:
+        raise ConfigError(
+            f"--temperature {options.temperature:g}: a server tells its likeliest tokens as they are at 1.",
+            fix="leave it out, or name a model that is loaded here",
+        )
+    if options.teacher_quantize:
+        raise ConfigError("--teacher-quantize: a server has loaded its model already.", fix="leave it out")
+    if not options.teacher_tokenizer:
+        raise ConfigError(
+            "--teacher-tokenizer is missing: a server does not give its model's.",
+            expected="a Hub id, an alias or a folder",
+            fix="--teacher-tokenizer llama-3.2-3b",
+        )
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    asks = config.answers or config.extract
+    if not config.data and not config.tasks:
+        raise ConfigError(
+            "Nothing to evaluate on.", expected="--data or --tasks", fix=f"hymba-tune eval {config.model} --data demo"
+        )
+    if asks and not config.data:
+        raise ConfigError("--answers and --extract need --data, whose prompts are asked.", fix="--data FILE")
+    if config.answers and config.extract:
+        raise ConfigError("--answers and --extract are two ways to compare.", expected="one of them")
+    if config.save_answers and not asks:
+        raise ConfigError("--save-answers: nothing is asked.", fix="--answers gsm8k, number or exact; or --extract")
+    try:
+        re.compile(config.extract or "")
+    except re.error as error:
+        raise ConfigError(
+            f"--extract {config.extract}: {error}.", expected="a regular expression such as '#### (.*)'"
+        ) from error
+    if config.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--tasks needs lm-eval, which is not installed.", fix="pip install 'hymba-tune[eval]' (or lm-eval)"
+        )
+
+
+def _check_chat(config: ChatConfig) -> None:
+    if config.prompts is None and config.to is None:
+        return
+    if config.prompts is None or config.to is None:
+        raise ConfigError("--from and --to go together.", fix="--from prompts.jsonl --to answers.jsonl")
+    if config.against or config.prompt is not None:
+        raise ConfigError("--from answers a file with one model; leave --against and --prompt out.")
+    if config.to.suffix != ".jsonl":
+        raise ConfigError(f"--to {config.to}: answers are written as JSON lines.", expected="a name in .jsonl")

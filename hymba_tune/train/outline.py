@@ -1,0 +1,80 @@
+"""What a run consists of: of its trainer, or of its settings and data alone, without any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+import trl
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hymba_tune.train.arguments import learning_rates, run_steps
+from hymba_tune.train.base import RunTrainer
+from hymba_tune.train.optimizers import describe_groups, parameter_groups
+from hymba_tune.train.setup import Data, Setup, lay_out
+
+PACKING = "bfd"
+"""TRL's name of the way that documents are packed: best fit, the longest first."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run consists of.
+
+    Attributes:
+        model: The model with its adapter; on the meta device if the weights are not loaded.
+        steps: The number of optimizer steps.
+        packed_share: How much of the packed rows is filled with tokens; None where rows are not packed.
+        groups: The parameter groups, as `describe_groups` describes them.
+    """
+
+    model: PreTrainedModel | PeftModel
+    steps: int
+    packed_share: float | None
+    groups: list[dict[str, Any]]
+
+
+def outline_of(trainer: RunTrainer) -> Outline:
+    """The outline of a run whose trainer is made, and whose length is set."""
+    return Outline(
+        trainer.model,
+        trainer.args.max_steps,
+        packed_share(trainer.train_dataset, trainer.args.max_length),
+        describe_groups(trainer.parameter_groups()),
+    )
+
+
+def outline_without_weights(setup: Setup, data: Data) -> Outline:
+    """The outline of a run from its settings and its data."""
+    config = setup.config
+    model = lay_out(config, setup.model_config, setup.weights_dtype)
+    rows = data.train
+    if config.packing:
+        with _without_progress_bars():
+            rows = trl.pack_dataset(rows.select_columns(["input_ids"]), config.max_length, PACKING)
+    groups = parameter_groups(model, learning_rates(setup), weight_decay=config.weight_decay, decayed=())
+    return Outline(model, run_steps(config, len(rows)), packed_share(rows, config.max_length), describe_groups(groups))
+
+
+def packed_share(rows: datasets.Dataset, max_length: int) -> float | None:
+    """How much of packed rows is filled with tokens; None where rows are not packed."""
+    if "seq_lengths" not in rows.column_names:
+        return None
+    tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()
+    return float(tokens / (len(rows) * max_length))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,124 @@
+"""Weights that are in memory only while the module that owns them runs: offloaded to disk or CPU, or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from hymba_tune.model import HymbaForCausalLM, use_kernels
+from hymba_tune.model.backends import OPERATIONS
+from hymba_tune.model.cache import CACHE_NAME
+from tests.tiny import gradients, random_texts, tiny_model
+from tests.tolerances import FLOAT32
+
+IDS = torch.stack(random_texts([16, 16]))
+PLAIN = {"scan": "torch", "attention": "blocks", "conv": "torch", "elementwise": "torch"}
+each_kind = pytest.mark.parametrize("kernels", [{}, PLAIN], ids=["fastest", "plain"])
+Offload = Callable[[HymbaForCausalLM, Path], HymbaForCausalLM]
+
+
+@pytest.fixture(autouse=True)
+def _chosen_as_before() -> Iterator[None]:
+    yield
+    use_kernels(**dict.fromkeys(OPERATIONS, "auto"))
+
+
+def on_disk(model: HymbaForCausalLM, folder: Path) -> HymbaForCausalLM:
+    model.save_pretrained(folder / "saved")
+    opened = AutoModelForCausalLM.from_pretrained(
+        folder / "saved", device_map={"": "disk"}, offload_folder=folder / "offloaded"
+    )
+    assert all(parameter.is_meta for parameter in opened.parameters())
+    return opened
+
+
+def layers_on_disk(model: HymbaForCausalLM, folder: Path) -> HymbaForCausalLM:
+    model.save_pretrained(folder / "saved")
+    places = dict.fromkeys(("model.embed_tokens", "model.memory_tokens", "model.final_layernorm", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.model.layers))}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "saved", device_map=places, offload_folder=folder / "offloaded"
+    )
+
+
+def in_cpu_memory(model: HymbaForCausalLM, _: Path) -> HymbaForCausalLM:
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def computed(model: HymbaForCausalLM) -> dict[str, Tensor]:
+    """What a model is used for without training it."""
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        output = model(IDS, attention_mask=mask, labels=IDS)
+        first = model(IDS[:, :9], use_cache=True)
+        later = model(IDS[:, 9:], cache=first[CACHE_NAME])
+        scores = model(IDS, labels=IDS, fused_lm_head=True).log_probs
+        written = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    return {
+        "logits": output.logits,
+        "loss": output.loss,
+        "later": later.logits,
+        "scores": scores,
+        "written": written.float(),
+    }
+
+
+@each_kind
+@pytest.mark.parametrize("config", [{}, {"kq_norm": "perhead-rms", "tie_word_embeddings": False}], ids=["tied", "not"])
+@pytest.mark.parametrize("offload", [on_disk, layers_on_disk, in_cpu_memory])
+def test_an_offloaded_model_computes_what_it_did(
+    offload: Offload, config: dict[str, Any], kernels: dict[str, str], tmp_path: Path
+) -> None:
+    use_kernels(**kernels)
+    expected = computed(tiny_model(**config))
+    FLOAT32.check_all(computed(offload(tiny_model(**config), tmp_path)), expected)
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@each_kind
+def test_a_model_trains_whose_every_module_is_sharded_alone(kernels: dict[str, str]) -> None:
+    """No layer gathers for the modules in it: a parameter read by another module than its owner is a shard."""
+    use_kernels(**kernels)
+    expected = tiny_model(tie_word_embeddings=False)
+    loss = expected(IDS, labels=IDS).loss
+    loss.backward()
+    model = tiny_model(tie_word_embeddings=False)
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    for module in owners:
+        fully_shard(module)
+    sharded = model(IDS, labels=IDS).loss
+    sharded.backward()
+    FLOAT32.check(sharded, loss)
+    found = {name: x.full_tensor() if x is not None else None for name, x in gradients(model).items()}
+    FLOAT32.check_all(found, gradients(expected))
+
+
+def test_no_parameter_belongs_to_a_module_that_is_not_called() -> None:
+    model, called = tiny_model(kq_norm="rms"), set[nn.Module]()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+    model(IDS)
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    unused = {name for name, module in owners.items() if module not in called}
+    assert unused == {"model.layers.2.mamba.self_attn.k_norm"}  # the layer takes its keys from another one
