@@ -15,10 +15,8 @@ import torch
 import trl
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.trainer_utils import EvalLoopOutput
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import IGNORED
@@ -187,34 +185,18 @@ class DistillTrainer(HymbaTrainer):
             self._sums.clear()
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """Means over all learned tokens: cross-entropy as the loss, the teacher's beside it, and bits per byte."""
-        del description
-        self.model.eval()
-        names = ["tokens", "bytes", *PARTS]
-        total = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
-        own: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2).to(total))
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self._losses(self.model, inputs)
-            labels = inputs["labels"]
-            size = self._token_bytes.to(labels.device)[labels[labels != IGNORED]].sum()
-            known = {"tokens": losses.tokens, "bytes": size, **losses.parts}
-            total += torch.stack([torch.as_tensor(known.get(name, 0.0)).to(total) for name in names])
-            own[source] += torch.stack([torch.as_tensor(known[name]).to(total) for name in ("ce", "tokens")])
-        sums = dict(zip(names, self.accelerator.reduce(total, "sum").tolist(), strict=True))
-        means = self._means({name: value for name, value in sums.items() if value}, f"{metric_key_prefix}_")
-        metrics = self.held_out_losses(own, metric_key_prefix) | means
-        metrics.pop(f"{metric_key_prefix}_{MORE}{PARTS['ce']}", None)
-        if sums["bytes"]:
-            metrics[f"{metric_key_prefix}_{MORE}bits_per_byte"] = sums["ce"] / math.log(2) / sums["bytes"]
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return cross-entropy on the data as the loss, the other parts of what is minimized, and bits per byte."""
+        losses, labels = self._losses(self.model, inputs), inputs["labels"]
+        size = self._token_bytes.to(labels.device)[labels[labels != IGNORED]].sum()
+        cross_entropy = losses.parts["ce"]
+        parts = {f"{MORE}{PARTS[name]}": (part, losses.tokens) for name, part in losses.parts.items() if name != "ce"}
+        bits = {f"{MORE}bits_per_byte": (cross_entropy / math.log(2), size)} if size else {}
+        return {"loss": (cross_entropy, losses.tokens), **parts, **bits}
 
-    def _means(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    def _means(self, sums: dict[str, Any]) -> dict[str, float]:
         parts = {name: PARTS[name] for name in PARTS if name in sums}
-        return {f"{prefix}{MORE}{column}": float(sums[name] / sums["tokens"]) for name, column in parts.items()}
+        return {f"{MORE}{column}": float(sums[name] / sums["tokens"]) for name, column in parts.items()}
 
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *_: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.train.checkpoints import seal
 from hymba_tune.train.optimizers import Rates, parameter_groups
@@ -60,10 +61,10 @@ class RunTrainer(Trainer):
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
 
     def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The batches of the held-out rows, none of which is of two sources, each with its source's name.
+        """Yield the batches of held-out rows with their source's name. No batch holds rows of two sources.
 
         Args:
-            dataloader: Of all of them.
+            dataloader: The batches of all held-out rows.
         """
         if len(self.held_out_sources) < 2:
             yield from (("", self._prepare_inputs(batch)) for batch in dataloader)
@@ -74,19 +75,52 @@ class RunTrainer(Trainer):
             yield from ((name, self._prepare_inputs(batch)) for batch in self.get_eval_dataloader(rows))
             start += count
 
-    def held_out_losses(self, sums: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-        """The mean loss on held-out rows and, where there are several sources, on those of each; by its logged names.
+    def held_out_sums(self, inputs: dict[str, Any]) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
+        """Measure one batch of held-out rows.
 
         Args:
-            sums: By source ``(2,)``: the summed loss, and what it is a sum of.
-            prefix: What the names begin with.
+            inputs: The batch, on the model's device.
+
+        Returns:
+            The sum of each measure over the batch and what it is summed over (tokens, answers, pairs), by its logged
+            name without ``eval_``. ``loss`` must be among them.
         """
-        parts = {name: self.accelerator.reduce(part, "sum").tolist() for name, part in sums.items()}
-        total = [sum(values) for values in zip(*parts.values(), strict=True)]
-        named = {f"{prefix}_loss": total}
-        if len(parts) > 1:
-            named |= {f"{prefix}_loss/{name}": part for name, part in parts.items()}
-        return {name: loss / count if count else 0.0 for name, (loss, count) in named.items()}
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """Return the means over everything that is held out; of the loss also those of each source of several.
+
+        The loops of transformers and TRL average over batches, however many tokens or answers they hold.
+        """
+        del description
+        self.model.eval()
+
+        def zeros() -> Tensor:
+            return torch.zeros(2, dtype=torch.float64, device=self.args.device)
+
+        totals: dict[str, Tensor] = defaultdict(zeros)
+        losses: dict[str, Tensor] = defaultdict(zeros)
+        for source, inputs in self.held_out_batches(dataloader):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums = self.held_out_sums(inputs)
+
+            for name, pair in sums.items():
+                part = torch.stack([torch.as_tensor(value).to(zeros()) for value in pair])
+                totals[name] += part
+                if name == "loss":
+                    losses[source] += part
+
+        if len(losses) > 1:
+            totals |= {f"loss/{source}": part for source, part in losses.items()}
+        means = {name: self._mean(part) for name, part in totals.items()}
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def _mean(self, part: Tensor) -> float:
+        total, count = self.accelerator.reduce(part, "sum").tolist()
+        return total / count if count else 0.0
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

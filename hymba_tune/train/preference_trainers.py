@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import trl
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer, KTOTrainer
 
@@ -43,35 +41,24 @@ class PreferenceTrainer(RunTrainer):
         """How many answers, or pairs of them, each number about a batch is a mean of; by the last part of its name."""
         raise NotImplementedError
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """Means over all pairs or answers. TRL's own loop averages batches, however many they hold."""
-        del description
-        self.model.eval()
-        losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
-        sums: dict[str, float] = defaultdict(float)
-        weights: dict[str, float] = defaultdict(float)
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            counts = self.counts(inputs)
-            losses[source] += torch.tensor([counts["all"] * loss.item(), counts["all"]]).to(losses[source])
-            measured = {name: values[-1] for name, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
-            for name, value in measured.items():
-                weight = counts.get(name.split("/")[-1], counts["all"])
-                sums[name] += weight * value
-                weights[name] += weight
-        names = sorted(name for name in sums if name.startswith(EXACT))
-        pairs = torch.tensor([[sums[name], weights[name]] for name in names], dtype=torch.float64)
-        total = self.accelerator.reduce(pairs.to(self.args.device), "sum").tolist()
-        metrics = {name: value / max(weight, 1.0) for name, (value, weight) in zip(names, total, strict=True)}
-        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= self.held_out_losses(losses, metric_key_prefix)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return sums over the pairs or answers of a batch."""
+        loss, counts = self.compute_loss(self.model, inputs), self.counts(inputs)
+        sums: dict[str, tuple[Tensor | float, Tensor | float]] = {"loss": (counts["all"] * loss.item(), counts["all"])}
+        for name, values in self._metrics["eval"].items():
+            if name.startswith(EXACT):
+                count = counts.get(name.split("/")[-1], counts["all"])
+                sums[name] = (count * values[-1], count)
+        self._metrics["eval"].clear()
+        return sums
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As of every run, with the margin between both means: single answers have none of their own."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        names = {name: f"{metric_key_prefix}_rewards/{name}" for name in ("chosen", "rejected", "margins")}
+        if {names["chosen"], names["rejected"]} <= output.metrics.keys():
+            output.metrics[names["margins"]] = output.metrics[names["chosen"]] - output.metrics[names["rejected"]]
+        return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss."""

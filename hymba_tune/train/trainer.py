@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import datasets
@@ -10,9 +9,7 @@ import torch
 import trl
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hymba_tune.data import LOSS_WEIGHTS
@@ -41,22 +38,11 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
         inputs = {**inputs, "skip_logits": True}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """The mean loss over all learned tokens, and over those of each source, by their weights if they have such.
-
-        Trainer's own loop averages batches, however many tokens they have.
-        """
-        del description
-        self.model.eval()
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs, num_items_in_batch=1)
-            sums[source] += torch.stack([loss.double(), _targets(inputs).double()])
-        metrics = self.held_out_losses(sums, metric_key_prefix)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return the summed loss and the number of learned tokens, or their summed weights if they have such."""
+        # Called past `compute_loss`, which multiplies a sum by the number of processes.
+        outputs = self.model(**inputs, skip_logits=True, num_items_in_batch=1)
+        return {"loss": (outputs.loss, _targets(inputs))}
 
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *rest: Any

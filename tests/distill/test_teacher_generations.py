@@ -12,6 +12,7 @@ import torch
 
 from hymba_tune.config import DistillConfig
 from hymba_tune.data import open_sources
+from hymba_tune.distill import teacher_generations
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
