@@ -218,13 +218,12 @@ def _some(files: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _tokenizer(flags: DataCheckConfig | DataPreviewConfig) -> PreTrainedTokenizerBase:
-    from hymba_tune.checkpoint import load_tokenizer
+    from hymba_tune.adapters import tokenizer_of
     from hymba_tune.data import with_chat_template
     from hymba_tune.registry import resolve_model
 
     quiet_libraries()
-    folder = resolve_model(flags.model).folder
-    return with_chat_template(load_tokenizer(folder), flags.chat_template)
+    return with_chat_template(tokenizer_of(resolve_model(flags.model)), flags.chat_template)
 
 
 def _lines(lines: Iterable[str]) -> None:

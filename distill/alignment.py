@@ -53,6 +53,11 @@ class Alignment:
     crossing: Flags
     spans: Indices
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a plain text or a part of one: nothing comes before what is learned, as a prompt does."""
+        return not len(self.student) or int(self.student[0]) < 2
+
 
 def align(examples: Sequence[Example], pair: TokenizerPair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
     """Render, tokenize and align examples, each side in its own way.

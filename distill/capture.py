@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
+from hymba_tune.adapters import tokenizer_of, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config
 from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
 from hymba_tune.distill.cache import (
@@ -64,7 +64,7 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
     return make_pair(
         student,
         tokenizer,
-        ends=(student.eos_token, options.teacher_end) if options.teacher_end else None,
+        teacher_end=options.teacher_end,
         teacher_system=options.teacher_system,
         teacher_template=values | as_mapping(options.teacher_template),
     )
@@ -180,10 +180,19 @@ def open_targets(
     with screen.working("asking the teacher about a few rows"):
         found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
     screen.banner(found.lines() | {"folder": str(folder)})
-    found.check(min_aligned=options.min_aligned, min_probability=options.min_teacher_probability)
+    check_found(options, found)
     check_space(folder, found, len(data.rows))
     with screen.working("asking the teacher", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
+
+
+def check_found(options: TeacherOptions, found: Preflight) -> None:
+    """Refuse to go on where the preflight has found less than the settings ask for; errors are `Preflight.check`'s."""
+    found.check(
+        min_aligned=options.min_aligned,
+        min_probability=options.min_teacher_probability,
+        min_end=options.min_end_probability,
+    )
 
 
 def check_space(folder: Path, found: Preflight, rows: int) -> None:
@@ -213,7 +222,7 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     check_inputs(config)
     device = choose_device(config.device)
     source = resolve_model(config.model)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     student = load_config(weights_of(source))
     teacher = open_teacher(config)
     if warning := smaller_than(teacher, parameters_of(student)):

@@ -15,16 +15,36 @@ from hymba_tune.config import Learn
 from hymba_tune.data import Conversation, Encoded, Message, with_chat_template
 from hymba_tune.data.chat import Rendered, render, tokenize
 from hymba_tune.data.formats import Example
+from hymba_tune.distill.ends import find_end, tokens_after_answers
 from hymba_tune.distill.spelling import Spelling, read_spelling
 from hymba_tune.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Side:
-    """The student's or the teacher's tokenizer, with what its tokens spell."""
+    """The student's or the teacher's tokenizer, with what its tokens spell.
+
+    Attributes:
+        tokenizer: Its end-of-sequence token is the one that ends an answer.
+        spelling: What its tokens spell; those of `ends` spell `END`.
+        end: The id of the token that ends an answer.
+        text_end: The token that ends a plain text, which a chat template has no part in.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     spelling: Spelling
+    end: int
+    text_end: str
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer or a text, that of answers first."""
+        text_end: int = self.tokenizer.get_vocab()[self.text_end]
+        return (self.end,) if text_end == self.end else (self.end, text_end)
+
+    def end_of(self, rendered: Rendered) -> str:
+        """The token that ends a rendered example's answers, or its text."""
+        return self.text_end if rendered.plain else str(self.tokenizer.eos_token)
 
 
 @dataclass(frozen=True)
@@ -46,40 +66,45 @@ def make_pair(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     *,
-    ends: tuple[str, str] | None = None,
+    teacher_end: str | None = None,
     teacher_system: str | None = None,
     teacher_template: Mapping[str, object] | None = None,
 ) -> TokenizerPair:
     """Bring two tokenizers together; both are left as they are.
 
     Args:
-        student: A fast tokenizer; without a chat template it gets Hymba's.
-        teacher: Likewise.
-        ends: The tokens that end an answer, the student's and the teacher's. Their end-of-sequence tokens, if not
-            given; a base model's often differs from the one that its chat template writes.
+        student: A fast tokenizer; without a chat template it gets Hymba's. It ends answers with its end-of-sequence
+            token.
+        teacher: Likewise, but it ends answers with the token that its chat template writes there.
+        teacher_end: That token, where it is not to be looked for.
         teacher_system: See `TokenizerPair`. Some templates write one of their own where a conversation has none.
         teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``: without
             it some templates write today's date, and the same data gives other rows tomorrow.
 
     Raises:
-        ConfigError: If an end is not a token, or a value has no usable name.
+        ConfigError: If an end is not a token or cannot be found, or a value has no usable name.
         DataError: If a tokenizer's tokens do not tell the bytes of a text.
     """
-    ends = ends or (student.eos_token, teacher.eos_token)
     teacher = _with_template_values(with_chat_template(teacher), teacher_template or {})
-    return TokenizerPair(_side(student, ends[0], "student"), _side(teacher, ends[1], "teacher"), teacher_system)
+    end = teacher_end or find_end(teacher)
+    if end != teacher.eos_token and end in tokens_after_answers(teacher):
+        # The template is to write what it does, also where it asks for the end-of-sequence token.
+        teacher = _with_template_values(teacher, {"eos_token": teacher.eos_token})
+    return TokenizerPair(_side(student, student.eos_token, "student"), _side(teacher, end, "teacher"), teacher_system)
 
 
 def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Side:
-    token = tokenizer.get_vocab().get(end)
+    vocabulary = tokenizer.get_vocab()
+    token = vocabulary.get(end)
     if end is None or token is None:
         raise ConfigError(
             f"The {whose}'s tokenizer has no token {end!r} to end an answer with.",
             expected="the token that its chat template writes after an answer",
         )
+    text_end = tokenizer.eos_token if tokenizer.eos_token in vocabulary else end
     tokenizer = copy.deepcopy(with_chat_template(tokenizer))
     tokenizer.eos_token = end  # what rendering ends answers with
-    return Side(tokenizer, read_spelling(tokenizer, token))
+    return Side(tokenizer, read_spelling(tokenizer, {token, vocabulary[text_end]}), token, text_end)
 
 
 def _with_template_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, object]) -> PreTrainedTokenizerBase:
@@ -137,17 +162,18 @@ def tokenize_examples(
     examples: Sequence[Example], side: Side, learn: Learn = Learn.all
 ) -> list[TokenizedRow | Unaligned]:
     """One side's tokens of some examples, and where the answers are among them."""
-    rendered = [_render(example, side.tokenizer, learn) for example in examples]
+    rendered = [_render(example, side, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
     encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
-    return [
-        text if isinstance(text, Unaligned) else find_answers(text, next(encoded), side.tokenizer) for text in rendered
-    ]
+    return [text if isinstance(text, Unaligned) else find_answers(text, next(encoded), side) for text in rendered]
 
 
-def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) -> Rendered | Unaligned:
+def _render(example: Example, side: Side, learn: Learn) -> Rendered | Unaligned:
     try:
-        rendered = render(example, tokenizer, learn)
+        rendered = render(example, side.tokenizer, learn)
+        if rendered.plain:
+            text = rendered.text.removesuffix(side.tokenizer.eos_token) + side.text_end
+            rendered = replace(rendered, text=text, learned=((0, len(text)),))
         rendered.text.encode()
     except DataError as error:
         return Unaligned("template", error.what)
@@ -156,15 +182,15 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn) 
     return rendered
 
 
-def find_answers(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> TokenizedRow | Unaligned:
+def find_answers(rendered: Rendered, encoded: Encoded, side: Side) -> TokenizedRow | Unaligned:
     """Where the answers are among the tokens of a rendered example."""
     spans = encoded.spans
     if any(end >= start for (_, end), (start, _) in pairwise(spans)):
         return Unaligned("template", "two answers stand side by side, with nothing between them")
     answers = []
     for (begin, end), (start, stop) in zip(spans, rendered.learned, strict=True):
-        content = rendered.text[start:stop].removesuffix(tokenizer.eos_token)
+        content = rendered.text[start:stop].removesuffix(side.end_of(rendered))
         # A beginning-of-sequence token that a text brings along is no part of it.
-        begin += begin == 0 and encoded.input_ids[0] == tokenizer.bos_token_id
+        begin += begin == 0 and encoded.input_ids[0] == side.tokenizer.bos_token_id
         answers.append(Answer(begin, end, (content if rendered.plain else content.strip()).encode()))
     return TokenizedRow(encoded.input_ids, answers)

@@ -41,6 +41,7 @@ class Preflight:
         places: The student's tokens of all rows, for which there are to be targets.
         bytes_a_token: That each of them takes on disk.
         seconds: That the teacher needs for all rows.
+        end: The token that the teacher ends an answer with.
     """
 
     aligned: AlignmentReport
@@ -49,18 +50,20 @@ class Preflight:
     places: int
     bytes_a_token: float
     seconds: float
+    end: str
 
     @property
     def bytes(self) -> int:
         """That all targets take on disk, about."""
         return round(self.places * self.bytes_a_token)
 
-    def check(self, *, min_aligned: float, min_probability: float) -> None:
+    def check(self, *, min_aligned: float, min_probability: float, min_end: float) -> None:
         """Refuse to go on below these floors.
 
         Args:
             min_aligned: Share of the rows, and of their bytes.
             min_probability: The teacher's, of its own next tokens.
+            min_end: The teacher's, of its end token after an answer.
 
         Raises:
             TrainingError: With the likely cause.
@@ -74,6 +77,14 @@ class Preflight:
                 "(--teacher-end), its weights and its tokenizer are of two models, or it knows little of this data; "
                 f"if it is the last, --min-teacher-probability {self.kept.mean_own * 0.9:.2g}",
             )
+        if self.kept.ends and self.kept.mean_end < min_end:
+            raise TrainingError(
+                f"After an answer, the teacher gives its end token {self.end} a probability of "
+                f"{self.kept.mean_end:.2g} on average: the student would learn not to stop.",
+                expected=f"{min_end:g} or more",
+                fix="--teacher-end TOKEN, if the teacher ends its answers with another one; a teacher that was trained "
+                "on conversations; or, to learn this all the same, --min-end-probability 0",
+            )
 
     def lines(self) -> dict[str, str]:
         """The same for people: a label and a line each."""
@@ -81,6 +92,7 @@ class Preflight:
             "kept": f"{self.kept.mean_mass:.1%} of the teacher's probability finds a piece · "
             f"{self.kept.known / max(self.kept.places, 1):.1%} of the tokens have a target",
             "sanity": f"the teacher gives its own next token p = {self.kept.mean_own:.2f} on average",
+            **end_line(self.kept, self.end),
             "targets": f"{_short(self.places)} tokens × {self.bytes_a_token:.0f} B = {in_bytes(self.bytes)} · "
             f"about {duration(self.seconds)}",
         }
@@ -122,6 +134,7 @@ def look(
         places=sum(places),
         bytes_a_token=size / max(kept.places, 1),
         seconds=seconds * sum(tokens) / max(read, 1),
+        end=str(pair.teacher.tokenizer.eos_token),
     )
 
 
@@ -165,6 +178,12 @@ def alignment_lines(aligned: AlignmentReport, vocabulary: float) -> dict[str, st
         "matched": f"{vocabulary:.1%} of the student's vocabulary, {aligned.matched / places:.1%} of what it writes",
         "tokens": " · ".join(f"{aligned.positions[kind] / places:.1%} {words}" for kind, words in kinds.items()),
     }
+
+
+def end_line(kept: CaptureStats, end: str) -> dict[str, str]:
+    """How likely the teacher is to end an answer where the data does, for people; nothing if no answer has an end."""
+    said = f"after an answer, the teacher gives its end token {end} p = {kept.mean_end:.3f} on average"
+    return {"p(end)": said} if kept.ends else {}
 
 
 def _short(count: float) -> str:

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment, align_rows
-from hymba_tune.distill.pair import Answer, Side, TokenizedRow, TokenizerPair, Unaligned
+from hymba_tune.distill.pair import Answer, TokenizedRow, TokenizerPair, Unaligned
 from hymba_tune.distill.rows import alignment, cut
 from hymba_tune.distill.segments import tokenizer_within
-from hymba_tune.distill.spelling import END
 from hymba_tune.generate import write
 
 
@@ -90,7 +89,7 @@ class RolloutGenerator:
             answers = write(
                 model,
                 [row.prompt for row in asked],
-                end=_end(self.pair.student),
+                ends=self.pair.student.ends,
                 max_new_tokens=self.answer_tokens,
                 temperature=self.temperature,
             )
@@ -108,14 +107,14 @@ class RolloutGenerator:
     def _ask(self, number: int, example: dict[str, Any]) -> _Asked | None:
         row = alignment(self.rows[example["row"][0]])
         first = next((at for at, label in enumerate(example["labels"]) if label != IGNORED), 0)
-        if first < 2 or first + 1 >= self.max_length or not len(row.student) or row.student[0] != first:
-            return None  # a text, or a part of one
+        if row.plain or first + 1 >= self.max_length or row.student[0] != first:
+            return None
         begin, lead = int(row.teacher[0]), int(row.spelled[0])
         spelled = self.pair.teacher.spelling.tokens[row.teacher_ids[begin]]
         return _Asked(number, example["input_ids"][:first], row.teacher_ids[:begin], spelled[:lead].decode())
 
     def _align(self, row: _Asked, answer: list[int]) -> Alignment | None:
-        ours, theirs = _end(self.pair.student), _end(self.pair.teacher)
+        ours, theirs = self.pair.student.end, self.pair.teacher.end
         ended = answer[-1] == ours
         said = self.pair.student.spelling.spell(answer[:-1] if ended else answer).strip()
         try:
@@ -134,7 +133,3 @@ class RolloutGenerator:
         if isinstance(found, Unaligned):
             return None
         return cut(found, 0, min(len(row.prompt) + len(answer), self.max_length))
-
-
-def _end(side: Side) -> int:
-    return side.spelling.tokens.index(END)

@@ -172,8 +172,7 @@ class _Builder:
             yield [_as_columns(row, part) | {"row": [number] * len(row.input_ids)} for row, part, number in both]
 
     def _align(self, some: Sequence[ExampleReading]) -> list[Alignment | Unaligned]:
-        tokenizer = self.pair.student.tokenizer
-        students = [find_answers(reading.rendered[0], reading.encoded[0], tokenizer) for reading in some]
+        students = [find_answers(reading.rendered[0], reading.encoded[0], self.pair.student) for reading in some]
         shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in some if reading.example]
         teachers = tokenize_examples(shown, self.pair.teacher, self.options.learn)
         return align_rows(students, teachers, self.pair)

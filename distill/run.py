@@ -21,6 +21,7 @@ from hymba_tune.data.training import opened
 from hymba_tune.distill.alignment import matched_vocabulary
 from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
+    check_found,
     load_target_maker,
     open_targets,
     open_teacher,
@@ -32,10 +33,9 @@ from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.matching import HiddenMatch, Layers
 from hymba_tune.distill.outputs import Teacher, TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
-from hymba_tune.distill.preflight import alignment_lines, check_aligned, look
+from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line, look
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
-from hymba_tune.distill.spelling import END
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
@@ -172,7 +172,7 @@ class _Distillation:
         if not self._wants_targets:
             del lines["targets"]
         screen.banner(lines)
-        found.check(min_aligned=config.min_aligned, min_probability=config.min_teacher_probability)
+        check_found(config, found)
         return maker
 
     def make_trainer(
@@ -247,13 +247,16 @@ class _Distillation:
         assert self._pair
         assert self._data
         aligned, targets = self._data.alignment, self._targets
-        sure = targets.kept.mean_own if isinstance(targets, TargetCache) else None
+        shown = targets.kept if isinstance(targets, TargetCache) else None
         kept = aligned.rows - sum(aligned.dropped.values())
         quantized = f" · {self._found.quantize}" if self._found.quantize else ""
         return {
             "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantized}",
             "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
-            **({"sanity": f"the teacher gives its own next token p = {sure:.2f} on average"} if sure else {}),
+            **(
+                {"sanity": f"the teacher gives its own next token p = {shown.mean_own:.2f} on average"} if shown else {}
+            ),
+            **(end_line(shown, str(self._pair.teacher.tokenizer.eos_token)) if shown else {}),
             "loss": " · then ".join(_in_words(stage) for stage in self._stages)
             + " · answers written by the teacher" * self._config.teacher_writes
             + f" · {self._config.match_weight:g} × hidden states" * bool(self._config.match_hidden),
@@ -288,7 +291,7 @@ def resolve_losses(config: DistillConfig, pair: TokenizerPair) -> list[Stage]:
 def token_bytes(side: Side) -> Tensor:
     """How many bytes of text each token spells, ``(V,)`` int64; the one that ends a turn, none."""
     sizes = torch.from_numpy(side.spelling.lengths.copy())
-    sizes[side.spelling.tokens.index(END)] = 0
+    sizes[list(side.ends)] = 0
     return sizes
 
 

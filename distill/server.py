@@ -102,14 +102,15 @@ class ServedTeacher:
                 yield index, self._outputs(rows[index], answer)
 
     def write(
-        self, prompts: list[list[int]], *, end: str, max_new_tokens: int, temperature: float, seed: int
+        self, prompts: list[list[int]], *, ends: Sequence[int], max_new_tokens: int, temperature: float, seed: int
     ) -> list[str | None]:
         """Have it go on with prompts.
 
         Args:
             prompts: Token ids.
-            end: What its tokenizer calls the token that ends an answer. Where this is a special token, a server does
-                not look for it in the text: it ends there if its model's configuration says so.
+            ends: The tokens that end an answer. A server does not look for special tokens in the text, but ends at
+                those that its model's configuration names. Only if these are others is it told their ids, a request
+                that vLLM knows and OpenAI's interface does not.
             max_new_tokens: The most that it may write.
             temperature: At which it samples; 0 takes the likeliest token each time.
             seed: Of the sampling.
@@ -120,11 +121,17 @@ class ServedTeacher:
         Raises:
             TrainingError: As `outputs`.
         """
-        asked = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": [end]}
+        names = list(map(str, self.tokenizer.convert_ids_to_tokens(list(ends))))
+        asked = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": names}
+        if self.tokenizer.eos_token_id != ends[0]:
+            asked["stop_token_ids"] = list(ends)
         answer = self._complete(prompts, WRITING_TIMEOUT, **asked)
         if not all(isinstance(choice.get("text"), str) for choice in answer):
             raise _wrong("it has no text")
-        return [choice["text"].strip() or None if choice.get("finish_reason") == "stop" else None for choice in answer]
+        return [
+            _without_end(choice["text"], names) or None if choice.get("finish_reason") == "stop" else None
+            for choice in answer
+        ]
 
     def _ask(self, prompts: list[list[int]]) -> list[list[Mapping[int, float]]]:
         """Of each prompt's tokens but the first, the log-probabilities that are told, the token's own among them."""
@@ -158,6 +165,14 @@ class ServedTeacher:
         if not bool((probs.sum(-1) <= 1 + ROUNDING).all()):
             raise _wrong("the probabilities of a token come to more than 1")
         return ServedOutputs(tokens.to(self._device), probs.to(self._device), own.to(self._device), size)
+
+
+def _without_end(text: str, ends: Sequence[str]) -> str:
+    """An answer without the token that ended it, which a server may write where it is no special one."""
+    text = text.strip()
+    for end in ends:
+        text = text.removesuffix(end)
+    return text.strip()
 
 
 @dataclass(frozen=True, slots=True)

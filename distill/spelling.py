@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,7 +56,7 @@ class Spelling:
         return np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
 
 
-def read_spelling(tokenizer: PreTrainedTokenizerBase, end: int | None = None) -> Spelling:
+def read_spelling(tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> Spelling:
     """Read what the tokens spell out of a fast tokenizer's ``tokenizer.json``.
 
     Special tokens spell their own names, as they do where a text holds them literally. The space that SentencePiece
@@ -64,7 +64,7 @@ def read_spelling(tokenizer: PreTrainedTokenizerBase, end: int | None = None) ->
 
     Args:
         tokenizer: Byte-level or of SentencePiece's kinds (BPE with byte fallback, or Unigram).
-        end: Id of the token that ends a turn; it spells `END`.
+        ends: Ids of the tokens that end a turn; they spell `END`.
 
     Raises:
         DataError: If its tokens do not tell the bytes of a text.
@@ -77,7 +77,7 @@ def read_spelling(tokenizer: PreTrainedTokenizerBase, end: int | None = None) ->
     added = {token["id"]: token for token in described["added_tokens"]}
     tokens = [b""] * (1 + max(tokenizer.get_vocab().values()))
     for piece, token in tokenizer.get_vocab().items():
-        if token == end:
+        if token in ends:
             tokens[token] = END
         elif token in added and (byte_level or added[token]["special"]):
             tokens[token] = added[token]["content"].encode()

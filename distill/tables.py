@@ -125,7 +125,7 @@ def same_tokenizer(pair: TokenizerPair) -> bool:
 
 
 def _side_key(side: Side) -> str:
-    return _digest([describe(side.tokenizer), side.spelling.tokens.index(END)])
+    return _digest([describe(side.tokenizer), *side.ends])
 
 
 def _digest(content: object) -> str:
@@ -176,10 +176,9 @@ def _segments(pair: TokenizerPair) -> Iterator[Pieces]:
         yield from ([token] for token in range(len(spelled)))
         return
     special = {token["id"] for token in describe(pair.teacher.tokenizer)["added_tokens"] if token["special"]}
-    end = pair.student.spelling.tokens.index(END)
     for token, pieces in enumerate(Segmenter(pair.student)(spelled)):
         if spelled[token] == END:
-            yield [end]
+            yield [pair.student.end]
         else:
             yield None if token in special else pieces
 

@@ -32,6 +32,8 @@ class CaptureStats:
         mass: How much of the teacher's probability these keep, in sum.
         tokens: The teacher's tokens in the answers.
         own: The probabilities that it gave them, in sum.
+        ends: The teacher's end tokens after answers; those after plain texts do not count.
+        end: The probabilities that it gave them, in sum.
     """
 
     places: int = 0
@@ -40,6 +42,8 @@ class CaptureStats:
     mass: float = 0.0
     tokens: int = 0
     own: float = 0.0
+    ends: int = 0
+    end: float = 0.0
 
     def add(self, other: CaptureStats) -> None:
         """Count another row, or many."""
@@ -55,6 +59,11 @@ class CaptureStats:
     def mean_own(self) -> float:
         """The teacher's mean probability of its own actual next token."""
         return self.own / max(self.tokens, 1)
+
+    @property
+    def mean_end(self) -> float:
+        """The teacher's mean probability of its end token after an answer."""
+        return self.end / max(self.ends, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ class TargetMaker:
         top_k: Pieces that a target tells apart; the others join its bucket.
         temperature: Of the teacher's probabilities in the targets; spans are always judged at 1.
         find: Where the student's tokens stand among the teacher's.
+        end: The teacher's token that ends an answer.
     """
 
     teacher: Teacher
@@ -90,6 +100,7 @@ class TargetMaker:
     top_k: int = 32
     temperature: float = 1.0
     find: Callable[[Alignment, Tables], Places] = field(default=find_places)
+    end: int = -1
 
     @classmethod
     def of(
@@ -119,7 +130,7 @@ class TargetMaker:
         tables = open_tables(pair, tables_dir)
         projection = Projection(tables, seen, vocabulary=vocabulary, device=device)
         find = _find_alone if same_tokenizer(pair) else find_places
-        return cls(teacher, tables, projection, top_k, temperature, find)
+        return cls(teacher, tables, projection, top_k, temperature, find, pair.teacher.end)
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
@@ -151,6 +162,8 @@ class TargetMaker:
         at = torch.from_numpy(row.student).to(device)[torch.cat(known)]
         top = SparseTarget(*map(torch.cat, zip(*tops, strict=True)))
         shared = places.inside == 0
+        ending = last[torch.tensor(row.teacher_ids, device=device)[last] == self.end]
+        ends = own[ending[:0] if row.plain else ending - 1].exp()
         shown = CaptureStats(
             places=len(places),
             known=len(at),
@@ -158,5 +171,7 @@ class TargetMaker:
             mass=float(torch.cat(kept)[shared].sum()),
             tokens=len(answered),
             own=float(own[answered].exp().sum()),
+            ends=len(ends),
+            end=float(ends.sum()),
         )
         return TargetBatch(Targets(at, top, spans[:, :2], span_sums(own, first, last)), shown)

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hymba_tune.adapters import count_parameters, open_model, short_count, weights_of
+from hymba_tune.adapters import count_parameters, open_model, short_count, tokenizer_folder, weights_of
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
@@ -162,7 +162,7 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
         name=source.name,
         source=source,
         config=config,
-        tokenizer=read_tokenizer(source.folder, source.name),
+        tokenizer=read_tokenizer(tokenizer_folder(source), source.name),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         quantize=quantize,
     )

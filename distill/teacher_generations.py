@@ -22,7 +22,6 @@ from hymba_tune.data.sources import Source
 from hymba_tune.distill.outputs import Teacher
 from hymba_tune.distill.pair import TokenizerPair, for_teacher
 from hymba_tune.distill.server import ServedTeacher
-from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import write
@@ -74,7 +73,7 @@ class TeacherGenerator:
                 fix="--weights of at most 1",
             )
         self._config, self._sources, self._pair, self._teacher = config, sources, pair, teacher
-        self._end = pair.teacher.spelling.tokens.index(END)
+        self._ends = pair.teacher.ends
         self._texts = 0
 
     def key(self, progress: Callable[[int], None]) -> str:
@@ -90,7 +89,7 @@ class TeacherGenerator:
                 fix="--loss auto, which learns texts as well",
             )
         settings: list[Any] = [self._teacher(), config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
-        settings += [config.answer_temperature, config.seed, BATCH, self._end]
+        settings += [config.answer_temperature, config.seed, BATCH, *self._ends]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
@@ -138,16 +137,16 @@ class TeacherGenerator:
         seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
         how: dict[str, Any] = {"max_new_tokens": config.answer_tokens, "temperature": config.answer_temperature}
         if isinstance(teacher, ServedTeacher):
-            return teacher.write(prompts, end=str(self._pair.teacher.tokenizer.eos_token), seed=seed, **how)
+            return teacher.write(prompts, ends=self._ends, seed=seed, **how)
         model = cast(ModelTeacher, teacher).model
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            answers = write(model, prompts, end=self._end, **how)
+            answers = write(model, prompts, ends=self._ends, **how)
         return list(map(self._read, answers))
 
     def _read(self, answer: list[int]) -> str | None:
         spelling = self._pair.teacher.spelling
-        if answer[-1] != self._end or max(answer) >= len(spelling):
+        if answer[-1] not in self._ends or max(answer) >= len(spelling):
             return None
         try:
             return spelling.spell(answer[:-1]).decode().strip() or None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hymba_tune.adapters import weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
+from hymba_tune.adapters import tokenizer_of, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
 from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
@@ -193,7 +193,7 @@ def _rows_and_tokens(
 ) -> tuple[float, float]:
     """Of a pass over the data, without what is held out."""
     sources = open_sources(config.data, config.weights, config.caps)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     rows = tokens = 0.0
     for one in sources:
         found = check_sources(

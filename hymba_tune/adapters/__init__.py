@@ -9,6 +9,8 @@ from hymba_tune.adapters.folding import (
     folding_note,
     plain_config,
     quantized_base,
+    tokenizer_folder,
+    tokenizer_of,
     weights_of,
 )
 from hymba_tune.adapters.moved import AdapterWatch
@@ -16,7 +18,7 @@ from hymba_tune.adapters.opening import open_model
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
 from hymba_tune.adapters.updates import Update, adapter_updates, full_updates
-from hymba_tune.adapters.weights import Weights, released_name
+from hymba_tune.adapters.weights import Weights, finite_tensor, released_name
 
 __all__ = [
     "PRESETS",
@@ -30,6 +32,7 @@ __all__ = [
     "check_onto",
     "count_parameters",
     "describe",
+    "finite_tensor",
     "folded_weights",
     "folding_note",
     "full_updates",
@@ -41,5 +44,7 @@ __all__ = [
     "released_name",
     "restrict_rows",
     "short_count",
+    "tokenizer_folder",
+    "tokenizer_of",
     "weights_of",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hymba_tune.adapters.initialization import ADAPTER, check_initialization
 from hymba_tune.adapters.presets import rows_outside
 from hymba_tune.errors import CheckpointError, ConfigError
-
-ADAPTER = "default"
-"""PEFT's name for a model's only adapter."""
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[str]) -> PeftModel:
@@ -95,13 +94,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     Raises:
         CheckpointError: If a file is missing or broken, or the adapter does not fit the model tensor by tensor.
     """
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    config, tensors = read_config(folder), _read_tensors(folder)
     config.inference_mode = not trainable
     without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
             adapted = PeftModelForCausalLM(model, config, ADAPTER, low_cpu_mem_usage=without_memory)
-    except ValueError as error:  # PEFT found none of the modules
+    except (ValueError, TypeError) as error:  # PEFT found none of the modules, or a rank or alpha that is no number
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_own_base(config)) from error
     _widen_meta_tokens(adapted)
     _save_without_asking(adapted)
@@ -146,13 +145,19 @@ def _without(rows: slice) -> Callable[[Tensor], Tensor]:
     return zero
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> LoraConfig:
+    """Read the configuration of an adapter.
+
+    Raises:
+        CheckpointError: If it is missing or unreadable, is not LoRA's, or tells of a base model that cannot be had.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, so {folder} holds no adapter.")
     try:
+        check_initialization(json.loads(path.read_text(encoding="utf-8")), folder)  # which PEFT warns of, or fails at
         config = PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", None)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from hymba_tune.adapters.attach import read_config
+from hymba_tune.adapters.initialization import changes_base
 from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWeights, Weights
-from hymba_tune.checkpoint import check_weights, load_config
+from hymba_tune.checkpoint import check_weights, load_config, load_tokenizer
 from hymba_tune.config import Onto, Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import quantization, scheme_of, stored_bytes, stored_quantization
 
 CPU = torch.device("cpu")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""Files one of which is in every folder with a tokenizer."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -24,9 +29,11 @@ def base_of(source: ModelSource) -> ModelSource:
     """The model that an adapter belongs to.
 
     Raises:
-        CheckpointError: If the adapter does not say.
+        CheckpointError: If the adapter does not say, or its configuration cannot be used; see `read_config`.
         HymbaTuneError: If that model cannot be found.
     """
+    if source.adapter is not None:
+        read_config(source.adapter)
     if not source.base:
         raise CheckpointError(
             f"{source.adapter} does not say which model it belongs to.",
@@ -40,6 +47,23 @@ def weights_of(source: ModelSource) -> ModelSource:
     while source.adapter is not None:
         source = base_of(source)
     return source
+
+
+def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: its own or, where an adapter has none, as PEFT saves it, that of its base model.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+        HymbaTuneError: As `base_of`.
+    """
+    return load_tokenizer(tokenizer_folder(source))
+
+
+def tokenizer_folder(source: ModelSource) -> Path:
+    """The folder that `tokenizer_of` reads."""
+    while source.adapter is not None and not any((source.folder / file).is_file() for file in TOKENIZERS):
+        source = base_of(source)
+    return source.folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,8 @@ def quantized_base(source: ModelSource) -> QuantizedBase | None:
     An adapter without its run's directory says nothing: only a base that is stored quantized is known then.
 
     Raises:
-        CheckpointError: If the run's record cannot be understood.
+        CheckpointError: If the run's record cannot be understood, or the adapter's initialization changes weights that
+            are quantized.
         HymbaTuneError: As `base_of`.
     """
     if source.adapter is None:
@@ -79,9 +104,18 @@ def quantized_base(source: ModelSource) -> QuantizedBase | None:
         scheme = Scheme(source.quantized) if source.quantized else None
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"The run.json of {source.name} cannot be understood: {error}") from error
+    found = None
     if below.adapter is None and (stored := stored_quantization(config)) is not None:
-        return QuantizedBase(stored, dtype, only=True)
-    return QuantizedBase(quantization(config, scheme, dtype), dtype, only=False) if scheme else None
+        found = QuantizedBase(stored, dtype, only=True)
+    elif scheme:
+        found = QuantizedBase(quantization(config, scheme, dtype), dtype, only=False)
+    if found and changes_base(adapter := read_config(source.adapter)):
+        raise CheckpointError(
+            f"{source.adapter}: its init_lora_weights, {adapter.init_lora_weights}, changes the weights of its base "
+            f"model, and those of {source.base} are quantized.",
+            expected="an adapter that was initialized in another way, or a base model that is not quantized",
+        )
+    return found
 
 
 def check_onto(source: ModelSource, onto: Onto) -> None:

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters.attach import ADAPTER
+from hymba_tune.adapters.initialization import ADAPTER
 
 
 class AdapterWatch:

@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hymba_tune.adapters.folding import folded_weights, plain_config, weights_of
+from hymba_tune.adapters.weights import finite_tensor
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.config import Onto
 from hymba_tune.model import HymbaForCausalLM
@@ -40,7 +41,7 @@ def open_model(
     model: PreTrainedModel = HymbaForCausalLM.from_pretrained(
         None,
         config=config,
-        state_dict={name: weights[name].to(dtype) for name in weights},
+        state_dict={name: finite_tensor(weights, name, dtype) for name in weights},
         dtype=dtype,
         device_map={"": device},
     )

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters.attach import ADAPTER
+from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import META_TOKENS, kind_of
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters.attach import ADAPTER
+from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import META_TOKENS
 
 ATTENTION, SSM, BOTH, MLP, META, REST = "attention", "SSM", "attention + SSM", "MLP", "meta tokens", "embedding"

@@ -21,13 +21,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hymba_tune.adapters.attach import ADAPTER, load_adapter
+from hymba_tune.adapters.attach import load_adapter
+from hymba_tune.adapters.initialization import ADAPTER, change_base
 from hymba_tune.checkpoint import META_TOKENS, read_header, weight_files
 from hymba_tune.errors import CheckpointError
 from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
 """Tensors by their released names, each of which is made when it is asked for."""
+FOLDABLE = "an adapter on linear layers, on meta tokens, or a whole copy of them"
 
 
 class StoredWeights(Weights):
@@ -135,6 +137,7 @@ class FoldedWeights(Weights):
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         adapted = load_adapter(model, adapter)
         _check_finite(adapted)
+        self._config = adapted.peft_config[ADAPTER]
         self._changed = {released_name(f"{place.path}.{place.part}"): place for place in _changes(adapted, adapter)}
         if beyond := sorted(self._changed.keys() - set(base)):
             raise _unfoldable(adapter, beyond[0])
@@ -150,10 +153,15 @@ class FoldedWeights(Weights):
         plain = layer.get_base_layer()
         for part, parameter in list(plain.named_parameters()):
             if parameter.is_meta:
-                weight = self._base[released_name(f"{place.path}.{part}")]
-                weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+                weight = self._base[released_name(f"{place.path}.{part}")].clone()
                 setattr(plain, part, nn.Parameter(weight, requires_grad=False))
-        layer.merge()
+        change_base(layer, self._config)
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        try:
+            layer.merge()
+        except (RuntimeError, NotImplementedError) as error:  # PEFT has adapters that it cannot merge
+            raise CheckpointError(f"{name} cannot be merged: {error}", expected=FOLDABLE) from error
         folded: Tensor = getattr(plain, place.part).detach()
         return folded
 
@@ -162,6 +170,31 @@ class FoldedWeights(Weights):
 
     def __len__(self) -> int:
         return len(self._base)
+
+
+def finite_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    """Return one tensor of a merged model in the number format that it is used in.
+
+    Finite factors do not suffice: a scale such as ``lora_alpha`` may be NaN or too large, and so may the base model.
+
+    Raises:
+        CheckpointError: If the tensor holds NaN or infinity.
+    """
+    full = weights[name]
+    tensor = full.to(dtype)
+    if tensor.isfinite().all():
+        return tensor
+    if full.isfinite().all():
+        raise CheckpointError(
+            f"{name} of the merged model has values beyond the range of {str(dtype).removeprefix('torch.')}.",
+            expected=f"values of at most {torch.finfo(dtype).max:.3g}",
+            fix="--dtype bfloat16 or --dtype float32",
+        )
+    raise CheckpointError(
+        f"{name} of the merged model holds NaN or infinity.",
+        expected="finite weights",
+        fix="check lora_alpha and alpha_pattern in adapter_config.json, and the weights of the base model",
+    )
 
 
 def released_name(name: str) -> str:
@@ -198,7 +231,7 @@ def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
 def _unfoldable(adapter: Path, name: str) -> CheckpointError:
     return CheckpointError(
         f"{adapter} changes {name} in a way that cannot be folded in.",
-        expected="an adapter on linear layers, on meta tokens, or a whole copy of them",
+        expected=FOLDABLE,
     )
 
 

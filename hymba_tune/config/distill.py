@@ -81,7 +81,7 @@ class TeacherOptions(Config):
     teacher_template: Pairs = Field(default_factory=list)
     """Values for the teacher's chat template: --teacher-template date_string="26 Jul 2024"."""
     teacher_end: str | None = None
-    """The token that the teacher's chat template ends an answer with, where that is not its end-of-sequence token."""
+    """The token that the teacher ends an answer with. When not given: the one that its chat template writes there."""
     teacher_cache: Path | None = None
     """Folder of the teacher's kept targets. When not given: in the user's cache."""
     top_k: int = Field(default=64, ge=1)
@@ -93,6 +93,9 @@ class TeacherOptions(Config):
     """Share of rows and of their bytes that both tokenizers must spell alike; with less, nothing is asked of it."""
     min_teacher_probability: float = Field(default=0.1, ge=0, le=1)
     """What the teacher must give its own next tokens on average; less says that something does not fit."""
+    min_end_probability: float = Field(default=0.05, ge=0, le=1)
+    """Minimum mean probability that the teacher gives its end token after an answer; with a lower value, the student
+    learns not to stop."""
 
     @property
     def served(self) -> bool:

@@ -88,7 +88,7 @@ def write(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    end: int,
+    ends: Sequence[int],
     max_new_tokens: int,
     temperature: float,
 ) -> list[list[int]]:
@@ -97,15 +97,15 @@ def write(
     Args:
         model: In any mode; it is left as it was.
         prompts: Token ids.
-        end: The token that ends an answer.
+        ends: The tokens that end an answer, at least one.
         max_new_tokens: Tokens that an answer may have.
         temperature: 0 takes the likeliest token each time.
 
     Returns:
-        The tokens written; the last one is ``end``, unless an answer became too long.
+        The tokens written; the last one is of ``ends``, unless an answer became too long.
     """
     width = max(map(len, prompts))
-    padded = torch.tensor([[end] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    padded = torch.tensor([[ends[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     written = _generate(
         model,
@@ -113,10 +113,10 @@ def write(
         mask,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
     )
-    return [_up_to(end, ids) for ids in written.tolist()]
+    return [_up_to(ends, ids) for ids in written.tolist()]
 
 
 def _generate(
@@ -138,5 +138,6 @@ def _generate(
     return written[:, ids.shape[1] :]
 
 
-def _up_to(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _up_to(ends: Sequence[int], ids: list[int]) -> list[int]:
+    first = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: first + 1]

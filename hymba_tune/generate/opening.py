@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import folding_note, open_model, weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config, load_tokenizer
+from hymba_tune.adapters import folding_note, open_model, tokenizer_of, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
 from hymba_tune.config import GenerationOptions, as_mapping
 from hymba_tune.data import with_chat_template
 from hymba_tune.registry import ModelSource, resolve_model
@@ -59,5 +59,5 @@ def find_model(name: str, options: GenerationOptions, chat_template: str | None 
     source = resolve_model(name)
     config = load_config(weights_of(source))
     choose_kernels(as_mapping(options.kernels), config, device, dtype)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), chat_template)
     return LoadableModel(source, tokenizer, config, dtype, device)

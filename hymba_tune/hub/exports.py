@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters import base_of, folding_note, load_adapter, open_model, short_count, weights_of
+from hymba_tune.adapters import base_of, folding_note, load_adapter, open_model, short_count, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import ExportConfig, QuantizeConfig
 from hymba_tune.data import with_chat_template
@@ -147,7 +148,7 @@ def _write_whole(
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
-    tokenizer = with_chat_template(load_tokenizer(source.folder))
+    tokenizer = with_chat_template(tokenizer_of(source))
     with working("loading the weights"):
         model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
     size = f"{short_count(model.num_parameters())} parameters in {str(dtype).removeprefix('torch.')}"
@@ -165,7 +166,7 @@ def _write_adapter(
     """Write an adapter, and read it again onto the same base."""
     assert source.adapter is not None
     device = choose_device(config.device)
-    base, tokenizer = base_of(source), with_chat_template(load_tokenizer(source.folder))
+    base, tokenizer = base_of(source), with_chat_template(tokenizer_of(source))
     dtype = load_config(weights_of(source)).dtype or torch.float32
     with working("loading the weights"):
         fetch_weights(source)
@@ -177,8 +178,10 @@ def _write_adapter(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
     count = sum(tensor.numel() for tensor in load_file(folder / ADAPTER_WEIGHTS).values())
+    meant = sample_logits(adapted, tokenizer)
+    del adapted  # two models are never in memory together, and an adapter may have changed its base for good
+    gc.collect()
     with working("reading it again"):
-        meant = sample_logits(adapted, tokenizer)
-        again = load_adapter(adapted.unload(), folder)
+        again = load_adapter(open_model(base, dtype=dtype, device=device), folder)
         check_tokens(load_tokenizer(folder), tokenizer, folder)
         return check_logits(sample_logits(again, tokenizer), meant, folder), f"{short_count(count)} parameters"

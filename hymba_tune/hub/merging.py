@@ -16,14 +16,16 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from hymba_tune.adapters import (
     QuantizedBase,
     check_onto,
+    finite_tensor,
     folded_weights,
     open_model,
     plain_config,
     quantized_base,
     released_name,
+    tokenizer_of,
     weights_of,
 )
-from hymba_tune.checkpoint import INDEX, choose_device, choose_dtype, load_config, load_tokenizer
+from hymba_tune.checkpoint import INDEX, choose_device, choose_dtype, load_config
 from hymba_tune.config import MergeConfig, Onto
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
@@ -92,7 +94,7 @@ def _drifts(
     source: ModelSource, base: QuantizedBase, dtype: torch.dtype, device: torch.device, working: Working
 ) -> dict[Onto, MergeDrift]:
     """How far from the trained model each way leads. No two models are in memory together."""
-    texts = sample_texts(with_chat_template(load_tokenizer(source.folder)))
+    texts = sample_texts(with_chat_template(tokenizer_of(source)))
     with working("asking the trained model"):
         trained = logits_of(trained_model(source, base, device), texts)
     gc.collect()  # a model is a circle of references, and stays until then
@@ -114,7 +116,7 @@ def _write(source: ModelSource, onto: Onto, dtype: torch.dtype, device: torch.de
     planned = {released_name(name): tensor for name, tensor in laid_out.items() if released_name(name) in weights}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD)
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: weights[name].to(dtype).contiguous() for name in names}
+        shard = {name: finite_tensor(weights, name, dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -123,5 +125,5 @@ def _write(source: ModelSource, onto: Onto, dtype: torch.dtype, device: torch.de
     below = weights_of(source).folder
     if (below / GENERATION_CONFIG_NAME).is_file():
         GenerationConfig.from_pretrained(below).save_pretrained(folder)
-    load_tokenizer(source.folder).save_pretrained(folder)
+    tokenizer_of(source).save_pretrained(folder)
     return int(plan.metadata["total_size"])

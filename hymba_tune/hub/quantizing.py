@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import base_of, folding_note, open_model, short_count, weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer, weight_files
+from hymba_tune.adapters import base_of, folding_note, open_model, short_count, tokenizer_of, weights_of
+from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, weight_files
 from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
 from hymba_tune.data import Encoded, open_sources, with_chat_template
 from hymba_tune.data.training import Working
@@ -95,7 +95,7 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     stored = model_config.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     asked = quantization(model_config, config.scheme, dtype, config.skip)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     texts = ScoringTexts(
         open_sources(config.data),
         tokenizer,

@@ -17,14 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hymba_tune.adapters import add_adapter, count_parameters, lora_config, weights_of
+from hymba_tune.adapters import add_adapter, count_parameters, lora_config, tokenizer_of, weights_of
 from hymba_tune.checkpoint import (
     check_weights,
     choose_device,
     choose_dtype,
     choose_kernels,
     load_config,
-    load_tokenizer,
 )
 from hymba_tune.config import Method, PreferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
@@ -119,7 +118,7 @@ def check(config: TrainingConfig) -> Setup:
         )
     dtype = choose_dtype(config.dtype, device)
     source = resolve_model(config.model)
-    tokenizer = with_chat_template(load_tokenizer(source.folder), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
     if weights.hub_id is None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,70 @@ def test_adapter_with_nan_is_not_merged(tmp_path: Path) -> None:
     broken.lora_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"layers\.2\.mamba\.x_proj\.0\.lora_B\.weight holds NaN or infinity"):
         merged(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"lora_alpha": math.nan}, r"model\..*"),
+        ({"lora_alpha": math.inf}, r"model\..*"),
+        ({"lora_alpha": 1e308}, r"model\..*"),
+        ({"alpha_pattern": {"layers.2.mamba.out_proj": math.nan}}, r"model\.layers\.2\.mamba\.out_proj\.weight"),
+        ({"rank_pattern": {"x_proj.0": 4}, "alpha_pattern": {"x_proj.0": 1e308}}, r"model\..*\.x_proj\.0\.weight"),
+    ],
+    ids=["nan", "inf", "1e308", "alpha pattern", "rank pattern"],
+)
+def test_scale_that_makes_nan_is_refused(changes: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Of a fresh adapter too, whose zeros such a scale makes NaN."""
+    merged(adapted_model(), tmp_path)
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    source = ModelSource("adapter", path.parent, adapter=path.parent, base=str(tmp_path / "base"))
+    with pytest.raises(CheckpointError, match=rf"{name} of the merged model holds NaN or infinity(.|\n)*lora_alpha"):
+        open_model(source, dtype=torch.float32, device=CPU)
+
+
+def test_rank_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    merged(adapted_model(), tmp_path)
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": "much"}))
+    with pytest.raises(CheckpointError, match=r"adapter does not fit this model: unsupported operand"):
+        load_adapter(tiny_model(), path.parent)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+def test_adapter_that_peft_cannot_merge_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    config = config_for(model)
+    config.lora_bias, config.target_modules = True, ["x_proj.0"]
+    with pytest.raises(CheckpointError, match=r"x_proj\.0\.weight cannot be merged: Impossible to merge LoRA with"):
+        merged(add_adapter(model, config, ["x_proj.0"]), tmp_path)
+
+
+def test_values_beyond_the_number_format_are_refused(tmp_path: Path) -> None:
+    model = adapted_model()
+    train(model)
+    merged(model, tmp_path)
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 1e9}))
+    source = ModelSource("adapter", path.parent, adapter=path.parent, base=str(tmp_path / "base"))
+    open_model(source, dtype=torch.float32, device=CPU)
+    with pytest.raises(
+        CheckpointError, match=r"model\..* has values beyond the range of float16\.\n.*at most 6\.55e\+04"
+    ):
+        open_model(source, dtype=torch.float16, device=CPU)
+
+
+def test_base_with_nan_is_not_merged(tmp_path: Path) -> None:
+    merged(adapted_model(), tmp_path)
+    base = tiny_model()
+    base.model.layers[1].input_layernorm.weight.data[3] = math.nan
+    base.save_pretrained(tmp_path / "base")
+    source = ModelSource("mine", tmp_path / "adapter", adapter=tmp_path / "adapter", base=str(tmp_path / "base"))
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.input_layernorm\.weight of the merged model holds NaN"
+    ):
+        open_model(source, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

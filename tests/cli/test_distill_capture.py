@@ -18,6 +18,7 @@ def test_says_where_the_targets_are_and_what_they_take(
     app.command(capture)
     words = ["capture", "--model", "hymba-nano", "--teacher", str(save_teacher(tmp_path / "teacher"))]
     words += ["--data", str(questions), "--teacher-cache", str(tmp_path / "targets"), "--min-teacher-probability", "0"]
+    words += ["--min-end-probability", "0"]
     app(words)
     out = " ".join(capsys.readouterr().out.split())
     assert f"targets of 24 rows are in {tmp_path / 'targets'}" in out

@@ -95,6 +95,9 @@ def test_recipe_then_environment_then_flag(recipe: Path, command: Command, monke
 
     monkeypatch.setattr("hymba_tune.train.sft.run_sft", stop)
     recipe.write_text("rank: 1\nseed: 1\nsteps: 1\ndata: [a.jsonl, b.jsonl]\n")
+    monkeypatch.chdir(recipe.parent)
+    for name in "abc":
+        (recipe.parent / f"{name}.jsonl").touch()
     monkeypatch.setenv("HYMBA_TUNE_SFT_RANK", "2")
     monkeypatch.setenv("HYMBA_TUNE_SFT_SEED", "2")
     command("sft", "--config", recipe, "--rank", "3")

@@ -21,6 +21,7 @@ def random_teacher(teacher: Path, folder: Path) -> dict[str, Any]:
         "teacher_dtype": "float32",
         "teacher_cache": folder / "targets",
         "min_teacher_probability": 0.0,
+        "min_end_probability": 0.0,
     }
 
 

@@ -214,7 +214,7 @@ def test_teacher_sees_its_own_date_and_system_message() -> None:
 def test_ends_are_mapped_to_each_other() -> None:
     """A base model's end-of-sequence token is another than the one that its template writes."""
     base = byte_level(CHATML, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|endoftext|>")
-    both = make_pair(ALL["hymba"], base, ends=("</s>", "<|im_end|>"))
+    both = make_pair(ALL["hymba"], base, teacher_end="<|im_end|>")
     row = aligned(talk("What?", "yes"), both)
     assert both.teacher.tokenizer.decode(row.teacher_ids).endswith("assistant\nyes<|im_end|>\n")
     last = row.teacher_ids[row.teacher[-1]], row.student_ids[row.student[-1]]
@@ -224,7 +224,7 @@ def test_ends_are_mapped_to_each_other() -> None:
 
 def test_end_must_be_a_token() -> None:
     with pytest.raises(ConfigError, match=r"The teacher's tokenizer has no token '<end>'"):
-        make_pair(ALL["hymba"], ALL["llama3"], ends=("</s>", "<end>"))
+        make_pair(ALL["hymba"], ALL["llama3"], teacher_end="<end>")
 
 
 def test_template_values_need_names() -> None:

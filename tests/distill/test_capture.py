@@ -23,7 +23,7 @@ from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.train.screen import Screen
 from tests.distill.teachers import save_teacher
 
-ANY = {"min_teacher_probability": 0.0}
+ANY = {"min_teacher_probability": 0.0, "min_end_probability": 0.0}
 """What a random teacher needs."""
 
 
@@ -166,13 +166,14 @@ def test_what_is_found_in_words() -> None:
         positions=Counter(shared=801, inside=176, crossing=23),
         matched=992,
     )
-    kept = CaptureStats(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0)
-    assert Preflight(aligned, 0.572, kept, 1_600_000, 118.0, 720.0).lines() == {
+    kept = CaptureStats(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0, ends=4, end=3.7)
+    assert Preflight(aligned, 0.572, kept, 1_600_000, 118.0, 720.0, "<end>").lines() == {
         "aligned": "9,409 of 9,412 rows, 99.9% of the bytes (3 dropped: bytes differ)",
         "matched": "57.2% of the student's vocabulary, 99.2% of what it writes",
         "tokens": "80.1% at shared boundaries · 17.6% inside a teacher token · 2.3% across two",
         "kept": "99.5% of the teacher's probability finds a piece · 98.0% of the tokens have a target",
         "sanity": "the teacher gives its own next token p = 0.46 on average",
+        "p(end)": "after an answer, the teacher gives its end token <end> p = 0.925 on average",
         "targets": "1.6M tokens × 118 B = 188.8 MB · about 12 min",
     }
 

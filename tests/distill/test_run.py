@@ -72,7 +72,9 @@ def test_run_measures_the_data_and_the_teacher(ask: Callable[..., DistillConfig]
     assert trained.more.keys() == {"cross_entropy", "distillation"}
     assert lines["aligned"] == "24 of 24 rows byte for byte"
     assert lines["loss"] == "0.7 × (projection + alm) + 0.3 × ce"
-    assert finished.facts()["described"] == {name: lines[name] for name in ("teacher", "aligned", "sanity", "loss")}
+    assert finished.facts()["described"] == {
+        name: lines[name] for name in ("teacher", "aligned", "sanity", "p(end)", "loss")
+    }
     assert "trained by hymba-tune distill" in (finished.path / "README.md").read_text()
 
 

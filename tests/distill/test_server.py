@@ -180,6 +180,7 @@ def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, q
         teacher_tokenizer=str(tmp_path / "tokenizer"),
         teacher_cache=tmp_path / "targets",
         min_teacher_probability=0,
+        min_end_probability=0,
         loss=["seq", "auto"],
         top_k=K,
         steps=2,
@@ -195,7 +196,22 @@ def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, q
     for wrong in ([{"finish_reason": "stop"}], [{"text": "a"}, {"text": "b"}]):
         server.answer = lambda _, choices=wrong: {"choices": choices}  # type: ignore[misc]
         with pytest.raises(TrainingError, match=r"cannot be used: (it has no text|1 prompts were sent)"):
-            found(server).write([[1]], end="<end>", max_new_tokens=2, temperature=0, seed=0)
+            found(server).write([[1]], ends=[1], max_new_tokens=2, temperature=0, seed=0)
+
+
+def test_end_that_a_server_does_not_know_is_named(server: Server) -> None:
+    """And is no part of the answer, where the server writes it."""
+    texts = ["So.<|begin_of_text|>", "<|begin_of_text|>", "So."]
+    server.answer = lambda _: {
+        "choices": [{"index": index, "text": text, "finish_reason": "stop"} for index, text in enumerate(texts)]
+    }
+    teacher, how = found(server), {"max_new_tokens": 2, "temperature": 0, "seed": 0}
+    end, own = TOKENIZER.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>"])
+    assert teacher.write([[1]] * 3, ends=[end, own], **how) == ["So.", None, "So."]
+    assert server.asked[-1]["stop_token_ids"] == [end, own]
+    assert server.asked[-1]["stop"] == ["<|begin_of_text|>", "<|eot_id|>"]
+    teacher.write([[1]] * 3, ends=[own], **how)
+    assert "stop_token_ids" not in server.asked[-1]
 
 
 def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: Path) -> None:
@@ -219,6 +235,7 @@ def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> D
         "teacher_cache": folder / "targets",
         "top_k": K,
         "min_teacher_probability": 0.0,
+        "min_end_probability": 0,
     }
     return DistillCaptureConfig(**usual | changes)
 

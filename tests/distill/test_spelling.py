@@ -48,7 +48,7 @@ def test_special_tokens_spell_their_names() -> None:
 
 def test_token_that_ends_a_turn_spells_the_end() -> None:
     end = ALL["hymba"].eos_token_id
-    spelling = read_spelling(ALL["hymba"], end)
+    spelling = read_spelling(ALL["hymba"], {end})
     assert [token for token, spelled in enumerate(spelling.tokens) if spelled == END] == [end]
 
 

@@ -128,4 +128,4 @@ def test_key_is_the_content_of_both_tokenizers() -> None:
     )
     assert key != pair_key(make_pair(ALL["hymba"], ALL["chatml"]))
     assert key != pair_key(make_pair(ALL["llama3"], ALL["hymba"]))
-    assert key != pair_key(make_pair(ALL["hymba"], ALL["llama3"], ends=("<s>", "<|eot_id|>")))
+    assert key != pair_key(make_pair(ALL["hymba"], ALL["llama3"], teacher_end="<|begin_of_text|>"))

@@ -103,8 +103,9 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
 
 
 def test_what_a_pass_shows_is_summed() -> None:
-    kept = CaptureStats(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0)
-    kept.add(CaptureStats(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0))
-    assert vars(kept) == {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0}
-    assert (kept.mean_mass, kept.mean_own) == (0.8, 0.5)
-    assert (CaptureStats().mean_mass, CaptureStats().mean_own) == (0.0, 0.0)
+    kept = CaptureStats(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0, ends=1, end=0.5)
+    kept.add(CaptureStats(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0, ends=1, end=0.75))
+    sums = {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0, "ends": 2, "end": 1.25}
+    assert vars(kept) == sums
+    assert (kept.mean_mass, kept.mean_own, kept.mean_end) == (0.8, 0.5, 0.625)
+    assert (CaptureStats().mean_mass, CaptureStats().mean_own, CaptureStats().mean_end) == (0.0, 0.0, 0.0)

@@ -198,7 +198,9 @@ def test_model_of_another_kind(change: dict[str, str], message: str, tmp_path: P
 def test_adapter_of_another_family(tmp_path: Path) -> None:
     base, adapter = save_teacher(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    )
     with pytest.raises(CheckpointError, match=r"is an adapter of a llama model(.|\n)*merge it into its base"):
         find_teacher(str(adapter))
 
@@ -219,7 +221,8 @@ def test_a_hymba_is_quantized_as_a_student_is() -> None:
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "hymba-nano"}))
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "hymba-nano"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="is an adapter, which has to be folded in first"):
         find_teacher(str(tmp_path / "adapter"), Scheme.nf4)
     stored = Path(shutil.copytree(resolve_model("hymba-nano").folder, tmp_path / "stored"))

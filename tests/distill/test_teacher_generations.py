@@ -17,6 +17,7 @@ from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
 from hymba_tune.errors import ConfigError, DataError
+from tests.distill.ending_teachers import ENDS
 from tests.distill.runs import run, settings
 from tests.distill.teachers import save_teacher
 from tests.distill.test_rows import write
@@ -48,7 +49,7 @@ class Scripted:
         self.asked: list[list[int]] = []
         self._die_at, self._odd = die_at, (unended, unread)
 
-    def __call__(self, _: Any, prompts: Sequence[list[int]], *, end: int, **__: Any) -> list[list[int]]:
+    def __call__(self, _: Any, prompts: Sequence[list[int]], *, ends: Sequence[int], **__: Any) -> list[list[int]]:
         if len(self.asked) == self._die_at:
             raise KeyboardInterrupt
         answers = []
@@ -57,7 +58,7 @@ class Scripted:
             unended, unread = self._odd
             half = PAIR.teacher.spelling.tokens.index(b"\xf0")
             answers.append(
-                said if len(self.asked) == unended else [*([half] * (len(self.asked) == unread) or said), end]
+                said if len(self.asked) == unended else [*([half] * (len(self.asked) == unread) or said), ends[0]]
             )
             self.asked.append(prompt)
         return answers
@@ -133,6 +134,27 @@ def test_nothing_to_answer_is_said(writer: Callable[..., TeacherGenerator], tmp_
         writer(Scripted(), [{"text": "a text"}]).key(quiet)
     with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
         writer(Scripted(unended=0), TALKS[:1]).write(tmp_path / "a", Model, quiet)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_answer_ends_at_the_templates_token_or_the_tokenizers(
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, end = ENDS["gemma"]
+    pair = make_pair(ALL["hymba"], tokenizer)
+
+    def says(_: Any, prompts: Sequence[list[int]], *, ends: Sequence[int], **__: Any) -> list[list[int]]:
+        assert list(ends) == tokenizer.convert_tokens_to_ids([end, "<eos>"])
+        said = tokenizer.decode(prompts[-1])
+        assert said.endswith("user\nAnd?<end_of_turn>\n<start_of_turn>model\n")
+        assert "<eos>" not in said
+        return [[*tokenizer("So.", add_special_tokens=False)["input_ids"], ends[which]] for _ in prompts]
+
+    monkeypatch.setattr(written, "write", says)
+    sources = open_sources([write(tmp_path / "data.jsonl", TALKS)])
+    found = TeacherGenerator(DistillConfig(), sources, pair, "teacher").write(tmp_path / "a", Model, quiet)  # type: ignore[arg-type]
+    assert (found.rows, found.left_out) == (len(TALKS), 0)
+    assert json.loads(found.path.read_text().splitlines()[0])["messages"][-1]["content"] == "So."
 
 
 def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:

@@ -206,7 +206,8 @@ def test_strict_chat_refuses_an_answer_that_might_not_fit(chat: Callable[..., Ch
 def test_several_prompts_are_gone_on_with_as_each_alone(model: Any, tokenizer: Any) -> None:
     prompts = [tokenizer(text)["input_ids"] for text in ("I see", "What do you see here, if anything?", "Two cats")]
     settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0}
-    together = write(model, prompts, end=tokenizer.eos_token_id, **settings)
-    assert together == [write(model, [prompt], end=tokenizer.eos_token_id, **settings)[0] for prompt in prompts]
+    together = write(model, prompts, ends=[tokenizer.eos_token_id], **settings)
+    assert together == [write(model, [prompt], ends=[tokenizer.eos_token_id], **settings)[0] for prompt in prompts]
     end = together[0][3]
-    assert write(model, prompts[:1], end=end, **settings) == [together[0][: together[0].index(end) + 1]]
+    for ends in ([end], [4095, end]):
+        assert write(model, prompts[:1], ends=ends, **settings) == [together[0][: together[0].index(end) + 1]]

@@ -170,7 +170,7 @@ def test_weights_are_written_a_shard_at_a_time(
     assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (parts, whole)))
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeroed", "another base", "unwritable"])
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "another base", "unwritable", "scale", "lost base"])
 def test_what_cannot_be_merged_ends_in_one_message(
     damage: str, finished_run: Path, small_model: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -178,7 +178,12 @@ def test_what_cannot_be_merged_ends_in_one_message(
     adapter = Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
     told = json.loads((adapter / "adapter_config.json").read_text())
     named = "hymba-nano" if damage == "another base" else str(base)
-    (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": named}))
+    changes = {
+        "scale": {"lora_alpha": math.nan},
+        "lost base": {"init_lora_weights": "corda"},
+    }
+    told |= {"base_model_name_or_path": named} | changes.get(damage, {})
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
     file, out = base / "model.safetensors", tmp_path / "out"
     if damage in ("cut", "zeroed"):
         held = file.read_bytes()
@@ -187,6 +192,8 @@ def test_what_cannot_be_merged_ends_in_one_message(
         out = file / "out"
     said = command("merge", adapter, "--out", out)
     messages = {
+        "scale": "model.memory_tokens of the merged model holds NaN or infinity",
+        "lost base": "its init_lora_weights, corda, changed the weights of its base model",
         "cut": "model.safetensors is cut short",
         "zeroed": "model.safetensors is not a safetensors file",
         "another base": "does not fit this model",
