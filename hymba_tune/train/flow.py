@@ -32,17 +32,16 @@ from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import Stopping
-from hymba_tune.train.task import TrainingTask
+from hymba_tune.train.task import TrainerBuilder, TrainingTask
 from hymba_tune.train.tracking import tracking
 
 
-def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | None:
+def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """Train a model.
 
     Args:
-        config: All settings; with ``resume``, as `resume_config` gives them.
-        kind: What is trained on, and by which trainer.
-        screen: Told what happens.
+        task: The kind of training, with all settings; those of a run that is resumed come from `resume_config`.
+        screen: Shows the progress.
 
     Returns:
         The finished run; None of a dry one, which leaves nothing behind.
@@ -51,11 +50,13 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
         HymbaTuneError: If something is to be mended first; nothing is left behind.
         KeyboardInterrupt: If Ctrl-C ended the run, with the run's path once its checkpoint is written.
     """
+    config = task.config
     setup = check(config)
     run, resuming = setup.run, config.resume is not None
     was_there = run.path.is_dir()
     checkpoint = run.last_checkpoint() if resuming else None
-    data = kind.read_data(setup, screen)
+    task_with_data = task.read_data(setup, screen)
+    data = task_with_data.data
     if data.held_out is None and (config.keeps_best or config.early_stopping):
         raise ConfigError(
             f"--{'early-stopping' if config.early_stopping else 'keep best'} goes by the held-out loss, and no data is "
@@ -64,13 +65,13 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
         )
     if resuming:
         _check_same_data(run, data.report)
-    extra_bytes = kind.extra_bytes(setup)
+    extra_bytes = task_with_data.extra_bytes
     with screen.working("estimating the memory"):
         memory_estimate = estimate_memory(setup, data, extra_bytes)
     if not (memory_estimate.fits or config.dry_run):
         screen.note(describe_memory(setup, memory_estimate))  # before what may take hours
-    kind.prepare(setup, screen)
-    described = kind.describe(setup)
+    builder = task_with_data.prepare(screen)
+    described = builder.describe()
     if config.dry_run:
         screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
         return None
@@ -84,7 +85,7 @@ def train(config: TrainingConfig, kind: TrainingTask, screen: Screen) -> Run | N
             set_seed(config.seed)
             with screen.working("loading the weights"):
                 model = _open(setup)
-            trainer = _trainer(setup, data, kind, model, screen)
+            trainer = _trainer(setup, data, builder, model, screen)
             outline = outline_of(trainer)
             screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
             _record_begin(setup, data, outline, memory_estimate, described)
@@ -150,14 +151,14 @@ def _open(setup: Setup) -> PreTrainedModel:
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
-def _trainer(setup: Setup, data: Data, kind: TrainingTask, model: PreTrainedModel, screen: Screen) -> RunTrainer:
+def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTrainedModel, screen: Screen) -> RunTrainer:
     config = setup.config
     callbacks: list[Any] = [Metrics(setup.run, screen)]
     if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
     with screen.working("handing the data to the trainer"), quantization_unseen(model):
-        trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
+        trainer = builder.make_trainer(model, arguments, callbacks)
     trainer.rates, trainer.held_out_sources = learning_rates(setup), data.held_out_sources
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)

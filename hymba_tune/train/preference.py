@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeVar, cast
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import trl
 from transformers import PreTrainedModel, TrainerCallback
@@ -16,28 +17,23 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.registry import find_local
 from hymba_tune.train.flow import train
 from hymba_tune.train.margin import MarginWatch
-from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
+from hymba_tune.train.preference_trainers import PairTrainer, PreferenceTrainer, UnpairedTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
-from hymba_tune.train.task import TrainingTask
 
 P = TypeVar("P", bound=PreferenceConfig)
 
 
 def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
     """Train a model to prefer the better answer of each pair; see `train`."""
-    return train(
-        _with_adapter_of_run(config), TrainingTask(_read_data, partial(_pair_trainer, screen), _describe), screen
-    )
+    return train(PreferenceTask(_with_adapter_of_run(config), DPORun), screen)
 
 
 def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
-    """Train a model towards answers judged good and away from bad ones; see `train`."""
-    return train(
-        _with_adapter_of_run(config), TrainingTask(_read_data, partial(_judged_trainer, screen), _describe), screen
-    )
+    """Train a model towards answers labeled good and away from bad ones; see `train`."""
+    return train(PreferenceTask(_with_adapter_of_run(config), KTORun), screen)
 
 
 def _with_adapter_of_run(config: P) -> P:
@@ -65,20 +61,85 @@ def _with_adapter_of_run(config: P) -> P:
     return config.model_copy(update=own)
 
 
-def _read_data(setup: Setup, screen: Screen) -> Data:
-    config = setup.config
-    assert isinstance(config, PreferenceConfig)
-    data = read_preferences(
-        config,
-        setup.tokenizer,
-        paired=config.verb.paired,
-        seed=config.seed,
-        prompts=SAMPLES,
-        working=screen.working,
-    )
-    report = data.report
-    warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
-    return Data(data.train, data.held_out, data.held_out_sources, report, _summary(report), data.prompts, warning)
+@dataclass(frozen=True)
+class PreferenceRun(ABC, Generic[P]):
+    """A run of preference training whose rows are read. It needs nothing beside the model and the rows.
+
+    Attributes:
+        config: The run's settings.
+        setup: The run's setup.
+        data: The rows.
+        report: What became of the rows that were read.
+        screen: Shows the progress.
+        extra_bytes: See `hymba_tune.train.task.TaskWithData`.
+    """
+
+    config: P
+    setup: Setup
+    data: Data
+    report: PreferenceReport
+    screen: Screen
+    extra_bytes: int = 0
+    trainer: ClassVar[type[PreferenceTrainer]]
+
+    @abstractmethod
+    def arguments(self, shared: dict[str, Any]) -> Any:
+        """Return the trainer's arguments, as TRL's class of them."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on this kind of training."""
+
+    def prepare(self, screen: Screen) -> Self:
+        """Return the run itself."""
+        del screen
+        return self
+
+    def make_trainer(
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
+    ) -> PreferenceTrainer:
+        """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
+        # TRL switches dropout off unless told otherwise, also where it was asked for.
+        shared = {**arguments, "disable_dropout": not self.config.lora_dropout}
+        watch = MarginWatch(self.config.beta, self.report.identical / self.report.rows, self.screen)
+        return self.trainer(
+            model=model,
+            args=self.arguments(shared),
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            processing_class=self.setup.tokenizer,
+            callbacks=[*callbacks, watch],
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceTask(Generic[P]):
+    """Preference training; see `hymba_tune.train.task.TrainingTask`.
+
+    Attributes:
+        config: The run's settings.
+        run: The kind of run.
+    """
+
+    config: P
+    run: type[PreferenceRun[P]]
+
+    def read_data(self, setup: Setup, screen: Screen) -> PreferenceRun[P]:
+        """Read pairs, or single answers with labels."""
+        config = self.config
+        data = read_preferences(
+            config,
+            setup.tokenizer,
+            paired=config.verb.paired,
+            seed=config.seed,
+            prompts=SAMPLES,
+            working=screen.working,
+        )
+        report = data.report
+        warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
+        summary = _summary(report)
+        rows = Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
+        return self.run(config, setup, rows, report, screen)
 
 
 def _summary(report: PreferenceReport) -> list[str]:
@@ -92,62 +153,51 @@ def _summary(report: PreferenceReport) -> list[str]:
     return summary
 
 
-def _describe(setup: Setup) -> dict[str, str]:
-    """The banner's lines on where training starts and what it is compared with."""
-    config = cast(DPOConfig | KTOConfig, setup.config)
-    start = "its adapter is trained on" if setup.continues else "its adapter is merged in, a new one trained"
+@dataclass(frozen=True)
+class DPORun(PreferenceRun[DPOConfig]):
+    """A run of DPO."""
+
+    trainer: ClassVar[type[PreferenceTrainer]] = PairTrainer
+
+    def arguments(self, shared: dict[str, Any]) -> trl.DPOConfig:
+        """Return the arguments of TRL's DPO trainer."""
+        config = self.config
+        own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
+        return trl.DPOConfig(**shared, **_reference_arguments(config), **own)
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on where training starts and on the reference model."""
+        return _describe_reference(self.config, self.config.loss, self.setup)
+
+
+@dataclass(frozen=True)
+class KTORun(PreferenceRun[KTOConfig]):
+    """A run of KTO."""
+
+    trainer: ClassVar[type[PreferenceTrainer]] = UnpairedTrainer
+
+    def arguments(self, shared: dict[str, Any]) -> trl.KTOConfig:
+        """Return the arguments of TRL's KTO trainer."""
+        config = self.config
+        weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+        return trl.KTOConfig(**shared, **_reference_arguments(config), loss_type=config.loss, **weights)
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on where training starts and on the reference model."""
+        return _describe_reference(self.config, self.config.loss, self.setup)
+
+
+def _reference_arguments(config: PreferenceConfig) -> dict[str, Any]:
+    return {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
+
+
+def _describe_reference(config: PreferenceConfig, loss: str, setup: Setup) -> dict[str, str]:
     how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
-    lines = {"start": f"{setup.source.name}: {start}"} if setup.source.adapter else {}
-    return lines | {"reference": f"the model at the start, {how} · {config.loss} loss, beta {config.beta:g}"}
+    reference = {"reference": f"the model at the start, {how} · {loss} loss, beta {config.beta:g}"}
+    return describe_start(setup) | reference
 
 
-def _arguments(setup: Setup, arguments: dict[str, Any]) -> dict[str, Any]:
-    config = cast(PreferenceConfig, setup.config)
-    own = {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
-    # TRL switches dropout off unless told otherwise, also where it was asked for.
-    return {**arguments, **own, "disable_dropout": not config.lora_dropout}
-
-
-def _margin_watch(setup: Setup, data: Data, screen: Screen) -> MarginWatch:
-    config, report = cast(PreferenceConfig, setup.config), cast(PreferenceReport, data.report)
-    return MarginWatch(config.beta, report.identical / report.rows, screen)
-
-
-def _pair_trainer(
-    screen: Screen,
-    setup: Setup,
-    data: Data,
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    callbacks: list[TrainerCallback],
-) -> PairTrainer:
-    config = cast(DPOConfig, setup.config)
-    own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
-    return PairTrainer(
-        model=model,
-        args=trl.DPOConfig(**_arguments(setup, arguments), **own),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=[*callbacks, _margin_watch(setup, data, screen)],
-    )
-
-
-def _judged_trainer(
-    screen: Screen,
-    setup: Setup,
-    data: Data,
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    callbacks: list[TrainerCallback],
-) -> UnpairedTrainer:
-    config = cast(KTOConfig, setup.config)
-    weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
-    return UnpairedTrainer(
-        model=model,
-        args=trl.KTOConfig(**_arguments(setup, arguments), loss_type=config.loss, **weights),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=[*callbacks, _margin_watch(setup, data, screen)],
-    )
+def describe_start(setup: Setup) -> dict[str, str]:
+    """Return the banner's line on where training starts, if it starts from an adapter."""
+    start = "its adapter is trained on" if setup.continues else "its adapter is merged in, a new one trained"
+    return {"start": f"{setup.source.name}: {start}"} if setup.source.adapter else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import trl
@@ -17,24 +18,69 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
-from hymba_tune.train.task import TrainingTask
 from hymba_tune.train.trainer import HymbaTrainer
 
 
 def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
     """Fine-tune a model on conversations or texts; see `train`."""
-    return train(config, TrainingTask(_read_data, _make_trainer), screen)
+    return train(SFTTask(config), screen)
 
 
-def _read_data(setup: Setup, screen: Screen) -> Data:
-    config = setup.config
-    assert isinstance(config, SFTConfig)
-    data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=SAMPLES, working=screen.working)
-    return data_of(setup, data)
+@dataclass(frozen=True)
+class SFTTask:
+    """Supervised fine-tuning; see `hymba_tune.train.task.TrainingTask`."""
+
+    config: SFTConfig
+
+    def read_data(self, setup: Setup, screen: Screen) -> SFTRun:
+        """Read conversations or texts."""
+        config = self.config
+        data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=SAMPLES, working=screen.working)
+        return SFTRun(setup, data_of(setup, data))
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """A run of supervised fine-tuning whose rows are read. It needs nothing beside the model and the rows.
+
+    Attributes:
+        setup: The run's setup.
+        data: The rows.
+        extra_bytes: See `hymba_tune.train.task.TaskWithData`.
+    """
+
+    setup: Setup
+    data: Data
+    extra_bytes: int = 0
+
+    def prepare(self, screen: Screen) -> SFTRun:
+        """Return the run itself."""
+        del screen
+        return self
+
+    def describe(self) -> dict[str, str]:
+        """Return no lines of its own."""
+        return {}
+
+    def make_trainer(
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
+    ) -> HymbaTrainer:
+        """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
+        packing = self.setup.config.packing
+        # Rows come encoded and cut; only packing is left to do.
+        own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
+        return HymbaTrainer(
+            model=model,
+            args=trl.SFTConfig(**arguments, **own, dataset_kwargs={"skip_prepare_dataset": not packing}),
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            processing_class=self.setup.tokenizer,
+            callbacks=callbacks,
+        )
 
 
 def data_of(setup: Setup, data: TrainingData[DataReport]) -> Data:
-    """Conversations and texts as a run works with them, their amount in words."""
+    """Return the rows that a run trains on, with their amount in words."""
     report = data.report
     warning = check_length(report.longest, setup.model_config, strict=setup.config.strict_length)
     summary = [
@@ -42,19 +88,3 @@ def data_of(setup: Setup, data: TrainingData[DataReport]) -> Data:
         f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
     ]
     return Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
-
-
-def _make_trainer(
-    setup: Setup, data: Data, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
-) -> HymbaTrainer:
-    packing = setup.config.packing
-    # Rows come encoded and cut; only packing is left to do.
-    own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
-    return HymbaTrainer(
-        model=model,
-        args=trl.SFTConfig(**arguments, **own, dataset_kwargs={"skip_prepare_dataset": not packing}),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=callbacks,
-    )

@@ -1,34 +1,70 @@
-"""The seam between one kind of training and what all of them share."""
+"""The seam between one kind of training and what all kinds share, `hymba_tune.train.flow.train`.
+
+A run has three stages, each an object with everything that the next one needs: the task, from its settings; the task
+with its rows read; and what builds the trainer, once everything beside the model is in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedModel, TrainerCallback
 
+from hymba_tune.config import TrainingConfig
 from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
+C = TypeVar("C", bound=TrainingConfig, covariant=True)
 
-@dataclass(frozen=True)
-class TrainingTask:
-    """What one kind of training has of its own; `hymba_tune.train.flow.train` is the rest.
 
-    Attributes:
-        read_data: Reads and encodes the data, before any weights are downloaded or loaded.
-        make_trainer: Builds the trainer of a model with its adapter on. The arguments are those that every kind of
-            training shares (`hymba_tune.train.arguments`), by TRL's names; the callbacks are the run's.
-        describe: What the banner and the report say of this kind alone, a label and a line each.
-        extra_bytes: Bytes that it holds beside the model while that is trained.
-        prepare: Gets ready what the trainer needs beside the model and the data, once both are known to be usable. In a
-            dry run it downloads nothing.
-    """
+class TrainingTask(Protocol[C]):
+    """One kind of training, with the settings of one run."""
 
-    read_data: Callable[[Setup, Screen], Data]
-    make_trainer: Callable[[Setup, Data, PreTrainedModel, dict[str, Any], list[TrainerCallback]], RunTrainer]
-    describe: Callable[[Setup], dict[str, str]] = lambda _: {}
-    extra_bytes: Callable[[Setup], int] = lambda _: 0
-    prepare: Callable[[Setup, Screen], None] = lambda *_: None
+    @property
+    def config(self) -> C:
+        """The run's settings."""
+
+    def read_data(self, setup: Setup, screen: Screen) -> TaskWithData:
+        """Read and encode the data, before any weights are downloaded or loaded.
+
+        Raises:
+            HymbaTuneError: If the data cannot be used.
+        """
+
+
+class TaskWithData(Protocol):
+    """A task whose rows are read."""
+
+    @property
+    def data(self) -> Data:
+        """The rows."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that this kind of training holds beside the model while that is trained."""
+
+    def prepare(self, screen: Screen) -> TrainerBuilder:
+        """Load or compute what the trainer needs beside the model and the data; a dry run downloads nothing.
+
+        Raises:
+            HymbaTuneError: If something of it cannot be used.
+        """
+
+
+class TrainerBuilder(Protocol):
+    """What builds the trainer of a run."""
+
+    def describe(self) -> dict[str, str]:
+        """Return what the banner and the report say of this kind of training alone: a label and a line each."""
+
+    def make_trainer(
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
+    ) -> RunTrainer:
+        """Build the trainer.
+
+        Args:
+            model: The model, with its adapter on.
+            arguments: The arguments that all kinds share (`hymba_tune.train.arguments`), by TRL's names.
+            callbacks: The callbacks of the run.
+        """

@@ -150,7 +150,7 @@ def test_answer_ends_at_the_templates_token_or_the_tokenizers(
         assert "<eos>" not in said
         return [[*tokenizer("So.", add_special_tokens=False)["input_ids"], ends[which]] for _ in prompts]
 
-    monkeypatch.setattr(written, "write", says)
+    monkeypatch.setattr(teacher_generations, "write", says)
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)])
     found = TeacherGenerator(DistillConfig(), sources, pair, "teacher").write(tmp_path / "a", Model, quiet)  # type: ignore[arg-type]
     assert (found.rows, found.left_out) == (len(TALKS), 0)
