@@ -39,6 +39,7 @@ from hymba_tune.config.verbs import (
     KTOConfig,
     MergeConfig,
     PreferenceConfig,
+    ReferenceConfig,
     SFTConfig,
     TrainingConfig,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "Onto",
     "PreferenceConfig",
     "QuantizeConfig",
+    "ReferenceConfig",
     "ReferenceSource",
     "SFTConfig",
     "Scheme",

@@ -108,7 +108,9 @@ class DistillConfig(TeacherOptions, TrainingConfig):
 
     group: ClassVar[Group] = DISTILLATION
 
-    verb: ClassVar[Verb] = Verb("distill", "Distillation", NATS_PER_TOKEN, paired=False, accuracy=None, figures=())
+    verb: ClassVar[Verb] = Verb(
+        "distill", "Distillation", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+    )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
     loss: Names = Field(default_factory=lambda: ["auto"])

@@ -109,7 +109,7 @@ def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teach
     assert plan(ask(online=True)).parts.extra_bytes == size
     assert plan(ask()).parts.extra_bytes == 0
     parts = [run(ask(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
-    assert parts[0]["beside"] - parts[1]["beside"] == size
+    assert parts[0]["extra_bytes"] - parts[1]["extra_bytes"] == size
 
 
 def test_comparing_hidden_states_is_foreseen(ask: Callable[..., DistillConfig], alike: Path) -> None:
