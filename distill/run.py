@@ -26,7 +26,6 @@ from hymba_tune.distill.capture import (
     open_targets,
     open_teacher,
     pair_of,
-    parameters_of,
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
@@ -39,7 +38,7 @@ from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
-from hymba_tune.distill.teacher import ModelTeacher, smaller_than
+from hymba_tune.distill.teacher import ModelTeacher, parameters_of, smaller_than
 from hymba_tune.distill.teacher_generations import TeacherGenerator
 from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer

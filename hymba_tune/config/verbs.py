@@ -18,6 +18,7 @@ from hymba_tune.config.options import (
     EvaluationOptions,
     KeptDataOptions,
     ModelOptions,
+    OutputOptions,
     RunOptions,
     TrainingOptions,
 )
@@ -44,6 +45,11 @@ class TrainingConfig(
         if verb not in kinds:
             raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
         return kinds[verb]
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read, by the names that the user gave; some may be files and folders of this machine."""
+        return [*self.data, *self.eval_data, self.chat_template or ""]
 
     @property
     def keeps_best(self) -> bool:
@@ -189,7 +195,7 @@ class KTOConfig(PreferenceConfig):
         return self
 
 
-class MergeConfig(ModelOptions):
+class MergeConfig(OutputOptions, ModelOptions):
     """Folding an adapter into its base model."""
 
     group: ClassVar[Group] = RESULT
@@ -206,7 +212,7 @@ class MergeConfig(ModelOptions):
     """Folder of the merged model; must not exist or be empty."""
 
 
-class ExportConfig(ModelOptions):
+class ExportConfig(OutputOptions, ModelOptions):
     """Making a model ready to be loaded anywhere, and publishing it."""
 
     group: ClassVar[Group] = RESULT
