@@ -10,9 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
+from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, write_text
 
 VERSION = 1
 """Of what the files mean, part of every key."""
@@ -39,6 +38,7 @@ GROUP = 8
 """Rows that are read at once."""
 KEY, DONE = "key.json", "done.json"
 FLAG = "--teacher-cache"
+TARGETS = FolderKind("a folder of teacher's targets", {KEY: '"teacher"'}, (KEY, DONE, "?????.arrow", f"{REPLACED}.*"))
 WIDE = 65536
 """Vocabularies of more than this take four bytes a piece."""
 
@@ -105,7 +105,7 @@ def check_key(folder: Path, key: Key) -> None:
         ConfigError: If it holds something else, naming what differs.
         CheckpointError: If its key cannot be read.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _is_empty(folder)):
         return
     if not (folder / KEY).is_file():
         raise ConfigError(
@@ -120,6 +120,11 @@ def check_key(folder: Path, key: Key) -> None:
             expected=f"{first} {_shown(wanted.get(first))}, which it has as {_shown(made.get(first))}",
             fix=f"another folder for these settings, or none; or the settings it was made with; or remove {folder}",
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, apart from targets that are being replaced."""
+    return all(path.name.startswith(f"{REPLACED}.") for path in entries(folder))
 
 
 def key_digest(key: Key) -> str:
@@ -162,19 +167,19 @@ def fill(
 
 def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, progress: Callable[[int], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / KEY, json.dumps(key, indent=2))
+    write_text(folder / KEY, json.dumps(key, indent=2))
     kept, done = CaptureStats(), 0
     for shard in range(-(-len(rows) // SHARD)):
         path = shard_path(folder, shard)
         part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
         shown = _kept_in(path)
         if shown is None:
-            with _aside(path) as aside:
+            with atomic_write(path) as aside:
                 shown = _write_shard(aside, part, maker, key, partial(_after, progress, done))
         kept.add(shown)
         done += len(part)
         progress(done)
-    _write(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(kept)}))
+    write_text(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(kept)}))
 
 
 def _after(progress: Callable[[int], None], before: int, count: int) -> None:
@@ -275,24 +280,6 @@ def _kept_in(path: Path) -> CaptureStats | None:
         return CaptureStats(**json.loads(metadata[b"kept"]))
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
         return None
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file to write, which takes its name when it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: str) -> None:
-    with _aside(path) as part:
-        part.write_text(content, encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +23,7 @@ from hymba_tune.distill.pair import TokenizerPair, for_teacher
 from hymba_tune.distill.server import ServedTeacher
 from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import LOCK, locked, write_text
 from hymba_tune.generate import write
 
 BATCH = 16
@@ -103,11 +103,10 @@ class TeacherGenerator:
         """
         if not (folder / ANSWERS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            self._go_on(folder / PART, load, progress)
+            with locked(folder / LOCK, f"The folder of the teacher's answers, {folder},"):
+                self._go_on(folder / PART, load, progress)
             rows = [line for line in _lines(folder / PART) if line != "null"]
-            aside = folder / f"{ANSWERS}.{os.getpid()}"
-            aside.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-            aside.replace(folder / ANSWERS)
+            write_text(folder / ANSWERS, "".join(f"{row}\n" for row in rows))
         rows, asked = _lines(folder / ANSWERS), _lines(folder / PART)
         if not rows:
             raise DataError(
@@ -200,6 +199,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _keep(path: Path, lines: int) -> None:
-    """Cut a file to its first lines."""
-    kept = _lines(path)[:lines]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    """Cut a file to its first lines, if it is there."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            for _ in range(lines):
+                file.readline()
+            file.truncate()

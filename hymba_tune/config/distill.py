@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
-from hymba_tune.config.options import DataOptions, ModelOptions
+from hymba_tune.config.options import DataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
 
 LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
@@ -142,6 +142,12 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     """Weight of --match-hidden beside the other losses."""
 
     @property
+    def inputs(self) -> list[str]:
+        """What is read, by the names that the user gave; some may be files and folders of this machine."""
+        teacher = [self.teacher, self.teacher_tokenizer, self.teacher_chat_template, self.teacher_cache]
+        return [*super().inputs, *(str(name) for name in teacher if name)]
+
+    @property
     def parts(self) -> list[Stage]:
         """The stages of the run: one, where none are given."""
         whole = Stage(1.0, _losses(self.loss), self.alpha, self.on_policy)
@@ -230,7 +236,7 @@ def _stage(text: str, whole: Stage) -> Stage:
     return Stage(**{**vars(whole), **changes})
 
 
-class DistillCaptureConfig(TeacherOptions, DataOptions, ModelOptions):
+class DistillCaptureConfig(OutputOptions, TeacherOptions, DataOptions, ModelOptions):
     """A teacher's targets for a student, kept on disk."""
 
     group: ClassVar[Group] = DATA

@@ -30,6 +30,7 @@ from hymba_tune.config.options import (
     EvaluationOptions,
     KeptDataOptions,
     ModelOptions,
+    OutputOptions,
     RunOptions,
     TrainingOptions,
 )
@@ -62,6 +63,11 @@ class TrainingConfig(
         """The settings of every verb that trains, by its name."""
         training = (kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and "verb" in vars(kind))
         return {kind.verb.name: kind for kind in training}
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read, by the names that the user gave; some may be files and folders of this machine."""
+        return [*self.data, *self.eval_data, self.chat_template or ""]
 
     @property
     def keeps_best(self) -> bool:
@@ -235,7 +241,7 @@ class KTOConfig(ReferenceConfig):
         return self
 
 
-class MergeConfig(ModelOptions):
+class MergeConfig(OutputOptions, ModelOptions):
     """Folding an adapter into its base model."""
 
     group: ClassVar[Group] = RESULT
@@ -252,7 +258,7 @@ class MergeConfig(ModelOptions):
     """Folder of the merged model; must not exist or be empty."""
 
 
-class ExportConfig(ModelOptions):
+class ExportConfig(OutputOptions, ModelOptions):
     """Making a model ready to be loaded anywhere, and publishing it."""
 
     group: ClassVar[Group] = RESULT

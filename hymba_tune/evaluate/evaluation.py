@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel
 from hymba_tune.adapters import base_of
 from hymba_tune.config import EvalConfig, as_mapping
 from hymba_tune.data import open_sources
+from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
-from hymba_tune.data.writers import check_folder
 from hymba_tune.errors import ConfigError
 from hymba_tune.evaluate.questions import (
     AnsweredQuestion,
@@ -25,6 +26,7 @@ from hymba_tune.evaluate.questions import (
 )
 from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
+from hymba_tune.files import check_file
 from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
@@ -75,8 +77,7 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
         HymbaTuneError: If something cannot be found or used; all of it is looked at before any weights load.
     """
     check_inputs(config)
-    for path in filter(None, (config.out, config.save_answers)):
-        check_folder(path)
+    _check_outputs(config)
     models = [find_model(name, config, config.chat_template) for name in _names(config)]
     questions, extract = _questions(config)
     tasks = _Tasks(config) if config.tasks else None
@@ -102,6 +103,15 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
         result.seconds = time.monotonic() - started
         results.append(result)
     return Evaluation(config, results)
+
+
+def _check_outputs(config: EvalConfig) -> None:
+    inputs = [*local_files(config.data), *map(Path, config.tasks), Path(config.chat_template or "")]
+    for flag, path in (("--out", config.out), ("--save-answers", config.save_answers)):
+        if path:
+            check_file(flag, path, overwrite=config.overwrite, inputs=[each for each in inputs if each.name])
+    if config.out and config.save_answers and config.out.resolve() == config.save_answers.resolve():
+        raise ConfigError(f"--out and --save-answers are both {config.out}.", fix="two names")
 
 
 def _names(config: EvalConfig) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from hymba_tune import __version__
 from hymba_tune.config import EvalConfig
-from hymba_tune.data.writers import write_text
 from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.evaluation import Evaluation, ModelResult
+from hymba_tune.files import locked, write_errors, write_text
 
 EVALUATIONS = "evaluations.json"
 
@@ -42,13 +42,19 @@ def save(evaluation: Evaluation) -> None:
     """Write the files that ``--out`` and ``--save-answers`` name.
 
     Raises:
-        DataError: If one cannot be written.
+        ConfigError: If one cannot be written.
     """
     config = evaluation.config
     if config.out:
-        write_text(config.out, json.dumps(facts(evaluation), indent=2, ensure_ascii=False) + "\n")
+        with write_errors("--out", config.out):
+            write_text(config.out, _json(facts(evaluation)), overwrite=config.overwrite)
     if config.save_answers:
-        write_text(config.save_answers, "".join(_answer_lines(evaluation)))
+        with write_errors("--save-answers", config.save_answers):
+            write_text(config.save_answers, "".join(_answer_lines(evaluation)), overwrite=config.overwrite)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _answer_lines(evaluation: Evaluation) -> list[str]:
@@ -81,14 +87,16 @@ def add_to_run(evaluation: Evaluation, run: Path) -> None:
     """Put it behind the evaluations that the run has.
 
     Raises:
-        CheckpointError: If the file of those cannot be read.
-        DataError: If it cannot be written.
+        CheckpointError: If the file of those cannot be read or written.
     """
     path = run / EVALUATIONS
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        with locked(run / ".evaluations.lock", wait=True):  # two evaluations of a run may end together
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            write_text(path, _json([*known, facts(evaluation)]))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
     except ValueError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", fix="take it away; it only lists evaluations"
         ) from error
-    write_text(path, json.dumps([*known, facts(evaluation)], indent=2, ensure_ascii=False) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 from hymba_tune.config import ChatConfig, as_mapping
 from hymba_tune.data import Conversation, Message, RowError, Source, encode_prompt, open_source
 from hymba_tune.data.formats import Names
+from hymba_tune.data.mixes import local_files
 from hymba_tune.data.prompts import FIELDS, parse_prompt
 from hymba_tune.data.training import Working
-from hymba_tune.data.writers import check_folder
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import DataError
+from hymba_tune.files import check_file, locked, put_in_place, write_errors
 from hymba_tune.generate.decoding import Sampling, Writing, write_texts
-from hymba_tune.generate.opening import find_model
+from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import lasting_name
 
@@ -49,6 +51,17 @@ def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
         for count, _ in enumerate(_prompts(source, names, config.system), start=1):
             progress(count)
     part = target.with_name(f".{target.name}.{_key(source, config)}.part")
+    with locked(target.with_name(f".{target.name}.lock"), f"--to {target}"):
+        done = _answer_rest(config, found, source, names, part, working)
+        with write_errors("--to", target):
+            put_in_place(part, target, overwrite=config.overwrite)
+    return done
+
+
+def _answer_rest(
+    config: ChatConfig, found: LoadableModel, source: Source, names: Names, part: Path, working: Working
+) -> tuple[int, int]:
+    """Answer the rows that ``part`` does not hold yet into it."""
     known = _whole_lines(part)
     with working(f"loading {found.source.name}"):
         model = found.load()
@@ -66,27 +79,26 @@ def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
 
     done = known
     answers: dict[int, str] = {}
-    try:
-        with part.open("a", encoding="utf-8") as out, working(f"answering {source.name}") as progress:
-            for written in write_texts(model, found.tokenizer, texts(), batch_size=config.batch_size):
-                answers[written.number] = written.text(found.tokenizer).strip()
-                while done in answers:
-                    row = rows.pop(done) | {ANSWER: answers.pop(done)}
-                    out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-                    out.flush()
-                    done += 1
-                    progress(done)
-        part.rename(target)
-    except OSError as error:
-        raise DataError(f"Cannot write {target}: {error.strerror or error}.", fix="another --to") from error
+    with (
+        write_errors("--to", part),
+        part.open("a", encoding="utf-8") as out,
+        working(f"answering {source.name}") as progress,
+    ):
+        for written in write_texts(model, found.tokenizer, texts(), batch_size=config.batch_size):
+            answers[written.number] = written.text(found.tokenizer).strip()
+            while done in answers:
+                row = rows.pop(done) | {ANSWER: answers.pop(done)}
+                out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                out.flush()
+                done += 1
+                progress(done)
     return done - known, known
 
 
 def _files(config: ChatConfig) -> tuple[Source, Path]:
     assert config.to is not None
-    if config.to.exists():
-        raise ConfigError(f"--to {config.to} exists.", fix="another name, or take it away first")
-    check_folder(config.to)
+    inputs = local_files([str(config.prompts)])
+    check_file("--to", config.to, overwrite=config.overwrite, inputs=inputs)
     return open_source(str(config.prompts)), config.to
 
 
@@ -122,5 +134,5 @@ def _whole_lines(part: Path) -> int:
     raw = part.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
-        part.write_bytes(whole)
+        os.truncate(part, len(whole))
     return whole.count(b"\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from hymba_tune.distill.preflight import Preflight, check_aligned
 from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.files import locked
 from hymba_tune.train.screen import Screen
 from tests.distill.teachers import save_teacher
 
@@ -127,6 +129,38 @@ def test_folder_of_another_teacher_or_data_is_refused(
     fewer.write_text("".join(questions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match=r"made with another data\.\n"):
         run_capture(settings(teacher, fewer, teacher_cache=captured), Screen())
+
+
+def test_targets_are_replaced_on_demand_but_nothing_else(
+    teacher: Path, questions: Path, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(captured, tmp_path / "targets")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = settings(teacher, questions, teacher_cache=folder, top_k=5, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "fill", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(config, Screen())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "_inputs", lambda *_: [folder])
+        with pytest.raises(ConfigError, match=r"--overwrite --teacher-cache .* would remove .*an input"):
+            run_capture(config, Screen())
+    assert run_capture(config, Screen())[0].top.pieces.shape[1] == 5
+    assert {path.name for path in folder.iterdir()} == before.keys()
+    (folder / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"this is not a folder of teacher's targets of hymba-tune: it holds notes"):
+        run_capture(config.model_copy(update={"top_k": 4}), Screen())
+
+
+def test_folder_that_another_process_fills_is_refused(teacher: Path, questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    with (
+        locked(tmp_path / "targets/.lock"),
+        pytest.raises(ConfigError, match=r"--teacher-cache .*targets is in use by another process"),
+    ):
+        run_capture(settings(teacher, questions, teacher_cache=tmp_path / "targets"), Screen())
+    assert not list((tmp_path / "targets").iterdir())
 
 
 def test_small_disk_is_said_before_the_pass(

@@ -14,6 +14,7 @@ from hymba_tune.data import Conversation, Message, RowError
 from hymba_tune.data.formats import Names
 from hymba_tune.data.prompts import parse_prompt
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import locked
 from hymba_tune.generate import LoadableModel, answer_file
 from hymba_tune.generate.decoding import Decoder
 
@@ -62,6 +63,15 @@ def test_answers_stand_in_the_order_of_the_rows_and_go_on_after_a_stop(
     assert answer_file(files(), working) == (7 - known, known)
     assert (tmp_path / "said.jsonl").read_text() == whole
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_file_that_another_process_answers_is_left_to_it(files: Any, tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / ".said.jsonl.lock"),
+        pytest.raises(ConfigError, match=r"--to .*said\.jsonl is in use by another process"),
+    ):
+        answer_file(files(), working)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.jsonl"]
 
 
 def test_other_settings_begin_anew(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

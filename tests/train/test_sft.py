@@ -336,9 +336,11 @@ def test_start_that_fails_leaves_nothing_behind(
 
 def test_folder_in_use_is_left_alone(small_model: Path, questions: Path, finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
-    with pytest.raises(ConfigError, match=r"is not empty\.\n  to fix     another --out"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     another --out"):
         run(settings(small_model, questions, tmp_path))
-    with pytest.raises(ConfigError, match=rf"is not empty\.\n  to fix     --resume {finished_run} to go on with it"):
+    with pytest.raises(
+        ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to go on with it"
+    ):
         run(settings(small_model, questions, finished_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
