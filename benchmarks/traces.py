@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
@@ -30,6 +30,7 @@ import hymba_tune.assets
 
 DEMO = Path(hymba_tune.assets.__file__).parent / "demo"
 
+console = Console()
 MACHINE = ("tokens_per_s", "memory_bytes")
 """Columns of metrics.jsonl that are about the machine."""
 SHORT = ["--model", "hymba-nano", "--device", "cpu", "--steps", "6", "--log-every", "1", "--eval-max-rows", "24"]
@@ -57,7 +58,7 @@ def main() -> int:
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (given.before, given.after))
     differences = list(compare(before, after))
     lines = differences or [f"{len(before)} runs: equal"]
-    harness.console.print("\n".join(lines), markup=False, soft_wrap=True)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
     return 1 if differences else 0
 
 
@@ -101,7 +102,7 @@ def record(folder: Path, only: str) -> dict[str, Any]:
         begin = time.monotonic()
         program = [sys.executable, "-c", "from hymba_tune.cli.main import main; main()"]
         done = subprocess.run([*program, *command, *out], env=environment, capture_output=True, text=True, check=False)
-        harness.console.print(f"{name:<20} {time.monotonic() - begin:5.1f} s")
+        console.print(f"{name:<20} {time.monotonic() - begin:5.1f} s")
         if done.returncode:
             raise SystemExit(f"{name}: {' '.join(command)} exited with {done.returncode}\n{done.stdout}{done.stderr}")
         found[name] = outcome(folder, name)
