@@ -141,6 +141,11 @@ def _check_evaluation(config: EvalConfig) -> None:
         raise ConfigError(
             f"--extract {config.extract}: {error}.", expected="a regular expression such as '#### (.*)'"
         ) from error
+    if gone := [name for name in config.tasks if "/" in name and not Path(name).expanduser().is_dir()]:
+        raise ConfigError(
+            f"--tasks {gone[0]}: there is no such folder.",
+            expected="a folder with the YAML file of a task, or a name that lm-eval ls tasks lists",
+        )
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks needs lm-eval, which is not installed.", fix="pip install 'hymba-tune[eval]' (or lm-eval)"
