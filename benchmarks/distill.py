@@ -46,7 +46,7 @@ METHODS = {
     "sorted ULD": Method("uld", PROJECTION),
     "chunk likelihood": Method("alm", PROJECTION),
     "projection": Method("projection", PROJECTION),
-    "projection, first pieces alone": Method("projection", Setting(in_context=False)),
+    "projection, first tokens alone": Method("projection", Setting(in_context=False)),
     "projection, no second cover": Method("projection", Setting(second_cover=False)),
     "projection, no rest mass": Method("projection", Setting(rest_mass=False)),
     "projection, none of the three": Method(
@@ -148,13 +148,7 @@ class Bench:
 
     def prepare_rows(self, method: Method) -> Path:
         """The file of a method's training rows, which is written if it does not exist."""
-        name = (
-            "teacher-answers"
-            if method.teacher_answers
-            else "plain"
-            if method.setting is None
-            else _name(method.setting)
-        )
+        name = _name(method)
         path = self.work / "rows" / f"{name}.pt"
         if path.is_file():
             return path
@@ -172,8 +166,12 @@ class Bench:
         return path
 
 
-def _name(setting: Setting) -> str:
-    return "-".join(f"{name}={value}" for name, value in asdict(setting).items())
+def _name(method: Method) -> str:
+    if method.teacher_answers:
+        return "teacher-answers"
+    if method.setting is None:
+        return "plain"
+    return "-".join(f"{name}={value}" for name, value in asdict(method.setting).items())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

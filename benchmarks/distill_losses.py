@@ -124,7 +124,9 @@ class _HiddenStateRecorder:
     """A teacher that also provides the hidden states of its last row."""
 
     def __init__(self, teacher: ModelTeacher) -> None:
-        self.name, self.tokenizer, self._teacher = teacher.name, teacher.tokenizer, teacher
+        self.name = teacher.name
+        self.tokenizer = teacher.tokenizer
+        self._teacher = teacher
 
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
         """See `ModelTeacher`."""

@@ -59,7 +59,8 @@ def hymba(device: torch.device, dtype: torch.dtype, **changes: Any) -> HymbaForC
 def falcon_h1(device: torch.device, dtype: torch.dtype, **changes: Any) -> FalconH1ForCausalLM:
     """Falcon-H1 with an SSM of Hymba's width, and the head and state sizes of Falcon-H1-0.5B."""
     shape = SHAPE | changes
-    inner, head = 2 * shape["hidden_size"], 64
+    inner = 2 * shape["hidden_size"]
+    head = 64
     ssm = {"mamba_d_ssm": inner, "mamba_d_head": head, "mamba_n_heads": inner // head, "mamba_d_state": 128}
     # The chunk size changes only how the scan is computed; on CPUs this is faster than the default of 256.
     ssm["mamba_chunk_size"] = 128

@@ -24,7 +24,7 @@ def measure(
     as_json: AsJson = False,
     flags: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Evaluate a model, alone or beside others: loss, perplexity, bits per byte, exact match, lm-eval tasks.
+    """Evaluate a model, or compare several: loss, perplexity, bits per byte, exact match, lm-eval tasks.
 
     Example: hymba-tune eval runs/my-run --base --data test.jsonl --answers gsm8k
 

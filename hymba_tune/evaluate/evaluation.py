@@ -189,7 +189,8 @@ class _Tasks:
     def __init__(self, config: EvalConfig) -> None:
         from hymba_tune.evaluate import harness  # slow to import
 
-        self._harness, self._config = harness, config
+        self._harness = harness
+        self._config = config
         self.names, self._manager = harness.find_tasks(config.tasks)
 
     def run(self, model: PreTrainedModel, loadable: LoadableModel, working: Working) -> dict[str, dict[str, float]]:

@@ -98,7 +98,8 @@ class Chat:
         return reply
 
     def _check_length(self, conversation: Conversation) -> None:
-        strict, tokens = self._config.strict_length, len(encode_prompt(conversation, self._tokenizer))
+        strict = self._config.strict_length
+        tokens = len(encode_prompt(conversation, self._tokenizer))
         longest = tokens + self._config.max_new_tokens if strict else tokens
         warning = check_length(longest, self._model.config, strict=strict)
         if warning and self._on_note:
