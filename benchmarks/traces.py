@@ -1,11 +1,11 @@
-"""Short runs of every verb, whose losses, answers and weights a change of the code alone must leave as they are.
+"""Short runs of every verb, whose losses, answers and weights must not change when only the code is refactored.
 
     python benchmarks/traces.py record before.json       # before the change
     python benchmarks/traces.py record after.json        # after it, on the same machine
     python benchmarks/traces.py compare before.json after.json
 
-The runs are those of a user: the command line on hymba-nano and the packaged demo, on a CPU with one thread. They are
-equal bit for bit on one machine. ``compare`` prints each number that differs and exits with 1 if there is any.
+The runs use the command line, hymba-nano and the packaged demo, on a CPU with one thread. On one machine they are
+reproducible bit for bit. ``compare`` prints each number that differs, and exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEMO = Path(hymba_tune.assets.__file__).parent / "demo"
 
 console = Console()
 MACHINE = ("tokens_per_s", "memory_bytes")
-"""Columns of metrics.jsonl that are about the machine."""
+"""Columns of metrics.jsonl that depend on the machine."""
 SHORT = ["--model", "hymba-nano", "--device", "cpu", "--steps", "6", "--log-every", "1", "--eval-max-rows", "24"]
 SFT = ["sft", "--data", "demo", *SHORT]
 FP32 = ["--dtype", "float32"]
@@ -43,19 +43,19 @@ def main() -> int:
     """Record or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    record_parser = verbs.add_parser("record", help="run everything and write what came of it")
+    record_parser = verbs.add_parser("record", help="run everything and write the results")
     record_parser.add_argument("out", type=Path)
-    record_parser.add_argument("--only", help="run only what this name is part of")
-    compare_parser = verbs.add_parser("compare", help="print what differs")
+    record_parser.add_argument("--only", help="run only those whose name contains this, and sft")
+    compare_parser = verbs.add_parser("compare", help="print the differences")
     compare_parser.add_argument("before", type=Path)
     compare_parser.add_argument("after", type=Path)
-    given = parser.parse_args()
-    if given.verb == "record":
+    parsed = parser.parse_args()
+    if parsed.verb == "record":
         with tempfile.TemporaryDirectory() as folder:
-            found = record(Path(folder), given.only or "")
-        given.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            results = record(Path(folder), parsed.only or "")
+        parsed.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return 0
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (given.before, given.after))
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (parsed.before, parsed.after))
     differences = list(compare(before, after))
     lines = differences or [f"{len(before)} runs: equal"]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
@@ -63,8 +63,10 @@ def main() -> int:
 
 
 def runs(folder: Path) -> dict[str, list[str]]:
-    """The command line of each run, in an order in which those that need another one come after it."""
-    judged, pairs, questions = folder / "judged.jsonl", folder / "pairs.jsonl", folder / "questions.jsonl"
+    """The command line of each run; a run comes after those that it needs."""
+    labeled = folder / "labeled.jsonl"
+    pairs = folder / "pairs.jsonl"
+    questions = folder / "questions.jsonl"
     teacher = ["--data", "demo", *SHORT, *FP32, "--teacher", str(folder / "llama"), "--min-teacher-probability", "0"]
     same = ["--data", "demo", *SHORT, *FP32, "--teacher", str(folder / "sft"), "--min-teacher-probability", "0"]
     return {
@@ -77,7 +79,7 @@ def runs(folder: Path) -> dict[str, list[str]]:
         "sft-nf4": [*SFT, *BF16, "--quantize", "nf4"],
         "dpo": ["dpo", "--data", str(pairs), *SHORT, *FP32],
         "dpo-full": ["dpo", "--data", str(pairs), *SHORT, *FP32, "--method", "full"],
-        "kto": ["kto", "--data", str(judged), *SHORT, *FP32],
+        "kto": ["kto", "--data", str(labeled), *SHORT, *FP32],
         "distill": ["distill", *teacher],
         "distill-online": ["distill", *same, "--online", "--loss", "jsd"],
         "distill-on-policy": ["distill", *same, "--on-policy", "0.5", "--answer-tokens", "16"],
@@ -90,44 +92,49 @@ def runs(folder: Path) -> dict[str, list[str]]:
 
 
 def record(folder: Path, only: str) -> dict[str, Any]:
-    """What came of each run, by its name."""
+    """Run everything; returns the results by the runs' names."""
     write_data(folder)
     save_teacher(folder / "llama")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, command in runs(folder).items():
         if only not in name and name != "sft":
             continue
         out = {"eval": [], "chat": ["--to", str(folder / "answers.jsonl")]}.get(name, ["--out", str(folder / name)])
         begin = time.monotonic()
         program = [sys.executable, "-c", "from hymba_tune.cli.main import main; main()"]
-        done = subprocess.run([*program, *command, *out], env=environment, capture_output=True, text=True, check=False)
+        process = subprocess.run(
+            [*program, *command, *out], env=environment, capture_output=True, text=True, check=False
+        )
         console.print(f"{name:<20} {time.monotonic() - begin:5.1f} s")
-        if done.returncode:
-            raise SystemExit(f"{name}: {' '.join(command)} exited with {done.returncode}\n{done.stdout}{done.stderr}")
-        found[name] = outcome(folder, name)
-    return found
+        if process.returncode:
+            raise SystemExit(
+                f"{name}: {' '.join(command)} exited with {process.returncode}\n{process.stdout}{process.stderr}"
+            )
+        results[name] = result_of(folder, name)
+    return results
 
 
-def outcome(folder: Path, name: str) -> dict[str, Any]:
-    """The numbers of a run that are the same whenever it is repeated."""
+def result_of(folder: Path, name: str) -> dict[str, Any]:
+    """The reproducible results of a run."""
     if name == "eval":
         return {"models": strip(json.loads((folder / "eval.json").read_text(encoding="utf-8")))}
     if name == "chat":
         return {"answers": (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()}
-    path, found = folder / name, {}
+    path = folder / name
+    result: dict[str, Any] = {}
     if (path / "metrics.jsonl").is_file():
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        found["metrics"] = [{key: value for key, value in row.items() if key not in MACHINE} for row in rows]
-        found["samples"] = json.loads((path / "samples.json").read_text(encoding="utf-8"))
+        result["metrics"] = [{key: value for key, value in row.items() if key not in MACHINE} for row in rows]
+        result["samples"] = json.loads((path / "samples.json").read_text(encoding="utf-8"))
     weights = sorted(file for file in path.rglob("*.safetensors") if "checkpoints" not in file.parts)
-    found["weights"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
-    return found
+    result["weights"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
+    return result
 
 
 def strip(value: Any) -> Any:
-    """Floats of a JSON document in its order, without the names that may change, and without texts."""
+    """The floats of a JSON document in their order, without keys, which may be renamed, and without texts."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -136,7 +143,7 @@ def strip(value: Any) -> Any:
 
 
 def compare(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """The places in which two records differ, a line each."""
+    """The differences between two records, one line each."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in [*before, *(key for key in after if key not in before)]:
             if key not in before or key not in after:
@@ -151,26 +158,27 @@ def compare(before: Any, after: Any, where: str = "") -> Iterator[str]:
 
 
 def write_data(folder: Path) -> None:
-    """Pairs, answers judged one by one, and questions, made of the packaged demo."""
+    """Write preference pairs, labeled answers and questions, derived from the packaged demo."""
     rows = [json.loads(line) for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()[:96]]
-    talks = [row["messages"] for row in rows if "messages" in row]
-    prompts, answers = [talk[:-1] for talk in talks], [talk[-1:] for talk in talks]
+    conversations = [row["messages"] for row in rows if "messages" in row]
+    prompts = [messages[:-1] for messages in conversations]
+    answers = [messages[-1:] for messages in conversations]
     others = answers[1:] + answers[:1]
     pairs = [row for row in zip(prompts, answers, others, strict=True) if row[1] != row[2]]
     dump(folder / "pairs.jsonl", [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in pairs])
     both = [(prompt, answer, True) for prompt, answer in zip(prompts, answers, strict=True)]
     both += [(prompt, answer, False) for prompt, answer in zip(prompts, others, strict=True)]
-    dump(folder / "judged.jsonl", [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in both])
+    dump(folder / "labeled.jsonl", [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in both])
     dump(folder / "questions.jsonl", [{"prompt": prompt} for prompt in prompts[:4]])
 
 
 def dump(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines."""
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_teacher(folder: Path) -> None:
-    """A random Llama whose tokenizer is byte-level and learned from the demo."""
+    """Save a random Llama with a byte-level tokenizer that is trained on the demo."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

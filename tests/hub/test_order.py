@@ -98,7 +98,7 @@ REFUSED = {
     "chat me/small --from asked.jsonl --to out.jsonl": "line 2",
     "chat me/small --against me/gone": "me/gone: no such model on the Hub",
     "eval me/small --data bad.jsonl": "line 25",
-    "eval me/small --data good.jsonl --answers gsm8k": "has what is to be compared",
+    "eval me/small --data good.jsonl --answers gsm8k": "contains a part to compare",
     "eval me/adapter --data bad.jsonl --base": "line 25",
     "quantize me/small --data bad.jsonl": "line 25",
     "quantize me/small --scheme int8 --skip q_proj": "--skip q_proj",

@@ -9,14 +9,14 @@ import pytest
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.report import write_comparison, write_report
 from hymba_tune.report.compare import differing
-from tests.browser import DESK, PHONE, Browser, Seen
+from tests.browser import DESK, PHONE, Browser, Page
 from tests.report.made import made_run, nasty_run
 
 CURVES = ["Loss", "Learning rate", "Gradient norm, before clipping", "Speed", "Peak memory"]
 MOVED = "How far the weights moved"
 
 
-def assert_sound(seen: Seen, width: int) -> None:
+def assert_sound(seen: Page, width: int) -> None:
     """Nothing the browser complains of, nothing fetched, nothing cut off, every plot readable."""
     assert not seen.complaints
     assert not seen.requests

@@ -282,9 +282,9 @@ def test_run_on_a_run_trains_a_new_adapter_on_top(finished_run: Path, questions:
     end = [row["eval_loss"] for row in rows(finished_run) if "eval_loss" in row][-1]
     assert start == pytest.approx(end, rel=1e-5)
     assert second.facts()["model"] == str(finished_run)
-    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
     folder = merge_run(second.path, tmp_path / "merged")
-    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
 
 
 @pytest.fixture
