@@ -17,7 +17,7 @@ from hymba_tune.files import LOCK, RUN, make_folders
 from hymba_tune.registry import ModelSource
 from hymba_tune.train import sft
 from hymba_tune.train.claim import claimed
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from tests.cli.conftest import Command, command  # noqa: F401 (a fixture)
 from tests.files.test_locks import hold
