@@ -13,6 +13,7 @@ from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, Refer
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
+    AnswerOptions,
     DataOptions,
     EngineOptions,
     EvaluationOptions,
@@ -98,7 +99,7 @@ class TrainingConfig(
         return self
 
 
-class SFTConfig(TrainingConfig, KeptDataOptions):
+class SFTConfig(TrainingConfig, AnswerOptions, KeptDataOptions):
     """Supervised fine-tuning."""
 
     verb: ClassVar[str] = "sft"
