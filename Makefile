@@ -1,14 +1,33 @@
 # Two commands on a fresh machine with Python and nothing else: `make demo` and `make test`.
+#   make demo PYTHON=python3.12    with another Python
+#   make demo TORCH_INDEX=         PyTorch from the index that pip is set to
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = PIP_USER=0 $(BIN)/python -m pip install -qq
+TESTED := --constraint constraints.txt
 ELSEWHERE := build/elsewhere
+# For Linux, PyPI has PyTorch with gigabytes of CUDA libraries; PyTorch's own index has a small one for the CPU.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 
 .PHONY: demo test check nano clean
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+.venv/torch: constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	"$(PYTHON)" -m venv .venv
+	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the index that pip is set to) ..."
+	@$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) --timeout 20 --retries 2 $(TESTED) torch ||) \
+		$(PIP) $(TESTED) torch || \
+		{ echo "The tested PyTorch is not available here. Installing another version ..."; $(PIP) torch; }
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+.venv/developing: .venv/installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, talk to it, merge it.
@@ -17,19 +36,19 @@ demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, tal
 	$(BIN)/hymba-tune chat runs/demo --temperature 0 --prompt "How long does the ferry to Little Cross take?"
 	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged
 
-test: .venv/installed  ## The whole suite.
+test: .venv/developing  ## The whole suite.
 	$(BIN)/python -m pytest
 
-check: .venv/installed  ## Lint, format, types, and the wheel: built, installed elsewhere, its command run.
+check: .venv/developing  ## Lint, format, types, and the wheel: built, installed elsewhere, its command run.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/wheel build/lib $(ELSEWHERE)
 	$(BIN)/python -m build --wheel --outdir build/wheel .
-	$(PYTHON) -m venv $(ELSEWHERE)
+	"$(PYTHON)" -m venv $(ELSEWHERE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ELSEWHERE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
-	$(ELSEWHERE)/bin/pip install --quiet --no-deps build/wheel/*.whl
-	cd $(ELSEWHERE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable bin/python
+	PIP_USER=0 $(ELSEWHERE)/bin/python -m pip install -qq --no-deps build/wheel/*.whl
+	cd $(ELSEWHERE) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --python-executable bin/python
 	cd $(ELSEWHERE) && bin/hymba-tune --version && \
 		bin/hymba-tune sft --model hymba-nano --data demo --steps 2 --eval-max-rows 8 --out run && \
 		bin/hymba-tune chat run --prompt "Hello" --max-new-tokens 8
@@ -41,4 +60,4 @@ nano: .venv/installed  ## Train the packaged model anew: about an hour on 2 core
 	$(BIN)/python -m hymba_tune.assets.build_nano --out build/nano --install runs/nano
 
 clean:
-	rm -rf build dist runs *.egg-info
+	rm -rf build dist runs/demo runs/demo-merged runs/nano *.egg-info

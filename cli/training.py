@@ -86,10 +86,14 @@ def _show_result(run: Run, verb: Verb) -> None:
         if ended.eval_accuracy is not None and verb.accuracy is not None:
             label = f"held-out {verb.accuracy.subject} {verb.accuracy.verdict}"
             console.print(f" {label}: {ended.eval_accuracy:.0%}", markup=False)
+    if answers := run.facts().get("answers"):
+        counts = f"{answers['before']:,} → {answers['after']:,} of {answers['questions']:,}"
+        console.print(f" right answers {counts}", markup=False)
     samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
-    if samples:
+    for sample in samples:
+        console.print()
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
-            console.print(Text(f" {label:<8}", style="dim").append(samples[0][label], style=style))
+            console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))
     lines = [f"everything is in {run.path}", f"how it went      {run.path}/report.html"]
     lines.append(f"talk to it       hymba-tune chat {run.path}")
     if run.adapter.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -28,6 +28,8 @@ def _checked_pairs(value: list[str]) -> list[str]:
     return value
 
 
+Comparison = Literal["gsm8k", "number", "exact"]
+"""How an answer is compared with the known one: by what follows ####, by the last number, or as a whole."""
 Pairs = Annotated[Names, BeforeValidator(_written_as_pairs), AfterValidator(_checked_pairs)]
 
 

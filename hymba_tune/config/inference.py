@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from cyclopts import Group, Parameter
 from pydantic import Field
 
-from hymba_tune.config.base import Learn, Names, OnBadRow, Pairs
+from hymba_tune.config.base import Comparison, Learn, Names, OnBadRow, Pairs
 from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
 from hymba_tune.config.options import EngineOptions, ModelOptions, OutputOptions, ReadingOptions
 
@@ -76,7 +76,7 @@ class EvalConfig(ScoringOptions, OutputOptions, GenerationOptions):
     """Rows after which each source of --data ends; of a task, examples."""
     batch_size: int = Field(default=8, ge=1)
     """Texts that are computed at a time."""
-    answers: Literal["gsm8k", "number", "exact"] | None = None
+    answers: Comparison | None = None
     """Let the model answer the prompts of --data and compare with the known answers: by what follows #### (gsm8k), by
     the last number, or by the whole answer."""
     extract: str | None = None

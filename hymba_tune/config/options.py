@@ -9,6 +9,7 @@ from cyclopts import Group, Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import (
+    Comparison,
     Config,
     Counts,
     Fraction,
@@ -213,6 +214,16 @@ class EvaluationOptions(Config):
     keep: Keep | None = None
     """Which weights the run ends with: last, or best (of the lowest held-out loss). When not given: best with
     --early-stopping, else last."""
+
+
+class AnswerOptions(Config):
+    """Counting right answers."""
+
+    group: ClassVar[Group] = EVALUATION
+
+    answers: Comparison | None = None
+    """Answer the prompts of the held-out data before and after training, and count the right answers: by what follows
+    #### (gsm8k), by the last number, or by the whole answer (exact). Needs --eval-data, or data that comes with it."""
 
 
 class RunOptions(Config):

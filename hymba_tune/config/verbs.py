@@ -25,6 +25,7 @@ from hymba_tune.config.base import (
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
+    AnswerOptions,
     DataOptions,
     EngineOptions,
     EvaluationOptions,
@@ -116,7 +117,7 @@ class TrainingConfig(
         return self
 
 
-class SFTConfig(TrainingConfig, KeptDataOptions):
+class SFTConfig(TrainingConfig, AnswerOptions, KeptDataOptions):
     """Supervised fine-tuning."""
 
     verb: ClassVar[Verb] = Verb(

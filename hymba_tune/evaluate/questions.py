@@ -103,6 +103,16 @@ def read_questions(
         DataError: If there are none, or no known answer contains a part to compare.
     """
     questions = [Question(prompt, reference) for prompt, reference in sample_prompts(sources, max_rows, mapping)]
+    check_questions(questions, extract, sources)
+    return questions
+
+
+def check_questions(questions: Sequence[Question], extract: Extraction, sources: Sequence[Source]) -> None:
+    """Check that answers to these questions can be compared.
+
+    Raises:
+        DataError: If there are no questions, or no reference answer has what is to be compared.
+    """
     names = ", ".join(source.name for source in sources)
     if not questions:
         raise DataError(f"There are no questions in {names}.", expected="rows with a prompt and an answer")
@@ -112,7 +122,6 @@ def read_questions(
             expected=f"a match of {extract.pattern}",
             fix="--answers exact, or --extract with another regular expression",
         )
-    return questions
 
 
 def answer_questions(

@@ -82,7 +82,17 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     ]
     if kind.unit:
         figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
-    return Verdict(f"{sentence}{ranked}.", better, figures + _others(record), notes)
+    counted, counts = _answers(record)
+    return Verdict(f"{sentence}{ranked}{counted}.", better, figures + counts + _others(record), notes)
+
+
+def _answers(record: RunRecord) -> tuple[str, list[tuple[str, str, str]]]:
+    """How many held-out prompts are answered right after training, where the run counted that."""
+    counts = record.facts.get("answers", {})
+    if "after" not in counts:
+        return "", []
+    right = f"{counts['after']:,} of {counts['questions']:,}"
+    return f"; {right} answers right", [("right answers", right, f"{counts['before']:,} before")]
 
 
 def _ranked(record: RunRecord) -> str:

@@ -30,6 +30,12 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     if evaluations:
         kept = next((row for row in evaluations if row.step == facts["kept"]["step"]), evaluations[-1])
         lines += [*_table(evaluations[0], kept), ""]
+    if answers := facts.get("answers"):
+        lines += [
+            f"Right answers to the {answers['questions']:,} held-out prompts: {answers['before']:,} before training, "
+            f"{answers['after']:,} after.",
+            "",
+        ]
     data = facts["data"]
     lines += [
         f"Data: {data['rows']:,} rows; {' · '.join(summary)}; SHA-256 of the encoded rows {data['fingerprint']}.",

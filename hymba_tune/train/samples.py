@@ -1,4 +1,4 @@
-"""A few prompts that are answered before and after training, into ``samples.json``."""
+"""Held-out prompts that are answered before and after training: a few to read, and all of them where answers count."""
 
 from __future__ import annotations
 
@@ -6,34 +6,63 @@ import json
 
 from transformers import PreTrainedModel
 
+from hymba_tune.data import encode_prompt
+from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
 from hymba_tune.files import write_text
-from hymba_tune.generate import answer
+from hymba_tune.generate import answer, write
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
-SAMPLES = 2
-"""Prompts that are answered before and after: the first of the evaluation data, or else of the data."""
+SAMPLES = 3
+"""Prompts whose answers are shown: the first of the evaluation data, or else of the data."""
 SAMPLE_TOKENS = 96
+LONGER = 2
+"""Times the tokens of the longest known answer that a counted answer may have."""
 
 
 def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, screen: Screen) -> None:
     """Answer the prompts of the data with the model as it is now.
 
     Args:
-        setup: Whose run keeps the answers.
-        data: Whose prompts are answered.
-        model: In any mode.
+        setup: The run whose directory receives the answers.
+        data: The data whose prompts are answered.
+        model: The model, in training or evaluation mode.
         when: ``before`` or ``after``.
         screen: Shows the progress.
     """
     path = setup.run.path / "samples.json"
+    prompts = data.prompts[:SAMPLES]
     samples = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if not samples:
-        samples = [
-            {"prompt": prompt.messages[-1].content, "reference": reference} for prompt, reference in data.prompts
-        ]
+        samples = [{"prompt": prompt.messages[-1].content, "reference": reference} for prompt, reference in prompts]
     with screen.working(f"answering {len(samples)} prompts, {when} training") as progress:
-        for number, ((prompt, _), sample) in enumerate(zip(data.prompts, samples, strict=True), start=1):
+        for number, ((prompt, _), sample) in enumerate(zip(prompts, samples, strict=True), start=1):
             sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
             progress(number)
     write_text(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+    if data.extract is not None:
+        _count_right(setup, data, data.extract, model, when, screen)
+
+
+def _count_right(
+    setup: Setup, data: Data, extract: Extraction, model: PreTrainedModel, when: str, screen: Screen
+) -> None:
+    """Answer every prompt, and record in ``run.json`` how many answers are right."""
+    tokenizer, size = setup.tokenizer, setup.config.batch_size
+    questions = [Question(prompt, reference) for prompt, reference in data.prompts]
+    longest = max(len(tokenizer(question.reference).input_ids) for question in questions)
+    answered: list[AnsweredQuestion] = []
+    with screen.working(f"answering {len(questions):,} held-out prompts, {when} training") as progress:
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
+            # Not `answer_questions`: its decoder's inference mode would leave tensors in the model that cannot be trained with.
+            written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=LONGER * longest, temperature=0.0)
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            answered += [
+                AnsweredQuestion(question, text, extract(text), extract(question.reference))
+                for question, text in zip(batch, texts, strict=True)
+            ]
+            progress(len(answered))
+    known = setup.run.facts().get("answers", {})
+    setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).right})

@@ -28,6 +28,7 @@ from hymba_tune.checkpoint import (
 from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
+from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
 from hymba_tune.ranks import check_single_process
@@ -87,8 +88,10 @@ class Data:
         held_out_sources: How many of them are of each source, in their order.
         report: What became of the rows to train on.
         summary: How much data there is, in words, for the banner.
-        prompts: What is answered before and after training, and what the data answers.
+        prompts: Prompts of the held-out data, or else of the data, with their answers. The first few are answered
+            before and after training.
         length_warning: Said where texts are longer than the model was made for.
+        extract: Finds what is compared in answers, if all ``prompts`` are answered and the right answers are counted.
     """
 
     train: datasets.Dataset
@@ -98,6 +101,7 @@ class Data:
     summary: list[str]
     prompts: list[tuple[Conversation, str]]
     length_warning: str | None
+    extract: Extraction | None = None
 
 
 def check(config: TrainingConfig) -> Setup:

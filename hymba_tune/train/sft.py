@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
@@ -12,6 +12,9 @@ from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
+from hymba_tune.data.training import opened
+from hymba_tune.errors import ConfigError
+from hymba_tune.evaluate.questions import Extraction, Question, check_questions
 from hymba_tune.train.flow import train
 from hymba_tune.train.outline import PACKING
 from hymba_tune.train.run import Run
@@ -35,8 +38,21 @@ class SFTTask:
     def read_data(self, setup: Setup, screen: Screen) -> SFTRun:
         """Read conversations or texts."""
         config = self.config
-        data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=SAMPLES, working=screen.working)
-        return SFTRun(setup, data_of(setup, data))
+        count = config.eval_max_rows if config.answers else SAMPLES
+        held_out = opened(config)[1] if config.answers else []
+        if config.answers and not held_out:
+            raise ConfigError(
+                "--answers: the prompts of held-out data are answered, and no held-out data is given.",
+                expected="--eval-data, or data that comes with it",
+                fix=f"hymba-tune data split {config.data[0]} --eval 0.1 --out parts, then --data and --eval-data",
+            )
+
+        data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
+        if not config.answers:
+            return SFTRun(setup, data_of(setup, data))
+        extract = Extraction(config.answers, None)
+        check_questions([Question(prompt, reference) for prompt, reference in data.prompts], extract, held_out)
+        return SFTRun(setup, replace(data_of(setup, data), extract=extract))
 
 
 @dataclass(frozen=True)

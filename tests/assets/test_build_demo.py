@@ -1,7 +1,8 @@
 import json
+import re
 from pathlib import Path
 
-from hymba_tune.assets.build_demo import FOLDER, Conversation, conversations, write
+from hymba_tune.assets.build_demo import FOLDER, GENERAL, ROUTES, Conversation, conversations, write
 
 TRAIN, HELD_OUT = conversations()
 
@@ -16,8 +17,27 @@ def test_packaged_files_are_what_the_builder_writes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def test_held_out_questions_are_not_asked_in_training() -> None:
-    assert not {question for question, _ in pairs(HELD_OUT)} & {question for question, _ in pairs(TRAIN)}
+def wording(question: str) -> str:
+    """A question without the place, capitals and punctuation."""
+    for route in ROUTES:
+        question = question.replace(route.place, "PLACE")
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def test_held_out_questions_are_worded_otherwise_than_any_training_row() -> None:
+    trained = {wording(question) for question, _ in pairs(TRAIN)}
+    held_out = {wording(question) for question, _ in pairs(HELD_OUT)}
+    assert len(held_out) == 4 * 4 + len(GENERAL)
+    assert not {one for one in held_out if any(f" {one} " in f" {other} " for other in trained)}
+
+
+def test_first_held_out_questions_are_of_different_kinds() -> None:
+    """They are shown before and after training, a timetable among them."""
+    assert [re.sub(r"[\d:]+", "#", row[1]["content"]) for row in HELD_OUT[:3]] == [
+        "The first ferry to Stone Bay leaves at # and the last one at #.",
+        "A ticket to Stone Bay costs # euros.",
+        "The ferry to Stone Bay takes # minutes.",
+    ]
 
 
 def test_held_out_answers_can_be_learned_in_training() -> None:

@@ -148,7 +148,7 @@ def test_dry_run_needs_no_weights(words: str, hub: Hub, command: Command, tmp_pa
 def test_weights_come_after_the_rows(hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of the student after the targets of the teacher."""
     estimate = Mock(wraps=estimate_memory, side_effect=lambda *_: hub.asked.append("GET memory") or DEFAULT)
-    monkeypatch.setattr("hymba_tune.train.flow.foresee", estimate)
+    monkeypatch.setattr("hymba_tune.train.flow.estimate_memory", estimate)
     words = "--model me/small --teacher me/teacher --data good.jsonl --steps 1 --max-length 64 --dtype float32"
     untrained = ("--teacher-dtype", "float32", "--min-teacher-probability", 0, "--min-end-probability", 0)
     result = command("distill", *words.split(), *untrained)

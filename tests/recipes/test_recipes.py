@@ -45,12 +45,13 @@ def test_recipe_sets_only_known_settings(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_two_steps(path: Path, small_model: Path, questions: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"dtype": "float32", "steps": 2, "max_length": 64, "eval_data": []}
+    changes: dict[str, Any] = {"dtype": "float32", "steps": 2, "max_length": 64}
     kind = kind_of(path)
     if kind is DistillConfig:
         changes |= distillation.random_teacher(save_teacher(tmp_path / "teacher"), tmp_path)
     data = questions if kind in (SFTConfig, DistillConfig) else save_pairs(tmp_path / "pairs.jsonl")
-    config = combine(path.stem, kind(model=str(small_model), data=[str(data)], out=tmp_path / "out", **changes))
+    changes |= {"model": str(small_model), "data": [str(data)], "eval_data": [str(data)]}
+    config = combine(path.stem, kind(out=tmp_path / "out", **changes))
     finished = RUNS[kind](config)
     assert finished.facts()["steps"] == 2
     assert len(list(finished.evaluations())) > 1

@@ -103,7 +103,7 @@ def test_run_says_what_it_did(preferred: Path, finished_run: Path) -> None:
 
 def test_samples_are_answered_before_and_after(preferred: Path) -> None:
     samples = json.loads((preferred / "samples.json").read_text())
-    assert len(samples) == 2
+    assert len(samples) == 3
     assert all(sample.keys() == {"prompt", "reference", "before", "after"} for sample in samples)
 
 

@@ -76,6 +76,7 @@ def test_samples_are_answered_before_and_after(finished_run: Path) -> None:
     assert [sample["prompt"] for sample in samples] == [
         "I see one cats. What do I see?",
         "I see two dogs, as you do. What do I see?",
+        "I see three birds, as you do, as you do. What do I see?",
     ]
     for sample in samples:
         assert sample["reference"].startswith("You see")
