@@ -56,7 +56,7 @@ def _count_right(
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
             ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
-            # Not `answer_questions`: its decoder's inference mode would leave tensors in the model that cannot be trained with.
+            # Not `answer_questions`: its inference mode would leave tensors in the model that cannot be trained with.
             written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=LONGER * longest, temperature=0.0)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             answered += [
@@ -65,4 +65,4 @@ def _count_right(
             ]
             progress(len(answered))
     known = setup.run.facts().get("answers", {})
-    setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).right})
+    setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).correct})
