@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
-from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.teacher_signals import OnlineTeacher, RowSpan
 from hymba_tune.footprint import MOMENT_BYTES
 
 FILE = "hidden_match.safetensors"
@@ -79,6 +81,41 @@ class HiddenMatch(nn.Module):
         self.load_state_dict(load_file(folder / FILE))
 
 
+@dataclass(frozen=True)
+class HiddenStateLoss:
+    """The hidden-state loss of a run.
+
+    Attributes:
+        match: The projections, which are trained with the student.
+        teacher: The teacher in memory.
+        weight: The weight of this loss relative to the other losses.
+    """
+
+    match: HiddenMatch
+    teacher: OnlineTeacher
+    weight: float
+
+    def __call__(self, states: Sequence[Tensor], places: Sequence[RowSpan], rollouts: Sequence[Alignment]) -> Tensor:
+        """Compute the distance between the two sides' hidden states where both predict the same tokens.
+
+        Args:
+            states: The student's hidden states for a batch, ``(B, L, d)`` each.
+            places: The places of the batch's rows.
+            rollouts: The alignments of the answers that the student wrote.
+
+        Returns:
+            The unweighted sum over the tokens; see `HiddenMatch`.
+        """
+        rows = [self.teacher.row(place.row, rollouts) for place in places]
+        # The state before a token predicts it.
+        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
+        before = [torch.from_numpy(row.teacher - 1) for row in rows]
+        theirs = self.teacher.maker.teacher.hidden_states([row.teacher_ids for row in rows], before)
+        positions = torch.cat(at).to(states[0].device)
+        distance: Tensor = self.match([state.flatten(0, 1)[positions] for state in states], theirs)
+        return distance
+
+
 def match_bytes(student: Layers, teacher: Layers, *, tokens: int, dtype: torch.dtype, optimizer: str) -> int:
     """Bytes that a step takes to compare hidden states, about.
 
@@ -93,27 +130,3 @@ def match_bytes(student: Layers, teacher: Layers, *, tokens: int, dtype: torch.d
     compared = student.layers * 4 * (student.width + 2 * teacher.width)  # kept in float32 for the gradients
     projections = student.layers * student.width * teacher.width
     return tokens * (told + compared) + round(projections * (4 + 4 + MOMENT_BYTES[optimizer]))
-
-
-@torch.no_grad()
-def teacher_states(teacher: ModelTeacher, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
-    """A teacher's hidden states at some tokens of some rows.
-
-    Args:
-        teacher: In memory.
-        rows: Token ids, read at once.
-        at: For each row, int64: which of its tokens.
-
-    Returns:
-        ``(N, d)`` for the embeddings and after each layer: the rows' tokens one after the other.
-    """
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    states = teacher.model.base_model(
-        input_ids=ids.to(teacher.device),
-        attention_mask=mask.to(teacher.device),
-        use_cache=False,
-        output_hidden_states=True,
-    ).hidden_states
-    return [torch.cat([state[row, chosen] for row, chosen in enumerate(at)]) for state in states]

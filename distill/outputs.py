@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -41,11 +41,11 @@ class Outputs(Protocol):
 
 
 class Teacher(Protocol):
-    """Who is learned from.
+    """A teacher that is ready to compute.
 
     Attributes:
-        name: What people call it.
-        tokenizer: Its own.
+        name: The name that messages use.
+        tokenizer: The teacher's tokenizer.
     """
 
     name: str
@@ -55,7 +55,53 @@ class Teacher(Protocol):
         """Read rows of token ids.
 
         Returns:
-            Which row, and what is said of it, in whatever order is fastest.
+            The index of each row and the teacher's outputs for it, in whatever order is fastest.
+        """
+
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Read rows of token ids, and return distributions over the whole vocabulary, in the order of the rows.
+
+        Raises:
+            ConfigError: If this teacher gives its most likely tokens only.
+        """
+
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the hidden states at some tokens of some rows.
+
+        Args:
+            rows: Token ids, read in one batch.
+            at: For each row, an int64 tensor with the positions of the tokens.
+
+        Returns:
+            ``(N, d)`` for the embeddings and after each layer, with the tokens of all rows concatenated.
+
+        Raises:
+            ConfigError: If this teacher does not give its hidden states.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt.
+
+        Args:
+            prompts: Token ids.
+            ends: The tokens that end an answer.
+            max_new_tokens: The maximum length of an answer.
+            temperature: The sampling temperature; 0 decodes greedily.
+            seed: The seed of the sampling.
+            decode: Turns the tokens of an answer into its text, or into None if they are not a finished text. A
+                teacher that returns text itself does not call it.
+
+        Returns:
+            The text of each answer; None where an answer did not end or is not a text.
         """
 
 

@@ -152,10 +152,15 @@ class Unaligned:
 
 
 def for_teacher(example: Example, system: str | None) -> Example:
-    """The example with a system message, if it is a conversation that has none."""
-    if system is None or not isinstance(example, Conversation) or example.messages[0].role == "system":
-        return example
-    return replace(example, messages=(Message("system", system), *example.messages))
+    """Return the example, with a system message if it is a conversation that has none."""
+    return with_system(example, system) if isinstance(example, Conversation) else example
+
+
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """Return the conversation with this system message, if there is one and the conversation has none."""
+    if system is None or conversation.messages[0].role == "system":
+        return conversation
+    return replace(conversation, messages=(Message("system", system), *conversation.messages))
 
 
 def tokenize_examples(

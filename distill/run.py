@@ -30,7 +30,7 @@ from hymba_tune.distill.capture import (
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
-from hymba_tune.distill.matching import HiddenMatch, Layers
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line, look
@@ -243,8 +243,7 @@ class TaughtRun:
             stages=run.stages,
             token_bytes=token_bytes(run.pair.student),
             rollouts=self._rollouts(),
-            match=self._match(),
-            match_weight=config.match_weight,
+            hidden_loss=self._hidden_loss(),
             model=model,
             args=trl.SFTConfig(**arguments, **own),
             train_dataset=run.data.train,
@@ -256,17 +255,20 @@ class TaughtRun:
     def _signals(self) -> TeacherSignals:
         config = self.run.config
         shape = LossParameters(config.temperature, config.tau, config.beta)
-        online = None
-        if config.keeps_teacher and self.maker is not None:
-            online = OnlineTeacher(self.maker, self.run.aligned.rows)
-        return TeacherSignals(shape, self.run.setup.device, self.targets, online)
+        return TeacherSignals(shape, self.run.setup.device, self.targets, self._online())
 
-    def _match(self) -> HiddenMatch | None:
-        kind = self.run.config.match_hidden
-        if kind is None or self.maker is None:
+    def _online(self) -> OnlineTeacher | None:
+        if self.maker is None or not self.run.config.keeps_teacher:
             return None
-        student, teacher = Layers.of(self.run.setup.model_config), Layers.of(self.run.teacher.config)
-        return HiddenMatch(student, teacher, kind)
+        return OnlineTeacher(self.maker, self.run.aligned.rows)
+
+    def _hidden_loss(self) -> HiddenStateLoss | None:
+        config, online = self.run.config, self._online()
+        if config.match_hidden is None or online is None:
+            return None
+        student = Layers.of(self.run.setup.model_config)
+        teacher = Layers.of(self.run.teacher.config)
+        return HiddenStateLoss(HiddenMatch(student, teacher, config.match_hidden), online, config.match_weight)
 
     def _rollouts(self) -> RolloutGenerator | None:
         config = self.run.config

@@ -15,7 +15,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.distill.outputs import TokenDistribution
+from hymba_tune.distill.outputs import HeadOutputs, TokenDistribution
 from hymba_tune.distill.teacher import batches
 from hymba_tune.errors import ConfigError, TrainingError
 
@@ -101,36 +101,57 @@ class ServedTeacher:
             for index, answer in zip(batch, told, strict=True):
                 yield index, self._outputs(rows[index], answer)
 
-    def write(
-        self, prompts: list[list[int]], *, ends: Sequence[int], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str | None]:
-        """Have it go on with prompts.
-
-        Args:
-            prompts: Token ids.
-            ends: The tokens that end an answer. A server does not look for special tokens in the text, but ends at
-                those that its model's configuration names. Only if these are others is it told their ids, a request
-                that vLLM knows and OpenAI's interface does not.
-            max_new_tokens: The most that it may write.
-            temperature: At which it samples; 0 takes the likeliest token each time.
-            seed: Of the sampling.
-
-        Returns:
-            What it wrote to each, without white space around it; None where that did not end, or is nothing.
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Refuse, because a server returns its most likely tokens only.
 
         Raises:
-            TrainingError: As `outputs`.
+            ConfigError: Always.
         """
+        raise self._unavailable("probabilities over the whole vocabulary")
+
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Refuse, because a server does not return hidden states.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise self._unavailable("hidden states")
+
+    def _unavailable(self, quantity: str) -> ConfigError:
+        return ConfigError(
+            f"The teacher {self.name} is behind a server, which does not return {quantity}.",
+            expected="a teacher whose weights are loaded on this machine",
+            fix="--teacher with a Hub id or a folder",
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt; see `Teacher`. The texts have no white space around them.
+
+        Raises:
+            TrainingError: If the server does not answer, or its answer cannot be used.
+        """
+        del decode  # the server returns text
         names = list(map(str, self.tokenizer.convert_ids_to_tokens(list(ends))))
-        asked = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": names}
+        options = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": names}
+        # A server stops at the end tokens of its model's configuration, and does not look for special tokens in the
+        # text. Other end tokens need their ids, a field that vLLM accepts and OpenAI's interface does not.
         if self.tokenizer.eos_token_id != ends[0]:
-            asked["stop_token_ids"] = list(ends)
-        answer = self._complete(prompts, WRITING_TIMEOUT, **asked)
-        if not all(isinstance(choice.get("text"), str) for choice in answer):
+            options["stop_token_ids"] = list(ends)
+        choices = self._complete(prompts, WRITING_TIMEOUT, **options)
+        if not all(isinstance(choice.get("text"), str) for choice in choices):
             raise _wrong("it has no text")
         return [
             _without_end(choice["text"], names) or None if choice.get("finish_reason") == "stop" else None
-            for choice in answer
+            for choice in choices
         ]
 
     def _ask(self, prompts: list[list[int]]) -> list[list[Mapping[int, float]]]:
@@ -145,7 +166,9 @@ class ServedTeacher:
         answer = self._complete(prompts, echo=True, logprobs=self.top_k, return_tokens_as_token_ids=True)
         return [_echoed(choice.get("logprobs"), prompt) for choice, prompt in zip(answer, prompts, strict=True)]
 
-    def _complete(self, prompts: list[list[int]], timeout: float | None = None, **asked: Any) -> list[dict[str, Any]]:
+    def _complete(
+        self, prompts: Sequence[list[int]], timeout: float | None = None, **asked: Any
+    ) -> list[dict[str, Any]]:
         body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **asked}
         choices = request(f"{self._base}/completions", body, timeout).get("choices")
         if not isinstance(choices, list) or len(choices) != len(prompts):

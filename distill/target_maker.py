@@ -136,9 +136,11 @@ class TargetMaker:
     def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
         """Targets of aligned rows: which row, and what it is taught, in whatever order the teacher reads them."""
         for index, outputs in self.teacher.outputs([row.teacher_ids for row in rows]):
-            yield index, self._teach(rows[index], outputs)
+            yield index, self.teach(rows[index], outputs)
 
-    def _teach(self, row: Alignment, outputs: Outputs) -> TargetBatch:
+    @torch.no_grad()
+    def teach(self, row: Alignment, outputs: Outputs) -> TargetBatch:
+        """Compute the targets of one row from the teacher's outputs for it."""
         device = self.projection.device
         places, spans = self.find(row, self.tables).to(device), torch.from_numpy(row.spans).to(device)
         own = torch.full((len(row.teacher_ids),), math.nan, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
 from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.generate import write
 from hymba_tune.registry import TEACHERS, ModelSource, fetch_weights, has_weights, resolve_model
 from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
 
@@ -286,6 +287,41 @@ class ModelTeacher:
                 size = len(rows[index])
                 head = Head(hidden[place, :size] * self._scale, self._weight)
                 yield index, HeadOutputs(head, ids[place, :size].to(self.device))
+
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Return the outputs for all rows, in their order; see `Teacher`."""
+        by_row = dict(self.outputs(rows))
+        return [by_row[index] for index in range(len(rows))]
+
+    @torch.no_grad()
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Compute hidden states at some tokens of some rows; see `Teacher`."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        states = self._backbone(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        return [torch.cat([state[row, positions] for row, positions in enumerate(at)]) for state in states]
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt, without touching the global random state; see `Teacher`."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            answers = write(self.model, prompts, ends=ends, max_new_tokens=max_new_tokens, temperature=temperature)
+        return list(map(decode, answers))
 
     def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
         mask = None  # without padding none is needed, and attention is fastest without

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from hymba_tune.config import DistillConfig, OnBadRow
 from hymba_tune.data import Conversation, Message, encode_prompt
@@ -20,11 +18,8 @@ from hymba_tune.data.converting import TARGETS
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.outputs import Teacher
-from hymba_tune.distill.pair import TokenizerPair, for_teacher
-from hymba_tune.distill.server import ServedTeacher
-from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.pair import TokenizerPair, with_system
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.generate import write
 
 BATCH = 16
 """Answers written at once."""
@@ -135,16 +130,16 @@ class TeacherGenerator:
         """Answers to a batch of conversations; its number gives the same ones each time."""
         config, prompts = self._config, [self._prompt(talk) for talk in talks]
         seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
-        how: dict[str, Any] = {"max_new_tokens": config.answer_tokens, "temperature": config.answer_temperature}
-        if isinstance(teacher, ServedTeacher):
-            return teacher.write(prompts, ends=self._ends, seed=seed, **how)
-        model = cast(ModelTeacher, teacher).model
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            answers = write(model, prompts, ends=self._ends, **how)
-        return list(map(self._read, answers))
+        return teacher.generate(
+            prompts,
+            ends=self._ends,
+            max_new_tokens=config.answer_tokens,
+            temperature=config.answer_temperature,
+            seed=seed,
+            decode=self._decode,
+        )
 
-    def _read(self, answer: list[int]) -> str | None:
+    def _decode(self, answer: list[int]) -> str | None:
         spelling = self._pair.teacher.spelling
         if answer[-1] not in self._ends or max(answer) >= len(spelling):
             return None
@@ -154,9 +149,8 @@ class TeacherGenerator:
             return None
 
     def _prompt(self, talk: Conversation) -> list[int]:
-        shown = for_teacher(replace(talk, messages=talk.messages[: _last_answer(talk)]), self._pair.teacher_system)
-        assert isinstance(shown, Conversation)
-        return encode_prompt(shown, self._pair.teacher.tokenizer)
+        prompt = replace(talk, messages=talk.messages[: _last_answer(talk)])
+        return encode_prompt(with_system(prompt, self._pair.teacher_system), self._pair.teacher.tokenizer)
 
     def _talks(self) -> Iterator[Conversation]:
         """The conversations of the data that can be used."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.alignment import Alignment
@@ -83,7 +82,8 @@ class TeacherSignals:
             return None, None
         if self.targets is not None and losses <= FROM_TARGETS and all(place.row >= 0 for place in places):
             return self._from_targets([self.targets[place.row] for place in places], places, stage.losses)
-        assert self.online
+        if self.online is None:
+            raise ValueError(f"{', '.join(sorted(losses))}: these losses need the teacher in memory, and it is not")
         rows = [self.online.row(place.row, own) for place in places]
         row_outputs = self.online.forward(rows)
         whole = []
@@ -123,16 +123,11 @@ class OnlineTeacher:
 
     def forward(self, rows: Sequence[Alignment]) -> list[HeadOutputs]:
         """What the teacher says of rows, read now."""
-        said = dict(self.maker.teacher.outputs([row.teacher_ids for row in rows]))
-        row_outputs = [said[index] for index in range(len(rows))]
-        assert all(isinstance(outputs, HeadOutputs) for outputs in row_outputs)
-        return row_outputs  # type: ignore[return-value]
+        return self.maker.teacher.full_vocabulary([row.teacher_ids for row in rows])
 
     def make_targets(self, rows: Sequence[Alignment], row_outputs: Sequence[HeadOutputs]) -> list[Targets]:
         """Targets from what was heard."""
-        maker = replace(self.maker, teacher=TeacherOutputs(row_outputs, self.maker.teacher.tokenizer))
-        made = {index: taught.targets for index, taught in maker(rows)}
-        return [made[index] for index in range(len(rows))]
+        return [self.maker.teach(row, outputs).targets for row, outputs in zip(rows, row_outputs, strict=True)]
 
     def whole_terms(
         self,
@@ -165,18 +160,6 @@ class OnlineTeacher:
             for name, factor in losses.items()
             if name in known
         ]
-
-
-class TeacherOutputs:
-    """A teacher that has read its rows already."""
-
-    def __init__(self, row_outputs: Sequence[HeadOutputs], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.name, self.tokenizer, self._heard = "", tokenizer, row_outputs
-
-    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
-        """See `hymba_tune.distill.outputs.Teacher`."""
-        del rows
-        return iter(enumerate(self._heard))
 
 
 def _on_common(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:

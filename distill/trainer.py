@@ -23,10 +23,9 @@ from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.batches import COLUMNS, Numbered, examples_of
 from hymba_tune.distill.chunks import Head, expand
-from hymba_tune.distill.matching import HiddenMatch, teacher_states
+from hymba_tune.distill.matching import HiddenStateLoss
 from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillation_loss
 from hymba_tune.distill.rollouts import RolloutGenerator
-from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.distill.teacher_signals import RowSpan, TeacherSignals
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.trainer import HymbaTrainer
@@ -43,8 +42,7 @@ class DistillTrainer(HymbaTrainer):
         stages: Of the run; their shares make 1.
         token_bytes: ``(V,)``: how many bytes of text each of the student's tokens spells.
         rollouts: Writes the student's own, if a stage wants such.
-        match: Compares hidden states with the teacher's, if they are to be, and is trained along.
-        match_weight: Of that beside the other losses.
+        hidden_loss: The hidden-state loss, whose projections are trained with the student; None for none.
         kwargs: Of `HymbaTrainer`.
     """
 
@@ -55,17 +53,17 @@ class DistillTrainer(HymbaTrainer):
         stages: Sequence[Stage],
         token_bytes: Tensor,
         rollouts: RolloutGenerator | None = None,
-        match: HiddenMatch | None = None,
-        match_weight: float = 1.0,
+        hidden_loss: HiddenStateLoss | None = None,
         **kwargs: Any,
     ) -> None:
         self._signals, self._stages, self._token_bytes = signals, stages, token_bytes
         self._rollouts, self._own = rollouts, list[Alignment]()
-        self._match, self._match_weight = match, match_weight
+        self._hidden_loss = hidden_loss
+        self._match = hidden_loss.match if hidden_loss else None
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         super().__init__(**kwargs)
-        if match is not None:
-            match.to(self.args.device)
+        if self._match is not None:
+            self._match.to(self.args.device)
         self.data_collator: Any = Numbered(self.data_collator)
 
     @property
@@ -117,7 +115,7 @@ class DistillTrainer(HymbaTrainer):
         read = {name: value for name, value in inputs.items() if name not in ("labels", "rows")}
         base = base_model(self.accelerator.unwrap_model(model))
         with caught_outputs(base) as outputs:
-            model(**read, skip_logits=True, output_hidden_states=self._match is not None)
+            model(**read, skip_logits=True, output_hidden_states=self._hidden_loss is not None)
         # A state predicts the token after it; the first of a text, which none does, is never learned.
         hidden = outputs[-1].last_hidden_state.flatten(0, 1)
         student = Head(hidden.roll(1, 0), base.get_output_embeddings().weight)
@@ -133,24 +131,11 @@ class DistillTrainer(HymbaTrainer):
             written = [place for place in places if place.row < 0]
             judged = self._taught(student, labels.masked_fill(~own, IGNORED), written, replace(stage, alpha=1.0))
             losses = _sum(losses, judged)
-        if self._match is None:
+        if self._hidden_loss is None:
             return losses
-        distance = self._matched(self._match, outputs[-1].hidden_states, places)
-        total = losses.total + self._match_weight * distance
+        distance = self._hidden_loss(outputs[-1].hidden_states, places, self._own)
+        total = losses.total + self._hidden_loss.weight * distance
         return Losses(total, losses.tokens, losses.parts | {"hidden": distance.detach().double()})
-
-    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[RowSpan]) -> Tensor:
-        """How far the student's hidden states are from the teacher's, where both predict the same tokens."""
-        online = self._signals.online
-        assert online
-        assert isinstance(online.maker.teacher, ModelTeacher)
-        rows = [online.row(place.row, self._own) for place in places]
-        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
-        before = [torch.from_numpy(row.teacher - 1) for row in rows]
-        theirs = teacher_states(online.maker.teacher, [row.teacher_ids for row in rows], before)
-        chosen = torch.cat(at).to(states[0].device)
-        distance: Tensor = match([state.flatten(0, 1)[chosen] for state in states], theirs)
-        return distance
 
     def _taught(self, student: Head, labels: Tensor, places: Sequence[RowSpan], stage: Stage) -> Losses:
         tokens, spans = self._signals.terms(places, stage, self._own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,3 +41,22 @@ def run(config: DistillConfig, screen: Screen | None = None, *, report: bool = F
         finished = run_distill(config, screen or Screen())
     assert finished is not None or config.dry_run
     return finished  # type: ignore[return-value]
+
+
+class RecordingScreen(Screen):
+    """A screen that records what is shown."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.progress: list[tuple[str, int, int | None]] = []
+
+    @contextmanager
+    def working(self, label: str, total: int | None = None) -> Any:
+        yield lambda done: self.progress.append((label, done, total))
+
+    def banner(self, lines: dict[str, str]) -> None:
+        self.lines |= lines
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

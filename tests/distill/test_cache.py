@@ -10,64 +10,20 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import datasets
 import pytest
 import torch
 
 from hymba_tune.distill import cache
-from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.cache import TargetCache, check_key, encode, fill, is_full, key_digest
-from hymba_tune.distill.projection import SparseTarget
-from hymba_tune.distill.rows import COLUMNS
-from hymba_tune.distill.target_maker import CaptureStats, TargetBatch
+from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT
-
-VOCABULARY, K = 32_001, 32
-KEY = {"version": 1, "teacher": "a" * 64, "top_k": K, "vocabulary": VOCABULARY, "temperature": 1.0, "data": "d"}
-
-
-def random_targets(tokens: int, seed: int, top_k: int = K, vocabulary: int = VOCABULARY) -> Targets:
-    """As a teacher's: descending, some of no mass, between them and the bucket all there is."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, 500, generator=generator) * 4
-    probs = logits.softmax(-1).sort(-1, descending=True).values
-    top = probs[:, :top_k]
-    top[:, -1] *= torch.rand(tokens, generator=generator) < 0.5
-    pieces = torch.zeros(tokens, top_k, dtype=torch.int64)
-    for row in pieces:
-        row += torch.randperm(vocabulary, generator=generator)[:top_k]
-    at = 5 + torch.randperm(2 * tokens, generator=generator)[:tokens].sort().values
-    bounds = torch.stack([at, at + 1], 1)
-    sparse = SparseTarget(pieces, top.log(), (1 - top.sum(-1)).clamp(min=0).log())
-    return Targets(at, sparse, bounds, -torch.rand(tokens, generator=generator) * 9)
-
-
-class RandomMaker:
-    """Teaches rows by the number of their first token."""
-
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
-        for index in reversed(range(len(rows))):
-            number = rows[index].student_ids[0]
-            tokens = number % 7
-            yield (
-                index,
-                TargetBatch(
-                    random_targets(tokens, number), CaptureStats(tokens, tokens, tokens, tokens / 3, tokens, 0.1)
-                ),
-            )
-
-
-def numbered_rows(count: int) -> datasets.Dataset:
-    columns: dict[str, list[Any]] = {name: [[]] * count for name in (*COLUMNS, "place")}
-    columns |= {"input_ids": [[number] for number in range(count)], "place": [""] * count}
-    return datasets.Dataset.from_dict(columns)
+from tests.distill.random_targets import KEY, RandomMaker, numbered_rows, random_targets
 
 
 def ignore(_: int) -> None:
@@ -148,7 +104,7 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from hymba_tune.distill import cache
-from tests.distill.test_cache import KEY, RandomMaker, numbered_rows
+from tests.distill.random_targets import KEY, RandomMaker, numbered_rows
 cache.SHARD, cache.GROUP = 5, 2
 print("ready", flush=True)
 cache.fill(Path(sys.argv[1]), KEY, numbered_rows(60), RandomMaker(), lambda _: time.sleep(0.004))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, namedtuple
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,6 +20,7 @@ from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.train.screen import Screen
+from tests.distill.runs import RecordingScreen
 from tests.distill.teachers import save_teacher
 
 ANY = {"min_teacher_probability": 0.0, "min_end_probability": 0.0}
@@ -37,25 +37,6 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hymba_tune.distill.preflight.SAMPLE_ROWS", 3)
 
 
-class Told(Screen):
-    """Remembers what is shown."""
-
-    def __init__(self) -> None:
-        self.lines: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.progress: list[tuple[str, int, int | None]] = []
-
-    @contextmanager
-    def working(self, label: str, total: int | None = None) -> Any:
-        yield lambda done: self.progress.append((label, done, total))
-
-    def banner(self, lines: dict[str, str]) -> None:
-        self.lines |= lines
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def settings(teacher: Path | str, questions: Path, **changes: Any) -> DistillCaptureConfig:
     usual: dict[str, Any] = {
         "model": "hymba-nano",
@@ -69,7 +50,7 @@ def settings(teacher: Path | str, questions: Path, **changes: Any) -> DistillCap
 def test_captured_once_and_found_again_without_the_teacher(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    screen, config = Told(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
+    screen, config = RecordingScreen(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
     first = run_capture(config, screen)
     assert len(first) == 24
     assert screen.progress[-1] == ("asking the teacher", 24, 24)

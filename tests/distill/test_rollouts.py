@@ -18,7 +18,7 @@ from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.registry import resolve_model
-from tests.distill.test_rows import QUESTION, quiet, talks, write
+from tests.distill.inputs import QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
 
 SAID = "It is 42, or naïve 🙂."

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -18,29 +15,12 @@ from hymba_tune.distill.alignment import Alignment, align
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.errors import DataError
+from tests.distill.inputs import ANSWERS, QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
-
-QUESTION = "What is the answer to the question?"
-ANSWERS = ["The answer is 42.", "  indented,\n\n and  so on: 1,234", "naïve 🙂 中文", "It is half of 48, which is 24."]
-
-
-@contextmanager
-def quiet(label: str) -> Iterator[Callable[[int], None]]:
-    del label
-    yield lambda _: None
 
 
 def pair_of(student: str = "hymba", teacher: str = "llama3") -> TokenizerPair:
     return make_pair(ALL[student], ALL[teacher])
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def talks(path: Path) -> str:
-    return write(path, [{"prompt": QUESTION, "completion": answer} for answer in ANSWERS])
 
 
 def read(data: str, pair: TokenizerPair, *, context: int | None = None, **changes: Any) -> AlignedData:

@@ -18,9 +18,8 @@ from hymba_tune.distill.capture import run_capture
 from hymba_tune.distill.server import KEY_VARIABLE, ServedTeacher, find_server, request
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.inputs import check_inputs
-from tests.distill.runs import run
+from tests.distill.runs import RecordingScreen, run
 from tests.distill.teachers import random_model, tokenizer_size
-from tests.distill.test_capture import Told
 from tests.distill.tokenizers import ALL
 from tests.tolerances import FLOAT32
 
@@ -196,7 +195,19 @@ def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, q
     for wrong in ([{"finish_reason": "stop"}], [{"text": "a"}, {"text": "b"}]):
         server.answer = lambda _, choices=wrong: {"choices": choices}  # type: ignore[misc]
         with pytest.raises(TrainingError, match=r"cannot be used: (it has no text|1 prompts were sent)"):
-            found(server).write([[1]], ends=[1], max_new_tokens=2, temperature=0, seed=0)
+            found(server).generate([[1]], ends=[1], max_new_tokens=2, temperature=0, seed=0, decode=unused)
+
+
+def unused(_: list[int]) -> str | None:
+    raise AssertionError("a server returns text; nothing is decoded")
+
+
+def test_whole_vocabulary_and_hidden_states_need_a_local_teacher(server: Server) -> None:
+    teacher = found(server)
+    with pytest.raises(ConfigError, match=r"behind a server, which does not return probabilities over the whole voc"):
+        teacher.full_vocabulary([[1, 2]])
+    with pytest.raises(ConfigError, match=r"does not return hidden states(.|\n)*--teacher with a Hub id or a folder"):
+        teacher.hidden_states([[1, 2]], [torch.tensor([0])])
 
 
 def test_end_that_a_server_does_not_know_is_named(server: Server) -> None:
@@ -205,25 +216,26 @@ def test_end_that_a_server_does_not_know_is_named(server: Server) -> None:
     server.answer = lambda _: {
         "choices": [{"index": index, "text": text, "finish_reason": "stop"} for index, text in enumerate(texts)]
     }
-    teacher, how = found(server), {"max_new_tokens": 2, "temperature": 0, "seed": 0}
+    teacher = found(server)
+    options: dict[str, Any] = {"max_new_tokens": 2, "temperature": 0, "seed": 0, "decode": unused}
     end, own = TOKENIZER.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>"])
-    assert teacher.write([[1]] * 3, ends=[end, own], **how) == ["So.", None, "So."]
+    assert teacher.generate([[1]] * 3, ends=[end, own], **options) == ["So.", None, "So."]
     assert server.asked[-1]["stop_token_ids"] == [end, own]
     assert server.asked[-1]["stop"] == ["<|begin_of_text|>", "<|eot_id|>"]
-    teacher.write([[1]] * 3, ends=[own], **how)
+    teacher.generate([[1]] * 3, ends=[own], **options)
     assert "stop_token_ids" not in server.asked[-1]
 
 
 def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     config = settings(server, questions, tmp_path)
-    screen = Told()
+    screen = RecordingScreen()
     targets = run_capture(config, screen)
     assert len(targets) == 24
     assert screen.lines["bias"].startswith("a server tells its 5 likeliest tokens: the untold mass counts as any other")
     top = targets[0].top
     assert float((top.log_probs.exp().sum(-1) + top.bucket.exp() - 1).abs().max()) < 0.01
-    assert len(run_capture(config, Told())) == 24
+    assert len(run_capture(config, RecordingScreen())) == 24
 
 
 def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> DistillCaptureConfig:

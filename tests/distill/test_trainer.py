@@ -16,7 +16,7 @@ from torch import Tensor
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.distill.matching import HiddenMatch, Layers
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
@@ -27,8 +27,8 @@ from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
+from tests.distill.inputs import quiet
 from tests.distill.teachers import random_model, save_teacher
-from tests.distill.test_rows import quiet
 from tests.runs import one_plain_step
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
@@ -102,15 +102,14 @@ def trainer(
         batch_size: int = ROWS,
         grad_accum: int = 1,
         signals: TeacherSignals | None = None,
-        match: HiddenMatch | None = None,
+        hidden_loss: HiddenStateLoss | None = None,
         **changes: Any,
     ) -> DistillTrainer:
         return DistillTrainer(
             signals=signals or TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
             token_bytes=token_bytes(pair.student),
-            match=match,
-            match_weight=0.5,
+            hidden_loss=hidden_loss,
             model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
             args=one_plain_step(tmp_path, batch_size=batch_size, grad_accum=grad_accum, **changes),
             train_dataset=data.train,
@@ -350,7 +349,9 @@ def test_hidden_states_are_drawn_to_the_teachers(
     match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
     rows, signals = beside(1.0)
-    fit = trainer(losses=LOSSES["ce"], signals=signals, match=match)
+    assert signals.online is not None
+    hidden_loss = HiddenStateLoss(match, signals.online, 0.5)
+    fit = trainer(losses=LOSSES["ce"], signals=signals, hidden_loss=hidden_loss)
     batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
     found = fit._losses(fit.model, batch)
     total, distance = torch.zeros(()), torch.zeros(())
