@@ -25,7 +25,7 @@ from hymba_tune.data import Conversation, Message
 from hymba_tune.distill.alignment import Alignment, align, align_rows
 from hymba_tune.distill.pair import TokenizerPair, make_pair, tokenize_examples
 from hymba_tune.distill.projection import Projection, find_places
-from hymba_tune.distill.tables import build_tables, count_first_pieces, open_tables
+from hymba_tune.distill.tables import build_tables, count_first_tokens, open_tables
 
 SIZES = (32_000, 128_000)
 QUICK = (600, 700)
@@ -158,7 +158,7 @@ def report_projection(pair: TokenizerPair, rows: list[Alignment], given: harness
     """Time a token beside the teacher's softmax."""
     tables = build_tables(pair)
     projection = Projection(
-        tables, count_first_pieces(rows), vocabulary=len(pair.student.spelling), device=given.device
+        tables, count_first_tokens(rows), vocabulary=len(pair.student.spelling), device=given.device
     )
     row = max(rows, key=lambda one: len(one.student))
     places = find_places(row, tables).to(given.device)

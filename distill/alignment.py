@@ -121,26 +121,26 @@ def _check(
         return Unaligned("bytes differ", "the chat templates write the answers in different ways", size)
     answers = []
     for ours, theirs in zip(student.answers, teacher.answers, strict=True):
-        pieces = _pieces(student.ids, ours, pair.student), _pieces(teacher.ids, theirs, pair.teacher)
-        leads = _lead(pieces[0], ours.content), _lead(pieces[1], theirs.content)
+        token_bytes = _token_bytes(student.ids, ours, pair.student), _token_bytes(teacher.ids, theirs, pair.teacher)
+        leads = _lead(token_bytes[0], ours.content), _lead(token_bytes[1], theirs.content)
         if leads[0] is None or leads[1] is None:
             whose = "student" if leads[0] is None else "teacher"
             return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer", size)
         # White space that both templates write before an answer is aligned with it.
         same = len(commonprefix([leads[0][::-1], leads[1][::-1]]))
-        student_spelled = _Spelled(ours.begin, list(map(len, pieces[0])), len(leads[0]) - same)
-        teacher_spelled = _Spelled(theirs.begin, list(map(len, pieces[1])), len(leads[1]) - same)
+        student_spelled = _Spelled(ours.begin, list(map(len, token_bytes[0])), len(leads[0]) - same)
+        teacher_spelled = _Spelled(theirs.begin, list(map(len, token_bytes[1])), len(leads[1]) - same)
         answers.append(_Common(student_spelled, teacher_spelled, len(ours.content) + same))
     return _Checked(student, teacher, answers)
 
 
-def _pieces(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
+def _token_bytes(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
     return list(map(side.spelling.tokens.__getitem__, ids[answer.begin : answer.end]))
 
 
-def _lead(pieces: list[bytes], content: bytes) -> bytes | None:
+def _lead(token_bytes: list[bytes], content: bytes) -> bytes | None:
     """What the tokens spell before an answer; None if they do not spell it, and its end."""
-    spelled = b"".join(pieces)
+    spelled = b"".join(token_bytes)
     lead = spelled.rfind(content, 0, -len(END))
     return spelled[:lead] if lead >= 0 and spelled.endswith(END) else None
 
@@ -274,9 +274,9 @@ class AlignmentReport:
                 self.dropped[row.reason] += 1
                 self.lost += row.bytes
                 continue
-            pieces = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
-            self.bytes += sum(len(piece) for piece in pieces if piece != END)
-            self.matched += sum(piece in whole for piece in pieces)
+            token_bytes = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
+            self.bytes += sum(len(token) for token in token_bytes if token != END)
+            self.matched += sum(token in whole for token in token_bytes)
             self.positions["crossing"] += int(row.crossing.sum())
             self.positions["shared"] += int(((row.spelled == 0) & ~row.crossing).sum())
             self.positions["inside"] += int(((row.spelled > 0) & ~row.crossing).sum())

@@ -199,13 +199,13 @@ def _write_shard(
 
 def encode(targets: Targets, wide: bool) -> Columns:
     """A row's targets as they are stored: distances for ascending numbers, sixteen bits for logarithms."""
-    pieces = targets.top.pieces.cpu().numpy()
+    student_tokens = targets.top.student_tokens.cpu().numpy()
     begins = targets.spans[:, 0].cpu().numpy()
     return {
         "gaps": np.diff(targets.at.cpu().numpy(), prepend=0).astype(np.uint32),
-        "pieces": pieces.astype(np.uint32 if wide else np.uint16).ravel(),
+        "pieces": student_tokens.astype(np.uint32 if wide else np.uint16).ravel(),
         "steps": _steps(_halves(targets.top.log_probs)).ravel(),
-        "bucket": _halves(targets.top.bucket),
+        "bucket": _halves(targets.top.rest_mass),
         "span_gaps": np.diff(begins, prepend=0).astype(np.uint32),
         "span_sizes": targets.spans[:, 1].cpu().numpy().astype(np.uint32) - begins.astype(np.uint32),
         "span_log_likelihoods": _halves(targets.span_log_likelihoods),
@@ -248,11 +248,11 @@ def _decode(group: pa.RecordBatch, index: int, top_k: int) -> Targets:
 
     at = torch.from_numpy(column["gaps"].astype(np.int64).cumsum())
     begin = torch.from_numpy(column["span_gaps"].astype(np.int64).cumsum())
-    pieces = torch.from_numpy(column["pieces"].astype(np.int64)).view(len(at), top_k)
+    student_tokens = torch.from_numpy(column["pieces"].astype(np.int64)).view(len(at), top_k)
     bits = column["steps"].reshape(len(at), top_k).cumsum(1, dtype=np.uint16)
     return Targets(
         at,
-        SparseTarget(pieces, logs(bits.view(np.float16)), logs(column["bucket"])),
+        SparseTarget(student_tokens, logs(bits.view(np.float16)), logs(column["bucket"])),
         torch.stack([begin, begin + torch.from_numpy(column["span_sizes"].astype(np.int64))], 1),
         logs(column["span_log_likelihoods"]),
     )

@@ -36,7 +36,7 @@ from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight, check_aligned, in_bytes, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
-from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
+from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
@@ -92,7 +92,7 @@ def load_target_maker(
     return TargetMaker.of(
         teacher.load(device, choose_dtype(options.teacher_dtype, device)),
         pair,
-        None if same_tokenizer(pair) else count_first_pieces(map(alignment, rows)),
+        None if same_tokenizer(pair) else count_first_tokens(map(alignment, rows)),
         vocabulary=vocabulary,
         top_k=options.top_k,
         temperature=options.temperature,

@@ -89,7 +89,7 @@ class Preflight:
     def lines(self) -> dict[str, str]:
         """The same for people: a label and a line each."""
         return alignment_lines(self.aligned, self.vocabulary) | {
-            "kept": f"{self.kept.mean_mass:.1%} of the teacher's probability finds a piece · "
+            "kept": f"{self.kept.mean_mass:.1%} of the teacher's probability maps to student tokens · "
             f"{self.kept.known / max(self.kept.places, 1):.1%} of the tokens have a target",
             "sanity": f"the teacher gives its own next token p = {self.kept.mean_own:.2f} on average",
             **end_line(self.kept, self.end),

@@ -26,7 +26,6 @@ from hymba_tune.distill.capture import (
     open_targets,
     open_teacher,
     pair_of,
-    parameters_of,
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
@@ -38,7 +37,7 @@ from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
-from hymba_tune.distill.teacher import smaller_than
+from hymba_tune.distill.teacher import parameters_of, smaller_than
 from hymba_tune.distill.teacher_generations import TeacherGenerator
 from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer

@@ -107,6 +107,7 @@ class ServedTeacher:
         Raises:
             ConfigError: Always.
         """
+        del rows
         raise self._unavailable("probabilities over the whole vocabulary")
 
     def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
@@ -115,6 +116,7 @@ class ServedTeacher:
         Raises:
             ConfigError: Always.
         """
+        del rows, at
         raise self._unavailable("hidden states")
 
     def _unavailable(self, quantity: str) -> ConfigError:
@@ -167,9 +169,9 @@ class ServedTeacher:
         return [_echoed(choice.get("logprobs"), prompt) for choice, prompt in zip(answer, prompts, strict=True)]
 
     def _complete(
-        self, prompts: Sequence[list[int]], timeout: float | None = None, **asked: Any
+        self, prompts: Sequence[list[int]], timeout: float | None = None, **options: Any
     ) -> list[dict[str, Any]]:
-        body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **asked}
+        body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **options}
         choices = request(f"{self._base}/completions", body, timeout).get("choices")
         if not isinstance(choices, list) or len(choices) != len(prompts):
             raise _wrong(f"{len(prompts)} prompts were sent, and not as many answered")

@@ -17,7 +17,7 @@ from hymba_tune.distill.losses import span_sums
 from hymba_tune.distill.outputs import Outputs, Teacher
 from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
-from hymba_tune.distill.tables import FirstPieces, Tables, open_tables, same_tokenizer
+from hymba_tune.distill.tables import FirstTokens, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
 
 
@@ -107,7 +107,7 @@ class TargetMaker:
         cls,
         teacher: Teacher,
         pair: TokenizerPair,
-        seen: FirstPieces | None,
+        seen: FirstTokens | None,
         *,
         vocabulary: int,
         top_k: int,

@@ -19,18 +19,18 @@ KEY = {"version": 1, "teacher": "a" * 64, "top_k": K, "vocabulary": VOCABULARY, 
 
 
 def random_targets(tokens: int, seed: int, top_k: int = K, vocabulary: int = VOCABULARY) -> Targets:
-    """As a teacher's: descending, some of no mass, between them and the bucket all there is."""
+    """As a teacher's: descending, some of no mass, between them and the remaining mass all there is."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, 500, generator=generator) * 4
     probs = logits.softmax(-1).sort(-1, descending=True).values
     top = probs[:, :top_k]
     top[:, -1] *= torch.rand(tokens, generator=generator) < 0.5
-    pieces = torch.zeros(tokens, top_k, dtype=torch.int64)
-    for row in pieces:
+    student_tokens = torch.zeros(tokens, top_k, dtype=torch.int64)
+    for row in student_tokens:
         row += torch.randperm(vocabulary, generator=generator)[:top_k]
     at = 5 + torch.randperm(2 * tokens, generator=generator)[:tokens].sort().values
     bounds = torch.stack([at, at + 1], 1)
-    sparse = SparseTarget(pieces, top.log(), (1 - top.sum(-1)).clamp(min=0).log())
+    sparse = SparseTarget(student_tokens, top.log(), (1 - top.sum(-1)).clamp(min=0).log())
     return Targets(at, sparse, bounds, -torch.rand(tokens, generator=generator) * 9)
 
 

@@ -39,10 +39,10 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def same(one: Targets, other: Targets, halves: bool) -> bool:
     """Whether these are the same; logarithms in sixteen bits."""
     rounded = [(lambda values: values.half().float()) if halves else lambda values: values][0]
-    pairs = [(one.at, other.at), (one.top.pieces, other.top.pieces), (one.spans, other.spans)]
+    pairs = [(one.at, other.at), (one.top.student_tokens, other.top.student_tokens), (one.spans, other.spans)]
     logs = [
         (one.top.log_probs, other.top.log_probs),
-        (one.top.bucket, other.top.bucket),
+        (one.top.rest_mass, other.top.rest_mass),
         (one.span_log_likelihoods, other.span_log_likelihoods),
     ]
     return all(torch.equal(a, b) for a, b in pairs) and all(torch.equal(rounded(a), rounded(b)) for a, b in logs)
@@ -70,11 +70,11 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     (tmp_path / "key.json").write_text(json.dumps(KEY))
     (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(CaptureStats())}))
     assert same(TargetCache(tmp_path)[0], targets, halves=True)
-    assert int(targets.top.pieces.max()) > 65536
+    assert int(targets.top.student_tokens.max()) > 65536
 
 
 def test_bytes_a_token(tmp_path: Path) -> None:
-    """Worse than any teacher's: pieces drawn evenly from the whole vocabulary."""
+    """Worse than any teacher's: student_tokens drawn evenly from the whole vocabulary."""
     rows = [encode(random_targets(100, seed), wide=False) for seed in range(16)]
     cache.write_shard(tmp_path / "it.arrow", rows, CaptureStats())
     assert (tmp_path / "it.arrow").stat().st_size / 1600 <= 128

@@ -62,8 +62,8 @@ def test_captured_once_and_found_again_without_the_teacher(
     ]
     monkeypatch.setattr(LocalTeacherSpec, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
     again = run_capture(config, screen)
-    assert torch.equal(again[7].top.pieces, first[7].top.pieces)
-    assert again[7].top.pieces.shape[1] == 4
+    assert torch.equal(again[7].top.student_tokens, first[7].top.student_tokens)
+    assert again[7].top.student_tokens.shape[1] == 4
     assert "it is not loaded" in screen.notes[-1]
 
 
@@ -152,7 +152,7 @@ def test_what_is_found_in_words() -> None:
         "aligned": "9,409 of 9,412 rows, 99.9% of the bytes (3 dropped: bytes differ)",
         "matched": "57.2% of the student's vocabulary, 99.2% of what it writes",
         "tokens": "80.1% at shared boundaries · 17.6% inside a teacher token · 2.3% across two",
-        "kept": "99.5% of the teacher's probability finds a piece · 98.0% of the tokens have a target",
+        "kept": "99.5% of the teacher's probability maps to student tokens · 98.0% of the tokens have a target",
         "sanity": "the teacher gives its own next token p = 0.46 on average",
         "p(end)": "after an answer, the teacher gives its end token <end> p = 0.925 on average",
         "targets": "1.6M tokens × 118 B = 188.8 MB · about 12 min",

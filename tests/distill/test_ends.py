@@ -18,7 +18,7 @@ from hymba_tune.distill.capture import pair_of
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.tables import count_first_tokens
 from hymba_tune.distill.target_maker import CaptureStats, TargetBatch, TargetMaker
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
@@ -40,7 +40,7 @@ def taught(
     maker = TargetMaker.of(
         teacher,
         pair,
-        count_first_pieces([row]),
+        count_first_tokens([row]),
         vocabulary=len(pair.student.spelling),
         top_k=8,
         temperature=1.0,
@@ -61,7 +61,7 @@ def targets_of_end(pair: TokenizerPair, row: Alignment, found: TargetBatch) -> l
     at = found.targets.at.tolist()
     places = [index for index, place in enumerate(at) if row.student_ids[place] == pair.student.end]
     top = found.targets.top
-    return [float(top.log_probs[place][top.pieces[place] == pair.student.end].exp().sum()) for place in places]
+    return [float(top.log_probs[place][top.student_tokens[place] == pair.student.end].exp().sum()) for place in places]
 
 
 @TEACHERS

@@ -234,7 +234,7 @@ def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: 
     assert len(targets) == 24
     assert screen.lines["bias"].startswith("a server tells its 5 likeliest tokens: the untold mass counts as any other")
     top = targets[0].top
-    assert float((top.log_probs.exp().sum(-1) + top.bucket.exp() - 1).abs().max()) < 0.01
+    assert float((top.log_probs.exp().sum(-1) + top.rest_mass.exp() - 1).abs().max()) < 0.01
     assert len(run_capture(config, RecordingScreen())) == 24
 
 

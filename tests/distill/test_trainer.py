@@ -20,11 +20,11 @@ from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
-from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.tables import count_first_tokens
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
-from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, TeacherSignals
+from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, RowSpan, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
 from tests.distill.inputs import quiet
@@ -76,7 +76,7 @@ def made(
     maker = TargetMaker.of(
         teacher,
         pair,
-        count_first_pieces(rows),
+        count_first_tokens(rows),
         vocabulary=4096,
         top_k=TOP_K,
         temperature=TEMPERATURE,
@@ -120,14 +120,14 @@ def trainer(
     return make
 
 
-def sparse_kl(log_probs: Tensor, pieces: Tensor, told: Tensor, bucket: Tensor) -> Tensor:
+def sparse_kl(log_probs: Tensor, student_tokens: Tensor, target: Tensor, rest_mass: Tensor) -> Tensor:
     """One token's divergence from its target, term by term."""
-    kept = [(int(piece), value) for piece, value in zip(pieces, told, strict=True) if value > -math.inf]
-    total = sum(value.exp() * (value - log_probs[piece]) for piece, value in kept)
+    kept = [(int(token), value) for token, value in zip(student_tokens, target, strict=True) if value > -math.inf]
+    total = sum(value.exp() * (value - log_probs[token]) for token, value in kept)
     others = torch.ones(len(log_probs), dtype=torch.bool)
-    others[[piece for piece, _ in kept]] = False
-    if bucket > -math.inf:
-        total = total + bucket.exp() * (bucket - log_probs[others].exp().sum().log())
+    others[[token for token, _ in kept]] = False
+    if rest_mass > -math.inf:
+        total = total + rest_mass.exp() * (rest_mass - log_probs[others].exp().sum().log())
     return torch.as_tensor(total)
 
 
@@ -267,6 +267,12 @@ def test_own_answers_are_judged_by_the_teacher_alone(
     FLOAT32.check(mixed.parts[name], known.parts[name], "part")
     shared = int((fit._own[0].spelled == 0).sum())
     assert mixed.tokens - alone.tokens == (shared if loss == "uld" else len(fit._own[0].student))
+
+
+def test_losses_of_the_teacher_in_memory_need_it() -> None:
+    signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU)
+    with pytest.raises(ValueError, match="uld: these losses need the teacher in memory"):
+        signals.terms([RowSpan(0, 0)], Stage(1.0, {"uld": 1.0}, ALPHA, 0.0))
 
 
 @pytest.fixture
