@@ -27,7 +27,7 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",
-        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
+        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.stats.known, 1):.0f} bytes a token",
         "next  hymba-tune distill with the same settings as these: the teacher is not loaded again",
     ]
     console.print(" " + "\n ".join(lines), markup=False, soft_wrap=True)

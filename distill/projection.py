@@ -114,16 +114,16 @@ class ProjectedTarget:
         known: ``(N,)`` bool: whether there is a target. The mass must be above `FLOOR`, and a student token that
             continues into the teacher's next token must have some of it. Elsewhere ``probs`` and ``rest_mass`` are
             meaningless.
-        kept: ``(N,)``: the share of p that maps to student tokens or the rest mass, whatever came before. At a shared
-            boundary this is the mass on tokens that the student can write; within a token, the mass on tokens that
-            continue the bytes so far.
+        coverage: ``(N,)``: the share of p that maps to student tokens or the rest mass, whatever came before. At a
+            shared boundary this is the mass on tokens that the student can write; within a token, the mass on tokens
+            that continue the bytes so far.
     """
 
     probs: Tensor
     rest_mass: Tensor
     mass: Tensor
     known: Tensor
-    kept: Tensor
+    coverage: Tensor
 
     def top(self, k: int) -> SparseTarget:
         """Keep the k most likely tokens; the mass of the others is added to the rest mass."""
@@ -207,7 +207,7 @@ class Projection:
         rest_mass.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
 
         # The share is measured before the second sum, relative to the mass that reached this place.
-        kept = (mass.sum(-1) + rest_mass) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
+        coverage = (mass.sum(-1) + rest_mass) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
 
         # Longer tokens than the one that ended here were possible too: their mass returns to what they continue with.
         beyond = (covered & (places.beyond != NOWHERE)).nonzero().squeeze(1)
@@ -217,7 +217,7 @@ class Projection:
         both = beyond[places.inside[beyond] > 0]
         rows, tokens = self._exact(both, places.beyond[both])
         rest_mass.index_add_(0, rows, probs[places.before[rows], tokens])
-        return _normalized(mass, rest_mass, kept, places)
+        return _normalized(mass, rest_mass, coverage, places)
 
     @torch.no_grad()
     def from_outputs(
@@ -288,7 +288,7 @@ def _add(mass: Tensor, rows: Tensor, student_tokens: Tensor, values: Tensor) -> 
     mass.view(-1).index_add_(0, rows * mass.shape[1] + student_tokens, values)
 
 
-def _normalized(mass: Tensor, rest_mass: Tensor, kept: Tensor, places: Places) -> ProjectedTarget:
+def _normalized(mass: Tensor, rest_mass: Tensor, coverage: Tensor, places: Places) -> ProjectedTarget:
     """Scale mass and rest mass to probabilities."""
     # With a full support there is no token that the rest mass could belong to.
     rest_mass = rest_mass.masked_fill(mass.amin(-1) > 0, 0)
@@ -296,4 +296,4 @@ def _normalized(mass: Tensor, rest_mass: Tensor, kept: Tensor, places: Places) -
     reached = mass.gather(1, places.student_token[:, None]).squeeze(1) > 0
     known = (total > FLOOR) & (reached | ~places.crossing)
     scale = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return ProjectedTarget(mass.div_(scale[:, None]), rest_mass / scale, total, known, kept)
+    return ProjectedTarget(mass.div_(scale[:, None]), rest_mass / scale, total, known, coverage)

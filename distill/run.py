@@ -219,7 +219,7 @@ class TaughtRun:
             "aligned": f"{kept:,} of {alignment.rows:,} rows byte for byte",
         }
         if self.targets is not None:
-            stats = self.targets.kept
+            stats = self.targets.stats
             lines["sanity"] = f"the teacher gives its own next token p = {stats.mean_own:.2f} on average"
             lines |= end_line(stats, str(run.pair.teacher.tokenizer.eos_token))
         losses = " · then ".join(_in_words(stage) for stage in run.stages)

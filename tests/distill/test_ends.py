@@ -85,8 +85,8 @@ def test_student_is_taught_to_stop(name: str, tmp_path: Path) -> None:
     pair = make_pair(ALL["hymba"], tokenizer)
     row, found = taught(pair, TALK, knowing(tokenizer), tmp_path)
     assert targets_of_end(pair, row, found) == pytest.approx([0.99, 0.99], abs=0.02)
-    assert (found.kept.ends, found.kept.mean_end) == (2, pytest.approx(0.99))
-    line = Preflight(AlignmentReport(), 1.0, found.kept, 1, 1.0, 1.0, end).lines()["p(end)"]
+    assert (found.stats.ends, found.stats.mean_end) == (2, pytest.approx(0.99))
+    line = Preflight(AlignmentReport(), 1.0, found.stats, 1, 1.0, 1.0, end).lines()["p(end)"]
     assert line == f"after an answer, the teacher gives its end token {end} p = 0.990 on average"
 
 
@@ -96,7 +96,7 @@ def test_end_that_is_not_the_teachers_is_seen(tmp_path: Path) -> None:
     pair = make_pair(ALL["hymba"], tokenizer, teacher_end="<eos>")
     row, found = taught(pair, TALK, knowing(tokenizer), tmp_path)
     assert max(targets_of_end(pair, row, found)) < 0.01
-    preflight = Preflight(AlignmentReport(), 1.0, found.kept, 1, 1.0, 1.0, "<eos>")
+    preflight = Preflight(AlignmentReport(), 1.0, found.stats, 1, 1.0, 1.0, "<eos>")
     floors = {"min_aligned": 0.0, "min_probability": 0.0}
     with pytest.raises(TrainingError, match=r"its end token <eos> a probability of [\de.-]+ on av(.|\n)*--teacher-end"):
         preflight.check(**floors, min_end=0.05)
@@ -158,7 +158,7 @@ def test_plain_text_ends_with_the_tokenizers_own_token(name: str, tmp_path: Path
     row, found = taught(pair, Text("The answer is 42."), teacher, tmp_path)
     assert row.teacher_ids[-1] == tokenizer.eos_token_id
     assert row.student_ids[-1] == pair.student.end
-    assert found.kept.ends == 0
+    assert found.stats.ends == 0
     assert {pair.teacher.spelling.tokens[token] for token in pair.teacher.ends} == {END}
 
 

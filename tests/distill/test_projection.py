@@ -57,6 +57,10 @@ def naive_first(
     return first
 
 
+def float64(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def segment_of(one: Drawn) -> naive.Segment:
     """The twin's segmentation, blind to what ends a turn and to the names of special tokens."""
     names = {one.pair.teacher.spelling.tokens[token] for token in one.pair.teacher.tokenizer.all_special_ids}
@@ -84,16 +88,14 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
             expected = torch.zeros(vocabulary, dtype=torch.float64)
             expected[list(mass)] = torch.tensor(list(mass.values()), dtype=torch.float64)
             total = sum(mass.values()) + rest_mass
-            FLOAT64.check(target.mass[place], torch.tensor(total, dtype=torch.float64), "mass")
+            FLOAT64.check(target.mass[place], float64(total), "mass")
             alone, rest = naive.mass(teacher, probs[at - 1].tolist(), None, previous, u, first, segment, spell)
-            FLOAT64.check(target.kept[place], torch.tensor(sum(alone.values()) + rest, dtype=torch.float64), "kept")
+            FLOAT64.check(target.coverage[place], float64(sum(alone.values()) + rest), "coverage")
             student_token = row.student_ids[row.student[place]]
             assert target.known[place] == (total > 1e-6 and (mass.get(student_token, 0) > 0 or not row.crossing[place]))
             if total:
                 FLOAT64.check(target.probs[place], expected / total, "probabilities")
-                FLOAT64.check(
-                    target.rest_mass[place], torch.tensor(rest_mass / total, dtype=torch.float64), "rest_mass"
-                )
+                FLOAT64.check(target.rest_mass[place], float64(rest_mass / total), "rest_mass")
 
 
 def projection_of(

@@ -191,7 +191,7 @@ def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, q
     assert (first["max_tokens"], first["temperature"], first["stop"]) == (256, 1.0, ["<|eot_id|>"])
     assert finished.facts()["data"]["rows"] == 24 - len(unended)
     assert json.loads((finished.path / "samples.json").read_text())[0]["reference"] == "So."
-    assert finished.facts()["described"]["bias"].startswith("a server tells its 5 likeliest")
+    assert finished.facts()["described"]["bias"].startswith("a server returns its top 5 tokens")
     for wrong in ([{"finish_reason": "stop"}], [{"text": "a"}, {"text": "b"}]):
         server.answer = lambda _, choices=wrong: {"choices": choices}  # type: ignore[misc]
         with pytest.raises(TrainingError, match=r"cannot be used: (it has no text|1 prompts were sent)"):
@@ -232,7 +232,7 @@ def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: 
     screen = RecordingScreen()
     targets = run_capture(config, screen)
     assert len(targets) == 24
-    assert screen.lines["bias"].startswith("a server tells its 5 likeliest tokens: the untold mass counts as any other")
+    assert screen.lines["bias"].startswith("a server returns its top 5 tokens: the remaining mass counts as any token")
     top = targets[0].top
     assert float((top.log_probs.exp().sum(-1) + top.rest_mass.exp() - 1).abs().max()) < 0.01
     assert len(run_capture(config, RecordingScreen())) == 24
@@ -295,18 +295,18 @@ def told(*places: Any) -> Answer:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda _: {"choices": []}, "1 prompts were sent, and not as many answered"),
+        (lambda _: {"choices": []}, "1 prompts were sent, and the number of choices is another"),
         (lambda _: {"choices": [{"index": 0}]}, "neither has prompt_logprobs nor echoes tokens as their ids"),
         (
             lambda _: {"choices": [{"logprobs": {"tokens": ["a", " b", "c"], "top_logprobs": [None, {" b": -1}, {}]}}]},
             "neither has prompt_logprobs nor echoes tokens as their ids",
         ),
-        (told({"2": -1.0}, {"3": -1.0}), "prompt_logprobs are of another form"),
+        (told({"2": -1.0}, {"3": -1.0}), "prompt_logprobs have another form"),
         (told({"2": {"logprob": -1.0}}), "about other tokens than were sent"),
         (told({"2": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}), "about other tokens than were sent"),
         (told({"2": {"logprob": 0.5}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
         (told({"2": {"logprob": float("nan")}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
-        (told({"2": {"logprob": -0.1}, "5": {"logprob": -0.1}}, {"3": {"logprob": -1.0}}), "come to more than 1"),
+        (told({"2": {"logprob": -0.1}, "5": {"logprob": -0.1}}, {"3": {"logprob": -1.0}}), "sum to more than 1"),
         (lambda _: b"{", "it is not JSON"),
         (lambda _: [1], "it is not JSON"),
     ],
@@ -366,7 +366,7 @@ def test_key_does_not_follow_to_another_address(server: Server, monkeypatch: pyt
 
 def test_no_server(server: Server) -> None:
     server.close()
-    with pytest.raises(TrainingError, match=r"does not answer: .*refused(.|\n)*what was captured is kept"):
+    with pytest.raises(TrainingError, match=r"does not answer: .*refused(.|\n)*captured targets are kept"):
         request(f"{server.address}/models")
 
 

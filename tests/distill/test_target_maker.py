@@ -85,8 +85,8 @@ def test_spans_are_as_likely_as_the_teachers_tokens(names: tuple[str, str], tmp_
         FLOAT32.check(one.targets.span_log_likelihoods, torch.stack(sums), "spans")
         assert one.targets.spans.tolist() == row.spans[:, :2].tolist()
         answer = torch.cat([own[begin - 1 : end - 1] for *_, begin, end in row.spans.tolist()])
-        assert one.kept.tokens == len(answer)
-        FLOAT32.check(torch.tensor(one.kept.own), answer.exp().sum().float(), "probability of its own tokens")
+        assert one.stats.tokens == len(answer)
+        FLOAT32.check(torch.tensor(one.stats.own), answer.exp().sum().float(), "probability of its own tokens")
 
 
 def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
         assert torch.equal(one.targets.top.student_tokens, likeliest.indices)
         FLOAT32.check(one.targets.top.log_probs, likeliest.values)
         FLOAT32.check(one.targets.top.rest_mass.exp(), 1 - likeliest.values.exp().sum(-1))
-        assert one.kept.known == one.kept.shared == one.kept.places == len(row.student)
-        assert one.kept.mass == pytest.approx(one.kept.places, rel=1e-4)
+        assert one.stats.known == one.stats.shared == one.stats.places == len(row.student)
+        assert one.stats.mass == pytest.approx(one.stats.places, rel=1e-4)
 
 
 def test_what_a_pass_shows_is_summed() -> None:

@@ -183,8 +183,8 @@ def test_weights_cut_short_are_seen_before_they_are_loaded(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "t5"}, r"is a t5 model, which does not go on with a text"),
-        ({"model_type": "siglip"}, r"is a siglip model, which does not go on with a text"),
+        ({"model_type": "t5"}, r"is a t5 model, which does not generate text"),
+        ({"model_type": "siglip"}, r"is a siglip model, which does not generate text"),
         ({"model_type": "new-one"}, r"config\.json of the teacher .* cannot be used"),
     ],
 )
@@ -201,7 +201,7 @@ def test_adapter_of_another_family(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
     )
-    with pytest.raises(CheckpointError, match=r"is an adapter of a llama model(.|\n)*merge it into its base"):
+    with pytest.raises(CheckpointError, match=r"is an adapter of a llama model(.|\n)*merge it into its base model"):
         find_teacher(str(adapter))
 
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     settings = {"peft_type": "LORA", "base_model_name_or_path": "hymba-nano"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="is an adapter, which has to be folded in first"):
+    with pytest.raises(ConfigError, match="is an adapter, which must be merged first"):
         find_teacher(str(tmp_path / "adapter"), Scheme.nf4)
     stored = Path(shutil.copytree(resolve_model("hymba-nano").folder, tmp_path / "stored"))
     config = json.loads((stored / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Data whose answers the teacher writes: once, whatever interrupts it."""
+"""Answers that the teacher generates: once, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def quiet(_: int) -> None: ...
 
 
 def nobody() -> Any:
-    raise AssertionError("the teacher is loaded, though nothing is to be written")
+    raise AssertionError("the teacher is loaded, although no answer is missing")
 
 
-def test_last_answers_are_the_teachers_and_alone_learned(
+def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
     generator: Callable[..., TeacherGenerator], tmp_path: Path
 ) -> None:
     script = Scripted(unended=1, unread=3)
@@ -91,7 +91,9 @@ def test_last_answers_are_the_teachers_and_alone_learned(
     assert "Bye" not in prompt
 
 
-def test_interrupted_writing_goes_on_where_it_was(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+def test_interrupted_generation_continues(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    generator: Callable[..., TeacherGenerator], tmp_path: Path
+) -> None:
     whole = generator().write(tmp_path / "whole", Scripted, quiet)
     with pytest.raises(KeyboardInterrupt):
         generator().write(tmp_path / "a", lambda: Scripted(die_at=4), quiet)
@@ -106,7 +108,7 @@ def test_interrupted_writing_goes_on_where_it_was(generator: Callable[..., Teach
     assert (again.rows, again.left_out) == (whole.rows, whole.left_out)
 
 
-def test_key_is_of_all_that_decides_the_answers(generator: Callable[..., TeacherGenerator]) -> None:
+def test_key_covers_everything_that_determines_the_answers(generator: Callable[..., TeacherGenerator]) -> None:
     keys = [
         generator(rows, **changes).key(quiet)
         for rows, changes in (
@@ -121,8 +123,10 @@ def test_key_is_of_all_that_decides_the_answers(generator: Callable[..., Teacher
     assert generator().key(quiet) == keys[0]
 
 
-def test_nothing_to_answer_is_said(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no conversation in the data, only texts"):
+def test_no_answers_to_train_on_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    generator: Callable[..., TeacherGenerator], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="the data has no conversations, only texts"):
         generator([{"text": "a text"}]).key(quiet)
     with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
         generator(TALKS[:1]).write(tmp_path / "a", lambda: Scripted(unended=0), quiet)
@@ -148,13 +152,13 @@ def test_answer_ends_at_the_templates_token_or_the_tokenizers(which: int, tmp_pa
     assert json.loads(found.path.read_text().splitlines()[0])["messages"][-1]["content"] == "So."
 
 
-def test_conversation_cannot_be_answered_twice(tmp_path: Path) -> None:
+def test_source_with_weight_above_one_raises(tmp_path: Path) -> None:
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)], [2.0])
-    with pytest.raises(ConfigError, match=r"data\.jsonl is to be taken 2 times(.|\n)*--weights of at most 1"):
+    with pytest.raises(ConfigError, match=r"data\.jsonl has weight 2(.|\n)*--weights of at most 1"):
         TeacherGenerator(DistillConfig(), sources, PAIR, lambda: "teacher")
 
 
-def test_student_imitates_what_was_written(
+def test_student_trains_on_generated_answers(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher, "write", Scripted().write)
