@@ -1,4 +1,4 @@
-"""Having a teacher's targets for a student's data: from a folder if they are there, else from the teacher."""
+"""Loads a teacher's targets from a folder, or computes the missing ones."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ from hymba_tune.registry import TEACHERS, resolve_model
 from hymba_tune.train.screen import Screen
 
 PINNED = {"date_string": "26 Jul 2024"}
-"""Values of chat templates that are today's where nobody gives them: the same data would give other rows tomorrow."""
+"""Template values that default to today's date, so that the same data would give other rows on another day."""
 READ_ROWS = 1000
 MARGIN = 1.1
-"""Of disk space beyond what is foreseen."""
+"""Required disk space relative to the estimate."""
 
 
 def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: TeacherSpec) -> TokenizerPair:
-    """The student's tokenizer beside the teacher's, as the settings want them.
+    """Create the pair of tokenizers according to the settings.
 
     Raises:
-        ConfigError: If a template or an end cannot be used.
-        DataError: If a tokenizer's tokens do not tell the bytes of a text.
+        ConfigError: If a template or an end token cannot be used.
+        DataError: If a tokenizer's tokens do not determine the bytes of a text.
     """
     tokenizer = with_chat_template(teacher.tokenizer, options.teacher_chat_template, flag="--teacher-chat-template")
     template = str(tokenizer.chat_template)
@@ -79,15 +79,15 @@ def load_target_maker(
     vocabulary: int,
     device: torch.device,
 ) -> TargetMaker:
-    """Load a teacher as a maker of targets.
+    """Load a teacher, and create its target maker.
 
     Args:
-        options: Who teaches.
-        rows: As `read_rows` gives them: how the student begins the teacher's tokens is counted in them.
-        pair: Both sides.
-        teacher: TeacherSpec, not loaded.
-        vocabulary: Rows of the student's head.
-        device: Where all is computed.
+        options: The settings of the teacher.
+        rows: The rows from `read_rows`, in which first student tokens are counted.
+        pair: The two tokenizers.
+        teacher: The teacher, not loaded.
+        vocabulary: The rows of the student's output layer.
+        device: The device of the teacher and the targets.
     """
     return TargetMaker.of(
         teacher.load(device, choose_dtype(options.teacher_dtype, device)),
@@ -104,7 +104,7 @@ def load_target_maker(
 def cache_key(
     options: TeacherOptions, rows: datasets.Dataset, pair: TokenizerPair, teacher: TeacherSpec, *, vocabulary: int
 ) -> Key:
-    """All that decides what the targets are, by names that people understand."""
+    """Return everything that determines the targets, by names that a user understands."""
 
     def template(side: PreTrainedTokenizerBase) -> str:
         return _digest(str(side.chat_template))
@@ -129,7 +129,7 @@ def _digest(text: str) -> str:
 
 
 def _digest_rows(rows: datasets.Dataset) -> str:
-    """SHA-256 of the rows as both sides read them."""
+    """Return the SHA-256 of the rows in both sides' tokens."""
     names = [name for name in rows.column_names if name not in ("row", "place")]
     table, digest = rows.select_columns(names).with_format("arrow"), hashlib.sha256(json.dumps(names).encode())
     for begin in range(0, len(rows), READ_ROWS):
@@ -151,16 +151,16 @@ def open_targets(
     device: torch.device,
     screen: Screen,
 ) -> TargetCache:
-    """Have the teacher's targets of all rows; it is loaded only if some are missing.
+    """Open the teacher's targets of all rows. The teacher is loaded only if some are missing.
 
     Args:
-        options: Who teaches, and what is kept of it.
-        data: Both sides' tokens of it.
-        pair: Both sides.
-        teacher: TeacherSpec, not loaded.
-        vocabulary: Rows of the student's head.
-        device: Where the teacher computes.
-        screen: Told what happens.
+        options: The settings of the teacher and its targets.
+        data: The rows in both sides' tokens.
+        pair: The two tokenizers.
+        teacher: The teacher, not loaded.
+        vocabulary: The rows of the student's output layer.
+        device: The device of the teacher.
+        screen: Shows the progress.
 
     Raises:
         ConfigError: If the folder that is named holds other targets, or its disk is too small.
@@ -187,7 +187,7 @@ def open_targets(
 
 
 def check_found(options: TeacherOptions, found: Preflight) -> None:
-    """Refuse to go on where the preflight has found less than the settings ask for; errors are `Preflight.check`'s."""
+    """Check the preflight against the minimum values of the settings; see `Preflight.check`."""
     found.check(
         min_aligned=options.min_aligned,
         min_probability=options.min_teacher_probability,
@@ -196,10 +196,10 @@ def check_found(options: TeacherOptions, found: Preflight) -> None:
 
 
 def check_space(folder: Path, found: Preflight, rows: int) -> None:
-    """See that the disk has room for the targets that are missing.
+    """Check that the disk has room for the missing targets.
 
     Raises:
-        ConfigError: If it has not.
+        ConfigError: If it does not.
     """
     missing = sum(not shard_path(folder, shard).is_file() for shard in range(-(-rows // SHARD)))
     needed = MARGIN * found.bytes * missing / max(-(-rows // SHARD), 1)
@@ -214,10 +214,10 @@ def check_space(folder: Path, found: Preflight, rows: int) -> None:
 
 
 def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
-    """Capture a teacher's targets, for runs of distillation to come.
+    """Capture a teacher's targets for later runs of distillation.
 
     Raises:
-        HymbaTuneError: If something is to be mended first.
+        HymbaTuneError: If an input or a setting cannot be used.
     """
     check_inputs(config)
     device = choose_device(config.device)
@@ -241,10 +241,10 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
 
 
 def open_teacher(options: TeacherOptions) -> TeacherSpec:
-    """Find who is to teach; `check_inputs` has seen that somebody is named.
+    """Find the teacher; `check_inputs` has checked that there is one.
 
     Raises:
-        HymbaTuneError: As `find_teacher` and `find_server`.
+        HymbaTuneError: If the teacher cannot be used; see `find_teacher` and `find_server`.
     """
     if not options.served:
         return find_teacher(options.teacher, options.teacher_quantize)
@@ -256,18 +256,18 @@ def open_teacher(options: TeacherOptions) -> TeacherSpec:
 
 
 BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
-"""Of a quantized weight, with its scales."""
+"""Bits of a quantized weight, including its scales."""
 
 
 def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student: Any, device: torch.device) -> int:
-    """Bytes that a run holds of its teacher while the student learns.
+    """Estimate the bytes that the teacher takes during training.
 
     Args:
-        config: Of the run.
+        config: The run's settings.
         teacher: The teacher's configuration.
-        parameters: How many the teacher has.
+        parameters: The number of the teacher's parameters.
         student: The student's configuration.
-        device: Where both are to be.
+        device: The device of both models.
     """
     if not config.keeps_teacher:
         return 0
@@ -281,7 +281,7 @@ def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student:
 
 
 def plan_teacher(config: DistillConfig, student: Any, device: torch.device) -> int:
-    """`teacher_bytes`, from both configurations alone."""
+    """Return `teacher_bytes` from the two configurations, without loading the teacher."""
     if not config.keeps_teacher or not config.teacher:
         return 0
     source = resolve_model(config.teacher, flag="--teacher", aliases=TEACHERS)

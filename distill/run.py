@@ -1,4 +1,4 @@
-"""A run of distillation: sft's, with a teacher."""
+"""A run of distillation."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.sft import data_of
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
-"""Losses that compare the same tokens on both sides."""
+"""Losses that need one tokenizer on both sides."""
 LOSS_CHUNKS = 6
-"""Times a chunk's logits that losses hold at most."""
+"""Memory of a loss, in multiples of a chunk's logits."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
     """Train a student on what a teacher predicts; see `train`.
 
     Raises:
-        ConfigError: If no teacher is named, or it cannot give what the losses need.
+        ConfigError: If there is no teacher, or it does not fit the losses.
     """
     return train(DistillTask(config), screen)
 
@@ -94,7 +94,7 @@ class DistillTask:
 def generated_data(
     config: DistillConfig, teacher: TeacherSpec, pair: TokenizerPair, device: torch.device, screen: Screen
 ) -> Path | None:
-    """Have the teacher write the answers of the data, if the settings ask for that.
+    """Generate the teacher's answers to the data, if the settings have the seq loss.
 
     Returns:
         The file of conversations with the teacher's answers; None where the data's own answers are used.
@@ -103,14 +103,14 @@ def generated_data(
         return None
     generator = TeacherGenerator(config, opened(config)[0], pair, lambda: teacher.fingerprint)
     load = partial(teacher.load, device, choose_dtype(config.teacher_dtype, device))
-    with screen.working("reading what the teacher is to answer") as progress:
+    with screen.working("reading the conversations for the teacher") as progress:
         key = generator.key(progress)
-    with screen.working("the teacher answers") as progress:
+    with screen.working("generating the teacher's answers") as progress:
         generations = generator.write(cache_folder("answers") / key, load, progress)
 
     lines = [f"the teacher answered {generations.rows:,} conversations → {generations.path}"]
     if generations.left_out:
-        lines.append(f"{generations.left_out:,} answers left out, which did not end or are no text")
+        lines.append(f"{generations.left_out:,} answers left out because they did not end or are not a text")
     if generations.texts:
         lines.append(f"{generations.texts:,} texts left out")
     screen.note(" · ".join(lines))
@@ -157,7 +157,7 @@ class AlignedRun:
         return any(stage.on_policy < 1 and FROM_TARGETS & stage.losses.keys() for stage in self.stages)
 
     def prepare(self, screen: Screen) -> TaughtRun:
-        """Load the teacher, or have its targets, before the student's weights are loaded."""
+        """Load the teacher or its targets, before the student's weights are loaded."""
         config, maker, targets = self.config, None, None
         if config.dry_run and not self.teacher.is_here:
             check_aligned(self.aligned.alignment, config.min_aligned)
@@ -178,7 +178,7 @@ class AlignedRun:
         return TaughtRun(self, targets, maker)
 
     def _load_teacher(self, screen: Screen) -> TargetMaker:
-        """Load the teacher, and try on a few rows whether it fits the data."""
+        """Load the teacher, and check on a few rows that it fits the data."""
         aligned, vocabulary = self.aligned, self.setup.model_config.vocab_size
         with screen.working("loading the teacher"):
             maker = load_target_maker(
@@ -213,10 +213,10 @@ class TaughtRun:
         run = self.run
         config, teacher, alignment = run.config, run.teacher, run.aligned.alignment
         quantized = f" · {teacher.quantize}" if teacher.quantize else ""
-        kept = alignment.rows - sum(alignment.dropped.values())
+        aligned_rows = alignment.rows - sum(alignment.dropped.values())
         lines = {
             "teacher": f"{teacher.name} · {len(run.pair.teacher.spelling):,} tokens{quantized}",
-            "aligned": f"{kept:,} of {alignment.rows:,} rows byte for byte",
+            "aligned": f"{aligned_rows:,} of {alignment.rows:,} rows byte for byte",
         }
         if self.targets is not None:
             stats = self.targets.stats
@@ -284,31 +284,31 @@ class TaughtRun:
 
 
 def resolve_losses(config: DistillConfig, pair: TokenizerPair) -> list[Stage]:
-    """The stages of a run with the losses that fit the pair.
+    """Resolve the losses of each stage for a pair of tokenizers.
 
     Raises:
-        ConfigError: If one compares the same tokens on both sides, and there are none.
+        ConfigError: If a loss needs one tokenizer on both sides, and there are two.
     """
     same = same_tokenizer(pair)
     for stage in config.parts:
-        unfit = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
-        unfit += ["--match-hidden"] if config.match_hidden else []
-        if unfit and not same:
+        restricted = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
+        restricted += ["--match-hidden"] if config.match_hidden else []
+        if restricted and not same:
             raise ConfigError(
-                f"{unfit[0]} compares the same tokens on both sides, and the teacher's tokenizer is another.",
-                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto, which is for that",
+                f"{restricted[0]} compares the same tokens on both sides, and the teacher has another tokenizer.",
+                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto",
             )
-    usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
+    default = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
     stages = []
     for stage in config.parts:
-        # What the teacher wrote is data like any other.
+        # The teacher's answers are data, and seq adds no term to the loss.
         losses = {name: weight for name, weight in stage.losses.items() if name != "seq"} or {"ce": 1.0}
-        stages.append(replace(stage, losses=usual if "auto" in losses else losses))
+        stages.append(replace(stage, losses=default if "auto" in losses else losses))
     return stages
 
 
 def token_bytes(side: Side) -> Tensor:
-    """How many bytes of text each token spells, ``(V,)`` int64; the one that ends a turn, none."""
+    """Return the text bytes of each token, ``(V,)`` int64; end tokens have none."""
     sizes = torch.from_numpy(side.spelling.lengths.copy())
     sizes[list(side.ends)] = 0
     return sizes
@@ -316,7 +316,7 @@ def token_bytes(side: Side) -> Tensor:
 
 def _in_words(stage: Stage) -> str:
     names = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items())
-    said = [f"{stage.share:.0%}:"] if stage.share < 1 else []
-    taught = stage.losses.keys() - {"ce"}
-    said.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if taught else names)
-    return " ".join(said + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))
+    words = [f"{stage.share:.0%}:"] if stage.share < 1 else []
+    from_teacher = stage.losses.keys() - {"ce"}
+    words.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if from_teacher else names)
+    return " ".join(words + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))

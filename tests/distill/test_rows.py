@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> N
     assert 0 < len(data.rows) < len(ANSWERS)
     assert data.report.bad_rows == len(ANSWERS) - len(data.rows)
     assert data.report.dropped_file is not None
-    assert f"the teacher can read {context} tokens, and this takes" in data.report.dropped_file.read_text()
+    assert f"the teacher's context is {context} tokens, and this row takes" in data.report.dropped_file.read_text()
     data = read(write(tmp_path / "b.jsonl", [{"text": "as ▁ it is"}, {"text": "as it is"}]), pair_of())
     assert data.report.dropped_file is not None
     assert "not aligned (bytes differ)" in data.report.dropped_file.read_text()
@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> N
 
 
 def test_nothing_left_says_why(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the teacher can read 3 tokens(.|\n)*both tokenizers spell"):
+    with pytest.raises(DataError, match=r"the teacher's context is 3 tokens(.|\n)*both tokenizers spell"):
         read(talks(tmp_path / "a.jsonl"), pair_of(), context=3)
 
 

@@ -92,8 +92,6 @@ def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
 
 
 def test_interrupted_generation_continues(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
-    generator: Callable[..., TeacherGenerator], tmp_path: Path
-) -> None:
     whole = generator().write(tmp_path / "whole", Scripted, quiet)
     with pytest.raises(KeyboardInterrupt):
         generator().write(tmp_path / "a", lambda: Scripted(die_at=4), quiet)
@@ -124,8 +122,6 @@ def test_key_covers_everything_that_determines_the_answers(generator: Callable[.
 
 
 def test_no_answers_to_train_on_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
-    generator: Callable[..., TeacherGenerator], tmp_path: Path
-) -> None:
     with pytest.raises(DataError, match="the data has no conversations, only texts"):
         generator([{"text": "a text"}]).key(quiet)
     with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
