@@ -178,31 +178,31 @@ def open_targets(
     with screen.working("loading the teacher"):
         maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
     with screen.working("asking the teacher about a few rows"):
-        found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
-    screen.banner(found.lines() | {"folder": str(folder)})
-    check_found(options, found)
-    check_space(folder, found, len(data.rows))
+        preflight = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    screen.banner(preflight.lines() | {"folder": str(folder)})
+    check_preflight(options, preflight)
+    check_space(folder, preflight, len(data.rows))
     with screen.working("asking the teacher", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
 
 
-def check_found(options: TeacherOptions, found: Preflight) -> None:
+def check_preflight(options: TeacherOptions, preflight: Preflight) -> None:
     """Check the preflight against the minimum values of the settings; see `Preflight.check`."""
-    found.check(
+    preflight.check(
         min_aligned=options.min_aligned,
         min_probability=options.min_teacher_probability,
         min_end=options.min_end_probability,
     )
 
 
-def check_space(folder: Path, found: Preflight, rows: int) -> None:
+def check_space(folder: Path, preflight: Preflight, rows: int) -> None:
     """Check that the disk has room for the missing targets.
 
     Raises:
         ConfigError: If it does not.
     """
     missing = sum(not shard_path(folder, shard).is_file() for shard in range(-(-rows // SHARD)))
-    needed = MARGIN * found.bytes * missing / max(-(-rows // SHARD), 1)
+    needed = MARGIN * preflight.bytes * missing / max(-(-rows // SHARD), 1)
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

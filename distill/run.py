@@ -21,7 +21,7 @@ from hymba_tune.data.training import opened
 from hymba_tune.distill.alignment import matched_vocabulary
 from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
-    check_found,
+    check_preflight,
     load_target_maker,
     open_targets,
     open_teacher,
@@ -190,7 +190,7 @@ class AlignedRun:
         if not self.uses_targets:
             del lines["targets"]
         screen.banner(lines)
-        check_found(self.config, preflight)
+        check_preflight(self.config, preflight)
         return maker
 
 

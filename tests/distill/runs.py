@@ -26,7 +26,7 @@ def random_teacher(teacher: Path, folder: Path) -> dict[str, Any]:
 
 
 def settings(model: Path, teacher: Path, data: Path, out: Path, **changes: Any) -> DistillConfig:
-    """Two steps of LoRA, unless told otherwise."""
+    """Two steps of LoRA, unless changed."""
     usual: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4}
     usual |= {"steps": 2, "log_every": 1, "max_length": 64, "eval_max_rows": 4, "eval_split": 0.2}
     usual |= random_teacher(teacher, out.parent)

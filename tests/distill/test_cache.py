@@ -81,7 +81,7 @@ def test_bytes_a_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_complete_shards_are_not_computed_again(tmp_path: Path) -> None:
     folder, rows = tmp_path / "it", numbered_rows(13)
     fill(folder, KEY, rows, RandomMaker(), ignore)
     before = contents(folder)

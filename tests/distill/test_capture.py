@@ -47,7 +47,7 @@ def settings(teacher: Path | str, questions: Path, **changes: Any) -> DistillCap
     return DistillCaptureConfig(**{"teacher": str(teacher), "top_k": 4} | usual | ANY | changes)
 
 
-def test_captured_once_and_found_again_without_the_teacher(
+def test_captured_targets_need_no_teacher_again(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen, config = RecordingScreen(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
@@ -67,7 +67,7 @@ def test_captured_once_and_found_again_without_the_teacher(
     assert "it is not loaded" in screen.notes[-1]
 
 
-def test_kept_in_the_users_cache_by_all_that_decides_it(teacher: Path, questions: Path) -> None:
+def test_default_folder_depends_on_everything_that_determines_targets(teacher: Path, questions: Path) -> None:
     one = run_capture(settings(teacher, questions), Screen())
     assert run_capture(settings(teacher, questions), Screen()).folder == one.folder
     assert run_capture(settings(teacher, questions, temperature=2.0), Screen()).folder != one.folder
@@ -110,7 +110,7 @@ def test_folder_of_another_teacher_or_data_is_refused(
         run_capture(settings(teacher, fewer, teacher_cache=captured), Screen())
 
 
-def test_small_disk_is_said_before_the_pass(
+def test_small_disk_is_an_error_before_the_pass(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
@@ -127,7 +127,7 @@ def test_unlikely_teacher_is_refused(teacher: Path, questions: Path, tmp_path: P
     assert not (tmp_path / "targets").exists()
 
 
-def test_rows_that_are_not_spelled_alike_are_refused() -> None:
+def test_too_few_aligned_rows_are_refused() -> None:
     lost = AlignmentReport(rows=10, dropped=Counter({"bytes differ": 2, "template": 1}), bytes=900, lost=100)
     check_aligned(lost, 0.7)
     with pytest.raises(TrainingError, match=r"Only 70\.0% (.|\n)*10 rows 2 are dropped \(bytes differ\)(.|\n)*trims"):
@@ -138,7 +138,7 @@ def test_rows_that_are_not_spelled_alike_are_refused() -> None:
     check_aligned(AlignmentReport(), 0.0)
 
 
-def test_what_is_found_in_words() -> None:
+def test_lines_of_the_preflight() -> None:
     aligned = AlignmentReport(
         rows=9412,
         dropped=Counter({"bytes differ": 3}),

@@ -80,7 +80,7 @@ def test_row_ends_with_the_templates_own_token_once(name: str) -> None:
 
 
 @TEACHERS
-def test_student_is_taught_to_stop(name: str, tmp_path: Path) -> None:
+def test_targets_of_end_tokens_are_end_tokens(name: str, tmp_path: Path) -> None:
     tokenizer, end = ENDS[name]
     pair = make_pair(ALL["hymba"], tokenizer)
     row, found = taught(pair, TALK, knowing(tokenizer), tmp_path)
@@ -117,7 +117,7 @@ def test_end_that_is_not_the_teachers_is_seen(tmp_path: Path) -> None:
         (TWO_ENDS, r"writes <\|im_end\|> after an answer within a conversation, and <\|return\|> after the last one"),
     ],
 )
-def test_end_that_cannot_be_told_is_asked_for(template: str, message: str) -> None:
+def test_unknown_end_token_is_an_error(template: str, message: str) -> None:
     tokenizer = qwen_base(template)
     with pytest.raises(ConfigError, match=message + r"(.|\n)*--teacher-end TOKEN(.|\n)*often <\|endoftext\|>"):
         make_pair(ALL["hymba"], tokenizer)
@@ -135,9 +135,9 @@ def test_template_keeps_its_own_end_of_sequence_token() -> None:
     pair = make_pair(ALL["hymba"], qwen_base(template))
     (row,) = align([TALK], pair)
     assert isinstance(row, Alignment)
-    said = pair.teacher.tokenizer.decode(row.teacher_ids)
-    assert said.startswith("Begin.<|endoftext|><|im_start|>user")
-    assert said.endswith("That is all<|im_end|>\n")
+    text = pair.teacher.tokenizer.decode(row.teacher_ids)
+    assert text.startswith("Begin.<|endoftext|><|im_start|>user")
+    assert text.endswith("That is all<|im_end|>\n")
 
 
 def test_given_end_is_written_by_a_template_that_asks_for_one() -> None:

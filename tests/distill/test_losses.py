@@ -109,7 +109,7 @@ def test_projection(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 9, VOCABULARY, 99])
-def test_sparse_projection_is_that_of_its_pieces(k: int) -> None:
+def test_sparse_projection_is_that_of_its_tokens(k: int) -> None:
     """What is cut off is in the rest_mass."""
     whole = target()
     sparse = whole.top(k)
@@ -125,7 +125,7 @@ def test_sparse_projection_is_that_of_its_pieces(k: int) -> None:
     FLOAT64.check(gradient, twins, "gradient")
 
 
-def test_all_pieces_kept_is_the_whole_target() -> None:
+def test_top_k_of_the_whole_vocabulary_is_the_whole_target() -> None:
     student, whole = logits(), target()
     dense = losses.projection_kl(student, whole)
     sparse = losses.sparse_projection_kl(student, whole.top(7))

@@ -188,11 +188,11 @@ def test_float32_is_enough(sample: Sample) -> None:
 
 def test_mass_outside_a_servers_top_k_is_rest_mass(sample: Sample) -> None:
     _, projection, places, probs = sample
-    told = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
-    told = told.scatter(1, places.previous[:, None].new_zeros(len(told), 1), 0.0)
-    cut = 1 - told.sum(-1)
-    without, target = projection(told, places), projection(told, places, cut)
-    earlier = torch.where(places.before >= 0, told[places.before, places.previous], 1.0)
+    top = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
+    top = top.scatter(1, places.previous[:, None].new_zeros(len(top), 1), 0.0)
+    cut = 1 - top.sum(-1)
+    without, target = projection(top, places), projection(top, places, cut)
+    earlier = torch.where(places.before >= 0, top[places.before, places.previous], 1.0)
     FLOAT64.check(target.mass, without.mass + earlier * cut[places.now])
     FLOAT64.check(target.rest_mass * target.mass, without.rest_mass * without.mass + earlier * cut[places.now])
 
@@ -208,7 +208,7 @@ def test_full_support_has_no_rest_mass() -> None:
     FLOAT64.check(target.probs, probs[row.teacher - 1])
 
 
-def test_nothing_is_known_of_what_no_token_says(sample: Sample) -> None:
+def test_no_target_where_no_token_matches(sample: Sample) -> None:
     _, projection, places, probs = sample
     target = projection(torch.zeros_like(probs), places)
     assert not target.known.any()
@@ -216,7 +216,7 @@ def test_nothing_is_known_of_what_no_token_says(sample: Sample) -> None:
     assert target.probs.isfinite().all()
 
 
-def test_top_pieces_and_the_rest(sample: Sample) -> None:
+def test_top_tokens_and_rest_mass(sample: Sample) -> None:
     _, projection, places, probs = sample
     whole = projection(probs, places)
     top = whole.top(3)

@@ -57,9 +57,9 @@ def test_conversation_is_aligned_as_its_example(tmp_path: Path) -> None:
 
 
 def test_weight_between_nought_and_one_is_refused(tmp_path: Path) -> None:
-    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0], "weight": 0.5}]
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0], "weight": 0.5}]
     with pytest.raises(DataError, match=r"The first, .*, line 1: one of its answers has weight 0\.5"):
-        read(write(tmp_path / "a.jsonl", [{"messages": said}]), pair_of())
+        read(write(tmp_path / "a.jsonl", [{"messages": messages}]), pair_of())
 
 
 def test_cut_conversation_keeps_what_comes_before_the_cut(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> N
     assert len(data.rows) == 1
 
 
-def test_nothing_left_says_why(tmp_path: Path) -> None:
+def test_no_rows_left_names_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the teacher's context is 3 tokens(.|\n)*both tokenizers spell"):
         read(talks(tmp_path / "a.jsonl"), pair_of(), context=3)
 

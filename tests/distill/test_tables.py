@@ -1,4 +1,4 @@
-"""What two vocabularies say about each other: against the twin's segmentation, and kept on disk."""
+"""Tables of two vocabularies: against the twin's segmentation, and cached on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same(one: Tables, other: Tables) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(one=drawn())
-def test_tokens_are_parted_as_the_student_does(one: Drawn) -> None:
+def test_tokens_are_segmented_as_the_student_does(one: Drawn) -> None:
     spelled = [token for token in one.pair.teacher.spelling.tokens if token]
     assert list(Segmenter(one.pair.student)(spelled)) == [one.segment(token) for token in spelled]
 
@@ -53,7 +53,7 @@ def test_bytes_that_are_no_text_become_byte_tokens() -> None:
     assert side.tokenizer.convert_ids_to_tokens(student_tokens) == ["▁", "<0xF0>", "<0x9F>"]
 
 
-def test_what_the_student_cannot_write_has_no_pieces() -> None:
+def test_token_that_the_student_cannot_write_has_no_tokens() -> None:
     """Without tokens for bytes, and for nothing at all."""
     import copy
 

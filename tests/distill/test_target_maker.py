@@ -102,7 +102,7 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
         assert one.stats.mass == pytest.approx(one.stats.places, rel=1e-4)
 
 
-def test_what_a_pass_shows_is_summed() -> None:
+def test_statistics_of_rows_are_summed() -> None:
     kept = CaptureStats(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0, ends=1, end=0.5)
     kept.add(CaptureStats(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0, ends=1, end=0.75))
     sums = {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0, "ends": 2, "end": 1.25}

@@ -35,7 +35,7 @@ from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 CPU = torch.device("cpu")
 ALPHA, TEMPERATURE, TAU, BETA, TOP_K, ROWS = 0.6, 2.0, 10.0, 0.3, 8, 6
 LOSSES: dict[str, dict[str, float]] = {"ce": {"ce": 1.0}, "projection": {"projection": 1.0}, "alm": {"alm": 1.0}}
-LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "beside": {"projection": 0.8, "alm": 0.5}}
+LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "projection and alm": {"projection": 0.8, "alm": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_first_step_is_that_of_a_plain_loop(
     before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
     sums = loop(fit.model, data, targets, LOSSES[losses])
     count = sums["tokens"]
-    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # beside projection, of the tokens that it says nothing of
+    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # with projection, only of tokens without a projected target
     (sums["total"] / count).backward()
     gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
     fit.model.zero_grad()
@@ -233,14 +233,14 @@ def test_evaluation_is_of_all_learned_tokens(
     assert fit.stage.losses == LOSSES["mix"]
 
 
-def test_teacher_beside_the_student_says_what_it_left(
+def test_online_teacher_equals_its_cached_targets(
     trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
     """Asked now, or from its targets: the same terms."""
     shape = LossParameters(TEMPERATURE, TAU, BETA)
-    kept = trainer(losses=LOSSES["beside"])
+    kept = trainer(losses=LOSSES["projection and alm"])
     online = trainer(
-        losses=LOSSES["beside"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
+        losses=LOSSES["projection and alm"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
     )
     found, known = online.evaluate(), kept.evaluate()
     names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
@@ -249,10 +249,10 @@ def test_teacher_beside_the_student_says_what_it_left(
 
 
 @pytest.mark.parametrize("loss", ["projection", "uld", "alm"])
-def test_own_answers_are_judged_by_the_teacher_alone(
+def test_rollouts_have_the_teachers_loss_only(
     loss: str, trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
-    """No cross-entropy on what the student wrote, not even where the teacher has nothing to say."""
+    """No cross-entropy on rollouts, not even where the teacher has no term."""
     signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
     fit = trainer(losses={loss: 1.0}, signals=signals)
     rows = [{name: data.rows[number][name] for name in ("input_ids", "labels", "row")} for number in (0, 1)]
@@ -276,10 +276,10 @@ def test_losses_of_the_teacher_in_memory_need_it() -> None:
 
 
 @pytest.fixture
-def beside(
+def one_tokenizer(
     options: SFTConfig, alike: ModelTeacher, tmp_path: Path
 ) -> Callable[[float], tuple[Dataset, TeacherSignals]]:
-    """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
+    """Rows that both sides read with one tokenizer, and the teacher in memory, at a temperature."""
 
     def make(temperature: float) -> tuple[Dataset, TeacherSignals]:
         pair = make_pair(alike.tokenizer, alike.tokenizer)
@@ -320,10 +320,12 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
 def test_whole_vocabularies_are_compared(
-    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, TeacherSignals]]
+    losses: list[str],
+    trainer: Callable[..., DistillTrainer],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
 ) -> None:
     """With one tokenizer every learned token has the teacher's at the same place."""
-    rows, signals = beside(TEMPERATURE)
+    rows, signals = one_tokenizer(TEMPERATURE)
     fit = trainer(losses=dict.fromkeys(losses, 0.5), signals=signals)
     total, count, model = torch.zeros(()), 0, fit.model
     teacher = random_model("llama", 4096)
@@ -345,16 +347,16 @@ def test_whole_vocabularies_are_compared(
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
-def test_hidden_states_are_drawn_to_the_teachers(
+def test_hidden_state_loss_is_that_of_a_plain_loop(
     kind: Any,
     trainer: Callable[..., DistillTrainer],
-    beside: Callable[[float], tuple[Dataset, TeacherSignals]],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
     alike: ModelTeacher,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
     match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
-    rows, signals = beside(1.0)
+    rows, signals = one_tokenizer(1.0)
     assert signals.online is not None
     hidden_loss = HiddenStateLoss(match, signals.online, 0.5)
     fit = trainer(losses=LOSSES["ce"], signals=signals, hidden_loss=hidden_loss)

@@ -1,4 +1,4 @@
-"""The projected target of one place, enumerated over the teacher's whole vocabulary as the formula stands."""
+"""The projected target of one place, enumerated over the teacher's whole vocabulary by the formula."""
 
 from __future__ import annotations
 
@@ -56,23 +56,23 @@ def mass(
         segment: The student's student_tokens of some bytes, or None.
         spell: Bytes of a student_token.
     """
-    found: dict[int, float] = {}
+    mass_of: dict[int, float] = {}
     rest_mass = 0.0
     earlier = 1.0 if before is None else before[previous]
     for token, bytes_ in enumerate(vocabulary):
         if not u:
             for student_token, share in first(token).items():
-                found[student_token] = found.get(student_token, 0) + earlier * now[token] * share
+                mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token] * share
         elif (student_token := student_token_after(bytes_, u, segment, spell)) is not None:
-            found[student_token] = found.get(student_token, 0) + earlier * now[token]
+            mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token]
         elif bytes_ == u and segment(u) is not None:
             rest_mass += earlier * now[token]
     if before is None:
-        return found, rest_mass
+        return mass_of, rest_mass
     v = vocabulary[previous] + u
     for token, bytes_ in enumerate(vocabulary):
         if bytes_ != v and (student_token := student_token_after(bytes_, v, segment, spell)) is not None:
-            found[student_token] = found.get(student_token, 0) + before[token]
+            mass_of[student_token] = mass_of.get(student_token, 0) + before[token]
         elif u and bytes_ == v and segment(v) is not None:
             rest_mass += before[token]
-    return found, rest_mass
+    return mass_of, rest_mass
