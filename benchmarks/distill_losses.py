@@ -1,4 +1,4 @@
-"""What each way of distilling teaches: the student's rows with a teacher's targets, made once and kept on disk."""
+"""The student's training rows with a teacher's targets, computed once and stored on disk."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 
-KEPT = 64
-"""Pieces kept of a target, at most; a run may use fewer."""
+TOP_K = 64
+"""Maximum number of student tokens stored per target; a run may use fewer."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How targets are made.
+    """How targets are computed.
 
     Attributes:
         twin: Whether the teacher is the one with the student's tokenizer.
-        in_context: Whether first pieces are counted in the student's own rows, beside those of tokens alone.
-        second_cover: Whether the mass of tokens that go on is given back.
-        bucket: Whether tokens that end where a piece begins stay one outcome.
-        temperature: Of the teacher's probabilities.
+        in_context: Whether first student tokens are also counted in the student's rows, not only for single tokens.
+        second_cover: Whether the mass of teacher tokens that extend past a boundary is restored.
+        rest_mass: Whether the mass outside the stored student tokens is one outcome of the target.
+        temperature: Temperature of the teacher's probabilities.
     """
 
     twin: bool = False
     in_context: bool = True
     second_cover: bool = True
-    bucket: bool = True
+    rest_mass: bool = True
     temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """A row of the student's with what a teacher says of it.
+class StudentRow:
+    """A training row of the student with a teacher's targets.
 
     Attributes:
-        ids: ``(T,)`` int64.
-        labels: ``(T,)`` int64: the ids that are learned, else -100.
-        targets: None where there is no teacher.
-        begins: ``(M,)`` int64: tokens that begin where one of the teacher's does.
-        hidden: ``(M, d)`` bfloat16: the teacher's hidden states that predict its tokens there.
+        ids: ``(T,)`` int64, the token ids.
+        labels: ``(T,)`` int64, the ids in the loss; -100 elsewhere.
+        targets: The teacher's targets; None without a teacher.
+        begins: ``(M,)`` int64, the student tokens that begin where a teacher token begins.
+        hidden: ``(M, d)`` bfloat16, the teacher's hidden states that predict its tokens there.
     """
 
     ids: Tensor
@@ -66,65 +66,67 @@ class Lesson:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A trained teacher."""
+    """Load a trained teacher."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def plain_lessons(examples: Sequence[Example]) -> list[Lesson]:
-    """Rows without a teacher."""
+def plain_rows(examples: Sequence[Example]) -> list[StudentRow]:
+    """Rows without targets of a teacher."""
     side = side_of(PreTrainedTokenizerFast.from_pretrained(NANO))
-    return [lesson for row in tokenize_examples(examples, side) if (lesson := _lesson(row)) is not None]
+    return [one for row in tokenize_examples(examples, side) if (one := _student_row(row)) is not None]
 
 
-def _lesson(row: TokenizedRow | Unaligned) -> Lesson | None:
+def _student_row(row: TokenizedRow | Unaligned) -> StudentRow | None:
     if isinstance(row, Unaligned) or len(row.ids) > LONGEST:
         return None
     ids = torch.tensor(row.ids)
     labels = torch.full_like(ids, IGNORED)
     for begin, end, _ in row.answers:
         labels[max(begin, 1) : end] = ids[max(begin, 1) : end]
-    return Lesson(ids, labels)
+    return StudentRow(ids, labels)
 
 
 @torch.no_grad()
-def taught_lessons(examples: Sequence[Example], folder: Path, setting: Setting) -> list[Lesson]:
-    """The same rows, with the targets of the teacher in a folder where the sides can be aligned."""
-    teacher = _Watched(find_teacher(str(folder)).load(torch.device("cpu"), torch.float32))
+def rows_with_targets(examples: Sequence[Example], folder: Path, setting: Setting) -> list[StudentRow]:
+    """The same rows, with the targets of the teacher in ``folder`` for those that can be aligned."""
+    teacher = _HiddenStateRecorder(find_teacher(str(folder)).load(torch.device("cpu"), torch.float32))
     pair = make_pair(PreTrainedTokenizerFast.from_pretrained(NANO), teacher.tokenizer)
     students, teachers = tokenize_examples(examples, pair.student), tokenize_examples(examples, pair.teacher)
-    both = zip(map(_lesson, students), align_rows(students, teachers, pair), strict=True)
-    aligned = [(lesson, row) for lesson, row in both if lesson and _fits(row)]
+    both = zip(map(_student_row, students), align_rows(students, teachers, pair), strict=True)
+    aligned = [(one, row) for one, row in both if one and _fits(row)]
     plain, rows = zip(*aligned, strict=True)
     tables = build_tables(pair)
-    make = Projection if setting.bucket else WithoutBucket
-    projection = make(
+    projection_class = Projection if setting.rest_mass else WithoutRestMass
+    projection = projection_class(
         tables, count_first_tokens(rows) if setting.in_context else None, vocabulary=len(pair.student.spelling)
     )
     find = find_places if setting.second_cover else _find_without_cover
-    maker = TargetMaker(teacher, tables, projection, KEPT, setting.temperature, find)
-    signals = list(plain)
-    for index, taught in maker(rows):
+    maker = TargetMaker(teacher, tables, projection, TOP_K, setting.temperature, find)
+    result = list(plain)
+    for index, batch in maker(rows):
         row = rows[index]
         begins = row.spelled == 0
-        signals[index] = replace(
-            signals[index],
-            targets=taught.targets,
+        result[index] = replace(
+            result[index],
+            targets=batch.targets,
             begins=torch.from_numpy(row.student[begins]),
             hidden=teacher.hidden[row.teacher[begins] - 1].to(torch.bfloat16),
         )
-    return signals
+    return result
 
 
 def _fits(row: Alignment | Unaligned) -> bool:
     return isinstance(row, Alignment) and len(row.teacher_ids) <= LONGEST
 
 
-class _Watched:
-    """A teacher whose hidden states of the row it is asked about can be seen."""
+class _HiddenStateRecorder:
+    """A teacher that also provides the hidden states of its last row."""
 
     def __init__(self, teacher: ModelTeacher) -> None:
-        self.name, self.tokenizer, self._teacher = teacher.name, teacher.tokenizer, teacher
+        self.name = teacher.name
+        self.tokenizer = teacher.tokenizer
+        self._teacher = teacher
 
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
         """See `ModelTeacher`."""
@@ -133,15 +135,15 @@ class _Watched:
             yield index, outputs
 
 
-class WithoutBucket(Projection):
-    """A projection whose targets have no bucket but what is cut off later."""
+class WithoutRestMass(Projection):
+    """A projection whose targets have no rest mass, except for tokens cut off later."""
 
     def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> ProjectedTarget:
         """See `Projection`."""
         target = super().__call__(probs, places, cut)
-        left = target.probs.sum(-1)
-        known = target.known & (left > 0)
-        scaled = target.probs / torch.where(known, left, 1)[:, None]
+        mass = target.probs.sum(-1)
+        known = target.known & (mass > 0)
+        scaled = target.probs / torch.where(known, mass, 1)[:, None]
         return replace(target, probs=scaled, rest_mass=torch.zeros_like(target.rest_mass), known=known)
 
 
@@ -151,31 +153,31 @@ def _find_without_cover(row: Alignment, tables: Tables) -> Places:
 
 
 def fewer(targets: Targets, k: int) -> Targets:
-    """Only the k likeliest pieces; the others join the bucket."""
+    """Only the k likeliest student tokens; the others are added to the rest mass."""
     student_tokens, log_probs, rest_mass = targets.top
     rest = torch.cat([log_probs[:, k:], rest_mass[:, None]], 1).logsumexp(1)
     return replace(targets, top=SparseTarget(student_tokens[:, :k], log_probs[:, :k], rest))
 
 
 @torch.inference_mode()
-def rewritten(examples: Sequence[Example], teacher: Path, tokens: int) -> list[Example]:
-    """The examples with their answers written by the teacher, of so many of its tokens at most."""
+def with_teacher_answers(examples: Sequence[Example], teacher: Path, tokens: int) -> list[Example]:
+    """The examples with answers generated by the teacher, each of at most ``tokens`` teacher tokens."""
     model, tokenizer = load(teacher)
     torch.manual_seed(0)
-    written = []
-    for some in groups(sorted(examples, key=lambda example: len(example.messages[-1].content)), 64):
-        asked = [example.messages[:-1] for example in some]
-        prompts = [encode_prompt(Conversation(messages), tokenizer) for messages in asked]
-        answers = write(model, tokenizer, prompts, tokens, sample=True)
-        pairs = zip(asked, answers, strict=True)
-        written += [Conversation((*m, Message("assistant", said.strip()))) for m, said in pairs if said.strip()]
-    return written
+    result: list[Example] = []
+    for group in groups(sorted(examples, key=lambda example: len(example.messages[-1].content)), 64):
+        questions = [example.messages[:-1] for example in group]
+        prompts = [encode_prompt(Conversation(messages), tokenizer) for messages in questions]
+        answers = generate(model, tokenizer, prompts, tokens, sample=True)
+        pairs = zip(questions, answers, strict=True)
+        result += [Conversation((*m, Message("assistant", text.strip()))) for m, text in pairs if text.strip()]
+    return result
 
 
-def write(
+def generate(
     model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]], tokens: int, *, sample: bool
 ) -> list[str]:
-    """Go on after some prompts, all at once."""
+    """Generate continuations of several prompts in one batch."""
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -69,11 +69,12 @@ def check(
     from hymba_tune.data.check_facts import facts, next_commands
     from hymba_tune.data.check_page import check_page
     from hymba_tune.data.checking import check_sources
-    from hymba_tune.data.writers import check_folder, write_text
+    from hymba_tune.data.mixes import local_files
+    from hymba_tune.files import check_file, write_errors, write_text
     from hymba_tune.inputs import check_inputs
 
     if flags.html:
-        check_folder(flags.html)
+        check_file("--html", flags.html, overwrite=flags.overwrite, inputs=local_files(files))
     sources = open_sources(_some(files))
     check_inputs(flags)
     tokenizer = _tokenizer(flags)
@@ -88,7 +89,9 @@ def check(
         )
     commands = next_commands(found, files, flags.model, flags.map, flags.max_length)
     if flags.html:
-        write_text(flags.html, check_page(found, model=flags.model, commands=commands))
+        page = check_page(found, model=flags.model, commands=commands)
+        with write_errors("--html", flags.html):
+            write_text(flags.html, page, overwrite=flags.overwrite)
     if as_json:
         console.print_json(json.dumps(facts(found), ensure_ascii=False))
     else:
@@ -137,8 +140,11 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
         Whatever --data of hymba-tune sft takes.
     """
     from hymba_tune.data import open_sources
+    from hymba_tune.data.converting import check_converted
     from hymba_tune.data.converting import convert as write
+    from hymba_tune.data.mixes import local_files
 
+    check_converted(flags.out, on_bad_row=flags.on_bad_row, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("converting") as progress:
         done = write(
             open_sources(_some(files)),
@@ -147,6 +153,7 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
             mapping=as_mapping(flags.map),
             on_bad_row=flags.on_bad_row,
             unique=flags.unique,
+            overwrite=flags.overwrite,
             progress=progress,
         )
     _lines([f"{done.rows:,} rows → {flags.out}"])
@@ -168,8 +175,10 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
         Whatever --data of hymba-tune sft takes.
     """
     from hymba_tune.data import open_sources
-    from hymba_tune.data.dividing import EVAL, TRAIN, divide
+    from hymba_tune.data.dividing import EVAL, TRAIN, check_divided, divide
+    from hymba_tune.data.mixes import local_files
 
+    check_divided(flags.out, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("splitting") as progress:
         done = divide(
             open_sources(_some(files)),
@@ -178,6 +187,7 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
             seed=flags.seed,
             mapping=as_mapping(flags.map),
             on_bad_row=flags.on_bad_row,
+            overwrite=flags.overwrite,
             progress=progress,
         )
     _lines([f"{done.train:,} rows → {flags.out / TRAIN}", f"{done.held_out:,} rows → {flags.out / EVAL}"])

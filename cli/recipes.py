@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from cyclopts import App
@@ -10,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import console
-from hymba_tune.cli.settings import combine_for, find_recipe
+from hymba_tune.cli.settings import Overwrite, combine_for, find_recipe
 from hymba_tune.config import SFTConfig
-from hymba_tune.errors import ConfigError
+from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.recipes import packaged
 
 recipes = App(
@@ -57,8 +56,8 @@ def show(name: str) -> None:
 
 
 @recipes.command
-def copy(name: str, file: Path | None = None) -> None:
-    """Copy a recipe, to be changed. Nothing is ever overwritten.
+def copy(name: str, file: Path | None = None, *, overwrite: Overwrite = False) -> None:
+    """Copy a recipe, to be changed.
 
     Example: hymba-tune recipes copy sft_lora my.yaml
 
@@ -68,17 +67,16 @@ def copy(name: str, file: Path | None = None) -> None:
         Of a packaged recipe.
     file
         Where to. When not given: NAME.yaml here.
+    overwrite
+        Replace a file that exists.
     """
     source = find_recipe(name)
     target = file or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
-        raise ConfigError(f"{target} exists, and is left as it is.", fix=f"hymba-tune recipes copy {name} ANOTHER.yaml")
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}.", fix="another file") from error
+    check_file("FILE", target, overwrite=overwrite, inputs=[source])
+    with write_errors("FILE", target):
+        write_text(target, source.read_text(encoding="utf-8"), overwrite=overwrite)
     console.print(f" copied to {target}\n check it  hymba-tune recipes validate {target}", markup=False, soft_wrap=True)
 
 

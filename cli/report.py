@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import console
+from hymba_tune.cli.settings import Overwrite
 from hymba_tune.config.groups import RESULT
 from hymba_tune.errors import ConfigError
 
@@ -22,6 +23,7 @@ def report(
     /,
     *others: Annotated[Path, Parameter(name="RUN")],
     out: Annotated[Path | None, Parameter(group=RESULT)] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a run's report.html anew, or compare several runs on one page.
 
@@ -37,12 +39,14 @@ def report(
         Further ones, to compare it with.
     out
         Where the comparison goes: compare.html when not given. A single run's page is in its own directory.
+    overwrite
+        Replace the comparison if it exists.
     """
     from hymba_tune.report import write_comparison, write_report
 
     if others:
         page = out or Path("compare.html")
-        _show_comparison(write_comparison([run, *others], page))
+        _show_comparison(write_comparison([run, *others], page, overwrite=overwrite))
     elif out is not None:
         raise ConfigError(
             "--out is for a comparison; a run's own page is its report.html.",

@@ -21,6 +21,7 @@ from hymba_tune.ranks import check_single_process
 C = TypeVar("C", bound=Config)
 Recipe = Annotated[str | None, Parameter(group=RUN)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", group=RESULT)]
+Overwrite = Annotated[bool, Parameter(negative="", group=RESULT)]
 LIMITS = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be more than {gt:g}",

@@ -10,9 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
+from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, write_text
 
 VERSION = 1
 """The version of the file format, which is part of every key."""
@@ -39,6 +38,7 @@ GROUP = 8
 """Rows that are read at a time."""
 KEY, DONE = "key.json", "done.json"
 FLAG = "--teacher-cache"
+TARGETS = FolderKind("a folder of teacher's targets", {KEY: '"teacher"'}, (KEY, DONE, "?????.arrow", f"{REPLACED}.*"))
 WIDE = 65536
 """Vocabularies larger than this take four bytes for a token."""
 
@@ -105,7 +105,7 @@ def check_key(folder: Path, key: Key) -> None:
         ConfigError: If the folder has something else; the message names the difference.
         CheckpointError: If the folder's key cannot be read.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _is_empty(folder)):
         return
     if not (folder / KEY).is_file():
         raise ConfigError(
@@ -121,6 +121,11 @@ def check_key(folder: Path, key: Key) -> None:
             expected=f"{first} {_shown(wanted.get(first))}, which it has as {_shown(stored.get(first))}",
             fix=f"another folder for these settings, or none; or the settings it was made with; or remove {folder}",
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, apart from targets that are being replaced."""
+    return all(path.name.startswith(f"{REPLACED}.") for path in entries(folder))
 
 
 def key_digest(key: Key) -> str:
@@ -164,7 +169,7 @@ def fill(
 
 def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, progress: Callable[[int], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / KEY, json.dumps(key, indent=2))
+    write_text(folder / KEY, json.dumps(key, indent=2))
     total = CaptureStats()
     done = 0
     for shard in range(-(-len(rows) // SHARD)):
@@ -173,12 +178,12 @@ def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, pr
         # A damaged shard counts as missing and is computed again.
         stats = _stats_of(path)
         if stats is None:
-            with _temporary(path) as temporary:
+            with atomic_write(path) as temporary:
                 stats = _write_shard(temporary, part, maker, key, partial(_after, progress, done))
         total.add(stats)
         done += len(part)
         progress(done)
-    _write(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(total)}))
+    write_text(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(total)}))
 
 
 def _after(progress: Callable[[int], None], before: int, count: int) -> None:
@@ -285,24 +290,6 @@ def _stats_of(path: Path) -> CaptureStats | None:
         return CaptureStats(**json.loads(metadata[b"kept"]))
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
         return None
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed once the file is complete and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: str) -> None:
-    with _temporary(path) as part:
-        part.write_text(content, encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import tokenizer_of, weights_of
+from hymba_tune.adapters import folders_of, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config
 from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
+from hymba_tune.data.mixes import local_files
 from hymba_tune.distill.cache import (
     FLAG,
     SHARD,
+    TARGETS,
     VERSION,
     WIDE,
     Key,
@@ -40,8 +44,9 @@ from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokeniz
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
+from hymba_tune.files import LOCK, check_folder, locked, make_folders, remove_empty, replacing, write_errors
 from hymba_tune.inputs import check_inputs
-from hymba_tune.registry import TEACHERS, resolve_model
+from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
 from hymba_tune.train.screen import Screen
 
 PINNED = {"date_string": "26 Jul 2024"}
@@ -150,6 +155,7 @@ def open_targets(
     vocabulary: int,
     device: torch.device,
     screen: Screen,
+    overwrite: Iterable[Path] | None = None,
 ) -> TargetCache:
     """Open the teacher's targets of all rows. The teacher is loaded only if some are missing.
 
@@ -161,28 +167,81 @@ def open_targets(
         vocabulary: The rows of the student's output layer.
         device: The device of the teacher.
         screen: Shows the progress.
+        overwrite: Replace other targets in the named folder, unless that would remove one of these inputs.
 
     Raises:
-        ConfigError: If the folder that is named holds other targets, or its disk is too small.
-        TrainingError: If the preflight finds too little that fits.
+        ConfigError: If the named folder has other targets, or its disk is too small.
+        TrainingError: If a value of the preflight is below its minimum.
     """
     check_aligned(data.alignment, options.min_aligned)
-    with screen.working("reading what decides the targets"):
+    with screen.working("reading the data of the targets"):
         key = cache_key(options, data.rows, pair, teacher, vocabulary=vocabulary)
     folder = options.teacher_cache or cache_folder("targets") / key_digest(key)
-    check_key(folder, key)
-    if is_full(folder):
-        cache = TargetCache(folder)
-        screen.note(f"the teacher's targets are in {folder} already: it is not loaded")
-        return cache
+    replaces = overwrite is not None and _holds_others(folder, key)
+    if not replaces:
+        check_key(folder, key)
+        if is_full(folder):
+            screen.note(f"the teacher's targets are in {folder} already: it is not loaded")
+            return TargetCache(folder)
+    # In the user's cache the name of a folder is made of its key, and two processes write the same files.
+    held = _held(folder, key, overwrite if replaces else None) if options.teacher_cache else nullcontext()
+    with held:
+        return _capture(options, data, pair, teacher, folder, key, vocabulary=vocabulary, device=device, screen=screen)
+
+
+def _holds_others(folder: Path, key: Key) -> bool:
+    try:
+        check_key(folder, key)
+    except ConfigError:
+        return True
+    return False
+
+
+@contextmanager
+def _held(folder: Path, key: Key, replaced: Iterable[Path] | None) -> Iterator[None]:
+    """Lock the folder of the targets, and move other targets in it aside.
+
+    Args:
+        folder: The folder, which need not exist.
+        key: Everything that determines the targets.
+        replaced: Inputs that must not be removed with the targets that the folder holds; None if it holds no others.
+    """
+    with write_errors(FLAG, folder):
+        made = make_folders(folder)
+    try:
+        with locked(folder / LOCK, f"{FLAG} {folder}"):
+            if replaced is None:
+                check_key(folder, key)
+                yield
+            else:
+                check_folder(folder, TARGETS, flag=FLAG, overwrite=True, inputs=replaced)
+                with replacing(folder, TARGETS, lambda: shard_path(folder, 0).is_file()):
+                    yield
+    finally:
+        remove_empty(made)
+
+
+def _capture(
+    options: TeacherOptions,
+    data: AlignedData,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
+    folder: Path,
+    key: Key,
+    *,
+    vocabulary: int,
+    device: torch.device,
+    screen: Screen,
+) -> TargetCache:
+    """Load the teacher, check that it fits, and fill a folder with its targets."""
     with screen.working("loading the teacher"):
         maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
-    with screen.working("asking the teacher about a few rows"):
+    with screen.working("trying the teacher on a few rows"):
         preflight = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
     screen.banner(preflight.lines() | {"folder": str(folder)})
     check_preflight(options, preflight)
     check_space(folder, preflight, len(data.rows))
-    with screen.working("asking the teacher", len(data.rows)) as progress:
+    with screen.working("computing the teacher's targets", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
 
 
@@ -237,7 +296,21 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
         }
     )
     data = read_rows(config, pair, context=teacher.context, seed=config.seed, prompts=0, working=screen.working)
-    return open_targets(config, data, pair, teacher, vocabulary=student.vocab_size, device=device, screen=screen)
+    return open_targets(
+        config,
+        data,
+        pair,
+        teacher,
+        vocabulary=student.vocab_size,
+        device=device,
+        screen=screen,
+        overwrite=_inputs(config, source) if config.overwrite else None,
+    )
+
+
+def _inputs(config: DistillCaptureConfig, source: ModelSource) -> list[Path]:
+    files = [*config.data, *config.eval_data]
+    return [*folders_of(source), Path(config.teacher).expanduser(), *local_files(files)]
 
 
 def open_teacher(options: TeacherOptions) -> TeacherSpec:

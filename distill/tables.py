@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from hymba_tune.distill.alignment import Alignment, Indices
 from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.segments import Segmenter, StudentTokens
 from hymba_tune.distill.spelling import END, describe
+from hymba_tune.files import atomic_write
 
 VERSION = 1
 """The version of the arrays' meaning, which is part of their cache key."""
@@ -108,9 +108,8 @@ def open_tables(pair: TokenizerPair, cache_dir: Path) -> Tables:
             pass  # damaged, or of an older version: it is built again and overwritten
     tables = build_tables(pair)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({field.name: getattr(tables, field.name) for field in fields(Tables)}, part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        save_file({field.name: getattr(tables, field.name) for field in fields(Tables)}, part)
     return tables
 
 

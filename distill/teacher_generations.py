@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +19,7 @@ from hymba_tune.data.sources import Source
 from hymba_tune.distill.outputs import Teacher
 from hymba_tune.distill.pair import TokenizerPair, with_system
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import LOCK, locked, write_text
 
 BATCH = 16
 """Prompts in a batch."""
@@ -100,12 +100,10 @@ class TeacherGenerator:
         """
         if not (folder / ANSWERS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            self._continue(folder / PART, load, progress)
+            with locked(folder / LOCK, f"The folder of the teacher's answers, {folder},"):
+                self._continue(folder / PART, load, progress)
             rows = [line for line in _lines(folder / PART) if line != "null"]
-            temporary = folder / f"{ANSWERS}.{os.getpid()}"
-            temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-            temporary.replace(folder / ANSWERS)
-
+            write_text(folder / ANSWERS, "".join(f"{row}\n" for row in rows))
         rows, prompted = _lines(folder / ANSWERS), _lines(folder / PART)
         if not rows:
             raise DataError(
@@ -197,6 +195,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _truncate(path: Path, lines: int) -> None:
-    """Truncate a file to its first lines."""
-    first = _lines(path)[:lines]
-    path.write_text("".join(f"{line}\n" for line in first), encoding="utf-8")
+    """Truncate a file to its first lines, if it exists."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            for _ in range(lines):
+                file.readline()
+            file.truncate()

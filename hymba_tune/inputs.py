@@ -124,23 +124,28 @@ def _check_teacher(options: TeacherOptions) -> None:
 
 
 def _check_evaluation(config: EvalConfig) -> None:
-    asks = config.answers or config.extract
+    has_questions = config.answers or config.extract
     if not config.data and not config.tasks:
         raise ConfigError(
             "Nothing to evaluate on.", expected="--data or --tasks", fix=f"hymba-tune eval {config.model} --data demo"
         )
-    if asks and not config.data:
-        raise ConfigError("--answers and --extract need --data, whose prompts are asked.", fix="--data FILE")
+    if has_questions and not config.data:
+        raise ConfigError("--answers and --extract need --data, for its prompts and answers.", fix="--data FILE")
     if config.answers and config.extract:
-        raise ConfigError("--answers and --extract are two ways to compare.", expected="one of them")
-    if config.save_answers and not asks:
-        raise ConfigError("--save-answers: nothing is asked.", fix="--answers gsm8k, number or exact; or --extract")
+        raise ConfigError("--answers and --extract cannot be combined.", expected="one of them")
+    if config.save_answers and not has_questions:
+        raise ConfigError("--save-answers needs --answers or --extract.", fix="--answers exact, or another")
     try:
         re.compile(config.extract or "")
     except re.error as error:
         raise ConfigError(
             f"--extract {config.extract}: {error}.", expected="a regular expression such as '#### (.*)'"
         ) from error
+    if gone := [name for name in config.tasks if "/" in name and not Path(name).expanduser().is_dir()]:
+        raise ConfigError(
+            f"--tasks {gone[0]}: there is no such folder.",
+            expected="a folder with the YAML file of a task, or a name that lm-eval ls tasks lists",
+        )
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks needs lm-eval, which is not installed.", fix="pip install 'hymba-tune[eval]' (or lm-eval)"
@@ -153,6 +158,6 @@ def _check_chat(config: ChatConfig) -> None:
     if config.prompts is None or config.to is None:
         raise ConfigError("--from and --to go together.", fix="--from prompts.jsonl --to answers.jsonl")
     if config.against or config.prompt is not None:
-        raise ConfigError("--from answers a file with one model; leave --against and --prompt out.")
+        raise ConfigError("--from answers a file with one model.", fix="remove --against and --prompt")
     if config.to.suffix != ".jsonl":
-        raise ConfigError(f"--to {config.to}: answers are written as JSON lines.", expected="a name in .jsonl")
+        raise ConfigError(f"--to {config.to}: answers are written as JSON Lines.", expected="a file name in .jsonl")

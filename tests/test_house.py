@@ -20,7 +20,7 @@ PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["s
 
 FLOORS = [
     {"errors"},
-    {"config", "folders", "memory", "pages", "ranks"},
+    {"config", "files", "memory", "pages", "ranks"},
     {"registry"},
     {"model", "schemes"},
     {"checkpoint"},

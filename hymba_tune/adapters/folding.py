@@ -66,6 +66,15 @@ def tokenizer_folder(source: ModelSource) -> Path:
     return source.folder
 
 
+def folders_of(source: ModelSource) -> list[Path]:
+    """The folders that a model is read from, those of the models below its adapters included."""
+    folders = [source.folder]
+    while source.adapter is not None:
+        source = base_of(source)
+        folders.append(source.folder)
+    return folders
+
+
 @dataclass(frozen=True)
 class QuantizedBase:
     """Weights in fewer bits on which an adapter was trained.

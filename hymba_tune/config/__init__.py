@@ -31,6 +31,7 @@ from hymba_tune.config.options import (
     ModelOptions,
     TrainingOptions,
 )
+from hymba_tune.config.orpo import ORPOConfig
 from hymba_tune.config.quantize import QuantizeConfig
 from hymba_tune.config.verbs import (
     DoctorConfig,
@@ -39,6 +40,7 @@ from hymba_tune.config.verbs import (
     KTOConfig,
     MergeConfig,
     PreferenceConfig,
+    ReferenceConfig,
     SFTConfig,
     TrainingConfig,
 )
@@ -69,10 +71,12 @@ __all__ = [
     "MetaTokens",
     "Method",
     "ModelOptions",
+    "ORPOConfig",
     "OnBadRow",
     "Onto",
     "PreferenceConfig",
     "QuantizeConfig",
+    "ReferenceConfig",
     "ReferenceSource",
     "SFTConfig",
     "Scheme",

@@ -138,6 +138,8 @@ class Verb:
         title: The title of its reports.
         loss_unit: The unit of its loss; empty where the loss is in no common unit.
         paired: Whether a row is a pair of texts that are trained on together.
+        logit_copies: The float32 copies of the logits of a whole batch that a step holds at its peak; 0 where the loss
+            is computed in chunks of tokens.
         accuracy: How its accuracy is worded; None where it measures none.
         figures: The held-out measures that a report shows beside the losses: their columns without ``eval_``.
     """
@@ -146,6 +148,7 @@ class Verb:
     title: str
     loss_unit: str
     paired: bool
+    logit_copies: int
     accuracy: Accuracy | None
     figures: tuple[str, ...]
 

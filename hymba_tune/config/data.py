@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from cyclopts import Group, Parameter
 from pydantic import Field
 
-from hymba_tune.config.base import Config, OnBadRow, Pairs
+from hymba_tune.config.base import OnBadRow, Pairs
 from hymba_tune.config.groups import RESULT
-from hymba_tune.config.options import ModelChoice, ReadingOptions
+from hymba_tune.config.options import ModelChoice, OutputOptions, ReadingOptions
 
 
-class DataCheckConfig(ReadingOptions, ModelChoice):
+class DataCheckConfig(OutputOptions, ReadingOptions, ModelChoice):
     """Whether data can be trained on."""
 
     group: ClassVar[Group] = RESULT
@@ -33,7 +33,7 @@ class DataPreviewConfig(ReadingOptions, ModelChoice):
     """Rows to pass over first."""
 
 
-class DataConvertConfig(Config):
+class DataConvertConfig(OutputOptions):
     """Data in another format."""
 
     group: ClassVar[Group] = RESULT
@@ -50,7 +50,7 @@ class DataConvertConfig(Config):
     """Leave out rows that say the same as an earlier one."""
 
 
-class DataSplitConfig(Config):
+class DataSplitConfig(OutputOptions):
     """Data in two parts."""
 
     group: ClassVar[Group] = RESULT

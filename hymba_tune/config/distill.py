@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
-from hymba_tune.config.options import DataOptions, ModelOptions
+from hymba_tune.config.options import DataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
 
 LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
@@ -108,7 +108,9 @@ class DistillConfig(TeacherOptions, TrainingConfig):
 
     group: ClassVar[Group] = DISTILLATION
 
-    verb: ClassVar[Verb] = Verb("distill", "Distillation", NATS_PER_TOKEN, paired=False, accuracy=None, figures=())
+    verb: ClassVar[Verb] = Verb(
+        "distill", "Distillation", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+    )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
     loss: Names = Field(default_factory=lambda: ["auto"])
@@ -138,6 +140,12 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     only, such as a larger Hymba's. Its own pass of the teacher, which stays in memory."""
     match_weight: float = Field(default=1.0, gt=0)
     """Weight of --match-hidden beside the other losses."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read, by the names that the user gave; some may be files and folders of this machine."""
+        teacher = [self.teacher, self.teacher_tokenizer, self.teacher_chat_template, self.teacher_cache]
+        return [*super().inputs, *(str(name) for name in teacher if name)]
 
     @property
     def parts(self) -> list[Stage]:
@@ -228,7 +236,7 @@ def _stage(text: str, whole: Stage) -> Stage:
     return Stage(**{**vars(whole), **changes})
 
 
-class DistillCaptureConfig(TeacherOptions, DataOptions, ModelOptions):
+class DistillCaptureConfig(OutputOptions, TeacherOptions, DataOptions, ModelOptions):
     """A teacher's targets for a student, kept on disk."""
 
     group: ClassVar[Group] = DATA

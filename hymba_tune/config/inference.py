@@ -10,14 +10,14 @@ from pydantic import Field
 
 from hymba_tune.config.base import Learn, Names, OnBadRow, Pairs
 from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
-from hymba_tune.config.options import EngineOptions, ModelOptions, ReadingOptions
+from hymba_tune.config.options import EngineOptions, ModelOptions, OutputOptions, ReadingOptions
 
 
 class GenerationOptions(EngineOptions, ModelOptions):
     """Which model is asked, and how it computes."""
 
 
-class ChatConfig(GenerationOptions):
+class ChatConfig(OutputOptions, GenerationOptions):
     """Talking to a model."""
 
     group: ClassVar[Group] = ANSWERS
@@ -59,7 +59,7 @@ class ScoringOptions(ReadingOptions):
     """Score all answers of a conversation, or only the last."""
 
 
-class EvalConfig(ScoringOptions, GenerationOptions):
+class EvalConfig(ScoringOptions, OutputOptions, GenerationOptions):
     """How good a model is."""
 
     group: ClassVar[Group] = EVALUATION

@@ -23,7 +23,7 @@ from hymba_tune.config.base import (
     Tracker,
     Weights,
 )
-from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, MODEL, RUN, TRAINING
+from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, MODEL, RESULT, RUN, TRAINING
 
 
 class ModelChoice(Config):
@@ -70,6 +70,15 @@ class ReadingOptions(Config):
     """Learn all answers of a conversation, or only the last."""
     max_length: int = Field(default=2048, ge=8)
     """Tokens a row is cut to (common: 512 to 8192)."""
+
+
+class OutputOptions(Config):
+    """What happens where an output exists."""
+
+    group: ClassVar[Group] = RESULT
+
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace an output that exists. A folder is replaced only if it is one of hymba-tune's and holds nothing else."""
 
 
 class SourceOptions(Config):
@@ -213,6 +222,8 @@ class RunOptions(Config):
 
     out: Path | None = None
     """Run directory. When not given: runs/MODEL-DATA-TIME."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace the run in --out, once the new one has its first checkpoint; nothing but a run is replaced."""
     resume: Path | None = None
     """Run directory to go on with, from its last whole checkpoint."""
     dry_run: bool = Field(default=False, exclude=True)

@@ -30,6 +30,7 @@ from hymba_tune.config.options import (
     EvaluationOptions,
     KeptDataOptions,
     ModelOptions,
+    OutputOptions,
     RunOptions,
     TrainingOptions,
 )
@@ -62,6 +63,11 @@ class TrainingConfig(
         """The settings of every verb that trains, by its name."""
         training = (kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and "verb" in vars(kind))
         return {kind.verb.name: kind for kind in training}
+
+    @property
+    def inputs(self) -> list[str]:
+        """What is read, by the names that the user gave; some may be files and folders of this machine."""
+        return [*self.data, *self.eval_data, self.chat_template or ""]
 
     @property
     def keeps_best(self) -> bool:
@@ -113,12 +119,26 @@ class TrainingConfig(
 class SFTConfig(TrainingConfig, KeptDataOptions):
     """Supervised fine-tuning."""
 
-    verb: ClassVar[Verb] = Verb("sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, accuracy=None, figures=())
+    verb: ClassVar[Verb] = Verb(
+        "sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+    )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
 class PreferenceConfig(TrainingConfig, KeptDataOptions):
-    """How answers are compared with those of a reference model."""
+    """Training on which of two answers is better."""
+
+    group: ClassVar[Group] = PREFERENCES
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.packing:
+            raise ValueError("packing: answers are compared side by side, not packed; leave it out")
+        return self
+
+
+class ReferenceConfig(PreferenceConfig):
+    """Preference training against a reference model."""
 
     group: ClassVar[Group] = PREFERENCES
 
@@ -146,8 +166,6 @@ class PreferenceConfig(TrainingConfig, KeptDataOptions):
         if self.reference is ReferenceSource.adapter_off and self.precomputes:
             what = "--method full" if self.method is Method.full else "--start continue"
             raise ValueError(f"reference: {what} has no new adapter to switch off; use --reference precompute")
-        if self.packing:
-            raise ValueError("packing: answers are compared side by side, not packed; leave it out")
         return self
 
 
@@ -155,7 +173,7 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """DPO's losses with label smoothing."""
 
 
-class DPOConfig(PreferenceConfig):
+class DPOConfig(ReferenceConfig):
     """Direct preference optimization."""
 
     verb: ClassVar[Verb] = Verb(
@@ -163,6 +181,7 @@ class DPOConfig(PreferenceConfig):
         "Preference training (DPO)",
         loss_unit="",
         paired=True,
+        logit_copies=0,
         accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
         figures=("accuracy", "margin"),
     )
@@ -196,7 +215,7 @@ class DPOConfig(PreferenceConfig):
         return self
 
 
-class KTOConfig(PreferenceConfig):
+class KTOConfig(ReferenceConfig):
     """Kahneman-Tversky optimization, on answers that are judged one by one."""
 
     verb: ClassVar[Verb] = Verb(
@@ -204,6 +223,7 @@ class KTOConfig(PreferenceConfig):
         "Preference training (KTO)",
         loss_unit="",
         paired=False,
+        logit_copies=0,
         accuracy=Accuracy("answers", "classified correctly", chance=None),
         figures=("accuracy", "margin"),
     )
@@ -221,7 +241,7 @@ class KTOConfig(PreferenceConfig):
         return self
 
 
-class MergeConfig(ModelOptions):
+class MergeConfig(OutputOptions, ModelOptions):
     """Folding an adapter into its base model."""
 
     group: ClassVar[Group] = RESULT
@@ -238,7 +258,7 @@ class MergeConfig(ModelOptions):
     """Folder of the merged model; must not exist or be empty."""
 
 
-class ExportConfig(ModelOptions):
+class ExportConfig(OutputOptions, ModelOptions):
     """Making a model ready to be loaded anywhere, and publishing it."""
 
     group: ClassVar[Group] = RESULT

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tokenizers
 
 from hymba_tune.data.sources import Source
+from hymba_tune.files import flush_to_disk
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,7 @@ def unfinished(folder: Path) -> tempfile.TemporaryDirectory[str]:
 def keep(written: Path, folder: Path, name: str) -> Path:
     """Move a finished entry to its name. If another process was faster, its entry is the one."""
     entry = folder / name
+    flush_to_disk(written)
     try:
         written.rename(entry)
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hymba_tune.data.messages import Message
 from hymba_tune.data.report import Dropped
 from hymba_tune.data.rows import RowError, SourceRow, listing
 from hymba_tune.data.sources import Source
-from hymba_tune.data.writers import check_target, writing
+from hymba_tune.data.writers import Write, check_target, writing
 from hymba_tune.errors import DataError
 
 PROGRESS_ROWS = 1000
@@ -122,6 +123,7 @@ def convert(
     mapping: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = OnBadRow.stop,
     unique: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Converted:
     """Write the rows of the sources in another format.
@@ -133,21 +135,28 @@ def convert(
         mapping: ``--map``: see `Names.parse`.
         on_bad_row: What happens at a row that cannot be read, or that the format cannot hold.
         unique: Whether rows that say the same as an earlier one are left out. Takes about 70 bytes a row.
+        overwrite: Whether files that are there are replaced.
         progress: Called with the number of rows written, now and then.
 
     Raises:
         RowError: At the first such row, if ``on_bad_row`` is ``stop``; nothing is written then.
-        DataError: If a source cannot be read, or ``out`` cannot be written.
+        DataError: If a source cannot be read.
+        ConfigError: If ``out`` cannot be written.
     """
-    check_target(out)
+    check_converted(out, on_bad_row=on_bad_row, overwrite=overwrite)
     target, done = TARGETS[to], Converted()
-    listed = out.with_name(f"{out.name}.dropped.jsonl")
-    with writing(listed, {}) as leave_out, writing(out, target.columns) as write:
+    listed = _listed(out)
+    with ExitStack() as files:
+        write = files.enter_context(writing(out, target.columns, overwrite=overwrite))
+        leave_out: Write | None = None
+        if on_bad_row is OnBadRow.skip and listed.exists():  # of the file that is replaced
+            leave_out = files.enter_context(writing(listed, {}, overwrite=overwrite))
         seen: set[int] = set()
         for row, example, converted in _attempts(sources, target, mapping or {}):
             if isinstance(converted, DataError):
                 if on_bad_row is OnBadRow.stop:
                     raise RowError(row.place, converted, extent=f"lists such rows in {listed.name}")
+                leave_out = leave_out or files.enter_context(writing(listed, {}, overwrite=overwrite))
                 done.left_out += 1
                 leave_out(Dropped(row.place, "bad row", converted.what).as_row())
                 continue
@@ -161,9 +170,30 @@ def convert(
             done.rows += 1
             if progress and done.rows % PROGRESS_ROWS == 0:
                 progress(done.rows)
-    if not done.left_out:
-        listed.unlink()
     return done
+
+
+def check_converted(
+    out: Path, *, on_bad_row: OnBadRow = OnBadRow.stop, overwrite: bool = False, inputs: Sequence[Path] = ()
+) -> None:
+    """Check that `convert` can write a file, and the list of rows left out beside it.
+
+    Args:
+        out: The file.
+        on_bad_row: Whether there will be such a list.
+        overwrite: Whether files that are there are replaced.
+        inputs: The files that are read.
+
+    Raises:
+        DataError: If the ending is not known.
+        ConfigError: If it cannot.
+    """
+    for path in [out, *([_listed(out)] if on_bad_row is OnBadRow.skip else [])]:
+        check_target(path, overwrite=overwrite, inputs=inputs)
+
+
+def _listed(out: Path) -> Path:
+    return out.with_name(f"{out.name}.dropped.jsonl")
 
 
 def _attempts(

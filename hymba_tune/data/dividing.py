@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hymba_tune.data.rows import RowError, SourceRow, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.data.writers import check_target, writing
 from hymba_tune.errors import DataError
+from hymba_tune.files import make_folders, remove_empty, write_errors
 
 TRAIN, EVAL = "train.jsonl", "eval.jsonl"
 PROGRESS_ROWS = 1000
@@ -41,6 +41,7 @@ def divide(
     seed: int = 0,
     mapping: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = OnBadRow.stop,
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Divided:
     """Write ``train.jsonl`` and ``eval.jsonl``: the rows as they are, in their order.
@@ -56,24 +57,36 @@ def divide(
         mapping: ``--map``: where prompts stand.
         on_bad_row: What happens at a row that cannot be read at all; one that fits no format goes where its content
             says.
+        overwrite: Whether files that are there are replaced.
         progress: Called with the number of rows read, now and then.
 
     Raises:
         RowError: At a row that cannot be read, if ``on_bad_row`` is ``stop``; nothing is written then.
-        DataError: If a source cannot be read, ``out`` cannot be written, or all rows have one prompt.
+        DataError: If a source cannot be read, or all rows have one prompt.
+        ConfigError: If ``out`` cannot be written.
     """
-    was_there = out.is_dir()
+    with write_errors("--out", out):
+        made = make_folders(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"Cannot write to {out}: {error.strerror}.", fix="another --out") from error
-    try:
-        return _divide(sources, fraction, out, seed, mapping or {}, on_bad_row, progress)
-    except BaseException:
-        if not was_there:
-            with suppress(OSError):  # it holds something after all
-                out.rmdir()
-        raise
+        return _divide(sources, fraction, out, seed, mapping or {}, on_bad_row, progress, overwrite=overwrite)
+    finally:
+        remove_empty(made)
+
+
+def check_divided(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Check that `divide` can write into a folder, which need not exist.
+
+    Args:
+        out: The folder.
+        overwrite: Whether files that are there are replaced.
+        inputs: The files that are read.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if out.is_dir():
+        for name in (TRAIN, EVAL):
+            check_target(out / name, overwrite=overwrite, inputs=inputs)
 
 
 def _divide(
@@ -84,9 +97,10 @@ def _divide(
     mapping: Mapping[str, str],
     on_bad_row: OnBadRow,
     progress: Callable[[int], None] | None,
+    *,
+    overwrite: bool,
 ) -> Divided:
-    for name in (TRAIN, EVAL):
-        check_target(out / name)
+    check_divided(out, overwrite=overwrite)
     groups, done = array("Q"), Divided()
     for row, names in _rows(sources, mapping):
         if row.error and on_bad_row is OnBadRow.stop:
@@ -95,7 +109,10 @@ def _divide(
         if progress and len(groups) % PROGRESS_ROWS == 0:
             progress(len(groups))
     readable = _held_out(np.frombuffer(groups, dtype=np.uint64), fraction, seed, sources)
-    with writing(out / TRAIN, {}) as train, writing(out / EVAL, {}) as held_out:
+    with (
+        writing(out / TRAIN, {}, overwrite=overwrite) as train,
+        writing(out / EVAL, {}, overwrite=overwrite) as held_out,
+    ):
         for (row, _), is_held_out in zip(_rows(sources, mapping), readable, strict=True):
             if row.error:
                 done.unreadable += 1

@@ -63,13 +63,39 @@ def open_mix(path: Path) -> list[Source]:
         DataError: If it cannot be read, or says something else.
         ConfigError: If a weight, a cap or a mapping cannot be used.
     """
+    return [
+        _source(entry, f"{path}, source {number}", path.parent) for number, entry in enumerate(_entries(path), start=1)
+    ]
+
+
+def local_files(names: Sequence[str]) -> list[Path]:
+    """The files of this machine that names of sources stand for, those of mixes included. No data is read.
+
+    Args:
+        names: As `open_sources` takes them; names of anything else are left out.
+
+    Raises:
+        DataError: If a mix cannot be read.
+    """
+    files = []
+    for path in (Path(name).expanduser() for name in names):
+        files.append(path)
+        if _is_mix(str(path)):
+            entries = [entry for entry in _entries(path) if isinstance(entry, dict)]
+            named = [str(entry[key]) for entry in entries for key in ("path", "eval_data") if key in entry]
+            files += [path.parent / Path(name).expanduser() for name in named]
+            files += [Path(name).expanduser() for name in named]
+    return [path for path in files if path.is_file()]
+
+
+def _entries(path: Path) -> list[Any]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"Cannot read the mix {path}: {error}.", expected=EXPECTED) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"Cannot use the mix {path}: it is no list.", expected=EXPECTED)
-    return [_source(entry, f"{path}, source {number}", path.parent) for number, entry in enumerate(entries, start=1)]
+    return entries
 
 
 def _source(entry: Any, where: str, folder: Path) -> Source:

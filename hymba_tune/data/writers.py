@@ -6,8 +6,7 @@ import csv
 import gzip
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,72 +17,50 @@ import pyarrow.parquet as pq
 from hymba_tune.data.readers import KINDS, kind
 from hymba_tune.data.rows import listing
 from hymba_tune.errors import DataError
+from hymba_tune.files import atomic_write, check_file, write_errors
 
 Write = Callable[[Any], None]
 PARQUET_ROWS = 1024
 
 
-def check_target(path: Path) -> None:
-    """See that a file can be written before anything is read.
+def check_target(path: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Check that a file of rows can be written, before anything is read.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may replace a file.
+        inputs: The files that are read.
 
     Raises:
-        DataError: If its ending is not known, or something is there already.
+        DataError: If its ending is not known.
+        ConfigError: If it must not be written; see `check_file`.
     """
     if kind(path) not in KINDS or (path.suffix == ".gz" and kind(path) == ".parquet"):
         raise DataError(
             f"Cannot write {path}: its ending is none of the known ones.",
             expected=f"{listing(KINDS)} (also with .gz, but for .parquet)",
         )
-    if path.exists():
-        raise DataError(f"Cannot write {path}: it exists.", fix="another name, or take it away first")
-    check_folder(path)
-
-
-def check_folder(path: Path) -> None:
-    """See that the folder of a file is there.
-
-    Raises:
-        DataError: If it is not.
-    """
-    if not path.parent.is_dir():
-        raise DataError(f"Cannot write {path}: there is no folder {path.parent}.", fix=f"mkdir -p {path.parent}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it; one that is there is replaced.
-
-    Raises:
-        DataError: If it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.rename(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"Cannot write {path}: {error.strerror or error}.", fix="another file name") from error
+    check_file("--out", path, overwrite=overwrite, inputs=inputs)
 
 
 @contextmanager
-def writing(path: Path, columns: Mapping[str, pa.DataType]) -> Iterator[Write]:
+def writing(path: Path, columns: Mapping[str, pa.DataType], *, overwrite: bool = False) -> Iterator[Write]:
     """A function that takes one row after the other; the file is there once the block ends without an error.
 
     Args:
         path: Its ending says the kind.
         columns: Which columns rows have, and their types in Parquet. Lists become JSON text in tables of text.
+        overwrite: Whether a file that is there is replaced.
 
     Raises:
-        DataError: If it cannot be written.
+        ConfigError: If it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with _writer(path, part, columns) as write:
-            yield write
-        part.rename(path)
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror or error}.", fix="another --out") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        write_errors("--out", path),
+        atomic_write(path, overwrite=overwrite) as part,
+        _writer(path, part, columns) as write,
+    ):
+        yield write
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Questions whose answers are known: asked, and the answers compared."""
+"""Questions with known answers: generating answers and comparing them by exact match."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.data import Conversation, Source, encode_prompt, sample_prompts
 from hymba_tune.errors import DataError
-from hymba_tune.generate import Writing, write_texts
+from hymba_tune.generate import Generation, generate_texts
 
 NUMBER = r"[-$]{0,2}\d[\d,]*(?:\.\d+)?"
 PATTERNS = {"gsm8k": rf"####\s*({NUMBER})", "number": NUMBER, "exact": r"(?s)\A\s*(.*?)\s*\Z"}
-"""What is taken out of an answer, by the name of the way it is compared."""
+"""The patterns that extract the compared part of an answer, by the values of ``--answers``."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation up to where the model answers, and the answer that is known."""
+    """A conversation up to the answer, and the known answer."""
 
     prompt: Conversation
     reference: str
@@ -28,51 +28,51 @@ class Question:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with what a model answered; what was taken out of both, None where there was nothing to take."""
+    """A question and a model's answer; ``extracted`` and ``expected`` are the compared parts, None if not found."""
 
     question: Question
     answer: str
-    found: str | None
+    extracted: str | None
     expected: str | None
 
     @property
-    def right(self) -> bool:
-        """Whether both say the same."""
-        return self.found is not None and self.found == self.expected
+    def correct(self) -> bool:
+        """Whether the compared parts are equal."""
+        return self.extracted is not None and self.extracted == self.expected
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How many questions were answered right.
+    """Counts of answers.
 
     Attributes:
-        questions: All of them.
-        right: Those whose answer says what is known.
-        found: Those whose answer has what is compared at all.
+        questions: Number of questions.
+        correct: Number of answers that match the known answer.
+        extracted: Number of answers that contain a part to compare.
     """
 
     questions: int
-    right: int
-    found: int
+    correct: int
+    extracted: int
 
     @property
     def exact_match(self) -> float:
-        """Share that was right."""
-        return self.right / self.questions
+        """Share of correct answers."""
+        return self.correct / self.questions
 
     @property
     def standard_error(self) -> float:
-        """Of that share."""
+        """Standard error of `exact_match`."""
         share = self.exact_match
         return math.sqrt(share * (1 - share) / max(self.questions - 1, 1))
 
 
 class Extraction:
-    """How the part of an answer is found that is compared.
+    """Extracts the part of an answer that is compared.
 
     Args:
-        way: One of `PATTERNS`.
-        pattern: A regular expression instead of it.
+        way: A key of `PATTERNS`.
+        pattern: A regular expression that replaces it.
     """
 
     def __init__(self, way: str | None, pattern: str | None) -> None:
@@ -80,16 +80,16 @@ class Extraction:
         self._compiled = re.compile(self.pattern)
 
     def __call__(self, text: str) -> str | None:
-        """The last match, or its first group, without white space; a number written in one way: ``1,000.0`` as 1000."""
+        """The last match, or its first group, stripped; numbers are normalized, such as ``1,000.0`` to 1000."""
         matches = list(self._compiled.finditer(text))
         if not matches:
             return None
         last = matches[-1]
-        taken = (last[1] if self._compiled.groups and last[1] is not None else last[0]).strip()
-        return _plain_number(taken) if re.fullmatch(NUMBER, taken) else taken
+        part = (last[1] if self._compiled.groups and last[1] is not None else last[0]).strip()
+        return _normalized_number(part) if re.fullmatch(NUMBER, part) else part
 
 
-def _plain_number(text: str) -> str:
+def _normalized_number(text: str) -> str:
     digits = text.replace(",", "").replace("$", "")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
@@ -97,20 +97,20 @@ def _plain_number(text: str) -> str:
 def read_questions(
     sources: Sequence[Source], extract: Extraction, *, max_rows: int | None, mapping: Mapping[str, str]
 ) -> list[Question]:
-    """The conversations of the sources, each up to its last answer.
+    """Read the conversations of the sources, each up to its last answer.
 
     Raises:
-        DataError: If there are none, or none of their answers has what is to be compared.
+        DataError: If there are none, or no known answer contains a part to compare.
     """
     questions = [Question(prompt, reference) for prompt, reference in sample_prompts(sources, max_rows, mapping)]
     names = ", ".join(source.name for source in sources)
     if not questions:
-        raise DataError(f"No questions in {names}.", expected="rows with a prompt and an answer")
+        raise DataError(f"There are no questions in {names}.", expected="rows with a prompt and an answer")
     if all(extract(question.reference) is None for question in questions):
         raise DataError(
-            f"No answer in {names} has what is to be compared. The first: {questions[0].reference[:200]!r}.",
-            expected=f"something that {extract.pattern} finds",
-            fix="--answers exact, or --extract with another expression",
+            f"No answer in {names} contains a part to compare. The first is {questions[0].reference[:200]!r}.",
+            expected=f"a match of {extract.pattern}",
+            fix="--answers exact, or --extract with another regular expression",
         )
     return questions
 
@@ -125,25 +125,26 @@ def answer_questions(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> list[AnsweredQuestion]:
-    """Let a model answer, by its likeliest tokens.
+    """Generate a model's answers by greedy decoding.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: With a chat template.
-        questions: Asked several at a time.
-        extract: Finds what is compared.
-        max_new_tokens: Tokens an answer may have.
-        batch_size: Questions at a time.
-        progress: Called with the number of answers.
+        model: A model in evaluation mode.
+        tokenizer: A tokenizer with a chat template.
+        questions: The questions.
+        extract: Extracts the part of an answer that is compared.
+        max_new_tokens: Maximum number of tokens of an answer.
+        batch_size: Number of questions in a batch.
+        progress: Called with the number of finished answers.
     """
 
-    def prompts() -> Iterator[Writing]:
+    def generations() -> Iterator[Generation]:
         for number, question in enumerate(questions):
-            yield Writing(encode_prompt(question.prompt, tokenizer), max_new_tokens, number=number)
+            yield Generation(encode_prompt(question.prompt, tokenizer), max_new_tokens, number=number)
 
     answers = [""] * len(questions)
-    for done, written in enumerate(write_texts(model, tokenizer, prompts(), batch_size=batch_size), start=1):
-        answers[written.number] = written.text(tokenizer).strip()
+    finished = generate_texts(model, tokenizer, generations(), batch_size=batch_size)
+    for done, generation in enumerate(finished, start=1):
+        answers[generation.number] = generation.text(tokenizer).strip()
         progress(done)
     return [
         AnsweredQuestion(question, answer, extract(answer), extract(question.reference))
@@ -151,7 +152,7 @@ def answer_questions(
     ]
 
 
-def judge_answers(answered: Sequence[AnsweredQuestion]) -> AnswerScore:
-    """Count what was right."""
-    found = sum(one.found is not None for one in answered)
-    return AnswerScore(len(answered), sum(one.right for one in answered), found)
+def score_answers(answered: Sequence[AnsweredQuestion]) -> AnswerScore:
+    """Count the answers, the correct ones, and those with a part to compare."""
+    extracted = sum(one.extracted is not None for one in answered)
+    return AnswerScore(len(answered), sum(one.correct for one in answered), extracted)

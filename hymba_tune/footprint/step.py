@@ -104,6 +104,7 @@ class StepMemory:
         checkpointing: bool,
         accumulates: bool,
         optimizer: str,
+        logit_copies: int = 0,
         quantized: Mapping[str, int] = MappingProxyType({}),
     ) -> Footprint:
         """The worst moment of a step.
@@ -113,6 +114,7 @@ class StepMemory:
             checkpointing: Whether layers compute their activations again in the backward.
             accumulates: Whether gradients of earlier batches are there while one is computed.
             optimizer: Its name in the settings.
+            logit_copies: The float32 copies of the logits of all places that the loss holds; 0 if it works in chunks.
             quantized: Bytes of each layer whose weight is stored in fewer bits, by its name.
         """
         layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
@@ -122,8 +124,9 @@ class StepMemory:
         state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
         waiting = trained_bytes if accumulates else 0
         around = self._around_layers(batch)
+        whole_logits = 4 * logit_copies * batch.places * self._base.lm_head.weight.shape[0]
         moments = [
-            (waiting, around + sum(cost.held(checkpointing) for cost in layers), loss.peak),
+            (waiting, around + sum(cost.held(checkpointing) for cost in layers), max(loss.peak, whole_logits)),
             (trained_bytes, 0, 0),  # the optimizer's step
             (trained_bytes, around, loss.gradients),  # the embedding's backward, with a gradient of its own
         ]

@@ -13,13 +13,22 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters import base_of, folding_note, load_adapter, open_model, short_count, tokenizer_of, weights_of
+from hymba_tune.adapters import (
+    base_of,
+    folders_of,
+    folding_note,
+    load_adapter,
+    open_model,
+    short_count,
+    tokenizer_of,
+    weights_of,
+)
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load_tokenizer
 from hymba_tune.config import ExportConfig, QuantizeConfig
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.folders import new_folder
+from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
 from hymba_tune.hub.layout import write_model, write_tokenizer
@@ -63,6 +72,8 @@ def export(config: ExportConfig, working: Working) -> Exported:
     """
     check_inputs(config)
     choose_device(config.device)
+    if config.out:
+        check_folder(config.out, MODEL, overwrite=config.overwrite)
     target = None
     if config.push is not None:
         target = UploadTarget(config.push, private=config.private, revision=config.revision, update=config.update)
@@ -103,7 +114,7 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
         check_publishable(lineage)
     name, damage = config.push or out.name, None
     asked = _to_quantize(config, working)
-    with new_folder(out) as folder:
+    with new_folder(out, overwrite=config.overwrite, inputs=folders_of(source)) as folder:
         if asked is not None:
             done = write_quantized(asked, folder, lineage.base, working)
             difference, size, damage = done.difference, done.size, done.damage

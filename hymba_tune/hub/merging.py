@@ -18,6 +18,7 @@ from hymba_tune.adapters import (
     check_onto,
     finite_tensor,
     folded_weights,
+    folders_of,
     open_model,
     plain_config,
     quantized_base,
@@ -30,7 +31,7 @@ from hymba_tune.config import MergeConfig, Onto
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError
-from hymba_tune.folders import new_folder
+from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.drift import MergeDrift, drift, logits_of, sample_texts, trained_model
 from hymba_tune.hub.layout import SHARD
 from hymba_tune.inputs import check_inputs
@@ -72,6 +73,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     """
     check_inputs(config)
     device = choose_device(config.device)
+    check_folder(config.out, MODEL, overwrite=config.overwrite)
     source = resolve_model(config.model)
     if source.adapter is None:
         raise CheckpointError(
@@ -83,7 +85,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     give_back_freed_memory()
-    with new_folder(config.out) as folder:
+    with new_folder(config.out, overwrite=config.overwrite, inputs=folders_of(source)) as folder:
         drifts = _drifts(source, base, dtype, device, working) if base else {}
         with working("merging"):
             size = _write(source, onto, dtype, device, folder)

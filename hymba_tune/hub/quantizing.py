@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import base_of, folding_note, open_model, short_count, tokenizer_of, weights_of
+from hymba_tune.adapters import base_of, folders_of, folding_note, open_model, short_count, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, weight_files
 from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
 from hymba_tune.data import Encoded, open_sources, with_chat_template
+from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
-from hymba_tune.folders import new_folder
+from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.card import write_card
 from hymba_tune.hub.checks import sample_logits, write_sums
 from hymba_tune.hub.layout import write_model
@@ -89,6 +90,8 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     """
     check_inputs(config)
     device = choose_device(config.device)
+    if config.out:
+        check_folder(config.out, MODEL, overwrite=config.overwrite)
     source = resolve_model(config.model)
     check_quantizable(source)
     model_config = load_config(weights_of(source))
@@ -133,11 +136,16 @@ def quantize(config: QuantizeConfig, working: Working) -> QuantizedModel:
     """
     asked = find(config, working)
     lineage, out = trace(asked.source), config.out or usual_folder(asked.source, ending=f"-{config.scheme}")
-    with new_folder(out) as folder:
+    with new_folder(out, overwrite=config.overwrite, inputs=inputs_of(config, asked)) as folder:
         done = write_quantized(asked, folder, lineage.base, working)
         write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantized=True, damage=done.damage)
         write_sums(folder)
     return replace(done, folder=out)
+
+
+def inputs_of(config: QuantizeConfig, asked: QuantizationPlan) -> list[Path]:
+    """The files and folders that are read for a quantized model: the model's, and those of the data."""
+    return [*folders_of(asked.source), *local_files(config.data)]
 
 
 def write_quantized(asked: QuantizationPlan, folder: Path, base: str | None, working: Working) -> QuantizedModel:

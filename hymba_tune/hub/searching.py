@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hymba_tune.adapters import open_model
 from hymba_tune.config import QuantizeConfig
 from hymba_tune.data.training import Working
-from hymba_tune.folders import check_new_folder
-from hymba_tune.hub.quantizing import QuantizationPlan, QuantizedModel, find, quantize
+from hymba_tune.files import check_new_folder
+from hymba_tune.hub.quantizing import QuantizationPlan, QuantizedModel, find, inputs_of, quantize
 from hymba_tune.quant import (
     QuantizationDrift,
     Search,
@@ -49,7 +49,7 @@ def search_skips(config: QuantizeConfig, working: Working) -> Searched:
     """
     asked = find(config, working)
     if config.out is not None:
-        check_new_folder(config.out)
+        check_new_folder(config.out, overwrite=config.overwrite, inputs=inputs_of(config, asked))
     found = _search(asked, config.max_rise / 100, working)
     skip = (*config.skip, *(found.skip or ()))
     if config.out is None or found.skip is None:

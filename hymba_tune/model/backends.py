@@ -90,8 +90,9 @@ class Backend:
     unsupported_reason: Callable[[Task], str | None] = _fits
 
     def __post_init__(self) -> None:
-        run = self.run
-        run = run._make(map(outside_autocast, run)) if isinstance(run, tuple) else outside_autocast(run)
+        run: Any = self.run
+        kind: Any = type(run)  # several functions are a NamedTuple
+        run = kind(*map(outside_autocast, run)) if issubclass(kind, tuple) else outside_autocast(run)
         object.__setattr__(self, "run", run)
 
     def obstacle(self, task: Task) -> str | None:
@@ -236,9 +237,9 @@ class Operation:
                         actual = _results(problem, backend, task)
                 except Exception as error:  # compilers and foreign packages raise anything
                     return f"it failed on a small problem{where}: {type(error).__name__}: {_first_line(error)}"
-                error = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
-                if error > allowed:
-                    return f"its results{where} are off by {error:.1e}; {allowed:.0e} is allowed"
+                furthest = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
+                if furthest > allowed:
+                    return f"its results{where} are off by {furthest:.1e}; {allowed:.0e} is allowed"
         return None
 
 

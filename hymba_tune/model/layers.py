@@ -71,7 +71,9 @@ class HymbaHeadNorms(nn.Module):
 class HymbaFirstNorm(HymbaRMSNorm):
     """The norm of the attention heads' output, averaged with that of the SSM heads in one pass over memory."""
 
-    def forward(self, a: Tensor, average: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, a: Tensor, average: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Hand ``(rows, width)`` and the weight on to `HymbaSecondNorm`, which is called with its own input already."""
         return average(a, self.weight)
 
@@ -79,7 +81,7 @@ class HymbaFirstNorm(HymbaRMSNorm):
 class HymbaSecondNorm(HymbaRMSNorm):
     """The norm of the SSM heads' output, which takes the average of both."""
 
-    def forward(self, b: Tensor, a: Tensor, a_weight: Tensor) -> Tensor:
+    def forward(self, b: Tensor, a: Tensor, a_weight: Tensor) -> Tensor:  # type: ignore[override]
         """Return half the sum of both norms, ``(rows, width)``."""
         return mean_of_norms(a, a_weight, b, self.weight, self.eps)
 
@@ -261,6 +263,7 @@ class HymbaMixer(nn.Module):
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
             dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
+        y: Tensor
         y, states = self.D(x, self.dt_proj[0](dt), self.A_log(), B, C, gate, documents, states)
         if cache is not None:
             cache.tails[self.layer], cache.states[self.layer] = tails, states

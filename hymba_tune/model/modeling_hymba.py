@@ -320,8 +320,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             return head_scores(self.lm_head, hidden, labels, shifted=shifted)
         loss = None
         if labels is not None:
-            options = {"shifted": shifted, "weights": loss_weights, "items": num_items_in_batch}
-            loss = head_loss(self.lm_head, hidden, labels, documents, **options)
+            given = self.lm_head, hidden, labels, documents
+            loss = head_loss(*given, shifted=shifted, weights=loss_weights, items=num_items_in_batch)
         logits = None
         if not skip_logits:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -161,6 +161,8 @@ class Library:
                 source, built = Path(scratch, f"{self.name}.cpp"), Path(scratch, f"{self.name}.so")
                 source.write_text(self._source)
                 _output([*command, *self._flags, str(source), "-o", str(built)])
+                with built.open("rb+") as file:
+                    os.fsync(file.fileno())  # a torn library would be found in the cache for good
                 built.replace(library)
         return library
 

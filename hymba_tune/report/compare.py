@@ -8,6 +8,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from hymba_tune.errors import ConfigError
+from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.pages import duration, gigabytes, render
 from hymba_tune.report.commands import defaults
 from hymba_tune.report.curves import overlaid_plots
@@ -17,12 +18,15 @@ from hymba_tune.report.record import RunRecord
 MOST = len(ascii_uppercase)
 
 
-def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRecord, dict[str, str]]]:
+def write_comparison(
+    paths: Sequence[Path], out: Path, *, overwrite: bool = False
+) -> list[tuple[str, RunRecord, dict[str, str]]]:
     """Write a page that sets runs side by side: curves, final figures, settings that differ, answers.
 
     Args:
         paths: Directories of two runs or more.
         out: The page.
+        overwrite: Whether a file that is there is replaced.
 
     Returns:
         The letter that stands for each run, the run, and its final figures.
@@ -33,6 +37,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
     """
     if len(paths) > MOST:
         raise ConfigError(f"{len(paths)} runs are too many for one page.", expected=f"at most {MOST}")
+    check_file("--out", out, overwrite=overwrite)
     records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
     figures = {letter: final_figures(record) for letter, record in records.items()}
     settings = {letter: {"verb": r.verb.name, **defaults(r.verb), **r.settings} for letter, r in records.items()}
@@ -46,10 +51,8 @@ def write_comparison(paths: Sequence[Path], out: Path) -> list[tuple[str, RunRec
         differing=differing(settings),
         samples=_samples(records),
     )
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.", fix="another --out") from error
+    with write_errors("--out", out):
+        write_text(out, page, overwrite=overwrite)
     return [(letter, record, figures[letter]) for letter, record in records.items()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hymba_tune.files import write_text
 from hymba_tune.pages import duration, gigabytes, render
 from hymba_tune.report.commands import chosen, next_commands, repeat
 from hymba_tune.report.curves import loss_plot, other_plots
@@ -49,9 +50,8 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         repeat=repeat(record),
         next=next_commands(record),
     )
-    partial = path / f"{REPORT}.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(path / REPORT), verdict
+    write_text(path / REPORT, page)
+    return path / REPORT, verdict
 
 
 def _state(record: RunRecord) -> str:

@@ -107,7 +107,11 @@ class RunRecord:
 def _verb(name: str) -> Verb:
     known = TrainingConfig.by_verb()
     # The report of a run can be written by a version that no longer has its verb.
-    return known[name].verb if name in known else Verb(name, name, "", paired=False, accuracy=None, figures=())
+    return (
+        known[name].verb
+        if name in known
+        else Verb(name, name, "", paired=False, logit_copies=0, accuracy=None, figures=())
+    )
 
 
 def _json(path: Path, absent: Any) -> Any:

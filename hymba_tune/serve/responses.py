@@ -1,4 +1,4 @@
-"""What is answered, in OpenAI's form."""
+"""The parts of OpenAI's responses: streamed text, token counts and log-probabilities."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.generate import TokenScore, Writing, token_score
+from hymba_tune.generate import Generation, TokenScore, token_score
 
 CHUNK = 256
-"""Tokens of a prompt whose logits are held at a time."""
+"""Number of prompt tokens whose logits are in memory at a time."""
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenTexts:
-    """Tokens as texts.
+    """The text and the bytes of single tokens.
 
     Args:
-        tokenizer: Whose they are.
+        tokenizer: The tokenizer that the tokens belong to.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -32,18 +32,18 @@ class TokenTexts:
         self.text = lru_cache(maxsize=2**16)(self._text)
 
     def _text(self, token: int) -> str:
-        """Of one, with the space that it begins with, which a text of its own would lose."""
-        before = self._tokenizer.decode(self._anchor)
-        return str(self._tokenizer.decode([*self._anchor, token]))[len(before) :]
+        """The text of a token with its leading space, which decoding the token alone would lose."""
+        anchor = self._tokenizer.decode(self._anchor)
+        return str(self._tokenizer.decode([*self._anchor, token]))[len(anchor) :]
 
-    def spelled(self, token: int) -> list[int]:
-        """Its bytes."""
+    def utf8(self, token: int) -> list[int]:
+        """The bytes of a token."""
         byte = BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token)))
         return [int(byte[1], 16)] if byte else list(self.text(token).encode())
 
 
 def score_prompt(model: PreTrainedModel, ids: Sequence[int], top: int) -> list[TokenScore | None]:
-    """What a model makes of a prompt's tokens, of which the first is predicted from nothing."""
+    """The score of each prompt token; None for the first, which nothing predicts."""
     with torch.inference_mode():
         inputs = torch.tensor([list(ids)], device=model.device)
         hidden = model.model(inputs).last_hidden_state[0, :-1]
@@ -54,66 +54,75 @@ def score_prompt(model: PreTrainedModel, ids: Sequence[int], top: int) -> list[T
     return scores
 
 
-def settled(text: str, stop: Sequence[str]) -> str:
-    """What of an unfinished text will stay: no half character, nothing that may become a stop string."""
+def final_prefix(text: str, stop: Sequence[str]) -> str:
+    """The part of an unfinished text that is final: no incomplete character, no possible start of a stop string."""
     text = text.rstrip("\ufffd")
-    held = (size for word in stop for size in range(len(word) - 1, 0, -1) if text.endswith(word[:size]))
-    return text[: len(text) - max(held, default=0)]
+    partial = (size for word in stop for size in range(len(word) - 1, 0, -1) if text.endswith(word[:size]))
+    return text[: len(text) - max(partial, default=0)]
 
 
 class AnswerStream:
-    """An answer piece by piece.
+    """Returns a generated text in parts.
 
     Args:
-        text: That is being written.
-        tokenizer: Its tokenizer.
-        stripped: Whether white space around it is no part of it.
+        generation: The generation that is streamed.
+        tokenizer: The model's tokenizer.
+        stripped: Whether leading and trailing white space is removed.
     """
 
-    def __init__(self, text: Writing, tokenizer: PreTrainedTokenizerBase, *, stripped: bool) -> None:
-        self.text = text
-        self._tokenizer, self._stripped = tokenizer, stripped
-        self._told = 0
-        self._scored = 0
-        self.ended: str | None = None
-        """Why the text ended, when all of it is told."""
+    def __init__(self, generation: Generation, tokenizer: PreTrainedTokenizerBase, *, stripped: bool) -> None:
+        self.generation = generation
+        self._tokenizer = tokenizer
+        self._stripped = stripped
+        self._sent = 0
+        self._scores_sent = 0
+        self.finish_reason: str | None = None
+        """Why generation ended; None until the whole text has been returned."""
 
     def next(self) -> str:
-        """What is new since the last time."""
-        self.ended = self.text.ended  # before the rest: the text may grow meanwhile
-        whole = self.text.text(self._tokenizer)
-        whole = whole if self.ended else settled(whole, self.text.stop)
-        whole = whole.strip() if self._stripped else whole
-        piece, self._told = whole[self._told :], max(self._told, len(whole))
-        return piece
+        """The new text since the last call."""
+        # Read before the text, which may grow meanwhile on the model's thread.
+        self.finish_reason = self.generation.finish_reason
+        text = self.generation.text(self._tokenizer)
+        text = text if self.finish_reason else final_prefix(text, self.generation.stop)
+        text = text.strip() if self._stripped else text
+
+        new = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return new
 
     def scores(self) -> list[TokenScore]:
-        """What was noted of the tokens that are new since the last time."""
-        new, self._scored = self.text.scores[self._scored :], len(self.text.scores)
+        """The scores of the new tokens since the last call."""
+        new = self.generation.scores[self._scores_sent :]
+        self._scores_sent = len(self.generation.scores)
         return new
 
 
 def head(kind: str, model: str) -> dict[str, Any]:
-    """What every answer begins with."""
+    """The fields that every response starts with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(prompts: int, texts: Sequence[Writing]) -> dict[str, int]:
-    """Tokens that were read and written."""
-    written = sum(len(text.ids) for text in texts)
-    return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
+def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, int]:
+    """The numbers of prompt tokens and of generated tokens."""
+    completion_tokens = sum(len(one.ids) for one in generations)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def chat_logprobs(scores: Sequence[TokenScore], tokens: TokenTexts) -> dict[str, Any]:
-    """Log-probabilities as chats have them."""
+    """Log-probabilities in the format of chat completions."""
 
-    def told(token: int, log_prob: float) -> dict[str, Any]:
-        return {"token": tokens.text(token), "logprob": log_prob, "bytes": tokens.spelled(token)}
+    def entry(token: int, log_prob: float) -> dict[str, Any]:
+        return {"token": tokens.text(token), "logprob": log_prob, "bytes": tokens.utf8(token)}
 
     return {
         "content": [
-            told(score.token, score.log_prob) | {"top_logprobs": [told(*pair) for pair in score.top]}
+            entry(score.token, score.log_prob) | {"top_logprobs": [entry(*pair) for pair in score.top]}
             for score in scores
         ],
         "refusal": None,
@@ -123,23 +132,24 @@ def chat_logprobs(scores: Sequence[TokenScore], tokens: TokenTexts) -> dict[str,
 def completion_logprobs(
     scores: Sequence[TokenScore | None], ids: Sequence[int], tokens: TokenTexts, *, by_id: bool, begin: int = 0
 ) -> dict[str, Any]:
-    """Log-probabilities as completions have them.
+    """Log-probabilities in the format of text completions.
 
     Args:
-        scores: Of each token, None for what is predicted from nothing.
-        ids: The tokens.
-        tokens: As texts.
-        by_id: Call tokens ``token_id:7``, as vLLM does where asked to.
-        begin: Where in the text the first one stands.
+        scores: The score of each token, None for a token that nothing predicts.
+        ids: The token ids.
+        tokens: The texts of tokens.
+        by_id: Whether tokens are named by id, such as ``token_id:7``, an option of vLLM.
+        begin: The offset of the first token in the text.
     """
 
     def name(token: int) -> str:
         return f"token_id:{token}" if by_id else tokens.text(token)
 
-    offsets, place = [], begin
+    offsets = []
+    offset = begin
     for token in ids:
-        offsets.append(place)
-        place += len(tokens.text(token))
+        offsets.append(offset)
+        offset += len(tokens.text(token))
     return {
         "tokens": [name(token) for token in ids],
         "token_logprobs": [score and score.log_prob for score in scores],
@@ -149,18 +159,18 @@ def completion_logprobs(
 
 
 def prompt_logprobs(scores: Sequence[TokenScore | None], tokens: TokenTexts) -> list[dict[str, Any] | None]:
-    """Log-probabilities of a prompt as vLLM tells them: by token id, with the token's own among them."""
-    told: list[dict[str, Any] | None] = []
+    """A prompt's log-probabilities in vLLM's format: by token id, including the prompt's own tokens."""
+    entries: list[dict[str, Any] | None] = []
     for score in scores:
         if score is None:
-            told.append(None)
+            entries.append(None)
             continue
         values = {score.token: score.log_prob} | dict(score.top)
         ranks = {token: rank for rank, (token, _) in enumerate(score.top, start=1)}
-        told.append(
+        entries.append(
             {
                 str(token): {"logprob": value, "rank": ranks.get(token), "decoded_token": tokens.text(token)}
                 for token, value in values.items()
             }
         )
-    return told
+    return entries

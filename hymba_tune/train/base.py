@@ -158,7 +158,7 @@ def use_one_device(args: TrainingArguments, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         vars(args)["_setup_devices"] = device  # what the cached property of this name holds
-        args.distributed_state.device = device  # type: ignore[attr-defined]  # which Accelerate reads
+        args.distributed_state.device = device  # which Accelerate reads
 
 
 def keep_own_forward(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hymba_tune.config import TrainingConfig
+from hymba_tune.files import write_text
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow
 
@@ -36,7 +37,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
         "",
         f"The {trained}/ folder holds the {trained}. Chat with it: `hymba-tune chat {run.path}`",
     ]
-    (run.path / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(run.path / "README.md", "\n".join(lines) + "\n")
 
 
 def _table(first: MetricsRow, last: MetricsRow) -> list[str]:

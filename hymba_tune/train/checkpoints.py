@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
+
+from hymba_tune.files import flush_to_disk, write_text
 
 WHOLE = "whole"
 """File that a checkpoint gets last, with the size and the checksum of every other: what it lists, and only that, is
@@ -18,10 +19,7 @@ def seal(folder: Path) -> None:
     """Mark a checkpoint as whole, once all of it is on the disk."""
     files = {path.relative_to(folder).as_posix(): _mark(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(WHOLE, None)  # of a checkpoint that lay there before
-    partial = folder / f"{WHOLE}.partial"
-    partial.write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
-    _reach_disk(partial)
-    partial.replace(folder / WHOLE)
+    write_text(folder / WHOLE, json.dumps(files, indent=1) + "\n")
 
 
 def is_whole(folder: Path) -> bool:
@@ -54,14 +52,8 @@ def forget_torn(folder: Path) -> None:
 
 
 def _mark(path: Path) -> dict[str, int]:
-    _reach_disk(path)
+    flush_to_disk(path)
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-
-
-def _reach_disk(path: Path) -> None:
-    """Wait until a file would outlive a loss of power."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _crc32(path: Path) -> int:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters import adapter_updates, full_updates
+from hymba_tune.files import write_text
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Setup
 
@@ -71,4 +72,4 @@ def _write_updates(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
         found = {"parts": [asdict(update) for update in full_updates(model, setup.source.folder)]}
     else:
         found = {"absent": "not measured: the weights it began with, an adapter folded in, are not kept"}
-    (setup.run.path / "updates.json").write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(setup.run.path / "updates.json", json.dumps(found, allow_nan=False) + "\n")

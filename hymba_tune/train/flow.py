@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,15 @@ from hymba_tune.adapters import add_adapter, base_of, count_parameters, load_ada
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import atomic_folder
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
-from hymba_tune.train.checkpoints import forget_torn, step_of
+from hymba_tune.train.checkpoints import step_of
+from hymba_tune.train.claim import claimed
 from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.limits import limits_explained
@@ -52,8 +53,13 @@ def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """
     config = task.config
     setup = check(config)
-    run, resuming = setup.run, config.resume is not None
-    was_there = run.path.is_dir()
+    with claimed(setup.run, config, setup.source):
+        return _train_claimed(setup, task, screen)
+
+
+def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
+    """Train in a folder that this process has locked."""
+    config, run, resuming = setup.config, setup.run, setup.config.resume is not None
     checkpoint = run.last_checkpoint() if resuming else None
     task_with_data = task.read_data(setup, screen)
     data = task_with_data.data
@@ -76,28 +82,23 @@ def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
         screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
         return None
     if resuming:
-        forget_torn(run.checkpoints)
+        run.forget_leftovers()
     else:
         run.create(config)
     needs = partial(bytes_needed_with, setup, data, extra_bytes)
-    try:
-        with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, config.track):
-            set_seed(config.seed)
-            with screen.working("loading the weights"):
-                model = _open(setup)
-            trainer = _trainer(setup, data, builder, model, screen)
-            outline = outline_of(trainer)
-            screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
-            _record_begin(setup, data, outline, memory_estimate, described)
-            if not resuming:
-                data.report.write_dropped(run.path / "dropped.jsonl")
-                answer_samples(setup, data, trainer.model, "before", screen)
-            with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
-                return _train(setup, data, trainer, checkpoint, screen)
-    except BaseException:
-        if not resuming and run.newest_checkpoint() is None:
-            _forget(run.path, keep_folder=was_there)
-        raise
+    with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, config.track):
+        set_seed(config.seed)
+        with screen.working("loading the weights"):
+            model = _open(setup)
+        trainer = _trainer(setup, data, builder, model, screen)
+        outline = outline_of(trainer)
+        screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
+        _record_begin(setup, data, outline, memory_estimate, described)
+        if not resuming:
+            data.report.write_dropped(run.path / "dropped.jsonl")
+            answer_samples(setup, data, trainer.model, "before", screen)
+        with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
+            return _train(setup, data, trainer, checkpoint, screen)
 
 
 def _record_begin(
@@ -118,13 +119,6 @@ def _record_begin(
         optimizer={"name": config.optimizer, "groups": outline.groups},
         packed_share=outline.packed_share,
     )
-
-
-def _forget(folder: Path, *, keep_folder: bool) -> None:
-    """Remove what a run wrote, and its folder unless it was there before."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if keep_folder:
-        folder.mkdir(exist_ok=True)
 
 
 def _check_same_data(run: Run, report: DataReport) -> None:
@@ -212,14 +206,10 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
 def _save(setup: Setup, trained: PreTrainedModel) -> None:
     """Write what was trained aside, then where it belongs: a folder that is there is whole."""
     run, full = setup.run, setup.config.method is Method.full
-    folder = run.model if full else run.adapter
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    for old in (partial_folder, folder):
-        shutil.rmtree(old, ignore_errors=True)
     if full:
         trained.to(setup.dtype)
-    trained.save_pretrained(partial_folder)
-    # PEFT's empty form; the run's own card says what there is to say.
-    (partial_folder / "README.md").unlink(missing_ok=True)
-    setup.tokenizer.save_pretrained(partial_folder)
-    partial_folder.rename(folder)
+    with atomic_folder(run.model if full else run.adapter) as folder:
+        trained.save_pretrained(folder)
+        # PEFT's empty form; the run's own card says what there is to say.
+        (folder / "README.md").unlink(missing_ok=True)
+        setup.tokenizer.save_pretrained(folder)

@@ -87,6 +87,7 @@ def step_settings(config: TrainingConfig) -> dict[str, Any]:
         "checkpointing": config.gradient_checkpointing,
         "accumulates": config.grad_accum > 1,
         "optimizer": config.optimizer,
+        "logit_copies": config.verb.logit_copies,
     }
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
-from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, Start
+from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, ReferenceConfig, Start
 from hymba_tune.data import PreferenceReport, read_preferences
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import find_local
@@ -24,6 +24,7 @@ from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 P = TypeVar("P", bound=PreferenceConfig)
+R = TypeVar("R", bound=ReferenceConfig)
 
 
 def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
@@ -36,7 +37,7 @@ def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
     return train(PreferenceTask(_with_adapter_of_run(config), KTORun), screen)
 
 
-def _with_adapter_of_run(config: P) -> P:
+def _with_adapter_of_run(config: R) -> R:
     """The settings with those of the adapter that ``--start continue`` goes on with.
 
     Raises:
@@ -90,6 +91,10 @@ class PreferenceRun(ABC, Generic[P]):
     def describe(self) -> dict[str, str]:
         """Return the banner's lines on this kind of training."""
 
+    def watches(self) -> list[TrainerCallback]:
+        """Return callbacks of this kind of training."""
+        return []
+
     def prepare(self, screen: Screen) -> Self:
         """Return the run itself."""
         del screen
@@ -101,14 +106,13 @@ class PreferenceRun(ABC, Generic[P]):
         """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
         # TRL switches dropout off unless told otherwise, also where it was asked for.
         shared = {**arguments, "disable_dropout": not self.config.lora_dropout}
-        watch = MarginWatch(self.config.beta, self.report.identical / self.report.rows, self.screen)
         return self.trainer(
             model=model,
             args=self.arguments(shared),
             train_dataset=self.data.train,
             eval_dataset=self.data.held_out,
             processing_class=self.setup.tokenizer,
-            callbacks=[*callbacks, watch],
+            callbacks=[*callbacks, *self.watches()],
         )
 
 
@@ -165,6 +169,10 @@ class DPORun(PreferenceRun[DPOConfig]):
         own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
         return trl.DPOConfig(**shared, **_reference_arguments(config), **own)
 
+    def watches(self) -> list[TrainerCallback]:
+        """Watch the margin of rewards, which is zero at the start."""
+        return [_margin_watch(self.config, self.report, self.screen)]
+
     def describe(self) -> dict[str, str]:
         """Return the banner's lines on where training starts and on the reference model."""
         return _describe_reference(self.config, self.config.loss, self.setup)
@@ -182,16 +190,24 @@ class KTORun(PreferenceRun[KTOConfig]):
         weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
         return trl.KTOConfig(**shared, **_reference_arguments(config), loss_type=config.loss, **weights)
 
+    def watches(self) -> list[TrainerCallback]:
+        """Watch the margin of rewards, which is zero at the start."""
+        return [_margin_watch(self.config, self.report, self.screen)]
+
     def describe(self) -> dict[str, str]:
         """Return the banner's lines on where training starts and on the reference model."""
         return _describe_reference(self.config, self.config.loss, self.setup)
 
 
-def _reference_arguments(config: PreferenceConfig) -> dict[str, Any]:
+def _reference_arguments(config: ReferenceConfig) -> dict[str, Any]:
     return {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
 
 
-def _describe_reference(config: PreferenceConfig, loss: str, setup: Setup) -> dict[str, str]:
+def _margin_watch(config: ReferenceConfig, report: PreferenceReport, screen: Screen) -> MarginWatch:
+    return MarginWatch(config.beta, report.identical / report.rows, screen)
+
+
+def _describe_reference(config: ReferenceConfig, loss: str, setup: Setup) -> dict[str, str]:
     how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
     reference = {"reference": f"the model at the start, {how} · {loss} loss, beta {config.beta:g}"}
     return describe_start(setup) | reference

@@ -34,7 +34,7 @@ class PreferenceTrainer(RunTrainer):
         keep_own_forward(model)
         # A new adapter is no other model than the one below it: switched off, it needs no copy. One that is gone on
         # with was compared with its copy before training, when the two were the same.
-        if isinstance(model, PeftModel):
+        if TRL_REFERENCE in getattr(model, "peft_config", {}):
             model.delete_adapter(TRL_REFERENCE)
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:

@@ -19,7 +19,8 @@ import yaml
 
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.train.checkpoints import newest_whole
+from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, remove, write_text
+from hymba_tune.train.checkpoints import forget_torn, newest_whole
 from hymba_tune.train.screen import MetricsRow
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -30,10 +31,15 @@ class Run:
 
     Args:
         path: The directory, which need not exist yet.
+
+    Attributes:
+        path: Where the run's files are.
+        place: What the run is called to the user: ``path``, but in a dry run, which works elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.place = path
 
     @property
     def name(self) -> str:
@@ -60,16 +66,13 @@ class Run:
         """The directory a new run is to have.
 
         Raises:
-            ConfigError: If ``--out`` holds something already, or cannot be written.
+            ConfigError: If ``--out`` holds something that must not be replaced; see `check_folder`.
         """
         if config.out is None:
             parts = [Path(config.model).name, Path(config.data[0]).stem, time.strftime("%m%d-%H%M%S")]
             return cls(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower())
-        if config.out.is_file():
-            raise ConfigError(f"--out {config.out} is a file.", expected="a new or empty directory")
-        if config.out.is_dir() and any(config.out.iterdir()):
-            go_on = f"--resume {config.out} to go on with it, or " if (config.out / "config.yaml").is_file() else ""
-            raise ConfigError(f"--out {config.out} is not empty.", fix=f"{go_on}another --out")
+        go_on = f"--resume {config.out} to go on with it, or " if (config.out / "config.yaml").is_file() else ""
+        check_folder(config.out, RUN, overwrite=config.overwrite, fix=go_on)
         return cls(config.out)
 
     def create(self, config: TrainingConfig) -> None:
@@ -82,7 +85,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             settings = {"verb": config.verb.name}
             settings |= config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
-            (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
 
@@ -106,6 +109,10 @@ class Run:
         """The newest whole checkpoint, if there is any."""
         return newest_whole(self.checkpoints)
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a whole checkpoint."""
+        return self.newest_checkpoint() is not None
+
     def last_checkpoint(self) -> Path:
         """The newest whole checkpoint.
 
@@ -124,7 +131,7 @@ class Run:
         facts = {**self.facts(), **facts}
         facts["versions"] = {name: metadata.version(name) for name in LIBRARIES}
         facts["machine"] = {"python": platform.python_version(), "platform": platform.platform()}
-        write_aside(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says; nothing before the first `record`."""
@@ -142,10 +149,17 @@ class Run:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         return [MetricsRow.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
 
+    def forget_leftovers(self) -> None:
+        """Remove what a killed process has left half written, and a run that this one has replaced."""
+        forget_torn(self.checkpoints)
+        for path in entries(self.path):
+            if RUN.has_part(path.name) and (path.name.endswith(PARTIAL) or path.name.startswith(f"{REPLACED}.")):
+                remove(path)
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
         lines = [_as_line(row) for row in self.rows() if row.step <= step]
-        write_aside(self.path / "metrics.jsonl", "".join(lines))
+        write_text(self.path / "metrics.jsonl", "".join(lines))
 
     def evaluations(self) -> Iterator[MetricsRow]:
         """The lines that carry a held-out loss."""
@@ -174,13 +188,6 @@ class Run:
             transformers_logger.enable_progress_bar()
             if not progress:
                 datasets.enable_progress_bars()
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file that is there in full or, if the run is killed, as it was before."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _as_line(row: MetricsRow) -> str:

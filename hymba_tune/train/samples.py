@@ -6,8 +6,8 @@ import json
 
 from transformers import PreTrainedModel
 
+from hymba_tune.files import write_text
 from hymba_tune.generate import answer
-from hymba_tune.train.run import write_aside
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
@@ -36,4 +36,4 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
         for number, ((prompt, _), sample) in enumerate(zip(data.prompts, samples, strict=True), start=1):
             sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
             progress(number)
-    write_aside(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")

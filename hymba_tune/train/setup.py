@@ -25,7 +25,7 @@ from hymba_tune.checkpoint import (
     choose_kernels,
     load_config,
 )
-from hymba_tune.config import Method, PreferenceConfig, Scheme, Start, TrainingConfig, as_mapping
+from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
 from hymba_tune.inputs import check_inputs
@@ -181,7 +181,7 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
 
 
 def _continues(config: TrainingConfig) -> bool:
-    return isinstance(config, PreferenceConfig) and config.start is Start.continue_
+    return isinstance(config, ReferenceConfig) and config.start is Start.continue_
 
 
 def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -66,6 +66,7 @@ MISSING = {
     "eval hymba-nano --data demo --against ./gone": "--against ./gone: no such folder",
     "eval hymba-nano --data demo --chat-template no": "--chat-template no cannot be read",
     "eval hymba-nano --data demo --extract (": "--extract (: missing ), unterminated subpattern",
+    "eval hymba-nano --tasks ./gone": "--tasks ./gone: there is no such folder.",
     "quantize hymba-nano --data no.jsonl": "Cannot find no.jsonl.",
     "quantize hymba-nano --chat-template no": "--chat-template no cannot be read",
     "data check no.jsonl": "Cannot find no.jsonl.",

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.cells import cell_len
 
 from hymba_tune.generate import Chat
-from tests.cli.conftest import Command, Result
+from tests.cli.conftest import Command
+from tests.cli.inputs import assert_plain
 from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 
@@ -19,15 +19,6 @@ from tests.runs import ANSWER_TOKENS
 def _short_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS)
     monkeypatch.chdir(tmp_path)
-
-
-def assert_plain(result: Result, columns: int = 80) -> None:
-    """Success, and text that reads well in a file."""
-    assert result.code == 0, result.err
-    assert not result.err
-    assert "\x1b" not in result.out
-    assert "\r" not in result.out
-    assert max(map(cell_len, result.out.splitlines())) <= columns
 
 
 def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Path, tmp_path: Path) -> None:
@@ -138,7 +129,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             on_text(piece)
         return ""
 
-    monkeypatch.setattr(Chat, "ask", ask)
+    monkeypatch.setattr(Chat, "reply", ask)
     monkeypatch.setattr(Chat, "reset", lambda _: told.append("reset"))
     return told
 
@@ -150,8 +141,8 @@ def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: lis
     assert_plain(result)
     assert heard == ["hello", "[red]what?[/red]", "reset", "again"]
     assert "You said: [red]what?[/red] [2]\n" in result.out
-    assert result.out.startswith(" small · /help for what can be done, /quit or Ctrl-D to end\n")
-    assert " There is no /what here.\n" in result.out
+    assert result.out.startswith(" small · /help lists commands, /quit or Ctrl-D quits\n")
+    assert " Unknown command /what." in result.out
     assert typed == ["never"]
 
 
@@ -192,5 +183,5 @@ def test_chat_prints_an_answer_in_lines_as_it_was_written(
 ) -> None:
     text = "one " * 60 + "[bold]\n    :smile: two"
 
-    monkeypatch.setattr(Chat, "ask", lambda _, __, on_text: on_text(text))
+    monkeypatch.setattr(Chat, "reply", lambda _, __, on_text: on_text(text))
     assert command("chat", small_model, "--prompt", "x").out == text + "\n"

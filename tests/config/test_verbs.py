@@ -9,7 +9,7 @@ from hymba_tune.config import DPOConfig, TrainingConfig, Verb
 
 def test_a_verb_cannot_be_declared_in_part() -> None:
     given: dict[str, Any] = {"name": "trial", "title": "A trial", "paired": True}
-    with pytest.raises(TypeError, match=r"loss_unit.*accuracy.*figures"):
+    with pytest.raises(TypeError, match=r"loss_unit.*logit_copies.*accuracy.*figures"):
         Verb(**given)
 
 
@@ -27,7 +27,7 @@ def test_a_new_verb_is_found_by_its_name() -> None:
     class Trial(DPOConfig):
         """Settings of a verb that is not part of the kit."""
 
-        verb: ClassVar[Verb] = Verb("trial", "A trial", "", paired=True, accuracy=None, figures=())
+        verb: ClassVar[Verb] = Verb("trial", "A trial", "", paired=True, logit_copies=0, accuracy=None, figures=())
 
     try:
         assert TrainingConfig.of("trial") is Trial

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from hymba_tune.config import OnBadRow
 from hymba_tune.data import Conversation, Message, RowError, open_source
 from hymba_tune.data.converting import TARGETS, convert
 from hymba_tune.data.formats import Text, parse
-from hymba_tune.data.writers import check_folder, write_text
-from hymba_tune.errors import DataError
+from hymba_tune.errors import ConfigError, DataError
 from tests.data.small_tokenizers import turns
 from tests.data.test_dataset import source
 
@@ -130,13 +130,13 @@ def test_tables_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("a.docx", r"its ending is none of the known ones(.|\n)*\.jsonl"),
         ("a.parquet.gz", "its ending is none of the known ones"),
-        ("there.jsonl", "it exists"),
+        ("there.jsonl", r"--out .* exists\.\n.*--overwrite"),
         ("no/a.jsonl", r"there is no folder .*/no(.|\n)*mkdir -p"),
     ],
 )
 def test_target_is_checked_before_anything_is_read(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "there.jsonl").write_text("mine")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, ConfigError), match=message):
         convert([source([7])], "messages", tmp_path / name)
     assert (tmp_path / "there.jsonl").read_text() == "mine"
 
@@ -145,19 +145,23 @@ def test_disk_that_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(DataError, match=r"Cannot write .*a\.jsonl: No space left"):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConfigError, match=r"--out .*a\.jsonl: its disk is full"):
         convert([source(ONE_TURN)], "messages", tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match=r"Cannot write .*page\.html: No space left"):
-        write_text(tmp_path / "page.html", "x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_replaces_text(tmp_path: Path) -> None:
-    for text in ("one", "two"):
-        write_text(tmp_path / "page.html", text)
-    assert (tmp_path / "page.html").read_text() == "two"
-    check_folder(tmp_path / "page.html")
+def test_list_of_rows_left_out_replaces_nothing(tmp_path: Path) -> None:
+    """A list that an earlier conversion left, or that is somebody's own file, is not removed by this one."""
+    listed = tmp_path / "a.jsonl.dropped.jsonl"
+    listed.write_text("mine")
+    convert([source(ONE_TURN)], "messages", tmp_path / "a.jsonl")
+    assert listed.read_text() == "mine"
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"dropped\.jsonl exists"):
+        convert([source([*ONE_TURN, 7])], "messages", tmp_path / "a.jsonl", on_bad_row=OnBadRow.skip)
+    done = convert([source(ONE_TURN)], "messages", tmp_path / "a.jsonl", on_bad_row=OnBadRow.skip, overwrite=True)
+    assert (done.left_out, listed.read_text()) == (0, "")
 
 
 def test_empty_messages_are_kept(tmp_path: Path) -> None:

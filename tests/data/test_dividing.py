@@ -9,7 +9,7 @@ import pytest
 from hymba_tune.config import OnBadRow
 from hymba_tune.data import RowError, RowLocation, Source, SourceRow
 from hymba_tune.data.dividing import divide
-from hymba_tune.errors import DataError
+from hymba_tune.errors import ConfigError, DataError
 from tests.data.test_dataset import numbered, source
 
 
@@ -101,11 +101,14 @@ def test_one_prompt_cannot_be_divided(tmp_path: Path) -> None:
 
 def test_parts_that_exist_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").touch()
-    with pytest.raises(DataError, match=r"eval\.jsonl: it exists"):
+    with pytest.raises(ConfigError, match=r"--out .*eval\.jsonl exists\.\n.*--overwrite"):
         divide([numbered(5)], 0.5, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.jsonl"]
+    divide([numbered(5)], 0.5, tmp_path, overwrite=True)
+    assert parts(tmp_path)[1]
 
 
 def test_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"Cannot write to .*file/out: Not a directory"):
+    with pytest.raises(ConfigError, match=r"--out .*file/out cannot be written: Not a directory"):
         divide([numbered(5)], 0.5, tmp_path / "file" / "out")

@@ -88,7 +88,7 @@ def test_complete_shards_are_not_computed_again(tmp_path: Path) -> None:
     (folder / "00001.arrow").unlink()
     (folder / "00002.arrow").write_bytes(before["00002.arrow"][:200])  # torn
     (folder / "done.json").unlink()
-    (folder / "00001.arrow.77.part").write_bytes(b"left behind")
+    (folder / "00001.arrow.0123abcd.partial").write_bytes(b"left behind")
     maker = Mock(side_effect=RandomMaker())
     assert not is_full(folder)
     fill(folder, KEY, rows, maker, ignore)
@@ -97,7 +97,7 @@ def test_complete_shards_are_not_computed_again(tmp_path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".part"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".partial"}
 
 
 SLOWLY = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter, namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hymba_tune.distill.preflight import Preflight, check_aligned
 from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.files import locked
 from hymba_tune.train.screen import Screen
 from tests.distill.runs import RecordingScreen
 from tests.distill.teachers import save_teacher
@@ -53,7 +55,7 @@ def test_captured_targets_need_no_teacher_again(
     screen, config = RecordingScreen(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
     first = run_capture(config, screen)
     assert len(first) == 24
-    assert screen.progress[-1] == ("asking the teacher", 24, 24)
+    assert screen.progress[-1] == ("computing the teacher's targets", 24, 24)
     assert screen.lines["aligned"] == "24 of 24 rows, 100.0% of the bytes"
     assert screen.lines["sanity"].startswith("the teacher gives its own next token p = 0.0")
     assert screen.notes == [
@@ -108,6 +110,38 @@ def test_folder_of_another_teacher_or_data_is_refused(
     fewer.write_text("".join(questions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match=r"made with another data\.\n"):
         run_capture(settings(teacher, fewer, teacher_cache=captured), Screen())
+
+
+def test_targets_are_replaced_on_demand_but_nothing_else(
+    teacher: Path, questions: Path, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(captured, tmp_path / "targets")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = settings(teacher, questions, teacher_cache=folder, top_k=5, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "fill", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(config, Screen())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "_inputs", lambda *_: [folder])
+        with pytest.raises(ConfigError, match=r"--overwrite --teacher-cache .* would remove .*an input"):
+            run_capture(config, Screen())
+    assert run_capture(config, Screen())[0].top.student_tokens.shape[1] == 5
+    assert {path.name for path in folder.iterdir()} == before.keys()
+    (folder / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"this is not a folder of teacher's targets of hymba-tune: it holds notes"):
+        run_capture(config.model_copy(update={"top_k": 4}), Screen())
+
+
+def test_folder_that_another_process_fills_is_refused(teacher: Path, questions: Path, tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    with (
+        locked(tmp_path / "targets/.lock"),
+        pytest.raises(ConfigError, match=r"--teacher-cache .*targets is in use by another process"),
+    ):
+        run_capture(settings(teacher, questions, teacher_cache=tmp_path / "targets"), Screen())
+    assert not list((tmp_path / "targets").iterdir())
 
 
 def test_small_disk_is_an_error_before_the_pass(

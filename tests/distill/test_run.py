@@ -111,7 +111,7 @@ def test_memory_of_an_online_teacher_is_estimated(configure: Callable[..., Disti
     assert plan(configure(online=True)).parts.extra_bytes == size
     assert plan(configure()).parts.extra_bytes == 0
     parts = [run(configure(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
-    assert parts[0]["beside"] - parts[1]["beside"] == size
+    assert parts[0]["extra_bytes"] - parts[1]["extra_bytes"] == size
 
 
 def test_memory_of_the_hidden_state_loss_is_estimated(configure: Callable[..., DistillConfig], alike: Path) -> None:

@@ -16,6 +16,7 @@ from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
 from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
 from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import LOCK, locked
 from tests.distill.ending_teachers import ENDS
 from tests.distill.inputs import write
 from tests.distill.runs import run, settings
@@ -166,3 +167,11 @@ def test_student_trains_on_generated_answers(
     assert samples[0]["reference"].startswith("answer ")
     assert next(row for row in finished.rows() if row.loss is not None).more.keys() >= {"cross_entropy", "distillation"}
     assert run(config.model_copy(update={"out": tmp_path / "ce", "loss": ["seq"]})).facts()["steps"] == 3
+
+
+def test_folder_in_use_by_another_process_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    with locked(folder / LOCK), pytest.raises(ConfigError, match=r"teacher's answers, .*answers, is in use by another"):
+        generator().write(folder, Scripted, quiet)
+    assert not list(folder.iterdir())

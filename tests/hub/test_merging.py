@@ -73,11 +73,35 @@ def test_nothing_half_written_is_left(finished_run: Path, tmp_path: Path) -> Non
     out = tmp_path / "merged"
     out.mkdir()
     (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial/model.safetensors").write_text("from a merge that was killed")
-    (tmp_path / "merged.partial/old").write_text("from a merge that was killed")
+    (tmp_path / "merged.partial/mine").write_text("a folder that hymba-tune has not made")
     assert merged(finished_run, out).folder == out
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-    assert not (out / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
+    assert [path.name for path in (tmp_path / "merged.partial").iterdir()] == ["mine"]
+    assert not (out / "mine").exists()
+
+
+def test_model_is_replaced_where_that_is_wanted_but_never_an_input(
+    finished_run: Path, small_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(small_model, tmp_path / "base")
+    mine = shutil.copytree(finished_run, tmp_path / "run")
+    for file, name in ((mine / "run.json", "model"), (mine / "adapter/adapter_config.json", "base_model_name_or_path")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: str(base)}))
+    before = contents(tmp_path)
+    for out in (base, mine, mine / "adapter", mine / "model"):
+        with pytest.raises(ConfigError, match=r"is a part of a run|not a model of hymba-tune|would remove .*an input"):
+            merged(mine, out, overwrite=True)
+    assert contents(tmp_path) == before
+    out = merged(mine, tmp_path / "merged").folder
+    with pytest.raises(ConfigError, match=r"exists and is not empty"):
+        merged(mine, out)
+    merged(mine, out, "bfloat16", overwrite=True)
+    assert AutoModelForCausalLM.from_pretrained(out).dtype is torch.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "run"]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("what", ["a folder with a file", "a file"])
@@ -88,7 +112,7 @@ def test_folder_in_use_is_not_written_to(what: str, finished_run: Path, tmp_path
     else:
         out.mkdir()
         (out / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"--out .*out exists and is not empty\.\n  expected   a new or empty folder"):
+    with pytest.raises(ConfigError, match=r"--out .*out (exists and is not empty|is a file)\.\n  expected   a new or "):
         merged(finished_run, out)
     assert (out if out.is_file() else out / "file").read_text() == "mine"
 

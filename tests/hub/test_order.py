@@ -98,7 +98,7 @@ REFUSED = {
     "chat me/small --from asked.jsonl --to out.jsonl": "line 2",
     "chat me/small --against me/gone": "me/gone: no such model on the Hub",
     "eval me/small --data bad.jsonl": "line 25",
-    "eval me/small --data good.jsonl --answers gsm8k": "has what is to be compared",
+    "eval me/small --data good.jsonl --answers gsm8k": "contains a part to compare",
     "eval me/adapter --data bad.jsonl --base": "line 25",
     "quantize me/small --data bad.jsonl": "line 25",
     "quantize me/small --scheme int8 --skip q_proj": "--skip q_proj",
@@ -150,7 +150,8 @@ def test_weights_come_after_the_rows(hub: Hub, command: Command, monkeypatch: py
     estimate = Mock(wraps=estimate_memory, side_effect=lambda *_: hub.asked.append("GET memory") or DEFAULT)
     monkeypatch.setattr("hymba_tune.train.flow.foresee", estimate)
     words = "--model me/small --teacher me/teacher --data good.jsonl --steps 1 --max-length 64 --dtype float32"
-    result = command("distill", *words.split(), "--min-teacher-probability", 0, "--teacher-dtype", "float32")
+    untrained = ("--teacher-dtype", "float32", "--min-teacher-probability", 0, "--min-end-probability", 0)
+    result = command("distill", *words.split(), *untrained)
     assert result.code == 0, result.err
     got = [re.sub(r"/resolve/\w+", "", asked) for asked in hub.asked if asked.startswith("GET ")]
     assert [

@@ -71,7 +71,7 @@ def test_adapter_goes_to_the_hub_and_is_talked_to(
     assert export(config, silent).address == f"{hub.address}/me/adapter"
     assert torch.equal(logits("me/adapter"), logits(str(finished_run)))
     ask = {"temperature": 0.0, "max_new_tokens": 4, "dtype": "float32"}
-    said = [Chat(ChatConfig(model=name, **ask)).ask("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
+    said = [Chat(ChatConfig(model=name, **ask)).reply("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
     assert said[0] == said[1]
 
 

@@ -8,7 +8,7 @@ from jinja2 import UndefinedError
 from matplotlib.axes import Axes
 
 from hymba_tune.pages import LIGHT, Plot, duration, gigabytes, plot, render, share
-from tests.browser import DESK, PHONE, Browser, Seen
+from tests.browser import DESK, PHONE, Browser, Page
 
 TEMPLATE = """
 {% extends "base.html.j2" %}
@@ -65,7 +65,7 @@ def test_browser_notices_what_is_wrong(browser: Browser, tmp_path: Path) -> None
     (tmp_path / "page.html").write_text(
         '<p style="width: 500px">wide</p><img src="http://localhost:9/x.png"><script>missing()</script>'
     )
-    seen: Seen = browser.look(tmp_path / "page.html", PHONE)
+    seen: Page = browser.look(tmp_path / "page.html", PHONE)
     assert any("missing is not defined" in complaint for complaint in seen.complaints)
     assert seen.requests == ["http://localhost:9/x.png"]
     assert seen.over

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from hymba_tune.config import SFTConfig
+from hymba_tune.files import aside
 from hymba_tune.train import flow, trainer
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.screen import MetricsRow, Screen
@@ -133,5 +134,5 @@ def _unsealed(self: Any, model: Any, trial: Any) -> None:
 
 
 def _written_aside(setup: Any, trained: Any) -> None:
-    trained.save_pretrained(setup.run.path / "adapter.partial")
+    trained.save_pretrained(aside(setup.run.path / "adapter"))
     _die()

@@ -151,7 +151,7 @@ def test_run_on_a_run_opens_merges_and_talks(preferred: Path, finished_run: Path
     torch.testing.assert_close(whole, layered, atol=1e-5, rtol=0)
     assert not torch.allclose(whole, opened(finished_run)(input_ids=ids).logits, atol=1e-3)
     said = [
-        Chat(ChatConfig(model=str(name), temperature=0, max_new_tokens=6, dtype="float32")).ask("I see one cat.")
+        Chat(ChatConfig(model=str(name), temperature=0, max_new_tokens=6, dtype="float32")).reply("I see one cat.")
         for name in (preferred, folder)
     ]
     assert said[0] == said[1]

@@ -40,13 +40,13 @@ def test_file_is_no_run(tmp_path: Path) -> None:
 
 def test_folder_in_use_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"is not empty\.\n  to fix     another --out$"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     another --out, or --overwrite"):
         Run.choose(SFTConfig(out=tmp_path))
 
 
 def test_run_that_stands_can_be_gone_on_with(tmp_path: Path) -> None:
     Run(tmp_path).create(SFTConfig())
-    with pytest.raises(ConfigError, match=r"is not empty\.\n  to fix     --resume .* to go on with it, or another"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     --resume .* to go on with it, or another"):
         Run.choose(SFTConfig(out=tmp_path))
 
 

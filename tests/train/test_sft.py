@@ -282,9 +282,9 @@ def test_run_on_a_run_trains_a_new_adapter_on_top(finished_run: Path, questions:
     end = [row["eval_loss"] for row in rows(finished_run) if "eval_loss" in row][-1]
     assert start == pytest.approx(end, rel=1e-5)
     assert second.facts()["model"] == str(finished_run)
-    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
     folder = merge_run(second.path, tmp_path / "merged")
-    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
 
 
 @pytest.fixture
@@ -336,9 +336,11 @@ def test_start_that_fails_leaves_nothing_behind(
 
 def test_folder_in_use_is_left_alone(small_model: Path, questions: Path, finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
-    with pytest.raises(ConfigError, match=r"is not empty\.\n  to fix     another --out"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     another --out"):
         run(settings(small_model, questions, tmp_path))
-    with pytest.raises(ConfigError, match=rf"is not empty\.\n  to fix     --resume {finished_run} to go on with it"):
+    with pytest.raises(
+        ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to go on with it"
+    ):
         run(settings(small_model, questions, finished_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

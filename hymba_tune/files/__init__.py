@@ -1,0 +1,33 @@
+"""Everything that writes or replaces files and folders safely: atomic writes, locks, and checks of output paths."""
+
+from hymba_tune.files.folders import atomic_folder, check_new_folder, make_folders, new_folder, remove_empty, replacing
+from hymba_tune.files.kinds import MODEL, REPLACED, RUN, FolderKind, entries, remove
+from hymba_tune.files.locks import LOCK, locked
+from hymba_tune.files.outputs import check_file, check_folder, write_errors
+from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
+
+__all__ = [
+    "LOCK",
+    "MODEL",
+    "PARTIAL",
+    "REPLACED",
+    "RUN",
+    "FolderKind",
+    "aside",
+    "atomic_folder",
+    "atomic_write",
+    "check_file",
+    "check_folder",
+    "check_new_folder",
+    "entries",
+    "flush_to_disk",
+    "locked",
+    "make_folders",
+    "new_folder",
+    "put_in_place",
+    "remove",
+    "remove_empty",
+    "replacing",
+    "write_errors",
+    "write_text",
+]

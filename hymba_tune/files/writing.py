@@ -1,0 +1,103 @@
+"""Files that exist in full or not at all, even after a loss of power."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hymba_tune.errors import ConfigError
+
+PARTIAL = ".partial"
+"""Ending of names that are written to before the result takes its place."""
+
+
+def aside(path: Path) -> Path:
+    """Return a new, unique name beside a path: ``model.json`` gives ``model.json.1f0c9a2e.partial``."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+@contextmanager
+def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a file to write; it takes its place when the block ends without an error, and is removed otherwise.
+
+    Args:
+        path: The file. A link to a file stays, and that file is replaced.
+        overwrite: Whether a file that is there by then is replaced.
+
+    Raises:
+        ConfigError: If ``overwrite`` is off and ``path`` was created during the block; what was written is kept aside.
+        OSError: If it cannot be written.
+    """
+    part = aside(Path(os.path.realpath(path)))
+    try:
+        yield part
+        put_in_place(part, path, overwrite=overwrite)
+    except NameTakenError:  # all was written, and is kept
+        raise
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+class NameTakenError(ConfigError):
+    """A file that was written aside cannot take its name, because something else took it first."""
+
+
+def put_in_place(part: Path, path: Path, *, overwrite: bool = True) -> None:
+    """Give a file that was written aside its name, once all of it is on the disk.
+
+    Args:
+        part: The file, in the folder of ``path``.
+        path: The name.
+        overwrite: Whether a file of that name is replaced.
+
+    Raises:
+        NameTakenError: If it is not, and there is one.
+        OSError: If it cannot be renamed.
+    """
+    target = Path(os.path.realpath(path))
+    _flush(part)
+    if overwrite:
+        part.replace(target)
+    else:
+        try:
+            os.link(part, target)  # unlike a rename, it never replaces
+            part.unlink()
+        except OSError as error:
+            if target.exists():
+                raise NameTakenError(
+                    f"{path} was created by something else while it was being written.",
+                    fix=f"move it away, then rename {part}, which holds all that was written",
+                ) from error
+            part.rename(target)  # a file system without hard links
+    _flush(target.parent)
+
+
+def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
+    """Write a text file in UTF-8; see `atomic_write`."""
+    with atomic_write(path, overwrite=overwrite) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or everything in a folder, would survive a loss of power."""
+    if path.is_dir():
+        for below in path.rglob("*"):
+            _flush(below)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

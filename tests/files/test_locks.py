@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.errors import ConfigError
+from hymba_tune.files import locked, locks
+
+HOLDER = """
+import sys
+from pathlib import Path
+from hymba_tune.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """A process that holds a lock."""
+    words = [sys.executable, "-c", HOLDER, str(path)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_second_process_is_refused_and_a_dead_one_keeps_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    process = hold(path)
+    with pytest.raises(ConfigError, match=r"--out it is in use by another process of hymba-tune\.\n.*wait until"):
+        locked(path, "--out it").__enter__()
+    process.kill()
+    process.communicate()
+    assert path.exists()
+    with locked(path):
+        pass
+    assert not path.exists()
+
+
+def test_second_thread_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock"), pytest.raises(ConfigError, match=r"\.lock is in use by another process"):
+        locked(tmp_path / ".lock").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened, held = tmp_path / ".lock", threading.Event(), []
+    lock = locks._lock
+
+    def noted(file: Any, *, wait: bool) -> None:
+        if wait:
+            opened.set()
+        lock(file, wait=wait)
+
+    def second() -> None:
+        with locked(path, wait=True):
+            held.append(path.exists())
+
+    monkeypatch.setattr(locks, "_lock", noted)
+    thread = threading.Thread(target=second)
+    with locked(path):
+        thread.start()
+        assert opened.wait(60)
+    thread.join(60)
+    assert held == [True]
+
+
+def test_file_system_without_locks_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks, "_lock", refuse)
+    with locked(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out no cannot be written: No such file or directory\.\n.*use another"):
+        locked(tmp_path / "no/.lock", "--out no").__enter__()
