@@ -26,7 +26,7 @@ from hymba_tune.data import Conversation, Message
 from hymba_tune.distill.alignment import Alignment, align, align_rows
 from hymba_tune.distill.pair import TokenizerPair, make_pair, tokenize_examples
 from hymba_tune.distill.projection import Projection, find_places
-from hymba_tune.distill.tables import build_tables, count_first_pieces, open_tables
+from hymba_tune.distill.tables import build_tables, count_first_tokens, open_tables
 
 SIZES = (32_000, 128_000)
 QUICK = (600, 700)
@@ -163,7 +163,7 @@ def report_projection(pair: TokenizerPair, rows: list[Alignment], options: harne
     """Report the time of a token's projection relative to the teacher's softmax."""
     tables = build_tables(pair)
     projection = Projection(
-        tables, count_first_pieces(rows), vocabulary=len(pair.student.spelling), device=options.device
+        tables, count_first_tokens(rows), vocabulary=len(pair.student.spelling), device=options.device
     )
     row = max(rows, key=lambda one: len(one.student))
     places = find_places(row, tables).to(options.device)

@@ -18,7 +18,7 @@ from hymba_tune.distill.alignment import Alignment, align_rows
 from hymba_tune.distill.outputs import HeadOutputs
 from hymba_tune.distill.pair import TokenizedRow, Unaligned, make_pair, tokenize_examples
 from hymba_tune.distill.projection import Places, ProjectedTarget, Projection, SparseTarget, find_places
-from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
+from hymba_tune.distill.tables import Tables, build_tables, count_first_tokens
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
@@ -99,7 +99,7 @@ def rows_with_targets(examples: Sequence[Example], folder: Path, setting: Settin
     tables = build_tables(pair)
     projection_class = Projection if setting.rest_mass else WithoutRestMass
     projection = projection_class(
-        tables, count_first_pieces(rows) if setting.in_context else None, vocabulary=len(pair.student.spelling)
+        tables, count_first_tokens(rows) if setting.in_context else None, vocabulary=len(pair.student.spelling)
     )
     find = find_places if setting.second_cover else _find_without_cover
     maker = TargetMaker(teacher, tables, projection, TOP_K, setting.temperature, find)
@@ -144,7 +144,7 @@ class WithoutRestMass(Projection):
         mass = target.probs.sum(-1)
         known = target.known & (mass > 0)
         scaled = target.probs / torch.where(known, mass, 1)[:, None]
-        return replace(target, probs=scaled, bucket=torch.zeros_like(target.bucket), known=known)
+        return replace(target, probs=scaled, rest_mass=torch.zeros_like(target.rest_mass), known=known)
 
 
 def _find_without_cover(row: Alignment, tables: Tables) -> Places:
@@ -154,9 +154,9 @@ def _find_without_cover(row: Alignment, tables: Tables) -> Places:
 
 def fewer(targets: Targets, k: int) -> Targets:
     """Only the k likeliest student tokens; the others are added to the rest mass."""
-    pieces, log_probs, bucket = targets.top
-    rest = torch.cat([log_probs[:, k:], bucket[:, None]], 1).logsumexp(1)
-    return replace(targets, top=SparseTarget(pieces[:, :k], log_probs[:, :k], rest))
+    student_tokens, log_probs, rest_mass = targets.top
+    rest = torch.cat([log_probs[:, k:], rest_mass[:, None]], 1).logsumexp(1)
+    return replace(targets, top=SparseTarget(student_tokens[:, :k], log_probs[:, :k], rest))
 
 
 @torch.inference_mode()

@@ -132,7 +132,7 @@ def projection(sizes: tuple[int, int], device: torch.device) -> Step:
         **dict.fromkeys(("node_start", "node_at", "parent", "byte"), empty),
         after_start=spread(entries),
         after_token=any_of(sizes[1], entries),
-        after_piece=any_of(sizes[0], entries),
+        after_student_token=any_of(sizes[0], entries),
         exact_start=spread(sizes[1]),
         exact_token=any_of(sizes[1], sizes[1]),
     )
@@ -147,7 +147,7 @@ def projection(sizes: tuple[int, int], device: torch.device) -> Step:
             inside=torch.randint(nodes, (tokens,)) * (torch.arange(tokens) % 2),
             beyond=torch.randint(nodes, (tokens,)),
             crossing=torch.zeros(tokens, dtype=torch.bool),
-            piece=torch.randint(sizes[0], (tokens,)),
+            student_token=torch.randint(sizes[0], (tokens,)),
         ).to(device)
 
         def chunk(logits: Tensor, rows: slice) -> Tensor:

@@ -12,9 +12,9 @@ from hymba_tune.config import DistillCaptureConfig
 
 
 def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = DistillCaptureConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
-    """Have a teacher's targets for some data, so that runs to come need no teacher in memory.
+    """Capture a teacher's targets for some data, so that later runs need no teacher in memory.
 
-    A pass that was interrupted is gone on with by the same command.
+    The same command continues a pass that was interrupted.
 
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
@@ -27,7 +27,7 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",
-        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
-        "next  hymba-tune distill with the same settings as these: the teacher is not loaded again",
+        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.stats.known, 1):.0f} bytes a token",
+        "next  hymba-tune distill with the same settings: the teacher is not loaded again",
     ]
     console.print(" " + "\n ".join(lines), markup=False, soft_wrap=True)

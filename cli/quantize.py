@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hymba_tune.hub import QuantizedModel, Searched
 
 NOTHING_FOUND = 2
-"""Exit code of a search that finds nothing to propose."""
+"""Exit code of a search without a proposal."""
 
 
 def quantize(
@@ -25,38 +25,38 @@ def quantize(
     *,
     flags: Annotated[QuantizeConfig, Parameter(name="*")] = QuantizeConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> int | None:
-    """Store a model's weights in fewer bits, a run's with its adapter folded in, and check what was written.
+    """Quantize the weights of a model, or of a run with its adapter merged, and check the written folder.
 
     Example: hymba-tune quantize runs/my-run --scheme nf4 --out my-model-nf4
 
-    What to leave: hymba-tune quantize runs/my-run --scheme fp4 --search --max-rise 0.5%
+    Choose what to leave unquantized: hymba-tune quantize runs/my-run --scheme fp4 --search --max-rise 0.5%
 
-    The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export. What
-    it cost is measured on --data: damage.json, damage.html.
+    The folder loads with transformers and bitsandbytes, and you can pass it anywhere a model is expected: chat, eval,
+    sft, export. The damage is measured on --data, and written to damage.json and damage.html.
 
     Parameters
     ----------
     model
-        A run directory, or whatever --model takes.
+        A run directory, or a model as for --model.
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.hub import quantize as make
+    from hymba_tune.hub import quantize as write_quantized
     from hymba_tune.hub import search_skips
 
     quiet_libraries()
     say_which_gpu(flags.device)
     if not flags.search:
-        _say_written(make(flags, RichScreen().working))
+        _print_written(write_quantized(flags, RichScreen().working))
         return None
-    found = search_skips(flags, RichScreen().working)
-    _say_search(found, flags)
-    if found.written:
-        _say_written(found.written)
-    return None if found.search.skip is not None else NOTHING_FOUND
+    result = search_skips(flags, RichScreen().working)
+    _print_search(result, flags)
+    if result.written:
+        _print_written(result.written)
+    return None if result.search.skip is not None else NOTHING_FOUND
 
 
-def _say_written(done: QuantizedModel) -> None:
+def _print_written(done: QuantizedModel) -> None:
     from hymba_tune.pages import gigabytes
 
     damage, drift = done.damage, done.damage.drift
@@ -75,10 +75,11 @@ def _say_written(done: QuantizedModel) -> None:
     )
 
 
-def _say_search(found: Searched, flags: QuantizeConfig) -> None:
+def _print_search(result: Searched, flags: QuantizeConfig) -> None:
     from hymba_tune.pages import gigabytes
 
-    tried, scheme = found.search, flags.scheme
+    tried = result.search
+    scheme = flags.scheme
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(f" in {scheme}", overflow="fold", header_style="dim")
     for name in ("perplexity", "rise", "drift", "saves"):
@@ -100,8 +101,8 @@ def _say_search(found: Searched, flags: QuantizeConfig) -> None:
         return
     what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantized"
     _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
-    if not found.written:
-        skip = f" --skip {' '.join(found.skip)}" if found.skip else ""
+    if not result.written:
+        skip = f" --skip {' '.join(result.skip)}" if result.skip else ""
         _lines(("to do it", f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"))
 
 

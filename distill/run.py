@@ -1,4 +1,4 @@
-"""A run of distillation: sft's, with a teacher."""
+"""A run of distillation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hymba_tune.data.training import opened
 from hymba_tune.distill.alignment import matched_vocabulary
 from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
-    check_found,
+    check_preflight,
     load_target_maker,
     open_targets,
     open_teacher,
@@ -29,7 +29,7 @@ from hymba_tune.distill.capture import (
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
-from hymba_tune.distill.matching import HiddenMatch, Layers
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line, look
@@ -51,16 +51,16 @@ from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.sft import data_of
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
-"""Losses that compare the same tokens on both sides."""
+"""Losses that need one tokenizer on both sides."""
 LOSS_CHUNKS = 6
-"""Times a chunk's logits that losses hold at most."""
+"""Memory of a loss, in multiples of a chunk's logits."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
     """Train a student on what a teacher predicts; see `train`.
 
     Raises:
-        ConfigError: If no teacher is named, or it cannot give what the losses need.
+        ConfigError: If there is no teacher, or it does not fit the losses.
     """
     return train(DistillTask(config), screen)
 
@@ -94,7 +94,7 @@ class DistillTask:
 def generated_data(
     config: DistillConfig, teacher: TeacherSpec, pair: TokenizerPair, device: torch.device, screen: Screen
 ) -> Path | None:
-    """Have the teacher write the answers of the data, if the settings ask for that.
+    """Generate the teacher's answers to the data, if the settings have the seq loss.
 
     Returns:
         The file of conversations with the teacher's answers; None where the data's own answers are used.
@@ -103,14 +103,14 @@ def generated_data(
         return None
     generator = TeacherGenerator(config, opened(config)[0], pair, lambda: teacher.fingerprint)
     load = partial(teacher.load, device, choose_dtype(config.teacher_dtype, device))
-    with screen.working("reading what the teacher is to answer") as progress:
+    with screen.working("reading the conversations for the teacher") as progress:
         key = generator.key(progress)
-    with screen.working("the teacher answers") as progress:
+    with screen.working("generating the teacher's answers") as progress:
         generations = generator.write(cache_folder("answers") / key, load, progress)
 
     lines = [f"the teacher answered {generations.rows:,} conversations → {generations.path}"]
     if generations.left_out:
-        lines.append(f"{generations.left_out:,} answers left out, which did not end or are no text")
+        lines.append(f"{generations.left_out:,} answers left out because they did not end or are not a text")
     if generations.texts:
         lines.append(f"{generations.texts:,} texts left out")
     screen.note(" · ".join(lines))
@@ -157,7 +157,7 @@ class AlignedRun:
         return any(stage.on_policy < 1 and FROM_TARGETS & stage.losses.keys() for stage in self.stages)
 
     def prepare(self, screen: Screen) -> TaughtRun:
-        """Load the teacher, or have its targets, before the student's weights are loaded."""
+        """Load the teacher or its targets, before the student's weights are loaded."""
         config, maker, targets = self.config, None, None
         if config.dry_run and not self.teacher.is_here:
             check_aligned(self.aligned.alignment, config.min_aligned)
@@ -178,7 +178,7 @@ class AlignedRun:
         return TaughtRun(self, targets, maker)
 
     def _load_teacher(self, screen: Screen) -> TargetMaker:
-        """Load the teacher, and try on a few rows whether it fits the data."""
+        """Load the teacher, and check on a few rows that it fits the data."""
         aligned, vocabulary = self.aligned, self.setup.model_config.vocab_size
         with screen.working("loading the teacher"):
             maker = load_target_maker(
@@ -190,7 +190,7 @@ class AlignedRun:
         if not self.uses_targets:
             del lines["targets"]
         screen.banner(lines)
-        check_found(self.config, preflight)
+        check_preflight(self.config, preflight)
         return maker
 
 
@@ -213,13 +213,13 @@ class TaughtRun:
         run = self.run
         config, teacher, alignment = run.config, run.teacher, run.aligned.alignment
         quantized = f" · {teacher.quantize}" if teacher.quantize else ""
-        kept = alignment.rows - sum(alignment.dropped.values())
+        aligned_rows = alignment.rows - sum(alignment.dropped.values())
         lines = {
             "teacher": f"{teacher.name} · {len(run.pair.teacher.spelling):,} tokens{quantized}",
-            "aligned": f"{kept:,} of {alignment.rows:,} rows byte for byte",
+            "aligned": f"{aligned_rows:,} of {alignment.rows:,} rows byte for byte",
         }
         if self.targets is not None:
-            stats = self.targets.kept
+            stats = self.targets.stats
             lines["sanity"] = f"the teacher gives its own next token p = {stats.mean_own:.2f} on average"
             lines |= end_line(stats, str(run.pair.teacher.tokenizer.eos_token))
         losses = " · then ".join(_in_words(stage) for stage in run.stages)
@@ -242,8 +242,7 @@ class TaughtRun:
             stages=run.stages,
             token_bytes=token_bytes(run.pair.student),
             rollouts=self._rollouts(),
-            match=self._match(),
-            match_weight=config.match_weight,
+            hidden_loss=self._hidden_loss(),
             model=model,
             args=trl.SFTConfig(**arguments, **own),
             train_dataset=run.data.train,
@@ -255,17 +254,20 @@ class TaughtRun:
     def _signals(self) -> TeacherSignals:
         config = self.run.config
         shape = LossParameters(config.temperature, config.tau, config.beta)
-        online = None
-        if config.keeps_teacher and self.maker is not None:
-            online = OnlineTeacher(self.maker, self.run.aligned.rows)
-        return TeacherSignals(shape, self.run.setup.device, self.targets, online)
+        return TeacherSignals(shape, self.run.setup.device, self.targets, self._online())
 
-    def _match(self) -> HiddenMatch | None:
-        kind = self.run.config.match_hidden
-        if kind is None or self.maker is None:
+    def _online(self) -> OnlineTeacher | None:
+        if self.maker is None or not self.run.config.keeps_teacher:
             return None
-        student, teacher = Layers.of(self.run.setup.model_config), Layers.of(self.run.teacher.config)
-        return HiddenMatch(student, teacher, kind)
+        return OnlineTeacher(self.maker, self.run.aligned.rows)
+
+    def _hidden_loss(self) -> HiddenStateLoss | None:
+        config, online = self.run.config, self._online()
+        if config.match_hidden is None or online is None:
+            return None
+        student = Layers.of(self.run.setup.model_config)
+        teacher = Layers.of(self.run.teacher.config)
+        return HiddenStateLoss(HiddenMatch(student, teacher, config.match_hidden), online, config.match_weight)
 
     def _rollouts(self) -> RolloutGenerator | None:
         config = self.run.config
@@ -282,31 +284,31 @@ class TaughtRun:
 
 
 def resolve_losses(config: DistillConfig, pair: TokenizerPair) -> list[Stage]:
-    """The stages of a run with the losses that fit the pair.
+    """Resolve the losses of each stage for a pair of tokenizers.
 
     Raises:
-        ConfigError: If one compares the same tokens on both sides, and there are none.
+        ConfigError: If a loss needs one tokenizer on both sides, and there are two.
     """
     same = same_tokenizer(pair)
     for stage in config.parts:
-        unfit = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
-        unfit += ["--match-hidden"] if config.match_hidden else []
-        if unfit and not same:
+        restricted = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
+        restricted += ["--match-hidden"] if config.match_hidden else []
+        if restricted and not same:
             raise ConfigError(
-                f"{unfit[0]} compares the same tokens on both sides, and the teacher's tokenizer is another.",
-                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto, which is for that",
+                f"{restricted[0]} compares the same tokens on both sides, and the teacher has another tokenizer.",
+                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto",
             )
-    usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
+    default = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
     stages = []
     for stage in config.parts:
-        # What the teacher wrote is data like any other.
+        # The teacher's answers are data, and seq adds no term to the loss.
         losses = {name: weight for name, weight in stage.losses.items() if name != "seq"} or {"ce": 1.0}
-        stages.append(replace(stage, losses=usual if "auto" in losses else losses))
+        stages.append(replace(stage, losses=default if "auto" in losses else losses))
     return stages
 
 
 def token_bytes(side: Side) -> Tensor:
-    """How many bytes of text each token spells, ``(V,)`` int64; the one that ends a turn, none."""
+    """Return the text bytes of each token, ``(V,)`` int64; end tokens have none."""
     sizes = torch.from_numpy(side.spelling.lengths.copy())
     sizes[list(side.ends)] = 0
     return sizes
@@ -314,7 +316,7 @@ def token_bytes(side: Side) -> Tensor:
 
 def _in_words(stage: Stage) -> str:
     names = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items())
-    said = [f"{stage.share:.0%}:"] if stage.share < 1 else []
-    taught = stage.losses.keys() - {"ce"}
-    said.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if taught else names)
-    return " ".join(said + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))
+    words = [f"{stage.share:.0%}:"] if stage.share < 1 else []
+    from_teacher = stage.losses.keys() - {"ce"}
+    words.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if from_teacher else names)
+    return " ".join(words + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))

@@ -1,4 +1,4 @@
-"""The trainer of students: sft's, with a loss of its own on the model's hidden states."""
+"""The trainer of students: sft's trainer with the distillation loss on hidden states."""
 
 from __future__ import annotations
 
@@ -23,29 +23,27 @@ from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.batches import COLUMNS, Numbered, examples_of
 from hymba_tune.distill.chunks import Head, expand
-from hymba_tune.distill.matching import HiddenMatch, teacher_states
+from hymba_tune.distill.matching import HiddenStateLoss
 from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillation_loss
 from hymba_tune.distill.rollouts import RolloutGenerator
-from hymba_tune.distill.teacher import ModelTeacher
 from hymba_tune.distill.teacher_signals import RowSpan, TeacherSignals
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.trainer import HymbaTrainer
 
 PARTS = {"ce": "cross_entropy", "kd": "distillation", "alm": "chunk_likelihood", "hidden": "hidden_states"}
-"""The parts of the loss, and the columns that they are logged as."""
+"""The parts of the loss, and the columns of the log."""
 
 
 class DistillTrainer(HymbaTrainer):
     """Trains on rows of ``input_ids``, ``labels`` and ``row``, their number at each of their tokens.
 
     Args:
-        signals: What the teacher says of rows.
-        stages: Of the run; their shares make 1.
-        token_bytes: ``(V,)``: how many bytes of text each of the student's tokens spells.
-        rollouts: Writes the student's own, if a stage wants such.
-        match: Compares hidden states with the teacher's, if they are to be, and is trained along.
-        match_weight: Of that beside the other losses.
-        kwargs: Of `HymbaTrainer`.
+        signals: The source of the teacher's terms of the loss.
+        stages: The stages of the run, whose shares sum to 1.
+        token_bytes: ``(V,)``: the number of text bytes of each student token.
+        rollouts: Generates the student's rollouts, if a stage has any.
+        hidden_loss: The hidden-state loss, whose projections are trained with the student; None for none.
+        kwargs: The arguments of `HymbaTrainer`.
     """
 
     def __init__(
@@ -55,17 +53,20 @@ class DistillTrainer(HymbaTrainer):
         stages: Sequence[Stage],
         token_bytes: Tensor,
         rollouts: RolloutGenerator | None = None,
-        match: HiddenMatch | None = None,
-        match_weight: float = 1.0,
+        hidden_loss: HiddenStateLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        self._signals, self._stages, self._token_bytes = signals, stages, token_bytes
-        self._rollouts, self._own = rollouts, list[Alignment]()
-        self._match, self._match_weight = match, match_weight
+        self._signals = signals
+        self._stages = stages
+        self._token_bytes = token_bytes
+        self._rollouts = rollouts
+        self._own: list[Alignment] = []
+        self._hidden_loss = hidden_loss
+        self._match = hidden_loss.match if hidden_loss else None
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         super().__init__(**kwargs)
-        if match is not None:
-            match.to(self.args.device)
+        if self._match is not None:
+            self._match.to(self.args.device)
         self.data_collator: Any = Numbered(self.data_collator)
 
     @property
@@ -79,9 +80,9 @@ class DistillTrainer(HymbaTrainer):
         return self._stages[-1]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """A step's batches, a share of their answers written by the student as it is now."""
+        """Return a step's batches, with a share of their answers replaced by rollouts of the current student."""
         if self._match is not None:
-            self._match.zero_grad()  # transformers forgets the gradients of the model alone
+            self._match.zero_grad()  # transformers clears the gradients of the model only
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._own.clear()
         if not self.stage.on_policy or self._rollouts is None:
@@ -104,7 +105,7 @@ class DistillTrainer(HymbaTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean over learned tokens of what is minimized; its parts are remembered for the log."""
+        """Return the mean loss over learned tokens, and add its parts to the sums for the log."""
         del return_outputs
         losses = self._losses(model, inputs)
         for name, part in losses.parts.items():
@@ -117,8 +118,8 @@ class DistillTrainer(HymbaTrainer):
         read = {name: value for name, value in inputs.items() if name not in ("labels", "rows")}
         base = base_model(self.accelerator.unwrap_model(model))
         with caught_outputs(base) as outputs:
-            model(**read, skip_logits=True, output_hidden_states=self._match is not None)
-        # A state predicts the token after it; the first of a text, which none does, is never learned.
+            model(**read, skip_logits=True, output_hidden_states=self._hidden_loss is not None)
+        # A state predicts the token after it. The first token of a text has no label, because no state predicts it.
         hidden = outputs[-1].last_hidden_state.flatten(0, 1)
         student = Head(hidden.roll(1, 0), base.get_output_embeddings().weight)
         places = [RowSpan(row, offset) for row, offset in inputs["rows"].tolist()]
@@ -127,40 +128,27 @@ class DistillTrainer(HymbaTrainer):
         for place, end in zip(places, ends, strict=True):
             own[place.offset : end] = place.row < 0
         of_data = [place for place in places if place.row >= 0]
-        losses = self._taught(student, labels.masked_fill(own, IGNORED), of_data, stage)
+        losses = self._teaching(student, labels.masked_fill(own, IGNORED), of_data, stage)
         if own.any():
-            # What the student wrote is no example to follow: the teacher alone judges it, as far as it can.
-            written = [place for place in places if place.row < 0]
-            judged = self._taught(student, labels.masked_fill(~own, IGNORED), written, replace(stage, alpha=1.0))
-            losses = _sum(losses, judged)
-        if self._match is None:
+            # Rollouts are not examples to imitate: only the teacher's loss applies to them, where it covers them.
+            rollouts = [place for place in places if place.row < 0]
+            on_policy = self._teaching(student, labels.masked_fill(~own, IGNORED), rollouts, replace(stage, alpha=1.0))
+            losses = _sum(losses, on_policy)
+        if self._hidden_loss is None:
             return losses
-        distance = self._matched(self._match, outputs[-1].hidden_states, places)
-        total = losses.total + self._match_weight * distance
+        distance = self._hidden_loss(outputs[-1].hidden_states, places, self._own)
+        total = losses.total + self._hidden_loss.weight * distance
         return Losses(total, losses.tokens, losses.parts | {"hidden": distance.detach().double()})
 
-    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[RowSpan]) -> Tensor:
-        """How far the student's hidden states are from the teacher's, where both predict the same tokens."""
-        online = self._signals.online
-        assert online
-        assert isinstance(online.maker.teacher, ModelTeacher)
-        rows = [online.row(place.row, self._own) for place in places]
-        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
-        before = [torch.from_numpy(row.teacher - 1) for row in rows]
-        theirs = teacher_states(online.maker.teacher, [row.teacher_ids for row in rows], before)
-        chosen = torch.cat(at).to(states[0].device)
-        distance: Tensor = match([state.flatten(0, 1)[chosen] for state in states], theirs)
-        return distance
-
-    def _taught(self, student: Head, labels: Tensor, places: Sequence[RowSpan], stage: Stage) -> Losses:
+    def _teaching(self, student: Head, labels: Tensor, places: Sequence[RowSpan], stage: Stage) -> Losses:
         tokens, spans = self._signals.terms(places, stage, self._own)
         if places and places[0].row < 0:
-            labels = labels.masked_fill(~_spoken_of(labels, tokens, spans), IGNORED)
-        taught = tokens is not None or spans is not None
-        return distillation_loss(student, labels, alpha=stage.alpha if taught else 0.0, tokens=tokens, spans=spans)
+            labels = labels.masked_fill(~_covered_by(labels, tokens, spans), IGNORED)
+        has_terms = tokens is not None or spans is not None
+        return distillation_loss(student, labels, alpha=stage.alpha if has_terms else 0.0, tokens=tokens, spans=spans)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, those of the projections behind the student's."""
+        """Return the groups of the student's parameters, then that of the hidden-state projections."""
         groups = super().parameter_groups()
         if self._match is not None:
             rate = self.rates.base if self.rates else self.args.learning_rate
@@ -179,7 +167,7 @@ class DistillTrainer(HymbaTrainer):
             self._match.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with the parts of the loss since the last row."""
+        """Log TRL's values, with the parts of the loss since the last row."""
         if "loss" in logs and self._sums["tokens"]:
             logs |= self._means(self._sums)
             self._sums.clear()
@@ -201,7 +189,7 @@ class DistillTrainer(HymbaTrainer):
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *_: Any
     ) -> datasets.Dataset:
-        # Rows come encoded and cut; TRL's own packing leaves their numbers behind.
+        # The rows are encoded and truncated already; TRL's own packing would drop their numbers.
         del processing_class
         dataset = dataset.select_columns(COLUMNS)
         return trl.pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
@@ -210,14 +198,14 @@ class DistillTrainer(HymbaTrainer):
         self._signature_columns = [*COLUMNS, "seq_lengths"]
 
 
-def _spoken_of(labels: Tensor, tokens: TokenTerm | None, spans: SpanTerm | None) -> Tensor:
-    """``(T,)`` bool: which tokens a teacher speaks of."""
-    said = torch.zeros_like(labels, dtype=torch.bool)
+def _covered_by(labels: Tensor, tokens: TokenTerm | None, spans: SpanTerm | None) -> Tensor:
+    """Return ``(T,)`` bool: the tokens that a teacher's term covers."""
+    covered = torch.zeros_like(labels, dtype=torch.bool)
     if tokens is not None:
-        said[tokens.at] = True
+        covered[tokens.at] = True
     if spans is not None:
-        said[expand(spans.spans[:, 0], spans.spans[:, 1])[1]] = True
-    return said
+        covered[expand(spans.spans[:, 0], spans.spans[:, 1])[1]] = True
+    return covered
 
 
 def _sum(one: Losses, other: Losses) -> Losses:
@@ -228,19 +216,19 @@ def _sum(one: Losses, other: Losses) -> Losses:
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> Any:
-    """The model below an adapter, or itself."""
+    """Return the model without its adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def caught_outputs(model: PreTrainedModel) -> Iterator[list[BaseModelOutputWithPast]]:
-    """What the layers of a model give in whatever forwards it goes through meanwhile.
+    """Collect the outputs of the layers in each forward of a model within the context.
 
-    So the forward is that of the whole model, with what wraps it, and no logits are computed.
+    The forward still goes through the whole model and its wrappers, and computes no logits.
     """
-    found: list[BaseModelOutputWithPast] = []
-    hook = model.base_model.register_forward_hook(lambda _, __, output: found.append(output))
+    outputs: list[BaseModelOutputWithPast] = []
+    hook = model.base_model.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
-        yield found
+        yield outputs
     finally:
         hook.remove()

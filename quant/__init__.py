@@ -1,4 +1,4 @@
-"""Weights in fewer bits: models quantized in memory, and what that costs them. Knows nothing of training."""
+"""Quantization of models in memory, and its effect on weights and predictions. It does not depend on training."""
 
 from hymba_tune.quant.damage import QuantizationDrift, compare, refer, weight_errors
 from hymba_tune.quant.quantization import check_quantizable, quantize_model

@@ -1,4 +1,4 @@
-"""From a model in memory to the same in fewer bits."""
+"""Quantizes a model in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hymba_tune.schemes import scheme_of, settle, stored_quantization
 
 
 def check_quantizable(source: ModelSource) -> None:
-    """See that a model is not quantized already; of a run it does not matter, its adapter is folded into full weights.
+    """Check that a model is not quantized already. A run can be, because its adapter is merged into full weights.
 
     Raises:
         CheckpointError: If it is.
@@ -22,28 +22,28 @@ def check_quantizable(source: ModelSource) -> None:
     if stored is not None:
         raise CheckpointError(
             f"{source.name} is quantized already, to {scheme_of(stored)}.",
-            expected="a model or a run whose weights have their full format",
-            fix="name the model it was made from",
+            expected="a model or a run whose weights are not quantized",
+            fix="pass the model it was quantized from",
         )
 
 
 def quantize_model(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> PreTrainedModel:
-    """Quantize a model that is in memory, as transformers quantizes one that it loads, bit for bit.
+    """Quantize a model in memory, bit for bit as transformers does while loading.
 
-    The weights are quantized one after the other, beside the model, which stays as it was: both together take its size
-    and what the quantized weights take. What is not quantized, they share.
+    The weights are quantized one by one into a new model. The original stays unchanged, and the two share the weights
+    that are not quantized.
 
     Args:
-        model: Without an adapter, not quantized.
-        quantization: Of `hymba_tune.schemes.quantization`.
+        model: The model, without an adapter and not quantized.
+        quantization: The configuration from `hymba_tune.schemes.quantization`.
 
     Returns:
         The quantized model, in evaluation mode.
     """
     dtype: torch.dtype = model.dtype
-    # Under the names of files: transformers writes a model under those it has read.
+    # The names of the checkpoint: transformers saves a model under the names that it has loaded.
     weights = {name.replace(f"{META_TOKENS}.weight", META_TOKENS): held for name, held in model.state_dict().items()}
-    made: PreTrainedModel = type(model).from_pretrained(
+    quantized: PreTrainedModel = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=weights,
@@ -51,6 +51,6 @@ def quantize_model(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> 
         dtype=dtype,
         device_map={"": model.device},
     )
-    made.generation_config = model.generation_config
-    settle(made, dtype)
-    return made
+    quantized.generation_config = model.generation_config
+    settle(quantized, dtype)
+    return quantized

@@ -188,7 +188,7 @@ def test_answers_side_by_side_are_dropped() -> None:
     both = make_pair(byte_level(bare, LLAMA3_TOKENS, "<|eot_id|>"), ALL["llama3"])
     (found,) = align([Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))], both)
     assert isinstance(found, Unaligned)
-    assert "two answers stand side by side" in found.what
+    assert "two answers follow each other" in found.what
 
 
 def test_teacher_sees_its_own_date_and_system_message() -> None:

@@ -1,4 +1,4 @@
-"""Answers of the student's own: rows as the data's would be that say the same."""
+"""Rollouts: the same rows as data with the same text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.registry import resolve_model
-from tests.distill.test_rows import QUESTION, quiet, talks, write
+from tests.distill.inputs import QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
 
-SAID = "It is 42, or naïve 🙂."
+ANSWER = "It is 42, or naïve 🙂."
 
 
 @pytest.fixture(scope="module", params=["llama3", "mistral"])
@@ -73,12 +73,12 @@ def ids(pair: TokenizerPair, text: str) -> list[int]:
     return row.student_ids[int(row.student[0]) : end + 1]
 
 
-def test_own_answer_is_a_row_like_the_datas(
+def test_rollout_is_a_row_like_the_datas(
     pair: TokenizerPair, data: AlignedData, own: Callable[..., RolloutGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(monkeypatch, ids(pair, SAID))
+    says(monkeypatch, ids(pair, ANSWER))
     texts, fresh = own().rewrite(Nobody(), examples(data)[:1], 1.0, 0, 3)  # type: ignore[arg-type]
-    (row,) = align([Conversation((Message("user", QUESTION), Message("assistant", SAID)))], pair)
+    (row,) = align([Conversation((Message("user", QUESTION), Message("assistant", ANSWER)))], pair)
     assert isinstance(row, Alignment)
     (found,), (text,) = fresh, texts
     assert text["row"] == [-4] * len(text["input_ids"])
@@ -94,7 +94,7 @@ def test_own_answer_is_a_row_like_the_datas(
 def test_unfinished_answer_is_judged_as_far_as_it_goes(
     pair: TokenizerPair, data: AlignedData, own: Callable[..., RolloutGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = ids(pair, SAID)
+    whole = ids(pair, ANSWER)
     says(monkeypatch, whole[:-1], whole)
     (short, cut), fresh = own().rewrite(Nobody(), examples(data)[:2], 1.0, 0, 0)  # type: ignore[arg-type]
     assert short["input_ids"] == cut["input_ids"][:-1]
@@ -119,7 +119,7 @@ def test_what_the_teacher_cannot_read_leaves_the_data_as_it_is(
 
 
 def test_texts_have_no_prompts_to_answer(pair: TokenizerPair, tmp_path: Path) -> None:
-    options = SFTConfig(data=[write(tmp_path / "t.jsonl", [{"text": SAID * 20}])], eval_split=0, max_length=16)
+    options = SFTConfig(data=[write(tmp_path / "t.jsonl", [{"text": ANSWER * 20}])], eval_split=0, max_length=16)
     data = read_rows(options, pair, context=None, seed=0, prompts=0, working=quiet)
     given = examples(data)
     assert RolloutGenerator(pair, data.rows, 16, 8, 1.0, 0).rewrite(Nobody(), given, 1.0, 0, 0) == (given, [])  # type: ignore[arg-type]

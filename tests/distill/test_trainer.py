@@ -16,26 +16,26 @@ from torch import Tensor
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.distill.matching import HiddenMatch, Layers
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
-from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.tables import count_first_tokens
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
-from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, TeacherSignals
+from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, RowSpan, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
+from tests.distill.inputs import quiet
 from tests.distill.teachers import random_model, save_teacher
-from tests.distill.test_rows import quiet
 from tests.runs import one_plain_step
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 CPU = torch.device("cpu")
 ALPHA, TEMPERATURE, TAU, BETA, TOP_K, ROWS = 0.6, 2.0, 10.0, 0.3, 8, 6
 LOSSES: dict[str, dict[str, float]] = {"ce": {"ce": 1.0}, "projection": {"projection": 1.0}, "alm": {"alm": 1.0}}
-LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "beside": {"projection": 0.8, "alm": 0.5}}
+LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "projection and alm": {"projection": 0.8, "alm": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def made(
     maker = TargetMaker.of(
         teacher,
         pair,
-        count_first_pieces(rows),
+        count_first_tokens(rows),
         vocabulary=4096,
         top_k=TOP_K,
         temperature=TEMPERATURE,
@@ -102,15 +102,14 @@ def trainer(
         batch_size: int = ROWS,
         grad_accum: int = 1,
         signals: TeacherSignals | None = None,
-        match: HiddenMatch | None = None,
+        hidden_loss: HiddenStateLoss | None = None,
         **changes: Any,
     ) -> DistillTrainer:
         return DistillTrainer(
             signals=signals or TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
             token_bytes=token_bytes(pair.student),
-            match=match,
-            match_weight=0.5,
+            hidden_loss=hidden_loss,
             model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
             args=one_plain_step(tmp_path, batch_size=batch_size, grad_accum=grad_accum, **changes),
             train_dataset=data.train,
@@ -121,14 +120,14 @@ def trainer(
     return make
 
 
-def sparse_kl(log_probs: Tensor, pieces: Tensor, told: Tensor, bucket: Tensor) -> Tensor:
+def sparse_kl(log_probs: Tensor, student_tokens: Tensor, target: Tensor, rest_mass: Tensor) -> Tensor:
     """One token's divergence from its target, term by term."""
-    kept = [(int(piece), value) for piece, value in zip(pieces, told, strict=True) if value > -math.inf]
-    total = sum(value.exp() * (value - log_probs[piece]) for piece, value in kept)
+    kept = [(int(token), value) for token, value in zip(student_tokens, target, strict=True) if value > -math.inf]
+    total = sum(value.exp() * (value - log_probs[token]) for token, value in kept)
     others = torch.ones(len(log_probs), dtype=torch.bool)
-    others[[piece for piece, _ in kept]] = False
-    if bucket > -math.inf:
-        total = total + bucket.exp() * (bucket - log_probs[others].exp().sum().log())
+    others[[token for token, _ in kept]] = False
+    if rest_mass > -math.inf:
+        total = total + rest_mass.exp() * (rest_mass - log_probs[others].exp().sum().log())
     return torch.as_tensor(total)
 
 
@@ -194,7 +193,7 @@ def test_first_step_is_that_of_a_plain_loop(
     before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
     sums = loop(fit.model, data, targets, LOSSES[losses])
     count = sums["tokens"]
-    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # beside projection, of the tokens that it says nothing of
+    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # with projection, only of tokens without a projected target
     (sums["total"] / count).backward()
     gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
     fit.model.zero_grad()
@@ -234,14 +233,14 @@ def test_evaluation_is_of_all_learned_tokens(
     assert fit.stage.losses == LOSSES["mix"]
 
 
-def test_teacher_beside_the_student_says_what_it_left(
+def test_online_teacher_equals_its_cached_targets(
     trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
     """Asked now, or from its targets: the same terms."""
     shape = LossParameters(TEMPERATURE, TAU, BETA)
-    kept = trainer(losses=LOSSES["beside"])
+    kept = trainer(losses=LOSSES["projection and alm"])
     online = trainer(
-        losses=LOSSES["beside"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
+        losses=LOSSES["projection and alm"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
     )
     found, known = online.evaluate(), kept.evaluate()
     names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
@@ -250,10 +249,10 @@ def test_teacher_beside_the_student_says_what_it_left(
 
 
 @pytest.mark.parametrize("loss", ["projection", "uld", "alm"])
-def test_own_answers_are_judged_by_the_teacher_alone(
+def test_rollouts_have_the_teachers_loss_only(
     loss: str, trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
-    """No cross-entropy on what the student wrote, not even where the teacher has nothing to say."""
+    """No cross-entropy on rollouts, not even where the teacher has no term."""
     signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
     fit = trainer(losses={loss: 1.0}, signals=signals)
     rows = [{name: data.rows[number][name] for name in ("input_ids", "labels", "row")} for number in (0, 1)]
@@ -270,11 +269,17 @@ def test_own_answers_are_judged_by_the_teacher_alone(
     assert mixed.tokens - alone.tokens == (shared if loss == "uld" else len(fit._own[0].student))
 
 
+def test_losses_of_the_teacher_in_memory_need_it() -> None:
+    signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU)
+    with pytest.raises(ValueError, match="uld: these losses need the teacher in memory"):
+        signals.terms([RowSpan(0, 0)], Stage(1.0, {"uld": 1.0}, ALPHA, 0.0))
+
+
 @pytest.fixture
-def beside(
+def one_tokenizer(
     options: SFTConfig, alike: ModelTeacher, tmp_path: Path
 ) -> Callable[[float], tuple[Dataset, TeacherSignals]]:
-    """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
+    """Rows that both sides read with one tokenizer, and the teacher in memory, at a temperature."""
 
     def make(temperature: float) -> tuple[Dataset, TeacherSignals]:
         pair = make_pair(alike.tokenizer, alike.tokenizer)
@@ -315,10 +320,12 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
 def test_whole_vocabularies_are_compared(
-    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, TeacherSignals]]
+    losses: list[str],
+    trainer: Callable[..., DistillTrainer],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
 ) -> None:
     """With one tokenizer every learned token has the teacher's at the same place."""
-    rows, signals = beside(TEMPERATURE)
+    rows, signals = one_tokenizer(TEMPERATURE)
     fit = trainer(losses=dict.fromkeys(losses, 0.5), signals=signals)
     total, count, model = torch.zeros(()), 0, fit.model
     teacher = random_model("llama", 4096)
@@ -340,17 +347,19 @@ def test_whole_vocabularies_are_compared(
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
-def test_hidden_states_are_drawn_to_the_teachers(
+def test_hidden_state_loss_is_that_of_a_plain_loop(
     kind: Any,
     trainer: Callable[..., DistillTrainer],
-    beside: Callable[[float], tuple[Dataset, TeacherSignals]],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
     alike: ModelTeacher,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
     match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
-    rows, signals = beside(1.0)
-    fit = trainer(losses=LOSSES["ce"], signals=signals, match=match)
+    rows, signals = one_tokenizer(1.0)
+    assert signals.online is not None
+    hidden_loss = HiddenStateLoss(match, signals.online, 0.5)
+    fit = trainer(losses=LOSSES["ce"], signals=signals, hidden_loss=hidden_loss)
     batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
     found = fit._losses(fit.model, batch)
     total, distance = torch.zeros(()), torch.zeros(())

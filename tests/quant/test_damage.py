@@ -81,7 +81,7 @@ def test_a_model_does_not_drift_from_itself(model: Any, rows: list[Encoded]) -> 
     assert found.perplexity_before == found.perplexity_after == pytest.approx(math.exp(found.loss_before))
 
 
-def test_weights_are_off_as_the_dequantized_model_says(model: Any, made: dict[Scheme, Any]) -> None:
+def test_weight_errors_are_those_of_the_dequantized_model(model: Any, made: dict[Scheme, Any]) -> None:
     for scheme in Scheme:
         errors = weight_errors(model, made[scheme])
         assert errors.keys() == {"in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
@@ -103,14 +103,14 @@ def test_weights_are_off_as_the_dequantized_model_says(model: Any, made: dict[Sc
 
 
 def test_everything_that_is_kept_has_a_reason(model: Any, small_model: Path) -> None:
-    asked = quantization(model.config, Scheme.nf4, torch.float32, ["down_proj"])
-    said = reasons(model.config, asked, ["down_proj"])
-    assert said["down_proj"] == "was to be left (--skip)"
-    assert {"lm_head", "embed_tokens", "memory_tokens", "x_proj.0", "dt_proj.0", "conv1d", "A_log.0"} <= said.keys()
+    config = quantization(model.config, Scheme.nf4, torch.float32, ["down_proj"])
+    why = reasons(model.config, config, ["down_proj"])
+    assert why["down_proj"] == "was to be left (--skip)"
+    assert {"lm_head", "embed_tokens", "memory_tokens", "x_proj.0", "dt_proj.0", "conv1d", "A_log.0"} <= why.keys()
     small = load_weights(ModelSource("model", small_model), dtype=torch.float32, device=CPU).config
-    said = reasons(small, quantization(small, Scheme.nf4, torch.float32))
-    assert said["gate_proj"] == "is 48 × 32: no multiple of 32 rows and 64 columns"
-    assert said["lm_head"] == "shares its weight with the embeddings"
+    why = reasons(small, quantization(small, Scheme.nf4, torch.float32))
+    assert why["gate_proj"] == "is 48 × 32: no multiple of 32 rows and 64 columns"
+    assert why["lm_head"] == "shares its weight with the embeddings"
 
 
 def test_a_sample_takes_from_every_source(small_model: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_sample_takes_from_every_source(small_model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
-def test_page_says_it_all(width: int, dark: bool, browser: Browser, tmp_path: Path) -> None:
+def test_page_shows_all_figures(width: int, dark: bool, browser: Browser, tmp_path: Path) -> None:
     kinds = {
         name: KindError(3, 10**6, 2 * 10**6, 10**6, error) for name, error in (("in_proj", 0.09), ("down_proj", 0.1))
     }
@@ -153,5 +153,5 @@ def test_page_says_it_all(width: int, dark: bool, browser: Browser, tmp_path: Pa
     assert not [*seen.complaints, *seen.requests, *seen.over]
     assert [plot.title for plot in seen.plots] == ["How far the weights moved, by kind of module"]
     assert not [plot for plot in seen.plots if plot.clipped or plot.meet or not plot.paths]
-    for said in ("<b>mine</b>", "7.389 → 7.463 (+1.01 %)", "0.0123", "95.3 %", "3.0 GB before", "shares its weight"):
-        assert said in seen.text
+    for text in ("<b>mine</b>", "7.389 → 7.463 (+1.01 %)", "0.0123", "95.3 %", "3.0 GB before", "shares its weight"):
+        assert text in seen.text

@@ -19,14 +19,14 @@ def test_quantized_in_memory_is_what_is_loaded_quantized(scheme: Scheme, wide_mo
     source = ModelSource("model", wide_model)
     model = load_weights(source, dtype=torch.bfloat16, device=CPU)
     before = {name: held.clone() for name, held in model.state_dict().items()}
-    asked = quantization(model.config, scheme, torch.bfloat16)
-    made = quantize_model(model, asked)
-    loaded = load_weights(source, dtype=torch.bfloat16, device=CPU, quantization=asked)
-    for ours, theirs in ((made, loaded.state_dict()), (model, before)):
+    config = quantization(model.config, scheme, torch.bfloat16)
+    quantized = quantize_model(model, config)
+    loaded = load_weights(source, dtype=torch.bfloat16, device=CPU, quantization=config)
+    for ours, theirs in ((quantized, loaded.state_dict()), (model, before)):
         held = ours.state_dict()
         assert held.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in held.items())
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(made.eval()(ids).logits, loaded.eval()(ids).logits)
-    assert made.generation_config == model.generation_config
-    assert made.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()  # not held twice
+    assert torch.equal(quantized.eval()(ids).logits, loaded.eval()(ids).logits)
+    assert quantized.generation_config == model.generation_config
+    assert quantized.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()

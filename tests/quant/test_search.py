@@ -58,7 +58,7 @@ def test_what_is_left_gives_up_least_among_all_sets_that_hold(
     assert alone == pytest.approx(sorted(rises, reverse=True))
 
 
-def test_a_sum_is_not_believed_where_the_whole_does_not_hold() -> None:
+def test_set_is_rejected_if_its_trial_exceeds_the_limit() -> None:
     """Two kinds, each harmless alone, that do harm together."""
     known = dict.fromkeys(KINDS, 0.001)
     known["in_proj"] = 0.05
