@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +14,7 @@ from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, 
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
 from hymba_tune.config.options import DataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
+from hymba_tune.errors import did_you_mean
 
 LOSSES = ("kl", "reverse-kl", "jsd", "projection", "alm", "uld", "ce", "seq")
 """What a student may be taught by; ``auto`` is one of the first and the fourth."""
@@ -193,7 +193,8 @@ def _losses(names: list[str]) -> dict[str, float]:
     for text in names:
         name, _, weight = text.partition("=")
         if name not in ("auto", *LOSSES):
-            near = "".join(f" (did you mean {one}?)" for one in get_close_matches(name, LOSSES, n=1))
+            suggestion = did_you_mean(name, LOSSES)
+            near = f" ({suggestion})" if suggestion else ""
             raise ValueError(f"loss: there is no {name!r}{near}; use auto, {', '.join(LOSSES)}")
         try:
             weights[name] = float(weight or 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from hymba_tune.data.messages import (
@@ -19,7 +18,7 @@ from hymba_tune.data.messages import (
     without_nulls,
 )
 from hymba_tune.data.rows import listing
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import ConfigError, DataError, did_you_mean, nearest
 
 LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem", "user")
 LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "assistant")
@@ -86,11 +85,11 @@ class Names:
         """The row under the formats' names; null fields, which tables are full of, count as absent."""
         for name, column in self.columns.items():
             if column not in row:
-                near = get_close_matches(column, row, n=1)
+                near = nearest(column, row)
                 raise DataError(
                     f"--map {name}={column} names no column",
                     expected=f"one of: {listing(row)}",
-                    fix=f"--map {name}={near[0]}" if near else "",
+                    fix=f"--map {name}={near}" if near else "",
                 )
         taken = set(self.columns.values())
         fields = {key: value for key, value in row.items() if key not in taken}
@@ -105,11 +104,8 @@ class Names:
 def _known(flag: str, name: str, names: Sequence[str]) -> None:
     if name in names:
         return
-    near = get_close_matches(name, names, n=1)
     raise ConfigError(
-        f'{flag}: "{name}" is not known.',
-        expected=f"one of: {listing(names)}",
-        fix=f'did you mean "{near[0]}"?' if near else "",
+        f'{flag}: "{name}" is not known.', expected=f"one of: {listing(names)}", fix=did_you_mean(name, names)
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from hymba_tune.data.formats import Names
 from hymba_tune.data.rows import listing
 from hymba_tune.data.sources import Source, open_source
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import ConfigError, DataError, did_you_mean
 
 KINDS = (".yaml", ".yml")
 KEYS = ("path", "weight", "max_rows", "map", "eval_data")
@@ -103,9 +102,8 @@ def _source(entry: Any, where: str, folder: Path) -> Source:
         raise DataError(f"Cannot use {where}: it has no path.", expected=EXPECTED)
     for key in entry:
         if key not in KEYS:
-            near = get_close_matches(str(key), KEYS, n=1)
-            fix = f'did you mean "{near[0]}"?' if near else ""
-            raise DataError(f'Cannot use {where}: there is no "{key}".', expected=EXPECTED, fix=fix)
+            what = f'Cannot use {where}: there is no "{key}".'
+            raise DataError(what, expected=EXPECTED, fix=did_you_mean(str(key), KEYS))
     mapping = entry.get("map") or {}
     if not isinstance(mapping, dict):
         raise DataError(f"Cannot use {where}: its map is no mapping.", expected="such as {prompt: question}")

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from itertools import islice
@@ -16,7 +15,7 @@ import datasets
 
 from hymba_tune.data.readers import KINDS, kind, read_file, unreadable
 from hymba_tune.data.rows import RowLocation, SourceRow, listing
-from hymba_tune.errors import DataError, HubError
+from hymba_tune.errors import DataError, HubError, nearest
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
@@ -115,8 +114,8 @@ def digest(path: Path, name: str) -> str:
 def _near_names(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()])
-    return f"did you mean {listing(path.parent / name for name in near)}?" if near else ""
+    near = nearest(path.name, (file.name for file in path.parent.iterdir()))
+    return f"did you mean {path.parent / near}?" if near else ""
 
 
 def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:

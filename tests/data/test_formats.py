@@ -320,10 +320,10 @@ def test_mapped_column_that_is_not_there_suggests_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"promt": "question"}, r'--map promt=question: "promt" is not known(.|\n)*did you mean "prompt"\?'),
+        ({"promt": "question"}, r'--map promt=question: "promt" is not known(.|\n)*did you mean prompt\?'),
         (
             {"role.bot": "asistant"},
-            r'--map role\.bot=asistant: "asistant" is not known(.|\n)*did you mean "assistant"\?',
+            r'--map role\.bot=asistant: "asistant" is not known(.|\n)*did you mean assistant\?',
         ),
         ({"zzz": "question"}, "one of: messages, system, tools"),
     ],

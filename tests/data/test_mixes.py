@@ -104,7 +104,7 @@ def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrained
         ("[", DataError, r"Cannot read the mix .*mix\.yaml: "),
         ("{}", DataError, r"it is no list\.\n *expected +a list of sources"),
         ("- a.jsonl", DataError, r"mix\.yaml, source 1: it has no path"),
-        ("- {path: a.jsonl, wieght: 1}", DataError, r'there is no "wieght"(.|\n)*did you mean "weight"\?'),
+        ("- {path: a.jsonl, wieght: 1}", DataError, r'there is no "wieght"(.|\n)*did you mean weight\?'),
         ("- {path: a.jsonl, map: question}", DataError, "its map is no mapping"),
         ("- {path: a.jsonl, map: {promt: question}}", ConfigError, '"promt" is not known'),
         ("- {path: a.jsonl, weight: 0}", ConfigError, "source 1: weight 0 is not above 0"),

@@ -74,7 +74,7 @@ def test_system_prompt_and_other_names() -> None:
 
 
 def test_names_that_no_format_has() -> None:
-    with pytest.raises(ConfigError, match=r'--map chose=x: "chose" is not known(.|\n)*did you mean "chosen"'):
+    with pytest.raises(ConfigError, match=r'--map chose=x: "chose" is not known(.|\n)*did you mean chosen\?'):
         Names.parse({"chose": "x"}, FIELDS)
 
 
