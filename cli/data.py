@@ -22,6 +22,7 @@ from hymba_tune.config import (
     as_mapping,
 )
 from hymba_tune.errors import ConfigError
+from hymba_tune.formatting import format_bytes
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
@@ -210,7 +211,6 @@ def clear(*kinds: Literal["data", "targets", "answers", "pairs"]) -> None:
     """
     from hymba_tune.data.cache import KEPT, cache_folder
     from hymba_tune.data.cache import clear as empty
-    from hymba_tune.pages import gigabytes
 
     for kind, what in KEPT.items():
         if kinds and kind not in kinds:
@@ -218,7 +218,7 @@ def clear(*kinds: Literal["data", "targets", "answers", "pairs"]) -> None:
         entries, size = empty(cache_folder(kind))
         if entries or kinds or kind == "data":
             things = "entry" if entries == 1 else "entries"
-            _lines([f"{what}: {entries:,} {things}, {gigabytes(size)} removed from {cache_folder(kind)}"])
+            _lines([f"{what}: {entries:,} {things}, {format_bytes(size)} removed from {cache_folder(kind)}"])
 
 
 def _some(files: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from hymba_tune.data.check_counts import Check
 from hymba_tune.data.check_facts import facts, histogram, problems
 from hymba_tune.data.rows import listing
-from hymba_tune.pages import LIGHT, Plot, plot, render, share
+from hymba_tune.formatting import share
+from hymba_tune.pages import LIGHT, Plot, plot, render
 
 TICKS = 6
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from hymba_tune.pages.numbers import duration, gigabytes, share
+from hymba_tune.formatting import duration, format_bytes, share
 from hymba_tune.pages.theme import DARK, LIGHT
 
 
@@ -25,6 +25,6 @@ def render(package: str, template: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "gigabytes": gigabytes}
+    environment.filters |= {"duration": duration, "format_bytes": format_bytes}
     environment.globals |= {"share": share, "themes": {"light": LIGHT, "dark": DARK}}
     return environment.get_template(template).render(facts)

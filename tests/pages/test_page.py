@@ -7,7 +7,7 @@ import pytest
 from jinja2 import UndefinedError
 from matplotlib.axes import Axes
 
-from hymba_tune.pages import LIGHT, Plot, duration, gigabytes, plot, render, share
+from hymba_tune.pages import LIGHT, Plot, plot, render
 from tests.browser import DESK, PHONE, Browser, Page
 
 TEMPLATE = """
@@ -86,16 +86,3 @@ def test_a_fact_that_is_missing_is_an_error(page: Path) -> None:
     assert page.is_file()
     with pytest.raises(UndefinedError, match="'plots' is undefined"):
         render("some_room", "some.html.j2", name="x")
-
-
-def test_numbers_read_well() -> None:
-    assert [duration(seconds) for seconds in (0.4, 89, 600, 9000)] == ["0 s", "89 s", "10 min", "2.5 h"]
-    assert [gigabytes(count) for count in (2**29, 9 * 2**30, 13 * 2**19)] == ["0.50 GB", "9.0 GB", "6.5 MB"]
-    assert [share(*pair) for pair in ((0, 7), (1, 1000), (3, 8), (999, 1000), (5, 5), (0, 0))] == [
-        "0 %",
-        "< 1 %",
-        "38 %",
-        "> 99 %",
-        "100 %",
-        "0 %",
-    ]
