@@ -152,8 +152,8 @@ class DistillConfig(TeacherOptions, TrainingConfig):
     @property
     def parts(self) -> list[Stage]:
         """The stages of the run; a single one if none are given."""
-        whole = Stage(1.0, _losses(self.loss), self.alpha, self.on_policy)
-        return [_stage(text, whole) for text in self.stages] or [whole]
+        single = Stage(1.0, _losses(self.loss), self.alpha, self.on_policy)
+        return [_stage(text, single) for text in self.stages] or [single]
 
     @property
     def keeps_teacher(self) -> bool:
@@ -176,9 +176,9 @@ class DistillConfig(TeacherOptions, TrainingConfig):
 
     @model_validator(mode="after")
     def _check_teaching(self) -> Self:
-        whole = sorted(WHOLE & {name for part in self.parts for name in part.losses if part.on_policy < 1})
-        if whole and not self.online:
-            raise ValueError(f"loss: {whole[0]} needs the whole vocabulary, which no cache holds; add --online")
+        uncached = sorted(WHOLE & {name for part in self.parts for name in part.losses if part.on_policy < 1})
+        if uncached and not self.online:
+            raise ValueError(f"loss: {uncached[0]} needs the whole vocabulary, which no cache holds; add --online")
         if self.packing and any(part.on_policy for part in self.parts):
             raise ValueError(
                 "packing: answers that the student generates cannot be packed in advance; remove --packing"
@@ -216,7 +216,8 @@ def _losses(names: list[str]) -> dict[str, float]:
 STAGE_SETTINGS = ("loss", "alpha", "on_policy")
 
 
-def _stage(text: str, whole: Stage) -> Stage:
+def _stage(text: str, defaults: Stage) -> Stage:
+    """Parse a stage such as ``0.3:on-policy=1,loss=kl``; ``defaults`` has the settings that it does not name."""
     share, _, rest = text.partition(":")
     example = "--stages 0.7 0.3:on-policy=1,loss=kl"
     try:
@@ -238,7 +239,7 @@ def _stage(text: str, whole: Stage) -> Stage:
     for name in ("alpha", "on_policy"):
         if not 0 <= changes.get(name, 0) <= 1:
             raise ValueError(f"stages: {name.replace('_', '-')} is {changes[name]:g}; it must be 0 to 1")
-    return Stage(**{**vars(whole), **changes})
+    return Stage(**{**vars(defaults), **changes})
 
 
 class DistillCaptureConfig(OutputOptions, TeacherOptions, DataOptions, ModelOptions):

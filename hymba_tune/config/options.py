@@ -223,7 +223,7 @@ class RunOptions(Config):
     out: Path | None = None
     """Run directory. Default: runs/MODEL-DATA-TIME."""
     overwrite: bool = Field(default=False, exclude=True)
-    """Replace the run in --out when the new run has its first checkpoint. Folders that are not runs are never replaced."""
+    """Replace the run in --out once the new run has its first checkpoint. Only runs are ever replaced."""
     resume: Path | None = None
     """Run directory to resume, from its last complete checkpoint."""
     dry_run: bool = Field(default=False, exclude=True)

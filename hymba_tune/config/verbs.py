@@ -158,8 +158,8 @@ class ReferenceConfig(PreferenceConfig):
     @property
     def precomputes(self) -> bool:
         """Whether the reference is computed once, before training."""
-        given = self.reference is ReferenceSource.precompute
-        return given or self.method is Method.full or self.start is Start.continue_
+        no_new_adapter = self.method is Method.full or self.start is Start.continue_
+        return no_new_adapter or self.reference is ReferenceSource.precompute
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:

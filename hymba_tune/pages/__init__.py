@@ -1,4 +1,4 @@
-"""Pages that people read: one look, one file each, nothing fetched from anywhere."""
+"""HTML pages with a common style: one file each, which fetches nothing."""
 
 from hymba_tune.pages.page import render
 from hymba_tune.pages.plots import SIZE, Plot, picture, plot

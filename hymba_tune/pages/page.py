@@ -1,4 +1,4 @@
-"""From a template to a page that needs nothing beside itself."""
+"""Renders templates as self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hymba_tune.pages.theme import DARK, LIGHT
 
 
 def render(package: str, template: str, **facts: Any) -> str:
-    """Fill a template in. Whatever the facts hold is escaped, unless it is ``Markup``.
+    """Render a template. Values are escaped unless they are ``Markup``.
 
     Args:
-        package: Whose folder the template lies in; it may extend or import ``base.html.j2`` and ``parts.html.j2``.
-        template: Its file name, ending in ``.html.j2``.
-        facts: What the template names; one that is missing is an error.
+        package: The package that contains the template, which may extend or import ``base.html.j2`` and
+            ``parts.html.j2``.
+        template: File name of the template, ending in ``.html.j2``.
+        facts: Variables of the template. A missing one is an error.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name, "") for name in (package, "hymba_tune.pages")]),
