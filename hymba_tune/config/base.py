@@ -117,9 +117,9 @@ class Accuracy:
     """How the accuracy of a kind of preference training is worded.
 
     Attributes:
-        subject: What is counted, in the plural: ``pairs``.
-        verdict: What makes one of them count: ``ranked correctly``.
-        chance: The accuracy of guessing; None where it depends on the data.
+        subject: The things that are counted, in the plural: ``pairs``.
+        verdict: The property of those that count: ``ranked correctly``.
+        chance: The accuracy of guessing; `None` if it depends on the data.
     """
 
     subject: str
@@ -140,8 +140,8 @@ class Verb:
         paired: Whether a row is a pair of texts that are trained on together.
         logit_copies: The float32 copies of the logits of a whole batch that a step holds at its peak; 0 where the loss
             is computed in chunks of tokens.
-        accuracy: How its accuracy is worded; None where it measures none.
-        figures: The held-out measures that a report shows beside the losses: their columns without ``eval_``.
+        accuracy: Words for its accuracy; `None` if it measures none.
+        figures: The held-out measures that a report shows with the losses: their columns without ``eval_``.
     """
 
     name: str

@@ -60,6 +60,8 @@ def entry_key(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, **s
     contents = [source.content() if source.content else None for source in sources]
     if None in contents:
         return None
+
+    # Versions of the tokenizers library may tokenize differently, and so may an edited copy of this package.
     parts = {
         "sources": [
             [source.name, content, source.weight, source.max_rows, dict(source.mapping)]
@@ -114,6 +116,7 @@ def store(finished: Path, folder: Path, name: str) -> Path:
 
 def touch(entry: Path) -> None:
     """Mark an entry as used now."""
+    # The modification time of the folder records the last use: access times are often not updated.
     with suppress(OSError):
         os.utime(entry)
 
