@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ExportConfig
+from hymba_tune.formatting import format_bytes
 
 
 def export(
@@ -34,12 +35,11 @@ def export(
     flags.model = model
     check_first(flags)
     from hymba_tune.hub import export as make
-    from hymba_tune.pages import gigabytes
 
     quiet_libraries()
     say_which_gpu(flags.device)
     done = make(flags, RichScreen().working)
-    lines = [("exported", f"{done.folder} ({gigabytes(done.size)})")]
+    lines = [("exported", f"{done.folder} ({format_bytes(done.size)})")]
     if done.note is not None:
         lines.append(("from", done.note))
     if done.difference is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from hymba_tune.cli.serve import serve
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
 from hymba_tune.config import TrainingConfig
-from hymba_tune.errors import ConfigError, HymbaTuneError
+from hymba_tune.errors import ConfigError, HymbaTuneError, nearest
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAINS = (*TrainingConfig.by_verb(), "plan")
@@ -94,8 +93,8 @@ def _unexpected(error: UnusedCliTokensError) -> ConfigError:
     word, chain = (error.unused_tokens or [""])[0], error.command_chain or ()
     verb, here = " ".join(("hymba-tune", *chain)), reduce(lambda above, name: above[name], chain, app)
     verbs = [name for name in here if not name.startswith("-")]
-    near = difflib.get_close_matches(word, verbs, n=1)
-    fix = f"{verb} {near[0]}" if near else f"{verb} --help"
+    near = nearest(word, verbs)
+    fix = f"{verb} {near or '--help'}"
     if chain and chain[0] in TRAINS and not near:
         fix = f"{verb} --data {word}"
     return ConfigError(f"{verb} has no place for {word!r}.", expected=", ".join(verbs), fix=fix)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
+from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
     from hymba_tune.hub import Merged
@@ -34,13 +35,12 @@ def merge(
     flags.model = run
     check_first(flags)
     from hymba_tune.hub import merge as make
-    from hymba_tune.pages import gigabytes
 
     quiet_libraries()
     say_which_gpu(flags.device)
     done = make(flags, RichScreen().working)
     lines = [
-        ("merged", f"{done.folder} ({gigabytes(done.size)})"),
+        ("merged", f"{done.folder} ({format_bytes(done.size)})"),
         *_drifts(done),
         ("talk to it", f"hymba-tune chat {done.folder}"),
     ]

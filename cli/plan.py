@@ -14,12 +14,11 @@ from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.cli.settings import AsJson, combine_for
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.groups import RUN
+from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
     from hymba_tune.plan import DeviceEstimate, Plan
-
-GB = 2**30
 
 
 def plan(
@@ -61,8 +60,6 @@ def plan(
 
 
 def _show(made: Plan) -> None:
-    from hymba_tune.pages import duration
-
     console.print(f" {made.model} · {made.settings}", markup=False)
     console.print(f" {made.tokens_per_step:,} tokens a step · {made.dtype} on a GPU", markup=False)
     if made.length:
@@ -73,9 +70,9 @@ def _show(made: Plan) -> None:
     for heading in (" device", "needs", "", *quantized, "tok/s", *(["time"] if made.length else [])):
         table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
     for verdict in [*made.gpus, made.here]:
-        needs: list[str | Text] = [f"{verdict.needs / GB:.1f} GB", _mark(verdict.needs <= verdict.has)]
+        needs: list[str | Text] = [format_bytes(verdict.needs), _mark(verdict.needs <= verdict.has)]
         if verdict.nf4 is not None:
-            needs += [f"{verdict.nf4 / GB:.1f} GB", _mark(verdict.nf4 <= verdict.has)]
+            needs += [format_bytes(verdict.nf4), _mark(verdict.nf4 <= verdict.has)]
         time = [] if verdict.seconds is None else ["< 1 s" if verdict.seconds < 1 else duration(verdict.seconds)]
         table.add_row(f" {verdict.device}", *needs, f"{verdict.tokens_per_s:,.0f}", *time)
     console.print(table)
@@ -83,7 +80,7 @@ def _show(made: Plan) -> None:
     for verdict in [*made.gpus, made.here]:
         if not verdict.fits:
             console.print(f" for {verdict.device}: {_advice(verdict)}", markup=False)
-    parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items() if size)
+    parts = " · ".join(f"{name} {format_bytes(size)}" for name, size in asdict(made.parts).items() if size)
     console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
         " Memory is counted; on GPUs nothing is measured yet. Speed and time are rough guesses: on GPUs 30 % of their "
@@ -95,10 +92,6 @@ def _show(made: Plan) -> None:
 
 def _mark(fits: bool) -> Text:
     return Text("✓", style="green") if fits else Text("✗", style="red")
-
-
-def _size(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 2**20:.0f} MB"
 
 
 def _advice(verdict: DeviceEstimate) -> str:

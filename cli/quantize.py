@@ -11,6 +11,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
+from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
     from hymba_tune.hub import QuantizedModel, Searched
@@ -57,10 +58,8 @@ def quantize(
 
 
 def _print_written(done: QuantizedModel) -> None:
-    from hymba_tune.pages import gigabytes
-
     damage, drift = done.damage, done.damage.drift
-    before, after = (gigabytes(size) for size in damage.weight_bytes)
+    before, after = (format_bytes(size) for size in damage.weight_bytes)
     errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
     _lines(
         ("quantized", f"{done.folder} (weights {before} → {after})"),
@@ -76,8 +75,6 @@ def _print_written(done: QuantizedModel) -> None:
 
 
 def _print_search(result: Searched, flags: QuantizeConfig) -> None:
-    from hymba_tune.pages import gigabytes
-
     tried = result.search
     scheme = flags.scheme
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -89,7 +86,7 @@ def _print_search(result: Searched, flags: QuantizeConfig) -> None:
     sets = [(" ".join(("all but", *left)) if (left := tried.left_of(trial)) else "all", trial) for trial in tried.whole]
     for label, trial in alone + sets:
         drift = trial.drift
-        cells = (drift.perplexities[1], drift.risen, f"{drift.kl:.2g}", gigabytes(trial.saved))
+        cells = (drift.perplexities[1], drift.risen, f"{drift.kl:.2g}", format_bytes(trial.saved))
         table.add_row(Text(f" {label}"), *cells)
     console.print(table)
     limit = f"{flags.max_rise:g} %"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hymba_tune.formatting import format_bytes
 from hymba_tune.train.screen import MetricsRow, Screen
 
 console = Console(highlight=False, emoji=False)
@@ -69,7 +70,7 @@ class RichScreen(Screen):
             "acc": _format(accuracy, ".0%"),
             "lr": _format(row.learning_rate, ".1e"),
             "tok/s": _format(row.tokens_per_s, ",.0f"),
-            "mem": f"{row.memory_bytes / 2**30:.1f} GB" if row.memory_bytes else "",
+            "mem": format_bytes(row.memory_bytes) if row.memory_bytes else "",
             "left": "" if seconds_left is None else _duration(seconds_left),
         }
         console.print("".join(f"{cells[name]:>{width}}" for name, width in self._columns.items()), markup=False)

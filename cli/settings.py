@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, did_you_mean
 from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
@@ -58,10 +57,8 @@ def combine(recipe: str | None, flags: C) -> C:
     known = type(flags).model_fields
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(
-                f"{recipe}: there is no setting {key!r}.", fix=f"did you mean {near[0]!r}?" if near else "remove it"
-            )
+            fix = did_you_mean(str(key), known) or "remove it"
+            raise ConfigError(f"{recipe}: there is no setting {key!r}.", fix=fix)
     settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
     try:
         return type(flags).model_validate(settings)
@@ -135,11 +132,10 @@ def find_recipe(recipe: str) -> Path:
     names = sorted(file.stem for file in packaged.glob("*.yaml"))
     if path.stem in names and path.parent == Path():
         return packaged / f"{path.stem}.yaml"
-    near = difflib.get_close_matches(path.stem, names, n=1)
     raise ConfigError(
         f"There is no recipe {recipe}.",
         expected=f"a YAML file, or a packaged recipe: {', '.join(names)}",
-        fix=f"did you mean {near[0]!r}?" if near else "hymba-tune recipes says what each does",
+        fix=did_you_mean(path.stem, names) or "hymba-tune recipes says what each does",
     )
 
 

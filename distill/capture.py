@@ -37,7 +37,7 @@ from hymba_tune.distill.cache import (
 from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import TokenizerPair, make_pair
-from hymba_tune.distill.preflight import Preflight, check_aligned, in_bytes, look
+from hymba_tune.distill.preflight import Preflight, check_aligned, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
@@ -45,6 +45,7 @@ from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import LOCK, check_folder, locked, make_folders, remove_empty, replacing, write_errors
+from hymba_tune.formatting import format_bytes
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
 from hymba_tune.train.screen import Screen
@@ -266,9 +267,9 @@ def check_space(folder: Path, preflight: Preflight, rows: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ConfigError(
-            f"{FLAG} {folder}: its disk has {in_bytes(free)} free.",
-            expected=f"{in_bytes(needed)} for the teacher's targets",
-            fix=f"free {in_bytes(needed - free)}, or {FLAG} on another disk, or a lower --top-k",
+            f"{FLAG} {folder}: its disk has {format_bytes(free)} free.",
+            expected=f"{format_bytes(needed)} for the teacher's targets",
+            fix=f"free {format_bytes(needed - free)}, or {FLAG} on another disk, or a lower --top-k",
         )
 
 

@@ -15,7 +15,7 @@ from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.errors import TrainingError
-from hymba_tune.pages import duration
+from hymba_tune.formatting import duration, format_bytes
 
 SAMPLE_ROWS = 48
 SAMPLE_TOKENS = 1 << 14
@@ -93,7 +93,7 @@ class Preflight:
             f"{self.stats.known / max(self.stats.places, 1):.1%} of the tokens have a target",
             "sanity": f"the teacher gives its own next token p = {self.stats.mean_own:.2f} on average",
             **end_line(self.stats, self.end),
-            "targets": f"{_short(self.places)} tokens × {self.bytes_a_token:.0f} B = {in_bytes(self.bytes)} · "
+            "targets": f"{_short(self.places)} tokens × {self.bytes_a_token:.0f} B = {format_bytes(self.bytes)} · "
             f"about {duration(self.seconds)}",
         }
 
@@ -192,8 +192,3 @@ def end_line(stats: CaptureStats, end: str) -> dict[str, str]:
 
 def _short(count: float) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,.0f}"
-
-
-def in_bytes(size: float) -> str:
-    """Format a number of bytes: ``3.5 MB``, ``1.2 GB``."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -145,7 +145,7 @@ class _Builder:
             report=DataReport,
             fit=partial(self._fit, count()),
             fingerprinted=_numbers,
-            purpose=("learn", "with an answer that both tokenizers spell, and that begins"),
+            purpose=("train on", "with an answer that both tokenizers spell, and that begins"),
         )
         read = readings(sources, tokenizer, learn=options.learn, seed=self.seed)
         rows, report = build(

@@ -211,7 +211,7 @@ def _rows_and_tokens(
         tokens += times * found.tokens
     if not rows:
         names = ", ".join(config.data)
-        raise DataError(f"Nothing to learn in {names}.", fix=f"hymba-tune data check {names}")
+        raise DataError(f"Nothing to train on in {names}.", fix=f"hymba-tune data check {names}")
     apart = bool(config.eval_data) or any(one.held_out for one in sources)
     kept = 1.0 if apart else 1 - config.eval_split
     return kept * rows, kept * tokens

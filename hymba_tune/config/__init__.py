@@ -1,4 +1,4 @@
-"""Every setting of every verb, with its default, its range and its help line. Each default stands here once.
+"""Every setting of every verb, with its default, its range and its help line. Each default is defined only here.
 
 A field is a flag (`--max-length`), a recipe key (`max_length`) and an environment variable
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.

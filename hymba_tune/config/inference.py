@@ -1,4 +1,4 @@
-"""The settings of verbs that ask a model: `hymba-tune chat`, `eval` and `serve`."""
+"""The settings of the verbs that run a model: `hymba-tune chat`, `eval` and `serve`."""
 
 from __future__ import annotations
 
@@ -14,105 +14,105 @@ from hymba_tune.config.options import EngineOptions, ModelOptions, OutputOptions
 
 
 class GenerationOptions(EngineOptions, ModelOptions):
-    """Which model is asked, and how it computes."""
+    """Settings of the model that generates or scores."""
 
 
 class ChatConfig(OutputOptions, GenerationOptions):
-    """Talking to a model."""
+    """Settings of `hymba-tune chat`."""
 
     group: ClassVar[Group] = ANSWERS
 
     against: Names = Field(default_factory=list)
-    """Further models that are asked the same, to compare their answers."""
+    """Further models that answer the same prompts, for comparison."""
     prompt: str | None = None
-    """Answer this and end."""
+    """Answer this prompt and exit."""
     prompts: Annotated[Path | None, Parameter(name="--from")] = None
-    """Answer every row of this file, which has a prompt or messages, into --to."""
+    """Answer every row of this file (a prompt or messages) and write the answers to --to."""
     to: Path | None = None
-    """The rows of --from with their answers: .jsonl. A command that was stopped goes on where it was."""
+    """File for the rows of --from with their answers (.jsonl). An interrupted command resumes where it stopped."""
     map: Pairs = Field(default_factory=list)
-    """Names of columns of --from that differ: --map prompt=question."""
+    """Column names of --from that differ: --map prompt=question."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows of --from that are answered at a time."""
+    """Rows of --from to answer at a time."""
     system: str | None = None
     """System prompt."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """Tokens an answer may have."""
+    """Maximum tokens of an answer."""
     temperature: float = Field(default=0.7, ge=0)
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability."""
+    """Nucleus sampling: sample from the most likely tokens that together have this probability."""
     seed: int | None = Field(default=None, ge=0)
-    """Seed of the sampling."""
+    """Random seed of the sampling."""
 
 
 class ScoringOptions(ReadingOptions):
-    """Which texts a model is scored on."""
+    """Settings of the texts that a model is scored on."""
 
     group: ClassVar[Group] = DATA
 
     data: Names = Field(default_factory=list)
-    """What sft takes as --data."""
+    """Data, as for sft --data."""
     on_bad_row: OnBadRow = OnBadRow.stop
-    """stop at a row that cannot be used, or leave it out."""
+    """What to do with a row that cannot be used: stop, or skip it."""
     learn: Annotated[Learn, Parameter(name="--score")] = Learn.all
     """Score all answers of a conversation, or only the last."""
 
 
 class EvalConfig(ScoringOptions, OutputOptions, GenerationOptions):
-    """How good a model is."""
+    """Settings of `hymba-tune eval`."""
 
     group: ClassVar[Group] = EVALUATION
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model."""
     against: Names = Field(default_factory=list)
-    """Further models, evaluated in the same way and set beside it."""
+    """Further models to evaluate in the same way, for comparison."""
     base: bool = Field(default=False)
-    """Set the model that the adapter was trained on beside it."""
+    """Also evaluate the model that the adapter was trained on, for comparison."""
     data: Names = Field(default_factory=list)
-    """What sft takes as --data: the loss on it, perplexity and bits per byte."""
+    """Data for loss, perplexity and bits per byte, as for sft --data."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Rows after which each source of --data ends; of a task, examples."""
+    """Maximum rows of each source of --data, and examples of each task."""
     batch_size: int = Field(default=8, ge=1)
-    """Texts that are computed at a time."""
+    """Texts to compute at a time."""
     answers: Comparison | None = None
-    """Let the model answer the prompts of --data and compare with the known answers: by what follows #### (gsm8k), by
-    the last number, or by the whole answer."""
+    """Let the model answer the prompts of --data and compare with the reference answers: by the number after ####
+    (gsm8k), the last number (number) or the whole answer (exact)."""
     extract: str | None = None
-    """The same by a regular expression: its last match, or that match's first group, is what is compared."""
+    """As --answers, by a regular expression: compares its last match, or the first group of that match."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """Tokens an answer may have."""
+    """Maximum tokens of an answer."""
     save_answers: Path | None = None
-    """Write what was answered to this file: .jsonl, a row a question."""
+    """Write the answers to this file (.jsonl, one row per question)."""
     tasks: Names = Field(default_factory=list)
-    """Tasks of lm-eval by name, or folders of them: --tasks arc_easy my-tasks/ (needs the extra eval)."""
+    """Names of lm-eval tasks, or folders of tasks: --tasks arc_easy my-tasks/ (needs the extra eval)."""
     fewshot: int | None = Field(default=None, ge=0)
-    """Solved examples in front of each question of a task. When not given: as the task says."""
+    """Solved examples before each question of a task. Default: the task's own number."""
     as_chat: bool = False
-    """Put the questions of tasks into the model's chat template."""
+    """Apply the model's chat template to the questions of tasks."""
     out: Path | None = None
     """Write the results to this file as JSON."""
 
 
 class ServeConfig(GenerationOptions):
-    """A model behind OpenAI's interface."""
+    """Settings of `hymba-tune serve`."""
 
     group: ClassVar[Group] = SERVER
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model."""
     host: str = "127.0.0.1"
-    """Address to listen on. Only this machine reaches the usual one; others let in everybody who reaches them."""
+    """Bind address; the default accepts local connections only."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one."""
+    """Port; 0 takes a free one."""
     chat_template: str | None = None
-    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
+    """Chat template: hymba, alpaca, or a Jinja file. Default: the model's own, or hymba."""
     batch_size: int = Field(default=8, ge=1)
-    """Texts that are written at a time; further ones wait, and join as others end."""
+    """Texts to generate at a time; others wait, and join when one ends."""
     queue: int = Field(default=64, ge=1)
-    """Texts that may wait; requests beyond are refused (status 429)."""
+    """Maximum number of waiting texts; further requests are refused (status 429)."""
     max_new_tokens: int = Field(default=1024, ge=1)
-    """Tokens that a request may ask for, and that a chat gets which asks for no number."""
+    """Maximum, and the chat default, for max_tokens."""
     max_body: int = Field(default=1024, ge=1)
-    """Kilobytes that a request may have."""
+    """Maximum size of a request in kilobytes."""

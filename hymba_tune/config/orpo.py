@@ -14,7 +14,8 @@ from hymba_tune.config.verbs import PreferenceConfig
 
 
 class ORPOConfig(PreferenceConfig):
-    """Odds ratio preference optimization (Hong et al. 2024), which needs no reference model."""
+    """Settings of `hymba-tune orpo`: odds ratio preference optimization (Hong et al. 2024), without a reference
+    model."""
 
     group: ClassVar[Group] = PREFERENCES
 
@@ -29,6 +30,7 @@ class ORPOConfig(PreferenceConfig):
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 1e-4, Method.dora: 1e-4, Method.full: 8e-6}
     beta: float = Field(default=0.1, gt=0)
-    """Weight of the odds ratio beside the loss on the chosen answer; the paper's lambda (common: 0.1 to 1)."""
+    """Weight of the odds ratio loss relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to
+    1)."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate. When not given: 1e-4 for an adapter, 8e-6 for full training."""
+    """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training."""

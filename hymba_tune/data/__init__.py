@@ -1,4 +1,4 @@
-"""Data: from files in any of the known formats to rows of token ids with loss on the answers only."""
+"""Data: reads files in any of the known formats into rows of token ids, with the loss on the answers only."""
 
 from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.chat import IGNORED, Encoded, encode, encode_prompt, render_prompt

@@ -1,4 +1,4 @@
-"""One row of a data file, where it stands, and the error that says what is wrong with it."""
+"""A row of a data file, its place, and the error of a row that cannot be used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hymba_tune.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class RowLocation:
-    """Where a row stands.
+    """The place of a row in a file or dataset.
 
     Attributes:
-        file: The file or dataset as its user wrote it.
-        number: From 1. Of a line where rows are lines, else of the row.
-        unit: What ``number`` counts.
+        file: Name of the file or dataset as the user gave it.
+        number: Number of the line or row, from 1.
+        unit: Whether ``number`` counts lines or rows.
     """
 
     file: str
@@ -29,7 +29,13 @@ class RowLocation:
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row as it was read: its value, or the error that kept it from being read."""
+    """A row as it was read.
+
+    Attributes:
+        place: Where the row was read.
+        value: Its value; `None` if it could not be read.
+        error: The error that prevented the reading, if any.
+    """
 
     place: RowLocation
     value: object = None
@@ -37,12 +43,12 @@ class SourceRow:
 
 
 class RowError(DataError):
-    """A row that cannot be used, named by its place.
+    """The error of a row that cannot be used, with its place.
 
     Args:
-        place: Where the row stands.
-        problem: What is wrong with it, from whoever found it without knowing the place.
-        extent: How many such rows there are, in words; nothing where rows cannot be skipped.
+        place: Where the row was read.
+        problem: The error without the place.
+        extent: The number of such rows in words; empty if rows cannot be skipped.
     """
 
     def __init__(self, place: RowLocation, problem: DataError, *, extent: str = "") -> None:
@@ -55,5 +61,5 @@ class RowError(DataError):
 
 
 def listing(names: Iterable[object]) -> str:
-    """Names as a person lists them: ``a, b, c``."""
+    """Join names to a list: ``a, b, c``."""
     return ", ".join(str(name) for name in names)

@@ -9,7 +9,8 @@ from typing import Any
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import check_file, write_errors, write_text
-from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.formatting import duration, format_bytes
+from hymba_tune.pages import render
 from hymba_tune.report.commands import defaults
 from hymba_tune.report.curves import overlaid_plots
 from hymba_tune.report.measures import measure
@@ -78,7 +79,7 @@ def final_figures(record: RunRecord) -> dict[str, str]:
     if speeds:
         figures["speed, median"] = measure("tokens_per_s", record.verb).written(sorted(speeds)[len(speeds) // 2])
     if "peak_memory_bytes" in facts:
-        figures["peak memory"] = gigabytes(facts["peak_memory_bytes"])
+        figures["peak memory"] = format_bytes(facts["peak_memory_bytes"])
     if "parameters" in facts:
         figures["parameters trained"] = f"{facts['parameters']['trainable']:,}"
     return figures

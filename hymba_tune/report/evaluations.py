@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hymba_tune.pages import gigabytes
+from hymba_tune.formatting import format_bytes
 
 ERROR = "_stderr"
 NONE = "–"
@@ -56,7 +56,7 @@ def tabulate(facts: dict[str, Any]) -> EvaluationTable:
         values = [model["tasks"].get(task, {}) for model in models]
         names = dict.fromkeys(name for one in values for name in one if not name.endswith(ERROR))
         lines += [_line(f"{task}: {name}", values, name, "{:.4g}".format) for name in names]
-    lines.append(Line("weights", [gigabytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
+    lines.append(Line("weights", [format_bytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
     return EvaluationTable(facts["when"], _what(facts), columns + ["change"] * (len(models) == 2), lines)
 
 

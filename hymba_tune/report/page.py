@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hymba_tune.files import write_text
-from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.formatting import duration, format_bytes
+from hymba_tune.pages import render
 from hymba_tune.report.commands import chosen, next_commands, repeat
 from hymba_tune.report.curves import loss_plot, other_plots
 from hymba_tune.report.evaluations import tabulate
@@ -75,7 +76,7 @@ def _brief(record: RunRecord) -> list[str]:
     trained = f"{size['trainable']:,} of {size['total']:,} parameters trained" if size else ""
     took = [duration(facts["seconds"])] if "seconds" in facts else []
     took += [f"{facts['tokens_seen']:,} tokens"] if "tokens_seen" in facts else []
-    took += [gigabytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
+    took += [format_bytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
     parts = [str(settings.get("model", "")), str(settings.get("method", "")), ", ".join(settings.get("data", []))]
     return [part for part in (*parts, trained, facts.get("device", ""), *took) if part]
 
@@ -87,7 +88,7 @@ def _memory(facts: dict[str, Any]) -> str:
     if not predicted or not measured:
         return ""
     off = 100 * (measured / predicted - 1)
-    return f"Memory: {gigabytes(predicted)} predicted, {gigabytes(measured)} measured ({off:+.0f} %)."
+    return f"Memory: {format_bytes(predicted)} predicted, {format_bytes(measured)} measured ({off:+.0f} %)."
 
 
 def _data(record: RunRecord) -> list[tuple[str, str]]:

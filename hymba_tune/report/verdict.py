@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hymba_tune.pages import share
+from hymba_tune.formatting import share
 from hymba_tune.report.measures import measure
 from hymba_tune.report.record import RunRecord
 

@@ -6,7 +6,8 @@ import torch
 
 from hymba_tune.adapters import count_parameters, describe, folding_note, short_count
 from hymba_tune.config import Method
-from hymba_tune.train.limits import GB, memory_advice
+from hymba_tune.formatting import format_bytes
+from hymba_tune.train.limits import memory_advice
 from hymba_tune.train.memory_estimate import MemoryEstimate
 from hymba_tune.train.outline import Outline
 from hymba_tune.train.setup import Data, Setup
@@ -65,7 +66,7 @@ def _optimizer(setup: Setup, outline: Outline) -> str:
 
 def describe_memory(setup: Setup, memory_estimate: MemoryEstimate) -> str:
     """What a run is estimated to take of memory, and what to change where that is more than there is."""
-    line = f"needs about {memory_estimate.needs / GB:.1f} of {memory_estimate.has / GB:.1f} GB"
+    line = f"needs about {format_bytes(memory_estimate.needs)} of {format_bytes(memory_estimate.has)}"
     return line if memory_estimate.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
 
 

@@ -14,6 +14,7 @@ import torch
 from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.footprint import MOMENT_BYTES
+from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.checkpoints import forget_torn
 from hymba_tune.train.run import Run
@@ -53,9 +54,9 @@ def check_disk(run: Run, needed: int) -> None:
     free, missing = _free(run.path), needed - held - _free(run.path)
     if missing > 0:
         raise ConfigError(
-            f"--out {run.path}: its disk has {_size(free)} free.",
-            expected=f"{_size(needed - held)} for checkpoints and what is trained",
-            fix=f"free {_size(missing)}, or --out on another disk, or train less: a lower --rank, or "
+            f"--out {run.path}: its disk has {format_bytes(free)} free.",
+            expected=f"{format_bytes(needed - held)} for checkpoints and what is trained",
+            fix=f"free {format_bytes(missing)}, or --out on another disk, or train less: a lower --rank, or "
             "--optimizer adamw8bit",
         )
 
@@ -110,7 +111,7 @@ def memory_advice(config: TrainingConfig, needs: Callable[[TrainingConfig], int]
             then = needs(config.model_copy(update=changes))
             if then >= now:
                 continue
-            said = [f"about {then / GB:.1f} GB instead of {now / GB:.1f}", why]
+            said = [f"about {format_bytes(then)} instead of {format_bytes(now)}", why]
         words = [_flag(name, value) for name, value in changes.items()]
         advice.append(f"{' '.join(words)} ({', '.join(said)})")
     return advice
@@ -140,11 +141,11 @@ def _flag(name: str, value: Any) -> str:
 def _out_of_memory(
     config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None
 ) -> TrainingError:
-    peak, has = peak_memory(device) / GB, ""
+    peak, has = format_bytes(peak_memory(device)), ""
     if device.type == "cuda":
-        has = f", of {torch.cuda.get_device_properties(device).total_memory / GB:.1f} GB"
+        has = f", of {format_bytes(torch.cuda.get_device_properties(device).total_memory)}"
     return TrainingError(
-        f"Out of memory on {device}: the run had taken {peak:.1f} GB{has}.",
+        f"Out of memory on {device}: the run had taken {peak}{has}.",
         expected=f"room for {config.batch_size} × {config.max_length:,} tokens at a time",
         fix="\n             ".join(memory_advice(config, needs)),
     )
@@ -157,10 +158,6 @@ def _disk_full(run: Run) -> TrainingError:
         expected="room for the checkpoint at hand; nothing half-written was kept",
         fix=f"free some space, then --resume {run.path} (from {checkpoint.name})" if checkpoint else "free some space",
     )
-
-
-def _size(size: int) -> str:
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 2**20:.0f} MB"
 
 
 def _free(path: Path) -> int:

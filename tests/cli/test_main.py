@@ -130,7 +130,7 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
         (["distill", "captre"], "to fix     hymba-tune distill capture"),
         (["distill", "my.jsonl"], "to fix     hymba-tune distill --data my.jsonl"),
         (["distill", "--data", "demo"], "--teacher is missing."),
-        (["distill", "--loss", "jsd"], "loss: jsd compares whole vocabularies, which no cache holds; add --online"),
+        (["distill", "--loss", "jsd"], "loss: jsd needs the whole vocabulary, which no cache holds; add --online"),
         (["doctor", "x"], "hymba-tune doctor has no place for 'x'.\n  to fix     hymba-tune doctor --help"),
         (["merge", "runs/x"], "--out requires an argument"),
         (["chat", "--top-p", "2"], "--top-p 2: must be at most 1."),

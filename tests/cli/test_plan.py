@@ -88,7 +88,7 @@ def test_plan_tells_how_long_its_data_takes(small_model: Path, questions: Path) 
 def test_plan_of_data_that_cannot_be_used(small_model: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "bad.jsonl").write_text("no\n")
     (tmp_path / "empty.jsonl").touch()
-    for name, message in {"bad": "Nothing to learn in", "empty": "it has no rows"}.items():
+    for name, message in {"bad": "Nothing to train on in", "empty": "it has no rows"}.items():
         failed = command("plan", "--model", small_model, "--data", tmp_path / f"{name}.jsonl")
         assert failed.code == 2
         assert message in failed.err

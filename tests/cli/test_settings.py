@@ -40,7 +40,7 @@ def test_packaged_recipe_is_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnk: 4", r"recipe\.yaml: there is no setting 'rnk'\.\n  to fix     did you mean 'rank'\?"),
+        ("rnk: 4", r"recipe\.yaml: there is no setting 'rnk'\.\n  to fix     did you mean rank\?"),
         ("qqqq: 4", r"recipe\.yaml: there is no setting 'qqqq'\.\n  to fix     remove it"),
         ("3: 4", r"recipe\.yaml: there is no setting 3\."),
         ("rank: 0", r"recipe\.yaml: --rank 0: must be at least 1 \(common: 8 to 64\)\."),
@@ -70,7 +70,7 @@ def test_recipe_that_is_no_text(recipe: Path) -> None:
 
 
 def test_missing_recipe_suggests_a_packaged_one() -> None:
-    with pytest.raises(ConfigError, match=r"There is no recipe dmo\.(.|\n)*demo, (.|\n)*did you mean 'demo'\?$"):
+    with pytest.raises(ConfigError, match=r"There is no recipe dmo\.(.|\n)*demo, (.|\n)*did you mean demo\?$"):
         combine("dmo", SFTConfig())
     with pytest.raises(ConfigError, match=r"There is no recipe some/demo\.yaml"):
         combine("some/demo.yaml", SFTConfig())

@@ -53,7 +53,7 @@ def problem(row: SourceRow) -> str:
     ids=["plain", "last line ended", "CRLF", "BOM", "blank lines"],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSONL", "a.jsonl.gz"])
-def test_json_lines_are_read_however_they_are_ended(tmp_path: Path, name: str, content: bytes) -> None:
+def test_json_lines_are_read_with_any_line_ends(tmp_path: Path, name: str, content: bytes) -> None:
     assert values(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)) == ROWS
 
 
@@ -95,7 +95,7 @@ def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
     assert str(read(tmp_path / "a.parquet")[-1].place).endswith("a.parquet, row 600")
 
 
-def test_broken_line_is_named_and_the_stream_goes_on(tmp_path: Path) -> None:
+def test_broken_line_has_an_error_and_later_rows_follow(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\n".join([LINES[0], b"", b'{"prompt": "x" "y"}', LINES[1]]))
     rows = read(path)
     assert [row.value for row in rows] == [ROWS[0], None, ROWS[1]]
@@ -133,7 +133,7 @@ def test_utf_16_is_recognized(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_rows_of_two_megabytes_are_read(tmp_path: Path, name: str) -> None:
+def test_rows_of_two_megabytes_can_be_read(tmp_path: Path, name: str) -> None:
     long = "word " * 400_000
     content = {
         "a.jsonl": json.dumps({"text": long}) + "\n" + json.dumps({"text": "x"}),

@@ -189,7 +189,7 @@ def test_lines_of_the_preflight() -> None:
         "kept": "99.5% of the teacher's probability maps to student tokens · 98.0% of the tokens have a target",
         "sanity": "the teacher gives its own next token p = 0.46 on average",
         "p(end)": "after an answer, the teacher gives its end token <end> p = 0.925 on average",
-        "targets": "1.6M tokens × 118 B = 188.8 MB · about 12 min",
+        "targets": "1.6M tokens × 118 B = 0.18 GB · about 12 min",
     }
 
 

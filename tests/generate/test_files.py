@@ -131,7 +131,7 @@ def test_prompt_of_a_row(row: dict[str, Any], expected: list[tuple[str, str]]) -
     ("row", "message"),
     [
         (["a"], "the row is a list"),
-        ({"prompt": " "}, "it asks nothing"),
+        ({"prompt": " "}, "it has no message from the user with text"),
         ({"text": "a"}, "neither a prompt nor messages"),
     ],
 )

@@ -165,7 +165,10 @@ def test_verb_says_what_to_leave_and_the_command(
         assert " proposal   no set of them keeps the rise within 1 %\n" in done.out
     assert not list(tmp_path.iterdir())
     refused = command("quantize", wide_model, "--max-rise", 2)
-    assert (refused.code, refused.err) == (2, "--max-rise: nothing is searched without --search\n")
+    assert (refused.code, refused.err) == (
+        2,
+        "--max-rise: it applies to --search only; add --search, or remove --max-rise\n",
+    )
 
 
 def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> None:
@@ -189,8 +192,8 @@ def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_only": True}, "quantize: an adapter is not quantized, its base is"),
-        ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which was not tried"),
+        ({"adapter_only": True}, "quantize: an adapter cannot be quantized, only its base model"),
+        ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which is untested"),
     ],
 )
 def test_exports_that_are_not_quantized(changes: dict[str, Any], message: str) -> None:

@@ -53,7 +53,7 @@ def test_disk_too_small_is_refused_before_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
     with pytest.raises(
         ConfigError,
-        match=r"its disk has 1 MB free\.\n  expected   3\d MB for checkpoints (.|\n)*free 3\d MB, or",
+        match=r"its disk has 1\.0 MB free\.\n  expected   3\d\.\d MB for checkpoints (.|\n)*free 3\d\.\d MB, or",
     ):
         run(settings(small_model, questions, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -118,12 +118,12 @@ def test_out_of_memory_says_what_to_lower(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HymbaTrainer, "compute_loss", lambda *_, **__: torch.empty(2**60))
-    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had taken \d\.\d GB") as error:
+    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had taken \d\.\d+ GB") as error:
         run(settings(small_model, questions, tmp_path / "out", eval_split=0, method="full"))
     message = str(error.value)
     assert "room for 4 × 2,048 tokens at a time" in message
     for advice in ("--batch-size 2 --grad-accum 2", "--gradient-checkpointing", "--method lora"):
-        assert re.search(rf"{advice} \(about \d\.\d GB instead of \d\.\d, ", message)
+        assert re.search(rf"{advice} \(about \d\.\d+ GB instead of \d\.\d+ GB, ", message)
     assert "--max-length" not in message  # no row is so long that it would help
     assert not (tmp_path / "out").exists()
 
@@ -146,8 +146,8 @@ def test_advice_says_what_each_change_would_take() -> None:
 
     config = SFTConfig(batch_size=4, grad_accum=3, max_length=2048)
     assert memory_advice(config, needs) == [
-        "--batch-size 2 --grad-accum 6 (about 2.0 GB instead of 4.0, the same steps)",
-        "--gradient-checkpointing (about 0.5 GB instead of 4.0, a third more time)",
+        "--batch-size 2 --grad-accum 6 (about 2.0 GB instead of 4.0 GB, the same steps)",
+        "--gradient-checkpointing (about 0.50 GB instead of 4.0 GB, a third more time)",
     ]  # there are no rows that half of --max-length would cut
 
 

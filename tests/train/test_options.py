@@ -193,10 +193,13 @@ def test_activation_offload_needs_a_gpu(small_model: Path, questions: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr_schedule": "linear", "lr_min": 0.1}, "lr_min: linear has no lowest rate; cosine and wsd have"),
+        (
+            {"lr_schedule": "linear", "lr_min": 0.1},
+            "lr_min: linear has no lowest rate; use --lr-schedule cosine or wsd",
+        ),
         ({"method": "full", "loraplus_ratio": 4}, "loraplus_ratio: --method full has no factors"),
         ({"meta_tokens": "frozen", "lr_meta": 1e-3}, "lr_meta: the meta tokens are not trained"),
-        ({"targets": ["mlp"], "lr_ssm": 1e-3}, "lr_ssm: nothing inside the SSM is among the targets: mlp"),
+        ({"targets": ["mlp"], "lr_ssm": 1e-3}, "lr_ssm: the targets have no module of the SSM: mlp"),
     ],
 )
 def test_rates_that_nothing_would_take_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -296,9 +296,13 @@ def test_kto_tells_answers_right_by_the_divergence_from_the_reference(
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (DPOConfig, {"label_smoothing": 0.1}, "label_smoothing: the sigmoid loss has none; robust, exo_pair"),
-        (DPOConfig, {"loss": "exo_pair"}, "label_smoothing: the exo_pair loss needs some"),
-        (DPOConfig, {"packing": True}, "packing: answers are compared side by side"),
+        (
+            DPOConfig,
+            {"label_smoothing": 0.1},
+            "label_smoothing: the sigmoid loss has none; use one of robust, exo_pair",
+        ),
+        (DPOConfig, {"loss": "exo_pair"}, "label_smoothing: the exo_pair loss needs it"),
+        (DPOConfig, {"packing": True}, "packing: preferences cannot be packed"),
         (DPOConfig, {"method": "full", "reference": "adapter-off"}, "reference: --method full has no new adapter"),
         (DPOConfig, {"start": "continue", "reference": "adapter-off"}, "reference: --start continue has no new"),
         (KTOConfig, {"batch_size": 1}, "batch_size: the kto loss compares the answers of a batch"),

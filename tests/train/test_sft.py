@@ -309,7 +309,7 @@ def test_data_must_be_given(small_model: Path, tmp_path: Path) -> None:
         ({"model": "missing/model/folder"}, ConfigError, r"--model missing/model/folder: no such folder"),
         ({"model": "empty"}, CheckpointError, r"empty: no model in this folder"),
         ({"targets": ["q_proj"]}, ConfigError, r"targets: the model has no linear layer called q_proj"),
-        ({"max_length": 8}, DataError, r"Nothing to learn in .*questions\.jsonl"),
+        ({"max_length": 8}, DataError, r"Nothing to train on in .*questions\.jsonl"),
         ({"dtype": "float16", "device": "cpu"}, ConfigError, r"--dtype float16 needs a CUDA device"),
         ({"device": "gpu"}, ConfigError, r"--device gpu: no such device"),
         ({"map": ["prmpt=a"]}, ConfigError, r"prmpt"),
