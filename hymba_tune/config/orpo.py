@@ -15,7 +15,8 @@ from hymba_tune.config.verbs import PreferenceConfig
 
 class ORPOConfig(PreferenceConfig):
     """Settings of `hymba-tune orpo`: odds ratio preference optimization (Hong et al. 2024), without a reference
-    model."""
+    model.
+    """
 
     group: ClassVar[Group] = PREFERENCES
 
