@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl.experimental import orpo
+from trl.import_utils import TRLExperimentalWarning
 
 from hymba_tune.config import ORPOConfig
 from hymba_tune.data import IGNORED
@@ -16,6 +17,11 @@ from hymba_tune.train.preference import PreferenceRun, PreferenceTask, describe_
 from hymba_tune.train.preference_trainers import PreferenceTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
+
+with warnings.catch_warnings():
+    # TRL warns at this import that the trainer may change; hymba-tune pins TRL's version.
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental import orpo
 
 EVAL = "eval_"
 
@@ -113,10 +119,8 @@ class ORPORun(PreferenceRun[ORPOConfig]):
 
     def arguments(self, shared: dict[str, Any]) -> orpo.ORPOConfig:
         """Return the arguments of TRL's ORPO trainer."""
-        renamed = {"activation_checkpointing": "gradient_checkpointing"}
-        unknown = {"activation_offloading"}
-        arguments = {renamed.get(name, name): value for name, value in shared.items() if name not in unknown}
-        return orpo.ORPOConfig(**arguments, beta=self.config.beta)
+        arguments = {name: value for name, value in shared.items() if name != "activation_offloading"}
+        return orpo.ORPOConfig(**arguments, beta=self.config.beta, remove_unused_columns=False)
 
     def describe(self) -> dict[str, str]:
         """Return the banner's lines on where training starts and on the loss."""

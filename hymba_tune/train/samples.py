@@ -1,4 +1,4 @@
-"""A few prompts that are answered before and after training, into ``samples.json``."""
+"""Answers to a few prompts before and after training, in ``samples.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 SAMPLES = 2
-"""Prompts that are answered before and after: the first of the evaluation data, or else of the data."""
+"""The number of prompts: the first of the evaluation data, or of the training data where there is none."""
 SAMPLE_TOKENS = 96
 
 
@@ -20,10 +20,10 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
     """Answer the prompts of the data with the model as it is now.
 
     Args:
-        setup: Whose run keeps the answers.
-        data: Whose prompts are answered.
-        model: In any mode.
-        when: ``before`` or ``after``.
+        setup: The run's setup.
+        data: The data with the prompts.
+        model: The model, in any mode.
+        when: ``before`` or ``after`` training.
         screen: Shows the progress.
     """
     path = setup.run.path / "samples.json"
