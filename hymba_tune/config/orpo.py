@@ -14,9 +14,7 @@ from hymba_tune.config.verbs import PreferenceConfig
 
 
 class ORPOConfig(PreferenceConfig):
-    """Settings of `hymba-tune orpo`: odds ratio preference optimization (Hong et al. 2024), without a reference
-    model.
-    """
+    """Settings of `hymba-tune orpo`: odds ratio preference optimization (Hong et al. 2024)."""
 
     group: ClassVar[Group] = PREFERENCES
 

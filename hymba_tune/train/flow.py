@@ -41,15 +41,15 @@ def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """Train a model.
 
     Args:
-        task: The kind of training, with all settings; those of a run that is resumed come from `resume_config`.
+        task: The kind of training, with all settings; `resume_config` returns those of a resumed run.
         screen: Shows the progress.
 
     Returns:
-        The finished run; None of a dry one, which leaves nothing behind.
+        The finished run; None for a dry run, which leaves nothing behind.
 
     Raises:
-        HymbaTuneError: If something is to be mended first; nothing is left behind.
-        KeyboardInterrupt: If Ctrl-C ended the run, with the run's path once its checkpoint is written.
+        HymbaTuneError: If a setting, a file or the machine must be changed first; nothing is left behind.
+        KeyboardInterrupt: If Ctrl-C ended the run; with the run's path if its checkpoint is written.
     """
     config = task.config
     setup = check(config)
@@ -59,28 +59,32 @@ def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
 
 def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """Train in a folder that this process has locked."""
-    config, run, resuming = setup.config, setup.run, setup.config.resume is not None
+    config, run = setup.config, setup.run
+    resuming = config.resume is not None
     checkpoint = run.last_checkpoint() if resuming else None
+
     task_with_data = task.read_data(setup, screen)
     data = task_with_data.data
     if data.held_out is None and (config.keeps_best or config.early_stopping):
         raise ConfigError(
-            f"--{'early-stopping' if config.early_stopping else 'keep best'} goes by the held-out loss, and no data is "
+            f"--{'early-stopping' if config.early_stopping else 'keep best'} needs the held-out loss, and no data is "
             "held out.",
             fix="--eval-data FILE, or an --eval-split above 0",
         )
     if resuming:
         _check_same_data(run, data.report)
+
     extra_bytes = task_with_data.extra_bytes
     with screen.working("estimating the memory"):
         memory_estimate = estimate_memory(setup, data, extra_bytes)
     if not (memory_estimate.fits or config.dry_run):
-        screen.note(describe_memory(setup, memory_estimate))  # before what may take hours
+        screen.note(describe_memory(setup, memory_estimate))  # before preparation, which may take hours
     builder = task_with_data.prepare(screen)
     described = builder.describe()
     if config.dry_run:
         screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
         return None
+
     if resuming:
         run.forget_leftovers()
     else:
@@ -97,6 +101,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         if not resuming:
             data.report.write_dropped(run.path / "dropped.jsonl")
             answer_samples(setup, data, trainer.model, "before", screen)
+
         with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
             return _train(setup, data, trainer, checkpoint, screen)
 
@@ -104,7 +109,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
 def _record_begin(
     setup: Setup, data: Data, outline: Outline, memory_estimate: MemoryEstimate, described: dict[str, str]
 ) -> None:
-    """Record what is known of a run before its first step."""
+    """Record what is known about a run before its first step."""
     config = setup.config
     setup.run.record(
         verb=config.verb.name,
@@ -126,7 +131,7 @@ def _check_same_data(run: Run, report: DataReport) -> None:
     if before != report.fingerprint:
         raise DataError(
             f"The data of {run.path} has changed since the run was started.",
-            expected="the same rows, so that the run can go on where it was",
+            expected="the same rows, so that the run can resume where it stopped",
             fix="restore the data, or start a new run with --model RUN",
         )
 
@@ -141,7 +146,7 @@ def _open(setup: Setup) -> PreTrainedModel:
         restrict_rows(adapted, config.targets)
         return adapted
     if config.method is Method.full:
-        return model.requires_grad_(True)  # folding a run's adapter in has frozen all of it
+        return model.requires_grad_(True)  # merging a run's adapter has frozen all of it
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
@@ -169,29 +174,31 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
     if checkpoint is not None:
         run.forget_after(step_of(checkpoint))
         if step_of(checkpoint) >= trainer.args.max_steps:
-            screen.note(f"all {trainer.args.max_steps:,} steps are done already; a larger --steps or --epochs goes on")
-    interrupt, account = Interrupt(), Account()
+            screen.note(f"all {trainer.args.max_steps:,} steps are done; to train longer, increase --steps or --epochs")
+    interrupt = Interrupt()
+    account = Account()
     stopping = Stopping(keep_best=config.keeps_best, patience=config.early_stopping)
     for callback in (interrupt, account, stopping):
         trainer.add_callback(callback)
     if setup.device.type == "cpu":
-        keep_freed_memory()  # not before the weights are there: what loading them took may go back
+        keep_freed_memory()  # after the weights are loaded, so that loading's own memory returns to the system
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.release()
     if interrupt.pressed:
         raise KeyboardInterrupt(str(run.path))
-    kept = stopping.kept(trainer.state)
-    if kept.ended or config.keeps_best:
-        screen.note(kept.described())
+
+    final = stopping.final_checkpoint(trainer.state)
+    if final.ended or config.keeps_best:
+        screen.note(final.described())
     answer_samples(setup, data, trainer.model, "after", screen)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     _save(setup, trained)
     trainable, total = count_parameters(trained)
     run.record(
         steps=trainer.state.global_step,
-        kept=asdict(kept),
+        kept=asdict(final),
         tokens_seen=trainer.state.num_input_tokens_seen,
         seconds=round(account.seconds, 1),
         tokens_per_s=round(trainer.state.num_input_tokens_seen / max(account.step_seconds, 1e-6), 1),
@@ -204,12 +211,12 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
 
 
 def _save(setup: Setup, trained: PreTrainedModel) -> None:
-    """Write what was trained aside, then where it belongs: a folder that is there is whole."""
+    """Write what was trained to a temporary folder and move it into place: a folder that exists is complete."""
     run, full = setup.run, setup.config.method is Method.full
     if full:
         trained.to(setup.dtype)
     with atomic_folder(run.model if full else run.adapter) as folder:
         trained.save_pretrained(folder)
-        # PEFT's empty form; the run's own card says what there is to say.
+        # PEFT's card is an empty template; the run has its own card.
         (folder / "README.md").unlink(missing_ok=True)
         setup.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a run will take of memory, told from its settings and its data."""
+"""The memory that a run will need, estimated from its settings and its data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
 
 MOST_DRAWN = 2**22
-"""Rows that batches are drawn from at most: more of them hold no larger one worth waiting for."""
+"""The most rows that batches are drawn from: more of them would hardly hold a larger batch."""
 READ = 1_000
-"""Rows looked at at a time."""
+"""Rows read at a time."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory that a run will take at its peak.
+    """The memory that a run will need at its peak.
 
     Attributes:
-        step: Of a training step.
-        extra_bytes: What the process holds, or a GPU's reserve.
-        has: What the device has.
-        on_gpu: Whether that is a GPU.
+        step: The memory of a training step.
+        extra_bytes: The bytes of the process without the step's tensors, or a GPU's reserve.
+        has: The bytes of the device.
+        on_gpu: Whether the device is a GPU.
     """
 
     step: Footprint
@@ -38,12 +38,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """What `peak_memory` will have measured: of PyTorch's tensors on a GPU, of the whole process elsewhere."""
+        """The bytes that `peak_memory` is expected to measure: PyTorch's tensors on a GPU, else the whole process."""
         return self.step.total if self.on_gpu else self.needs
 
     @property
     def needs(self) -> int:
-        """Bytes, all told."""
+        """All bytes that the run needs."""
         return self.step.total + self.extra_bytes
 
     @property
@@ -53,12 +53,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEstimate:
-    """Tell what a run will take, before its weights are loaded.
+    """Estimate the memory of a run before its weights are loaded.
 
     Args:
-        setup: Of the run.
-        data: It trains on.
-        extra_bytes: Bytes that this kind of training holds beside the model.
+        setup: The run's setup.
+        data: The rows that it trains on.
+        extra_bytes: The bytes that this kind of training holds in addition to the model.
     """
     config, device = setup.config, setup.device
     memory = StepMemory(
@@ -77,12 +77,12 @@ def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEst
 
 
 def bytes_needed_with(setup: Setup, data: Data, extra_bytes: int, config: TrainingConfig) -> int:
-    """Bytes that a run would take on the same data with other settings."""
+    """Estimate the bytes that a run would need on the same data with other settings."""
     return estimate_memory(replace(setup, config=config), data, extra_bytes).needs
 
 
 def step_settings(config: TrainingConfig) -> dict[str, Any]:
-    """What `StepMemory.of` is told of the settings."""
+    """Return the arguments of `StepMemory.of` that follow from the settings."""
     return {
         "checkpointing": config.gradient_checkpointing,
         "accumulates": config.grad_accum > 1,
@@ -92,17 +92,17 @@ def step_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def full_batch(config: TrainingConfig) -> Batch:
-    """The batch of a run whose rows are all as long as they may be."""
+    """Return the batch of a run whose rows all have the maximum length."""
     return Batch.full(config.batch_size * config.verb.texts_per_row, config.max_length)
 
 
 def largest_batch(config: TrainingConfig, data: Data) -> Batch:
-    """The largest batch that a run is likely to draw from its data."""
+    """Return the largest batch that a run is likely to draw from its data."""
     share = data.report.learned / max(1, data.report.tokens)
     if getattr(config, "packing", False):
         full = full_batch(config)
         return Batch(full.tokens, min(full.longest, data.report.longest), round(full.tokens * share), full.places)
-    lengths = text_lengths(data.train).clip(max=config.max_length)  # it may be asked for less than rows were cut to
+    lengths = text_lengths(data.train).clip(max=config.max_length)  # may be shorter than the rows were cut to
     rows = _drawn(len(lengths), config)
     sums = lengths.sum(1)[rows].sum(1)
     batch = lengths[rows[int(sums.argmax())]]
@@ -111,7 +111,7 @@ def largest_batch(config: TrainingConfig, data: Data) -> Batch:
 
 
 def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows ``(batches, batch size)`` as a run may draw them: other than in the run itself, but as many."""
+    """Return row numbers ``(batches, batch size)``, drawn at random, as many as a run draws."""
     generator = np.random.default_rng(0)
     size = min(config.batch_size, count)
     wanted = config.steps * config.grad_accum * size if config.steps else round(config.epochs * count)
@@ -122,10 +122,10 @@ def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.in
 
 
 def text_lengths(rows: datasets.Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens ``(rows, texts of a row)`` of encoded rows: one text, or the answers to a prompt behind it."""
+    """Return the tokens ``(rows, texts of a row)`` of encoded rows: of one text, or of a prompt with each answer."""
     names = [name for name in rows.column_names if name.endswith("_ids")]
-    some = rows.select_columns(names).with_format("arrow").iter(READ)  # all at once, they would be copied to memory
-    parts = [np.stack([pc.list_value_length(table[name]) for name in names], 1) for table in some]
+    tables = rows.select_columns(names).with_format("arrow").iter(READ)  # a whole table would be copied to memory
+    parts = [np.stack([pc.list_value_length(table[name]) for name in names], 1) for table in tables]
     lengths = dict(zip(names, np.concatenate(parts).T.astype(np.int64), strict=True))
     prompt = lengths.pop("prompt_ids", 0)
     return np.stack([answers + prompt for answers in lengths.values()], 1)

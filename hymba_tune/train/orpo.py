@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl.experimental import orpo
+from trl.import_utils import TRLExperimentalWarning
 
 from hymba_tune.config import ORPOConfig
 from hymba_tune.data import IGNORED
@@ -18,6 +17,11 @@ from hymba_tune.train.preference import PreferenceRun, PreferenceTask, describe_
 from hymba_tune.train.preference_trainers import PreferenceTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
+
+with warnings.catch_warnings():
+    # TRL warns at this import that the trainer may change; hymba-tune pins TRL's version.
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental import orpo
 
 EVAL = "eval_"
 
@@ -35,12 +39,12 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # TRL's loss is a mean over pairs and takes no number of items: it is to be divided by the accumulated batches.
+        # The loss is a mean over pairs: transformers must divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.data_collator: Any = WithInputs(self.data_collator)
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
-        """Bring an encoded row into TRL's columns; TRL would render and tokenize it, and read nothing of templates."""
+        """Return an encoded row in TRL's columns. TRL's own method would tokenize texts, without the chat template."""
         del model
         prompt = feature["prompt_ids"]
         columns: dict[str, list[int]] = {}
@@ -57,24 +61,31 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
         """Return the number of pairs."""
         return {"all": len(inputs["chosen_labels"])}
 
-    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Return sums over the pairs of a batch.
+    def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return TRL's outputs, with the mean over texts of the mean loss on each chosen text.
 
-        TRL averages the loss on the chosen texts over the tokens of a batch, so that it depends on which pairs are
-        evaluated together. Here it is averaged over each text, then over the pairs.
+        TRL averages over the tokens of all chosen texts of a batch, so that the loss and its gradient depend on which
+        pairs are in a batch together.
         """
-        with caught_logits(self.accelerator.unwrap_model(self.model)) as logits:
-            _, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
+        *outputs, _ = super().concatenated_forward(model, batch)
+        ids, mask = batch["chosen_input_ids"], batch["chosen_attention_mask"]
+        labels = torch.where(mask == 1, ids, IGNORED)[:, 1:]
+        chosen_logits = outputs[2][:, : labels.shape[1]]  # TRL pads the chosen texts to the longest rejected one
 
+        # TRL shifts labels but those of encoder-decoder models; these are shifted already.
+        shifted = {"is_encoder_decoder": True}
+        log_probs = self.get_batch_logps(chosen_logits.float(), labels, average_log_prob=True, **shifted)
+        return *outputs, -log_probs.mean()
+
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return sums over the pairs of a batch."""
+        loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
         pairs = self.counts(inputs)["all"]
-        ids, mask = inputs["chosen_input_ids"], inputs["chosen_attention_mask"]
-        width = ids.shape[1]
-        log_probs = logits[0][:pairs, : width - 1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        nll = -(log_probs * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
-        means = {name.removeprefix(EVAL): value for name, value in metrics.items()}
-        loss = nll.sum() - pairs * self.beta * means["log_odds_ratio"]
-        sums: dict[str, tuple[Tensor | float, Tensor | float]] = {"loss": (loss, pairs)}
-        sums |= {name: (pairs * value, pairs) for name, value in means.items() if name.startswith("rewards/")}
+        sums: dict[str, tuple[Tensor | float, Tensor | float]] = {"loss": (pairs * loss, pairs)}
+        for name, mean in metrics.items():
+            measure = name.removeprefix(EVAL)
+            if measure.startswith("rewards/"):
+                sums[measure] = (pairs * mean, pairs)
         return sums
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -82,10 +93,10 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
 
 
 class WithInputs:
-    """A collator whose batches have ``input_ids`` and ``attention_mask`` too, as the run's counts and guards read them.
+    """A collator that adds ``input_ids`` and ``attention_mask`` of all texts, which token counts and guards read.
 
     Args:
-        collator: TRL's collator, whose batches have those of the chosen and of the rejected texts.
+        collator: TRL's collator, which returns those columns for chosen and rejected texts separately.
     """
 
     def __init__(self, collator: Any) -> None:
@@ -108,22 +119,9 @@ class ORPORun(PreferenceRun[ORPOConfig]):
 
     def arguments(self, shared: dict[str, Any]) -> orpo.ORPOConfig:
         """Return the arguments of TRL's ORPO trainer."""
-        own = {"activation_checkpointing": "gradient_checkpointing"}
-        ignored = {"activation_offloading"}
-        named = {own.get(name, name): value for name, value in shared.items() if name not in ignored}
-        return orpo.ORPOConfig(**named, beta=self.config.beta)
+        arguments = {name: value for name, value in shared.items() if name != "activation_offloading"}
+        return orpo.ORPOConfig(**arguments, beta=self.config.beta, remove_unused_columns=False)
 
     def describe(self) -> dict[str, str]:
         """Return the banner's lines on where training starts and on the loss."""
         return describe_start(self.setup) | {"loss": f"ORPO, beta {self.config.beta:g} · no reference model"}
-
-
-@contextmanager
-def caught_logits(model: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the logits of a model's forwards within the block."""
-    found: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, __, output: found.append(output.logits))
-    try:
-        yield found
-    finally:
-        hook.remove()

@@ -1,4 +1,4 @@
-"""Training on preferences: pairs by DPO, answers judged one by one by KTO."""
+"""Preference training: pairs by DPO, single labeled answers by KTO."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
 
 
 def _with_adapter_of_run(config: R) -> R:
-    """The settings with those of the adapter that ``--start continue`` goes on with.
+    """Return the settings with those of the adapter that ``--start continue`` trains further.
 
     Raises:
-        ConfigError: If there is no such adapter, or other settings are asked for.
+        ConfigError: If there is no such adapter, or its settings differ from the given ones.
     """
     if config.start is not Start.continue_ or config.resume:
         return config
     source = find_local(config.model)
     if source is None or source.adapter is None or not (source.adapter.parent / "config.yaml").is_file():
         raise ConfigError(
-            f"--start continue: {config.model} is no run with an adapter to go on training.",
+            f"--start continue: {config.model} is not a run with an adapter to train further.",
             expected="--model runs/<name>",
             fix="--start merge",
         )
@@ -56,7 +56,7 @@ def _with_adapter_of_run(config: R) -> R:
     own = {name: getattr(saved, name) for name in AdapterOptions.model_fields}
     if fixed := [name for name in own.keys() & config.model_fields_set if own[name] != getattr(config, name)]:
         raise ConfigError(
-            f"--start continue goes on with the adapter of {config.model}; {', '.join(sorted(fixed))} cannot change.",
+            f"--start continue trains the adapter of {config.model} further; {', '.join(sorted(fixed))} cannot change.",
             fix="leave it out, or --start merge",
         )
     return config.model_copy(update=own)
@@ -64,13 +64,13 @@ def _with_adapter_of_run(config: R) -> R:
 
 @dataclass(frozen=True)
 class PreferenceRun(ABC, Generic[P]):
-    """A run of preference training whose rows are read. It needs nothing beside the model and the rows.
+    """A run of preference training whose rows are read. It needs only the model and the rows.
 
     Attributes:
         config: The run's settings.
         setup: The run's setup.
         data: The rows.
-        report: What became of the rows that were read.
+        report: The counts of rows that were read, used and dropped.
         screen: Shows the progress.
         extra_bytes: See `hymba_tune.train.task.TaskWithData`.
     """
@@ -104,7 +104,7 @@ class PreferenceRun(ABC, Generic[P]):
         self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
     ) -> PreferenceTrainer:
         """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
-        # TRL switches dropout off unless told otherwise, also where it was asked for.
+        # TRL disables dropout by default, even where the adapter has some.
         shared = {**arguments, "disable_dropout": not self.config.lora_dropout}
         return self.trainer(
             model=model,
@@ -147,8 +147,8 @@ class PreferenceTask(Generic[P]):
 
 
 def _summary(report: PreferenceReport) -> list[str]:
-    judged = f"{report.good:,} good answers and {report.bad:,} bad ones"
-    summary = [f"{report.pairs:,} pairs" if report.pairs else judged]
+    answers = f"{report.good:,} good answers and {report.bad:,} bad ones"
+    summary = [f"{report.pairs:,} pairs" if report.pairs else answers]
     summary.append(f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} compared")
     if report.pairs:
         summary.append(f"the better answer is longer in {report.chosen_longer / report.pairs:.0%}")

@@ -1,4 +1,4 @@
-"""TRL's trainers of preferences for Hymba: rows that come encoded, its own head, one adapter, an exact evaluation."""
+"""TRL's preference trainers for Hymba: encoded rows, the model's own head, one adapter and an exact evaluation."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from trl import DPOTrainer, KTOTrainer
 from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 TRL_REFERENCE = "ref"
-"""TRL's name for the copy that it makes of an adapter, to compare it with."""
+"""TRL's name for its copy of an adapter, the reference."""
 EXACT = ("rewards/", "logps/", "kl")
-"""What TRL measures of a batch that can be averaged over answers; the rest is about tokens."""
+"""Prefixes of TRL's metrics that are means over the answers of a batch; the others are means over tokens."""
 
 
 class PreferenceTrainer(RunTrainer):
-    """Stands before one of TRL's trainers of preferences among the bases."""
+    """Mixin; list it before the TRL preference trainer."""
 
     def __init__(self, **kwargs: Any) -> None:
         with _quiet_trl():
             super().__init__(**kwargs)
         model = self.accelerator.unwrap_model(self.model)
         keep_own_forward(model)
-        # A new adapter is no other model than the one below it: switched off, it needs no copy. One that is gone on
-        # with was compared with its copy before training, when the two were the same.
+        # No copy is needed: with a new adapter the reference is the model with the adapter off, and with one that is
+        # trained further the log-probabilities of the reference were computed before training.
         if TRL_REFERENCE in getattr(model, "peft_config", {}):
             model.delete_adapter(TRL_REFERENCE)
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """How many answers, or pairs of them, each number about a batch is a mean of; by the last part of its name."""
+        """Return the number of answers or pairs behind each metric of a batch, by the last part of its name."""
         raise NotImplementedError
 
     def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
@@ -53,7 +53,7 @@ class PreferenceTrainer(RunTrainer):
         return sums
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As of every run, with the margin between both means: single answers have none of their own."""
+        """Return the means of `RunTrainer`, and the margin between the mean rewards: single answers have no margin."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         names = {name: f"{metric_key_prefix}_rewards/{name}" for name in ("chosen", "rejected", "margins")}
         if {names["chosen"], names["rejected"]} <= output.metrics.keys():
@@ -61,19 +61,19 @@ class PreferenceTrainer(RunTrainer):
         return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss."""
+        """Return TRL's loss, without TRL's deprecation warnings."""
         with _quiet_trl():
             return super().compute_loss(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
-        # Rows come encoded and cut.
+        # Rows are already encoded and cut.
         return dataset
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
         model = self.accelerator.unwrap_model(self.model)
         keep_own_forward(model)
         if isinstance(model, PeftModel):
-            # TRL copies the linear layers only, not the meta tokens.
+            # TRL copies only the linear layers, not the meta tokens.
             set_peft_model_state_dict(model, get_peft_model_state_dict(model), TRL_REFERENCE)
         training = model.training
         model.eval()
@@ -88,7 +88,7 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
     """Trains on rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """The better answers are the first half of a batch, the worse ones the second."""
+        """Return the number of pairs: a batch holds all chosen answers, then all rejected ones."""
         return {"all": len(inputs["input_ids"]) // 2}
 
 
@@ -96,16 +96,16 @@ class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
     """Trains on rows of ``prompt_ids``, ``completion_ids`` and ``label``."""
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """Good answers, bad ones, and both."""
+        """Return the numbers of good answers, of bad ones, and of both."""
         labels: Tensor = inputs["label"]
         good = int(labels.sum())
         return {"all": len(labels), "chosen": good, "rejected": len(labels) - good}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """TRL's loss, and among its metrics one that it has of pairs only: how many answers are told right."""
+        """Return TRL's loss, and add the accuracy, which TRL measures on pairs only."""
         with caught_scores(self.accelerator.unwrap_model(self.model)) as scores:
             loss = super()._compute_loss(model, inputs, return_outputs)
-        # What computes the divergence comes before the answers, under the model as under the reference.
+        # The forward for the divergence comes before that for the answers, with the model as with the reference.
         policy = scores[int(self.calculate_KL)].sum(-1)
         reference = inputs["ref_logps"] if "ref_logps" in inputs else scores[-1].sum(-1)
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -118,25 +118,25 @@ class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
         self, dataset: datasets.Dataset, processing_class: Any, args: trl.KTOConfig, *_: Any
     ) -> datasets.Dataset:
         del processing_class
-        # KTO measures how far the model has gone from the reference on answers to other prompts: those of the same
-        # batch, each handed on to the next prompt.
+        # KTO estimates the divergence from the reference on answers to other prompts: each prompt takes the answer
+        # of the previous row of its batch.
         if not self.calculate_KL:
             return dataset
 
-        def hand_on(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def shift_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
             answers = rows["completion_ids"]
             return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
-        return dataset.map(hand_on, batched=True, batch_size=args.per_device_train_batch_size)
+        return dataset.map(shift_answers, batched=True, batch_size=args.per_device_train_batch_size)
 
 
 @contextmanager
 def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The log-probabilities, ``(B, L - 1)`` each, that a model gives in whatever forwards it goes through meanwhile."""
-    found: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, __, output: found.append(output.log_probs))
+    """Collect the log-probabilities, ``(B, L - 1)`` each, of a model's forwards within the block."""
+    scores: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, __, output: scores.append(output.log_probs))
     try:
-        yield found
+        yield scores
     finally:
         hook.remove()
 
@@ -144,7 +144,7 @@ def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
 @contextmanager
 def _quiet_trl() -> Iterator[None]:
     with warnings.catch_warnings():
-        # TRL calls transformers by names that transformers is leaving.
+        # TRL uses names that transformers has deprecated.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
         yield
 

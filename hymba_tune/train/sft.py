@@ -57,7 +57,7 @@ class SFTTask:
 
 @dataclass(frozen=True)
 class SFTRun:
-    """A run of supervised fine-tuning whose rows are read. It needs nothing beside the model and the rows.
+    """A run of supervised fine-tuning whose rows are read. It needs only the model and the rows.
 
     Attributes:
         setup: The run's setup.
@@ -83,7 +83,7 @@ class SFTRun:
     ) -> HymbaTrainer:
         """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
         packing = self.setup.config.packing
-        # Rows come encoded and cut; only packing is left to do.
+        # Rows are already encoded and cut; only packing is left to the trainer.
         own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
         return HymbaTrainer(
             model=model,

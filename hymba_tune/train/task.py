@@ -1,7 +1,7 @@
-"""The seam between one kind of training and what all kinds share, `hymba_tune.train.flow.train`.
+"""The interface between one kind of training and what all kinds share, `hymba_tune.train.flow.train`.
 
 A run has three stages, each an object with everything that the next one needs: the task, from its settings; the task
-with its rows read; and what builds the trainer, once everything beside the model is in memory.
+with its rows read; and what builds the trainer, once everything but the model is in memory.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class TaskWithData(Protocol):
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that this kind of training holds beside the model while that is trained."""
+        """Bytes that this kind of training holds in addition to the model during training."""
 
     def prepare(self, screen: Screen) -> TrainerBuilder:
-        """Load or compute what the trainer needs beside the model and the data; a dry run downloads nothing.
+        """Load or compute what the trainer needs in addition to the model and the data; a dry run downloads nothing.
 
         Raises:
-            HymbaTuneError: If something of it cannot be used.
+            HymbaTuneError: If a part of it cannot be used.
         """
 
 
@@ -56,7 +56,7 @@ class TrainerBuilder(Protocol):
     """What builds the trainer of a run."""
 
     def describe(self) -> dict[str, str]:
-        """Return what the banner and the report say of this kind of training alone: a label and a line each."""
+        """Return the lines of this kind of training in the banner and the report, by their labels."""
 
     def make_trainer(
         self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]

@@ -1,4 +1,4 @@
-"""TRL's trainer with what Hymba needs of it: its own exact loss."""
+"""TRL's SFT trainer with Hymba's own loss."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 
 class HymbaTrainer(RunTrainer, SFTTrainer):
-    """Trains on rows of ``input_ids`` and ``labels``, and ``loss_weights`` where some have such.
+    """Trains on rows of ``input_ids`` and ``labels``, and ``loss_weights`` where rows have them.
 
-    The loss is then the weighted mean: the sum of weights and losses over the sum of weights.
+    With weights the loss is the weighted mean: the sum of weight times loss over the sum of weights.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -34,13 +34,13 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss, without logits."""
+        """Return the model's own loss, without logits."""
         inputs = {**inputs, "skip_logits": True}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Return the summed loss and the number of learned tokens, or their summed weights if they have such."""
-        # Called past `compute_loss`, which multiplies a sum by the number of processes.
+        """Return the summed loss and the number of learned tokens, or the sum of their weights."""
+        # Not by `compute_loss`, which multiplies a sum by the number of processes.
         outputs = self.model(**inputs, skip_logits=True, num_items_in_batch=1)
         return {"loss": (outputs.loss, _targets(inputs))}
 
@@ -49,7 +49,7 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
     ) -> datasets.Dataset:
         if not packing or LOSS_WEIGHTS not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        # TRL's packing would leave weights behind.
+        # TRL's packing would drop the weights.
         columns = ["input_ids", "labels", LOSS_WEIGHTS]
         rows = dataset.select_columns(columns).map(lambda row: {LOSS_WEIGHTS: _weights(row)})
         return trl.pack_dataset(rows, args.max_length, args.packing_strategy)
@@ -67,17 +67,17 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
 
 
 class Weighted:
-    """A collator whose batches say how much each label counts, ``loss_weights`` ``(B, L)``, where rows do.
+    """A collator that adds the weight of each label, ``loss_weights`` ``(B, L)``, where rows have weights.
 
     Args:
-        collator: Makes padded batches, or packed ones of one row.
+        collator: The collator of padded batches, or of packed ones of one row.
     """
 
     def __init__(self, collator: Any) -> None:
         self._collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of examples."""
+        """Collate examples to a batch."""
         batch: dict[str, Any] = self._collator(examples)
         if LOSS_WEIGHTS not in examples[0]:
             return batch
@@ -87,12 +87,12 @@ class Weighted:
 
 
 def _weights(row: dict[str, Any]) -> list[float]:
-    """How much each label of a row counts; one that does not say so is counted in full."""
+    """Return the weight of each label of a row; one for a row without weights."""
     return row[LOSS_WEIGHTS] or [1.0] * len(row["labels"])
 
 
 def _targets(inputs: dict[str, Tensor]) -> Tensor:
-    """What the loss of a batch is summed over: tokens, or their weights. A text's first token is never a target."""
+    """Return the number of targets of a batch, or the sum of their weights. A text's first token is never a target."""
     learned = inputs["labels"] != -100
     first = inputs["position_ids"] == 0 if "position_ids" in inputs else torch.zeros_like(learned)
     if "position_ids" not in inputs:

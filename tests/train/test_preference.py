@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
-from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
+from tests.preferences import dpo, kto, orpo, run_short, save_judged, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
 
@@ -178,10 +179,11 @@ def test_what_cannot_be_gone_on_with(small_model: Path, finished_run: Path, pair
         dpo(finished_run, pairs, tmp_path / "out", start="continue", rank=8)
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
-    "full": {"method": "full", "lr": 1e-3},
-    "continue": {"start": "continue"},
+METHODS: dict[str, tuple[Callable[..., Run], dict[str, Any]]] = {
+    "lora_dropout": (dpo, {"lora_dropout": 0.3, "grad_accum": 2}),
+    "full": (dpo, {"method": "full", "lr": 1e-3}),
+    "continue": (dpo, {"start": "continue"}),
+    "orpo": (orpo, {"lora_dropout": 0.3, "grad_accum": 2}),
 }
 
 
@@ -190,12 +192,12 @@ def test_resumed_equals_uninterrupted(
     method: str, small_model: Path, finished_run: Path, pairs: Path, tmp_path: Path
 ) -> None:
     model = finished_run if method == "continue" else small_model
-    changes = {"steps": 4, "save_every": 2, "eval_every": 2} | METHODS[method]
-    whole = dpo(model, pairs, tmp_path / "whole", **changes)
+    train, changes = METHODS[method]
+    whole = train(model, pairs, tmp_path / "whole", steps=4, save_every=2, eval_every=2, **changes)
     killed = Path(shutil.copytree(whole.path, tmp_path / "killed"))
     for folder in ("adapter", "model", "checkpoints/checkpoint-4"):
         shutil.rmtree(killed / folder, ignore_errors=True)
-    finished = run_short(resume_config(DPOConfig(resume=killed)))
+    finished = run_short(resume_config(type(whole.read_config())(resume=killed)))
     results = [run.model if run.model.is_dir() else run.adapter for run in (finished, whole)]
     assert same_tensors(*results)
     names = ("step", "loss", "eval_loss", "margin", "eval_margin")
