@@ -21,6 +21,8 @@ SAMPLE_ROWS = 48
 SAMPLE_TOKENS = 1 << 14
 """Of the teacher's: where rows are long, fewer are enough."""
 READ_ROWS = 10_000
+SELDOM = 0.5
+"""Probability of the end token below which a teacher rather goes on than stops."""
 CAUSES = {
     "bytes differ": "a chat template that trims or rewrites answers (--teacher-chat-template), or a tokenizer that "
     "changes text before it parts it",
@@ -183,6 +185,7 @@ def alignment_lines(aligned: AlignmentReport, vocabulary: float) -> dict[str, st
 def end_line(kept: CaptureStats, end: str) -> dict[str, str]:
     """How likely the teacher is to end an answer where the data does, for people; nothing if no answer has an end."""
     said = f"after an answer, the teacher gives its end token {end} p = {kept.mean_end:.3f} on average"
+    said += " · low: the student learns to go on where the data stops" * (kept.mean_end < SELDOM)
     return {"p(end)": said} if kept.ends else {}
 
 

@@ -93,9 +93,9 @@ class TeacherOptions(Config):
     """Share of rows and of their bytes that both tokenizers must spell alike; with less, nothing is asked of it."""
     min_teacher_probability: float = Field(default=0.1, ge=0, le=1)
     """What the teacher must give its own next tokens on average; less says that something does not fit."""
-    min_end_probability: float = Field(default=0.05, ge=0, le=1)
-    """Minimum mean probability that the teacher gives its end token after an answer; with a lower value, the student
-    learns not to stop."""
+    min_end_probability: float = Field(default=0.01, ge=0, le=1)
+    """Minimum mean probability that the teacher gives its end token after an answer; a lower value suggests another end
+    token, and the student would learn not to stop."""
 
     @property
     def served(self) -> bool:

@@ -33,7 +33,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
             [
                 *data.summary,
                 f"{len(data.held_out):,} held out" if data.held_out is not None else "none held out",
-                *([f"dropped {', '.join(lost)} → {setup.run.place / 'dropped.jsonl'}"] if lost else []),
+                *([f"dropped {', '.join(lost)} → {setup.run.path / 'dropped.jsonl'}"] if lost else []),
             ]
         ),
         **({"mix": shares} if (shares := report.shares()) else {}),
@@ -42,7 +42,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
         ),
         **({"optimizer": line} if (line := _optimizer(setup, outline)) else {}),
         "memory": describe_memory(setup, memory_estimate),
-        "run": str(setup.run.place),
+        "run": str(setup.run.path),
     }
     were = "row is longer than --max-length and was"
     if report.cut > 1:

@@ -31,15 +31,10 @@ class Run:
 
     Args:
         path: The directory, which need not exist yet.
-
-    Attributes:
-        path: Where the run's files are.
-        place: What the run is called to the user: ``path``, but in a dry run, which works elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.place = path
 
     @property
     def name(self) -> str:

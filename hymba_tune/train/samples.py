@@ -57,7 +57,7 @@ def _count_right(
             batch = questions[start : start + size]
             ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
             # Not `ask_all`: its decoder's inference mode would leave tensors in the model that cannot be trained with.
-            written = write(model, ids, end=tokenizer.eos_token_id, max_new_tokens=LONGER * longest, temperature=0.0)
+            written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=LONGER * longest, temperature=0.0)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             answered += [
                 AnsweredQuestion(question, text, extract(text), extract(question.reference))

@@ -17,7 +17,7 @@ from hymba_tune.files import LOCK, RUN, make_folders
 from hymba_tune.registry import ModelSource
 from hymba_tune.train import sft
 from hymba_tune.train.claim import claimed
-from hymba_tune.train.flow import resume_config
+from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from tests.cli.conftest import Command, command  # noqa: F401 (a fixture)
 from tests.files.test_locks import hold
@@ -97,19 +97,6 @@ def test_folder_is_left_as_it_was(
             run(config)
     assert contents(tmp_path) == before
     assert sorted(tmp_path.rglob("*")) == folders
-
-
-def test_dry_run_shows_where_the_run_would_be(
-    command: Command,  # noqa: F811
-    small_model: Path,
-    questions: Path,
-    tmp_path: Path,
-) -> None:
-    words = ["--model", small_model, "--data", questions, "--steps", 1, "--out", tmp_path / "out", "--dry-run"]
-    shown = command("sft", *words)
-    assert shown.code == 0
-    assert str(tmp_path / "out") in shown.out
-    assert "hymba-tune-dry-run" not in shown.out
 
 
 def test_run_is_replaced_once_the_new_one_has_begun(
