@@ -21,6 +21,8 @@ SAMPLE_ROWS = 48
 SAMPLE_TOKENS = 1 << 14
 """Teacher tokens after which no further row is tried."""
 READ_ROWS = 10_000
+SELDOM = 0.5
+"""Mean probability of the end token below which the line says that it is low."""
 CAUSES = {
     "bytes differ": "a chat template that trims or rewrites answers (--teacher-chat-template), or a tokenizer that "
     "changes text before it splits it",
@@ -187,6 +189,8 @@ def alignment_lines(aligned: AlignmentReport, vocabulary: float) -> dict[str, st
 def end_line(stats: CaptureStats, end: str) -> dict[str, str]:
     """Return the line on the teacher's mean probability of its end token; nothing if no answer has an end token."""
     line = f"after an answer, the teacher gives its end token {end} p = {stats.mean_end:.3f} on average"
+    if stats.mean_end < SELDOM:
+        line += " · low: the student learns to go on where the data stops"
     return {"p(end)": line} if stats.ends else {}
 
 

@@ -94,7 +94,7 @@ class TeacherOptions(Config):
     min_teacher_probability: float = Field(default=0.1, ge=0, le=1)
     """Minimum mean probability that the teacher gives the reference token; a lower value suggests a wrong template or
     tokenizer, and the run stops."""
-    min_end_probability: float = Field(default=0.05, ge=0, le=1)
+    min_end_probability: float = Field(default=0.01, ge=0, le=1)
     """Minimum mean probability that the teacher gives its end token after an answer; below it the run stops, as
     the student would learn not to stop."""
 

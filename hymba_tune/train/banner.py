@@ -37,7 +37,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
                 *data.summary,
                 f"{len(data.held_out):,} held out" if data.held_out is not None else "none held out",
                 *(
-                    [f"dropped {', '.join(dropped_lines)} → {setup.run.place / 'dropped.jsonl'}"]
+                    [f"dropped {', '.join(dropped_lines)} → {setup.run.path / 'dropped.jsonl'}"]
                     if dropped_lines
                     else []
                 ),
@@ -49,7 +49,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
         ),
         **({"optimizer": line} if (line := _optimizer(setup, outline)) else {}),
         "memory": describe_memory(setup, memory_estimate),
-        "run": str(setup.run.place),
+        "run": str(setup.run.path),
     }
 
     subject = "row is longer than --max-length and was"

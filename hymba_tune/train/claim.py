@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hymba_tune.adapters import folders_of
@@ -20,7 +19,7 @@ def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[N
     """Create a run's folder and lock it while the run is in progress.
 
     A new run that fails before its first checkpoint leaves no folder behind, and a run that it was to replace is
-    restored. A dry run works in a temporary folder.
+    restored. A dry run writes nothing, and leaves the folder as it was.
 
     Args:
         run: The run. Its path changes if another process has taken its default name.
@@ -41,7 +40,7 @@ def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[N
         with locked(run.path / LOCK, f"--out {run.path}"):
             inputs = [*folders_of(source), *folders, *local_files(config.inputs)]
             check_folder(run.path, RUN, overwrite=config.overwrite, inputs=inputs)
-            with _elsewhere(run) if config.dry_run else replacing(run.path, RUN, run.has_checkpoint):
+            with nullcontext() if config.dry_run else replacing(run.path, RUN, run.has_checkpoint):
                 yield
     finally:
         remove_empty(created)
@@ -60,14 +59,4 @@ def _make(run: Run, *, named: bool) -> list[Path]:
             return [run.path, *parents]
         except FileExistsError:  # a run that was started in the same second
             number += 1
-            run.path = run.place = first.with_name(f"{first.name}-{number}")
-
-
-@contextmanager
-def _elsewhere(run: Run) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="hymba-tune-dry-run-") as folder:
-        run.path = Path(folder) / run.place.name
-        try:
-            yield
-        finally:
-            run.path = run.place
+            run.path = first.with_name(f"{first.name}-{number}")

@@ -31,15 +31,10 @@ class Run:
 
     Args:
         path: The directory, which need not exist yet.
-
-    Attributes:
-        path: The directory with the run's files.
-        place: The path that messages show. It differs from ``path`` in a dry run, which works in a temporary directory.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.place = path
 
     @property
     def name(self) -> str:

@@ -99,19 +99,6 @@ def test_folder_is_left_as_it_was(
     assert sorted(tmp_path.rglob("*")) == folders
 
 
-def test_dry_run_shows_where_the_run_would_be(
-    command: Command,  # noqa: F811
-    small_model: Path,
-    questions: Path,
-    tmp_path: Path,
-) -> None:
-    words = ["--model", small_model, "--data", questions, "--steps", 1, "--out", tmp_path / "out", "--dry-run"]
-    shown = command("sft", *words)
-    assert shown.code == 0
-    assert str(tmp_path / "out") in shown.out
-    assert "hymba-tune-dry-run" not in shown.out
-
-
 def test_run_is_replaced_once_the_new_one_has_begun(
     small_model: Path, questions: Path, finished_run: Path, tmp_path: Path
 ) -> None:
