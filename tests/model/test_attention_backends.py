@@ -365,7 +365,7 @@ def test_flex_says_which_widths_it_cannot_take() -> None:
 @pytest.mark.parametrize("meta", [0, MORE_THAN_A_BLOCK])
 @any_layout
 @pytest.mark.parametrize(
-    ("attend", "missing", "dtype"),
+    ("attend", "unavailable_reason", "dtype"),
     [
         (sdpa_attention, None, torch.float32),
         (sdpa_attention, None, torch.bfloat16),

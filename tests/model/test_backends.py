@@ -171,7 +171,7 @@ def test_a_foreign_backend_that_works_is_taken(operation: Callable[..., Operatio
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("has_initial_state", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_every_backend_usable_here_passes_its_small_problem(
     operation: Operation, gradients: bool, has_initial_state: bool
