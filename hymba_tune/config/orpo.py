@@ -29,7 +29,6 @@ class ORPOConfig(PreferenceConfig):
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 1e-4, Method.dora: 1e-4, Method.full: 8e-6}
     beta: float = Field(default=0.1, gt=0)
-    """Weight of the odds ratio loss relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to
-    1)."""
+    """Weight of the odds ratio, relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to 1)."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training."""
