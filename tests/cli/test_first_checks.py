@@ -47,7 +47,7 @@ MISSING = {
     "sft --config gone.yaml": "There is no recipe gone.yaml.",
     "plan --config gone.yaml": "There is no recipe gone.yaml.",
     **{f"{verb} --resume gone": "gone is not a run: it has no config.yaml." for verb in TRAINED[:4]},
-    "sft --resume begun": "begun has no whole checkpoint to go on from.",
+    "sft --resume begun": "begun has no complete checkpoint to resume from.",
     "distill --data rows.jsonl": "--teacher is missing.",
     "distill capture --data rows.jsonl": "--teacher is missing.",
     "distill --data rows.jsonl --teacher ./gone": "--teacher ./gone: no such folder",

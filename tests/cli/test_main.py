@@ -125,13 +125,16 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
     [
         (["sfft"], 'Did you mean "sft"?'),
         (["sft"], "--data is missing."),
-        (["sft", "my.jsonl"], "has no place for 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl"),
+        (
+            ["sft", "my.jsonl"],
+            "hymba-tune sft: unexpected argument 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl",
+        ),
         (["recipes", "shw", "kto"], "expected   list, show, copy, validate\n  to fix     hymba-tune recipes show"),
         (["distill", "captre"], "to fix     hymba-tune distill capture"),
         (["distill", "my.jsonl"], "to fix     hymba-tune distill --data my.jsonl"),
         (["distill", "--data", "demo"], "--teacher is missing."),
         (["distill", "--loss", "jsd"], "loss: jsd needs the whole vocabulary, which no cache holds; add --online"),
-        (["doctor", "x"], "hymba-tune doctor has no place for 'x'.\n  to fix     hymba-tune doctor --help"),
+        (["doctor", "x"], "hymba-tune doctor: unexpected argument 'x'.\n  to fix     hymba-tune doctor --help"),
         (["merge", "runs/x"], "--out requires an argument"),
         (["chat", "--top-p", "2"], "--top-p 2: must be at most 1."),
         (["chat", "no-such-model"], "--model no-such-model: no such folder"),
@@ -170,7 +173,7 @@ def test_stopped_run_says_how_to_go_on(command: Command, monkeypatch: pytest.Mon
     monkeypatch.setattr("hymba_tune.train.sft.run_sft", interrupt)
     result = command("sft", "--data", "demo")
     assert result.code == 130
-    assert "to go on: hymba-tune sft --resume runs/mine" in result.out
+    assert "to resume: hymba-tune sft --resume runs/mine" in result.out
 
 
 def test_words_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def test_run_without_held_out_data_or_conversations_still_reports(
     assert "4 texts" in result.out
     assert "none held out" in result.out
     assert "held-out loss" not in result.out
-    assert "everything is in run" in result.out
+    assert "run directory        run" in result.out
 
 
 @pytest.fixture

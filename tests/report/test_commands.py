@@ -63,9 +63,9 @@ def test_a_switch_that_is_off_is_said(tmp_path: Path) -> None:
 def test_next_commands_are_those_that_can_be_done(finished_run: Path, tmp_path: Path) -> None:
     assert next_commands(RunRecord.read(made_run(tmp_path / "begun"))) == {}
     assert next_commands(RunRecord.read(finished_run)) == {
-        "go on with it": f"hymba-tune sft --resume {finished_run}",
-        "talk to it": f"hymba-tune chat {finished_run}",
-        "make one model of it": f"hymba-tune merge {finished_run} --out finished-merged",
+        "resume it": f"hymba-tune sft --resume {finished_run}",
+        "chat with it": f"hymba-tune chat {finished_run}",
+        "merge it into one model": f"hymba-tune merge {finished_run} --out finished-merged",
     }
 
 

@@ -64,7 +64,7 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     assert "failed at step 300" in seen.text
     assert "11 too long · 1 bad row" in seen.text
     assert "82 %" in seen.text
-    assert "What it learned from" in seen.text
+    assert "Training objective" in seen.text
     assert "3.0 GB predicted, 2.9 GB measured (-3 %)" in seen.text
 
 
@@ -76,7 +76,7 @@ def test_page_says_from_where_the_weights_moved(tmp_path: Path) -> None:
         page = write_report(run)[0].read_text()
         assert MOVED in page
         assert (f"{MOVED} from the base" in page) == (start == "continue")
-        assert ("what that had moved before is counted too" in page) == (start == "continue")
+        assert ("the changes of its earlier training are included" in page) == (start == "continue")
 
 
 def test_comparison_in_a_browser(browser: Browser, finished_run: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_comparison_names_the_best_and_what_differs(tmp_path: Path) -> None:
     of_source = {name: value for name, value in compared[0][2].items() if "A.jsonl" in name}
     assert of_source == {"held-out loss on A.jsonl, last": "1.000 nats a token"}
     page = (tmp_path / "compare.html").read_text()
-    assert "B did best: lowest held-out loss B 1.500, A 2.000." in page
+    assert "B is best, with the lowest held-out loss: B 1.500, A 2.000." in page
     rows = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
     assert rows == [("rank", "8", "16", "16"), ("lr", "–", "–", "0.1")]
 
@@ -119,7 +119,7 @@ def test_runs_of_other_losses_are_not_ranked(tmp_path: Path) -> None:
 
 def test_runs_without_held_out_data_are_not_ranked(tmp_path: Path) -> None:
     write_comparison([made_run(tmp_path / name, [3.0]) for name in "ab"], tmp_path / "compare.html")
-    assert "Not enough of these runs" in (tmp_path / "compare.html").read_text()
+    assert "Fewer than two of these runs" in (tmp_path / "compare.html").read_text()
 
 
 def test_comparison_must_be_writable_and_not_too_long(tmp_path: Path) -> None:

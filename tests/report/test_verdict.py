@@ -51,7 +51,7 @@ def test_answers_judged_one_by_one_are_told_without_chance(tmp_path: Path) -> No
 def test_source_that_got_worse_beside_the_others_is_named(tmp_path: Path) -> None:
     columns = {"eval_loss/a.jsonl": [5.0, 1.0, 1.5], "eval_loss/b.jsonl": [2.0, 2.5, 1.0]}
     run = made_run(tmp_path / "run", [1.0], [3.0, 1.7, 1.71], columns=columns)
-    assert judge(RunRecord.read(run)).notes == ["Not on every source: the held-out loss rose on b.jsonl 2.000 → 2.500."]
+    assert judge(RunRecord.read(run)).notes == ["The held-out loss rose on some sources: b.jsonl 2.000 → 2.500."]
 
 
 def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_without_evaluations_before_and_after_nothing_is_claimed(
 ) -> None:
     verdict = judged(tmp_path, [2.0, 1.0], evaluations)
     assert verdict.better is None
-    assert verdict.sentence.startswith(f"Whether it got better cannot be told {why}.")
+    assert verdict.sentence.startswith(f"Whether it got better is unknown {why}.")
     assert how in verdict.notes[0]

@@ -57,8 +57,8 @@ def test_interrupted_run_has_a_report(small_model: Path, questions: Path, tmp_pa
         run(settings(small_model, questions, tmp_path / "out", steps=9, save_every=9), Breaking(2), report=True)
     ended, updates, page = read(tmp_path / "out")
     assert ended["how"] == "interrupted"
-    assert "stopped by hand at step" in page
-    assert "The run ended before it was asked again." in page
+    assert "interrupted at step" in page
+    assert "The run ended before this prompt was answered again." in page
     assert f"hymba-tune sft --resume {tmp_path / 'out'}" in page
     assert updates["parts"]
 
@@ -101,5 +101,5 @@ def test_full_training_is_measured_only_against_weights_that_are_there(
     assert {part["part"] for part in updates["parts"]} >= {"q", "conv1d", "A_log", "embed_tokens", "memory_tokens"}
     on_top = run(settings(finished_run, questions, tmp_path / "on-top", **changes), report=True)
     _, updates, page = read(on_top.path)
-    assert updates == {"absent": "not measured: the weights it began with, an adapter folded in, are not kept"}
+    assert updates == {"absent": "not measured: the initial weights, with the first adapter merged, are not saved"}
     assert "an adapter folded in, are not kept" in page

@@ -73,7 +73,7 @@ def test_loss_that_is_no_number_stops_before_the_step(
     message = str(error.value)
     assert re.search(r"questions\.jsonl, line \d+, \d+\.\n", message)
     checkpoint = tmp_path / "out/checkpoints/checkpoint-3"
-    assert f"--model {checkpoint} goes on from the last good weights with --lr 0.005" in message
+    assert f"--model {checkpoint} starts from the last good weights with --lr 0.005" in message
     assert Run(tmp_path / "out").newest_checkpoint() == checkpoint
     # What it offers works.
     monkeypatch.undo()

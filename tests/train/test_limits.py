@@ -118,7 +118,7 @@ def test_out_of_memory_says_what_to_lower(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HymbaTrainer, "compute_loss", lambda *_, **__: torch.empty(2**60))
-    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had taken \d\.\d+ GB") as error:
+    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had used \d\.\d+ GB") as error:
         run(settings(small_model, questions, tmp_path / "out", eval_split=0, method="full"))
     message = str(error.value)
     assert "room for 4 × 2,048 tokens at a time" in message

@@ -186,7 +186,9 @@ def test_packing_says_how_full_its_rows_are(small_model: Path, questions: Path, 
 
 
 def test_activation_offload_needs_a_gpu(small_model: Path, questions: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--activation-offload moves activations off a GPU, and this run is on cpu"):
+    with pytest.raises(
+        ConfigError, match=r"--activation-offload moves activations from a GPU to the CPU, and this run is on cpu"
+    ):
         run(settings(small_model, questions, tmp_path / "out", activation_offload=True))
 
 

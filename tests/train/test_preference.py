@@ -173,9 +173,9 @@ def test_adapter_of_a_run_is_gone_on_with(finished_run: Path, pairs: Path, tmp_p
 
 
 def test_what_cannot_be_gone_on_with(small_model: Path, finished_run: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--start continue: .*small is no run with an adapter to go on training"):
+    with pytest.raises(ConfigError, match=r"--start continue: .*small is not a run with an adapter to train further"):
         dpo(small_model, pairs, tmp_path / "out", start="continue")
-    with pytest.raises(ConfigError, match=r"goes on with the adapter of .*finished; rank cannot change\."):
+    with pytest.raises(ConfigError, match=r"trains the adapter of .*finished further; rank cannot change\."):
         dpo(finished_run, pairs, tmp_path / "out", start="continue", rank=8)
 
 

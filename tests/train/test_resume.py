@@ -154,7 +154,7 @@ def test_rows_that_a_preset_leaves_alone_stay_so_after_resuming(
 def test_fixed_settings_cannot_change(finished_run: Path, tmp_path: Path) -> None:
     given = SFTConfig(resume=finished_run, rank=8, lr=1.0, out=tmp_path, steps=40)
     with pytest.raises(
-        ConfigError, match=r"as it was started; --lr, --out, --rank cannot change\.\n  expected   at most: --dev"
+        ConfigError, match=r"with its own settings; --lr, --out, --rank cannot change\.\n  expected   at most: --dev"
     ):
         resume_config(given)
 
@@ -173,7 +173,7 @@ def test_run_without_a_whole_checkpoint_cannot_be_gone_on_with(finished_run: Pat
     copy = Path(shutil.copytree(finished_run, tmp_path / "copy"))
     for mark in copy.rglob(WHOLE):
         mark.unlink()
-    with pytest.raises(CheckpointError, match=r"copy has no whole checkpoint to go on from\.(.|\n)*--out <new>"):
+    with pytest.raises(CheckpointError, match=r"copy has no complete checkpoint to resume from\.(.|\n)*--out <new>"):
         resumed(copy)
     assert (copy / "adapter").is_dir()
 
@@ -187,7 +187,7 @@ def test_finished_run_says_that_nothing_is_left(finished_run: Path, tmp_path: Pa
             notes.append(text)
 
     run(resume_config(SFTConfig(resume=copy)), Noting())
-    assert notes == ["all 30 steps are done already; a larger --steps or --epochs goes on"]
+    assert notes == ["all 30 steps are done; to train longer, increase --steps or --epochs"]
 
 
 def test_changed_data_cannot_be_gone_on_with(small_model: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_best_weights_that_are_torn_are_not_kept(small_model: Path, questions: P
 def test_going_by_held_out_data_needs_some(
     changes: dict[str, Any], flag: str, small_model: Path, questions: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--{flag} goes by the held-out loss, and no data is held out"):
+    with pytest.raises(ConfigError, match=f"--{flag} needs the held-out loss, and no data is held out"):
         run(settings(small_model, questions, tmp_path / "out", eval_split=0, **changes))
     assert not (tmp_path / "out").exists()
 
