@@ -41,8 +41,8 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
         super().__init__(**kwargs)
         # The loss is a mean over pairs: transformers must divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
-        # Runs have one process, so there is nothing to gather. Accelerate's method would drop pairs at the end of an epoch:
-        # with accumulated batches it takes every batch of the last step for the shorter last one.
+        # Accelerate's method drops pairs in the last step of an epoch, where it takes every accumulated batch for the
+        # shorter last one. A run has one process, so there is nothing to gather.
         vars(self.accelerator)["gather_for_metrics"] = self.accelerator.gather
         self.data_collator: Any = WithInputs(self.data_collator)
 
