@@ -14,7 +14,7 @@ from tests.runs import run, settings
 
 
 class Breaking(Screen):
-    """Raises an error, or presses Ctrl-C, at a step's row; remembers what it was told."""
+    """Raises an error, or presses Ctrl-C, at a step's row; records the notes."""
 
     def __init__(self, step: int = 0, error: Exception | None = None) -> None:
         self._step, self._error = step, error
@@ -43,7 +43,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return facts["ended"], updates, (path / "report.html").read_text()
 
 
-def test_finished_run_says_how_far_each_part_moved(finished_run: Path) -> None:
+def test_finished_run_records_how_far_each_part_moved(finished_run: Path) -> None:
     ended, updates, page = read(finished_run)
     assert ended == {"how": "finished", "what": ""}
     assert "finished at step 30" in page
@@ -92,7 +92,7 @@ def test_report_that_fails_loses_nothing(
     assert "no space left" in (finished.path / "log.txt").read_text()
 
 
-def test_full_training_is_measured_only_against_weights_that_are_there(
+def test_full_training_is_measured_only_against_weights_that_are_saved(
     small_model: Path, questions: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"method": "full", "lr": 1e-3}
@@ -102,4 +102,4 @@ def test_full_training_is_measured_only_against_weights_that_are_there(
     on_top = run(settings(finished_run, questions, tmp_path / "on-top", **changes), report=True)
     _, updates, page = read(on_top.path)
     assert updates == {"absent": "not measured: the initial weights, with the first adapter merged, are not saved"}
-    assert "an adapter folded in, are not kept" in page
+    assert "with the first adapter merged, are not saved" in page

@@ -1,4 +1,4 @@
-"""Settings of training do what they say, in whole runs."""
+"""Training settings have their documented effect, in complete runs."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_modules_that_stop_moving_are_seen_after_resuming(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    # SGD: AdamW would go on moving what has no gradient by its moments.
+    # SGD: AdamW would still move parameters without a gradient, by their moments.
     run(settings(small_model, questions, out, steps=2, save_every=2, optimizer="sgd", lr_schedule="constant"))
 
     def stops_gradients(self: HymbaMLP, x: Tensor) -> Tensor:
