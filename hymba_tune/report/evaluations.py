@@ -1,4 +1,4 @@
-"""Evaluations as tables: a line a measure, a column a model, and the change where there are two."""
+"""Evaluations as tables: a line for each measure, a column for each model, and the change between two models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Line:
-    """A measure of all models.
+    """One measure of all models.
 
     Attributes:
-        label: What it is, with its unit.
-        cells: Of each model, and the change, if there is a column for it.
+        label: The measure's name, with its unit.
+        cells: The value of each model, and the change where the table has that column.
     """
 
     label: str
@@ -27,12 +27,12 @@ class Line:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """An evaluation.
+    """The table of one evaluation.
 
     Attributes:
-        when: As it was noted.
-        what: On what it was done.
-        columns: Models by name, and "change" where there are two: of the first against the second.
+        when: The time of the evaluation, as recorded.
+        what: The data and tasks of the evaluation.
+        columns: The models' names, and "change" where there are two: the first model's value less the second's.
         lines: The measures.
     """
 
@@ -43,7 +43,7 @@ class EvaluationTable:
 
 
 def tabulate(facts: dict[str, Any]) -> EvaluationTable:
-    """Lay out what `hymba_tune.evaluate` notes of an evaluation."""
+    """Return the table of an evaluation that `hymba_tune.evaluate` recorded."""
     models = facts["models"]
     columns = [name.rsplit("/", 1)[-1] if name.startswith("/") else name for name in (m["name"] for m in models)]
     texts = [model["measures"] for model in models]
@@ -72,7 +72,7 @@ TEXT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("right answers", _percent),
     "answers_found": ("answers to compare", _percent),
 }
-"""In the order in which they are shown."""
+"""Labels and formats of the measures, in the order in which they are shown."""
 
 
 def _line(label: str, models: Sequence[dict[str, float]], name: str, written: Callable[[float], str]) -> Line:

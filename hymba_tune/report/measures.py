@@ -1,4 +1,4 @@
-"""What a run measures, and how that is written."""
+"""The measures of a run, and how their values are written."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Measure:
     """A column of ``metrics.jsonl``.
 
     Attributes:
-        title: What it is.
-        unit: Its unit, as an axis names it.
-        format: How a value is written in a sentence.
-        scale: What values are divided by.
-        chance: What guessing gives, where that is known.
-        better: -1 where less of it is better, 1 where more is, 0 where neither.
+        title: The measure's name.
+        unit: The unit, as an axis shows it.
+        format: The format of a value in a sentence.
+        scale: The divisor of values.
+        chance: The value of guessing, where it is known.
+        better: -1 where a lower value is better, 1 where a higher one is, 0 where neither is.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Measure:
     better: int = 0
 
     def written(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         unit = {"": "", "%": " %"}.get(self.unit, f" {self.unit}")
         return f"{value / self.scale:{self.format}}{unit}"
 
@@ -41,18 +41,18 @@ KNOWN = {
     "hidden_states": Measure("Distance from the teacher's hidden states", format=".3f", better=-1),
     "accuracy": Measure("Accuracy", "%", ".0f", scale=0.01, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
-    "chosen_reward": Measure("Reward of better answers", format=".3f"),
-    "rejected_reward": Measure("Reward of worse answers", format=".3f"),
+    "chosen_reward": Measure("Reward of chosen answers", format=".3f"),
+    "rejected_reward": Measure("Reward of rejected answers", format=".3f"),
     "learning_rate": Measure("Learning rate", format=".2g"),
     "grad_norm": Measure("Gradient norm, before clipping"),
     "tokens_per_s": Measure("Speed", "tokens/s", ",.0f", better=1),
     "memory_bytes": Measure("Peak memory", "GB", ".2f", scale=2**30, better=-1),
 }
-"""In the order in which they are shown, after the loss."""
+"""Measures in the order in which they are shown, after the loss."""
 
 
 def order(name: str) -> float:
-    """Where a measure stands among the others: those nobody described after the loss, before the machine's."""
+    """Return the sort key of a measure: the loss, then measures without a description, then those of the machine."""
     names = list(KNOWN)
     if name.partition("/")[0] == "loss":
         return -1
@@ -67,7 +67,7 @@ def measure(name: str, verb: Verb | None) -> Measure:
         verb: The verb of the run; None where runs of several verbs are compared.
 
     Returns:
-        The measure; one that nobody described is called by its name.
+        The measure; a column without a description gets its name as the title.
     """
     what, _, source = name.partition("/")
     if what == "loss":

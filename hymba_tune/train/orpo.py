@@ -41,6 +41,9 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
         super().__init__(**kwargs)
         # The loss is a mean over pairs: transformers must divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
+        # Accelerate's method drops pairs in the last step of an epoch, where it takes every accumulated batch for the
+        # shorter last one. A run has one process, so there is nothing to gather.
+        vars(self.accelerator)["gather_for_metrics"] = self.accelerator.gather
         self.data_collator: Any = WithInputs(self.data_collator)
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:

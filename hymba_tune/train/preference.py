@@ -72,7 +72,7 @@ class PreferenceRun(ABC, Generic[P]):
         data: The rows.
         report: The counts of rows that were read, used and dropped.
         screen: Shows the progress.
-        extra_bytes: See `hymba_tune.train.task.TaskWithData`.
+        extra_bytes: 0, as only the model and the rows are in memory.
     """
 
     config: P

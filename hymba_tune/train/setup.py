@@ -98,11 +98,12 @@ class Data:
         held_out: The rows to evaluate on, source by source, if any.
         held_out_sources: The number of held-out rows of each source, in their order.
         report: The counts of training rows that were read, used and dropped.
-        summary: How much data there is, in words, for the banner.
-        prompts: Prompts of the held-out data, or else of the data, with their answers. The first few are answered
-            before and after training.
+        summary: The amount of data, in words, for the banner.
+        prompts: The prompts of the held-out data, or of the training data where there is none, with their answers. The
+            first few are answered before and after training.
         length_warning: A warning where texts are longer than the model's context.
-        extract: Finds what is compared in answers, if all ``prompts`` are answered and the right answers are counted.
+        extract: Returns the part of an answer that is compared; None unless all ``prompts`` are answered and the right
+            answers are counted.
     """
 
     train: datasets.Dataset

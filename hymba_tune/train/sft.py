@@ -62,7 +62,7 @@ class SFTRun:
     Attributes:
         setup: The run's setup.
         data: The rows.
-        extra_bytes: See `hymba_tune.train.task.TaskWithData`.
+        extra_bytes: 0, as only the model and the rows are in memory.
     """
 
     setup: Setup

@@ -68,13 +68,13 @@ def test_losses_of_several_sources_stand_below_their_mean(capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     below = [line for line in lines if "source" in line]
     assert max(map(cell_len, below)) <= 80
-    said = " · ".join(line.strip(" ·") for line in below).split(" · ")
-    assert said == [f"{name} {i + 2:.3f}" for i, name in enumerate(names)] + [
+    items = " · ".join(line.strip(" ·") for line in below).split(" · ")
+    assert items == [f"{name} {i + 2:.3f}" for i, name in enumerate(names)] + [
         f"{name} {i + 1.5:.3f} ▼" for i, name in enumerate(names)
     ]
 
 
-def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_banner_folds_long_lines_next_to_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
     RichScreen().banner({"data": "word " * 40, "run": "runs/[mine]"})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -83,7 +83,7 @@ def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixtu
     assert " run   runs/[mine]" in [line.rstrip() for line in lines]
 
 
-def test_what_takes_long_is_told_where_nothing_can_turn(
+def test_long_work_is_printed_where_no_spinner_can_turn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter((0.0, 1.0, 10.0, 15.2))

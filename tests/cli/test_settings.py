@@ -18,7 +18,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_flags_win_over_a_recipe(recipe: Path) -> None:
     recipe.write_text("rank: 4\nlr: 1.0e-3\ntargets: [mlp]\nmap: {prompt: question}\n")
     config = combine(str(recipe), SFTConfig(rank=16, seed=3))
-    assert (config.rank, config.lr, config.seed) == (16, 1e-3, 3)  # also where the flag says what the default is
+    assert (config.rank, config.lr, config.seed) == (16, 1e-3, 3)  # also where the flag repeats the default
     assert (config.targets, as_mapping(config.map)) == (["mlp"], {"prompt": "question"})
 
 
@@ -53,7 +53,7 @@ def test_packaged_recipe_is_found_by_name() -> None:
         ("data: {a: 1}", r"--data \{'a': 1\}: "),
         ("method: full\ntargets: [mlp]", r"--targets: --method full trains every weight"),
         ("a: [\n", r"recipe\.yaml cannot be read: (.|\n)*line 2(.|\n)*expected   YAML: a setting"),
-        ("- rank", r"recipe\.yaml holds a list\.\n  expected   a setting and its value a line"),
+        ("- rank", r"recipe\.yaml holds a list\.\n  expected   YAML with one setting a line"),
         ("rank", r"recipe\.yaml holds a str\."),
     ],
 )

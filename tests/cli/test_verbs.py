@@ -46,16 +46,16 @@ def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Pat
         "--dtype",
         "float32",
     ]
-    said = command("chat", "runs/mine", *ask)
-    assert_plain(said)
-    assert said.out.strip()
+    answer = command("chat", "runs/mine", *ask)
+    assert_plain(answer)
+    assert answer.out.strip()
 
     merged = command("merge", "runs/mine", "--out", "mine-merged", "--dtype", "float32")
     assert_plain(merged)
     assert "hymba-tune chat mine-merged" in merged.out
-    assert command("chat", "mine-merged", *ask) == said
-    assert command("chat", "small", *ask) != said
-    assert command("chat", "--model", "mine-merged", *ask) == said
+    assert command("chat", "mine-merged", *ask) == answer
+    assert command("chat", "small", *ask) != answer
+    assert command("chat", "--model", "mine-merged", *ask) == answer
 
     again = command("merge", "runs/mine", "--out", "mine-merged")
     assert again.code == 2
@@ -100,7 +100,7 @@ def test_run_without_held_out_data_or_conversations_still_reports(
     assert "4 texts" in result.out
     assert "none held out" in result.out
     assert "held-out loss" not in result.out
-    assert "everything is in run" in result.out
+    assert "run directory        run" in result.out
 
 
 @pytest.fixture
@@ -120,18 +120,18 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the model was told."""
-    told: list[str] = []
+    """The prompts that the model receives."""
+    prompts: list[str] = []
 
     def ask(_: Chat, text: str, on_text: Callable[[str], None]) -> str:
-        told.append(text)
-        for piece in ("You said: ", text, f" [{len(told)}]"):
-            on_text(piece)
+        prompts.append(text)
+        for part in ("You said: ", text, f" [{len(prompts)}]"):
+            on_text(part)
         return ""
 
     monkeypatch.setattr(Chat, "reply", ask)
-    monkeypatch.setattr(Chat, "reset", lambda _: told.append("reset"))
-    return told
+    monkeypatch.setattr(Chat, "reset", lambda _: prompts.append("reset"))
+    return prompts
 
 
 def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: lis
     assert typed == ["never"]
 
 
-def test_two_models_are_asked_the_same(
+def test_two_models_receive_the_same_prompts(
     command: Command, small_model: Path, typed: list[str], heard: list[str], tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
@@ -159,17 +159,17 @@ def test_two_models_are_asked_the_same(
 
 
 def test_chat_answers_a_file(command: Command, small_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "asked.jsonl").write_text('{"question": "One?"}\n{"question": "Two?", "id": 7}\n')
-    words = ["--from", "asked.jsonl", "--to", "said.jsonl", "--map", "prompt=question", "--max-new-tokens", 4]
+    (tmp_path / "questions.jsonl").write_text('{"question": "One?"}\n{"question": "Two?", "id": 7}\n')
+    words = ["--from", "questions.jsonl", "--to", "answers.jsonl", "--map", "prompt=question", "--max-new-tokens", 4]
     result = command("chat", small_model, "--dtype", "float32", *words)
     assert_plain(result)
-    assert result.out.endswith(" 2 answers → said.jsonl\n")
-    rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert result.out.endswith(" 2 answers → answers.jsonl\n")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["question"] for row in rows] == ["One?", "Two?"]
     assert rows[1].keys() == {"question", "id", "model_answer"}
     again = command("chat", small_model, *words)
     assert again.code == 2
-    assert "--to said.jsonl exists." in again.err
+    assert "--to answers.jsonl exists." in again.err
 
 
 def test_chat_ends_at_the_end_of_input(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:

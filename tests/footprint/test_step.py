@@ -30,7 +30,7 @@ def estimated(model: Any, dtype: torch.dtype, *, checkpointing: bool, batch: Bat
 
 
 def counted(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> int:
-    """Bytes beside the weights at the peak of a real step."""
+    """Bytes in addition to the weights at the peak of a real step."""
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -52,7 +52,7 @@ def counted(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> int:
         (torch.bfloat16, "lora", False),
     ],
 )
-def test_foreseen_is_what_a_real_step_takes(dtype: torch.dtype, method: str, checkpointing: bool) -> None:
+def test_estimate_is_that_of_a_real_step(dtype: torch.dtype, method: str, checkpointing: bool) -> None:
     model = adapted(dtype) if method == "lora" else tiny_model(**SHAPE)
     step = estimated(model, dtype, checkpointing=checkpointing)
     expected = step.total - step.weights - step.adapter - step.optimizer

@@ -169,7 +169,7 @@ def test_what_is_said_of_weights_that_were_quantized(
     assert "advised" not in said
     again = command("merge", quantized_run, "--out", tmp_path / "original", "--onto", "original").out
     assert " onto       the original weights: KL " in again
-    assert " advised    --onto dequantized: nearer to what was trained\n" in again
+    assert " advised       --onto dequantized: closer to the trained model\n" in again
     assert same_tensors(tmp_path / "merged", tmp_path / "exported")
     alone = shutil.copytree(quantized_run / "adapter", tmp_path / "alone")
     said = command("merge", alone, "--out", tmp_path / "unknown").out

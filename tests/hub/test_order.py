@@ -195,6 +195,6 @@ def test_weights_that_are_not_here_are_asked_for_when_there_is_no_network(
 
 def test_continuing_an_adapter_asks_nothing_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     config = DPOConfig(model="me/adapter", start="continue", data=[str(save_pairs(tmp_path / "pairs.jsonl"))])
-    with pytest.raises(ConfigError, match="me/adapter is no run with an adapter to go on training"):
+    with pytest.raises(ConfigError, match="me/adapter is not a run with an adapter to train further"):
         run_dpo(config, Screen())
     assert not hub.asked

@@ -1,4 +1,4 @@
-"""Settings of training do what they say, in whole runs."""
+"""Training settings have their documented effect, in complete runs."""
 
 from __future__ import annotations
 
@@ -186,7 +186,9 @@ def test_packing_says_how_full_its_rows_are(small_model: Path, questions: Path, 
 
 
 def test_activation_offload_needs_a_gpu(small_model: Path, questions: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--activation-offload moves activations off a GPU, and this run is on cpu"):
+    with pytest.raises(
+        ConfigError, match=r"--activation-offload moves activations from a GPU to the CPU, and this run is on cpu"
+    ):
         run(settings(small_model, questions, tmp_path / "out", activation_offload=True))
 
 
@@ -230,7 +232,7 @@ def test_modules_that_stop_moving_are_seen_after_resuming(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    # SGD: AdamW would go on moving what has no gradient by its moments.
+    # SGD: AdamW would still move parameters without a gradient, by their moments.
     run(settings(small_model, questions, out, steps=2, save_every=2, optimizer="sgd", lr_schedule="constant"))
 
     def stops_gradients(self: HymbaMLP, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""QLoRA: adapters on weights in fewer bits, in whole runs."""
+"""QLoRA: adapters on quantized weights, in complete runs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[S
     """Folders of quantized models."""
     folder, source = tmp_path_factory.mktemp("quantized"), ModelSource("wide", wide_model)
     for scheme in (Scheme.nf4, Scheme.int8):
-        asked = quantization(load_config(source), scheme, torch.float32)
-        load_weights(source, dtype=torch.float32, device=CPU, quantization=asked).save_pretrained(folder / scheme)
+        config = quantization(load_config(source), scheme, torch.float32)
+        load_weights(source, dtype=torch.float32, device=CPU, quantization=config).save_pretrained(folder / scheme)
         load_tokenizer(wide_model).save_pretrained(folder / scheme)
     return {scheme: folder / scheme for scheme in (Scheme.nf4, Scheme.int8)}
 
@@ -53,8 +53,8 @@ def test_adapter_is_trained_on_quantized_weights(
     seen: list[Any] = []
     usual = HymbaTrainer.__init__
 
-    def seeing(self: HymbaTrainer, **given: Any) -> None:
-        usual(self, **given)
+    def seeing(self: HymbaTrainer, **kwargs: Any) -> None:
+        usual(self, **kwargs)
         seen.append(self.model)
 
     monkeypatch.setattr(HymbaTrainer, "__init__", seeing)
@@ -125,7 +125,7 @@ def test_a_run_is_merged_before_it_is_quantized(finished_run: Path, questions: P
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Path) -> None:
+def test_estimated_memory_is_that_of_a_real_step(scheme: Scheme, tmp_path: Path) -> None:
     shape: dict[str, Any] = {
         "hidden_size": 256,
         "num_attention_heads": 4,
@@ -134,7 +134,7 @@ def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Pat
     }
     plain = tiny_model(**shape)
     plain.save_pretrained(tmp_path)
-    asked = quantization(plain.config, scheme, torch.float32)
+    config = quantization(plain.config, scheme, torch.float32)
     memory = StepMemory(adapted(plain), dtype=torch.float32, own_kernels=True)
     texts = torch.randint(3, 512, (2, 64))
     step = memory.of(
@@ -142,10 +142,10 @@ def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Pat
         checkpointing=False,
         accumulates=False,
         optimizer="sgd",
-        quantized=stored_bytes(plain.config, asked),
+        quantized=stored_bytes(plain.config, config),
     )
     source = ModelSource("model", tmp_path)
-    model = adapted(load_weights(source, dtype=torch.float32, device=CPU, quantization=asked)).train()
+    model = adapted(load_weights(source, dtype=torch.float32, device=CPU, quantization=config)).train()
     held = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()
     }

@@ -46,7 +46,7 @@ def test_folder_in_use_is_not_taken(tmp_path: Path) -> None:
 
 def test_run_that_stands_can_be_gone_on_with(tmp_path: Path) -> None:
     Run(tmp_path).create(SFTConfig())
-    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     --resume .* to go on with it, or another"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     --resume .* to continue it, or another"):
         Run.choose(SFTConfig(out=tmp_path))
 
 
@@ -92,7 +92,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
 
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
     checkpoint(Run(tmp_path), 3, whole=False)
-    with pytest.raises(CheckpointError, match=r"has no whole checkpoint to go on from\.\n  to fix     start again"):
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint to resume from\.\n  to fix     start again"):
         Run(tmp_path).last_checkpoint()
 
 

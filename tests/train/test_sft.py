@@ -339,9 +339,7 @@ def test_folder_in_use_is_left_alone(small_model: Path, questions: Path, finishe
     (tmp_path / "mine").touch()
     with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     another --out"):
         run(settings(small_model, questions, tmp_path))
-    with pytest.raises(
-        ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to go on with it"
-    ):
+    with pytest.raises(ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to continue it"):
         run(settings(small_model, questions, finished_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
