@@ -2,7 +2,8 @@ import json
 import re
 from pathlib import Path
 
-from hymba_tune.assets.build_demo import FOLDER, GENERAL, ROUTES, Conversation, conversations, write
+from hymba_tune.assets.build_demo import FOLDER, ROUTES, Conversation, conversations, write
+from hymba_tune.assets.wordings import GENERAL
 
 TRAIN, HELD_OUT = conversations()
 
