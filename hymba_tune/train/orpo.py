@@ -43,7 +43,7 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
         self.model_accepts_loss_kwargs = False
         # Accelerate's method drops pairs in the last step of an epoch, where it takes every accumulated batch for the
         # shorter last one. A run has one process, so there is nothing to gather.
-        self.accelerator.gather_for_metrics = self.accelerator.gather  # type: ignore[method-assign]
+        self.accelerator.gather_for_metrics = self.accelerator.gather
         self.data_collator: Any = WithInputs(self.data_collator)
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
