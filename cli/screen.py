@@ -83,7 +83,8 @@ class RichScreen(Screen):
         console.print(f" {text}", markup=False)
 
     def _trend(self, source: str, loss: float) -> str:
-        before, self._eval_losses[source] = self._eval_losses.get(source, loss), loss
+        before = self._eval_losses.get(source, loss)
+        self._eval_losses[source] = loss
         mark = " " if before == loss else "▼" if loss < before else "▲"
         return f"{loss:.3f} {mark}"
 

@@ -135,7 +135,8 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
     gpus = []
     for size, (name, tflops) in CARDS.items():
-        has, needs = size * 2**30, parts.total + GPU_RESERVE
+        has = size * 2**30
+        needs = parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
         gpus.append(DeviceEstimate(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))

@@ -125,6 +125,6 @@ def loss_cost(head: Tensor, learned: int) -> LossCost:
     hidden = torch.empty(learned, head.shape[1], dtype=head.dtype, requires_grad=True)
     targets = torch.empty(learned, dtype=torch.int64)
     with LiveBytes() as memory:
-        # The copy stands for the selection of the learned tokens' states.
+        # The copy represents the selection of the learned tokens' states.
         learned_cross_entropy(hidden.clone(), weight, targets).backward()
     return LossCost(memory.peak, 0 if weight.grad is None else weight.grad.nbytes)

@@ -117,7 +117,8 @@ class StepMemory:
             logit_copies: The float32 copies of the whole batch's logits that the loss holds; 0 if it works in chunks.
             quantized: The bytes of each quantized layer, by its name.
         """
-        layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
+        layers = self._layers(batch)
+        loss = self._loss(max(1, batch.learned))
         frozen, unpacked = self._frozen(quantized)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         trained_bytes = sum(parameter.nbytes for parameter in trained)
@@ -183,7 +184,8 @@ class StepMemory:
             if kind[0] and batch.longest > SHORT:
                 # In a global layer scores grow with the square of the length, which the linear estimate misses.
                 long = self._count(self._kinds.index(kind), 1, batch.longest)
-                line, texts = self._on_line(kind, meta + batch.longest), batch.tokens / batch.longest
+                line = self._on_line(kind, meta + batch.longest)
+                texts = batch.tokens / batch.longest
                 costs[kind] = costs[kind].with_long_texts(long, line, texts)
         return [costs[kind] for kind in self._kinds]
 

@@ -92,7 +92,8 @@ def _signed(written: Callable[[float], str], change: float) -> str:
 
 
 def _what(facts: dict[str, Any]) -> str:
-    settings, first = facts["settings"], facts["models"][0]
+    settings = facts["settings"]
+    first = facts["models"][0]
     data = first.get("data")
     parts = [*settings.get("data", []), *settings.get("tasks", [])]
     if data:

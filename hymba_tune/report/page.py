@@ -57,7 +57,8 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
 
 def _state(record: RunRecord) -> str:
     """Say how the run ended, in a few words."""
-    ended, steps = record.facts.get("ended", {}), f"step {record.last_step:,}"
+    ended = record.facts.get("ended", {})
+    steps = f"step {record.last_step:,}"
     early = (record.facts.get("kept") or {}).get("ended")
     match ended.get("how"):
         case "finished":

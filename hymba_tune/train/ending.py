@@ -32,7 +32,8 @@ def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -
         model: The model being trained.
         screen: Shows a note if the report cannot be written.
     """
-    how, what = "failed", ""
+    how = "failed"
+    what = ""
     try:
         yield
         how = "finished"

@@ -158,7 +158,8 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
     with screen.working("handing the data to the trainer"), quantization_unseen(model):
         trainer = builder.make_trainer(model, arguments, callbacks)
-    trainer.rates, trainer.held_out_sources = learning_rates(setup), data.held_out_sources
+    trainer.rates = learning_rates(setup)
+    trainer.held_out_sources = data.held_out_sources
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
     trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))
@@ -212,7 +213,8 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
 
 def _save(setup: Setup, trained: PreTrainedModel) -> None:
     """Write what was trained to a temporary folder and move it into place: a folder that exists is complete."""
-    run, full = setup.run, setup.config.method is Method.full
+    run = setup.run
+    full = setup.config.method is Method.full
     if full:
         trained.to(setup.dtype)
     with atomic_folder(run.model if full else run.adapter) as folder:

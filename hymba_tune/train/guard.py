@@ -82,9 +82,11 @@ class LossGuard(TrainerCallback, ExportableState):
             TrainingError: If one of them is not finite or the loss jumps; it names the step, its rows and a checkpoint.
         """
         del control
-        step, batches = state.global_step + 1, self._trainer.step_batches
+        step = state.global_step + 1
+        batches = self._trainer.step_batches
         shares = torch.stack([share.detach().float() for _, share in batches]).tolist()
-        loss, norm = sum(shares), self._trainer.step_grad_norm
+        loss = sum(shares)
+        norm = self._trainer.step_grad_norm
 
         if not math.isfinite(loss):
             broken = [batch for (batch, _), share in zip(batches, shares, strict=True) if not math.isfinite(share)]

@@ -14,10 +14,10 @@ from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 SAMPLES = 3
-"""Prompts whose answers are shown: the first of the evaluation data, or else of the data."""
+"""The number of prompts whose answers are shown: the first of the held-out data, or of the training data."""
 SAMPLE_TOKENS = 96
 LONGER = 2
-"""Times the tokens of the longest known answer that a counted answer may have."""
+"""The most tokens of a counted answer, as a multiple of those of the longest reference answer."""
 
 
 def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, screen: Screen) -> None:
@@ -48,7 +48,8 @@ def _count_right(
     setup: Setup, data: Data, extract: Extraction, model: PreTrainedModel, when: str, screen: Screen
 ) -> None:
     """Answer every prompt, and record in ``run.json`` how many answers are right."""
-    tokenizer, size = setup.tokenizer, setup.config.batch_size
+    tokenizer = setup.tokenizer
+    size = setup.config.batch_size
     questions = [Question(prompt, reference) for prompt, reference in data.prompts]
     longest = max(len(tokenizer(question.reference).input_ids) for question in questions)
     answered: list[AnsweredQuestion] = []

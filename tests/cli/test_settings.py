@@ -52,7 +52,7 @@ def test_packaged_recipe_is_found_by_name() -> None:
         ("map: [a]", r"--map a: 'a' is not a pair such as name=value\."),
         ("data: {a: 1}", r"--data \{'a': 1\}: "),
         ("method: full\ntargets: [mlp]", r"--targets: --method full trains every weight"),
-        ("a: [\n", r"recipe\.yaml cannot be read: (.|\n)*line 2(.|\n)*expected   YAML: a setting"),
+        ("a: [\n", r"recipe\.yaml cannot be read: (.|\n)*line 2(.|\n)*expected   YAML with one setting a line"),
         ("- rank", r"recipe\.yaml holds a list\.\n  expected   YAML with one setting a line"),
         ("rank", r"recipe\.yaml holds a str\."),
     ],

@@ -119,7 +119,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def received(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that the model receives."""
     prompts: list[str] = []
 
@@ -134,12 +134,12 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return prompts
 
 
-def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+def test_chat_continues_until_quit(command: Command, small_model: Path, typed: list[str], received: list[str]) -> None:
     Path("small").symlink_to(small_model)
     typed += ["hello", "", "  ", "[red]what?[/red]", "/reset", "/what", "again", "/quit", "never"]
     result = command("chat", "small", "--dtype", "float32")
     assert_plain(result)
-    assert heard == ["hello", "[red]what?[/red]", "reset", "again"]
+    assert received == ["hello", "[red]what?[/red]", "reset", "again"]
     assert "You said: [red]what?[/red] [2]\n" in result.out
     assert result.out.startswith(" small · /help lists commands, /quit or Ctrl-D quits\n")
     assert " Unknown command /what." in result.out
@@ -147,14 +147,14 @@ def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: lis
 
 
 def test_two_models_receive_the_same_prompts(
-    command: Command, small_model: Path, typed: list[str], heard: list[str], tmp_path: Path
+    command: Command, small_model: Path, typed: list[str], received: list[str], tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).symlink_to(small_model)
     typed += ["hello"]
     result = command("chat", "one", "--against", "two", "--dtype", "float32")
     assert_plain(result)
-    assert heard == ["hello", "hello"]
+    assert received == ["hello", "hello"]
     assert " one\nYou said: hello [1]\n two\nYou said: hello [2]\n" in result.out
 
 
@@ -172,10 +172,12 @@ def test_chat_answers_a_file(command: Command, small_model: Path, tmp_path: Path
     assert "--to answers.jsonl exists." in again.err
 
 
-def test_chat_ends_at_the_end_of_input(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+def test_chat_ends_at_the_end_of_input(
+    command: Command, small_model: Path, typed: list[str], received: list[str]
+) -> None:
     typed += ["hello"]
     assert command("chat", small_model, "--dtype", "float32").code == 0
-    assert heard == ["hello"]
+    assert received == ["hello"]
 
 
 def test_chat_prints_an_answer_in_lines_as_it_was_written(

@@ -164,16 +164,16 @@ def test_what_is_said_of_weights_that_were_quantized(
     assert note in command("sft", "--model", quantized_run, "--data", questions, "--dry-run").out
     assert note in command("export", quantized_run, "--out", tmp_path / "exported").out
     said = command("merge", quantized_run, "--out", tmp_path / "merged").out
-    assert " onto       nf4 weights, dequantized: KL " in said
-    assert " not onto   the original weights: KL " in said
+    assert " onto          nf4 weights, dequantized: KL " in said
+    assert " not onto      the original weights: KL " in said
     assert "advised" not in said
     again = command("merge", quantized_run, "--out", tmp_path / "original", "--onto", "original").out
-    assert " onto       the original weights: KL " in again
+    assert " onto          the original weights: KL " in again
     assert " advised       --onto dequantized: closer to the trained model\n" in again
     assert same_tensors(tmp_path / "merged", tmp_path / "exported")
     alone = shutil.copytree(quantized_run / "adapter", tmp_path / "alone")
     said = command("merge", alone, "--out", tmp_path / "unknown").out
-    assert " onto       the original weights: an adapter without its run does not say" in said
+    assert " onto          the original weights: an adapter without its run does not say" in said
     assert same_tensors(tmp_path / "unknown", tmp_path / "original")
 
 
