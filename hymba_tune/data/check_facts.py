@@ -22,7 +22,7 @@ LENGTH_BIAS = 0.65
 
 
 @dataclass(frozen=True)
-class Problem:
+class DataProblem:
     """A problem to fix.
 
     Attributes:
@@ -54,35 +54,39 @@ def verdict(check: Check) -> str:
     return "Can be trained on as it is."
 
 
-def problems(check: Check) -> list[Problem]:
+def problems(check: Check) -> list[DataProblem]:
     """List the problems to fix; those that stop a run come first."""
-    result = [Problem(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
+    result = [DataProblem(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
     for finding in sorted(check.problems.values(), key=lambda finding: -finding.rows):
-        result.append(Problem(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples)))
+        result.append(
+            DataProblem(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples))
+        )
     if check.bad_rows:
-        result.append(Problem("or skip all of these rows", "--on-bad-row skip"))
+        result.append(DataProblem("or skip all of these rows", "--on-bad-row skip"))
 
     if check.too_long:
         dropped = f"{counted(check.too_long, 'row')} dropped: no answer begins within --max-length"
-        result.append(Problem(dropped, _longer_maximum(check)))
+        result.append(DataProblem(dropped, _longer_maximum(check)))
     if check.cut:
         cut = f"{counted(check.cut, 'conversation')} cut ({counted(check.tokens_lost, 'token')} lost)"
-        result.append(Problem(cut, _longer_maximum(check)))
+        result.append(DataProblem(cut, _longer_maximum(check)))
 
     if check.duplicates.rows:
         repeats = tuple(f"{place} repeats {original}" for place, original in check.duplicates.examples)
         fix = "remove them with hymba-tune data convert --unique"
-        result.append(Problem(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, repeats))
+        result.append(DataProblem(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, repeats))
 
     if check.pairs and check.pairs.ties:
-        result.append(Problem(f"{counted(check.pairs.ties, 'pair')}: both answers have the same score", "remove them"))
+        result.append(
+            DataProblem(f"{counted(check.pairs.ties, 'pair')}: both answers have the same score", "remove them")
+        )
     if check.pairs and max(shares := _longer_shares(check.pairs)) > LENGTH_BIAS:
         side = "better" if shares[0] > shares[1] else "worse"
         bias = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
-        result.append(Problem(bias, "balance them, or the model learns to prefer a length"))
+        result.append(DataProblem(bias, "balance them, or the model learns to prefer a length"))
 
     for note in check.notes.values():
-        result.append(Problem(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
+        result.append(DataProblem(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
     return result
 
 

@@ -22,7 +22,7 @@ from hymba_tune.hub.checks import SUMS, check_sums
 from hymba_tune.hub.layout import released_config
 from hymba_tune.registry import resolve_model
 from tests.hub.silent import silent
-from tests.model.test_checkpoint_names import expected_names
+from tests.model.inputs import expected_names
 from tests.runs import tensors
 
 CPU = torch.device("cpu")

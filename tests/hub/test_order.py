@@ -22,8 +22,8 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.screen import Screen
 from tests.cli.conftest import Command
 from tests.distill.teachers import save_teacher
+from tests.hub.inputs import logits, publish
 from tests.hub.server import Hub
-from tests.hub.test_pull import logits, publish
 from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 

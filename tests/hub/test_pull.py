@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from hymba_tune.adapters import open_model
 from hymba_tune.config import ChatConfig, ExportConfig
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 from hymba_tune.generate import Chat
@@ -21,24 +20,11 @@ from hymba_tune.hub import export
 from hymba_tune.registry import resolve_model
 from tests.cli.conftest import Command
 from tests.conftest import ROOT
+from tests.hub.inputs import NAME, logits, publish
 from tests.hub.server import TOKEN, Hub, Repository, Trouble
 from tests.hub.silent import silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
-NAME = "me/my-hymba"
-
-
-def publish(hub: Hub, folder: Path, name: str = NAME, *, branch: str = "main", private: bool = False) -> None:
-    """As if it had been uploaded by other means."""
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    hub.repositories.setdefault(name, Repository(private=private)).branches[branch] = files
-
-
-def logits(name: str) -> torch.Tensor:
-    model = open_model(resolve_model(name), dtype=torch.float32, device=torch.device("cpu")).eval()
-    with torch.inference_mode():
-        found: torch.Tensor = model(torch.arange(3, 30)[None]).logits
-    return found
 
 
 def test_model_goes_to_the_hub_and_comes_back(hub: Hub, small_model: Path, tmp_path: Path) -> None:

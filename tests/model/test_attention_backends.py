@@ -23,7 +23,7 @@ from hymba_tune.model.attention_flex import (
 from hymba_tune.model.attention_sdpa import sdpa_attention
 from hymba_tune.model.backends import Task
 from hymba_tune.model.documents import Documents, find_documents
-from tests.model.test_attention import naive, with_gradients
+from tests.model.attention_inputs import naive, with_gradients
 from tests.reference import fake_kernels
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
 

@@ -19,8 +19,7 @@ from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_triton import triton_scan, triton_unavailable_reason
 from tests.conftest import ROOT
-from tests.model import test_scan
-from tests.model.test_scan import WITHOUT, naive, random_inputs, with_gradients
+from tests.model.scan_inputs import WITHOUT, naive, random_inputs, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,10 +79,8 @@ def test_equals_naive_twin(without: tuple[str, ...]) -> None:
     [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 32)],
 )
 def test_sizes(tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_scan, "CHANNELS", channels)
-    monkeypatch.setattr(test_scan, "STATE", states)
     monkeypatch.setattr(scan_triton, "CHUNK", chunk)
-    inputs = leaves(random_inputs([tokens]))
+    inputs = leaves(random_inputs([tokens], channels=channels, states=states))
     check(with_gradients(inputs, scan(inputs, [tokens])), expected(inputs, [tokens]))
 
 
@@ -265,10 +262,8 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments: list[str], 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[8192], [0, 1, 127, *[128] * 61]], ids=["one long text", "64 texts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_scan, "CHANNELS", 3200)
-    monkeypatch.setattr(test_scan, "STATE", 16)
-    inputs = random_inputs(lengths)
+def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int]) -> None:
+    inputs = random_inputs(lengths, channels=3200, states=16)
     narrow = leaves(inputs) | leaves({name: inputs[name] for name in ("u", "B", "C", "z")}, dtype)
     given = {name: x for name, x in narrow.items() if name != "initial"}
     wanted = selective_scan(

@@ -17,7 +17,7 @@ from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.runs import run, settings
-from tests.train.test_resume import Pressing
+from tests.train.inputs import Pressing
 
 
 def save_answered(path: Path, answers: Sequence[str]) -> Path:

@@ -16,8 +16,9 @@ from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import MetricsRow, Screen
+from hymba_tune.train.screen import Screen
 from tests.runs import merge_run, run, same_tensors, save_questions, settings, tensors
+from tests.train.inputs import Pressing
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
@@ -30,19 +31,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "weight_decay": 0.1},
     "full_bfloat16": {"method": "full", "dtype": "bfloat16"},
 }
-
-
-class Pressing(Screen):
-    """Presses Ctrl-C when a step's row comes."""
-
-    def __init__(self, step: int, *, times: int = 1) -> None:
-        self._step, self._times = step, times
-
-    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
-        del total_steps, seconds_left
-        if row.step == self._step and row.loss is not None:
-            for _ in range(self._times):
-                signal.raise_signal(signal.SIGINT)
 
 
 def result(finished: Run) -> Path:
