@@ -152,7 +152,7 @@ def test_token_is_neither_printed_nor_written(
     hub.troubles = []
     done = command("export", "nano", "--push", NAME)
     assert done.code == 0, done.err
-    assert f"uploaded   {hub.address}/{NAME}" in done.out
+    assert f"uploaded      {hub.address}/{NAME}" in done.out
     taken = command("export", "nano", "--push", NAME)
     assert taken.code == 2
     assert "the name is taken" in taken.err
