@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from cyclopts import Group
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hymba_tune.config.base import Accuracy, Method, Verb
 from hymba_tune.config.groups import PREFERENCES
@@ -32,3 +32,11 @@ class ORPOConfig(PreferenceConfig):
     """Weight of the odds ratio, relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to 1)."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.activation_offload:
+            raise ValueError(
+                "activation_offload: TRL's ORPO trainer keeps activations on the GPU; use --gradient-checkpointing"
+            )
+        return self

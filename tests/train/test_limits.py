@@ -53,7 +53,7 @@ def test_disk_too_small_is_refused_before_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
     with pytest.raises(
         ConfigError,
-        match=r"its disk has 1\.0 MB free\.\n  expected   3\d\.\d MB for checkpoints (.|\n)*free 3\d\.\d MB, or",
+        match=r"its disk has 1\.0 MB free\.\n  expected   3\d\.\d MB for the checkpoints (.|\n)*free 3\d\.\d MB, or",
     ):
         run(settings(small_model, questions, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -123,3 +123,8 @@ def test_plan_counts_both_texts_of_a_pair(small_model: Path) -> None:
     pairs, texts = plan(ORPOConfig(**settings)), plan(SFTConfig(**settings))
     assert pairs.tokens_per_step == 2 * texts.tokens_per_step
     assert pairs.parts.activations > texts.parts.activations
+
+
+def test_activation_offload_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation_offload: TRL's ORPO trainer keeps activations on the GPU"):
+        ORPOConfig(activation_offload=True)
