@@ -195,3 +195,11 @@ def test_offline_user_is_offered_the_packaged_model(command: Command, tmp_path: 
     assert "Cannot reach the Hub for nvidia/Hymba-1.5B-Base" in result.err
     assert "--model hymba-nano" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_libraries_are_told_to_send_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    monkeypatch.setattr(os, "environ", clean)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert clean["HF_HUB_DISABLE_TELEMETRY"] == "1"
