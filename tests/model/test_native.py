@@ -140,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 @pytest.mark.usefixtures("native_code")
 def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
-    code = "from hymba_tune.model.scan_native import LIBRARY; raise SystemExit(LIBRARY.missing())"
+    code = "from hymba_tune.model.scan_native import LIBRARY; raise SystemExit(LIBRARY.unavailable_reason())"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
