@@ -172,9 +172,9 @@ def test_fewer_tokens_of_a_target_keep_its_mass(benchmark: Any) -> None:
     top = losses.SparseTarget(torch.tensor([[5, 2, 9], [1, 8, 0]]), probs[:, :3].log(), probs[:, 3].log())
     spans = torch.tensor([[0, 2]]), torch.tensor([-1.0])
     fewer = losses.fewer(losses.Targets(torch.tensor([0, 1]), top, *spans), 1)
-    assert fewer.top.pieces.tolist() == [[5], [1]]
+    assert fewer.top.student_tokens.tolist() == [[5], [1]]
     FLOAT64.check(fewer.top.log_probs.exp(), probs[:, :1])
-    FLOAT64.check(fewer.top.bucket.exp(), torch.tensor([0.6, 0.3], dtype=torch.float64))
+    FLOAT64.check(fewer.top.rest_mass.exp(), torch.tensor([0.6, 0.3], dtype=torch.float64))
 
 
 def test_joined_rows_have_targets_at_the_positions_that_predict_them(benchmark: Any) -> None:
@@ -188,7 +188,7 @@ def test_joined_rows_have_targets_at_the_positions_that_predict_them(benchmark: 
         labels = torch.tensor([-100, *ids[1:]])
         rows.append(losses.StudentRow(torch.tensor(ids), labels, targets, last, torch.zeros(1, 2)))
     batch = students.join_rows(rows, 1)
-    assert batch.labels[batch.targets.at].tolist() == batch.targets.top.pieces.flatten().tolist() == [5, 6]
+    assert batch.labels[batch.targets.at].tolist() == batch.targets.top.student_tokens.flatten().tolist() == [5, 6]
     assert batch.targets.spans.tolist() == [[1, 2], [5, 6]]
     assert batch.begins.tolist() == [1, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]

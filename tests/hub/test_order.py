@@ -105,7 +105,7 @@ REFUSED = {
     "export me/small --adapter-only": "has no adapter",
     "merge me/small --out new": "has no adapter",
     "merge me/adapter --out new --onto dequantized": "nothing says that me/adapter was trained on quantized",
-    "serve me/small --host {host} --port {port}": "cannot listen there",
+    "serve me/small --host {host} --port {port}": "cannot listen on this address",
     "data check bad.jsonl --model me/small": "",
 }
 

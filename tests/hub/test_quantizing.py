@@ -74,7 +74,7 @@ def test_run_is_quantized_with_its_adapter(finished_run: Path, tmp_path: Path) -
     ids = torch.arange(3, 40)[None]
     assert torch.equal(found(ids).logits, meant(ids).logits)
     assert "held-out loss before" in (out / "README.md").read_text()
-    with pytest.raises(CheckpointError, match=r"out is quantized already, to int8\.(.|\n)*name the model it was"):
+    with pytest.raises(CheckpointError, match=r"out is quantized already, to int8\.(.|\n)*pass the model it was"):
         quantize(QuantizeConfig(model=str(out), out=tmp_path / "again"), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
