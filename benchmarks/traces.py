@@ -118,7 +118,10 @@ def record(folder: Path, only: str) -> dict[str, Any]:
 def result_of(folder: Path, name: str) -> dict[str, Any]:
     """The reproducible results of a run."""
     if name == "eval":
-        return {"models": strip(json.loads((folder / "eval.json").read_text(encoding="utf-8")))}
+        facts = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        for model in facts["models"]:
+            del model["seconds"]
+        return {"models": strip(facts)}
     if name == "chat":
         return {"answers": (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()}
     path = folder / name
