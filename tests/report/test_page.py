@@ -54,7 +54,7 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
         "Held-out loss by source",
         "Pairs ranked correctly",
         "Margin of rewards",
-        "Never heard of",
+        "Unknown measure",
         *CURVES[1:],
         MOVED,
     ]
