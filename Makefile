@@ -31,10 +31,9 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 	touch $@
 
 demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, talk to it, merge it.
-	rm -rf runs/demo runs/demo-merged
-	$(BIN)/hymba-tune sft --config demo --out runs/demo
+	$(BIN)/hymba-tune sft --config demo --out runs/demo --overwrite
 	$(BIN)/hymba-tune chat runs/demo --temperature 0 --prompt "How long does the ferry to Little Cross take?"
-	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged
+	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged --overwrite
 
 test: .venv/developing  ## The whole suite.
 	$(BIN)/python -m pytest

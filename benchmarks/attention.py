@@ -1,7 +1,7 @@
 """Attention over packed texts, forward and backward: its backends, and a windowed layer as texts grow.
 
-Beside the backends stands what is usually done: PyTorch's `scaled_dot_product_attention` with one mask over all rows.
-A windowed layer should need as much time and memory for a token of a long text as of a short one.
+The backends are compared with the usual implementation: PyTorch's `scaled_dot_product_attention` with one mask over all
+rows. In a windowed layer, time and memory per token should not depend on the text's length.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ HEADS, GROUPS, WIDTH, VALUE_WIDTH = 5, 1, 64, 128
 META = 32
 DENSE = "sdpa, dense mask"
 QUADRATIC = ("sdpa", DENSE)
-"""What weighs all pairs of tokens."""
+"""Variants that compute all pairs of tokens."""
 QUADRATIC_UP_TO = 4096
-"""Tokens up to which that is tried: its memory grows with their square."""
+"""Maximum length for these variants, whose memory grows with the square of the length."""
 
 Run = Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tensor]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=5)
-    compare_backends(given)
-    compare_lengths(given)
+    options = harness.options(__doc__, arguments, repeats=5)
+    compare_backends(options)
+    compare_lengths(options)
 
 
-def compare_backends(given: harness.Options) -> None:
-    """Every way there is on a training batch: time and memory."""
-    lengths, window = ([24, 24], 8) if given.quick else ([512] * 4, 256)
+def compare_backends(options: harness.Options) -> None:
+    """Time and memory of every variant on a training batch."""
+    lengths, window = ([24, 24], 8) if options.quick else ([512] * 4, 256)
     rows: list[dict[str, harness.Cell]] = []
-    for dtype in given.dtypes:
-        names = ways(given.device, dtype)
-        peaks = {name: harness.in_child(peaks_of, name, [lengths], window, dtype, given.device)[0] for name in names}
-        calls = {name: attend(name, lengths, window, dtype, given.device) for name in names}
-        timings = harness.interleave(calls, given.repeats)
+    for dtype in options.dtypes:
+        names = ways(options.device, dtype)
+        peaks = {name: harness.in_child(peaks_of, name, [lengths], window, dtype, options.device)[0] for name in names}
+        calls = {name: attend(name, lengths, window, dtype, options.device) for name in names}
+        timings = harness.interleave(calls, options.repeats)
         rows += [
             {
                 "dtype": harness.short(dtype),
@@ -56,30 +56,30 @@ def compare_backends(given: harness.Options) -> None:
             for name, timing in timings.items()
         ]
     notes = [f"{len(lengths)} texts of {lengths[0]} tokens, window {window}, {shape()}."]
-    harness.report("attention", list(rows[0]), rows, notes, given)
+    harness.report("attention", list(rows[0]), rows, notes, options)
 
 
-def compare_lengths(given: harness.Options) -> None:
-    """One ever longer text in a windowed layer: what a token costs."""
-    lengths, window = ([16, 32], 8) if given.quick else ([2048, 4096, 8192, 16384], 1024)
-    dtype = given.dtypes[-1]
+def compare_lengths(options: harness.Options) -> None:
+    """Time and memory per token of one text in a windowed layer, as the text grows."""
+    lengths, window = ([16, 32], 8) if options.quick else ([2048, 4096, 8192, 16384], 1024)
+    dtype = options.dtypes[-1]
     cases = {
         name: [length for length in lengths if name not in QUADRATIC or length <= QUADRATIC_UP_TO]
-        for name in ways(given.device, dtype)
+        for name in ways(options.device, dtype)
     }
     peaks = {
-        name: harness.in_child(peaks_of, name, [[length] for length in taken], window, dtype, given.device)
-        for name, taken in cases.items()
+        name: harness.in_child(peaks_of, name, [[length] for length in own_lengths], window, dtype, options.device)
+        for name, own_lengths in cases.items()
     }
     calls = {
-        f"{name}, {length} tokens": attend(name, [length], window, dtype, given.device)
-        for name, taken in cases.items()
-        for length in taken
+        f"{name}, {length} tokens": attend(name, [length], window, dtype, options.device)
+        for name, own_lengths in cases.items()
+        for length in own_lengths
     }
-    timings = harness.interleave(calls, given.repeats)
+    timings = harness.interleave(calls, options.repeats)
     rows: list[dict[str, harness.Cell]] = []
-    for name, taken in cases.items():
-        for length, peak in zip(taken, peaks[name], strict=True):
+    for name, own_lengths in cases.items():
+        for length, peak in zip(own_lengths, peaks[name], strict=True):
             timing = timings[f"{name}, {length} tokens"]
             rows.append(
                 {
@@ -91,35 +91,38 @@ def compare_lengths(given: harness.Options) -> None:
                     "peak kB a token": None if peak is None else peak / length / 1e3,
                 }
             )
-    notes = [f"One text, window {window}, {harness.short(dtype)}, {shape()}. The same a token is linear."]
-    harness.report("attention_length", list(rows[0]), rows, notes, given)
+    notes = [
+        f"One text, window {window}, {harness.short(dtype)}, {shape()}. A constant time per token is linear scaling."
+    ]
+    harness.report("attention_length", list(rows[0]), rows, notes, options)
 
 
 def shape() -> str:
-    """The heads, in words."""
+    """The sizes of the layer, for notes."""
     return f"{META} meta tokens, {HEADS} query and {GROUPS} key heads, widths {WIDTH}/{VALUE_WIDTH}"
 
 
 def ways(device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
-    """The backends that can train here, the fastest first, and the dense mask."""
+    """The backends that support training on this device, fastest first, and the dense mask."""
     obstacles = ATTENTION.obstacles(Task(device.type, dtype, widths=(WIDTH, VALUE_WIDTH)))
     usable = {name: ATTENTION.backends[name].run for name, obstacle in obstacles.items() if obstacle is None}
     return usable | {DENSE: dense_mask_attention}
 
 
 def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """As the backends: ``(M + T, heads, width)`` each to ``(M + T, H * v)``, through one mask over all rows."""
-    rows, meta = torch.arange(query.shape[0], device=query.device), documents.num_meta
+    """Same as the backends, ``(M + T, heads, width)`` each to ``(M + T, H * v)``, with one mask over all rows."""
+    rows = torch.arange(query.shape[0], device=query.device)
+    meta = documents.num_meta
     text = torch.cat([documents.ids.new_full((meta,), -1), documents.ids])
-    seen = (text == text[:, None]) & (rows[:, None] - rows <= (window or len(rows))) | (rows < meta)
-    seen &= rows <= rows[:, None]
+    mask = (text == text[:, None]) & (rows[:, None] - rows <= (window or len(rows))) | (rows < meta)
+    mask &= rows <= rows[:, None]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    output = scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     return output[0].transpose(0, 1).flatten(1)
 
 
 def attend(way: str, lengths: list[int], window: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Forward, and backward to query, key and value."""
+    """A call that runs forward, and backward to query, key and value."""
     generator = torch.Generator().manual_seed(0)
     rows = META + sum(lengths)
     shapes = [(rows, HEADS, WIDTH), (rows, GROUPS, WIDTH), (rows, GROUPS, VALUE_WIDTH)]
@@ -139,8 +142,8 @@ def attend(way: str, lengths: list[int], window: int, dtype: torch.dtype, device
 def peaks_of(
     way: str, batches: list[list[int]], window: int, dtype: torch.dtype, device: torch.device
 ) -> list[int | None]:
-    """Peak memory for texts of these lengths, batch by batch."""
-    attend(way, [8], window, dtype, device)()  # what is loaded or compiled on first use is not counted
+    """Peak memory of each batch of texts with these lengths."""
+    attend(way, [8], window, dtype, device)()  # so that memory for loading and compiling is not counted
     calls = (attend(way, lengths, window, dtype, device) for lengths in batches)
     return [harness.peak_memory(call, device) for call in calls]
 

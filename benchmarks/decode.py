@@ -1,7 +1,7 @@
-"""Generation: reading prompts, then writing token by token, and the bytes that a cache holds meanwhile.
+"""Generation: prefill, decoding token by token, and the size of the cache.
 
-The 15.75M-parameter Hymba and the packaged hymba-nano beside a Llama of the same width and depth with transformers'
-`DynamicCache`, for growing batches and prompts. Each round writes on from where the one before it ended.
+Compares the 15.75M-parameter Hymba and the packaged hymba-nano with a Llama of the same width and depth and
+transformers' `DynamicCache`, for growing batches and prompts. Each round of decoding continues from the last one.
 """
 
 from __future__ import annotations
@@ -20,84 +20,87 @@ from hymba_tune.model.cache import CACHE_NAME
 from hymba_tune.registry import resolve_model
 
 BATCHES, PROMPTS = (1, 4, 16), (128, 1024, 4096)
-MOST, OFTEN = 16_384, 2048
-"""Tokens in all prompts up to which a case is measured at all, and up to which prompts are read in every round."""
-WRITTEN = 16
-"""Tokens a text that one round writes."""
+MAX_PROMPT_TOKENS = 16_384
+"""Maximum number of tokens of all prompts together; larger cases are skipped."""
+REPEATED_PREFILL = 2048
+"""Number of prompt tokens up to which prefill is repeated in every round."""
+NEW_TOKENS = 16
+"""Number of tokens that one round generates for each text."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=3)
-    batches, prompts, toy = ((1, 2), (8,), models.TOY) if given.quick else (BATCHES, PROMPTS, {})
+    options = harness.options(__doc__, arguments, repeats=3)
+    batches, prompts, toy = ((1, 2), (8,), models.TOY) if options.quick else (BATCHES, PROMPTS, {})
     rows: list[dict[str, harness.Cell]] = []
-    for dtype in given.dtypes:
+    for dtype in options.dtypes:
         candidates: dict[str, PreTrainedModel] = {
-            "hymba": models.hymba(given.device, dtype, **toy).eval(),
-            "hymba-nano": load_weights(resolve_model("hymba-nano"), dtype=dtype, device=given.device).eval(),
-            "llama": models.llama(given.device, dtype, **toy).eval(),
+            "hymba": models.hymba(options.device, dtype, **toy).eval(),
+            "hymba-nano": load_weights(resolve_model("hymba-nano"), dtype=dtype, device=options.device).eval(),
+            "llama": models.llama(options.device, dtype, **toy).eval(),
         }
-        cases = [(batch, prompt) for batch in batches for prompt in prompts if batch * prompt <= MOST]
+        cases = [(batch, prompt) for batch in batches for prompt in prompts if batch * prompt <= MAX_PROMPT_TOKENS]
         for batch, prompt in cases:
-            rows += compare(candidates, batch, prompt, given.repeats)
+            rows += compare(candidates, batch, prompt, options.repeats)
     notes = [
-        "Random prompts of one length; the likeliest token is written. x llama: tokens written a second, over Llama's.",
-        f"Prompts of more than {OFTEN:,} tokens in all are read once. Cache: with all that was written.",
+        "Random prompts of one length, greedy decoding. x llama: generated tokens per second relative to Llama.",
+        f"Prefill of more than {REPEATED_PREFILL:,} tokens is timed once. The cache includes all generated tokens.",
     ]
-    harness.report("decode", list(rows[0]), rows, notes, given)
+    harness.report("decode", list(rows[0]), rows, notes, options)
 
 
 def compare(
     candidates: dict[str, PreTrainedModel], batch: int, prompt: int, repeats: int
 ) -> list[dict[str, harness.Cell]]:
-    """Read and write with every model; a row of the report for each."""
-    # The round that warms up writes too. A model is not asked for texts longer than it is made for.
-    length = prompt + WRITTEN * (repeats + 1)
+    """Time prefill and decoding of every model; returns a row of the report for each."""
+    # The warm-up round generates too. Models whose context is too short for all rounds are skipped.
+    length = prompt + NEW_TOKENS * (repeats + 1)
     texts = {
-        name: Texts(model, models.random_ids(model, batch, prompt))
+        name: TextBatch(model, models.random_ids(model, batch, prompt))
         for name, model in candidates.items()
         if length <= model.config.max_position_embeddings
     }
-    often = batch * prompt <= OFTEN
-    reads = harness.interleave({name: text.read for name, text in texts.items()}, repeats if often else 1, int(often))
-    writes = harness.interleave({name: text.write for name, text in texts.items()}, repeats)
+    repeated = batch * prompt <= REPEATED_PREFILL
+    prefills = {name: text.prefill for name, text in texts.items()}
+    prefill_times = harness.interleave(prefills, repeats if repeated else 1, int(repeated))
+    decode_times = harness.interleave({name: text.decode for name, text in texts.items()}, repeats)
     return [
         {
             "dtype": harness.short(candidates[name].dtype),
             "model": name,
             "batch": batch,
             "prompt": prompt,
-            "prompt ms": reads[name].median * 1e3,
-            "read tokens/s": batch * prompt / reads[name].median,
-            "written tokens/s": batch * WRITTEN / write.median,
-            "x llama": writes["llama"].over(write),
+            "prompt ms": prefill_times[name].median * 1e3,
+            "read tokens/s": batch * prompt / prefill_times[name].median,
+            "written tokens/s": batch * NEW_TOKENS / timing.median,
+            "x llama": decode_times["llama"].over(timing),
             "cache MB": harness.megabytes(models.cache_bytes(texts[name].cache)),
         }
-        for name, write in writes.items()
+        for name, timing in decode_times.items()
     ]
 
 
 @dataclass
-class Texts:
-    """A batch that a model reads and then goes on writing."""
+class TextBatch:
+    """A batch of prompts and the model that continues them."""
 
     model: PreTrainedModel
     prompt: Tensor
     cache: Cache = None
     last: Tensor | None = None
 
-    def read(self) -> None:
-        """Forget what was written and read the prompts."""
+    def prefill(self) -> None:
+        """Start over with an empty cache and prefill the prompts."""
         self.cache = HymbaCache(self.model.config) if self.model.config.model_type == "hymba" else DynamicCache()
-        self._go_on(self.prompt)
+        self._forward(self.prompt)
 
-    def write(self) -> None:
-        """Write a few tokens more."""
-        for _ in range(WRITTEN):
-            self._go_on(self.last)
+    def decode(self) -> None:
+        """Generate `NEW_TOKENS` more tokens."""
+        for _ in range(NEW_TOKENS):
+            self._forward(self.last)
 
     @torch.inference_mode()
-    def _go_on(self, ids: Tensor | None) -> None:
+    def _forward(self, ids: Tensor | None) -> None:
         output = self.model(input_ids=ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
         self.last = output.logits.argmax(-1)
 

@@ -1,7 +1,8 @@
-"""Peak memory of distillation's losses from hidden states, as the batch grows: student 32,000 × teacher 128,000.
+"""Peak memory of the distillation losses from hidden states, as the batch grows: student 32,000 × teacher 128,000.
 
-Forward and backward, float32, hidden states 64 wide so that the heads weigh little. The vocabularies decide the rest.
-Every loss is measured in a process of its own. The tables of the projection are random, of a real pair's size.
+Forward and backward in float32, with hidden states of width 64, so that the heads' weights are small. The memory then
+depends on the vocabularies. Every loss is measured in a separate process. The projection's tables are random, with the
+sizes of a real pair.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ NODES_A_TOKEN, ENTRIES_A_TOKEN = 2, 2
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=1)
-    sizes, counts = ((300, 900), (16, 32)) if given.quick else ((STUDENT, TEACHER), TOKENS)
+    options = harness.options(__doc__, arguments, repeats=1)
+    sizes, counts = ((300, 900), (16, 32)) if options.quick else ((STUDENT, TEACHER), TOKENS)
     rows: list[dict[str, harness.Cell]] = []
     for name in LOSSES:
-        peaks = harness.in_child(peaks_of, name, sizes, counts, given.device)
+        peaks = harness.in_child(peaks_of, name, sizes, counts, options.device)
         rows += [
             {
                 "loss": name,
@@ -43,16 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     notes = [
         f"Student {sizes[0]:,} × teacher {sizes[1]:,} (for KL twice the student's); with gradients.",
-        "Whole logits: one float32 tensor of each side's, which no loss makes.",
+        "Whole logits: one float32 tensor of each model's, which no loss allocates.",
     ]
-    harness.report("distill_memory", list(rows[0]), rows, notes, given)
+    harness.report("distill_memory", list(rows[0]), rows, notes, options)
 
 
 def peaks_of(name: str, sizes: tuple[int, int], counts: tuple[int, ...], device: torch.device) -> list[int | None]:
-    """Peak memory of a loss and its backward, on batches of so many tokens."""
+    """Peak memory of a loss and its backward, for each batch size in tokens."""
     loss = LOSSES[name](sizes, device)
     peaks = []
-    for tokens in (8, *counts):  # the first is short, so that what is loaded on first use is not counted
+    for tokens in (8, *counts):  # the first is short, so that memory for loading is not counted
         student, teacher = (head(tokens, size, device) for size in sizes)
         for tensor in student:
             tensor.requires_grad_()
@@ -64,25 +65,25 @@ Step = Callable[[Head, Head], Tensor]
 
 
 def step(loss: Step, student: Head, teacher: Head) -> None:
-    """A loss and its gradients."""
+    """Compute a loss and its gradients."""
     loss(student, teacher).backward()
 
 
 def head(tokens: int, size: int, device: torch.device) -> Head:
-    """Random hidden states and weight."""
+    """A head with random hidden states and weights."""
     return Head(torch.randn(tokens, WIDTH, device=device), torch.randn(size, WIDTH, device=device) / 8)
 
 
 def forward_kl(sizes: tuple[int, int], device: torch.device) -> Step:
-    """On the student's vocabulary, mixed with cross-entropy."""
+    """Forward KL on the student's vocabulary, mixed with cross-entropy."""
 
     def loss(student: Head, teacher: Head) -> Tensor:
-        same = Head(teacher.hidden, teacher.weight[: sizes[0]])
+        same_vocabulary = Head(teacher.hidden, teacher.weight[: sizes[0]])
         targets = torch.zeros(len(student.hidden), dtype=torch.int64, device=device)
 
         def chunk(logits: Tensor, rows: slice) -> Tensor:
             data = losses.cross_entropy(logits, targets[rows])
-            return losses.mix(data, losses.forward_kl(logits, same.logits(rows)), alpha=0.7)
+            return losses.mix(data, losses.forward_kl(logits, same_vocabulary.logits(rows)), alpha=0.7)
 
         return chunked_loss(student, chunk, chunk_rows(sizes[0], sizes[0]))
 
@@ -90,7 +91,7 @@ def forward_kl(sizes: tuple[int, int], device: torch.device) -> Step:
 
 
 def sorted_uld(sizes: tuple[int, int], _device: torch.device) -> Step:
-    """Both sides sorted."""
+    """ULD, with both distributions sorted."""
 
     def loss(student: Head, teacher: Head) -> Tensor:
         def chunk(logits: Tensor, rows: slice) -> Tensor:
@@ -102,19 +103,20 @@ def sorted_uld(sizes: tuple[int, int], _device: torch.device) -> Step:
 
 
 def alm(sizes: tuple[int, int], device: torch.device) -> Step:
-    """A token a span."""
+    """ALM, with one token per span."""
 
     def loss(student: Head, teacher: Head) -> Tensor:
-        targets, rows = torch.zeros(len(student.hidden), dtype=torch.int64, device=device), chunk_rows(*sizes)
+        targets = torch.zeros(len(student.hidden), dtype=torch.int64, device=device)
+        rows = chunk_rows(*sizes)
         with torch.no_grad():
-            taught = log_likelihood(teacher, targets, rows)
-        return losses.alm(log_likelihood(student, targets, rows), taught, tau=100.0).sum()
+            teacher_likelihood = log_likelihood(teacher, targets, rows)
+        return losses.alm(log_likelihood(student, targets, rows), teacher_likelihood, tau=100.0).sum()
 
     return loss
 
 
 def projection(sizes: tuple[int, int], device: torch.device) -> Step:
-    """Half the places inside a teacher's token; projected on the way."""
+    """The projection, applied chunk by chunk; half of the places are inside a teacher token."""
     rng = np.random.default_rng(0)
     nodes, entries = NODES_A_TOKEN * sizes[1], ENTRIES_A_TOKEN * sizes[1]
 
@@ -130,7 +132,7 @@ def projection(sizes: tuple[int, int], device: torch.device) -> Step:
         **dict.fromkeys(("node_start", "node_at", "parent", "byte"), empty),
         after_start=spread(entries),
         after_token=any_of(sizes[1], entries),
-        after_piece=any_of(sizes[0], entries),
+        after_student_token=any_of(sizes[0], entries),
         exact_start=spread(sizes[1]),
         exact_token=any_of(sizes[1], sizes[1]),
     )
@@ -145,7 +147,7 @@ def projection(sizes: tuple[int, int], device: torch.device) -> Step:
             inside=torch.randint(nodes, (tokens,)) * (torch.arange(tokens) % 2),
             beyond=torch.randint(nodes, (tokens,)),
             crossing=torch.zeros(tokens, dtype=torch.bool),
-            piece=torch.randint(sizes[0], (tokens,)),
+            student_token=torch.randint(sizes[0], (tokens,)),
         ).to(device)
 
         def chunk(logits: Tensor, rows: slice) -> Tensor:

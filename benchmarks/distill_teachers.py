@@ -1,4 +1,4 @@
-"""The distillation benchmark's teachers: two Llamas alike but for their tokenizers, trained on the same texts."""
+"""The distillation benchmark's teachers: two Llamas that differ only in their tokenizers, trained on the same texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hymba_tune.data.formats import Example, Text
-from hymba_tune.distill.pair import Row, Side, make_pair, tokenise
+from hymba_tune.distill.pair import Side, TokenizedRow, make_pair, tokenize_examples
 
 NANO = Path(__file__).parent.parent / "hymba_tune" / "assets" / "hymba-nano"
 VOCABULARY = 8192
@@ -25,7 +25,7 @@ WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How byte-level tokenizers of today part a text before they merge: up to three digits are one word."""
+"""The pre-tokenization pattern of current byte-level tokenizers: up to three digits are one word."""
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
     "{{ message['content'] | trim }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -35,17 +35,17 @@ LAYERS = {"num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads
 FULL = {"hidden_size": 384, "intermediate_size": 1024, **LAYERS}
 QUICK = {"hidden_size": 48, "intermediate_size": 64, **LAYERS, "num_hidden_layers": 2}
 LONGEST = 512
-"""Tokens of a row, at most; longer ones are left out."""
+"""Maximum length of a row in tokens; longer rows are skipped."""
 STEP_TOKENS = 2048
 WARMUP = 30
-"""Steps."""
+"""Number of warm-up steps."""
 
 T = TypeVar("T")
 console = Console()
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a chat template of its own, in the manner of Llama 3's."""
+    """A byte-level tokenizer with its own chat template, similar to Llama 3's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -70,23 +70,23 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def twin_tokenizer() -> PreTrainedTokenizerFast:
-    """The student's own."""
+    """The student's tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(NANO)
 
 
-def spelled(example: Example) -> str:
-    """An example's text, for a tokenizer to learn from."""
+def plain_text(example: Example) -> str:
+    """An example's text, for training a tokenizer."""
     return example.text if isinstance(example, Text) else "\n".join(m.content for m in example.messages)
 
 
 def side_of(tokenizer: PreTrainedTokenizerFast) -> Side:
-    """A tokenizer as `tokenise` takes it."""
+    """A tokenizer in the form that `tokenize_examples` expects."""
     return make_pair(tokenizer, tokenizer).student
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a teacher's training: steps of about `STEP_TOKENS`, the learning rate falling to zero at their end."""
+    """A stage of a teacher's training: steps of about `STEP_TOKENS`, with a learning rate that decays to zero."""
 
     examples: Sequence[Example]
     steps: int
@@ -94,13 +94,13 @@ class Stage:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, stages: Sequence[Stage], body: dict[str, int], folder: Path) -> None:
-    """Train a Llama on all tokens of examples and save it with its tokenizer.
+    """Train a Llama on all tokens of examples, and save it with its tokenizer.
 
     Args:
-        tokenizer: Its own.
-        stages: One after the other; examples are read again and again, each time in another order.
+        tokenizer: The teacher's tokenizer.
+        stages: The stages in order; examples repeat, in another order in every epoch.
         body: Sizes of the model.
-        folder: Where it goes.
+        folder: Where to save the model.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -114,15 +114,17 @@ def train(tokenizer: PreTrainedTokenizerFast, stages: Sequence[Stage], body: dic
     )
     model = LlamaForCausalLM(config)
     for stage in stages:
-        rows = [row.ids for row in tokenise(stage.examples, side_of(tokenizer)) if isinstance(row, Row)]
+        rows = [
+            row.ids for row in tokenize_examples(stage.examples, side_of(tokenizer)) if isinstance(row, TokenizedRow)
+        ]
         rows = [row for row in rows if len(row) <= LONGEST]
-        console.print(f"{folder.name}: {model.num_parameters():,} parameters, {sum(map(len, rows)):,} tokens a pass")
-        _go_through(model, rows, stage)
+        console.print(f"{folder.name}: {model.num_parameters():,} parameters, {sum(map(len, rows)):,} tokens per epoch")
+        _train_stage(model, rows, stage)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _go_through(model: PreTrainedModel, rows: Sequence[list[int]], stage: Stage) -> None:
+def _train_stage(model: PreTrainedModel, rows: Sequence[list[int]], stage: Stage) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step, batch in zip(range(stage.steps), _batches(rows), strict=False):
         rate = stage.lr * min((step + 1) / WARMUP, math.cos(step / stage.steps * math.pi / 2) ** 2)
@@ -138,12 +140,12 @@ def _go_through(model: PreTrainedModel, rows: Sequence[list[int]], stage: Stage)
 
 
 def groups(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """So many at a time."""
+    """Groups of ``size`` rows."""
     return (rows[begin : begin + size] for begin in range(0, len(rows), size))
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:
-    """Rows of one length, shorter ones filled up at their ends, which no token before sees."""
+    """Rows padded on the right to one length; with causal attention no token sees the padding."""
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
@@ -151,46 +153,46 @@ def padded(rows: Sequence[list[int]]) -> Tensor:
 def mean_loss(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
     """Mean cross-entropy of all tokens."""
     ids = padded(rows)
-    filled = torch.arange(ids.shape[1]) >= torch.tensor([[len(row)] for row in rows])
+    padding = torch.arange(ids.shape[1]) >= torch.tensor([[len(row)] for row in rows])
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.float().flatten(0, 1), ids.masked_fill(filled, -100)[:, 1:].flatten())
+    return cross_entropy(logits.float().flatten(0, 1), ids.masked_fill(padding, -100)[:, 1:].flatten())
 
 
 def _batches(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows of about one length together, so that little is filled up."""
-    for turn in range(1_000_000):
-        drawn = random.Random(turn)
+    """Batches of rows with similar lengths, so that there is little padding."""
+    for epoch in range(1_000_000):
+        rng = random.Random(epoch)
         batches: list[list[list[int]]] = [[]]
-        for row in sorted(rows, key=lambda row: len(row) + 20 * drawn.random()):
+        for row in sorted(rows, key=lambda row: len(row) + 20 * rng.random()):
             if (len(batches[-1]) + 1) * len(row) > STEP_TOKENS:
                 batches.append([])
             batches[-1].append(row)
-        yield from drawn.sample(batches, len(batches))
+        yield from rng.sample(batches, len(batches))
 
 
 @torch.inference_mode()
 def answer_bits(model: Any, side: Side, examples: Sequence[Example], *, ends: bool = True) -> tuple[float, int]:
-    """What a model needs for the answers, given what comes before.
+    """The information content of the answers, given their context.
 
     Args:
         model: Any causal language model.
-        side: Its tokenizer.
-        examples: Read each alone.
-        ends: Whether an answer's end counts as one of its bytes.
+        side: The model's tokenizer.
+        examples: The examples; each is a sequence of its own.
+        ends: Whether an answer's end token counts, as one byte.
 
     Returns:
-        Bits, and bytes.
+        The number of bits, and of bytes.
     """
     nats, size = 0.0, 0
-    rows = [row for row in tokenise(examples, side) if isinstance(row, Row)]
-    for some in groups(sorted(rows, key=lambda row: len(row.ids)), 16):
-        ids = padded([row.ids for row in some])
+    rows = [row for row in tokenize_examples(examples, side) if isinstance(row, TokenizedRow)]
+    for group in groups(sorted(rows, key=lambda row: len(row.ids)), 16):
+        ids = padded([row.ids for row in group])
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        for row, each in zip(some, losses.view(len(some), -1), strict=True):
+        for row, row_losses in zip(group, losses.view(len(group), -1), strict=True):
             for begin, end, content in row.answers:
-                nats += float(each[max(begin - 1, 0) : end - 1 - (not ends)].sum())
+                nats += float(row_losses[max(begin - 1, 0) : end - 1 - (not ends)].sum())
                 size += len(content) + ends
     return nats / math.log(2), size

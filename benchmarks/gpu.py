@@ -1,11 +1,11 @@
-"""Check every backend on an NVIDIA card, and measure: kernels, a training step of the released size, generation.
+"""Check every backend on an NVIDIA GPU, and measure kernels, a training step of the released size, and generation.
 
-    python benchmarks/gpu.py                     # everything, some minutes on a fast card
+    python benchmarks/gpu.py                     # everything, some minutes on a fast GPU
     python benchmarks/gpu.py --only parity scan  # sections by name
-    python benchmarks/gpu.py --quick             # toy sizes, on a CPU too, to see that it runs
+    python benchmarks/gpu.py --quick             # toy sizes, also on a CPU, to check that it runs
 
-It runs from a checkout with nothing installed but torch, triton, transformers, peft and rich. Each section writes its
-results when it ends, however it ends; one that fails does not stop the next.
+It runs from a checkout with only torch, triton, transformers, peft and rich installed. Each section writes its results
+when it ends, also after an error; a section that fails does not stop the next.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from hymba_tune.model import use_kernels
 from hymba_tune.model.backends import Task, survey
 
 SHARES = {"parity": 0.35, "scan": 0.25, "attention": 0.25}
-"""Of the time given, at most, for a section; the others may take what is left."""
+"""Maximum share of the time limit for a section; sections that are not listed may use all of the rest."""
 console = Console(highlight=False)
 
 
 def card(bench: Bench) -> None:
-    """Report the card, what it can do at most, and which kernels the model takes on it."""
-    notes = ["limits as measured here; the other tables compare with them"]
+    """Report the GPU, its limits, and which kernels the model uses on it."""
+    notes = ["limits as measured here; the other tables are relative to them"]
     facts: dict[str, str | float | None] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -57,34 +57,36 @@ def card(bench: Bench) -> None:
         facts["bf16 matmul, TFLOP/s"] = bench.limits.matmul / 1e12
         rows.extend({"fact": fact, "value": value} for fact, value in facts.items())
         for what, gradients in (("training", True), ("generation", False)):
-            task = Task(bench.device.type, torch.bfloat16, gradients, continues=not gradients)
+            task = Task(bench.device.type, torch.bfloat16, gradients, has_initial_state=not gradients)
             for operation, choice in survey(task).items():
                 rows.append({"fact": f"{operation} in {what}", "value": choice.taken})
-                notes += [f"{operation} in {what}: not {name}, {why}" for name, why in choice.obstacles.items()]
+                notes += [
+                    f"{operation} in {what}: not {name}, {obstacle}" for name, obstacle in choice.obstacles.items()
+                ]
 
 
 SECTIONS = {"card": card, "parity": parity, "scan": scan, "attention": attention, "step": step, "decode": decode}
-"""In this order: what is wrong is worth knowing before what is fast."""
+"""In the order in which they run: correctness before speed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections; 1 if anything failed or was wrong."""
-    given = _read(arguments)
-    device = torch.device(given.device)
-    use_kernels(**{operation: name for operation, _, name in (choice.partition("=") for choice in given.kernels)})
+    """Run the sections; returns 1 if anything failed or was wrong."""
+    parsed = _read(arguments)
+    device = torch.device(parsed.device)
+    use_kernels(**{operation: name for operation, _, name in (choice.partition("=") for choice in parsed.kernels)})
     if device.type == "cuda":
-        # Beyond its limit torch.compile gives up without an error; this process meets more shapes than a run does.
+        # Above its limit torch.compile stops compiling without an error; this process uses more shapes than a run.
         torch._dynamo.config.recompile_limit = 64
-    out = given.out or (None if given.quick else HERE / "results")
-    options = Options(given.quick, 1 if given.quick else given.repeats, device, (torch.float32, torch.bfloat16), out)
-    end = time.monotonic() + 60 * given.minutes
+    out = parsed.out or (None if parsed.quick else HERE / "results")
+    options = Options(parsed.quick, 1 if parsed.quick else parsed.repeats, device, (torch.float32, torch.bfloat16), out)
+    end = time.monotonic() + 60 * parsed.minutes
     bench = Bench(options, end)
-    for place, name in enumerate(given.only):
-        bench.deadline = min(end, time.monotonic() + 60 * given.minutes * SHARES.get(name, 1))
+    for place, name in enumerate(parsed.only):
+        bench.deadline = min(end, time.monotonic() + 60 * parsed.minutes * SHARES.get(name, 1))
         run(bench, name)
         if not alive(device):
-            # A kernel that faults takes the device away from this process, not from the next.
-            _run_elsewhere(given, given.only[place + 1 :], end)
+            # A kernel that faults makes the device unusable for this process, but not for the next.
+            _run_elsewhere(parsed, parsed.only[place + 1 :], end)
             break
         free()
     for failure in bench.failures:
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(bench: Bench, name: str) -> None:
-    """Run a section; what ends it early is printed and kept."""
+    """Run a section; an error is printed and recorded."""
     begin = time.monotonic()
     try:
         SECTIONS[name](bench)
@@ -107,34 +109,38 @@ def run(bench: Bench, name: str) -> None:
 
 def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, one round; written only if --out is given")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds that count, at most (default 10)")
-    parser.add_argument("--minutes", type=float, default=8, help="when to begin nothing new (default 8)")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes, one round; results are written only with --out"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="maximum number of timed rounds (default 10)")
+    parser.add_argument("--minutes", type=float, default=8, help="time after which nothing new is started (default 8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU")
     parser.add_argument(
-        "--kernels", nargs="+", default=[], metavar="OPERATION=BACKEND", help="as use_kernels takes them"
+        "--kernels", nargs="+", default=[], metavar="OPERATION=BACKEND", help="kernels, as use_kernels accepts them"
     )
     parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results)")
-    given = parser.parse_args(arguments)
-    if given.device == "cpu" and not given.quick:
+    parsed = parser.parse_args(arguments)
+    if parsed.device == "cpu" and not parsed.quick:
         parser.error("there is no GPU to measure; --quick runs on a CPU, with toy sizes")
-    return given
+    return parsed
 
 
-def _run_elsewhere(given: argparse.Namespace, sections: Sequence[str], end: float) -> None:
-    """Run sections in a process of their own, within what is left of the time."""
+def _run_elsewhere(parsed: argparse.Namespace, sections: Sequence[str], end: float) -> None:
+    """Run sections in a new process, within the remaining time."""
     if not sections:
         return
     left = (end - time.monotonic()) / 60
-    command = [sys.executable, __file__, "--only", *sections, "--minutes", str(left), "--repeats", str(given.repeats)]
-    command += ["--device", given.device, *(["--quick"] if given.quick else [])]
-    command += ["--kernels", *given.kernels] if given.kernels else []
-    command += ["--out", str(given.out)] if given.out else []
+    command = [sys.executable, __file__, "--only", *sections, "--minutes", str(left), "--repeats", str(parsed.repeats)]
+    command += ["--device", parsed.device, *(["--quick"] if parsed.quick else [])]
+    command += ["--kernels", *parsed.kernels] if parsed.kernels else []
+    command += ["--out", str(parsed.out)] if parsed.out else []
     subprocess.run(command, check=False)
 
 
 if __name__ == "__main__":
-    # A time limit's signal ends the section like an error does: with its rows written.
+    # A time limit's signal ends the section like an error, so that its rows are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Generation behind a full context: Hymba's throughput and cache against Llama-3.2-3B's, on the same card."""
+"""Generation with a long context: the throughput and cache of Hymba and of Llama-3.2-3B on the same GPU."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from hymba_tune.model.cache import CACHE_NAME
 
 COLUMNS = ("model", "cache", "batch", "ms", "min", "max", "kernels ms", "tokens/s", "K+V MB", "state MB")
 BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
-"""The paper's, and what is tried where that does not fit."""
+"""The paper's batch size, and smaller ones that are tried if it does not fit."""
 PAPER_SPEED, PAPER_CACHE = 3.49, 11.67
-"""Hymba over Llama-3.2-3B: tokens a second at batch 128 on an A100, and smaller keys and values (arXiv 2411.13676)."""
+"""Hymba relative to Llama-3.2-3B: tokens/s at batch 128 on an A100, and KV cache reduction (arXiv 2411.13676)."""
 STEPS = 8
-"""Tokens generated between two looks at the clock."""
+"""Tokens generated in one timed call."""
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values written into memory that was taken once, as serving engines do.
+    """Keys and values in preallocated memory, as in serving engines.
 
-    transformers' own layer copies all that it holds at every step, which would be most of Llama's time here.
+    transformers' own layer copies its whole content at every step, which would be most of Llama's time here.
 
     Args:
-        filled: A layer that holds one text.
-        batch: How often to hold that text.
-        room: Tokens that may follow.
+        filled: A layer with the keys and values of one text.
+        batch: How many copies of that text to hold.
+        room: Number of tokens that can be added.
     """
 
     def __init__(self, filled: DynamicLayer, batch: int, room: int) -> None:
         super().__init__()
         self.lazy_initialization(filled.keys, filled.values)
         self.length = filled.get_seq_length()
-        self.keys, self.values = (self._with_room(held, batch, room) for held in (filled.keys, filled.values))
+        self.keys, self.values = (self._with_room(tensor, batch, room) for tensor in (filled.keys, filled.values))
 
     @staticmethod
-    def _with_room(held: Tensor, batch: int, room: int) -> Tensor:
-        _, heads, length, width = held.shape
-        memory = held.new_empty(batch, heads, length + room, width)
-        memory[:, :, :length] = held
+    def _with_room(tensor: Tensor, batch: int, room: int) -> Tensor:
+        _, heads, length, width = tensor.shape
+        memory = tensor.new_empty(batch, heads, length + room, width)
+        memory[:, :, :length] = tensor
         return memory
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new keys and values ``(batch, heads, tokens, width)``; all that there are, as views."""
+        """Append keys and values ``(batch, heads, tokens, width)``; returns views of all of them."""
         new = slice(self.length, self.length + key_states.shape[-2])
         self.length = new.stop
         self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Number of tokens in the layer."""
         return self.length
 
 
@@ -66,18 +66,19 @@ class Generation:
     """Greedy decoding of a batch: each call adds `STEPS` tokens to every text.
 
     Args:
-        model: To generate with.
-        cache: Of ``batch`` texts.
-        batch: How many.
+        model: The model.
+        cache: A cache with ``batch`` texts.
+        batch: Number of texts.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, batch: int) -> None:
-        self.model, self.cache = model, cache
+        self.model = model
+        self.cache = cache
         self.ids = random_ids(model, batch, 1)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Generate."""
+        """Generate `STEPS` tokens."""
         for _ in range(STEPS):
             logits = self.model(input_ids=self.ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
             self.ids = logits[:, -1:].argmax(-1)
@@ -85,7 +86,7 @@ class Generation:
 
 @torch.no_grad()
 def filled(model: PreTrainedModel, cache: Cache, length: int) -> Cache:
-    """The cache with one random text of this length."""
+    """The cache, filled with one random text of this length."""
     model(input_ids=random_ids(model, 1, length), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -105,15 +106,15 @@ def copying_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCac
 
 
 def roomy_cache(model: PreTrainedModel, length: int, batch: int, room: int) -> Cache:
-    """A cache that nothing is copied in; see `RoomyLayer`."""
+    """Llama's cache with preallocated memory; see `RoomyLayer`."""
     cache = filled(model, DynamicCache(config=model.config), length)
     for place, layer in enumerate(cache.layers):
         cache.layers[place] = RoomyLayer(layer, batch, room)
     return cache
 
 
-def bytes_a_text(cache: Cache, batch: int) -> tuple[float, float]:
-    """Of keys and values, and of everything else; what a whole batch shares is divided among its texts."""
+def bytes_per_text(cache: Cache, batch: int) -> tuple[float, float]:
+    """Bytes per text of keys and values, and of everything else; memory shared by the batch is divided by its size."""
     if isinstance(cache, HymbaCache):
         shared = [part for pair in cache.meta.values() for part in pair]
         keys_and_values = [*cache.keys.values(), *cache.values.values(), *shared]
@@ -123,75 +124,75 @@ def bytes_a_text(cache: Cache, batch: int) -> tuple[float, float]:
             part[:, :, : layer.get_seq_length()] for layer in cache.layers for part in (layer.keys, layer.values)
         ]
         states = []
-    kept, other = (sum(part.numel() * part.itemsize for part in parts) for parts in (keys_and_values, states))
-    return kept / batch, other / batch
+    kv_bytes, state_bytes = (sum(part.numel() * part.itemsize for part in parts) for parts in (keys_and_values, states))
+    return kv_bytes / batch, state_bytes / batch
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was measured of a model that generates.
+    """Measurements of a model's generation.
 
     Attributes:
-        model: Its name.
-        cache: What kind it keeps.
-        batch: Texts side by side.
-        measured: Of `STEPS` steps.
-        kept: Bytes of keys and values a text.
-        states: Bytes of everything else that the cache holds of a text.
+        model: The model's name.
+        cache: The kind of cache.
+        batch: Number of texts in the batch.
+        measured: Time and memory of `STEPS` steps.
+        kv_bytes: Bytes of keys and values per text.
+        state_bytes: Bytes of everything else in the cache per text.
     """
 
     model: str
     cache: str
     batch: int
     measured: Measured
-    kept: float
-    states: float
+    kv_bytes: float
+    state_bytes: float
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of all texts together."""
+        """Tokens per second of all texts together."""
         return self.batch * STEPS / self.measured.timing.median
 
     def row(self) -> Row:
-        """Of the table."""
-        a_step = {name: cell / STEPS for name, cell in self.measured.cells().items() if isinstance(cell, float)}
-        return a_step | {
+        """A row of the table."""
+        per_step = {name: cell / STEPS for name, cell in self.measured.cells().items() if isinstance(cell, float)}
+        return per_step | {
             "model": self.model,
             "cache": self.cache,
             "batch": self.batch,
             "tokens/s": self.speed,
-            "K+V MB": self.kept / 1e6,
-            "state MB": self.states / 1e6,
+            "K+V MB": self.kv_bytes / 1e6,
+            "state MB": self.state_bytes / 1e6,
         }
 
 
 def decode(bench: Bench) -> None:
-    """Time generation with both models, each at the largest batch that fits, and compare at the same batch."""
+    """Time generation of both models, each at the largest batch that fits, and compare them at the same batch."""
     length = 48 if bench.quick else 8192
     batches = (4, 2) if bench.quick else BATCHES
-    room = STEPS * (bench.given.repeats + 8)
+    room = STEPS * (bench.options.repeats + 8)
     notes = [
-        f"random weights in bfloat16, greedy, {length:,} tokens of context; ms: a step, one token more in every text",
-        "in place: keys and values are written where there is room for them; copying: transformers' DynamicCache",
-        "MB (10^6 bytes): a text's keys and values, and its convolution inputs and SSM states",
+        f"random weights in bfloat16, greedy, {length:,} tokens of context; ms: per step, one token for every text",
+        "in place: keys and values are written into preallocated memory; copying: transformers' DynamicCache",
+        "MB (10^6 bytes): per text, of keys and values, and of convolution inputs and SSM states",
     ]
     with bench.table("decode", COLUMNS, notes) as rows:
 
         def largest(*args: Any) -> Decoded | None:
-            found = _largest(bench, length, notes, *args)
-            rows.extend([found.row()] if found else [])
-            return found
+            decoded = _largest(bench, length, notes, *args)
+            rows.extend([decoded.row()] if decoded else [])
+            return decoded
 
         model = llama(bench.device, quick=bench.quick).eval()
         rival = largest(model, "Llama-3.2-3B", "in place", partial(roomy_cache, room=room), batches)
-        same = [rival.batch] if rival else []
-        copying = largest(model, "Llama-3.2-3B", "copying", copying_cache, same)
+        same_batch = [rival.batch] if rival else []
+        copying = largest(model, "Llama-3.2-3B", "copying", copying_cache, same_batch)
         del model
         free()
         model = hymba(bench.device, quick=bench.quick).eval()
         ours = largest(model, "Hymba-1.5B", "its own", hymba_cache, batches)
-        if ours and ours.batch not in same:
-            ours = largest(model, "Hymba-1.5B", "its own", hymba_cache, same)
+        if ours and ours.batch not in same_batch:
+            ours = largest(model, "Hymba-1.5B", "its own", hymba_cache, same_batch)
         if ours and rival:
             notes.extend(_comparison(ours, max(rival, copying or rival, key=lambda other: other.speed)))
 
@@ -206,7 +207,7 @@ def _largest(
     make: Callable[[PreTrainedModel, int, int], Cache],
     batches: Iterable[int],
 ) -> Decoded | None:
-    """The first of the batches that fits into memory, measured; why others did not is noted."""
+    """Measure the first batch size that fits into memory; failures of the others go to the notes."""
     for batch in batches:
         free()
         what = f"{name}, cache {kind}, batch {batch}"
@@ -214,20 +215,20 @@ def _largest(
         if isinstance(cache, Failure):
             notes.append(f"{what}: {cache}")
             continue
-        held = bytes_a_text(cache, batch)
-        found = bench.measure(what, {"steps": Generation(model, cache, batch)})["steps"]
+        cache_bytes = bytes_per_text(cache, batch)
+        measured = bench.measure(what, {"steps": Generation(model, cache, batch)})["steps"]
         del cache
-        if not isinstance(found, Failure):
-            return Decoded(name, kind, batch, found, *held)
-        notes.append(f"{what}: {found}")
+        if not isinstance(measured, Failure):
+            return Decoded(name, kind, batch, measured, *cache_bytes)
+        notes.append(f"{what}: {measured}")
     return None
 
 
 def _comparison(ours: Decoded, rival: Decoded) -> list[str]:
-    """The paper's two figures, at the same batch, against the quicker way to keep Llama's cache."""
+    """The paper's two figures at the same batch size, against the faster of Llama's two caches."""
     return [
-        f"batch {ours.batch}: {ours.speed / rival.speed:.2f} × the tokens a second of {rival.model}, cache "
+        f"batch {ours.batch}: {ours.speed / rival.speed:.2f} × the tokens/s of {rival.model}, cache "
         f"{rival.cache} (the paper: {PAPER_SPEED} × at 128 on an A100)",
-        f"keys and values {rival.kept / ours.kept:.2f} × smaller (the paper: {PAPER_CACHE} ×); with the states "
-        f"{rival.kept / (ours.kept + ours.states):.2f} ×",
+        f"keys and values {rival.kv_bytes / ours.kv_bytes:.2f} × smaller (the paper: {PAPER_CACHE} ×); with the states "
+        f"{rival.kv_bytes / (ours.kv_bytes + ours.state_bytes):.2f} ×",
     ]

@@ -1,4 +1,4 @@
-"""One layer's scan and attention at the released size: how fast is each backend, and how fast could it be?"""
+"""One layer's scan and attention at the released size: the speed of each backend, and the lower bound of its time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SCAN_COLUMNS = ("tokens", "texts", "pass", "backend", *TIMES, "floor ms", "bound
 ATTENTION_COLUMNS = ("tokens", "window", "pass", "backend", *TIMES, "TFLOP/s", "% of matmul", "extra MB")
 CHANNELS, STATES = 3200, 16
 WIDTHS = (64, 128)
-"""Of a query head and of a value head."""
+"""Widths of a query head and of a value head."""
 TOO_SLOW = ("reference",)
-"""Backends that are there to be read."""
+"""Reference backends, which are not timed."""
 FORWARD, BOTH = "forward", "and backward"
-KERNELS_NOTE = "kernels ms: what the device computed, without the launches in between"
+KERNELS_NOTE = "kernels ms: time in kernels, without the gaps between launches"
 
 
 class Heads(NamedTuple):
@@ -42,14 +42,14 @@ TOY = Heads(5, 1, 16)
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a pass of the scan has to do; the card needs at least the longest of the three times.
+    """The minimum work of a pass of the scan; the GPU needs at least the longest of the three times.
 
     Attributes:
-        moved: Bytes read and written once: u, z and y of 2 bytes and dt of 4 a token and channel, B and C, final
-            states; the backward reads all but y again, and y's gradient, and writes the gradients.
-        exponentials: One a token and state, and one more in the backward, which computes the states anew.
-        multiply_adds: In float32. A state takes 4: exponent, input, sum, output. The backward computes them anew and
-            takes 8 more: the gradients of the state, its decay, and of A, B, C, dt and u.
+        moved: Bytes that are read or written once: per token and channel, 2 bytes each of u, z and y and 4 of dt; B
+            and C; the final states. The backward reads all but y again, reads y's gradient and writes the gradients.
+        exponentials: One per token and state, and one more in the backward, which recomputes the states.
+        multiply_adds: In float32. A state needs 4: exponent, input, sum, output. The backward recomputes them and
+            needs 8 more: the gradients of the state, of its decay, and of A, B, C, dt and u.
     """
 
     moved: float
@@ -58,32 +58,33 @@ class Floor:
 
     @classmethod
     def of(cls, tokens: int, channels: int, texts: int, passes: str) -> Floor:
-        """For a pass over this many tokens."""
-        wide, states = tokens * channels, tokens * channels * STATES
+        """The minimum work of a pass over this many tokens."""
+        wide = tokens * channels
+        states = wide * STATES
         moved = 10 * wide + 4 * tokens * STATES + 4 * texts * channels * STATES
         if passes == FORWARD:
             return cls(moved, states, 4 * states)
         return cls(moved + 18 * wide + 8 * tokens * STATES, 2 * states, 16 * states)
 
     def seconds(self, limits: Limits) -> tuple[float, str]:
-        """The longest of the times, and of what it is."""
+        """The longest of the three times, and the name of the resource."""
         times = {"bytes": self.moved / limits.bandwidth}
         if limits.special is not None and limits.float32 is not None:
             times["exp"] = self.exponentials / limits.special
             times["fma"] = self.multiply_adds / limits.float32
-        most = max(times, key=lambda name: times[name])
-        return times[most], most
+        longest = max(times, key=lambda name: times[name])
+        return times[longest], longest
 
 
 def scan(bench: Bench) -> None:
-    """Time every backend of the scan in bfloat16, texts beginning from zeros, against the card's floor."""
+    """Time every backend of the scan in bfloat16 from zero initial states, relative to the GPU's lower bound."""
     limits = bench.limits
     channels = 32 if bench.quick else CHANNELS
     notes = [
         f"E {channels}, N {STATES}; u, z, B and C bfloat16, dt float32",
         KERNELS_NOTE,
-        "floor: the longest of 10 (with backward 28) bytes a token and channel over a large copy's bandwidth, T·E·N "
-        "(2·T·E·N) exponentials over 16 a clock and multiprocessor, 4·T·E·N (16·T·E·N) multiply-adds over 64 or 128",
+        "floor: the longest of 10 (with backward 28) bytes per token and channel at a large copy's bandwidth, T·E·N "
+        "(2·T·E·N) exponentials at 16 per clock and SM, 4·T·E·N (16·T·E·N) multiply-adds at 64 or 128",
     ]
     backends = _usable(bench, "scan", notes)
     with bench.table("scan", SCAN_COLUMNS, notes) as rows:
@@ -92,8 +93,8 @@ def scan(bench: Bench) -> None:
             ways = {name: partial(_scan, backend, inputs, passes) for name, backend in backends.items()}
             seconds, bound = Floor.of(tokens, channels, texts, passes).seconds(limits)
             case: Row = {"tokens": tokens, "texts": texts, "pass": passes}
-            for row, found in _timed(bench, case, ways, notes):
-                ratio = (found.busy or found.timing.median) / seconds
+            for row, measured in _timed(bench, case, ways, notes):
+                ratio = (measured.busy or measured.timing.median) / seconds
                 rows.append(row | {"floor ms": seconds * 1e3, "bound by": bound, "× floor": ratio})
 
 
@@ -105,8 +106,8 @@ def attention(bench: Bench) -> None:
         f"{heads.queries} query heads of {width}, {heads.groups} value heads of {value_width}, "
         f"{heads.meta} meta tokens, one text; bfloat16",
         KERNELS_NOTE,
-        "TFLOP/s: 2 (a + v) a head and pair of a query and a key that it sees, backward 2 (3 a + 2 v) more, over "
-        f"kernels ms; a large matmul takes {limits.matmul / 1e12:.0f}",
+        "TFLOP/s: 2 (a + v) per head and visible pair of query and key, backward 2 (3 a + 2 v) more, divided by "
+        f"kernels ms; a large matmul reaches {limits.matmul / 1e12:.0f}",
     ]
     backends = _usable(bench, "attention", notes)
     sizes, windows = ((64,), (16, None)) if bench.quick else ((2048, 8192), (1024, None))
@@ -115,13 +116,14 @@ def attention(bench: Bench) -> None:
             inputs = _attention_inputs(bench, heads, tokens)
             ways = {name: partial(_attend, backend, inputs, window, passes) for name, backend in backends.items()}
             case: Row = {"tokens": tokens, "window": "all" if window is None else window, "pass": passes}
-            for row, found in _timed(bench, case, ways, notes):
-                rate = attention_flops(heads, tokens, window, passes) / (found.busy or found.timing.median)
+            for row, measured in _timed(bench, case, ways, notes):
+                seconds = measured.busy or measured.timing.median
+                rate = attention_flops(heads, tokens, window, passes) / seconds
                 rows.append(row | {"TFLOP/s": rate / 1e12, "% of matmul": 100 * rate / limits.matmul})
 
 
 def _usable(bench: Bench, operation: str, notes: list[str]) -> dict[str, Backend]:
-    """The backends to time; why not the others is noted."""
+    """The backends to time; obstacles of the others go to the notes."""
     backends = {}
     task = Task(bench.device.type, torch.bfloat16, widths=WIDTHS)
     for name, obstacle in OPERATIONS[operation].obstacles(task).items():
@@ -135,13 +137,13 @@ def _usable(bench: Bench, operation: str, notes: list[str]) -> dict[str, Backend
 def _timed(
     bench: Bench, case: Row, ways: Mapping[str, Callable[[], None]], notes: list[str]
 ) -> Iterator[tuple[dict[str, Cell], Measured]]:
-    """A row's first cells, and the measures, of each way that did not fail; why others did is noted."""
+    """A row's first cells and the measurements of each way; failures go to the notes."""
     what = ", ".join(f"{key} {value}" for key, value in case.items())
-    for name, found in bench.measure(what, ways).items():
-        if isinstance(found, Failure):
-            notes.append(f"{what}, {name} failed: {found}")
+    for name, measured in bench.measure(what, ways).items():
+        if isinstance(measured, Failure):
+            notes.append(f"{what}, {name} failed: {measured}")
         else:
-            yield {**case, "backend": name, **found.cells()}, found
+            yield {**case, "backend": name, **measured.cells()}, measured
 
 
 def _call(compute: Callable[[], Tensor], passes: str, leaves: Sequence[Tensor], d_output: Tensor) -> None:
@@ -179,10 +181,10 @@ def _attention_inputs(bench: Bench, heads: Heads, tokens: int) -> _AttentionInpu
     torch.manual_seed(0)
     rows, (width, value_width) = heads.meta + tokens, WIDTHS
     query, key = (_bfloat16(bench, rows, count, width) for count in (heads.queries, heads.groups))
-    # The model's values are columns of its projection as they come; queries and keys have been turned.
+    # In the model, values are columns of a projection and not contiguous; queries and keys are, after rotary embedding.
     value = _bfloat16(bench, rows, 2 * heads.groups, value_width)[:, : heads.groups]
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    # One layout for all calls, as for all layers: what a backend makes of it is made once.
+    # One layout for all calls, as for all layers: what a backend derives from it is computed once.
     documents = find_documents((1, tokens), bench.device, num_meta=heads.meta)
     return _AttentionInputs(leaves, _bfloat16(bench, rows, heads.queries * value_width), documents)
 
@@ -193,7 +195,7 @@ def _attend(backend: Backend, inputs: _AttentionInputs, window: int | None, pass
 
 
 def attention_flops(heads: Heads, tokens: int, window: int | None, passes: str) -> int:
-    """Of the products of one layer, for one text behind the meta tokens."""
+    """FLOP of the matrix products of one layer, for one text with meta tokens."""
     width, value_width = WIDTHS
     reach = tokens - 1 if window is None else min(window, tokens - 1)
     among_text = (reach + 1) * (reach + 2) // 2 + (tokens - reach - 1) * (reach + 1)

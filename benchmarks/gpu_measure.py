@@ -1,4 +1,4 @@
-"""How the GPU benchmark measures: tables kept whatever happens, time by the clock and in kernels, the card's limits."""
+"""Measurement for the GPU benchmark: tables, wall-clock and kernel time, memory, and the GPU's limits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 ROUND = 0.01
-"""Seconds that a round of calls takes at least: shorter ones measure the clock."""
+"""Minimum duration of a round of calls in seconds; in shorter rounds the clock's resolution matters."""
 MEASURED = 3.0
-"""Seconds that all rounds of all ways may take, about; there are two rounds at least."""
+"""Approximate time limit for all rounds of all ways in seconds; there are at least two rounds."""
 PROFILED = 2.0
-"""Seconds of work that is still profiled: what takes longer here are loops of hundreds of thousands of launches."""
+"""Maximum duration of work that is profiled, in seconds; longer work here has hundreds of thousands of launches."""
 SPECIAL_PER_CLOCK = 16
-"""Exponentials a multiprocessor makes a clock, on every NVIDIA architecture from Volta to Hopper (CUDA C++ programming
+"""Exponentials per clock and multiprocessor, on every NVIDIA architecture from Volta to Hopper (CUDA C++ programming
 guide, throughput of native arithmetic instructions)."""
 FLOAT32_PER_CLOCK = {(7, 0): 64, (7, 5): 64, (8, 0): 64}
-"""Float32 multiply-adds likewise, by compute capability; 128 on all newer ones (same source)."""
+"""Float32 multiply-adds per clock and multiprocessor, by compute capability; 128 on newer ones (same source)."""
 
 Row = Mapping[str, Cell]
 P = ParamSpec("P")
@@ -36,11 +36,11 @@ Result = TypeVar("Result")
 
 
 class OutOfTimeError(Exception):
-    """The minutes given are over."""
+    """The time limit is reached."""
 
 
 class Failure(str):
-    """Why there is no result."""
+    """The reason why there is no result."""
 
 
 @dataclass
@@ -48,33 +48,33 @@ class Bench:
     """One run of the benchmark.
 
     Attributes:
-        given: The command line.
-        deadline: On `time.monotonic`'s clock; nothing new is begun after it.
-        failures: What went wrong, as it was printed.
+        options: The command-line options.
+        deadline: Time on `time.monotonic`'s clock after which nothing new is started.
+        failures: The failures, as they are printed.
     """
 
-    given: Options
+    options: Options
     deadline: float
     failures: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
-        """Where everything is measured."""
-        return self.given.device
+        """The device that is measured."""
+        return self.options.device
 
     @property
     def quick(self) -> bool:
-        """Whether toy sizes will do."""
-        return self.given.quick
+        """Whether sizes are toy sizes."""
+        return self.options.quick
 
     @cached_property
     def limits(self) -> Limits:
-        """Of the device, measured when first asked for."""
+        """The device's limits, measured at first use."""
         return measure_limits(self)
 
     @contextmanager
     def table(self, name: str, columns: tuple[str, ...], notes: list[str]) -> Iterator[list[Row]]:
-        """Rows to be added to; they are reported at the end, also if that is an error."""
+        """Yields a list for rows; they are reported at the end, also after an error."""
         rows: list[Row] = []
         try:
             yield rows
@@ -82,22 +82,22 @@ class Bench:
             notes.append(f"cut short: {reason(error)}")
             raise
         finally:
-            report(f"gpu_{name}", columns, rows, notes, self.given)
+            report(f"gpu_{name}", columns, rows, notes, self.options)
 
     def check_time(self) -> None:
-        """Raise if the minutes are over.
+        """Check the time limit.
 
         Raises:
-            OutOfTimeError: If they are.
+            OutOfTimeError: If it is reached.
         """
         if time.monotonic() > self.deadline:
-            raise OutOfTimeError("the minutes given (--minutes) are over")
+            raise OutOfTimeError("the time limit (--minutes) is reached")
 
     def attempt(self, what: str, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result | Failure:
-        """The result of some work that may fail, as kernels and large sizes do, or why it did.
+        """Run work that may fail, such as kernels and large sizes; returns its result or the failure.
 
         Raises:
-            OutOfTimeError: If the minutes are over.
+            OutOfTimeError: If the time limit is reached.
         """
         self.check_time()
         try:
@@ -108,9 +108,9 @@ class Bench:
             raise
         except Exception as error:
             if not alive(self.device):
-                raise  # a kernel that faults takes the device away from this process
+                raise  # a kernel that faulted has made the device unusable for this process
             failure = Failure(reason(error))
-        # Only here, behind the handler, has the error let go of what the work held.
+        # Only here, after the handler, is the memory of the failed work no longer referenced by the error.
         free()
         if not failure.startswith("OutOfMemoryError"):
             self.failures.append(f"{what}: {failure}")
@@ -120,43 +120,43 @@ class Bench:
         """Time several ways in turn.
 
         Args:
-            what: Is done in these ways, for messages.
-            ways: What to call, by name. Each is called twice before it counts, so that it is compiled and tuned.
+            what: What is measured, for messages.
+            ways: The functions to call, by name. Each is called twice first, so that it is compiled and tuned.
 
         Returns:
-            For each way its measures, or the reason why it failed.
+            The measurements or the failure of each way.
         """
-        found: dict[str, Measured | Failure] = {}
+        measured: dict[str, Measured | Failure] = {}
         once = {}
         for name, way in ways.items():
             failure = self.attempt(f"{what}, {name}", _repeated(way, 1 if self.quick else 2))
             if isinstance(failure, Failure):
-                found[name] = failure
+                measured[name] = failure
             else:
                 once[name] = _time(way)
         calls = {name: 1 if self.quick else ceil(ROUND / once[name]) for name in once}
         if not calls:
-            return found
+            return measured
         repeats = max(2, int(MEASURED / sum(once[name] * calls[name] for name in calls)))
         timings = interleave(
-            {name: _repeated(ways[name], calls[name]) for name in calls}, min(repeats, self.given.repeats), warmup=0
+            {name: _repeated(ways[name], calls[name]) for name in calls}, min(repeats, self.options.repeats), warmup=0
         )
         for name, timing in timings.items():
-            one = Timing(tuple(taken / calls[name] for taken in timing.rounds))
+            one = Timing(tuple(seconds / calls[name] for seconds in timing.rounds))
             profiled = kernels(ways[name], self.device) if once[name] < PROFILED else {}
-            found[name] = Measured(one, *memory(ways[name], self.device), profiled)
-        return found
+            measured[name] = Measured(one, *memory(ways[name], self.device), profiled)
+        return measured
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one call of a way costs.
+    """Time and memory of one call.
 
     Attributes:
-        timing: By the clock, launches and waiting included.
-        held: Bytes allocated before, or None off the GPU.
-        peak: Bytes allocated at most, those before included, or None off the GPU.
-        kernels: `kernels` of the way.
+        timing: Wall-clock time, including launches and waiting.
+        held: Bytes allocated before the call; None on a CPU.
+        peak: Peak of allocated bytes, including those before the call; None on a CPU.
+        kernels: Seconds and launches of each kernel; see `kernels`.
     """
 
     timing: Timing
@@ -166,7 +166,7 @@ class Measured:
 
     @property
     def busy(self) -> float | None:
-        """Seconds that the device computed, or None where no profiler says so."""
+        """Seconds spent in kernels; None without a profiler."""
         return sum(seconds for seconds, _ in self.kernels.values()) or None
 
     def cells(self) -> dict[str, Cell]:
@@ -179,13 +179,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a card can do at most; None where it does not say.
+    """The limits of a GPU; None if unknown.
 
     Attributes:
-        bandwidth: Bytes a second, read and written, by a large copy.
-        matmul: bf16 FLOP a second, by a large product of random matrices.
-        special: Exponentials a second, by `SPECIAL_PER_CLOCK`.
-        float32: Float32 multiply-adds a second, by `FLOAT32_PER_CLOCK`.
+        bandwidth: Bytes per second, read and written, of a large copy.
+        matmul: bf16 FLOP per second of a large product of random matrices.
+        special: Exponentials per second, from `SPECIAL_PER_CLOCK`.
+        float32: Float32 multiply-adds per second, from `FLOAT32_PER_CLOCK`.
     """
 
     bandwidth: float
@@ -195,10 +195,10 @@ class Limits:
 
 
 def measure_limits(bench: Bench) -> Limits:
-    """The limits of the device.
+    """Measure the limits of the device.
 
     Raises:
-        RuntimeError: If it can neither copy nor multiply what a card can.
+        RuntimeError: If the copy or the product fails.
     """
     size, side = (2**20, 64) if bench.quick else (2**31, 8192)
     source = torch.ones(size // 4, device=bench.device)
@@ -206,8 +206,8 @@ def measure_limits(bench: Bench) -> Limits:
     a, b = torch.randn(2, side, side, device=bench.device).bfloat16()
     product = torch.empty_like(a)
     ways = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
-    found = bench.measure("limits", ways)
-    copy, matmul = found["copy"], found["matmul"]
+    measured = bench.measure("limits", ways)
+    copy, matmul = measured["copy"], measured["matmul"]
     if isinstance(copy, Failure) or isinstance(matmul, Failure):
         raise RuntimeError(f"the limits of the device cannot be measured: copy {copy}, matmul {matmul}")
     clocks = _multiprocessor_clocks(bench.device)
@@ -221,14 +221,14 @@ def measure_limits(bench: Bench) -> Limits:
 
 
 def _multiprocessor_clocks(device: torch.device) -> float | None:
-    """Clocks a second of all multiprocessors together, at the highest clock."""
+    """Clocks per second of all multiprocessors together, at the highest clock."""
     clock = highest_clock(device)
     return None if clock is None else clock * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def highest_clock(device: torch.device) -> float | None:
-    """The highest clock of the multiprocessors in hertz, or None where neither the driver nor PyTorch says."""
+    """The highest clock of the multiprocessors in hertz; None if neither the driver nor PyTorch reports it."""
     if device.type != "cuda":
         return None
     try:
@@ -245,27 +245,27 @@ def highest_clock(device: torch.device) -> float | None:
 
 
 def kernels(work: Callable[[], object], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Seconds and launches of each kernel of some work, by its name; none off the GPU or without a profiler."""
+    """Seconds and launches of each kernel of some work, by name; empty on a CPU or without a profiler."""
     if device.type != "cuda":
         return {}
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             work()
             synchronize()
-        # The events as they were recorded: PyTorch would take minutes to make a tree of a long step's.
+        # The raw events: PyTorch would take minutes to build the event tree of a long step.
         events = recorded.profiler.kineto_results.events()
-    except Exception:  # a profiler that cannot work here takes nothing but its column away
+    except Exception:  # without a working profiler only its columns are missing
         return {}
     return sum_kernels((event.name(), event.duration_ns()) for event in events if _is_kernel(event))
 
 
 def _is_kernel(event: Any) -> bool:
-    """Whether it is the device's work, and not the host's or a mark on the device's timeline."""
+    """Whether an event is the device's work, and not the host's or an annotation on the device's timeline."""
     return event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
 
 
 def sum_kernels(events: Iterable[tuple[str, int]]) -> dict[str, tuple[float, int]]:
-    """Seconds and launches by name, of names with nanoseconds."""
+    """Sum events, pairs of name and nanoseconds, to seconds and launches by name."""
     spent: defaultdict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for name, nanoseconds in events:
         seconds, launches = spent[name]
@@ -274,7 +274,7 @@ def sum_kernels(events: Iterable[tuple[str, int]]) -> dict[str, tuple[float, int
 
 
 def memory(work: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes allocated before some work, and at most during it; None off the GPU."""
+    """Bytes allocated before some work, and the peak during it; None on a CPU."""
     if device.type != "cuda":
         return None, None
     before = torch.cuda.memory_allocated(device)
@@ -284,7 +284,7 @@ def memory(work: Callable[[], object], device: torch.device) -> tuple[int | None
 
 
 def alive(device: torch.device) -> bool:
-    """Whether the device still computes for this process."""
+    """Whether this process can still use the device."""
     try:
         return bool(torch.ones(1, device=device).add(1).item() == 2)
     except RuntimeError:
@@ -292,7 +292,7 @@ def alive(device: torch.device) -> bool:
 
 
 def free() -> None:
-    """Give back what nothing holds any more."""
+    """Return unreferenced memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -305,7 +305,7 @@ def synchronize() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line, without the brackets that a table would take for markup."""
+    """An error in one line, without brackets, which a table would interpret as markup."""
     first_line = str(error).strip().partition("\n")[0][:200]
     return f"{type(error).__name__}: {first_line}".translate(str.maketrans("[]", "()"))
 

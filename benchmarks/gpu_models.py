@@ -1,4 +1,4 @@
-"""The models that the GPU benchmark measures: Hymba at its released size and Llama-3.2-3B, with random weights."""
+"""The models of the GPU benchmark: Hymba at its released size and Llama-3.2-3B, with random weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RELEASED: dict[str, Any] = {
         *([layer, layer + 1] for layer in range(19, 31, 2)),
     ],
 }
-"""What `nvidia/Hymba-1.5B-Base` sets apart from the defaults of `HymbaConfig`."""
+"""The settings of `nvidia/Hymba-1.5B-Base` that differ from the defaults of `HymbaConfig`."""
 TOY: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 128,
@@ -43,7 +43,7 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
 }
-"""`meta-llama/Llama-3.2-3B`."""
+"""The settings of `meta-llama/Llama-3.2-3B`."""
 TOY_LLAMA: dict[str, Any] = LLAMA | {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -56,22 +56,22 @@ TOY_LLAMA: dict[str, Any] = LLAMA | {
 
 
 def hymba(device: torch.device, *, quick: bool) -> PreTrainedModel:
-    """The released shape in bfloat16, or a toy."""
+    """Hymba at its released size in bfloat16, or at a toy size."""
     return _random(HymbaConfig(**TOY if quick else RELEASED), device)
 
 
 def llama(device: torch.device, *, quick: bool) -> PreTrainedModel:
-    """Llama-3.2-3B in bfloat16 on PyTorch's own attention, or a toy."""
+    """Llama-3.2-3B in bfloat16 with PyTorch's SDPA, or a toy size."""
     return _random(LlamaConfig(**TOY_LLAMA if quick else LLAMA, attn_implementation="sdpa"), device)
 
 
 def _random(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
     torch.manual_seed(0)
-    with device:  # weights are drawn where they stay
+    with device:  # weights are initialized on the device
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.to(device)
 
 
 def random_ids(model: PreTrainedModel, batch: int, length: int) -> Tensor:
-    """Token ids ``(batch, length)`` that are no special ones."""
+    """Random token ids ``(batch, length)`` without special tokens."""
     return torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)

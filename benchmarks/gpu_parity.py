@@ -1,6 +1,6 @@
-"""Does every backend compute what it should on this device? Outputs and every gradient, against the tests' naive twins.
+"""Correctness of every backend on this device: outputs and every gradient, against the tests' reference versions.
 
-The twins run in float64 on the CPU, on the very values that the backends are given in their own number format.
+The references run in float64 on the CPU, on the same values that the backends get, rounded to the backends' dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ALLOWED = {torch.float32: (FLOAT32.relative, FLOAT32_GRADIENT.relative), torch.bfloat16: (BFLOAT16.relative,) * 2}
 MODEL_ALLOWED = {torch.float32: FLOAT32_GRADIENT.relative, torch.bfloat16: BFLOAT16_MODEL.relative}
 WIDTHS = (64, 128)
-"""Of the released model's query and value heads."""
+"""Widths of the released model's query and value heads."""
 
 Values = Mapping[str, Tensor]
 
@@ -41,12 +41,12 @@ class Case:
     """An operation on one layout.
 
     Attributes:
-        layout: What it is called in the table.
-        task: What is asked of the backends.
-        values: What the leaves are made of, in float32.
-        run: A backend's outputs, of leaves on the device.
-        naive: The twin's, of leaves in float64 on the CPU.
-        wide: Leaves that stay float32 whatever the number format is, as they do in the model.
+        layout: The layout's name in the table.
+        task: The task that the backends must support.
+        values: The values of the leaves, in float32.
+        run: Computes a backend's outputs from leaves on the device.
+        naive: Computes the reference's outputs from float64 leaves on the CPU.
+        wide: Names of leaves that stay float32 in every dtype, as they do in the model.
     """
 
     layout: str
@@ -57,18 +57,18 @@ class Case:
     wide: frozenset[str] = frozenset()
 
     def leaves(self) -> dict[str, Tensor]:
-        """The values as the device gets them."""
+        """The values on the device, in the task's dtype."""
         dtypes = {name: torch.float32 if name in self.wide else self.task.dtype for name in self.values}
         return {name: value.to(self.task.device, dtypes[name]) for name, value in self.values.items()}
 
     def expected(self) -> Values:
-        """The twin's results, from the leaves as they are rounded."""
+        """The reference's results for the rounded leaves."""
         return results(self.naive, {name: leaf.double().cpu() for name, leaf in self.leaves().items()})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Relative errors on one layout: of the outputs, of the gradients, and which of all is the worst."""
+    """Relative errors on one layout: of the outputs, of the gradients, and the name of the largest."""
 
     outputs: float
     gradients: float
@@ -76,7 +76,7 @@ class Outcome:
 
     @classmethod
     def of(cls, layout: str, actual: Values, expected: Values) -> Outcome:
-        """The largest errors of what `results` gives."""
+        """The largest errors between two `results`."""
         errors = {name: relative_error(actual[name], truth) for name, truth in expected.items()}
         worst = max(errors, key=lambda name: errors[name])
         outputs, gradients = (
@@ -87,8 +87,8 @@ class Outcome:
 
 
 def parity(bench: Bench) -> None:
-    """Compare every backend that this device can use, operation by operation and within a small model."""
-    notes = ["relative errors, the worst layout's: norm of the difference over the norm of what is right"]
+    """Check every usable backend, operation by operation and within a small model."""
+    notes = ["relative errors of the worst layout: norm of the difference over the norm of the reference"]
     makers = {"scan": scan_cases, "conv": convolution_cases, "attention": attention_cases}
     with bench.table("parity", COLUMNS, notes) as rows:
         for dtype in DTYPES:
@@ -101,35 +101,36 @@ def parity(bench: Bench) -> None:
 def compare(
     bench: Bench, operation: Operation, dtype: torch.dtype, cases: Sequence[Case], notes: list[str]
 ) -> Iterator[Row]:
-    """A row for each backend of an operation; what is not compared, or is wrong, is noted."""
+    """A row for each backend of an operation; obstacles and errors go to the notes."""
     expected = [case.expected() for case in cases]
     for backend in operation.backends.values():
         obstacles = [operation.obstacles(case.task)[backend.name] for case in cases]
-        fit = [pair for *pair, obstacle in zip(cases, expected, obstacles, strict=True) if obstacle is None]
+        usable = [pair for *pair, obstacle in zip(cases, expected, obstacles, strict=True) if obstacle is None]
         row = {"operation": operation.name, "format": short(dtype), "backend": backend.name}
-        if not fit:
+        if not usable:
             notes.append(f"{' '.join(row.values())} is not used: {obstacles[0]}")
             continue
-        found = bench.attempt(" ".join(row.values()), _outcomes, bench, backend, fit)
-        row["layouts"] = f"{len(fit)} of {len(cases)}"
-        yield row | _verdict(bench, row, found, ALLOWED[dtype], notes)
+        outcomes = bench.attempt(" ".join(row.values()), _outcomes, bench, backend, usable)
+        row["layouts"] = f"{len(usable)} of {len(cases)}"
+        yield row | _verdict(bench, row, outcomes, ALLOWED[dtype], notes)
 
 
 def _outcomes(bench: Bench, backend: Backend, cases: list[Any]) -> list[Outcome]:
-    found = []
+    outcomes = []
     for case, expected in cases:
         bench.check_time()
         actual = results(partial(case.run, backend), case.leaves())
-        found.append(Outcome.of(case.layout, actual, expected))
-    return found
+        outcomes.append(Outcome.of(case.layout, actual, expected))
+    return outcomes
 
 
 def compare_models(bench: Bench, dtype: torch.dtype, notes: list[str]) -> Iterator[Row]:
-    """A row for each backend taken by a small model, the other operations left to choose: logits and all gradients.
+    """A row for each backend within a small model, with other operations chosen automatically: logits and gradients.
 
-    This is where a scan that cannot begin from a state gets the layout that it needs.
+    Here a scan without initial states gets the layout that it needs.
     """
-    (heads, groups), (width, _) = (2, 1) if bench.quick else (10, 2), WIDTHS
+    heads, groups = (2, 1) if bench.quick else (10, 2)
+    width = WIDTHS[0]
     config = HymbaConfig(
         vocab_size=64,
         hidden_size=heads * width,
@@ -150,14 +151,16 @@ def compare_models(bench: Bench, dtype: torch.dtype, notes: list[str]) -> Iterat
     for operation in OPERATIONS.values():
         for backend, obstacle in operation.obstacles(Task(bench.device.type, dtype, widths=WIDTHS)).items():
             if obstacle:
-                continue  # noted when it was to be compared alone
+                continue  # already in the notes, from `compare`
             row = {"operation": f"model, {operation.name}", "format": short(dtype), "backend": backend}
-            found = bench.attempt(" ".join(row.values()), _model_outcome, model, lengths, expected, operation, backend)
+            outcomes = bench.attempt(
+                " ".join(row.values()), _model_outcomes, model, lengths, expected, operation, backend
+            )
             row["layouts"] = "packed"
-            yield row | _verdict(bench, row, found, (MODEL_ALLOWED[dtype],) * 2, notes)
+            yield row | _verdict(bench, row, outcomes, (MODEL_ALLOWED[dtype],) * 2, notes)
 
 
-def _model_outcome(
+def _model_outcomes(
     model: HymbaForCausalLM, lengths: list[int], expected: Values, operation: Operation, backend: str
 ) -> list[Outcome]:
     before = use_kernels(**{operation.name: backend})
@@ -173,17 +176,17 @@ def _model_results(model: HymbaForCausalLM, lengths: list[int]) -> dict[str, Ten
     model.zero_grad(set_to_none=True)
     output = model(input_ids=ids, labels=ids, cu_seq_lens_q=offsets, use_cache=False)
     output.loss.backward()
-    # One vector: the smallest parameters' gradients are sums that cancel, and would drown in bfloat16's rounding.
+    # One vector: gradients of the smallest parameters are sums that cancel, so bfloat16 rounding would dominate them.
     gradients = [parameter.grad.detach().double().flatten() for parameter in model.parameters()]
     return {"logits": output.logits.detach(), "gradient of all parameters": torch.cat(gradients)}
 
 
 def results(compute: Callable[[Values], list[Tensor]], leaves: Values) -> dict[str, Tensor]:
-    """The outputs, and the gradients of their weighed sum by every leaf."""
+    """The outputs, and the gradients of their weighted sum with respect to every leaf."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     outputs = compute(leaves)
     generator = torch.Generator().manual_seed(2)
-    # Weights that every number format holds exactly: the twin's backward starts from the same ones.
+    # Weights that every dtype represents exactly, so that the reference's backward starts from the same ones.
     weights = [torch.randint(-4, 5, x.shape, generator=generator).to(x.device, x.dtype) / 4 for x in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
     named = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
@@ -191,7 +194,7 @@ def results(compute: Callable[[Values], list[Tensor]], leaves: Values) -> dict[s
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected, or over one where zeros were; infinite for NaN."""
+    """Norm of the difference over the norm of the expected values, or over 1 if these are zero; infinite for NaN."""
     expected = expected.double().cpu()
     error = ((actual.double().cpu() - expected).norm() / (expected.norm().item() or 1.0)).item()
     return error if error == error else float("inf")
@@ -200,18 +203,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def _verdict(
     bench: Bench,
     row: Mapping[str, str],
-    found: list[Outcome] | Failure,
+    outcomes: list[Outcome] | Failure,
     allowed: tuple[float, float],
     notes: list[str],
 ) -> dict[str, str]:
     what = f"{row['operation']} {row['format']} {row['backend']}"
-    if isinstance(found, Failure):
-        notes.append(f"{what}: {found}")
+    if isinstance(outcomes, Failure):
+        notes.append(f"{what}: {outcomes}")
         return {"verdict": "failed"}
-    outputs, gradients = max(o.outputs for o in found), max(o.gradients for o in found)
+    outputs = max(outcome.outputs for outcome in outcomes)
+    gradients = max(outcome.gradients for outcome in outcomes)
     right = outputs <= allowed[0] and gradients <= allowed[1]
     if not right:
-        worst = max(found, key=lambda o: max(o.outputs / allowed[0], o.gradients / allowed[1])).worst
+        worst = max(outcomes, key=lambda o: max(o.outputs / allowed[0], o.gradients / allowed[1])).worst
         notes.append(f"{what}: wrong by {max(outputs, gradients):.1e} at worst, {worst}")
         bench.failures.append(notes[-1])
     return {
@@ -227,7 +231,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def layouts(bench: Bench) -> dict[str, list[int]]:
-    """Lengths of texts that meet the edges of blocks of any usual size."""
+    """Lengths of texts around the edges of common block sizes."""
     if bench.quick:
         return {"one text": [37], "many texts": [1, 16, 17, 5], "one-token texts": [1] * 5}
     many = [1, 2, 3, 7, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
@@ -235,7 +239,7 @@ def layouts(bench: Bench) -> dict[str, list[int]]:
 
 
 def scan_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
-    """With and without initial states and what is optional; from columns of wider matrices, as the model has them."""
+    """Scans with and without initial states and optional inputs, on columns of wider matrices, as in the model."""
     channels, states = (24, 8) if bench.quick else (200, 16)
     for layout, lengths in layouts(bench).items():
         for initial in ("none", "shared", "own"):
@@ -251,11 +255,11 @@ def scan_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
             }
             if initial == "none":
                 del values["state"]
-            if initial == "shared":  # the model gives no bias: its projection to time steps has added it
+            if initial == "shared":  # the model passes no bias: its projection to time steps has added it
                 del values["dt_bias"]
             yield Case(
                 layout=f"{layout}, initial states: {initial}",
-                task=Task(bench.device.type, dtype, continues=initial != "none"),
+                task=Task(bench.device.type, dtype, has_initial_state=initial != "none"),
                 values=values,
                 run=partial(_scan, lengths),
                 naive=partial(_scan_by_text, lengths),
@@ -287,7 +291,7 @@ def _scan_by_text(lengths: list[int], leaves: Values) -> list[Tensor]:
 
 
 def convolution_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
-    """Runs shorter and longer than the convolution is wide, with and without a bias."""
+    """Texts shorter and longer than the convolution's kernel, with and without a bias."""
     channels = 24 if bench.quick else 200
     for tokens, has_bias in ((1, True), (3, False), (65, True), (37 if bench.quick else 1111, True)):
         values = {"x": _random(tokens, 2 * channels, seed=0), "weight": _random(channels, 4, seed=1)}
@@ -309,8 +313,10 @@ def _convolve_naively(leaves: Values) -> list[Tensor]:
 
 
 def attention_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
-    """Windowed and global, behind meta tokens and without."""
-    groups, heads, (width, value_width), meta = 2, 10, WIDTHS, 10 if bench.quick else 128
+    """Windowed and global attention, with and without meta tokens."""
+    groups, heads = 2, 10
+    width, value_width = WIDTHS
+    meta = 10 if bench.quick else 128
     everywhere = [(layout, meta, window) for layout in layouts(bench) for window in (40, None)]
     for layout, meta, window in [*everywhere, ("many texts", 0, 7)]:
         lengths = layouts(bench)[layout]

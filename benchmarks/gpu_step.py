@@ -1,4 +1,4 @@
-"""One LoRA or QLoRA step of the released size: tokens a second, memory, and where the device's time goes."""
+"""A LoRA or QLoRA step at the released size: tokens per second, memory, and the time of each kernel."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from transformers import PreTrainedModel
 COLUMNS = ("weights", "tokens", "checkpointing", "ms", "min", "max", "kernels ms", "tokens/s", "% of matmul", "peak GB")
 KERNEL_COLUMNS = ("kernel", "launches", "ms", "%")
 TARGETS = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"]
-QUANTISED = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
-"""The SSM's own projections stay as they are: too narrow for blocks of 4-bit weights, and too small to matter."""
+QUANTIZED = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
+"""The SSM's own projections are not quantized: they are too narrow for 4-bit blocks, and small."""
 RANK = 16
 LISTED = 20
-"""Kernels shown, from the one that takes most."""
+"""Number of kernels shown, the slowest first."""
 
 
 class Step:
-    """A training step of one text as the kit takes it: bfloat16 autocast, float32 factors, AdamW.
+    """A training step on one text, as in a training run: bfloat16 autocast, float32 adapter, AdamW.
 
     Args:
-        model: With its adapter on.
-        tokens: Of the text.
+        model: A model with an adapter.
+        tokens: Length of the text.
     """
 
     def __init__(self, model: PeftModel, tokens: int) -> None:
         self.model = model
         self.ids = random_ids(model.get_base_model(), 1, tokens)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=self.ids.is_cuda)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=self.ids.is_cuda)
         self.loss: Tensor | None = None
 
     def __call__(self) -> None:
@@ -49,14 +49,14 @@ class Step:
 
 
 def step(bench: Bench) -> None:
-    """Time a step of bfloat16 and of 4-bit weights, with and without checkpointed activations."""
+    """Time a step with bfloat16 and with 4-bit weights, with and without activation checkpointing."""
     limits = bench.limits
     notes = [
         f"random weights of the released shape, LoRA of rank {RANK} on {', '.join(TARGETS)}; AdamW included",
-        "% of matmul: 4 FLOP a token and weight of a linear layer, the head's included, half of them in the backward, "
-        "which computes no gradients of frozen weights; attention, scan and what checkpointing computes again are not "
-        f"counted; over the {limits.matmul / 1e12:.0f} TFLOP/s of a large bf16 product",
-        "kernels ms: what the device computed, without the launches in between; peak GB: all that was allocated",
+        "% of matmul: 4 FLOP per token and weight of the linear layers, including the head, half in the backward, "
+        "which computes no gradients of frozen weights; attention, scan and recomputation are not counted; relative to "
+        f"the {limits.matmul / 1e12:.0f} TFLOP/s of a large bf16 product",
+        "kernels ms: time in kernels, without the gaps between launches; peak GB: all allocated memory",
     ]
     spent: list[dict[str, tuple[float, int]]] = []
     with bench.table("step", COLUMNS, notes) as rows:
@@ -72,60 +72,62 @@ def step(bench: Bench) -> None:
                 case: Row = {"weights": weights, "tokens": tokens, "checkpointing": "yes" if checkpointing else "no"}
                 checkpoint(model, checkpointing)
                 what = ", ".join(f"{key} {value}" for key, value in case.items())
-                found = _measured(bench, Step(model, tokens), what)
-                if isinstance(found, Failure):
-                    notes.append(f"{what} failed: {found}")
+                measured = _measured(bench, Step(model, tokens), what)
+                if isinstance(measured, Failure):
+                    notes.append(f"{what} failed: {measured}")
                     continue
-                speed = tokens / found.timing.median
+                speed = tokens / measured.timing.median
                 share = 4 * matmul_weights(model) * speed / limits.matmul
-                peak = None if found.peak is None else found.peak / 1e9
-                rows.append({**case, **found.cells(), "tokens/s": speed, "% of matmul": 100 * share, "peak GB": peak})
+                peak = None if measured.peak is None else measured.peak / 1e9
+                rows.append(
+                    {**case, **measured.cells(), "tokens/s": speed, "% of matmul": 100 * share, "peak GB": peak}
+                )
                 if weights == "bf16" and not checkpointing:
-                    spent.append(found.kernels)
+                    spent.append(measured.kernels)
             del model
             free()
     list_kernels(bench, spent[-1] if spent else {})
 
 
 def _measured(bench: Bench, work: Step, what: str) -> Measured | Failure:
-    found = bench.measure(what, {"step": work})["step"]
+    measured = bench.measure(what, {"step": work})["step"]
     if work.loss is not None and not work.loss.isfinite():
         bench.failures.append(f"{what}: the loss is {work.loss.item()}")
-    return found
+    return measured
 
 
 def list_kernels(bench: Bench, spent: dict[str, tuple[float, int]]) -> None:
-    """Report where the device's time goes in the longest bfloat16 step without checkpointing."""
-    notes = ["of the longest step with bfloat16 weights and all activations kept"]
+    """Report the time of each kernel in the longest bfloat16 step without checkpointing."""
+    notes = ["for the longest step with bfloat16 weights and without checkpointing"]
     total = sum(seconds for seconds, _ in spent.values())
     if not spent:
-        notes.append("nothing to show: no profiler counted kernels here")
+        notes.append("nothing to show: there is no profiler for kernels here")
     with bench.table("step_kernels", KERNEL_COLUMNS, notes) as rows:
         for name in sorted(spent, key=lambda name: -spent[name][0])[:LISTED]:
             seconds, launches = spent[name]
-            short = name[:80].translate(str.maketrans("[]", "()"))  # a table takes brackets for markup
+            short = name[:80].translate(str.maketrans("[]", "()"))  # a table interprets brackets as markup
             rows.append({"kernel": short, "launches": launches, "ms": seconds * 1e3, "%": 100 * seconds / total})
 
 
 def adapted(bench: Bench, weights: str) -> PeftModel:
-    """Hymba with frozen weights of this kind and a fresh adapter, training."""
+    """Hymba with frozen weights of this kind and a new adapter, in training mode."""
     base = hymba(bench.device, quick=bench.quick)
     if weights == "NF4":
-        quantise(base)
+        quantize(base)
     with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers is leaving.
+        # PEFT uses a name that is deprecated in transformers.
         warnings.filterwarnings("ignore", category=FutureWarning)
         return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)).train()
 
 
-def quantise(model: PreTrainedModel) -> None:
-    """Turn the weights of the large linear layers into 4-bit ones, in place."""
+def quantize(model: PreTrainedModel) -> None:
+    """Quantize the weights of the large linear layers to 4 bits, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if name in QUANTISED:
-                small = Linear4bit(
+            if name in QUANTIZED:
+                quantized = Linear4bit(
                     layer.in_features,
                     layer.out_features,
                     bias=layer.bias is not None,
@@ -133,17 +135,17 @@ def quantise(model: PreTrainedModel) -> None:
                     compute_dtype=torch.bfloat16,
                     quant_type="nf4",
                 )
-                small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(model.device)
-                small.bias = layer.bias
-                setattr(parent, name, small)
-    model.is_loaded_in_4bit = True  # PEFT asks this before it takes its own 4-bit layer
+                quantized.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(model.device)
+                quantized.bias = layer.bias
+                setattr(parent, name, quantized)
+    model.is_loaded_in_4bit = True  # PEFT checks this before it uses its own 4-bit layer
 
 
 def checkpoint(model: PeftModel, on: bool) -> None:
-    """Let the layers keep only what goes into them, or everything."""
+    """Turn activation checkpointing on or off."""
     base = model.get_base_model()
     with warnings.catch_warnings():
-        # The names that all supported versions of transformers know; newer ones have others.
+        # Names that all supported versions of transformers have; they are deprecated in newer ones.
         warnings.filterwarnings("ignore", category=FutureWarning)
         if on:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -152,6 +154,6 @@ def checkpoint(model: PeftModel, on: bool) -> None:
 
 
 def matmul_weights(model: nn.Module) -> int:
-    """Weights of all linear layers but the adapter's."""
+    """Number of weights of all linear layers except the adapter's."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     return sum(layer.in_features * layer.out_features for name, layer in layers.items() if "lora_" not in name)

@@ -1,7 +1,7 @@
-"""What every benchmark shares: its command line, timing, peak memory, and the report.
+"""The common parts of all benchmarks: command line, timing, peak memory and report.
 
-Rules: the ways to do a thing are timed in turn, so that a machine that slows down slows all of them; what is compared
-is their ratio within one round; and every report carries the machine and the versions that it comes from.
+Rules: variants are timed in turn, so that a machine that slows down slows all of them; their ratios within one round
+are compared; and every report includes the machine and the library versions.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from hymba_tune.checkpoint import choose_device, choose_dtype
 HERE = Path(__file__).parent
 LIBRARIES = ("hymba-tune", "torch", "transformers", "triton", "mamba-ssm", "causal-conv1d", "flash-attn")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Sets of a CPU that matter here, from least to most, under the names the Linux kernel gives them."""
+"""Instruction sets of CPUs that matter here, in ascending order, by their names in the Linux kernel."""
 LOAD_AT_START = os.getloadavg()[0]
 SHORT = 0.5
-"""Seconds that a call takes at most to be called short."""
+"""Maximum duration of a short call in seconds."""
 WIDTH = 120
-"""Columns of text where the output is no terminal."""
+"""Width of the output in columns if it is not a terminal."""
 M_MMAP_THRESHOLD = -3
-"""From glibc's malloc.h: blocks of at least so many bytes are pages of their own, returned when freed."""
+"""From glibc's malloc.h: blocks of at least this size get their own pages, which are returned when freed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Cell = str | int | float | None
@@ -55,14 +55,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
+    """The command-line options.
 
     Attributes:
-        quick: Toy sizes and one round, to see that it runs.
-        repeats: Rounds that count.
-        device: Where to measure.
-        dtypes: Number formats to measure.
-        out: Folder for the results, or None to only print them.
+        quick: Whether to run toy sizes for one round, to check that the benchmark runs.
+        repeats: Number of timed rounds.
+        device: The device to measure.
+        dtypes: The dtypes to measure.
+        out: Folder for the results; None only prints them.
     """
 
     quick: bool
@@ -73,47 +73,49 @@ class Options:
 
 
 def options(description: str | None, arguments: Sequence[str] | None = None, *, repeats: int) -> Options:
-    """Read the command line, and keep libraries' chatter out of the tables.
+    """Parse the command line, and silence libraries.
 
     Args:
         description: The benchmark's docstring.
-        arguments: Those of the process when not given.
-        repeats: How many rounds are worth their time.
+        arguments: The command-line arguments; None uses those of the process.
+        repeats: Default number of timed rounds.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="toy sizes, one round; written only if --out is given")
-    parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds that count (default {repeats})")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes, one round; results are written only with --out"
+    )
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"number of timed rounds (default {repeats})")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: those the device computes in")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, and the device's default dtype")
     parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results)")
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = choose_device(given.device)
+    device = choose_device(parsed.device)
     default = dict.fromkeys((torch.float32, choose_dtype("auto", device)))
     return Options(
-        quick=given.quick,
-        repeats=1 if given.quick else given.repeats,
+        quick=parsed.quick,
+        repeats=1 if parsed.quick else parsed.repeats,
         device=device,
-        dtypes=tuple(DTYPES[name] for name in given.dtype) if given.dtype else tuple(default),
-        out=given.out or (None if given.quick else HERE / "results"),
+        dtypes=tuple(DTYPES[name] for name in parsed.dtype) if parsed.dtype else tuple(default),
+        out=parsed.out or (None if parsed.quick else HERE / "results"),
     )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long something took, round by round, in seconds."""
+    """The duration of each round, in seconds."""
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Of all rounds."""
+        """The median of all rounds."""
         return median(self.rounds)
 
     @property
     def min(self) -> float:
-        """The quickest round."""
+        """The fastest round."""
         return min(self.rounds)
 
     @property
@@ -122,7 +124,7 @@ class Timing:
         return max(self.rounds)
 
     def over(self, other: Timing) -> float:
-        """How many times as long as another way of the same interleaving: the median of the rounds' ratios."""
+        """Duration relative to another variant of the same interleaving: the median of the rounds' ratios."""
         return median(own / others for own, others in zip(self.rounds, other.rounds, strict=True))
 
     def cells(self) -> dict[str, Cell]:
@@ -131,14 +133,14 @@ class Timing:
 
 
 def interleave(ways: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Time several ways in turn: A B C A B C and so on.
+    """Time several variants in turn: A B C A B C and so on.
 
-    A short call is made twice and the second is timed: the first finds caches and memory as another way left them.
+    Short calls are made twice and the second is timed: during the first, caches hold the data of another variant.
 
     Args:
-        ways: What to call, by name. Calls should take a millisecond at least.
-        repeats: Rounds that count.
-        warmup: Rounds before them that do not.
+        ways: The functions to call, by name. A call should take at least a millisecond.
+        repeats: Number of timed rounds.
+        warmup: Number of rounds before these that are not timed.
     """
     rounds: dict[str, list[float]] = {name: [] for name in ways}
     with Console(stderr=True).status("") as status:
@@ -162,13 +164,13 @@ def _time(way: Callable[[], object]) -> float:
 
 
 def _wait() -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def in_child(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """The result of a module's function in a process of its own, whose memory nothing has used before."""
+    """Run a module's function in a new process, whose memory is unused, and return its result."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["hymba_tune.model"])
     with ProcessPoolExecutor(1, context) as pool:
@@ -176,11 +178,11 @@ def in_child(function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes held at the peak of some work beyond those held before it; None where that cannot be known.
+    """Peak memory of some work in bytes, beyond the memory in use before it; None if it cannot be measured.
 
-    On CUDA these are PyTorch's allocations. On a CPU they are the process's resident pages, whose peak Linux can be
-    told to forget: measure in a child (`in_child`), since pages that earlier work left behind are not counted again,
-    and the allocator is told to give memory back at once, so that what was freed is not counted either.
+    On CUDA this counts PyTorch's allocations. On a CPU it counts the process's resident pages, whose peak can be reset
+    on Linux. Measure in a child process (`in_child`), because pages left over from earlier work are not counted again.
+    The allocator is set to return freed memory at once, so that it is not counted either.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -205,7 +207,7 @@ def _resident(field: str) -> int:
 
 
 def megabytes(count: int | None) -> float | None:
-    """Bytes as 10^6 of them."""
+    """Bytes in megabytes (10^6)."""
     return None if count is None else count / 1e6
 
 
@@ -216,9 +218,9 @@ def short(dtype: torch.dtype) -> str:
 
 @cache
 def machine() -> dict[str, Any]:
-    """What results depend on beside the code: processor, GPU, versions, threads; and when they were made.
+    """The conditions of a measurement: processor, GPU, versions, threads, date and commit.
 
-    Asked once: a GPU that a faulty kernel took down answers no more.
+    Collected only once, because a GPU does not respond any more after a kernel fault.
     """
     installed = {distribution.name.lower() for distribution in metadata.distributions() if distribution.name}
     versions = {name: metadata.version(name) for name in LIBRARIES if name in installed}
@@ -267,16 +269,16 @@ def _gpu() -> dict[str, str]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it is missing or fails."""
+    """A command's output; None if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 @cache
 def slug(device: torch.device) -> str:
-    """A short name of the machine, for files: that of its GPU if it is measured, else of its CPU."""
+    """A short name of the machine for file names: of its GPU if that is measured, otherwise of its CPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -286,47 +288,47 @@ def slug(device: torch.device) -> str:
 
 
 def report(
-    name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]], notes: Sequence[str], given: Options
+    name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]], notes: Sequence[str], options: Options
 ) -> None:
-    """Print a table, and write it with its machine to ``<name>.<machine>.json``.
+    """Print a table, and write it with the machine's description to ``<name>.<machine>.json``.
 
     Args:
-        name: Of the table.
-        columns: In their order, with units.
-        rows: Cells by column; a column that a row lacks stays empty.
-        notes: What a reader has to know to read the numbers.
-        given: The command line's.
+        name: The table's name.
+        columns: The columns in order, with units.
+        rows: Cells by column; a missing cell stays empty.
+        notes: What a reader must know to read the numbers.
+        options: The command-line options.
     """
     facts = machine()
-    where = facts["gpu"]["name"] if given.device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
+    where = facts["gpu"]["name"] if options.device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
     table = Table(title=f"{name} · {where}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         numeric = not any(isinstance(row.get(column), str) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
+        table.add_row(*(_formatted(row.get(column)) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table, *map(escape, notes), sep="\n")
-    if given.out is None:
+    if options.out is None:
         return
     result = {
         "name": name,
-        "quick": given.quick,
-        "repeats": given.repeats,
-        "device": given.device.type,
+        "quick": options.quick,
+        "repeats": options.repeats,
+        "device": options.device.type,
         "machine": facts,
         "columns": list(columns),
         "rows": [{column: _rounded(row.get(column)) for column in columns} for row in rows],
         "notes": list(notes),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{name}.{slug(given.device)}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}.{slug(options.device)}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
 
 
-def _shown(cell: Cell) -> str:
-    """Three digits that say something, or all of a whole number."""
+def _formatted(cell: Cell) -> str:
+    """Three significant digits of a float, all digits of an integer."""
     if cell is None:
         return ""
     if not isinstance(cell, float):

@@ -1,7 +1,7 @@
 """Peak memory of a training step, by setting, as the batch grows.
 
-The 15.75M-parameter Hymba with the released model's vocabulary of 32,001, whose logits are what skipping them saves.
-Every setting is measured in a process of its own, the batches from small to large.
+The model is the 15.75M-parameter Hymba with the released model's vocabulary of 32,001, whose logits are large enough
+that skipping them shows. Every setting is measured in a separate process, from small batches to large ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ SETTINGS = {
     "checkpointing": (True, False),
     "checkpointing, no logits": (True, True),
 }
-"""By name: whether layers are computed again in the backward, and whether ``skip_logits`` is on."""
+"""By name: whether activation checkpointing is on, and whether ``skip_logits`` is on."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=1)
-    texts, length, changes = ([1, 2], 16, models.TOY) if given.quick else ([1, 2, 6], LENGTH, {})
+    options = harness.options(__doc__, arguments, repeats=1)
+    texts, length, changes = ([1, 2], 16, models.TOY) if options.quick else ([1, 2, 6], LENGTH, {})
     changes = changes | {"vocab_size": VOCABULARY}
     rows: list[dict[str, harness.Cell]] = []
-    for dtype in given.dtypes:
+    for dtype in options.dtypes:
         for name, setting in SETTINGS.items():
-            peaks = harness.in_child(peaks_of, *setting, texts, length, dtype, given.device, changes)
+            peaks = harness.in_child(peaks_of, *setting, texts, length, dtype, options.device, changes)
             rows += [
                 {
                     "dtype": harness.short(dtype),
@@ -47,14 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
                 for count, peak in zip(texts, peaks, strict=True)
             ]
     notes = [
-        f"Texts of {length} tokens; peak beyond the weights, with gradients, no optimiser; outputs live to the end.",
+        f"Texts of {length} tokens; peak without weights and optimizer, with gradients; outputs are kept to the end.",
         f"Gradients alone are {gradients_mb(changes):,.0f} MB in float32.",
     ]
-    harness.report("memory", list(rows[0]), rows, notes, given)
+    harness.report("memory", list(rows[0]), rows, notes, options)
 
 
 def gradients_mb(changes: dict[str, Any]) -> float:
-    """Megabytes of one float32 for each weight."""
+    """Size of one float32 value per weight, in megabytes."""
     return 4 * models.millions(models.hymba(torch.device("meta"), torch.float32, **changes))
 
 
@@ -67,13 +67,13 @@ def peaks_of(
     device: torch.device,
     changes: dict[str, Any],
 ) -> list[int | None]:
-    """Peak memory of a step on batches of so many texts."""
+    """Peak memory of a step, for each batch size in texts."""
     model = models.hymba(device, dtype, **changes)
     if checkpointing:
         model.activation_checkpointing_enable()
     peaks: list[int | None] = []
     for count in (1, *texts):
-        # The first is a short text, so that what is loaded or compiled on first use is not counted.
+        # The first is a short text, so that memory for loading and compiling is not counted.
         ids = models.random_ids(model, count, length if peaks else 8)
         model.zero_grad(set_to_none=True)
         peaks.append(harness.peak_memory(partial(step, model, ids, skip_logits), device))
@@ -81,7 +81,7 @@ def peaks_of(
 
 
 def step(model: HymbaForCausalLM, ids: Tensor, skip_logits: bool) -> None:
-    """A training step as most loops write it: what the model returns lives until the backward is done."""
+    """A training step as in most loops: the model's output is kept until the backward is finished."""
     output = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=skip_logits)
     output.loss.backward()
 

@@ -1,4 +1,4 @@
-"""The models that benchmarks compare: Hymba, and transformers' Falcon-H1 and Llama of the same width and depth."""
+"""The models that benchmarks compare: Hymba, and Falcon-H1 and Llama from transformers of the same width and depth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HYMBA: dict[str, Any] = {
     "sliding_window": 256,
     "num_memory_tokens": 32,
     "mamba_dt_rank": 20,
-    # The released model's pattern on 8 layers: global ones first, in the middle and last; pairs share keys and values.
+    # The released model's pattern on 8 layers: the first, middle and last are global; pairs share keys and values.
     "global_attn_idx": [0, 4, 7],
     "kv_reuse_group": [[1, 2], [5, 6]],
 }
@@ -44,24 +44,25 @@ TOY: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
 }
-"""What `--quick` makes smaller."""
+"""The smaller sizes for `--quick`."""
 
 Step = Callable[[], None]
 
 
 def hymba(device: torch.device, dtype: torch.dtype, **changes: Any) -> HymbaForCausalLM:
-    """Hymba with random weights, 15.75M of them unless settings change."""
+    """Hymba with random weights; 15.75M parameters by default."""
     config = HymbaConfig(**SHAPE | HYMBA | changes)
     model: HymbaForCausalLM = HymbaForCausalLM(config).to(device, dtype)
     return model
 
 
 def falcon_h1(device: torch.device, dtype: torch.dtype, **changes: Any) -> FalconH1ForCausalLM:
-    """Falcon-H1 with an SSM of Hymba's width, and heads and states of the widths of its own 0.5B model."""
+    """Falcon-H1 with an SSM of Hymba's width, and the head and state sizes of Falcon-H1-0.5B."""
     shape = SHAPE | changes
-    inner, head = 2 * shape["hidden_size"], 64
+    inner = 2 * shape["hidden_size"]
+    head = 64
     ssm = {"mamba_d_ssm": inner, "mamba_d_head": head, "mamba_n_heads": inner // head, "mamba_d_state": 128}
-    # The chunk changes only how the scan is computed; on CPUs this is quicker than the default of 256.
+    # The chunk size changes only how the scan is computed; on CPUs this is faster than the default of 256.
     ssm["mamba_chunk_size"] = 128
     return FalconH1ForCausalLM(FalconH1Config(**shape | ssm)).to(device, dtype)
 
@@ -77,13 +78,13 @@ def millions(model: nn.Module) -> float:
 
 
 def random_ids(model: PreTrainedModel, *shape: int) -> Tensor:
-    """Token ids of this shape, always the same ones."""
+    """Random token ids of this shape, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, model.config.vocab_size, shape, generator=generator).to(model.device)
 
 
 def training_step(model: PreTrainedModel, ids: Tensor, **more: Any) -> Step:
-    """Forward, loss on every token, and backward to all weights; no optimiser."""
+    """A training step: forward, loss on every token, and backward to all weights, without an optimizer."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -93,7 +94,7 @@ def training_step(model: PreTrainedModel, ids: Tensor, **more: Any) -> Step:
 
 
 def linear_layers(model: HymbaForCausalLM, tokens: int) -> Step:
-    """A training step of the linear layers alone, head included, each on random inputs."""
+    """A training step of the linear layers alone, including the head, each on random inputs."""
     inputs: dict[tuple[int, int], Tensor] = {}
     calls = []
     for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
@@ -111,9 +112,9 @@ def linear_layers(model: HymbaForCausalLM, tokens: int) -> Step:
 
 
 class MetaTokensInRows(nn.Module):
-    """Hymba in the classic layout: every text carries meta tokens of its own, which are computed with it.
+    """Hymba in the classic layout: every text has its own meta tokens, which are computed with it.
 
-    Where every window reaches back to them this is the same function of the same weights, which are copied.
+    If every window reaches back to the meta tokens, this is the same function; the weights are copied.
 
     Raises:
         ValueError: If the model has no meta tokens.
@@ -131,12 +132,12 @@ class MetaTokensInRows(nn.Module):
         self.meta = nn.Parameter(meta.weight.detach().clone())
 
     def forward(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """The loss of ``(T,)`` ids of texts of these lengths, as `packed_loss` gives it."""
+        """The loss of ``(T,)`` ids of texts with these lengths, equal to `packed_loss`."""
         embeds = self.inner.get_input_embeddings()(ids).split(lengths)
         rows = torch.cat([part for text in embeds for part in (self.meta, text)])
-        # The first token of a text is not learned; here the last meta token would predict it.
-        unlearned = ids.new_full((len(self.meta) + 1,), -100)
-        labels = torch.cat([part for text in ids.split(lengths) for part in (unlearned, text[1:])])
+        # The first token of a text has no loss; here the last meta token would predict it.
+        ignored = ids.new_full((len(self.meta) + 1,), -100)
+        labels = torch.cat([part for text in ids.split(lengths) for part in (ignored, text[1:])])
         offsets = _offsets([len(self.meta) + length for length in lengths], ids.device)
         output = self.inner(
             inputs_embeds=rows[None], labels=labels[None], cu_seq_lens_q=offsets, use_cache=False, skip_logits=True
@@ -146,7 +147,7 @@ class MetaTokensInRows(nn.Module):
 
 
 def packed_loss(model: HymbaForCausalLM, ids: Tensor, lengths: list[int]) -> Tensor:
-    """The loss of ``(T,)`` ids of texts of these lengths, the meta tokens computed once."""
+    """The loss of ``(T,)`` ids of texts with these lengths, with the meta tokens computed once."""
     loss: Tensor = model(
         input_ids=ids[None],
         labels=ids[None],
@@ -158,7 +159,7 @@ def packed_loss(model: HymbaForCausalLM, ids: Tensor, lengths: list[int]) -> Ten
 
 
 def backward_of(loss: Callable[[], Tensor], model: nn.Module) -> Step:
-    """A training step of any loss of a model."""
+    """A training step with any loss of a model."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -168,7 +169,7 @@ def backward_of(loss: Callable[[], Tensor], model: nn.Module) -> Step:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of memory that a cache keeps alive, also where it keeps only a part of a tensor."""
+    """Bytes of memory that a cache keeps allocated, including whole tensors of which it holds only a view."""
     if isinstance(cache, HymbaCache):
         parts: list[Tensor] = [part for pair in cache.meta.values() for part in pair]
         for held in (cache.keys, cache.values, cache.tails, cache.states):

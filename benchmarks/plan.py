@@ -1,9 +1,9 @@
-"""The memory of whole runs: foreseen before their weights load, and measured.
+"""The memory of whole runs: estimated before the weights load, and measured.
 
-Each run trains for two steps in a process of its own, by the command line; the demo's for 40, since its texts are of
-many lengths and kernels in bfloat16 are compiled for each. ``as usual`` is the peak of a run as it is;
-``given back`` that of one whose allocator returns what is freed at once, which is what a step needs: kept memory is
-faster, but falls into pieces.
+Each run trains for two steps in a separate process, through the command line. The demo trains for 40 steps, because its
+texts have many lengths and bfloat16 kernels are compiled for each. ``as usual`` is the peak of an ordinary run.
+``given back`` is the peak of a run whose allocator returns freed memory to the system at once, which is what a step
+needs: an allocator that keeps memory is faster, but the memory becomes fragmented.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ RUNS: dict[str, list[str]] = {
     "15.7M, checkpointing": [*MEDIUM, "512", "--gradient-checkpointing"],
     "15.7M, 1,024 tokens": [*MEDIUM, "1024"],
 }
-"""By name, the flags of each; MEDIUM and TEXT stand for a model and a file that are made here."""
-USUAL = ["--eval-max-rows", "4", "--log-every", "1"]
+"""The flags of each run, by name; MEDIUM and TEXT are replaced by a model and a file that are created here."""
+COMMON = ["--eval-max-rows", "4", "--log-every", "1"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=1)
-    names = list(RUNS)[:1] if given.quick else list(RUNS)
+    options = harness.options(__doc__, arguments, repeats=1)
+    names = list(RUNS)[:1] if options.quick else list(RUNS)
     rows: list[dict[str, harness.Cell]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        made = {"MEDIUM": str(save_medium(folder)), "TEXT": str(save_text(folder))}
+        paths = {"MEDIUM": str(save_medium(folder)), "TEXT": str(save_text(folder))}
         for name in names:
-            flags = [made.get(word, word) for word in RUNS[name]]
+            flags = [paths.get(word, word) for word in RUNS[name]]
             usual = run(folder / "usual", flags, os.environ)
-            back = run(folder / "back", flags, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+            trimmed = run(folder / "trimmed", flags, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
             rows.append(
                 {
                     "run": name,
-                    "foreseen MB": harness.megabytes(usual["predicted_bytes"]),
+                    "estimated MB": harness.megabytes(usual["predicted_bytes"]),
                     "as usual MB": harness.megabytes(usual["measured_bytes"]),
-                    "foreseen / usual": usual["predicted_bytes"] / usual["measured_bytes"],
-                    "given back MB": harness.megabytes(back["measured_bytes"]),
-                    "foreseen / given back": back["predicted_bytes"] / back["measured_bytes"],
+                    "estimated / usual": usual["predicted_bytes"] / usual["measured_bytes"],
+                    "given back MB": harness.megabytes(trimmed["measured_bytes"]),
+                    "estimated / given back": trimmed["predicted_bytes"] / trimmed["measured_bytes"],
                 }
             )
-    harness.report("plan", list(rows[0]), rows, [(__doc__ or "").partition("\n\n")[2].strip()], given)
+    harness.report("plan", list(rows[0]), rows, [(__doc__ or "").partition("\n\n")[2].strip()], options)
 
 
 def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
-    """What a run says of its memory."""
+    """Train a run; returns the estimated and measured memory from its run.json."""
     command = [
         sys.executable,
         "-c",
@@ -73,7 +73,7 @@ def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
         "sft",
         *flags,
         *([] if "--steps" in flags else ["--steps", "2"]),
-        *USUAL,
+        *COMMON,
         "--out",
         str(out),
     ]
@@ -85,7 +85,7 @@ def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
 
 
 def save_medium(folder: Path) -> Path:
-    """The benchmarks' 15.7M model, with the packaged tokenizer and its vocabulary."""
+    """Save the benchmarks' 15.7M model with the packaged tokenizer and its vocabulary."""
     path = folder / "medium"
     models.hymba(harness.choose_device("cpu"), harness.DTYPES["float32"], vocab_size=4096).save_pretrained(path)
     load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(path)
@@ -93,7 +93,7 @@ def save_medium(folder: Path) -> Path:
 
 
 def save_text(folder: Path) -> Path:
-    """Long texts, whatever they say."""
+    """Save a file of long texts; their content does not matter."""
     path = folder / "text.jsonl"
     words = " ".join((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split())
     path.write_text("".join(json.dumps({"text": words[start:]}) + "\n" for start in range(0, 4000, 100)))

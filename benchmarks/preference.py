@@ -1,9 +1,9 @@
-"""What hymba-nano learns of GSM8K: its solutions by supervised training, then right from wrong ones by DPO.
+"""hymba-nano on GSM8K: supervised training on its solutions, then DPO on correct and wrong solutions.
 
-The pairs are the solutions that GSM8K's authors had of their own models to the test questions, a right one and a wrong
-one to the same question. A quarter of these questions is held out of DPO; supervised training sees the training
-questions only, and is judged on the test questions. Only short rows are used, so that all of it takes minutes on one
-core. Each seed draws another order, another adapter, and other rows.
+The pairs are solutions to the test questions by the models of GSM8K's authors, a correct and a wrong one to the same
+question. A quarter of these questions is held out of DPO. Supervised training uses the training questions only, and is
+evaluated on the test questions. Only short rows are used, so that the benchmark takes minutes on one core. Each seed
+selects another order, another adapter initialization and other rows.
 
     python benchmarks/preference.py --gsm8k FOLDER
 
@@ -34,16 +34,16 @@ from hymba_tune.train.sft import run_sft
 
 SEEDS = 3
 LONGEST = 600
-"""Characters of a question and its solution together, at most."""
+"""Maximum length of a question and its solution together, in characters."""
 HELD_OUT = 4
-"""One test question in so many is held out of DPO."""
+"""One test question in this many is held out of DPO."""
 
 Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as `hymba-tune sft` and `hymba-tune dpo` take them."""
+    """Rows in the formats of `hymba-tune sft` and `hymba-tune dpo`."""
 
     solutions: Rows
     held_out_solutions: Rows
@@ -53,7 +53,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and evaluated."""
+    """Numbers of steps, of training rows and of evaluation rows."""
 
     sft_steps: int
     dpo_steps: int
@@ -67,37 +67,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--gsm8k", type=Path)
     own, rest = parser.parse_known_args(arguments)
-    given = harness.options(__doc__, rest, repeats=SEEDS)
-    if own.gsm8k is None and not given.quick:
+    options = harness.options(__doc__, rest, repeats=SEEDS)
+    if own.gsm8k is None and not options.quick:
         parser.error("--gsm8k FOLDER is needed, or --quick")
     data = read(own.gsm8k) if own.gsm8k else sums()
-    size = Size(2, 2, 8, 8, 4) if given.quick else Size(200, 100, 800, 400, 150)
-    rows = [measure(data, size, seed, given) for seed in range(given.repeats)]
+    size = Size(2, 2, 8, 8, 4) if options.quick else Size(200, 100, 800, 400, 150)
+    rows = [measure(data, size, seed, options) for seed in range(options.repeats)]
     numbers = [name for name in rows[0] if name != "seed"]
     rows.append({"seed": "mean"} | {name: mean(float(row[name] or 0.0) for row in rows) for name in numbers})
     notes = [
         f"Supervised: {size.sft_steps} steps of 4 rows, LoRA r16. DPO: {size.dpo_steps} steps of 4 pairs, beta 0.1, "
         f"from the supervised run. Held out: {size.evaluated} solutions and {size.evaluated} pairs of other questions.",
-        "Loss in nats, a token and a pair; a pair whose two answers are equally preferred costs 0.693.",
+        "Loss in nats, per token and per pair; a pair whose answers are equally preferred has a loss of 0.693.",
     ]
-    harness.report("preference", list(rows[0]), rows, notes, given)
+    harness.report("preference", list(rows[0]), rows, notes, options)
 
 
-def measure(data: Data, size: Size, seed: int, given: harness.Options) -> dict[str, harness.Cell]:
-    """Both trainings with one seed: their held-out numbers, and how long they took."""
+def measure(data: Data, size: Size, seed: int, options: harness.Options) -> dict[str, harness.Cell]:
+    """Run both trainings with one seed; returns their held-out metrics and their duration."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        drawn = random.Random(seed)
+        rng = random.Random(seed)
         files = {
-            "solutions": drawn.sample(data.solutions, min(size.solutions, len(data.solutions))),
+            "solutions": rng.sample(data.solutions, min(size.solutions, len(data.solutions))),
             "held_out_solutions": data.held_out_solutions[: size.evaluated],
-            "pairs": drawn.sample(data.pairs, min(size.pairs, len(data.pairs))),
+            "pairs": rng.sample(data.pairs, min(size.pairs, len(data.pairs))),
             "held_out_pairs": data.held_out_pairs[: size.evaluated],
         }
         for name, rows in files.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
-        sft, dpo = train(Path(folder), size, seed, given)
+        sft, dpo = train(Path(folder), size, seed, options)
         before, after = evaluations(sft)
         first, last = evaluations(dpo)
     return {
@@ -112,11 +112,11 @@ def measure(data: Data, size: Size, seed: int, given: harness.Options) -> dict[s
     }
 
 
-def train(folder: Path, size: Size, seed: int, given: harness.Options) -> tuple[Run, Run]:
-    """Supervised training, then DPO from it."""
+def train(folder: Path, size: Size, seed: int, options: harness.Options) -> tuple[Run, Run]:
+    """Run supervised training, then DPO from its run."""
     shared: dict[str, Any] = {
-        "dtype": str(given.dtypes[0]).removeprefix("torch."),
-        "device": str(given.device),
+        "dtype": str(options.dtypes[0]).removeprefix("torch."),
+        "device": str(options.device),
         "seed": seed,
         "max_length": 512,
         "log_every": 10,
@@ -149,13 +149,13 @@ def train(folder: Path, size: Size, seed: int, given: harness.Options) -> tuple[
 
 
 def evaluations(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first evaluation of a run and the last."""
+    """The metrics of a run's first and last evaluations."""
     rows = [vars(row) for row in run.evaluations()]
     return rows[0], rows[-1]
 
 
 def read(folder: Path) -> Data:
-    """GSM8K's files as rows, the same at every call."""
+    """Read GSM8K's files as rows, in a fixed order."""
     solutions = {
         name: [
             {"prompt": row["question"], "completion": row["answer"].replace("\n#### ", "\nA: ")}
@@ -167,10 +167,11 @@ def read(folder: Path) -> Data:
     sides: tuple[Rows, Rows] = ([], [])
     for number, row in enumerate(lines(folder / "example_model_solutions.jsonl")):
         answers = [value for value in row.values() if isinstance(value, dict)]
-        right, wrong = ([a["solution"] for a in answers if a["is_correct"] is is_right] for is_right in (True, False))
+        correct = [answer["solution"] for answer in answers if answer["is_correct"] is True]
+        wrong = [answer["solution"] for answer in answers if answer["is_correct"] is False]
         sides[number % HELD_OUT == 0].extend(
             {"prompt": row["question"], "chosen": chosen, "rejected": rejected}
-            for chosen, rejected in zip(right, wrong, strict=False)
+            for chosen, rejected in zip(correct, wrong, strict=False)
             if len(row["question"]) + max(len(chosen), len(rejected)) <= LONGEST
         )
     return Data(solutions["train"], solutions["test"], *sides)
@@ -183,8 +184,9 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sums() -> Data:
-    """Toy rows of the same kind."""
-    solutions, pairs = [], []
+    """Toy rows in the same formats."""
+    solutions = []
+    pairs = []
     for a in range(4):
         for b in range(4):
             prompt = f"What is {a} + {b}?"

@@ -1,7 +1,7 @@
-"""The selective scan, forward and backward: its backends beside the plain recurrence, and time as texts grow.
+"""The selective scan, forward and backward: its backends against the plain recurrence, and time as texts grow.
 
-"reference" goes through the tokens one by one and takes them apart with `unbind`; each backend's gain is over that.
-A second table has one ever longer text: a token should cost as much in a long text as in a short one.
+"reference" computes one token after the other, separated with `unbind`; speedups are relative to it. The second table
+has one text of growing length: the time per token should not depend on the length.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from hymba_tune.model.scan import SCAN, selective_scan
 
 STATES = 16
 Shape = tuple[int, list[int]]
-"""Channels, and the lengths of the texts."""
+"""The number of channels, and the lengths of the texts."""
 SHAPES: list[Shape] = [(640, [512] * 4), (3200, [512])]
 TOY_SHAPES: list[Shape] = [(32, [8, 8])]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    given = harness.options(__doc__, arguments, repeats=7)
+    options = harness.options(__doc__, arguments, repeats=7)
     keep_freed_memory()  # as a run does
-    compare_backends(given)
-    compare_lengths(given)
+    compare_backends(options)
+    compare_lengths(options)
 
 
-def compare_backends(given: harness.Options) -> None:
-    """Every backend that can, against the reference: time and memory."""
-    shapes = TOY_SHAPES if given.quick else SHAPES
+def compare_backends(options: harness.Options) -> None:
+    """Time and memory of every usable backend, against the reference."""
+    shapes = TOY_SHAPES if options.quick else SHAPES
     cases = [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
-    usable = dict.fromkeys(name for _, dtype in cases for name in backends(given.device, dtype))
-    peaks = {name: harness.in_child(peaks_of, name, cases, given.device) for name in usable}
+    usable = dict.fromkeys(name for _, dtype in cases for name in backends(options.device, dtype))
+    peaks = {name: harness.in_child(peaks_of, name, cases, options.device) for name in usable}
     rows: list[dict[str, harness.Cell]] = []
     for case, ((channels, lengths), dtype) in enumerate(cases):
         ways = {
-            name: partial(scan_and_back, problem(channels, lengths, dtype, given.device), lengths, name)
-            for name in backends(given.device, dtype)
+            name: partial(scan_and_back, problem(channels, lengths, dtype, options.device), lengths, name)
+            for name in backends(options.device, dtype)
         }
-        timings = harness.interleave(ways, given.repeats)
+        timings = harness.interleave(ways, options.repeats)
         rows += [
             {
                 "E": channels,
@@ -57,22 +57,22 @@ def compare_backends(given: harness.Options) -> None:
             }
             for name, timing in timings.items()
         ]
-    notes = [f"N {STATES}, with skip connection and gate. Peak: beyond the inputs, with their gradients."]
-    harness.report("scan", list(rows[0]), rows, notes, given)
+    notes = [f"N {STATES}, with skip connection and gate. Peak: without the inputs, with their gradients."]
+    harness.report("scan", list(rows[0]), rows, notes, options)
 
 
-def compare_lengths(given: harness.Options) -> None:
-    """One text of growing length: the time of a token, relative to the shortest text's."""
-    channels, lengths = (32, [8, 16]) if given.quick else (640, [512, 1024, 2048, 4096, 8192])
-    names = [name for name in backends(given.device, torch.float32) if name != "reference"]
+def compare_lengths(options: harness.Options) -> None:
+    """Time per token of one text of growing length, relative to the shortest text."""
+    channels, lengths = (32, [8, 16]) if options.quick else (640, [512, 1024, 2048, 4096, 8192])
+    names = [name for name in backends(options.device, torch.float32) if name != "reference"]
     ways = {
         f"{name}, {length} tokens": partial(
-            scan_and_back, problem(channels, [length], torch.float32, given.device), [length], name
+            scan_and_back, problem(channels, [length], torch.float32, options.device), [length], name
         )
         for name in names
         for length in lengths
     }
-    timings = harness.interleave(ways, given.repeats)
+    timings = harness.interleave(ways, options.repeats)
     rows: list[dict[str, harness.Cell]] = []
     for name in names:
         shortest = timings[f"{name}, {lengths[0]} tokens"]
@@ -87,17 +87,17 @@ def compare_lengths(given: harness.Options) -> None:
                     "a token, relative": timing.over(shortest) * lengths[0] / length,
                 }
             )
-    notes = [f"E {channels}, N {STATES}, float32, one text. 1.00 for every length is linear time."]
-    harness.report("scan_length", list(rows[0]), rows, notes, given)
+    notes = [f"E {channels}, N {STATES}, float32, one text. 1.00 at every length is linear time."]
+    harness.report("scan_length", list(rows[0]), rows, notes, options)
 
 
 def backends(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those that can train here, the fastest first."""
+    """The backends that support training on this device, fastest first."""
     return [name for name, obstacle in SCAN.obstacles(Task(device.type, dtype)).items() if obstacle is None]
 
 
 def problem(channels: int, lengths: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Arguments of `selective_scan` that ask for gradients, in the dtypes that a model gives them."""
+    """Arguments of `selective_scan` that require gradients, with the dtypes that they have in a model."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
 
@@ -116,19 +116,19 @@ def problem(channels: int, lengths: list[int], dtype: torch.dtype, device: torch
 
 
 def scan_and_back(inputs: dict[str, Tensor], lengths: list[int], backend: str) -> None:
-    """Forward, and backward to every input."""
+    """Run forward, and backward to every input."""
     y, _ = selective_scan(**inputs, cu_seqlens=(0, *accumulate(lengths)), backend=backend)
     torch.autograd.grad(y, list(inputs.values()), y.detach())
 
 
 def peaks_of(backend: str, cases: list[tuple[Shape, torch.dtype]], device: torch.device) -> list[int | None]:
-    """Peak memory of a backend in each case; None where it cannot."""
+    """Peak memory of a backend in each case; None if it does not support the case."""
     peaks: list[int | None] = []
     for (channels, lengths), dtype in cases:
         if backend not in backends(device, dtype):
             peaks.append(None)
             continue
-        # Once on a small problem, so that what is loaded or compiled on first use is not counted.
+        # First a small problem, so that memory for loading and compiling is not counted.
         scan_and_back(problem(16, [4], dtype, device), [4], backend)
         inputs = problem(channels, lengths, dtype, device)
         peaks.append(harness.peak_memory(partial(scan_and_back, inputs, lengths, backend), device))

@@ -14,7 +14,7 @@ from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hymba_tune.generate import Talk
+    from hymba_tune.generate import ChatSession
 
 
 def chat(
@@ -23,66 +23,66 @@ def chat(
     *,
     flags: Annotated[ChatConfig, Parameter(name="*")] = ChatConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Talk to a model or a run, or to several side by side. /help says how; Ctrl-D ends, Ctrl-C stops an answer.
+    """Chat with a model or with several side by side. /help lists commands; Ctrl-D quits, Ctrl-C stops an answer.
 
     Example: hymba-tune chat runs/my-run --prompt "How many legs have three cats?"
 
-    A file: hymba-tune chat runs/my-run --from prompts.jsonl --to answers.jsonl
+    Answer a file: hymba-tune chat runs/my-run --from prompts.jsonl --to answers.jsonl
 
     Parameters
     ----------
     model
-        A run directory, or whatever --model takes.
+        A run directory, or any model that --model accepts.
     """
     if model is not None:
         flags.model = model
     check_first(flags)
-    from hymba_tune.generate import Talk, answer_file
+    from hymba_tune.generate import ChatSession, answer_file
 
     quiet_libraries()
     say_which_gpu(flags.device)
     if flags.prompts is not None or flags.to is not None:
-        new, known = answer_file(flags, RichScreen().working)
-        before = f", {known:,} of them before" if known else ""
-        console.print(f" {new + known:,} answers{before} → {flags.to}", markup=False, soft_wrap=True)
+        new, resumed = answer_file(flags, RichScreen().working)
+        note = f", {resumed:,} of them from an interrupted run" if resumed else ""
+        console.print(f" {new + resumed:,} answers{note} → {flags.to}", markup=False, soft_wrap=True)
         return
     with console.status(Text("loading the weights", style="dim")):
-        talk = Talk(flags, _note)
+        session = ChatSession(flags, _note)
     if flags.prompt is not None:
-        _ask(talk, flags.prompt)
+        _reply(session, flags.prompt)
         return
     import readline  # noqa: F401 (input() then edits lines and remembers them)
 
-    names = " | ".join(chat.name for chat in talk.chats)
-    console.print(f" {names} · /help for what can be done, /quit or Ctrl-D to end", style="dim", markup=False)
+    names = " | ".join(chat.name for chat in session.chats)
+    console.print(f" {names} · /help lists commands, /quit or Ctrl-D quits", style="dim", markup=False)
     while True:
         try:
-            said = console.input(Text("\n> ", style="bold")).strip()
+            line = console.input(Text("\n> ", style="bold")).strip()
         except EOFError:
             return
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said.startswith("/"):
-            _command(talk, said)
-        elif said:
-            with suppress(KeyboardInterrupt):  # ends this answer only
-                _ask(talk, said)
+        if line.startswith("/"):
+            _command(session, line)
+        elif line:
+            with suppress(KeyboardInterrupt):  # stops this answer only
+                _reply(session, line)
 
 
-def _ask(talk: Talk, said: str) -> None:
-    several = len(talk.chats) > 1
-    talk.ask(said, _write, on_begin=_note if several else lambda _: None, on_end=console.print)
+def _reply(session: ChatSession, text: str) -> None:
+    several = len(session.chats) > 1
+    session.reply(text, _write, on_begin=_note if several else lambda _: None, on_end=console.print)
 
 
-def _command(talk: Talk, line: str) -> None:
+def _command(session: ChatSession, line: str) -> None:
     try:
-        _note(talk.command(line))
-    except ConfigError as problem:  # a slip while talking ends nothing
-        _note(str(problem))
+        _note(session.command(line))
+    except ConfigError as error:  # a mistyped command does not end the session
+        _note(str(error))
 
 
-def _write(piece: str) -> None:
-    console.print(piece, end="", markup=False, soft_wrap=True)
+def _write(text: str) -> None:
+    console.print(text, end="", markup=False, soft_wrap=True)
 
 
 def _note(text: str) -> None:

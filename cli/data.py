@@ -22,6 +22,7 @@ from hymba_tune.config import (
     as_mapping,
 )
 from hymba_tune.errors import ConfigError
+from hymba_tune.formatting import format_bytes
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
@@ -33,18 +34,18 @@ if TYPE_CHECKING:
 USABLE, NOT_USABLE = 0, 2
 BAR = 24
 SHOWN_CHARACTERS = 4000
-"""Of one piece of a preview."""
-PIECES = {
-    "read": ("", "dim"),
-    "learned": ("", "bold green"),
+"""Maximum characters of a segment in a preview."""
+SEGMENTS = {
+    "context": ("", "dim"),
+    "loss": ("", "bold green"),
     "chosen": ("chosen ", "bold green"),
     "rejected": ("rejected ", "red"),
 }
-"""How pieces of a preview are labelled and coloured."""
+"""Labels and styles of the segments of a preview."""
 
 data = App(
     name="data",
-    help="Look at data before it is trained on, and bring it into shape.\n\nExample: hymba-tune data check my.jsonl",
+    help="Check, preview, convert and split data before training.\n\nExample: hymba-tune data check my.jsonl",
 )
 
 
@@ -54,16 +55,16 @@ def check(
     as_json: AsJson = False,
     flags: Annotated[DataCheckConfig, Parameter(name="*")] = DataCheckConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> int:
-    """Say whether files can be trained on, and what to mend. Ends with 0 if so, else with 2.
+    """Check whether files can be trained on, and list the problems to fix. Exit code 0 (usable) or 2.
 
     Example: hymba-tune data check my.jsonl --model hymba-nano --html check.html
 
     Parameters
     ----------
     files
-        Whatever --data of hymba-tune sft takes.
+        Data, as for sft --data.
     as_json
-        Print it as JSON.
+        Print the result as JSON.
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.check_facts import facts, next_commands
@@ -75,11 +76,11 @@ def check(
 
     if flags.html:
         check_file("--html", flags.html, overwrite=flags.overwrite, inputs=local_files(files))
-    sources = open_sources(_some(files))
+    sources = open_sources(_required(files))
     check_inputs(flags)
     tokenizer = _tokenizer(flags)
     with (Screen() if as_json else RichScreen()).working("checking") as progress:
-        found = check_sources(
+        result = check_sources(
             sources,
             tokenizer,
             max_length=flags.max_length,
@@ -87,18 +88,19 @@ def check(
             learn=flags.learn,
             progress=progress,
         )
-    commands = next_commands(found, files, flags.model, flags.map, flags.max_length)
+
+    commands = next_commands(result, files, flags.model, flags.map, flags.max_length)
     if flags.html:
-        page = check_page(found, model=flags.model, commands=commands)
+        page = check_page(result, model=flags.model, commands=commands)
         with write_errors("--html", flags.html):
             write_text(flags.html, page, overwrite=flags.overwrite)
     if as_json:
-        console.print_json(json.dumps(facts(found), ensure_ascii=False))
+        console.print_json(json.dumps(facts(result), ensure_ascii=False))
     else:
-        _show_check(found)
+        _show_check(result)
         for label, line in [*commands, *([("page", str(flags.html))] if flags.html else [])]:
             console.print(f" {label:<8}{line}", markup=False, soft_wrap=True)
-    return USABLE if found.usable else NOT_USABLE
+    return USABLE if result.usable else NOT_USABLE
 
 
 @data.command
@@ -106,22 +108,22 @@ def preview(
     *files: str,
     flags: Annotated[DataPreviewConfig, Parameter(name="*")] = DataPreviewConfig(),  # noqa: B008
 ) -> None:
-    """Show rows as the model reads them: bright what is learned, dim the rest; piped, what is learned in brackets.
+    """Show rows as the model reads them. Text with loss is bright, or in brackets if piped; the rest is dim.
 
-    Of pairs, the better answer is bright, the worse one red.
+    Of a pair, the better answer is bright and the worse one red.
 
     Example: hymba-tune data preview my.jsonl -n 1 --model hymba-nano
 
     Parameters
     ----------
     files
-        Whatever --data of hymba-tune sft takes.
+        Data, as for sft --data.
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.preview import previews
     from hymba_tune.inputs import check_inputs
 
-    sources = open_sources(_some(files))
+    sources = open_sources(_required(files))
     check_inputs(flags)
     rows = previews(sources, _tokenizer(flags), mapping=as_mapping(flags.map), learn=flags.learn)
     for row in islice(rows, flags.skip, flags.skip + flags.rows):
@@ -130,14 +132,14 @@ def preview(
 
 @data.command
 def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")]) -> None:
-    """Write data in another format, or another kind of file. What the format cannot hold is never lost in silence.
+    """Convert data to another format or file type. Rows that the format cannot hold are errors, never silently lost.
 
     Example: hymba-tune data convert chats.json --to messages --out chats.jsonl
 
     Parameters
     ----------
     files
-        Whatever --data of hymba-tune sft takes.
+        Data, as for sft --data.
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.converting import check_converted
@@ -147,7 +149,7 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
     check_converted(flags.out, on_bad_row=flags.on_bad_row, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("converting") as progress:
         done = write(
-            open_sources(_some(files)),
+            open_sources(_required(files)),
             flags.to,
             flags.out,
             mapping=as_mapping(flags.map),
@@ -165,14 +167,14 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
 
 @data.command
 def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -> None:
-    """Divide data into train.jsonl and eval.jsonl. Rows with the same prompt stay on one side.
+    """Split data into train.jsonl and eval.jsonl. Rows with the same prompt go to the same file.
 
     Example: hymba-tune data split my.jsonl --eval 0.1 --out data
 
     Parameters
     ----------
     files
-        Whatever --data of hymba-tune sft takes.
+        Data, as for sft --data.
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.dividing import EVAL, TRAIN, check_divided, divide
@@ -181,7 +183,7 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
     check_divided(flags.out, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("splitting") as progress:
         done = divide(
-            open_sources(_some(files)),
+            open_sources(_required(files)),
             flags.eval,
             flags.out,
             seed=flags.seed,
@@ -199,29 +201,28 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
 
 @data.command
 def clear(*kinds: Literal["data", "targets", "answers", "pairs"]) -> None:
-    """Empty the cache, which runs fill to start faster the next time.
+    """Empty the cache of encoded data and of teacher targets and generations.
 
     Example: hymba-tune data clear targets
 
     Parameters
     ----------
     kinds
-        data (encoded), targets and answers (of teachers), pairs (tables of two tokenizers). When not given: all.
+        data (encoded), targets and answers (of teachers), pairs (tables of tokenizer pairs). Default: all.
     """
-    from hymba_tune.data.cache import KEPT, cache_folder
+    from hymba_tune.data.cache import CACHE_KINDS, cache_folder
     from hymba_tune.data.cache import clear as empty
-    from hymba_tune.pages import gigabytes
 
-    for kind, what in KEPT.items():
+    for kind, what in CACHE_KINDS.items():
         if kinds and kind not in kinds:
             continue
         entries, size = empty(cache_folder(kind))
         if entries or kinds or kind == "data":
             things = "entry" if entries == 1 else "entries"
-            _lines([f"{what}: {entries:,} {things}, {gigabytes(size)} removed from {cache_folder(kind)}"])
+            _lines([f"{what}: {entries:,} {things}, {format_bytes(size)} removed from {cache_folder(kind)}"])
 
 
-def _some(files: tuple[str, ...]) -> tuple[str, ...]:
+def _required(files: tuple[str, ...]) -> tuple[str, ...]:
     if not files:
         raise ConfigError("FILES are missing.", expected="a file, a Hub dataset, or demo", fix="demo to try it")
     return files
@@ -241,47 +242,47 @@ def _lines(lines: Iterable[str]) -> None:
         console.print(f" {line}", markup=False, soft_wrap=True)
 
 
-def _show_check(found: Check) -> None:
-    from hymba_tune.data.check_facts import mends, overview, verdict
+def _show_check(result: Check) -> None:
+    from hymba_tune.data.check_facts import overview, problems, verdict
 
-    console.print(Text(f" {verdict(found)}", style="bold green" if found.usable else "bold red"))
+    console.print(Text(f" {verdict(result)}", style="bold green" if result.usable else "bold red"))
     console.print()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, line in overview(found):
+    for label, line in overview(result):
         table.add_row(f" {label}", Text(line))
     console.print(table)
     console.print()
-    if to_mend := mends(found):
-        console.print(Text(" to mend", style="bold"))
-        for mend in to_mend:
-            _hanging(mend.what)
-            for example in mend.examples:
-                _hanging(example, indent=4, style="dim")
-            if mend.fix:
-                _hanging(f"→ {mend.fix}", indent=4)
+    if to_fix := problems(result):
+        console.print(Text(" to fix", style="bold"))
+        for problem in to_fix:
+            _print_indented(problem.what)
+            for example in problem.examples:
+                _print_indented(example, indent=4, style="dim")
+            if problem.fix:
+                _print_indented(f"→ {problem.fix}", indent=4)
         console.print()
-    _show_lengths(found)
+    _show_lengths(result)
 
 
-def _hanging(text: str, *, indent: int = 2, style: str = "") -> None:
+def _print_indented(text: str, *, indent: int = 2, style: str = "") -> None:
     console.print(Padding(Text(visible(text), style=style, overflow="fold"), (0, 0, 0, indent)))
 
 
-def _show_lengths(found: Check) -> None:
+def _show_lengths(result: Check) -> None:
     from hymba_tune.data.check_facts import histogram
 
-    bars = histogram(found.lengths)
+    bars = histogram(result.lengths)
     if not bars:
         return
     most = max(rows for _, _, rows in bars)
-    spans = [f"{low:,} and more" if high is None else f"{low:,} to {high:,}" for low, high, _ in bars]
-    width = max(map(len, spans))
-    console.print(Text(" tokens a row", style="bold"))
-    for span, (_, _, rows) in zip(spans, bars, strict=True):
+    labels = [f"{low:,} and more" if high is None else f"{low:,} to {high:,}" for low, high, _ in bars]
+    width = max(map(len, labels))
+    console.print(Text(" tokens per row", style="bold"))
+    for label, (_, _, rows) in zip(labels, bars, strict=True):
         bar = "█" * round(BAR * rows / most) or ("▏" if rows else "")
-        console.print(Text(f" {span:>{width}}  ", style="dim").append(bar, style="default").append(f" {rows:,}"))
+        console.print(Text(f" {label:>{width}}  ", style="dim").append(bar, style="default").append(f" {rows:,}"))
     console.print()
 
 
@@ -292,15 +293,16 @@ def _show_preview(row: Preview, max_length: int) -> None:
     if row.problem:
         console.print(Text(f" cannot be used: {visible(str(row.problem))}\n", style="red"), soft_wrap=True)
         return
+
     text = Text()
-    for piece, kind in shortened(row.pieces, SHOWN_CHARACTERS):
-        label, style = PIECES[kind]
+    for segment, kind in shortened(row.segments, SHOWN_CHARACTERS):
+        label, style = SEGMENTS[kind]
         if label and not text.plain.endswith("\n"):
             text.append("\n")
-        bare = kind == "read" or (kind == "learned" and console.is_terminal)
-        text.append(label, style="dim").append(visible(piece) if bare else f"[{visible(piece)}]", style=style)
+        bare = kind == "context" or (kind == "loss" and console.is_terminal)
+        text.append(label, style="dim").append(visible(segment) if bare else f"[{visible(segment)}]", style=style)
     console.print(text, soft_wrap=True)
-    over = f", cut to {max_length:,}" if row.tokens > max_length else ""
-    learned = " and ".join(f"{count:,}" for count in row.learned)
-    what = "compared" if len(row.learned) == 2 else "learned"
-    console.print(f" {what} {learned} of {row.tokens:,} tokens{over}\n", markup=False)
+
+    cut = f", cut to {max_length:,}" if row.tokens > max_length else ""
+    with_loss = " and ".join(f"{count:,}" for count in row.learned)
+    console.print(f" loss on {with_loss} of {row.tokens:,} tokens{cut}\n", markup=False)

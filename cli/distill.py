@@ -13,14 +13,14 @@ from hymba_tune.config import DistillConfig
 
 distill = App(
     name="distill",
-    help="Teach a model what another one knows, whatever its tokenizer.\n\n"
+    help="Distill a teacher into a model; the two tokenizers may differ.\n\n"
     "Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl",
 )
 
 
 @distill.default
 def train(*, config: Recipe = None, flags: Annotated[DistillConfig, Parameter(name="*")] = DistillConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
-    """Teach a model what another one knows, whatever its tokenizer.
+    """Distill a teacher into a model; the two tokenizers may differ.
 
     Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl
 

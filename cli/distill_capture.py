@@ -9,25 +9,25 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
+from hymba_tune.formatting import format_bytes
 
 
 def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = DistillCaptureConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
-    """Have a teacher's targets for some data, so that runs to come need no teacher in memory.
+    """Capture a teacher's targets for some data, so that later runs need no teacher in memory.
 
-    A pass that was interrupted is gone on with by the same command.
+    The same command continues a pass that was interrupted.
 
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
     check_first(flags)
     from hymba_tune.distill.capture import run_capture
-    from hymba_tune.distill.preflight import in_bytes
 
     quiet_libraries()
     say_which_gpu(flags.device)
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",
-        f"{in_bytes(cache.bytes)}, {cache.bytes / max(cache.kept.known, 1):.0f} bytes a token",
-        "next  hymba-tune distill with the same settings as these: the teacher is not loaded again",
+        f"{format_bytes(cache.bytes)}, {cache.bytes / max(cache.stats.known, 1):.0f} bytes a token",
+        "next  hymba-tune distill with the same settings: the teacher is not loaded again",
     ]
     console.print(" " + "\n ".join(lines), markup=False, soft_wrap=True)

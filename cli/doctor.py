@@ -23,49 +23,50 @@ def doctor(
     as_json: AsJson = False,
     flags: Annotated[DoctorConfig, Parameter(name="*")] = DoctorConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Say what this machine has, which ways to compute are taken on it, and why not the others.
+    """Show this machine's hardware and libraries, the kernels that are used on it, and why others are not.
 
     Example: hymba-tune doctor --json
 
     Parameters
     ----------
     as_json
-        Print it as JSON.
+        Print the diagnosis as JSON.
     """
     from hymba_tune.doctor import examine
 
     quiet_libraries()
-    with console.status(Text("looking", style="dim")):
-        found = examine(flags)
+    with console.status(Text("examining", style="dim")):
+        diagnosis = examine(flags)
     if as_json:
-        console.print_json(json.dumps(asdict(found)))
+        console.print_json(json.dumps(asdict(diagnosis)))
     else:
-        _show(found)
+        _show(diagnosis)
 
 
-def _show(found: Diagnosis) -> None:
+def _show(diagnosis: Diagnosis) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    installed = " · ".join(f"{name} {version}" for name, version in found.versions.items() if version)
-    table.add_row(" python", f"{found.python} · {found.platform}")
+    installed = " · ".join(f"{name} {version}" for name, version in diagnosis.versions.items() if version)
+    table.add_row(" python", f"{diagnosis.python} · {diagnosis.platform}")
     table.add_row(" libraries", installed)
-    memory = f"{found.memory_bytes / 2**30:.0f} GB"
-    table.add_row(" device", " · ".join([f"{found.device} ({found.name}, {memory})", *found.details, found.dtype]))
-    table.add_row(" hub", found.hub)
+    memory = f"{diagnosis.memory_bytes / 2**30:.0f} GB"
+    device = f"{diagnosis.device} ({diagnosis.name}, {memory})"
+    table.add_row(" device", " · ".join([device, *diagnosis.details, diagnosis.dtype]))
+    table.add_row(" hub", diagnosis.hub)
     console.print(table)
     console.print()
-    console.print(_kernels(found))
+    console.print(_kernels(diagnosis))
 
 
-def _kernels(found: Diagnosis) -> Table:
-    """A row an operation and backend: which is taken, which could be, and why not the rest."""
+def _kernels(diagnosis: Diagnosis) -> Table:
+    """A row for each operation and backend: used, usable, or the reason why it cannot be used."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for heading in (" operation", "kernel"):
         table.add_column(heading, no_wrap=True, header_style="dim")
     table.add_column("", overflow="fold", header_style="dim")
-    for operation, choice in found.kernels.items():
-        verdicts = {choice.taken: Text("taken", style="green")}
+    for operation, choice in diagnosis.kernels.items():
+        verdicts = {choice.taken: Text("used", style="green")}
         verdicts |= {name: Text("usable") for name in choice.usable}
         verdicts |= {name: Text(reason, style="dim") for name, reason in choice.obstacles.items()}
         for row, (name, verdict) in enumerate(verdicts.items()):

@@ -12,7 +12,7 @@ from hymba_tune.config import DPOConfig
 
 
 def dpo(*, config: Recipe = None, flags: Annotated[DPOConfig, Parameter(name="*")] = DPOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
-    """Train a model to prefer the better one of two answers.
+    """Train a model to prefer the better of two answers.
 
     Example: hymba-tune dpo --data pairs.jsonl --model runs/my-sft
 

@@ -24,14 +24,14 @@ def measure(
     as_json: AsJson = False,
     flags: Annotated[EvalConfig, Parameter(name="*")] = EvalConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Measure a model: loss, perplexity and bits per byte on data, right answers, lm-eval's tasks; beside others.
+    """Evaluate a model, or compare several: loss, perplexity, bits per byte, exact match, lm-eval tasks.
 
     Example: hymba-tune eval runs/my-run --base --data test.jsonl --answers gsm8k
 
     Parameters
     ----------
     model
-        A run directory, which keeps the results in its report, or whatever --model takes.
+        A run directory, which keeps the results in its report, or any model that --model accepts.
     as_json
         Print the results as JSON.
     """
@@ -43,20 +43,20 @@ def measure(
     quiet_libraries()
     say_which_gpu(flags.device)
     if as_json:
-        with contextlib.redirect_stdout(io.StringIO()):  # libraries' words are not JSON
-            found = evaluate(flags, Screen().working)
+        with contextlib.redirect_stdout(io.StringIO()):  # libraries' output would break the JSON
+            evaluation = evaluate(flags, Screen().working)
     else:
-        found = evaluate(flags, RichScreen().working)
-    save(found)
+        evaluation = evaluate(flags, RichScreen().working)
+    save(evaluation)
     run = run_of(flags)
     if run:
-        add_to_run(found, run)
+        add_to_run(evaluation, run)
         write_report(run)
     if as_json:
-        console.print_json(json.dumps(facts(found), ensure_ascii=False))
+        console.print_json(json.dumps(facts(evaluation), ensure_ascii=False))
         return
-    _show(facts(found))
-    for note in filter(None, (result.note for result in found.results)):
+    _show(facts(evaluation))
+    for note in filter(None, (result.note for result in evaluation.results)):
         console.print(f" {note}", style="dim", markup=False, soft_wrap=True)
     for label, path in (
         ("results", flags.out),
@@ -70,12 +70,12 @@ def measure(
 def _show(facts: dict[str, Any]) -> None:
     from hymba_tune.report import tabulate
 
-    found = tabulate(facts)
-    console.print(f" {found.what}", style="dim", markup=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold")
-    for name in found.columns:
-        table.add_column(name, justify="right", overflow="fold", header_style="dim")
-    for line in found.lines:
-        table.add_row(Text(f" {line.label}", style="dim"), *map(Text, line.cells))
-    console.print(table)
+    table = tabulate(facts)
+    console.print(f" {table.what}", style="dim", markup=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column("", overflow="fold")
+    for name in table.columns:
+        grid.add_column(name, justify="right", overflow="fold", header_style="dim")
+    for line in table.lines:
+        grid.add_row(Text(f" {line.label}", style="dim"), *map(Text, line.cells))
+    console.print(grid)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ExportConfig
+from hymba_tune.formatting import format_bytes
 
 
 def export(
@@ -17,35 +18,34 @@ def export(
     *,
     flags: Annotated[ExportConfig, Parameter(name="*")] = ExportConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Make a run or a model one that loads anywhere, check it, describe it, and publish it.
+    """Export a run or a model for any library, check it, write its model card, and publish it.
 
     Example: hymba-tune export runs/my-run --out my-model --push me/my-model --private
 
-    The folder holds safetensors under the released names, tokenizer, settings, checksums and a model card. A folder
-    exported before is uploaded as it is: hymba-tune export my-model --push me/my-model
+    The folder holds safetensors with the released tensor names, tokenizer, settings, checksums and a model card. An
+    exported folder is uploaded as it is: hymba-tune export my-model --push me/my-model
 
-    In fewer bits: hymba-tune export runs/my-run --quantize nf4 --out my-nf4
+    Quantized: hymba-tune export runs/my-run --quantize nf4 --out my-nf4
 
     Parameters
     ----------
     model
-        A run directory, or whatever --model takes.
+        A run directory, or any model that --model accepts.
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.hub import export as make
-    from hymba_tune.pages import gigabytes
+    from hymba_tune.hub import export as export_model
 
     quiet_libraries()
     say_which_gpu(flags.device)
-    done = make(flags, RichScreen().working)
-    lines = [("exported", f"{done.folder} ({gigabytes(done.size)})")]
+    done = export_model(flags, RichScreen().working)
+    lines = [("exported", f"{done.folder} ({format_bytes(done.size)})")]
     if done.note is not None:
         lines.append(("from", done.note))
     if done.difference is not None:
-        lines.append(("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"))
+        lines.append(("checked", f"loaded again: logits differ by at most {done.difference:.2g}; SHA256SUMS"))
     if done.address is not None:
         lines.append(("uploaded", done.address))
-    lines.append(("talk to it", f"hymba-tune chat {done.folder}"))
+    lines.append(("chat with it", f"hymba-tune chat {done.folder}"))
     for label, line in lines:
-        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)
+        console.print(f" {label:<14}{line}", markup=False, soft_wrap=True)

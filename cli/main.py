@@ -1,8 +1,7 @@
-"""`hymba-tune`: hands the words of a command line to its verb, and the user's mistakes back in one message."""
+"""`hymba-tune`: runs the verb of a command line, and prints the user's mistakes as one message."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,10 +30,11 @@ from hymba_tune.cli.screen import error_console
 from hymba_tune.cli.serve import serve
 from hymba_tune.cli.settings import explain
 from hymba_tune.cli.sft import sft
-from hymba_tune.errors import ConfigError, HymbaTuneError
+from hymba_tune.config import TrainingConfig
+from hymba_tune.errors import ConfigError, HymbaTuneError, nearest
 
 USER_ERROR, INTERRUPTED = 2, 130
-TRAINS = ("sft", "dpo", "kto", "distill", "plan")
+TAKE_DATA = (*TrainingConfig.by_verb(), "plan")
 
 app = App(
     name="hymba-tune",
@@ -52,17 +52,19 @@ app.command(serve)
 app.command(data)
 app.command(distill)
 
-KERNELS_KEPT = "64"
-"""Of the kernels that oneDNN compiles on a CPU for each shape of a product in bfloat16: more than a layer takes. The
-next texts seldom have the same shapes; its own limit of 1,024 comes to 0.6 GB more."""
+CACHED_KERNELS = "64"
+"""The most kernels that oneDNN caches. On a CPU it compiles one for each shape of a bfloat16 product: a layer has fewer
+than this, and the next texts seldom have the same shapes. The default limit of 1,024 takes 0.6 GB more."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0, 2 for what the user can mend, 130 when interrupted."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
+    """Run one command and exit: with 0, with 2 for a mistake of the user, or with 130 when interrupted."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)
+    # TRL reports each trainer that is made to the Hub, unless huggingface_hub is told not to when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     words = list(sys.argv[1:] if words is None else words)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a run's table is followed while it grows, piped or not
+        sys.stdout.reconfigure(line_buffering=True)  # so that a piped table shows each row at once
     debug = "--debug" in words
     sys.exit(_run([word for word in words if word != "--debug"], debug=debug))
 
@@ -88,12 +90,14 @@ def _message(error: HymbaTuneError | CycloptsError) -> str:
 
 
 def _unexpected(error: UnusedCliTokensError) -> ConfigError:
-    """A word that a verb has no place for: data without its flag, or a misspelt verb of a verb."""
-    word, chain = (error.unused_tokens or [""])[0], error.command_chain or ()
-    verb, here = " ".join(("hymba-tune", *chain)), reduce(lambda above, name: above[name], chain, app)
-    verbs = [name for name in here if not name.startswith("-")]
-    near = difflib.get_close_matches(word, verbs, n=1)
-    fix = f"{verb} {near[0]}" if near else f"{verb} --help"
-    if chain and chain[0] in TRAINS and not near:
+    """Return the error for an unexpected argument: data without its flag, or a misspelled subcommand."""
+    word = (error.unused_tokens or [""])[0]
+    chain = error.command_chain or ()
+    verb = " ".join(("hymba-tune", *chain))
+    command = reduce(lambda parent, name: parent[name], chain, app)
+    verbs = [name for name in command if not name.startswith("-")]
+    near = nearest(word, verbs)
+    fix = f"{verb} {near or '--help'}"
+    if chain and chain[0] in TAKE_DATA and not near:
         fix = f"{verb} --data {word}"
-    return ConfigError(f"{verb} has no place for {word!r}.", expected=", ".join(verbs), fix=fix)
+    return ConfigError(f"{verb}: unexpected argument {word!r}.", expected=", ".join(verbs), fix=fix)

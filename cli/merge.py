@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
+from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
     from hymba_tune.hub import Merged
@@ -20,11 +21,11 @@ def merge(
     *,
     flags: Annotated[MergeConfig, Parameter(name="*")],
 ) -> None:
-    """Fold a run's adapter into its base model, as one model under the released names.
+    """Merge a run's adapter into its base model, as one model with the released tensor names.
 
     Example: hymba-tune merge runs/my-run --out my-model
 
-    One that was trained on quantised weights: hymba-tune merge runs/my-run --onto original --out my-model
+    A run on quantized weights: hymba-tune merge runs/my-run --onto original --out my-model
 
     Parameters
     ----------
@@ -33,35 +34,34 @@ def merge(
     """
     flags.model = run
     check_first(flags)
-    from hymba_tune.hub import merge as make
-    from hymba_tune.pages import gigabytes
+    from hymba_tune.hub import merge as merge_model
 
     quiet_libraries()
     say_which_gpu(flags.device)
-    done = make(flags, RichScreen().working)
+    done = merge_model(flags, RichScreen().working)
     lines = [
-        ("merged", f"{done.folder} ({gigabytes(done.size)})"),
+        ("merged", f"{done.folder} ({format_bytes(done.size)})"),
         *_drifts(done),
-        ("talk to it", f"hymba-tune chat {done.folder}"),
+        ("chat with it", f"hymba-tune chat {done.folder}"),
     ]
     for label, line in lines:
-        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)
+        console.print(f" {label:<14}{line}", markup=False, soft_wrap=True)
 
 
 def _drifts(done: Merged) -> list[tuple[str, str]]:
-    """What it was folded into, what it could have been, and how far both are from the trained model."""
+    """Describe the base of the merge, the alternative, and the distance of both from the trained model."""
     if done.base is None:
-        unknown = "the original weights: an adapter without its run does not say whether they were quantised"
+        unknown = "the original weights: an adapter without its run does not say whether they were quantized"
         return [("onto", unknown)] if done.alone else []
-    told = {Onto.original: "the original weights", Onto.dequantised: f"{done.base.scheme} weights, dequantised"}
+    bases = {Onto.original: "the original weights", Onto.dequantized: f"{done.base.scheme} weights, dequantized"}
     lines = [
         (
             "onto" if onto is done.onto else "not onto",
-            f"{told[onto]}: KL {drift.divergence:.2g}, logits within {drift.largest:.2g} of the trained model's",
+            f"{bases[onto]}: KL {drift.divergence:.2g}, logits within {drift.largest:.2g} of the trained model's",
         )
         for onto, drift in sorted(done.drifts.items(), key=lambda entry: entry[0] is not done.onto)
     ]
     nearest = min(done.drifts, key=lambda onto: done.drifts[onto].divergence)
     if nearest is not done.onto:
-        lines.append(("advised", f"--onto {nearest}: nearer to what was trained"))
+        lines.append(("advised", f"--onto {nearest}: closer to the trained model"))
     return lines

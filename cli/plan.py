@@ -14,12 +14,11 @@ from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
 from hymba_tune.cli.settings import AsJson, combine_for
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.groups import RUN
+from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.train.screen import Screen
 
 if TYPE_CHECKING:
-    from hymba_tune.plan import Plan, Verdict
-
-GB = 2**30
+    from hymba_tune.plan import DeviceEstimate, Plan
 
 
 def plan(
@@ -29,65 +28,63 @@ def plan(
     as_json: AsJson = False,
     flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Say what a run would take of memory and time, and what to change where it does not fit. Loads no weights.
+    """Estimate the memory and time of a run, and what to change where it does not fit. Loads no weights.
 
-    For memory, rows are taken to be as long as --max-length lets them be; --dry-run of the verb itself looks at your
-    data. Time is told where --steps or --data say how long the run is.
+    Memory is estimated for rows of --max-length tokens; the verb's own --dry-run uses your data instead. Time is
+    estimated where --steps or --data determine the length of the run.
 
     Example: hymba-tune plan --recipe sft_lora --max-length 4096
 
     Parameters
     ----------
     config
-        A recipe, whose flags may be changed as for the verb itself.
+        A recipe. Flags override it, as for the verb itself.
     verb
-        What is planned, where no recipe says it: sft (default), dpo, kto or distill.
+        The verb to plan for, where no recipe names it: sft (default), dpo, kto or distill.
     as_json
-        Print it as JSON.
+        Print the plan as JSON.
     """
     from hymba_tune.inputs import check_inputs
 
     settings = combine_for(config, flags, verb)
     check_inputs(settings, complete=False)
-    from hymba_tune.plan import plan as make
+    from hymba_tune.plan import plan as plan_run
 
     quiet_libraries()
     with (Screen() if as_json else RichScreen()).working("planning") as progress:
-        made = make(settings, progress)
+        planned = plan_run(settings, progress)
     if as_json:
-        console.print_json(json.dumps(asdict(made)))
+        console.print_json(json.dumps(asdict(planned)))
     else:
-        _show(made)
+        _show(planned)
 
 
-def _show(made: Plan) -> None:
-    from hymba_tune.pages import duration
-
-    console.print(f" {made.model} · {made.settings}", markup=False)
-    console.print(f" {made.tokens_per_step:,} tokens a step · {made.dtype} on a GPU", markup=False)
-    if made.length:
-        console.print(f" {made.length.steps:,} steps · {made.length.tokens:,} tokens in all", markup=False)
+def _show(planned: Plan) -> None:
+    console.print(f" {planned.model} · {planned.settings}", markup=False)
+    console.print(f" {planned.tokens_per_step:,} tokens a step · {planned.dtype} on a GPU", markup=False)
+    if planned.length:
+        console.print(f" {planned.length.steps:,} steps · {planned.length.tokens:,} tokens in all", markup=False)
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    quantised = ["in NF4", ""] if made.here.nf4 is not None else []
-    for heading in (" device", "needs", "", *quantised, "tok/s", *(["time"] if made.length else [])):
+    quantized = ["in NF4", ""] if planned.here.nf4 is not None else []
+    for heading in (" device", "needs", "", *quantized, "tok/s", *(["time"] if planned.length else [])):
         table.add_column(heading, no_wrap=True, header_style="dim", justify="right" if heading[:1] != " " else "left")
-    for verdict in [*made.gpus, made.here]:
-        needs: list[str | Text] = [f"{verdict.needs / GB:.1f} GB", _mark(verdict.needs <= verdict.has)]
-        if verdict.nf4 is not None:
-            needs += [f"{verdict.nf4 / GB:.1f} GB", _mark(verdict.nf4 <= verdict.has)]
-        time = [] if verdict.seconds is None else ["< 1 s" if verdict.seconds < 1 else duration(verdict.seconds)]
-        table.add_row(f" {verdict.device}", *needs, f"{verdict.tokens_per_s:,.0f}", *time)
+    for estimate in [*planned.gpus, planned.here]:
+        needs: list[str | Text] = [format_bytes(estimate.needs), _mark(estimate.needs <= estimate.has)]
+        if estimate.nf4 is not None:
+            needs += [format_bytes(estimate.nf4), _mark(estimate.nf4 <= estimate.has)]
+        time = [] if estimate.seconds is None else ["< 1 s" if estimate.seconds < 1 else duration(estimate.seconds)]
+        table.add_row(f" {estimate.device}", *needs, f"{estimate.tokens_per_s:,.0f}", *time)
     console.print(table)
     console.print()
-    for verdict in [*made.gpus, made.here]:
-        if not verdict.fits:
-            console.print(f" for {verdict.device}: {_advice(verdict)}", markup=False)
-    parts = " · ".join(f"{name} {_size(size)}" for name, size in asdict(made.parts).items() if size)
+    for estimate in [*planned.gpus, planned.here]:
+        if not estimate.fits:
+            console.print(f" for {estimate.device}: {_advice(estimate)}", markup=False)
+    parts = " · ".join(f"{name} {format_bytes(size)}" for name, size in asdict(planned.parts).items() if size)
     console.print(f" on a GPU: {parts}", style="dim", markup=False)
     console.print(
-        " Memory is counted; on GPUs nothing is measured yet. Speed and time are rough guesses: on GPUs 30 % of their "
-        "makers' figures, here from a matrix product timed just now. Time is of the steps alone, without evaluations.",
+        " Memory is counted, not measured on a GPU. Speed and time are rough guesses: on GPUs 30 % of their "
+        "manufacturers' figures, here from a matrix product timed now. Time covers the steps, without evaluations.",
         style="dim",
         markup=False,
     )
@@ -97,9 +94,5 @@ def _mark(fits: bool) -> Text:
     return Text("✓", style="green") if fits else Text("✗", style="red")
 
 
-def _size(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 2**20:.0f} MB"
-
-
-def _advice(verdict: Verdict) -> str:
-    return "nothing here makes it fit; take another device" if verdict.change is None else verdict.change
+def _advice(estimate: DeviceEstimate) -> str:
+    return "no settings make it fit; use another device" if estimate.change is None else estimate.change

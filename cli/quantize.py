@@ -11,12 +11,13 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
+from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
-    from hymba_tune.hub import Quantised, Searched
+    from hymba_tune.hub import QuantizedModel, Searched
 
 NOTHING_FOUND = 2
-"""Exit code of a search that finds nothing to propose."""
+"""Exit code of a search without a proposal."""
 
 
 def quantize(
@@ -25,45 +26,43 @@ def quantize(
     *,
     flags: Annotated[QuantizeConfig, Parameter(name="*")] = QuantizeConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> int | None:
-    """Store a model's weights in fewer bits, a run's with its adapter folded in, and check what was written.
+    """Quantize the weights of a model, or of a run with its adapter merged, and check the written folder.
 
     Example: hymba-tune quantize runs/my-run --scheme nf4 --out my-model-nf4
 
-    What to leave: hymba-tune quantize runs/my-run --scheme fp4 --search --max-rise 0.5%
+    Choose what to leave unquantized: hymba-tune quantize runs/my-run --scheme fp4 --search --max-rise 0.5%
 
-    The folder loads with transformers and bitsandbytes, and stands wherever a model does: chat, eval, sft, export. What
-    it cost is measured on --data: damage.json, damage.html.
+    The folder loads with transformers and bitsandbytes, and you can pass it anywhere a model is expected: chat, eval,
+    sft, export. The damage is measured on --data, and written to damage.json and damage.html.
 
     Parameters
     ----------
     model
-        A run directory, or whatever --model takes.
+        A run directory, or a model as for --model.
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.hub import quantize as make
+    from hymba_tune.hub import quantize as write_quantized
     from hymba_tune.hub import search_skips
 
     quiet_libraries()
     say_which_gpu(flags.device)
     if not flags.search:
-        _say_written(make(flags, RichScreen().working))
+        _print_written(write_quantized(flags, RichScreen().working))
         return None
-    found = search_skips(flags, RichScreen().working)
-    _say_search(found, flags)
-    if found.written:
-        _say_written(found.written)
-    return None if found.search.skip is not None else NOTHING_FOUND
+    result = search_skips(flags, RichScreen().working)
+    _print_search(result, flags)
+    if result.written:
+        _print_written(result.written)
+    return None if result.search.skip is not None else NOTHING_FOUND
 
 
-def _say_written(done: Quantised) -> None:
-    from hymba_tune.pages import gigabytes
-
+def _print_written(done: QuantizedModel) -> None:
     damage, drift = done.damage, done.damage.drift
-    before, after = (gigabytes(size) for size in damage.weight_bytes)
+    before, after = (format_bytes(size) for size in damage.weight_bytes)
     errors = " · ".join(f"{kind} {100 * error.error:.2g} %" for kind, error in damage.kinds.items())
     _lines(
-        ("quantised", f"{done.folder} (weights {before} → {after})"),
+        ("quantized", f"{done.folder} (weights {before} → {after})"),
         *([("from", done.note)] if done.note else []),
         ("damage", damage.sentence),
         ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
@@ -75,10 +74,9 @@ def _say_written(done: Quantised) -> None:
     )
 
 
-def _say_search(found: Searched, flags: QuantizeConfig) -> None:
-    from hymba_tune.pages import gigabytes
-
-    tried, scheme = found.search, flags.scheme
+def _print_search(result: Searched, flags: QuantizeConfig) -> None:
+    tried = result.search
+    scheme = flags.scheme
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(f" in {scheme}", overflow="fold", header_style="dim")
     for name in ("perplexity", "rise", "drift", "saves"):
@@ -88,7 +86,7 @@ def _say_search(found: Searched, flags: QuantizeConfig) -> None:
     sets = [(" ".join(("all but", *left)) if (left := tried.left_of(trial)) else "all", trial) for trial in tried.whole]
     for label, trial in alone + sets:
         drift = trial.drift
-        cells = (drift.perplexities[1], drift.risen, f"{drift.kl:.2g}", gigabytes(trial.saved))
+        cells = (drift.perplexities[1], drift.risen, f"{drift.kl:.2g}", format_bytes(trial.saved))
         table.add_row(Text(f" {label}"), *cells)
     console.print(table)
     limit = f"{flags.max_rise:g} %"
@@ -98,10 +96,10 @@ def _say_search(found: Searched, flags: QuantizeConfig) -> None:
             ("to go on", "a larger --max-rise, or --scheme int8"),
         )
         return
-    what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantised"
+    what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantized"
     _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
-    if not found.written:
-        skip = f" --skip {' '.join(found.skip)}" if found.skip else ""
+    if not result.written:
+        skip = f" --skip {' '.join(result.skip)}" if result.skip else ""
         _lines(("to do it", f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"))
 
 

@@ -34,8 +34,8 @@ def list_recipes() -> None:
         memory = Text(f" ({recipe.memory})", style="dim")
         table.add_row(f" {recipe.name}", Text(recipe.what).append(memory))
     console.print(table)
-    console.print("\n use one   hymba-tune VERB --config NAME --data FILE (its head says which)", markup=False)
-    console.print(" see one   hymba-tune recipes show NAME\n own one   hymba-tune recipes copy NAME", markup=False)
+    console.print("\n use one   hymba-tune VERB --config NAME --data FILE (the recipe names its VERB)", markup=False)
+    console.print(" see one   hymba-tune recipes show NAME\n copy one  hymba-tune recipes copy NAME", markup=False)
 
 
 recipes.command(list_recipes, name="list")
@@ -50,23 +50,23 @@ def show(name: str) -> None:
     Parameters
     ----------
     name
-        Of a packaged recipe, or a file.
+        The name of a packaged recipe, or a file.
     """
     console.print(find_recipe(name).read_text(encoding="utf-8").rstrip(), markup=False, soft_wrap=True)
 
 
 @recipes.command
 def copy(name: str, file: Path | None = None, *, overwrite: Overwrite = False) -> None:
-    """Copy a recipe, to be changed.
+    """Copy a recipe so that you can change it.
 
     Example: hymba-tune recipes copy sft_lora my.yaml
 
     Parameters
     ----------
     name
-        Of a packaged recipe.
+        The name of a packaged recipe.
     file
-        Where to. When not given: NAME.yaml here.
+        The file to write. When not given: NAME.yaml in the current directory.
     overwrite
         Replace a file that exists.
     """

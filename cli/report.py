@@ -25,7 +25,7 @@ def report(
     out: Annotated[Path | None, Parameter(group=RESULT)] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a run's report.html anew, or compare several runs on one page.
+    """Write a run's report.html again, or compare several runs on one page.
 
     Example: hymba-tune report runs/my-run
 
@@ -36,11 +36,11 @@ def report(
     run
         A run directory.
     others
-        Further ones, to compare it with.
+        Further run directories, to compare it with.
     out
-        Where the comparison goes: compare.html when not given. A single run's page is in its own directory.
+        The file of the comparison: compare.html when not given. A single run's page is in its own directory.
     overwrite
-        Replace the comparison if it exists.
+        Replace the file of the comparison if it exists.
     """
     from hymba_tune.report import write_comparison, write_report
 

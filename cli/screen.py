@@ -1,4 +1,4 @@
-"""What a person sees while something runs: a banner, progress, and a table that grows a row at a time."""
+"""What the terminal shows during a command: a banner, progress, and a table that grows row by row."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.formatting import format_bytes
+from hymba_tune.train.screen import MetricsRow, Screen
 
 console = Console(highlight=False, emoji=False)
 error_console = Console(stderr=True, highlight=False, emoji=False)
 COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
 PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "tok/s": 8, "left": 8}
-"""Of a run that learns which answers are better."""
+"""The columns of preference training."""
 QUIET_SECONDS = 2.0
-"""Progress that takes less is not worth showing."""
+"""The shortest work whose progress is worth showing."""
 MOVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 SHOWN_SPEED = 100
-"""Things done before their speed says something."""
+"""The amount of work after which its speed is shown."""
 
 
 class RichScreen(Screen):
@@ -35,7 +36,7 @@ class RichScreen(Screen):
 
     @contextmanager
     def working(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A line that turns while something is done, if it takes long enough to see; with a total, the time to go."""
+        """Show a spinner during work, with the remaining time where the total is known."""
         started = time.monotonic()
         with console.status(Text(label, style="dim")) as status:
             yield lambda done: status.update(Text(_progress(label, done, started, total), style="dim"))
@@ -43,7 +44,7 @@ class RichScreen(Screen):
             console.print(f" {label} · {seconds:.0f} s", markup=False)
 
     def banner(self, lines: dict[str, str]) -> None:
-        """Labels and lines, aligned."""
+        """Show labels and lines, aligned."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
@@ -52,8 +53,8 @@ class RichScreen(Screen):
         console.print(table)
         console.print()
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
-        """One line of the table."""
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
+        """Show one line of the table."""
         margin = row.margin if row.eval_margin is None else row.eval_margin
         accuracy = row.accuracy if row.eval_accuracy is None else row.eval_accuracy
         if not self._columns:
@@ -69,7 +70,7 @@ class RichScreen(Screen):
             "acc": _format(accuracy, ".0%"),
             "lr": _format(row.learning_rate, ".1e"),
             "tok/s": _format(row.tokens_per_s, ",.0f"),
-            "mem": f"{row.memory_bytes / 2**30:.1f} GB" if row.memory_bytes else "",
+            "mem": format_bytes(row.memory_bytes) if row.memory_bytes else "",
             "left": "" if seconds_left is None else _duration(seconds_left),
         }
         console.print("".join(f"{cells[name]:>{width}}" for name, width in self._columns.items()), markup=False)
@@ -78,25 +79,26 @@ class RichScreen(Screen):
             console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line on its own."""
+        """Show a separate line."""
         console.print(f" {text}", markup=False)
 
     def _trend(self, source: str, loss: float) -> str:
-        before, self._eval_losses[source] = self._eval_losses.get(source, loss), loss
+        before = self._eval_losses.get(source, loss)
+        self._eval_losses[source] = loss
         mark = " " if before == loss else "▼" if loss < before else "▲"
         return f"{loss:.3f} {mark}"
 
 
 def _listed(items: Iterable[str], indent: int) -> list[str]:
-    """Items in lines of the terminal's width, none of them torn apart but where it is wider than that."""
+    """Return items in lines of the terminal's width; only items wider than that are broken."""
     whole = " · ".join(visible(item).strip().replace(" ", "\xa0") for item in items)
     lines = textwrap.wrap(whole, console.width - indent, break_on_hyphens=False)
     return [" " * indent + line.replace("\xa0", " ") for line in lines]
 
 
 def visible(text: str) -> str:
-    """The text with what would move the cursor, colour the screen or turn the line round, as symbols."""
-    return MOVES.sub(lambda found: _symbol(ord(found[0])), text)
+    """Replace characters that would move the cursor, color the screen or reverse the line by visible symbols."""
+    return MOVES.sub(lambda match: _symbol(ord(match[0])), text)
 
 
 def _symbol(code: int) -> str:
@@ -104,7 +106,7 @@ def _symbol(code: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep what transformers shows of its own work off the screen, where no run's log takes it."""
+    """Silence transformers' progress and warnings in commands without a run's log."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -112,18 +114,18 @@ def quiet_libraries() -> None:
 
 
 def say_which_gpu(device: str) -> None:
-    """Say which GPU is used, if several are visible; beside the output, which may be JSON.
+    """Print which GPU is used, if several are visible, to stderr, as stdout may hold JSON.
 
     Args:
-        device: What --device says.
+        device: The value of --device.
 
     Raises:
         ConfigError: If there is no such device.
     """
     from hymba_tune.checkpoint import choose_device, describe_choice
 
-    if said := describe_choice(choose_device(device)):
-        error_console.print(f" {said}", style="dim", markup=False, soft_wrap=True)
+    if choice := describe_choice(choose_device(device)):
+        error_console.print(f" {choice}", style="dim", markup=False, soft_wrap=True)
 
 
 def _progress(label: str, done: int, started: float, total: int | None = None) -> str:

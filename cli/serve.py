@@ -20,14 +20,14 @@ def serve(
     *,
     flags: Annotated[ServeConfig, Parameter(name="*")] = ServeConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
-    """Serve a model to whatever speaks OpenAI's interface: chats and completions, several at once. Ctrl-C ends it.
+    """Serve a model over OpenAI's HTTP API: chat and text completions, several at once. Ctrl-C stops the server.
 
     Example: hymba-tune serve runs/my-run --port 8000
 
     Parameters
     ----------
     model
-        A run directory, or whatever --model takes.
+        A run directory, or any model that --model accepts.
     """
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serve needs {missing[0]}, which is not installed.", fix="pip install 'hymba-tune[serve]'")
@@ -42,6 +42,6 @@ def serve(
     if server.note:
         console.print(f" {server.note}", style="dim", markup=False, soft_wrap=True)
     if not server.local:
-        console.print(" everybody who reaches this port can use the model: there is no password", style="yellow")
-    with suppress(KeyboardInterrupt):  # that is how it is to end
+        console.print(" no authentication: anyone who can reach this port can use the model", style="yellow")
+    with suppress(KeyboardInterrupt):  # the documented way to stop it
         server.run()

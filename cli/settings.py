@@ -1,8 +1,7 @@
-"""One set of settings from a recipe and the flags on top of it."""
+"""Reading settings: a recipe, overridden by flags."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, did_you_mean
 from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
@@ -39,29 +38,27 @@ LIMITS = {
 
 
 def combine(recipe: str | None, flags: C) -> C:
-    """The flags, over the recipe's settings.
+    """Return the recipe's settings, overridden by the flags.
 
     Args:
         recipe: A YAML file, or the name of a packaged recipe.
-        flags: Whose explicitly set fields win.
+        flags: The flags. Those that were set explicitly override the recipe.
 
     Raises:
-        ConfigError: If the recipe cannot be read or is another verb's, or a setting is unknown or out of its range.
+        ConfigError: If the recipe cannot be read or is for another verb, or a setting is unknown or out of range.
     """
     if recipe is None:
         return flags
     path = find_recipe(recipe)
     settings = read_recipe(path)
-    own = getattr(flags, "verb", None)
+    own = flags.verb.name if isinstance(flags, TrainingConfig) else None
     if (verb := settings.pop("verb", own)) != own:
         raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
     known = type(flags).model_fields
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(
-                f"{recipe}: there is no setting {key!r}.", fix=f"did you mean {near[0]!r}?" if near else "remove it"
-            )
+            fix = did_you_mean(str(key), known) or "remove it"
+            raise ConfigError(f"{recipe}: there is no setting {key!r}.", fix=fix)
     settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
     try:
         return type(flags).model_validate(settings)
@@ -70,10 +67,10 @@ def combine(recipe: str | None, flags: C) -> C:
 
 
 def check_first(config: Config) -> None:
-    """Check what a verb that loads a model can check at once: nothing is downloaded, and torch is not imported.
+    """Check what can be checked without a download and without importing torch, for verbs that load a model.
 
     Raises:
-        HymbaTuneError: If it cannot be run so, or something that the settings name is not there.
+        HymbaTuneError: If the settings cannot be used, or a file or model that they name does not exist.
     """
     from hymba_tune.inputs import check_inputs
 
@@ -82,20 +79,20 @@ def check_first(config: Config) -> None:
 
 
 def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> TrainingConfig:
-    """As `combine`, for whatever verb the recipe is for.
+    """Return the settings as `combine` does, for the recipe's own verb.
 
     Args:
-        recipe: As there.
-        flags: Whose explicitly set fields win.
-        verb: What the settings are for; where not given, what the recipe says, or else the flags' own verb.
+        recipe: A YAML file, or the name of a packaged recipe.
+        flags: The flags. Those that were set explicitly override the recipe.
+        verb: The verb of the settings. When None, the recipe's verb, or that of the flags.
 
     Raises:
-        ConfigError: As `combine`; also if there is no such verb, or it has no such setting.
+        ConfigError: In the cases of `combine`, or if there is no such verb, or it has no such setting.
     """
     try:
-        kind = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb)
-        given = {name: getattr(flags, name) for name in flags.model_fields_set}
-        return combine(recipe, kind.model_validate(given))
+        own = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb.name)
+        set_flags = {name: getattr(flags, name) for name in flags.model_fields_set}
+        return combine(recipe, own.model_validate(set_flags))
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
     except ValueError as error:
@@ -103,30 +100,30 @@ def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> 
 
 
 def explain(error: ValidationError) -> str:
-    """Say what is wrong with settings, a line each: ``--rank 0: must be at least 1 (common: 8 to 64)``."""
+    """Describe each invalid setting in a line: ``--rank 0: must be at least 1 (common: 8 to 64)``."""
     fields = next(kind.model_fields for kind in Config.kinds() if kind.__name__ in error.title)
     return "\n".join(_explain_one(dict(problem), fields) for problem in error.errors())
 
 
 def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     limit = LIMITS.get(problem["type"], "")
-    said = limit.format(**problem.get("ctx", {})) if limit else problem["msg"].removeprefix("Value error, ")
+    reason = limit.format(**problem.get("ctx", {})) if limit else problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
-        name, colon, rest = str(said).partition(":")
+        name, colon, rest = str(reason).partition(":")
         return f"--{name.replace('_', '-')}:{rest}" if name in fields else f"{name}{colon}{rest}"
     field = str(problem["loc"][0])
     flag = "--" + field.replace("_", "-")
     common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None
-    given = problem["input"] if isinstance(problem["input"], list) else [problem["input"]]
-    value = "" if problem["type"] == "missing" else f" {' '.join(map(str, given))}"
-    return f"{flag}{value}: {said}{common[0] if common else ''}."
+    values = problem["input"] if isinstance(problem["input"], list) else [problem["input"]]
+    value = "" if problem["type"] == "missing" else f" {' '.join(map(str, values))}"
+    return f"{flag}{value}: {reason}{common[0] if common else ''}."
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe that is named as a file or by a packaged one's name.
+    """Return the file of a recipe, given as a file or by the name of a packaged recipe.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such recipe.
     """
     path = Path(recipe).expanduser()
     if path.is_file():
@@ -135,16 +132,15 @@ def find_recipe(recipe: str) -> Path:
     names = sorted(file.stem for file in packaged.glob("*.yaml"))
     if path.stem in names and path.parent == Path():
         return packaged / f"{path.stem}.yaml"
-    near = difflib.get_close_matches(path.stem, names, n=1)
     raise ConfigError(
         f"There is no recipe {recipe}.",
         expected=f"a YAML file, or a packaged recipe: {', '.join(names)}",
-        fix=f"did you mean {near[0]!r}?" if near else "hymba-tune recipes says what each does",
+        fix=did_you_mean(path.stem, names) or "hymba-tune recipes lists them",
     )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """What a recipe's file says.
+    """Return the settings in a recipe's file.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -152,9 +148,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", expected="YAML: a setting and its value a line") from error
+        raise ConfigError(f"{path} cannot be read: {error}", expected="YAML with one setting a line") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds a {type(settings).__name__}.", expected="a setting and its value a line")
+        raise ConfigError(f"{path} holds a {type(settings).__name__}.", expected="YAML with one setting a line")
     return settings

@@ -1,4 +1,4 @@
-"""What the verbs that train have in common: settings in, a run on the screen, its result and what to do next."""
+"""What all training verbs share: reading settings, showing the run, its result and the next commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import check_first, combine
-from hymba_tune.config import TrainingConfig
+from hymba_tune.config import TrainingConfig, Verb
 
 if TYPE_CHECKING:
     from hymba_tune.train.run import Run
@@ -20,16 +20,16 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 def read_settings(recipe: str | None, flags: C) -> C:
-    """The settings of a run: a recipe's with the flags on top, or those of the run that ``--resume`` names.
+    """Return the settings of a run: a recipe's, overridden by flags, or those of the run that ``--resume`` names.
 
-    They are checked as far as that takes no time: nothing is downloaded, and torch is not imported.
+    They are checked as far as possible without a download and without importing torch.
 
     Args:
-        recipe: As `combine` takes it.
-        flags: Of the verb.
+        recipe: A YAML file, or the name of a packaged recipe.
+        flags: The verb's flags.
 
     Raises:
-        HymbaTuneError: If something is to be mended first.
+        HymbaTuneError: If a setting, a file or the machine must be changed first.
     """
     from hymba_tune.train.resuming import resume_config
     from hymba_tune.train.tracking import check_trackers
@@ -43,50 +43,50 @@ def read_settings(recipe: str | None, flags: C) -> C:
 
 
 def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:
-    """Train, and show what came of it.
+    """Train, and show the result.
 
     Args:
-        settings: Of `read_settings`.
-        train: What the verb does.
+        settings: The settings from `read_settings`.
+        train: The function that trains.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # what they say is the log's, as soon as there is one
+    disable_progress_bar()  # the run's log gets the libraries' messages
     try:
         run = train(settings, RichScreen())
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
-            go_on = f"hymba-tune {settings.verb} --resume {interrupt.args[0]}"
-            console.print(f"\n stopped and saved; to go on: {go_on}", markup=False, soft_wrap=True)
-            console.print(f" how it went so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
+            resume = f"hymba-tune {settings.verb} --resume {interrupt.args[0]}"
+            console.print(f"\n stopped and saved; to resume: {resume}", markup=False, soft_wrap=True)
+            console.print(f" report so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
         raise
     if run is None:
         console.print(" dry run: nothing was trained or written; leave --dry-run out to train", markup=False)
     else:
-        _show_result(run)
+        _show_result(run, settings.verb)
 
 
-def _show_result(run: Run) -> None:
+def _show_result(run: Run, verb: Verb) -> None:
     evaluations = list(run.evaluations())
     console.print()
     if len(evaluations) > 1:
-        kept, best = run.facts()["kept"], min(evaluations[1:], key=lambda row: row.eval_loss or 0.0)
-        where = f"step {kept['step']}, the {kept['why']} weights"
+        final = run.facts()["kept"]
+        best = min(evaluations[1:], key=lambda row: row.eval_loss or 0.0)
+        where = f"step {final['step']}, the {final['why']} weights"
         console.print(
-            f" held-out loss  {evaluations[0].eval_loss:.3f} → {kept['eval_loss']:.3f} ({where})", markup=False
+            f" held-out loss  {evaluations[0].eval_loss:.3f} → {final['eval_loss']:.3f} ({where})", markup=False
         )
-        ended = next((row for row in evaluations if row.step == kept["step"]), best)
+        ended = next((row for row in evaluations if row.step == final["step"]), best)
         for name, loss in evaluations[0].source_losses.items():
             if name in ended.source_losses:
                 console.print(f"   {visible(name)}  {loss:.3f} → {ended.source_losses[name]:.3f}", markup=False)
-        if best.eval_loss < kept["eval_loss"]:
+        if best.eval_loss < final["eval_loss"]:
             console.print(
-                f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those", markup=False
+                f" it was {best.eval_loss:.3f} at step {best.step}: --keep best ends with those weights", markup=False
             )
-        if ended.eval_accuracy is not None:
-            one_by_one = run.facts()["verb"] == "kto"
-            told = "held-out answers told right:" if one_by_one else "better answer preferred in held-out pairs:"
-            console.print(f" {told} {ended.eval_accuracy:.0%}", markup=False)
+        if ended.eval_accuracy is not None and verb.accuracy is not None:
+            label = f"held-out {verb.accuracy.subject} {verb.accuracy.verdict}"
+            console.print(f" {label}: {ended.eval_accuracy:.0%}", markup=False)
     if answers := run.facts().get("answers"):
         counts = f"{answers['before']:,} → {answers['after']:,} of {answers['questions']:,}"
         console.print(f" right answers {counts}", markup=False)
@@ -95,8 +95,8 @@ def _show_result(run: Run) -> None:
         console.print()
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
             console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))
-    lines = [f"everything is in {run.path}", f"how it went      {run.path}/report.html"]
-    lines.append(f"talk to it       hymba-tune chat {run.path}")
+    lines = [f"run directory        {run.path}", f"report               {run.path}/report.html"]
+    lines.append(f"chat with it         hymba-tune chat {run.path}")
     if run.adapter.is_dir():
-        lines.append(f"one model of it  hymba-tune merge {run.path} --out {run.name}-merged")
+        lines.append(f"merge into one model hymba-tune merge {run.path} --out {run.name}-merged")
     console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)

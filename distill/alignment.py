@@ -1,8 +1,8 @@
-"""Two tokenizers on one text: where each one's tokens begin in the other's.
+"""Alignment of two tokenizers on one text: where the tokens of one side begin among those of the other.
 
-The student and the teacher each render a conversation with their own chat template and tokenizer. Only the answers
-are aligned, by their bytes; the tokens that end a turn are mapped to each other. What lies around an answer on one side
-only (a template's white space, SentencePiece's first space) is cut off the tokens that bear it.
+The student and the teacher each render a conversation with their own chat template and tokenizer. Only the answers are
+aligned, byte by byte, and the end tokens of both sides are mapped to each other. Bytes around an answer that one side
+only has (a template's white space, SentencePiece's first space) are removed from the tokens that contain them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hymba_tune.config import Learn
 from hymba_tune.data.formats import Example
-from hymba_tune.distill.pair import Answer, Pair, Row, Side, Unaligned, for_teacher, tokenise
+from hymba_tune.distill.pair import Answer, Side, TokenizedRow, TokenizerPair, Unaligned, for_teacher, tokenize_examples
 from hymba_tune.distill.spelling import END
 
 Indices = NDArray[np.int64]
@@ -28,20 +28,20 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """A row on both sides, and where its answers' tokens meet: N positions and S spans.
+    """A row on both sides, and the alignment of its answers' tokens: N positions and S spans.
 
-    A row's first token, which nothing predicts, is in neither.
+    The first token of a row, which nothing predicts, is in neither.
 
     Attributes:
         student_ids: The student's whole row.
-        teacher_ids: The teacher's.
-        student: ``(N,)``, ascending: where the student's token stands in its row.
-        teacher: ``(N,)``: where the teacher's token stands that covers the first byte of it.
-        spelled: ``(N,)``: how many bytes of the teacher's token come before that byte; 0 where both begin there.
-        first: ``(N,)``: whether the teacher's token is the first of an answer.
-        crossing: ``(N,)``: whether the student's token goes on into the teacher's next.
-        spans: ``(S, 4)``: the smallest spans that both sides bound: ``[begin, end)`` of the student's row, then the
-            teacher's.
+        teacher_ids: The teacher's whole row.
+        student: ``(N,)``, ascending: the position of each student token in the student's row.
+        teacher: ``(N,)``: the position in the teacher's row of the token that covers its first byte.
+        spelled: ``(N,)``: the number of bytes of that teacher token before this byte; 0 where both tokens begin there.
+        first: ``(N,)``: whether that teacher token is the first of an answer.
+        crossing: ``(N,)``: whether the student's token continues into the teacher's next token.
+        spans: ``(S, 4)``: the smallest spans whose ends are boundaries on both sides: ``[begin, end)`` in the student's
+            row, then in the teacher's.
     """
 
     student_ids: list[int]
@@ -55,38 +55,39 @@ class Alignment:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a plain text or a part of one: nothing comes before what is learned, as a prompt does."""
+        """Whether this is a plain text or a part of one, which has no prompt before the learned tokens."""
         return not len(self.student) or int(self.student[0]) < 2
 
 
-def align(examples: Sequence[Example], pair: Pair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
-    """Render, tokenise and align examples, each side in its own way.
+def align(examples: Sequence[Example], pair: TokenizerPair, learn: Learn = Learn.all) -> list[Alignment | Unaligned]:
+    """Render and tokenize examples on both sides, and align them.
 
     Args:
-        examples: A batch, faster than one by one.
-        pair: The two sides.
-        learn: Which answers: all, or at most the last of each conversation.
+        examples: A batch, which is faster than single examples.
+        pair: The two tokenizers.
+        learn: The answers to align: all, or at most the last of each conversation.
 
     Returns:
-        For each example its alignment, or why there is none: its bytes differ between the sides, it has half a
-        character (a lone surrogate, which no tokenizer takes), or a template cannot render it.
+        For each example its alignment, or the reason why there is none: its bytes differ between the sides, it has half
+        a character (a lone surrogate, which no tokenizer reads), or a template cannot render it.
     """
     shown = [for_teacher(example, pair.teacher_system) for example in examples]
-    students, teachers = tokenise(examples, pair.student, learn), tokenise(shown, pair.teacher, learn)
+    students = tokenize_examples(examples, pair.student, learn)
+    teachers = tokenize_examples(shown, pair.teacher, learn)
     return align_rows(students, teachers, pair)
 
 
 def align_rows(
-    students: Sequence[Row | Unaligned], teachers: Sequence[Row | Unaligned], pair: Pair
+    students: Sequence[TokenizedRow | Unaligned], teachers: Sequence[TokenizedRow | Unaligned], pair: TokenizerPair
 ) -> list[Alignment | Unaligned]:
-    """Align rows of tokens; see `align`."""
+    """Align tokenized rows; see `align`."""
     checked = [_check(*rows, pair) for rows in zip(students, teachers, strict=True)]
     aligned = _align_checked([row for row in checked if isinstance(row, _Checked)])
     return [row if isinstance(row, Unaligned) else next(aligned) for row in checked]
 
 
 class _Spelled(NamedTuple):
-    """An answer as one side's tokens: the lengths of these, and how many bytes come before what is aligned."""
+    """An answer on one side: its first token, the byte lengths of its tokens, and the bytes before the aligned part."""
 
     begin: int
     lengths: list[int]
@@ -94,7 +95,7 @@ class _Spelled(NamedTuple):
 
 
 class _Common(NamedTuple):
-    """An answer as both sides spell it, ``size`` bytes of it the same before its end."""
+    """An answer on both sides, which share ``size`` bytes before the end token."""
 
     student: _Spelled
     teacher: _Spelled
@@ -102,14 +103,16 @@ class _Common(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A row whose sides spell the same answers."""
+    """A row with the same answers on both sides."""
 
-    student: Row
-    teacher: Row
+    student: TokenizedRow
+    teacher: TokenizedRow
     answers: list[_Common]
 
 
-def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _Checked | Unaligned:
+def _check(
+    student: TokenizedRow | Unaligned, teacher: TokenizedRow | Unaligned, pair: TokenizerPair
+) -> _Checked | Unaligned:
     if isinstance(student, Unaligned):
         return student
     size = sum(len(answer.content) for answer in student.answers)
@@ -119,36 +122,39 @@ def _check(student: Row | Unaligned, teacher: Row | Unaligned, pair: Pair) -> _C
         return Unaligned("bytes differ", "the chat templates write the answers in different ways", size)
     answers = []
     for ours, theirs in zip(student.answers, teacher.answers, strict=True):
-        pieces = _pieces(student.ids, ours, pair.student), _pieces(teacher.ids, theirs, pair.teacher)
-        leads = _lead(pieces[0], ours.content), _lead(pieces[1], theirs.content)
-        if leads[0] is None or leads[1] is None:
-            whose = "student" if leads[0] is None else "teacher"
-            return Unaligned("bytes differ", f"the {whose}'s tokens do not spell the answer", size)
+        student_bytes = _token_bytes(student.ids, ours, pair.student)
+        teacher_bytes = _token_bytes(teacher.ids, theirs, pair.teacher)
+        student_lead = _lead(student_bytes, ours.content)
+        teacher_lead = _lead(teacher_bytes, theirs.content)
+        if student_lead is None or teacher_lead is None:
+            side = "student" if student_lead is None else "teacher"
+            return Unaligned("bytes differ", f"the {side}'s tokens do not spell the answer", size)
+
         # White space that both templates write before an answer is aligned with it.
-        same = len(commonprefix([leads[0][::-1], leads[1][::-1]]))
-        student_spelled = _Spelled(ours.begin, list(map(len, pieces[0])), len(leads[0]) - same)
-        teacher_spelled = _Spelled(theirs.begin, list(map(len, pieces[1])), len(leads[1]) - same)
+        same = len(commonprefix([student_lead[::-1], teacher_lead[::-1]]))
+        student_spelled = _Spelled(ours.begin, list(map(len, student_bytes)), len(student_lead) - same)
+        teacher_spelled = _Spelled(theirs.begin, list(map(len, teacher_bytes)), len(teacher_lead) - same)
         answers.append(_Common(student_spelled, teacher_spelled, len(ours.content) + same))
     return _Checked(student, teacher, answers)
 
 
-def _pieces(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
+def _token_bytes(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
     return list(map(side.spelling.tokens.__getitem__, ids[answer.begin : answer.end]))
 
 
-def _lead(pieces: list[bytes], content: bytes) -> bytes | None:
-    """What the tokens spell before an answer; None if they do not spell it, and its end."""
-    spelled = b"".join(pieces)
+def _lead(token_bytes: list[bytes], content: bytes) -> bytes | None:
+    """Return the bytes that the tokens spell before an answer; None if they do not spell it and its end."""
+    spelled = b"".join(token_bytes)
     lead = spelled.rfind(content, 0, -len(END))
     return spelled[:lead] if lead >= 0 and spelled.endswith(END) else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """One side's tokens of many answers, laid end to end: ``[start, end)`` in bytes of the answers, none empty.
+    """One side's tokens of many concatenated answers: ``[start, end)`` in bytes of the answers, none empty.
 
-    ``index`` is where a token stands in its row, ``before`` how many of its bytes come before its answer, ``first``
-    whether it is the first of one.
+    ``index`` is the position of a token in its row, ``before`` the number of its bytes before its answer, and ``first``
+    whether it is the first token of an answer.
     """
 
     start: Indices
@@ -159,7 +165,7 @@ class _Tokens:
 
 
 def _lay_out(answers: Sequence[_Spelled], sizes: Indices) -> _Tokens:
-    """Lay answers end to end, ``sizes`` bytes each and `END`, without what lies around these."""
+    """Concatenate answers of ``sizes`` bytes each and `END`, without the bytes around them."""
     counts = np.array([len(answer.lengths) for answer in answers], np.int64)
     lengths = np.fromiter(chain.from_iterable(answer.lengths for answer in answers), np.int64, counts.sum())
     ends = lengths.cumsum()
@@ -170,9 +176,11 @@ def _lay_out(answers: Sequence[_Spelled], sizes: Indices) -> _Tokens:
 
     lead = each(np.array([answer.lead for answer in answers], np.int64))
     ends -= each(totals.cumsum() - totals)
-    size, close = each(sizes), each(totals) - len(END)
+    size = each(sizes)
+    close = each(totals) - len(END)
     base = each((sizes + len(END)).cumsum() - sizes - len(END))
 
+    # Clipping gives the bytes around an answer no length: those before it, and those between it and END.
     def place(byte: Indices) -> Indices:
         placed: Indices = np.clip(byte - lead, 0, size) + np.clip(byte - close, 0, len(END)) + base
         return placed
@@ -181,12 +189,14 @@ def _lay_out(answers: Sequence[_Spelled], sizes: Indices) -> _Tokens:
     index = np.arange(len(lengths)) - each(counts.cumsum() - counts)
     index += each(np.array([answer.begin for answer in answers], np.int64))
     before = np.maximum(lead - (ends - lengths), 0)
-    seen = end > start
-    return _Tokens(start[seen], end[seen], index[seen], before[seen], (start == base)[seen])
+
+    # Tokens of nothing but bytes around an answer have become empty.
+    inside = end > start
+    return _Tokens(start[inside], end[inside], index[inside], before[inside], (start == base)[inside])
 
 
 def _align_checked(rows: Sequence[_Checked]) -> Iterator[Alignment]:
-    """All rows at once."""
+    """Align all rows at once, because a search per row would dominate the time."""
     if not rows:
         return
     answers = [answer for row in rows for answer in row.answers]
@@ -196,12 +206,14 @@ def _align_checked(rows: Sequence[_Checked]) -> Iterator[Alignment]:
     row_ends = np.cumsum([sum(answer.size + len(END) for answer in row.answers) for row in rows])
     row_of = np.searchsorted(row_ends, ours.start, side="right")
 
+    # The teacher's token that covers the first byte of each student token. Neither may be the first of its row.
     covering = np.searchsorted(theirs.start, ours.start, side="right") - 1
     at = np.flatnonzero((ours.index > 0) & (theirs.index[covering] > 0))
     covering = covering[at]
     spelled = ours.start[at] - theirs.start[covering] + theirs.before[covering]
     crossing = ours.end[at] > theirs.end[covering]
 
+    # A span ends wherever tokens of both sides end at the same byte.
     closing = np.searchsorted(theirs.end, ours.end)
     shared = np.flatnonzero(theirs.end[closing] == ours.end)
     spans = np.stack([*_spans(shared, ours.index), *_spans(closing[shared], theirs.index)], 1)
@@ -223,30 +235,30 @@ def _align_checked(rows: Sequence[_Checked]) -> Iterator[Alignment]:
 
 
 def _spans(last: Indices, index: Indices) -> tuple[Indices, Indices]:
-    """Where spans begin and end in their rows, from the positions of their last tokens among all tokens."""
+    """Return the begin and end of spans in their rows, from the indices of their last tokens among all tokens."""
     first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
     return index[first], index[last] + 1
 
 
 def _cuts(rows: Indices, count: int) -> list[int]:
-    """Where each row's elements begin and end, from the row of every element."""
+    """Return the bounds of each row's elements, from the row of every element."""
     cuts: list[int] = np.searchsorted(rows, np.arange(count + 1)).tolist()
     return cuts
 
 
 @dataclass
 class AlignmentReport:
-    """What became of the rows, and how the two sides' tokens lie to each other.
+    """Counts of aligned and dropped rows, and of the positions of their tokens.
 
     Attributes:
-        rows: Rows seen.
-        dropped: Rows not aligned, by reason.
-        bytes: Bytes of the aligned rows' answers.
-        lost: Of the others', as far as they came to be known.
-        positions: The student's tokens, by how they begin: at a ``shared`` boundary, ``inside`` a teacher's token, or
-            either way and then ``crossing`` into its next.
-        matched: Those of them whose bytes are also one token of the teacher's.
-        spans: Smallest spans that both sides bound.
+        rows: The number of rows.
+        dropped: The rows that are not aligned, by reason.
+        bytes: The bytes of the aligned rows' answers.
+        lost: The bytes of the other rows' answers, as far as they are known.
+        positions: The student's tokens by position: they begin at a ``shared`` boundary or ``inside`` a teacher token
+            and end within it, or they are ``crossing`` into the next one.
+        matched: The student's tokens whose bytes are also one teacher token.
+        spans: The number of smallest spans whose ends are boundaries on both sides.
     """
 
     rows: int = 0
@@ -259,12 +271,12 @@ class AlignmentReport:
 
     @property
     def share(self) -> float:
-        """Share of the rows that are aligned, or of their bytes if that is less."""
+        """The share of the rows that are aligned, or of their bytes if that is lower."""
         rows = self.rows - self.dropped.total()
         return min(rows / max(self.rows, 1), self.bytes / max(self.bytes + self.lost, 1))
 
-    def add(self, aligned: Sequence[Alignment | Unaligned], pair: Pair) -> None:
-        """Count a batch."""
+    def add(self, aligned: Sequence[Alignment | Unaligned], pair: TokenizerPair) -> None:
+        """Add the counts of a batch."""
         whole = set(pair.teacher.spelling.tokens)
         for row in aligned:
             self.rows += 1
@@ -272,16 +284,16 @@ class AlignmentReport:
                 self.dropped[row.reason] += 1
                 self.lost += row.bytes
                 continue
-            pieces = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
-            self.bytes += sum(len(piece) for piece in pieces if piece != END)
-            self.matched += sum(piece in whole for piece in pieces)
+            token_bytes = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
+            self.bytes += sum(len(token) for token in token_bytes if token != END)
+            self.matched += sum(token in whole for token in token_bytes)
             self.positions["crossing"] += int(row.crossing.sum())
             self.positions["shared"] += int(((row.spelled == 0) & ~row.crossing).sum())
             self.positions["inside"] += int(((row.spelled > 0) & ~row.crossing).sum())
             self.spans += len(row.spans)
 
 
-def matched_vocabulary(pair: Pair) -> float:
-    """Share of the student's vocabulary whose bytes are also one token of the teacher's."""
+def matched_vocabulary(pair: TokenizerPair) -> float:
+    """Return the share of the student's vocabulary whose bytes are also one teacher token."""
     whole = {token for token in pair.teacher.spelling.tokens if token}
     return sum(token in whole for token in pair.student.spelling.tokens) / len(pair.student.spelling)

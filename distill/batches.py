@@ -1,4 +1,4 @@
-"""Batches that say which rows they are made of."""
+"""Batches with the numbers of their rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 COLUMNS = ["input_ids", "labels", "row"]
-"""Of the rows that are trained on; ``row`` is a row's number at each of its tokens."""
+"""The columns of training rows; ``row`` repeats a row's number at each of its tokens."""
 
 
 class Numbered:
-    """A collator whose batches say where which rows stand.
+    """A collator that adds the numbers and positions of the rows to a batch.
 
-    They have ``rows``, ``(R, 2)`` int64: a row's number, and the place of its first token among all of the batch's, its
-    rows laid end to end, padding included.
+    The column ``rows``, ``(R, 2)`` int64, has each row's number and the position of its first token in the flattened
+    batch, padding included.
 
     Args:
-        collator: Makes padded batches, or packed ones of one row.
+        collator: A collator of padded batches, or of packed batches of one row.
     """
 
     def __init__(self, collator: Any) -> None:
         self._collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of examples with `COLUMNS`, and ``seq_lengths`` where they are packed."""
+        """Collate examples with `COLUMNS`, and with ``seq_lengths`` if they are packed."""
         batch: dict[str, Any] = self._collator(examples)
         width = batch["input_ids"].shape[1] if batch["input_ids"].shape[0] > 1 else 0
         places, end = [], 0
@@ -39,7 +39,7 @@ class Numbered:
 
 
 def examples_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a padded batch was collated of."""
+    """Return the examples of a padded batch."""
     examples = []
     for number, (row, _) in enumerate(batch["rows"].tolist()):
         read = batch["attention_mask"][number].bool()

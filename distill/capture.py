@@ -1,4 +1,4 @@
-"""Having a teacher's targets for a student's data: from a folder if they are there, else from the teacher."""
+"""Loads a teacher's targets from a folder, or computes the missing ones."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ from hymba_tune.distill.cache import (
     shard_path,
 )
 from hymba_tune.distill.matching import Layers, match_bytes
-from hymba_tune.distill.outputs import Found
-from hymba_tune.distill.pair import Pair, make_pair
-from hymba_tune.distill.preflight import Preflight, check_aligned, in_bytes, look
+from hymba_tune.distill.outputs import TeacherSpec
+from hymba_tune.distill.pair import TokenizerPair, make_pair
+from hymba_tune.distill.preflight import Preflight, check_aligned, look
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
-from hymba_tune.distill.tables import count_first_pieces, pair_key, same_tokenizer
+from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import LOCK, check_folder, locked, make_folders, remove_empty, replacing, write_errors
+from hymba_tune.formatting import format_bytes
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import TEACHERS, ModelSource, resolve_model
 from hymba_tune.train.screen import Screen
 
 PINNED = {"date_string": "26 Jul 2024"}
-"""Values of chat templates that are today's where nobody gives them: the same data would give other rows tomorrow."""
+"""Template values that default to today's date, so that the same data would give other rows on another day."""
 READ_ROWS = 1000
 MARGIN = 1.1
-"""Of disk space beyond what is foreseen."""
+"""Required disk space relative to the estimate."""
 
 
-def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: Found) -> Pair:
-    """The student's tokenizer beside the teacher's, as the settings want them.
+def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: TeacherSpec) -> TokenizerPair:
+    """Create the pair of tokenizers according to the settings.
 
     Raises:
-        ConfigError: If a template or an end cannot be used.
-        DataError: If a tokenizer's tokens do not tell the bytes of a text.
+        ConfigError: If a template or an end token cannot be used.
+        DataError: If a tokenizer's tokens do not determine the bytes of a text.
     """
     tokenizer = with_chat_template(teacher.tokenizer, options.teacher_chat_template, flag="--teacher-chat-template")
     template = str(tokenizer.chat_template)
@@ -78,26 +79,26 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
 def load_target_maker(
     options: TeacherOptions,
     rows: datasets.Dataset,
-    pair: Pair,
-    teacher: Found,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
     *,
     vocabulary: int,
     device: torch.device,
 ) -> TargetMaker:
-    """Load a teacher as a maker of targets.
+    """Load a teacher, and create its target maker.
 
     Args:
-        options: Who teaches.
-        rows: As `read_rows` gives them: how the student begins the teacher's tokens is counted in them.
-        pair: Both sides.
-        teacher: Found, not loaded.
-        vocabulary: Rows of the student's head.
-        device: Where all is computed.
+        options: The settings of the teacher.
+        rows: The rows from `read_rows`, in which first student tokens are counted.
+        pair: The two tokenizers.
+        teacher: The teacher, not loaded.
+        vocabulary: The rows of the student's output layer.
+        device: The device of the teacher and the targets.
     """
     return TargetMaker.of(
         teacher.load(device, choose_dtype(options.teacher_dtype, device)),
         pair,
-        None if same_tokenizer(pair) else count_first_pieces(map(alignment, rows)),
+        None if same_tokenizer(pair) else count_first_tokens(map(alignment, rows)),
         vocabulary=vocabulary,
         top_k=options.top_k,
         temperature=options.temperature,
@@ -106,8 +107,10 @@ def load_target_maker(
     )
 
 
-def cache_key(options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teacher: Found, *, vocabulary: int) -> Key:
-    """All that decides what the targets are, by names that people understand."""
+def cache_key(
+    options: TeacherOptions, rows: datasets.Dataset, pair: TokenizerPair, teacher: TeacherSpec, *, vocabulary: int
+) -> Key:
+    """Return everything that determines the targets, by names that a user understands."""
 
     def template(side: PreTrainedTokenizerBase) -> str:
         return _digest(str(side.chat_template))
@@ -115,7 +118,7 @@ def cache_key(options: TeacherOptions, rows: datasets.Dataset, pair: Pair, teach
     return {
         "version": VERSION,
         "teacher": teacher.fingerprint,
-        "quantisation": teacher.quantize,
+        "quantization": teacher.quantize,
         "pair of tokenizers": pair_key(pair),
         "student's chat template": template(pair.student.tokenizer),
         "teacher's chat template": template(pair.teacher.tokenizer),
@@ -132,7 +135,7 @@ def _digest(text: str) -> str:
 
 
 def _digest_rows(rows: datasets.Dataset) -> str:
-    """SHA-256 of the rows as both sides read them."""
+    """Return the SHA-256 of the rows in both sides' tokens."""
     names = [name for name in rows.column_names if name not in ("row", "place")]
     table, digest = rows.select_columns(names).with_format("arrow"), hashlib.sha256(json.dumps(names).encode())
     for begin in range(0, len(rows), READ_ROWS):
@@ -147,32 +150,32 @@ def _digest_rows(rows: datasets.Dataset) -> str:
 def open_targets(
     options: TeacherOptions,
     data: AlignedData,
-    pair: Pair,
-    teacher: Found,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
     *,
     vocabulary: int,
     device: torch.device,
     screen: Screen,
     overwrite: Iterable[Path] | None = None,
 ) -> TargetCache:
-    """Have the teacher's targets of all rows; it is loaded only if some are missing.
+    """Open the teacher's targets of all rows. The teacher is loaded only if some are missing.
 
     Args:
-        options: Who teaches, and what is kept of it.
-        data: Both sides' tokens of it.
-        pair: Both sides.
-        teacher: Found, not loaded.
-        vocabulary: Rows of the student's head.
-        device: Where the teacher computes.
-        screen: Told what happens.
-        overwrite: Replace other targets in the folder that is named, unless that would remove one of these inputs.
+        options: The settings of the teacher and its targets.
+        data: The rows in both sides' tokens.
+        pair: The two tokenizers.
+        teacher: The teacher, not loaded.
+        vocabulary: The rows of the student's output layer.
+        device: The device of the teacher.
+        screen: Shows the progress.
+        overwrite: Replace other targets in the named folder, unless that would remove one of these inputs.
 
     Raises:
-        ConfigError: If the folder that is named holds other targets, or its disk is too small.
-        TrainingError: If the preflight finds too little that fits.
+        ConfigError: If the named folder has other targets, or its disk is too small.
+        TrainingError: If a value of the preflight is below its minimum.
     """
     check_aligned(data.alignment, options.min_aligned)
-    with screen.working("reading what decides the targets"):
+    with screen.working("reading the data of the targets"):
         key = cache_key(options, data.rows, pair, teacher, vocabulary=vocabulary)
     folder = options.teacher_cache or cache_folder("targets") / key_digest(key)
     replaces = overwrite is not None and _holds_others(folder, key)
@@ -184,7 +187,7 @@ def open_targets(
     # In the user's cache the name of a folder is made of its key, and two processes write the same files.
     held = _held(folder, key, overwrite if replaces else None) if options.teacher_cache else nullcontext()
     with held:
-        return _ask(options, data, pair, teacher, folder, key, vocabulary=vocabulary, device=device, screen=screen)
+        return _capture(options, data, pair, teacher, folder, key, vocabulary=vocabulary, device=device, screen=screen)
 
 
 def _holds_others(folder: Path, key: Key) -> bool:
@@ -197,11 +200,11 @@ def _holds_others(folder: Path, key: Key) -> bool:
 
 @contextmanager
 def _held(folder: Path, key: Key, replaced: Iterable[Path] | None) -> Iterator[None]:
-    """Lock the folder that targets are written to, and put others aside that it holds.
+    """Lock the folder of the targets, and move other targets in it aside.
 
     Args:
         folder: The folder, which need not exist.
-        key: What the targets are made of.
+        key: Everything that determines the targets.
         replaced: Inputs that must not be removed with the targets that the folder holds; None if it holds no others.
     """
     with write_errors(FLAG, folder):
@@ -219,11 +222,11 @@ def _held(folder: Path, key: Key, replaced: Iterable[Path] | None) -> Iterator[N
         remove_empty(made)
 
 
-def _ask(
+def _capture(
     options: TeacherOptions,
     data: AlignedData,
-    pair: Pair,
-    teacher: Found,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
     folder: Path,
     key: Key,
     *,
@@ -234,47 +237,47 @@ def _ask(
     """Load the teacher, check that it fits, and fill a folder with its targets."""
     with screen.working("loading the teacher"):
         maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
-    with screen.working("asking the teacher about a few rows"):
-        found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
-    screen.banner(found.lines() | {"folder": str(folder)})
-    check_found(options, found)
-    check_space(folder, found, len(data.rows))
-    with screen.working("asking the teacher", len(data.rows)) as progress:
+    with screen.working("trying the teacher on a few rows"):
+        preflight = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    screen.banner(preflight.lines() | {"folder": str(folder)})
+    check_preflight(options, preflight)
+    check_space(folder, preflight, len(data.rows))
+    with screen.working("computing the teacher's targets", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
 
 
-def check_found(options: TeacherOptions, found: Preflight) -> None:
-    """Refuse to go on where the preflight has found less than the settings ask for; errors are `Preflight.check`'s."""
-    found.check(
+def check_preflight(options: TeacherOptions, preflight: Preflight) -> None:
+    """Check the preflight against the minimum values of the settings; see `Preflight.check`."""
+    preflight.check(
         min_aligned=options.min_aligned,
         min_probability=options.min_teacher_probability,
         min_end=options.min_end_probability,
     )
 
 
-def check_space(folder: Path, found: Preflight, rows: int) -> None:
-    """See that the disk has room for the targets that are missing.
+def check_space(folder: Path, preflight: Preflight, rows: int) -> None:
+    """Check that the disk has room for the missing targets.
 
     Raises:
-        ConfigError: If it has not.
+        ConfigError: If it does not.
     """
     missing = sum(not shard_path(folder, shard).is_file() for shard in range(-(-rows // SHARD)))
-    needed = MARGIN * found.bytes * missing / max(-(-rows // SHARD), 1)
+    needed = MARGIN * preflight.bytes * missing / max(-(-rows // SHARD), 1)
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ConfigError(
-            f"{FLAG} {folder}: its disk has {in_bytes(free)} free.",
-            expected=f"{in_bytes(needed)} for the teacher's targets",
-            fix=f"free {in_bytes(needed - free)}, or {FLAG} on another disk, or a lower --top-k",
+            f"{FLAG} {folder}: its disk has {format_bytes(free)} free.",
+            expected=f"{format_bytes(needed)} for the teacher's targets",
+            fix=f"free {format_bytes(needed - free)}, or {FLAG} on another disk, or a lower --top-k",
         )
 
 
 def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
-    """Capture a teacher's targets, for runs of distillation to come.
+    """Capture a teacher's targets for later runs of distillation.
 
     Raises:
-        HymbaTuneError: If something is to be mended first.
+        HymbaTuneError: If an input or a setting cannot be used.
     """
     check_inputs(config)
     device = choose_device(config.device)
@@ -311,11 +314,11 @@ def _inputs(config: DistillCaptureConfig, source: ModelSource) -> list[Path]:
     return [*folders_of(source), Path(config.teacher).expanduser(), *local_files(files)]
 
 
-def open_teacher(options: TeacherOptions) -> Found:
-    """Find who is to teach; `check_inputs` has seen that somebody is named.
+def open_teacher(options: TeacherOptions) -> TeacherSpec:
+    """Find the teacher; `check_inputs` has checked that there is one.
 
     Raises:
-        HymbaTuneError: As `find_teacher` and `find_server`.
+        HymbaTuneError: If the teacher cannot be used; see `find_teacher` and `find_server`.
     """
     if not options.served:
         return find_teacher(options.teacher, options.teacher_quantize)
@@ -327,18 +330,18 @@ def open_teacher(options: TeacherOptions) -> Found:
 
 
 BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
-"""Of a quantised weight, with its scales."""
+"""Bits of a quantized weight, including its scales."""
 
 
 def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student: Any, device: torch.device) -> int:
-    """Bytes that a run holds of its teacher while the student learns.
+    """Estimate the bytes that the teacher takes during training.
 
     Args:
-        config: Of the run.
+        config: The run's settings.
         teacher: The teacher's configuration.
-        parameters: How many the teacher has.
+        parameters: The number of the teacher's parameters.
         student: The student's configuration.
-        device: Where both are to be.
+        device: The device of both models.
     """
     if not config.keeps_teacher:
         return 0
@@ -352,7 +355,7 @@ def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student:
 
 
 def plan_teacher(config: DistillConfig, student: Any, device: torch.device) -> int:
-    """`teacher_bytes`, from both configurations alone."""
+    """Return `teacher_bytes` from the two configurations, without loading the teacher."""
     if not config.keeps_teacher or not config.teacher:
         return 0
     source = resolve_model(config.teacher, flag="--teacher", aliases=TEACHERS)

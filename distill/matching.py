@@ -1,8 +1,9 @@
-"""Drawing a student's hidden states to its teacher's, through projections that are learned beside it."""
+"""The loss between the student's and the teacher's hidden states, with learned projections."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
-from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.alignment import Alignment
+from hymba_tune.distill.teacher_signals import OnlineTeacher, RowSpan
 from hymba_tune.footprint import MOMENT_BYTES
 
 FILE = "hidden_match.safetensors"
-"""In a checkpoint. Nothing of it belongs to what is trained."""
+"""The file of the projections in a checkpoint. They are not part of the trained model."""
 
 
 class Layers(NamedTuple):
@@ -26,18 +28,18 @@ class Layers(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """By a model's configuration."""
+        """Read them from a model's configuration."""
         text = config.get_text_config()
         return cls(text.hidden_size, text.num_hidden_layers)
 
 
 class HiddenMatch(nn.Module):
-    """A linear projection for each of the student's layers, to that of the teacher which is as deep in proportion.
+    """A linear projection from each student layer to the teacher layer at the same relative depth.
 
     Args:
-        student: Who learns.
-        teacher: Whom from.
-        kind: ``cosine`` compares directions, ``mse`` values.
+        student: The student's layers.
+        teacher: The teacher's layers.
+        kind: ``cosine`` compares directions, ``mse`` compares values.
     """
 
     def __init__(self, student: Layers, teacher: Layers, kind: Literal["cosine", "mse"]) -> None:
@@ -51,11 +53,11 @@ class HiddenMatch(nn.Module):
                 nn.init.eye_(projection.weight)  # type: ignore[arg-type]
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """How far the student is from the teacher.
+        """Compute the distance between the student's and the teacher's hidden states.
 
         Args:
-            student: Its states at N tokens, ``(N, d)`` each: the embeddings, then after each layer.
-            teacher: Likewise, at the same tokens; constants.
+            student: The student's states at N tokens, ``(N, d)`` each: the embeddings, then after each layer.
+            teacher: The teacher's states at the same tokens, in the same order; constants.
 
         Returns:
             The sum over tokens of the mean over layers, a float32 scalar: 1 - cosine, or the mean square of the
@@ -63,57 +65,69 @@ class HiddenMatch(nn.Module):
         """
         total = student[0].new_zeros((), dtype=torch.float32)
         for projection, (ours, theirs) in zip(self.maps, self.layers, strict=True):
-            found, wanted = projection(student[ours].float()).float(), teacher[theirs].float()
+            projected = projection(student[ours].float()).float()
+            reference = teacher[theirs].float()
             if self._kind == "cosine":
-                total = total + (1 - cosine_similarity(found, wanted, dim=-1)).sum()
+                total = total + (1 - cosine_similarity(projected, reference, dim=-1)).sum()
             else:
-                total = total + mse_loss(found, wanted, reduction="none").mean(-1).sum()
+                total = total + mse_loss(projected, reference, reduction="none").mean(-1).sum()
         return total / len(self.layers)
 
     def save(self, folder: Path) -> None:
-        """Write the projections into a checkpoint."""
+        """Save the projections in a checkpoint."""
         save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Take up a checkpoint's projections."""
+        """Load the projections of a checkpoint."""
         self.load_state_dict(load_file(folder / FILE))
 
 
+@dataclass(frozen=True)
+class HiddenStateLoss:
+    """The hidden-state loss of a run.
+
+    Attributes:
+        match: The projections, which are trained with the student.
+        teacher: The teacher in memory.
+        weight: The weight of this loss relative to the other losses.
+    """
+
+    match: HiddenMatch
+    teacher: OnlineTeacher
+    weight: float
+
+    def __call__(self, states: Sequence[Tensor], places: Sequence[RowSpan], rollouts: Sequence[Alignment]) -> Tensor:
+        """Compute the distance between the two sides' hidden states where both predict the same tokens.
+
+        Args:
+            states: The student's hidden states for a batch, ``(B, L, d)`` each.
+            places: The places of the batch's rows.
+            rollouts: The alignments of the answers that the student wrote.
+
+        Returns:
+            The unweighted sum over the tokens; see `HiddenMatch`.
+        """
+        rows = [self.teacher.row(place.row, rollouts) for place in places]
+        # The state before a token predicts it.
+        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
+        before = [torch.from_numpy(row.teacher - 1) for row in rows]
+        theirs = self.teacher.maker.teacher.hidden_states([row.teacher_ids for row in rows], before)
+        positions = torch.cat(at).to(states[0].device)
+        distance: Tensor = self.match([state.flatten(0, 1)[positions] for state in states], theirs)
+        return distance
+
+
 def match_bytes(student: Layers, teacher: Layers, *, tokens: int, dtype: torch.dtype, optimizer: str) -> int:
-    """Bytes that a step takes to compare hidden states, about.
+    """Estimate the bytes that a step needs for the hidden-state loss.
 
     Args:
-        student: Who learns.
-        teacher: Whom from.
-        tokens: Of a batch.
-        dtype: Of the teacher.
-        optimizer: Of the projections, by its name in `MOMENT_BYTES`.
+        student: The student's layers.
+        teacher: The teacher's layers.
+        tokens: The tokens of a batch.
+        dtype: The dtype of the teacher.
+        optimizer: The optimizer of the projections, by its name in `MOMENT_BYTES`.
     """
-    told = (teacher.layers + 1) * teacher.width * dtype.itemsize
+    states = (teacher.layers + 1) * teacher.width * dtype.itemsize
     compared = student.layers * 4 * (student.width + 2 * teacher.width)  # kept in float32 for the gradients
     projections = student.layers * student.width * teacher.width
-    return tokens * (told + compared) + round(projections * (4 + 4 + MOMENT_BYTES[optimizer]))
-
-
-@torch.no_grad()
-def teacher_states(teacher: ModelTeacher, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
-    """A teacher's hidden states at some tokens of some rows.
-
-    Args:
-        teacher: In memory.
-        rows: Token ids, read at once.
-        at: For each row, int64: which of its tokens.
-
-    Returns:
-        ``(N, d)`` for the embeddings and after each layer: the rows' tokens one after the other.
-    """
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    states = teacher.model.base_model(
-        input_ids=ids.to(teacher.device),
-        attention_mask=mask.to(teacher.device),
-        use_cache=False,
-        output_hidden_states=True,
-    ).hidden_states
-    return [torch.cat([state[row, chosen] for row, chosen in enumerate(at)]) for state in states]
+    return tokens * (states + compared) + round(projections * (4 + 4 + MOMENT_BYTES[optimizer]))

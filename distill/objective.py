@@ -1,4 +1,4 @@
-"""What a step of distillation minimises, from hidden states: (1 - alpha) · CE + alpha · KD, summed over tokens."""
+"""The distillation loss from hidden states: (1 - alpha) · CE + alpha · KD, summed over tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hymba_tune.distill.targets import Targets
 
 @dataclass(frozen=True, slots=True)
 class TokenTerm:
-    """What the teacher says of some tokens one by one.
+    """The teacher's loss of single tokens.
 
     Attributes:
-        at: ``(N,)`` int64, ascending: which tokens.
+        at: ``(N,)`` int64, ascending: the positions of the tokens.
         loss: From the student's logits ``(n, V)`` of the tokens ``at[part]``, and the part, to their losses ``(n,)``.
-        weight: Of the term in KD.
-        vocabulary: Columns of the teacher's logits that ``loss`` holds beside the student's; 0 for none.
+        weight: The weight of the term in KD.
+        vocabulary: The columns of the teacher's logits that ``loss`` holds in addition to the student's; 0 for none.
     """
 
     at: Tensor
@@ -33,13 +33,13 @@ class TokenTerm:
 
 @dataclass(frozen=True, slots=True)
 class SpanTerm:
-    """What the teacher says of spans: how likely they are.
+    """The teacher's likelihoods of spans.
 
     Attributes:
-        spans: ``(S, 2)`` int64: ``[begin, end)`` of tokens that are all learned.
-        log_likelihoods: ``(S,)``: the teacher's, nats.
-        tau: Of `alm`.
-        weight: Of the term in KD.
+        spans: ``(S, 2)`` int64: ``[begin, end)`` of tokens that all have a loss.
+        log_likelihoods: ``(S,)``: the teacher's log-likelihoods, nats.
+        tau: The temperature of `alm`.
+        weight: The weight of the term in KD.
     """
 
     spans: Tensor
@@ -50,12 +50,12 @@ class SpanTerm:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Sums over the learned tokens of a batch.
+    """Sums of losses over the learned tokens of a batch.
 
     Attributes:
-        total: What is minimised, with its gradient.
-        tokens: How many learned tokens there are.
-        parts: Each loss alone, for the log: ``ce`` of all tokens, and the teacher's by name.
+        total: The loss, with its gradient.
+        tokens: The number of learned tokens.
+        parts: Each loss on its own, for the log: ``ce`` of all tokens, and the teacher's losses by name.
     """
 
     total: Tensor
@@ -64,7 +64,7 @@ class Losses:
 
 
 def sparse_term(targets: Targets, *, temperature: float = 1.0, weight: float = 1.0) -> TokenTerm:
-    """The projection's term, or that of one tokenizer's likeliest tokens."""
+    """Return the term of sparse targets: of the projection, or of the teacher's top-k with one tokenizer."""
 
     def loss(logits: Tensor, part: slice) -> Tensor:
         top = type(targets.top)(*(values[part] for values in targets.top))
@@ -74,19 +74,19 @@ def sparse_term(targets: Targets, *, temperature: float = 1.0, weight: float = 1
 
 
 def span_term(targets: Targets, *, tau: float, weight: float = 1.0, only_without_target: bool = False) -> SpanTerm:
-    """The term of chunk likelihoods.
+    """Return the term of span likelihoods.
 
     Args:
-        targets: Of a batch.
-        tau: Of `alm`.
-        weight: Of the term.
-        only_without_target: Only spans with a token that the projection has no target for.
+        targets: The targets of a batch.
+        tau: The temperature of `alm`.
+        weight: The weight of the term in KD.
+        only_without_target: Whether to leave out spans whose tokens all have a projected target.
     """
     spans, likelihoods = targets.spans, targets.span_log_likelihoods
     if only_without_target:
-        told = torch.searchsorted(targets.at, spans)
-        kept = told[:, 1] - told[:, 0] < spans[:, 1] - spans[:, 0]
-        spans, likelihoods = spans[kept], likelihoods[kept]
+        bounds = torch.searchsorted(targets.at, spans)
+        incomplete = bounds[:, 1] - bounds[:, 0] < spans[:, 1] - spans[:, 0]
+        spans, likelihoods = spans[incomplete], likelihoods[incomplete]
     return SpanTerm(spans, likelihoods, tau, weight)
 
 
@@ -98,16 +98,16 @@ def distillation_loss(
     tokens: TokenTerm | None = None,
     spans: SpanTerm | None = None,
 ) -> Losses:
-    """The loss of a batch.
+    """Compute the loss of a batch.
 
-    A learned token of which the teacher says nothing takes cross-entropy for KD, unless a span speaks for it.
+    For a learned token without a teacher's term, KD is cross-entropy, unless a span covers the token.
 
     Args:
-        student: Hidden states ``(T, d)`` and the head; ``hidden[j]`` predicts ``labels[j]``.
-        labels: ``(T,)`` int64; -100 where nothing is learned.
-        alpha: The teacher's share, in ``[0, 1]``; 0 is cross-entropy alone.
-        tokens: The teacher's losses of tokens, if any.
-        spans: Of spans, if any.
+        student: Hidden states ``(T, d)`` and the output layer; ``hidden[j]`` predicts ``labels[j]``.
+        labels: ``(T,)`` int64; -100 for tokens without a loss.
+        alpha: The teacher's share, in ``[0, 1]``; 0 is cross-entropy only.
+        tokens: The teacher's term of single tokens, if any.
+        spans: The teacher's term of spans, if any.
     """
     learned = (labels != IGNORED).nonzero().squeeze(1)
     student, targets = Head(student.hidden[learned], student.weight), labels[learned]
@@ -115,7 +115,7 @@ def distillation_loss(
     parts = {"ce": torch.zeros((), dtype=torch.float64, device=labels.device)}
     at = learned[:0] if tokens is None else torch.searchsorted(learned, tokens.at)
     bounds = learned.new_zeros(0, 2) if spans is None else torch.searchsorted(learned, spans.spans)
-    spoken_for = _covered(bounds, len(learned))
+    in_span = _covered(bounds, len(learned))
     if tokens is not None:
         parts["kd"] = torch.zeros_like(parts["ce"])
 
@@ -123,8 +123,8 @@ def distillation_loss(
         data = cross_entropy(logits, targets[rows])
         parts["ce"] += data.detach().sum()
         begin, end = torch.searchsorted(at, at.new_tensor([rows.start, rows.start + len(logits)])).tolist()
-        here, said = at[begin:end] - rows.start, ~spoken_for[rows]
-        taught = torch.where(said, data, 0)
+        here = at[begin:end] - rows.start
+        taught = torch.where(in_span[rows], 0, data)
         if tokens is not None and end > begin:
             values = tokens.loss(logits[here], slice(begin, end))
             parts["kd"] += values.detach().sum()
@@ -134,15 +134,15 @@ def distillation_loss(
     rows = chunk_rows(vocabulary, tokens.vocabulary if tokens is not None else 0)
     total = chunked_loss(student, token_loss, rows)
     if spans is not None and len(bounds):
-        found = log_likelihood(student, targets, rows)
-        values = alm(span_sums(found, bounds[:, 0], bounds[:, 1]), spans.log_likelihoods, tau=spans.tau).sum()
+        own = log_likelihood(student, targets, rows)
+        values = alm(span_sums(own, bounds[:, 0], bounds[:, 1]), spans.log_likelihoods, tau=spans.tau).sum()
         parts["alm"] = values.detach()
         total = total + alpha * spans.weight * values
     return Losses(total, len(learned), parts)
 
 
 def _covered(spans: Tensor, tokens: int) -> Tensor:
-    """``(tokens,)`` bool: which tokens lie in a span."""
+    """Return ``(tokens,)`` bool: whether each token is in a span."""
     edges = spans.new_zeros(tokens + 1)
     ones = torch.ones_like(spans[:, 0])
     edges.index_add_(0, spans[:, 0], ones).index_add_(0, spans[:, 1], -ones)

@@ -1,8 +1,8 @@
-"""What a teacher says of a row it has read: at each token, how likely every next one is."""
+"""The interfaces of teachers, and their outputs for a row: next-token distributions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.distill.chunks import Head
 
 
-class Told(NamedTuple):
+class TokenDistribution(NamedTuple):
     """A teacher's next-token distributions after n of a row's tokens.
 
     Attributes:
-        probs: ``(n, V)`` float32, at the temperature asked for.
-        own: ``(n,)`` float32: log-likelihoods of the row's own next tokens, at temperature 1.
-        cut: ``(n,)`` float32: probability of the tokens that ``probs`` has at zero because nobody told; None if all
-            was told.
+        probs: ``(n, V)`` float32, at the requested temperature.
+        own: ``(n,)`` float32: the log-likelihoods of the row's actual next tokens, at temperature 1.
+        cut: ``(n,)`` float32: the probability mass outside the server's top-k, where ``probs`` is zero; None if
+            ``probs`` is complete.
     """
 
     probs: Tensor
@@ -29,23 +29,23 @@ class Told(NamedTuple):
 
 
 class Outputs(Protocol):
-    """A row that a teacher has read."""
+    """A teacher's outputs for a row."""
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
-        """Its distributions after some of the row's tokens, none of which is the last.
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
+        """Return the next-token distributions after some of the row's tokens.
 
         Args:
-            rows: ``(n,)`` int64.
-            temperature: Above 0.
+            rows: ``(n,)`` int64: the positions of these tokens, without the last one of the row.
+            temperature: The softmax temperature, above 0.
         """
 
 
 class Teacher(Protocol):
-    """Who is learned from.
+    """A teacher that is ready to compute.
 
     Attributes:
-        name: What people call it.
-        tokenizer: Its own.
+        name: The name that messages use.
+        tokenizer: The teacher's tokenizer.
     """
 
     name: str
@@ -55,68 +55,114 @@ class Teacher(Protocol):
         """Read rows of token ids.
 
         Returns:
-            Which row, and what is said of it, in whatever order is fastest.
+            The index of each row and the teacher's outputs for it, in whatever order is fastest.
+        """
+
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Read rows of token ids, and return distributions over the whole vocabulary, in the order of the rows.
+
+        Raises:
+            ConfigError: If this teacher gives its most likely tokens only.
+        """
+
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the hidden states at some tokens of some rows.
+
+        Args:
+            rows: Token ids, read in one batch.
+            at: For each row, an int64 tensor with the positions of the tokens.
+
+        Returns:
+            ``(N, d)`` for the embeddings and after each layer, with the tokens of all rows concatenated.
+
+        Raises:
+            ConfigError: If this teacher does not give its hidden states.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt.
+
+        Args:
+            prompts: Token ids.
+            ends: The tokens that end an answer.
+            max_new_tokens: The maximum length of an answer.
+            temperature: The sampling temperature; 0 decodes greedily.
+            seed: The seed of the sampling.
+            decode: Turns the tokens of an answer into its text, or into None if they are not a finished text. A
+                teacher that returns text itself does not call it.
+
+        Returns:
+            The text of each answer; None where an answer did not end or is not a text.
         """
 
 
-class Found(Protocol):
-    """Who is to teach, before the weights are loaded."""
+class TeacherSpec(Protocol):
+    """A teacher before its weights are loaded."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name that messages use."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its own."""
+        """The teacher's tokenizer."""
 
     @property
     def context(self) -> int | None:
-        """The most tokens of a row; None if that is not known."""
+        """The maximum number of tokens in a row; None if unknown."""
 
     @property
     def parameters(self) -> int | None:
-        """How many it has; None if that is not known."""
+        """The number of parameters; None if unknown."""
 
     @property
     def config(self) -> Any:
-        """Its configuration; None if that is not known."""
+        """The model's configuration; None if unknown."""
 
     @property
     def quantize(self) -> str | None:
-        """How its weights are quantised, if they are."""
+        """The quantization scheme of the weights, if any."""
 
     @property
     def is_here(self) -> bool:
-        """Whether it can teach without a download."""
+        """Whether it can be loaded without a download."""
 
     @property
     def fingerprint(self) -> str:
-        """By which its targets are told from another's."""
+        """An identifier that differs between teachers with different targets."""
 
     @property
     def bias(self) -> str:
-        """What is to be known of its targets, if they are not all that they could be."""
+        """A warning about a bias of its targets; empty if there is none."""
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Teacher:
-        """Have it teach."""
+        """Load the teacher."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """What a model says that is at hand.
+    """A loaded model's outputs for a row.
 
     Attributes:
-        head: Its hidden states after each of the row's L tokens, and its output layer.
-        ids: ``(L,)``: the row.
+        head: The hidden states after each of the row's L tokens, and the output layer.
+        ids: ``(L,)``: the tokens of the row.
     """
 
     head: Head
     ids: Tensor
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
-        """See `Outputs`."""
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
+        """Return next-token distributions; see `Outputs`."""
         logits = self.head.logits(rows)
         log_probs = logits.log_softmax(-1)
         own = log_probs.gather(1, self.ids[rows + 1, None]).squeeze(1)
-        return Told(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)
+        return TokenDistribution(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)

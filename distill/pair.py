@@ -1,4 +1,4 @@
-"""The student's tokenizer beside the teacher's, and each one's tokens of a conversation."""
+"""The student's and the teacher's tokenizers, and each side's tokens of a conversation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hymba_tune.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Side:
-    """The student's or the teacher's tokenizer, with what its tokens spell.
+    """The student's or the teacher's tokenizer, with the spelling of its tokens.
 
     Attributes:
-        tokenizer: Its end-of-sequence token is the one that ends an answer.
-        spelling: What its tokens spell; those of `ends` spell `END`.
+        tokenizer: The tokenizer, whose end-of-sequence token is the end token of answers.
+        spelling: The spelling of its tokens; those of ``ends`` spell `END`.
         end: The id of the token that ends an answer.
-        text_end: The token that ends a plain text, which a chat template has no part in.
+        text_end: The token that ends a plain text, to which no chat template applies.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,12 +48,12 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Both sides, and what the teacher is shown beside the data.
+class TokenizerPair:
+    """Both sides, and the teacher's additional system message.
 
     Attributes:
-        student: Who learns.
-        teacher: Who is learned from.
+        student: The student's side.
+        teacher: The teacher's side.
         teacher_system: A system message for conversations that have none, on the teacher's side only.
     """
 
@@ -69,28 +69,30 @@ def make_pair(
     teacher_end: str | None = None,
     teacher_system: str | None = None,
     teacher_template: Mapping[str, object] | None = None,
-) -> Pair:
-    """Bring two tokenizers together; both are left as they are.
+) -> TokenizerPair:
+    """Create a pair of copies of two tokenizers.
 
     Args:
-        student: A fast tokenizer; without a chat template it gets Hymba's. It ends answers with its end-of-sequence
-            token.
-        teacher: Likewise, but it ends answers with the token that its chat template writes there.
-        teacher_end: That token, where it is not to be looked for.
-        teacher_system: See `Pair`. Some templates write one of their own where a conversation has none.
-        teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``: without
-            it some templates write today's date, and the same data gives other rows tomorrow.
+        student: A fast tokenizer, which gets Hymba's chat template if it has none. It ends answers with its
+            end-of-sequence token.
+        teacher: A fast tokenizer, which gets Hymba's chat template if it has none. It ends answers with the token that
+            its chat template writes there.
+        teacher_end: The teacher's end token; None finds it in the chat template.
+        teacher_system: A system message for conversations without one, on the teacher's side only. Some templates write
+            a default one.
+        teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``. Some
+            templates write today's date without it, so the same data would give different rows on another day.
 
     Raises:
-        ConfigError: If an end is not a token or cannot be found, or a value has no usable name.
-        DataError: If a tokenizer's tokens do not tell the bytes of a text.
+        ConfigError: If an end token does not exist or cannot be found, or a value has an invalid name.
+        DataError: If a tokenizer's tokens do not determine the bytes of a text.
     """
     teacher = _with_template_values(with_chat_template(teacher), teacher_template or {})
     end = teacher_end or find_end(teacher)
     if end != teacher.eos_token and end in tokens_after_answers(teacher):
-        # The template is to write what it does, also where it asks for the end-of-sequence token.
+        # The template must still write its own end-of-sequence token after the tokenizer's has changed.
         teacher = _with_template_values(teacher, {"eos_token": teacher.eos_token})
-    return Pair(_side(student, student.eos_token, "student"), _side(teacher, end, "teacher"), teacher_system)
+    return TokenizerPair(_side(student, student.eos_token, "student"), _side(teacher, end, "teacher"), teacher_system)
 
 
 def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Side:
@@ -103,17 +105,17 @@ def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Si
         )
     text_end = tokenizer.eos_token if tokenizer.eos_token in vocabulary else end
     tokenizer = copy.deepcopy(with_chat_template(tokenizer))
-    tokenizer.eos_token = end  # what rendering ends answers with
+    tokenizer.eos_token = end  # rendering ends answers with it
     return Side(tokenizer, read_spelling(tokenizer, {token, vocabulary[text_end]}), token, text_end)
 
 
 def _with_template_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, object]) -> PreTrainedTokenizerBase:
-    """A copy whose chat template begins by setting these values."""
+    """Return a copy whose chat template begins by setting these values."""
     if bad := [name for name in values if not name.isidentifier()]:
         raise ConfigError(
             f"{bad[0]!r} cannot be the name of a value in a chat template.", expected="a name: date_string"
         )
-    # Each on a line of its own, which the template engine takes away: what follows is read as it was.
+    # Each is on its own line, which the template engine removes: the rest is rendered as before.
     lines = [f"{{% set {name} = {json.dumps(value)} %}}\n" for name, value in values.items()]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "".join(lines) + tokenizer.get_chat_template()
@@ -121,7 +123,7 @@ def _with_template_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[st
 
 
 class Answer(NamedTuple):
-    """One answer in a row of tokens: ``[begin, end)``, the token that ends it included, and what it says."""
+    """One answer in a row of tokens: ``[begin, end)`` with its end token, and its bytes."""
 
     begin: int
     end: int
@@ -129,8 +131,8 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """An example as one side's tokens."""
+class TokenizedRow:
+    """An example in one side's tokens."""
 
     ids: list[int]
     answers: list[Answer]
@@ -141,9 +143,9 @@ class Unaligned:
     """An example that cannot be aligned.
 
     Attributes:
-        reason: One of few.
-        what: The same in full.
-        bytes: Of its answers, as far as it came to be known.
+        reason: The category of the reason.
+        what: The reason in full.
+        bytes: The bytes of its answers, as far as they are known.
     """
 
     reason: str
@@ -152,14 +154,21 @@ class Unaligned:
 
 
 def for_teacher(example: Example, system: str | None) -> Example:
-    """The example with a system message, if it is a conversation that has none."""
-    if system is None or not isinstance(example, Conversation) or example.messages[0].role == "system":
-        return example
-    return replace(example, messages=(Message("system", system), *example.messages))
+    """Return the example, with a system message if it is a conversation that has none."""
+    return with_system(example, system) if isinstance(example, Conversation) else example
 
 
-def tokenise(examples: Sequence[Example], side: Side, learn: Learn = Learn.all) -> list[Row | Unaligned]:
-    """One side's tokens of some examples, and where the answers are among them."""
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """Return the conversation with this system message, if there is one and the conversation has none."""
+    if system is None or conversation.messages[0].role == "system":
+        return conversation
+    return replace(conversation, messages=(Message("system", system), *conversation.messages))
+
+
+def tokenize_examples(
+    examples: Sequence[Example], side: Side, learn: Learn = Learn.all
+) -> list[TokenizedRow | Unaligned]:
+    """Tokenize examples on one side, and find the answers among the tokens."""
     rendered = [_render(example, side, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
     encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
@@ -180,15 +189,15 @@ def _render(example: Example, side: Side, learn: Learn) -> Rendered | Unaligned:
     return rendered
 
 
-def find_answers(rendered: Rendered, encoded: Encoded, side: Side) -> Row | Unaligned:
-    """Where the answers are among the tokens of a rendered example."""
+def find_answers(rendered: Rendered, encoded: Encoded, side: Side) -> TokenizedRow | Unaligned:
+    """Find the answers among the tokens of a rendered example."""
     spans = encoded.spans
     if any(end >= start for (_, end), (start, _) in pairwise(spans)):
-        return Unaligned("template", "two answers stand side by side, with nothing between them")
+        return Unaligned("template", "two answers follow each other with nothing between them")
     answers = []
     for (begin, end), (start, stop) in zip(spans, rendered.learned, strict=True):
         content = rendered.text[start:stop].removesuffix(side.end_of(rendered))
-        # A beginning-of-sequence token that a text brings along is no part of it.
+        # The beginning-of-sequence token of a plain text is not part of it.
         begin += begin == 0 and encoded.input_ids[0] == side.tokenizer.bos_token_id
         answers.append(Answer(begin, end, (content if rendered.plain else content.strip()).encode()))
-    return Row(encoded.input_ids, answers)
+    return TokenizedRow(encoded.input_ids, answers)

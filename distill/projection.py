@@ -1,16 +1,18 @@
 """The teacher's next-token probabilities as a target over the student's vocabulary.
 
-For the student's next token, which begins at a byte of the answer: t is the teacher's token there, u the bytes of it
-that come before (none at a shared boundary), p its probabilities; t' is the teacher's token before, p' its
-probabilities, v = bytes(t') + u. The mass of the student's piece s is
+Consider one of the student's next tokens, which begins at some byte of the answer. Let t be the teacher's token at that
+byte, u the bytes of t before it (none at a shared boundary), and p the teacher's probabilities of t. Let t' be the
+teacher's token before t, p' the probabilities of t', and v = bytes(t') + u. The mass of the student's token s is
 
-    m(s) = p'(t') · Σ_t p(t) · A_u[t, s]  +  Σ_{t goes on after v} p'(t) · [the piece of t after v is s]
+    m(s) = p'(t') · Σ_t p(t) · A_u[t, s]  +  Σ_{t continues v} p'(t) · [the student's token of t after v is s]
 
-A_u[t, s], for u of some bytes, says whether the student has a boundary exactly after u in t and s is the piece there;
-for none, it is how often t begins with s: once alone, and as often as the user's texts have it. The second sum gives
-back the tokens that would have gone on where t' ended. Tokens that end exactly where the student's next piece begins
-do not say which: p'(t') · p(bytes = u) + p'(bytes = v), for u of some bytes, is the bucket, one outcome that stands
-for every piece outside the support. Mass and bucket together are made to sum to one.
+If u is not empty, A_u[t, s] is 1 where the student has a boundary exactly after u in t and s is its token there, else
+0. If u is empty, it is the frequency with which t begins with s: counted once for t on its own, and once for each
+occurrence in the user's texts. The second sum returns the mass of the longer tokens that were possible where t' ended.
+
+Teacher tokens that end exactly where the student's next token begins do not say what that token is. Their mass,
+p'(t') · p(bytes = u) + p'(bytes = v) for a u that is not empty, is the rest mass: one outcome that covers every token
+outside the support. Mass and rest mass are scaled to sum to 1.
 """
 
 from __future__ import annotations
@@ -26,26 +28,27 @@ from torch import Tensor
 
 from hymba_tune.distill.alignment import Alignment, Indices
 from hymba_tune.distill.chunks import Head, expand
-from hymba_tune.distill.tables import NOWHERE, FirstPieces, Tables
+from hymba_tune.distill.tables import NOWHERE, FirstTokens, Tables
 
 ROWS = 64
-"""Of the teacher's outputs, how many are projected at a time: a copy of them is held."""
+"""Rows of the teacher's outputs that are projected at a time, which bounds the copies."""
 FLOOR = 1e-6
-"""Mass below which a position has no target: there is nothing left but rounding."""
+"""Mass below which a position has no target, because it would be rounding error only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where some of the student's next tokens stand among the teacher's; N of them, all int64 or bool.
+    """The positions of N of the student's next tokens among the teacher's tokens; all tensors are int64 or bool.
 
     Attributes:
-        now: ``(N,)``: row of the teacher's outputs that predicts the token there.
-        before: ``(N,)``: row that predicted the token before it; -1 at an answer's first, which has no second cover.
-        previous: ``(N,)``: the token before.
-        inside: ``(N,)``: node of the bytes already spelled; 0 for none.
-        beyond: ``(N,)``: node of the token before and these; -1 where no token goes on so.
-        crossing: ``(N,)``: whether the student's token goes on into the teacher's next.
-        piece: ``(N,)``: the student's token.
+        now: ``(N,)``: the row of the teacher's outputs that predicts the teacher's token at this position.
+        before: ``(N,)``: the row that predicted the teacher's token before that one; -1 for the first token of an
+            answer.
+        previous: ``(N,)``: the teacher's token before that one.
+        inside: ``(N,)``: the node of the bytes of the teacher's token before this position; 0 for none.
+        beyond: ``(N,)``: the node of the bytes of ``previous`` and then these; -1 where no teacher token begins so.
+        crossing: ``(N,)``: whether the student's token continues into the teacher's next token.
+        student_token: ``(N,)``: the student's token.
     """
 
     now: Tensor
@@ -54,7 +57,7 @@ class Places:
     inside: Tensor
     beyond: Tensor
     crossing: Tensor
-    piece: Tensor
+    student_token: Tensor
 
     def __len__(self) -> int:
         return len(self.now)
@@ -63,16 +66,16 @@ class Places:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return the same places on another device."""
         return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def find_places(row: Alignment, tables: Tables) -> Places:
-    """The places of an aligned row, its teacher's outputs counted from the row's first token."""
+    """Find the places of an aligned row. Rows of the teacher's outputs are counted from the row's first token."""
     teacher = np.array(row.teacher_ids, np.int64)
     now, previous = teacher[row.teacher], teacher[row.teacher - 1]
     whole = tables.whole(previous)
-    # An answer's first token was not chosen against a longer one before it: the template gives that.
+    # The chat template gives the token before an answer, so no longer token was possible in its place.
     before = np.where(row.first | (row.teacher < 2), -1, row.teacher - 2)
     columns = (
         row.teacher - 1,
@@ -87,61 +90,63 @@ def find_places(row: Alignment, tables: Tables) -> Places:
 
 
 class SparseTarget(NamedTuple):
-    """The likeliest pieces of a `Target`; all others are in the bucket.
+    """The most likely tokens of a `ProjectedTarget`; the mass of all other tokens is one value.
 
     Attributes:
-        pieces: ``(N, k)`` int64, distinct in each row.
-        log_probs: ``(N, k)``, nats; -inf for pieces without mass, which belong to the bucket's.
-        bucket: ``(N,)``: log-probability of any other piece.
+        student_tokens: ``(N, k)`` int64, distinct in each row.
+        log_probs: ``(N, k)``, nats; -inf for tokens without mass, which do not belong to the support.
+        rest_mass: ``(N,)``: the log-probability of all tokens outside the support, nats.
     """
 
-    pieces: Tensor
+    student_tokens: Tensor
     log_probs: Tensor
-    bucket: Tensor
+    rest_mass: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What the student is to predict at N places.
+class ProjectedTarget:
+    """The target distributions of the student at N places.
 
     Attributes:
-        probs: ``(N, V)``, over the student's vocabulary; with the bucket they sum to 1.
-        bucket: ``(N,)``: of any piece outside the support, which is where ``probs`` is positive.
-        mass: ``(N,)``: what they summed to before: how much of the teacher's probability the place keeps.
-        known: ``(N,)`` bool: whether there is a target: the mass is above `FLOOR`, and a piece that goes on into the
-            teacher's next token has some of it. Elsewhere ``probs`` and ``bucket`` mean nothing.
-        kept: ``(N,)``: how much of p finds a piece or the bucket, whatever was before: at a shared boundary what lies
-            on tokens that the student can write, within a token what goes on as that token has begun.
+        probs: ``(N, V)``, over the student's vocabulary; with the rest mass they sum to 1.
+        rest_mass: ``(N,)``: the probability of all tokens outside the support, which is where ``probs`` is positive.
+        mass: ``(N,)``: the sum before scaling, which is the share of the teacher's probability that the place keeps.
+        known: ``(N,)`` bool: whether there is a target. The mass must be above `FLOOR`, and a student token that
+            continues into the teacher's next token must have some of it. Elsewhere ``probs`` and ``rest_mass`` are
+            meaningless.
+        coverage: ``(N,)``: the share of p that maps to student tokens or the rest mass, whatever came before. At a
+            shared boundary this is the mass on tokens that the student can write; within a token, the mass on tokens
+            that continue the bytes so far.
     """
 
     probs: Tensor
-    bucket: Tensor
+    rest_mass: Tensor
     mass: Tensor
     known: Tensor
-    kept: Tensor
+    coverage: Tensor
 
     def top(self, k: int) -> SparseTarget:
-        """Keep the k likeliest pieces; the mass of the others joins the bucket."""
-        values, pieces = self.probs.topk(min(k, self.probs.shape[1]), dim=-1)
-        tail = self.probs.scatter(1, pieces, 0).sum(-1)
-        return SparseTarget(pieces, values.log(), (self.bucket + tail).log())
+        """Keep the k most likely tokens; the mass of the others is added to the rest mass."""
+        values, student_tokens = self.probs.topk(min(k, self.probs.shape[1]), dim=-1)
+        tail = self.probs.scatter(1, student_tokens, 0).sum(-1)
+        return SparseTarget(student_tokens, values.log(), (self.rest_mass + tail).log())
 
 
 class Projection:
     """The map from the teacher's probabilities to the student's target.
 
     Args:
-        tables: Of the pair.
-        seen: First pieces in the user's own texts; without them only those of tokens alone are known.
-        vocabulary: Columns of the target: the rows of the student's head.
-        device: Where the probabilities will be.
-        dtype: In which they will be computed.
+        tables: The tables of the pair.
+        seen: The first student tokens in the user's texts; None uses the segmentation of single tokens only.
+        vocabulary: The columns of the target, which are the rows of the student's output layer.
+        device: The device of the probabilities.
+        dtype: The dtype of the probabilities.
     """
 
     def __init__(
         self,
         tables: Tables,
-        seen: FirstPieces | None = None,
+        seen: FirstTokens | None = None,
         *,
         vocabulary: int,
         device: torch.device | str = "cpu",
@@ -152,26 +157,33 @@ class Projection:
         def moved(column: NDArray[Any]) -> Tensor:
             return torch.from_numpy(column).to(device)
 
-        tokens, pieces, shares = _first_pieces(tables, seen)
+        tokens, student_tokens, shares = _first_tokens(tables, seen)
+
+        # Most teacher tokens have one first student token: one scatter over the vocabulary maps all of these. The few
+        # with several get a smaller scatter with shares.
         one = np.bincount(tokens)[tokens] == 1
         begins = np.full(len(tables.first), vocabulary)
-        begins[tokens[one]] = pieces[one]
-        self._begins = moved(begins)  # the piece of each token that has one; else a column that is thrown away
-        self._several_token, self._several_piece = moved(tokens[~one]), moved(pieces[~one])
+        begins[tokens[one]] = student_tokens[one]
+        self._begins = moved(begins)  # tokens without one go to a last column, which is dropped
+        self._several_token = moved(tokens[~one])
+        self._several_student_token = moved(student_tokens[~one])
         self._several_share = moved(shares[~one]).to(dtype)
-        self._after_start, self._exact_start = moved(tables.after_start), moved(tables.exact_start)
-        self._after_token, self._after_piece = moved(tables.after_token), moved(tables.after_piece)
+
+        self._after_start = moved(tables.after_start)
+        self._after_token = moved(tables.after_token)
+        self._after_student_token = moved(tables.after_student_token)
+        self._exact_start = moved(tables.exact_start)
         self._exact_token = moved(tables.exact_token)
 
     @torch.no_grad()
-    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> Target:
-        """Project.
+    def __call__(self, probs: Tensor, places: Places, cut: Tensor | None = None) -> ProjectedTarget:
+        """Project the teacher's probabilities.
 
         Args:
-            probs: ``(R, V)``: the teacher's probabilities, a row an output, in the dtype this was made for. All
-                columns of its vocabulary; zero where a server did not tell.
-            places: With ``now`` and ``before`` counted in these rows.
-            cut: ``(R,)``: probability that was not told, which joins the bucket.
+            probs: ``(R, V)``: one row for each of the teacher's outputs, in this object's dtype, with all columns of
+                the teacher's vocabulary; zero outside a server's top-k.
+            places: The places, whose ``now`` and ``before`` index these rows.
+            cut: ``(R,)``: the probability mass outside a server's top-k, which is added to the rest mass.
 
         Returns:
             The target, in the same dtype.
@@ -179,92 +191,109 @@ class Projection:
         covered = places.before >= 0
         earlier = probs[places.before.clamp(min=0)[:, None], places.previous[:, None]].squeeze(1)
         earlier = torch.where(covered, earlier, 1)
-        shared, inside = (places.inside == 0).nonzero().squeeze(1), places.inside.nonzero().squeeze(1)
+        shared = (places.inside == 0).nonzero().squeeze(1)
+        inside = places.inside.nonzero().squeeze(1)
+
+        # At shared boundaries every teacher token counts by its first student token.
         mass = probs.new_zeros(len(places), self.vocabulary)
         for part in shared.split(ROWS):
             mass[part] = self._begin(probs[places.now[part]]).mul_(earlier[part, None])
-        bucket = torch.zeros_like(earlier) if cut is None else earlier * cut[places.now]
+        rest_mass = torch.zeros_like(earlier) if cut is None else earlier * cut[places.now]
 
-        rows, tokens, pieces = self._entries(inside, places.inside[inside])
-        _add(mass, rows, pieces, probs[places.now[rows], tokens] * earlier[rows])
+        # Within a token only those count that continue its bytes so far. Tokens that end here do not say what follows.
+        rows, tokens, student_tokens = self._entries(inside, places.inside[inside])
+        _add(mass, rows, student_tokens, probs[places.now[rows], tokens] * earlier[rows])
         rows, tokens = self._exact(inside, places.inside[inside])
-        bucket.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
+        rest_mass.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
 
-        kept = (mass.sum(-1) + bucket) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
+        # The share is measured before the second sum, relative to the mass that reached this place.
+        coverage = (mass.sum(-1) + rest_mass) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
+
+        # Longer tokens than the one that ended here were possible too: their mass returns to what they continue with.
         beyond = (covered & (places.beyond != NOWHERE)).nonzero().squeeze(1)
-        rows, tokens, pieces = self._entries(beyond, places.beyond[beyond])
-        _add(mass, rows, pieces, probs[places.before[rows], tokens])
+        rows, tokens, student_tokens = self._entries(beyond, places.beyond[beyond])
+        _add(mass, rows, student_tokens, probs[places.before[rows], tokens])
+        # At a shared boundary the token that ends here is the actual one, whose mass the first sum has distributed.
         both = beyond[places.inside[beyond] > 0]
         rows, tokens = self._exact(both, places.beyond[both])
-        bucket.index_add_(0, rows, probs[places.before[rows], tokens])
-        return _normalised(mass, bucket, kept, places)
+        rest_mass.index_add_(0, rows, probs[places.before[rows], tokens])
+        return _normalized(mass, rest_mass, coverage, places)
 
     @torch.no_grad()
-    def from_outputs(self, tell: Callable[[Tensor], tuple[Tensor, Tensor | None]], places: Places) -> Target:
-        """Project at some places, asking for each of the teacher's outputs there and before once.
+    def from_outputs(
+        self, probabilities: Callable[[Tensor], tuple[Tensor, Tensor | None]], places: Places
+    ) -> ProjectedTarget:
+        """Project at some places, and compute each of the outputs that they need once.
 
         Args:
-            tell: From rows of outputs, ascending, to their ``probs`` and ``cut``.
-            places: A chunk of them.
+            probabilities: A function from rows of outputs, ascending, to their ``probs`` and ``cut``.
+            places: A chunk of places.
         """
         rows = torch.cat([places.now, places.before[places.before >= 0]]).unique()
         before = torch.where(places.before < 0, -1, torch.searchsorted(rows, places.before))
-        probs, cut = tell(rows)
+        probs, cut = probabilities(rows)
         return self(probs, replace(places, now=torch.searchsorted(rows, places.now), before=before), cut)
 
-    def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> Target:
-        """Project at some places, from the teacher's hidden states there and before: one softmax an output.
+    def from_head(self, teacher: Head, places: Places, *, temperature: float = 1.0) -> ProjectedTarget:
+        """Project at some places from the teacher's hidden states, with one softmax for each output.
 
         Args:
-            teacher: Its hidden states, in which ``places.now`` and ``places.before`` count.
-            places: A chunk of them.
-            temperature: Of the teacher's probabilities.
+            teacher: The hidden states that ``places.now`` and ``places.before`` index, and the output layer.
+            places: A chunk of places.
+            temperature: The temperature of the teacher's probabilities.
         """
         return self.from_outputs(lambda rows: ((teacher.logits(rows) / temperature).softmax(-1), None), places)
 
     def _begin(self, probs: Tensor) -> Tensor:
-        """From the probabilities ``(n, V)`` of the teacher's tokens to those of the pieces that they begin with."""
+        """Turn probabilities ``(n, V)`` of the teacher's tokens into those of the student tokens they begin with."""
         mass = probs.new_zeros(len(probs), self.vocabulary + 1)
         mass.scatter_add_(1, self._begins.expand_as(probs), probs)
         several = probs.index_select(1, self._several_token).mul_(self._several_share)
-        mass.scatter_add_(1, self._several_piece.expand_as(several), several)
+        mass.scatter_add_(1, self._several_student_token.expand_as(several), several)
         return mass[:, : self.vocabulary]
 
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows with their nodes: each entry's row, token and piece."""
+        """Return the row, teacher token and student token of each table entry of these nodes."""
         owner, at = expand(self._after_start[nodes].long(), self._after_start[nodes + 1].long())
-        return rows[owner], self._after_token[at].long(), self._after_piece[at].long()
+        return rows[owner], self._after_token[at].long(), self._after_student_token[at].long()
 
     def _exact(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows with their nodes: each token's row and the token."""
+        """Return the row and the teacher token of each token that spells one of these nodes exactly."""
         owner, at = expand(self._exact_start[nodes].long(), self._exact_start[nodes + 1].long())
         return rows[owner], self._exact_token[at].long()
 
 
-def _first_pieces(tables: Tables, seen: FirstPieces | None) -> tuple[Indices, Indices, NDArray[np.float64]]:
-    """A_u for an empty u: of each entry its token, ascending, its piece, and the share of that token's mass.
+def _first_tokens(tables: Tables, seen: FirstTokens | None) -> tuple[Indices, Indices, NDArray[np.float64]]:
+    """Compute A_u for an empty u.
 
-    A token's shares sum to 1; one without a piece has no entry.
+    Returns:
+        The teacher token of each entry, ascending, its student token, and the share of the teacher token's mass. The
+        shares of a teacher token sum to 1; one that the student cannot write has no entry.
     """
     alone = np.flatnonzero(tables.first >= 0)
-    tokens, pieces, counts = alone, tables.first[alone].astype(np.int64), np.ones(len(alone))
+    tokens, student_tokens = alone, tables.first[alone].astype(np.int64)
+    counts = np.ones(len(alone))
     if seen is not None:
-        tokens, pieces = np.concatenate([tokens, seen.tokens]), np.concatenate([pieces, seen.pieces])
+        tokens, student_tokens = (
+            np.concatenate([tokens, seen.tokens]),
+            np.concatenate([student_tokens, seen.student_tokens]),
+        )
         counts = np.concatenate([counts, seen.counts])
     shares = counts / np.bincount(tokens, counts)[tokens]
-    pairs, where = np.unique(tokens << 32 | pieces, return_inverse=True)
+    pairs, where = np.unique(tokens << 32 | student_tokens, return_inverse=True)
     return pairs >> 32, pairs & 0xFFFFFFFF, np.bincount(where, shares).astype(np.float64)
 
 
-def _add(mass: Tensor, rows: Tensor, pieces: Tensor, values: Tensor) -> None:
-    mass.view(-1).index_add_(0, rows * mass.shape[1] + pieces, values)
+def _add(mass: Tensor, rows: Tensor, student_tokens: Tensor, values: Tensor) -> None:
+    mass.view(-1).index_add_(0, rows * mass.shape[1] + student_tokens, values)
 
 
-def _normalised(mass: Tensor, bucket: Tensor, kept: Tensor, places: Places) -> Target:
-    """Mass and bucket as probabilities. A bucket beside a full support stands for nothing, and is left out."""
-    bucket = bucket.masked_fill(mass.amin(-1) > 0, 0)
-    total = mass.sum(-1) + bucket
-    reached = mass.gather(1, places.piece[:, None]).squeeze(1) > 0
+def _normalized(mass: Tensor, rest_mass: Tensor, coverage: Tensor, places: Places) -> ProjectedTarget:
+    """Scale mass and rest mass to probabilities."""
+    # With a full support there is no token that the rest mass could belong to.
+    rest_mass = rest_mass.masked_fill(mass.amin(-1) > 0, 0)
+    total = mass.sum(-1) + rest_mass
+    reached = mass.gather(1, places.student_token[:, None]).squeeze(1) > 0
     known = (total > FLOOR) & (reached | ~places.crossing)
     scale = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return Target(mass.div_(scale[:, None]), bucket / scale, total, known, kept)
+    return ProjectedTarget(mass.div_(scale[:, None]), rest_mass / scale, total, known, coverage)

@@ -1,7 +1,7 @@
-"""From sources to rows on disk, tokenised on both sides and aligned: what the teacher reads and the student learns.
+"""Reads sources into rows on disk, tokenized on both sides and aligned.
 
-They are cut as all training data is, a conversation at its end, a text into further rows; of the teacher's tokens each
-row keeps those that it needs.
+Rows are truncated like all training data: a conversation at its end, a text into further rows. Each row has only those
+of the teacher's tokens that it needs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from datasets import Dataset, concatenate_datasets
 
 from hymba_tune.config import DataOptions
 from hymba_tune.data import DataReport, TrainingData, open_sources, sample_prompts
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.chat import Encoded, fit
 from hymba_tune.data.dataset import fit_reading
 from hymba_tune.data.encoding import ExampleReading, readings
 from hymba_tune.data.sources import Source
 from hymba_tune.data.training import Working, opened, read_sources
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align_rows
-from hymba_tune.distill.pair import Pair, Unaligned, find_answers, for_teacher, tokenise
+from hymba_tune.distill.pair import TokenizerPair, Unaligned, find_answers, for_teacher, tokenize_examples
 from hymba_tune.errors import DataError
 
 FLAGS = pa.list_(pa.bool_())
@@ -42,17 +42,17 @@ COLUMNS = {
     "crossing": FLAGS,
     "spans": IDS,
 }
-"""``row`` is the row's own number at each of its tokens, so that it comes along where rows are packed."""
+"""The columns of a row; ``row`` repeats its number at each token, so that packing keeps it."""
 
 
 @dataclass(frozen=True)
 class AlignedData(TrainingData[DataReport]):
-    """All that a run of distillation reads. The report's fingerprint is of both sides' tokens.
+    """The data of a run of distillation. The report's fingerprint covers the tokens of both sides.
 
     Attributes:
         rows: Every row of ``--data``, held-out ones among them, then of ``--eval-data``; see `alignment`. A row's
             ``row`` is its index here.
-        alignment: How the two sides' tokens lie to each other.
+        alignment: The counts of aligned rows and tokens.
     """
 
     rows: Dataset
@@ -60,7 +60,7 @@ class AlignedData(TrainingData[DataReport]):
 
 
 def alignment(row: Mapping[str, Any]) -> Alignment:
-    """A row as it was aligned."""
+    """Read the alignment of a row from its columns."""
     return Alignment(
         student_ids=row["input_ids"],
         teacher_ids=row["teacher_tokens"],
@@ -75,7 +75,7 @@ def alignment(row: Mapping[str, Any]) -> Alignment:
 
 def read_rows(
     options: DataOptions,
-    pair: Pair,
+    pair: TokenizerPair,
     *,
     context: int | None,
     seed: int,
@@ -86,13 +86,13 @@ def read_rows(
     """Read everything that ``--data`` and ``--eval-data`` name.
 
     Args:
-        options: Which data, and how its rows are read.
-        pair: The two sides.
-        context: Tokens that the teacher can read; rows of which it would need more are dropped.
-        seed: Of the rows that are drawn and held out.
-        prompts: How many prompts to return: of the evaluation data, or else of the data.
-        working: Told what is done.
-        instead: A file of messages that stands for ``--data``; what its sources hold out themselves stays.
+        options: The data, and how its rows are read.
+        pair: The two tokenizers.
+        context: The maximum number of teacher tokens in a row; longer rows are dropped.
+        seed: The seed of the rows that are sampled and held out.
+        prompts: The number of prompts to return, of the evaluation data if there is any, else of the data.
+        working: Shows the progress.
+        instead: A file of messages that replaces ``--data``. The data that its sources hold out themselves stays.
 
     Raises:
         DataError: If data cannot be used.
@@ -121,16 +121,16 @@ def read_rows(
 
 
 def _numbered(rows: Dataset, first: int) -> Dataset:
-    """Rows with new numbers, from ``first`` on."""
+    """Return the rows with new numbers that begin at ``first``."""
     numbers = [[first + index] * len(ids) for index, ids in enumerate(rows["input_ids"])]
     return rows.remove_columns("row").add_column("row", pa.array(numbers, IDS)).select_columns(rows.column_names)
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Encodes sources; see `read_rows`. ``built`` is what came of them, ``counts`` how their tokens lie."""
+    """Encodes sources; see `read_rows`. ``built`` has the rows, ``counts`` the counts of their alignment."""
 
-    pair: Pair
+    pair: TokenizerPair
     options: DataOptions
     context: int | None
     seed: int
@@ -138,14 +138,14 @@ class _Builder:
     built: list[Dataset] = field(default_factory=list)
 
     def build(self, sources: Sequence[Source], progress: Callable[[int], None]) -> tuple[Dataset, DataReport]:
-        """The rows of the sources, numbered, memory-mapped; and what became of them."""
+        """Build the numbered, memory-mapped rows of the sources, and the report on them."""
         options, tokenizer = self.options, self.pair.student.tokenizer
-        kind = RowKind(
+        kind = RowSchema(
             columns=COLUMNS,
             report=DataReport,
             fit=partial(self._fit, count()),
             fingerprinted=_numbers,
-            purpose=("learn", "with an answer that both tokenizers spell, and that begins"),
+            purpose=("train on", "with an answer that both tokenizers spell, and that begins"),
         )
         read = readings(sources, tokenizer, learn=options.learn, seed=self.seed)
         rows, report = build(
@@ -159,8 +159,8 @@ class _Builder:
     ) -> Iterator[list[dict[str, Any]] | str | DataError]:
         aligned = self._align(some)
         self.counts.add(aligned, self.pair)
-        for reading, found in zip(some, aligned, strict=True):
-            parts = self._parts(reading, found)
+        for reading, row in zip(some, aligned, strict=True):
+            parts = self._parts(reading, row)
             if isinstance(parts, DataError):
                 yield parts
                 continue
@@ -168,24 +168,24 @@ class _Builder:
             if isinstance(rows, str):
                 yield rows
                 continue
-            both = zip(rows, parts, numbers, strict=False)  # the numbers go on
-            yield [_as_columns(row, part) | {"row": [number] * len(row.input_ids)} for row, part, number in both]
+            both = zip(rows, parts, numbers, strict=False)  # the numbers are infinite
+            yield [_as_columns(one, part) | {"row": [number] * len(one.input_ids)} for one, part, number in both]
 
     def _align(self, some: Sequence[ExampleReading]) -> list[Alignment | Unaligned]:
         students = [find_answers(reading.rendered[0], reading.encoded[0], self.pair.student) for reading in some]
         shown = [for_teacher(reading.example, self.pair.teacher_system) for reading in some if reading.example]
-        teachers = tokenise(shown, self.pair.teacher, self.options.learn)
+        teachers = tokenize_examples(shown, self.pair.teacher, self.options.learn)
         return align_rows(students, teachers, self.pair)
 
     def _parts(self, reading: ExampleReading, row: Alignment | Unaligned) -> list[Alignment] | DataError:
-        """The alignment of each row that a reading gives; or why it cannot be taught."""
+        """Return the alignment of each row of a reading, or the reason why it cannot be used."""
         if isinstance(row, Unaligned):
             return DataError(f"not aligned ({row.reason}): {row.what}")
         (encoded,), (rendered,) = reading.encoded, reading.rendered
         if rendered.weights:
             return DataError(
                 f"one of its answers has weight {min(rendered.weights):g}",
-                expected="0 or 1: what a teacher says counts in full or not at all",
+                expected="0 or 1: distillation has no partial weights",
                 fix="round it",
             )
         bos = self.pair.teacher.tokenizer.bos_token_id
@@ -193,41 +193,41 @@ class _Builder:
         parts = [cut(row, one.begin, one.begin + len(one.input_ids), bos) for one in rows]
         longest = max((len(part.teacher_ids) for part in parts), default=0)
         if self.context is not None and longest > self.context:
-            return DataError(f"the teacher can read {self.context:,} tokens, and this takes {longest:,}")
+            return DataError(f"the teacher's context is {self.context:,} tokens, and this row takes {longest:,}")
         return parts
 
 
 def _numbers(row: Mapping[str, Any]) -> list[int]:
-    """What tells a row from others: all but its number."""
+    """Return the content of a row as numbers, without its own number."""
     columns = [np.array(row[name], np.int32).tolist() for name in COLUMNS if name != "row"]
     return [number for column in columns for number in (len(column), *column)]
 
 
 def cut(row: Alignment, begin: int, end: int, bos: int | None = None) -> Alignment:
-    """The part of an aligned row that trains on ``[begin, end)`` of the student's tokens.
+    """Return the part of an aligned row with ``[begin, end)`` of the student's tokens.
 
-    The teacher reads from where the student does, behind its own beginning-of-sequence token where it has one, and not
-    past the last token that it is asked about.
+    The teacher's part begins at the same text, after the beginning-of-sequence token if it has one, and ends with the
+    last token that has a target.
     """
     spans = row.spans[(row.spans[:, 0] > begin) & (row.spans[:, 1] <= end)]
-    kept = (row.student > begin) & (row.student < end)
+    inside = (row.student > begin) & (row.student < end)
     start, head = 0, row.teacher_ids[:0]
     if begin:
         start = int(row.teacher[np.searchsorted(row.student, begin)]) if row.student[-1] >= begin else 0
         head = row.teacher_ids[:1] if row.teacher_ids[0] == bos and start else head
-        known = start + (not head)  # without a token before it, the first cannot be predicted
-        kept &= row.teacher >= known
+        known = start + (not head)  # nothing predicts the first token of a row
+        inside &= row.teacher >= known
         spans = spans[spans[:, 2] >= known]
-    stop = max([start, *(row.teacher[kept][-1:] + 1), *spans[-1:, 3]])
+    stop = max([start, *(row.teacher[inside][-1:] + 1), *spans[-1:, 3]])
     moved = start - len(head)
     return Alignment(
         student_ids=row.student_ids[begin:end],
         teacher_ids=[*head, *row.teacher_ids[start:stop]],
-        student=row.student[kept] - begin,
-        teacher=row.teacher[kept] - moved,
-        spelled=row.spelled[kept],
-        first=row.first[kept],
-        crossing=row.crossing[kept],
+        student=row.student[inside] - begin,
+        teacher=row.teacher[inside] - moved,
+        spelled=row.spelled[inside],
+        first=row.first[inside],
+        crossing=row.crossing[inside],
         spans=spans - np.array([begin, begin, moved, moved], np.int64),
     )
 

@@ -1,10 +1,10 @@
-"""A run of distillation: sft's, with a teacher."""
+"""A run of distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hymba_tune.data.training import opened
 from hymba_tune.distill.alignment import matched_vocabulary
 from hymba_tune.distill.cache import WIDE, TargetCache
 from hymba_tune.distill.capture import (
-    check_found,
+    check_preflight,
     load_target_maker,
     open_targets,
     open_teacher,
@@ -29,22 +29,20 @@ from hymba_tune.distill.capture import (
     teacher_bytes,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
-from hymba_tune.distill.lessons import FROM_TARGETS, Lessons, OnlineTeacher, Shape
-from hymba_tune.distill.matching import HiddenMatch, Layers
-from hymba_tune.distill.outputs import Found, Teacher
-from hymba_tune.distill.own_answers import OwnAnswers
-from hymba_tune.distill.pair import Pair, Side
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
+from hymba_tune.distill.outputs import TeacherSpec
+from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line, look
+from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
-from hymba_tune.distill.targets import Targets
-from hymba_tune.distill.teacher import ModelTeacher, parameters_of, smaller_than
+from hymba_tune.distill.teacher import parameters_of, smaller_than
+from hymba_tune.distill.teacher_generations import TeacherGenerator
+from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
-from hymba_tune.distill.written import AnswerWriter
 from hymba_tune.errors import ConfigError
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.outline import PACKING
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
@@ -53,242 +51,264 @@ from hymba_tune.train.setup import Data, Setup
 from hymba_tune.train.sft import data_of
 
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
-"""Losses that compare the same tokens on both sides."""
+"""Losses that need one tokenizer on both sides."""
 LOSS_CHUNKS = 6
-"""Times a chunk's logits that losses hold at most."""
+"""Memory of a loss, in multiples of a chunk's logits."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
-    """Teach a model what another one knows; see `train`.
+    """Train a student on what a teacher predicts; see `train`.
 
     Raises:
-        ConfigError: If no teacher is named, or it cannot teach what is asked for.
+        ConfigError: If there is no teacher, or it does not fit the losses.
     """
-    lesson = _Distillation(config)
-    kind = Kind(lesson.read_data, lesson.make_trainer, lesson.describe, lesson.beside, lesson.prepare)
-    return train(config, kind, screen)
+    return train(DistillTask(config), screen)
 
 
-class _Distillation:
-    """What a run's steps hand on to each other."""
+@dataclass(frozen=True)
+class DistillTask:
+    """Distillation; see `hymba_tune.train.task.TrainingTask`."""
 
-    def __init__(self, config: DistillConfig) -> None:
-        self._config = config
-        self._teacher: Found | None = None
-        self._pair: Pair | None = None
-        self._data: AlignedData | None = None
-        self._stages: list[Stage] = []
-        self._targets: Sequence[Targets] | None = None
-        self._maker: TargetMaker | None = None
+    config: DistillConfig
 
-    def read_data(self, setup: Setup, screen: Screen) -> Data:
+    def read_data(self, setup: Setup, screen: Screen) -> AlignedRun:
         """Find the teacher, and read and align the data."""
-        config = self._config
-        self._teacher = open_teacher(config)
-        self._pair = pair_of(config, setup.tokenizer, self._found)
-        self._stages = resolve_losses(config, self._pair)
-        self._data = data = read_rows(
+        config = self.config
+        teacher = open_teacher(config)
+        pair = pair_of(config, setup.tokenizer, teacher)
+        stages = resolve_losses(config, pair)
+        aligned = read_rows(
             config,
-            self._pair,
-            context=self._found.context,
+            pair,
+            context=teacher.context,
             seed=config.seed,
             prompts=SAMPLES,
             working=screen.working,
-            instead=self._written(setup, screen),
+            instead=generated_data(config, teacher, pair, setup.device, screen),
         )
-        if self._found.parameters is not None and (
-            warning := smaller_than(self._found, parameters_of(setup.model_config))
-        ):
+        if teacher.parameters is not None and (warning := smaller_than(teacher, parameters_of(setup.model_config))):
             screen.note(warning)
-        return data_of(setup, data)
+        return AlignedRun(config, setup, teacher, pair, stages, aligned)
 
-    def prepare(self, setup: Setup, screen: Screen) -> None:
-        """Have the teacher, or its targets, before the student's weights are loaded."""
-        config = self._config
-        assert self._data
-        assert self._pair
-        if config.dry_run and not self._found.is_here:
-            check_aligned(self._data.alignment, config.min_aligned)
-            screen.banner(alignment_lines(self._data.alignment, matched_vocabulary(self._pair)))
+
+def generated_data(
+    config: DistillConfig, teacher: TeacherSpec, pair: TokenizerPair, device: torch.device, screen: Screen
+) -> Path | None:
+    """Generate the teacher's answers to the data, if the settings have the seq loss.
+
+    Returns:
+        The file of conversations with the teacher's answers; None where the data's own answers are used.
+    """
+    if not config.teacher_writes or config.dry_run:
+        return None
+    generator = TeacherGenerator(config, opened(config)[0], pair, lambda: teacher.fingerprint)
+    load = partial(teacher.load, device, choose_dtype(config.teacher_dtype, device))
+    with screen.working("reading the conversations for the teacher") as progress:
+        key = generator.key(progress)
+    with screen.working("generating the teacher's answers") as progress:
+        generations = generator.write(cache_folder("answers") / key, load, progress)
+
+    lines = [f"the teacher answered {generations.rows:,} conversations → {generations.path}"]
+    if generations.left_out:
+        lines.append(f"{generations.left_out:,} answers left out because they did not end or are not a text")
+    if generations.texts:
+        lines.append(f"{generations.texts:,} texts left out")
+    screen.note(" · ".join(lines))
+    return generations.path
+
+
+@dataclass(frozen=True)
+class AlignedRun:
+    """A run of distillation whose rows are read and aligned; see `hymba_tune.train.task.TaskWithData`.
+
+    Attributes:
+        config: The run's settings.
+        setup: The run's setup.
+        teacher: The teacher, not loaded.
+        pair: The tokenizers of both sides.
+        stages: The stages of the run, with the losses that fit the pair.
+        aligned: The rows as both sides read them.
+    """
+
+    config: DistillConfig
+    setup: Setup
+    teacher: TeacherSpec
+    pair: TokenizerPair
+    stages: Sequence[Stage]
+    aligned: AlignedData
+
+    @cached_property
+    def data(self) -> Data:
+        """The rows that the student is trained on."""
+        return data_of(self.setup, self.aligned)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the teacher, if it stays in memory, and of the loss's chunks."""
+        teacher, setup = self.teacher, self.setup
+        held = teacher_bytes(self.config, teacher.config, teacher.parameters or 0, setup.model_config, setup.device)
+        return held + LOSS_CHUNKS * CHUNK_BYTES
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether a loss of the data's answers is computed from cached targets."""
+        if self.config.online:
+            return False
+        return any(stage.on_policy < 1 and FROM_TARGETS & stage.losses.keys() for stage in self.stages)
+
+    def prepare(self, screen: Screen) -> TaughtRun:
+        """Load the teacher or its targets, before the student's weights are loaded."""
+        config, maker, targets = self.config, None, None
+        if config.dry_run and not self.teacher.is_here:
+            check_aligned(self.aligned.alignment, config.min_aligned)
+            screen.banner(alignment_lines(self.aligned.alignment, matched_vocabulary(self.pair)))
             screen.note("the teacher is not tried on a few rows: its weights are not on this machine")
         elif config.keeps_teacher or config.dry_run:
-            self._maker = self._look(setup, screen)
-        if self._wants_targets and not config.dry_run:
-            self._targets = open_targets(
+            maker = self._load_teacher(screen)
+        if self.uses_targets and not config.dry_run:
+            targets = open_targets(
                 config,
-                self._data,
-                self._pair,
-                self._found,
-                vocabulary=setup.model_config.vocab_size,
-                device=setup.device,
+                self.aligned,
+                self.pair,
+                self.teacher,
+                vocabulary=self.setup.model_config.vocab_size,
+                device=self.setup.device,
                 screen=screen,
             )
+        return TaughtRun(self, targets, maker)
 
-    @property
-    def _found(self) -> Found:
-        assert self._teacher
-        return self._teacher
-
-    def _written(self, setup: Setup, screen: Screen) -> Path | None:
-        """The data with the teacher's answers, if it is to write them."""
-        config = self._config
-        if not config.teacher_writes or config.dry_run:
-            return None
-        assert self._pair
-        writer = AnswerWriter(config, opened(config)[0], self._pair, lambda: self._found.fingerprint)
-        with screen.working("reading what the teacher is to answer") as progress:
-            key = writer.key(progress)
-        with screen.working("the teacher answers") as progress:
-            written = writer.write(cache_folder("answers") / key, partial(self._load, setup), progress)
-        screen.note(
-            f"the teacher answered {written.rows:,} conversations → {written.path}"
-            + (f" · {written.left_out:,} answers left out, which did not end or are no text" * bool(written.left_out))
-            + (f" · {written.texts:,} texts left out" * bool(written.texts))
-        )
-        return written.path
-
-    def _load(self, setup: Setup) -> Teacher:
-        return self._found.load(setup.device, choose_dtype(self._config.teacher_dtype, setup.device))
-
-    @property
-    def _wants_targets(self) -> bool:
-        """Whether a loss of the data's answers is computed from kept targets."""
-        if self._config.online:
-            return False
-        return any(stage.on_policy < 1 and FROM_TARGETS & stage.losses.keys() for stage in self._stages)
-
-    def _look(self, setup: Setup, screen: Screen) -> TargetMaker:
-        """The teacher, loaded, after a look at whether it fits the data."""
-        config, data, pair = self._config, self._data, self._pair
-        assert data
-        assert pair
-        vocabulary = setup.model_config.vocab_size
+    def _load_teacher(self, screen: Screen) -> TargetMaker:
+        """Load the teacher, and check on a few rows that it fits the data."""
+        aligned, vocabulary = self.aligned, self.setup.model_config.vocab_size
         with screen.working("loading the teacher"):
-            maker = load_target_maker(config, data.rows, pair, self._found, vocabulary=vocabulary, device=setup.device)
-        with screen.working("asking the teacher about a few rows"):
-            found = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
-        lines = found.lines()
-        if not self._wants_targets:
+            maker = load_target_maker(
+                self.config, aligned.rows, self.pair, self.teacher, vocabulary=vocabulary, device=self.setup.device
+            )
+        with screen.working("trying the teacher on a few rows"):
+            preflight = look(maker, aligned.rows, aligned.alignment, self.pair, wide=vocabulary > WIDE)
+        lines = preflight.lines()
+        if not self.uses_targets:
             del lines["targets"]
         screen.banner(lines)
-        check_found(config, found)
+        check_preflight(self.config, preflight)
         return maker
 
+
+@dataclass(frozen=True)
+class TaughtRun:
+    """A run of distillation that has its teacher; see `hymba_tune.train.task.TrainerBuilder`.
+
+    Attributes:
+        run: The run with its rows.
+        targets: The cached targets of the rows, if losses are computed from them.
+        maker: The teacher in memory, if it stays there.
+    """
+
+    run: AlignedRun
+    targets: TargetCache | None
+    maker: TargetMaker | None
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on the teacher and the losses."""
+        run = self.run
+        config, teacher, alignment = run.config, run.teacher, run.aligned.alignment
+        quantized = f" · {teacher.quantize}" if teacher.quantize else ""
+        aligned_rows = alignment.rows - sum(alignment.dropped.values())
+        lines = {
+            "teacher": f"{teacher.name} · {len(run.pair.teacher.spelling):,} tokens{quantized}",
+            "aligned": f"{aligned_rows:,} of {alignment.rows:,} rows byte for byte",
+        }
+        if self.targets is not None:
+            stats = self.targets.stats
+            lines["sanity"] = f"the teacher gives its own next token p = {stats.mean_own:.2f} on average"
+            lines |= end_line(stats, str(run.pair.teacher.tokenizer.eos_token))
+        losses = " · then ".join(_in_words(stage) for stage in run.stages)
+        losses += " · answers written by the teacher" * config.teacher_writes
+        losses += f" · {config.match_weight:g} × hidden states" * bool(config.match_hidden)
+        lines["loss"] = losses
+        if teacher.bias and run.uses_targets:
+            lines["bias"] = teacher.bias
+        return lines
+
     def make_trainer(
-        self,
-        setup: Setup,
-        data: Data,
-        model: PreTrainedModel,
-        arguments: dict[str, Any],
-        callbacks: list[TrainerCallback],
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
     ) -> DistillTrainer:
-        """The trainer of the student."""
-        assert self._pair
-        packing = self._config.packing
-        own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
+        """Build the trainer of the student."""
+        run = self.run
+        config = run.config
+        own = {"packing": config.packing, "packing_strategy": PACKING, "eval_packing": False}
         return DistillTrainer(
-            lessons=self._lessons(setup),
-            stages=self._stages,
-            token_bytes=token_bytes(self._pair.student),
-            own_answers=self._own_answers(),
-            match=self._match(setup),
-            match_weight=self._config.match_weight,
+            signals=self._signals(),
+            stages=run.stages,
+            token_bytes=token_bytes(run.pair.student),
+            rollouts=self._rollouts(),
+            hidden_loss=self._hidden_loss(),
             model=model,
             args=trl.SFTConfig(**arguments, **own),
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            processing_class=setup.tokenizer,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.held_out,
+            processing_class=run.setup.tokenizer,
             callbacks=callbacks,
         )
 
-    def _lessons(self, setup: Setup) -> Lessons:
-        config = self._config
-        shape = Shape(config.temperature, config.tau, config.beta)
-        online = None
-        if config.keeps_teacher:
-            assert self._data
-            assert self._maker
-            online = OnlineTeacher(self._maker, self._data.rows)
-        return Lessons(shape, setup.device, self._targets, online)
+    def _signals(self) -> TeacherSignals:
+        config = self.run.config
+        shape = LossParameters(config.temperature, config.tau, config.beta)
+        return TeacherSignals(shape, self.run.setup.device, self.targets, self._online())
 
-    def _match(self, setup: Setup) -> HiddenMatch | None:
-        if self._config.match_hidden is None:
+    def _online(self) -> OnlineTeacher | None:
+        if self.maker is None or not self.run.config.keeps_teacher:
             return None
-        assert self._maker
-        assert isinstance(self._maker.teacher, ModelTeacher)
-        teacher = Layers.of(self._maker.teacher.model.config)
-        return HiddenMatch(Layers.of(setup.model_config), teacher, self._config.match_hidden)
+        return OnlineTeacher(self.maker, self.run.aligned.rows)
 
-    def _own_answers(self) -> OwnAnswers | None:
-        config = self._config
-        if not any(stage.on_policy for stage in self._stages):
+    def _hidden_loss(self) -> HiddenStateLoss | None:
+        config, online = self.run.config, self._online()
+        if config.match_hidden is None or online is None:
             return None
-        assert self._pair
-        assert self._data
-        return OwnAnswers(
-            self._pair,
-            self._data.rows,
+        student = Layers.of(self.run.setup.model_config)
+        teacher = Layers.of(self.run.teacher.config)
+        return HiddenStateLoss(HiddenMatch(student, teacher, config.match_hidden), online, config.match_weight)
+
+    def _rollouts(self) -> RolloutGenerator | None:
+        config = self.run.config
+        if not any(stage.on_policy for stage in self.run.stages):
+            return None
+        return RolloutGenerator(
+            self.run.pair,
+            self.run.aligned.rows,
             config.max_length,
             config.answer_tokens,
             config.answer_temperature,
             config.seed,
         )
 
-    def beside(self, setup: Setup) -> int:
-        """Bytes of the teacher, if it is kept, and of the loss's chunks."""
-        found = self._found
-        held = teacher_bytes(self._config, found.config, found.parameters or 0, setup.model_config, setup.device)
-        return held + LOSS_CHUNKS * CHUNK_BYTES
 
-    def describe(self, setup: Setup) -> dict[str, str]:
-        """The banner's lines on the teacher and what is learned from it."""
-        del setup
-        assert self._pair
-        assert self._data
-        aligned, targets = self._data.alignment, self._targets
-        shown = targets.kept if isinstance(targets, TargetCache) else None
-        kept = aligned.rows - sum(aligned.dropped.values())
-        quantised = f" · {self._found.quantize}" if self._found.quantize else ""
-        return {
-            "teacher": f"{self._found.name} · {len(self._pair.teacher.spelling):,} tokens{quantised}",
-            "aligned": f"{kept:,} of {aligned.rows:,} rows byte for byte",
-            **(
-                {"sanity": f"the teacher gives its own next token p = {shown.mean_own:.2f} on average"} if shown else {}
-            ),
-            **(end_line(shown, str(self._pair.teacher.tokenizer.eos_token)) if shown else {}),
-            "loss": " · then ".join(_in_words(stage) for stage in self._stages)
-            + " · answers written by the teacher" * self._config.teacher_writes
-            + f" · {self._config.match_weight:g} × hidden states" * bool(self._config.match_hidden),
-            **({"bias": self._found.bias} if self._found.bias and self._wants_targets else {}),
-        }
-
-
-def resolve_losses(config: DistillConfig, pair: Pair) -> list[Stage]:
-    """The stages of a run with the losses that fit the pair.
+def resolve_losses(config: DistillConfig, pair: TokenizerPair) -> list[Stage]:
+    """Resolve the losses of each stage for a pair of tokenizers.
 
     Raises:
-        ConfigError: If one compares the same tokens on both sides, and there are none.
+        ConfigError: If a loss needs one tokenizer on both sides, and there are two.
     """
     same = same_tokenizer(pair)
     for stage in config.parts:
-        unfit = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
-        unfit += ["--match-hidden"] if config.match_hidden else []
-        if unfit and not same:
+        restricted = [f"--loss {name}" for name in ONE_TOKENIZER if name in stage.losses]
+        restricted += ["--match-hidden"] if config.match_hidden else []
+        if restricted and not same:
             raise ConfigError(
-                f"{unfit[0]} compares the same tokens on both sides, and the teacher's tokenizer is another.",
-                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto, which is for that",
+                f"{restricted[0]} compares the same tokens on both sides, and the teacher has another tokenizer.",
+                fix="--loss auto without --match-hidden" if config.match_hidden else "--loss auto",
             )
-    usual = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
+    default = {"kl": 1.0} if same else {"projection": 1.0, "alm": 1.0}
     stages = []
     for stage in config.parts:
-        # What the teacher wrote is data like any other.
+        # The teacher's answers are data, and seq adds no term to the loss.
         losses = {name: weight for name, weight in stage.losses.items() if name != "seq"} or {"ce": 1.0}
-        stages.append(replace(stage, losses=usual if "auto" in losses else losses))
+        stages.append(replace(stage, losses=default if "auto" in losses else losses))
     return stages
 
 
 def token_bytes(side: Side) -> Tensor:
-    """How many bytes of text each token spells, ``(V,)`` int64; the one that ends a turn, none."""
+    """Return the text bytes of each token, ``(V,)`` int64; end tokens have none."""
     sizes = torch.from_numpy(side.spelling.lengths.copy())
     sizes[list(side.ends)] = 0
     return sizes
@@ -296,7 +316,7 @@ def token_bytes(side: Side) -> Tensor:
 
 def _in_words(stage: Stage) -> str:
     names = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items())
-    said = [f"{stage.share:.0%}:"] if stage.share < 1 else []
-    taught = stage.losses.keys() - {"ce"}
-    said.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if taught else names)
-    return " ".join(said + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))
+    words = [f"{stage.share:.0%}:"] if stage.share < 1 else []
+    from_teacher = stage.losses.keys() - {"ce"}
+    words.append(f"{stage.alpha:g} × ({names}) + {1 - stage.alpha:g} × ce" if from_teacher else names)
+    return " ".join(words + ([f"{stage.on_policy:.0%} of the answers its own"] if stage.on_policy else []))

@@ -1,4 +1,4 @@
-"""How the student's tokenizer parts what a teacher's token spells."""
+"""The student's segmentation of the bytes of a teacher token."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hymba_tune.distill.pair import Side
 from hymba_tune.distill.spelling import CHARACTER_OF, describe
 
 BATCH = 8192
-"""Tokens parted at a time: what bounds memory."""
+"""Tokens segmented at a time, which bounds memory."""
 STRAY = re.compile("([\udc80-\udcff]+)")
-"""Bytes that are no UTF-8, as Python escapes them."""
+"""Bytes that are not valid UTF-8, as Python's surrogateescape writes them."""
 
-Pieces = list[int] | None
+StudentTokens = list[int] | None
 
 
 class Segmenter:
-    """Parts bytes as the student does in the midst of a text: without the space it puts before one.
+    """Segments bytes as the student does inside a text, without the space that it adds before a text.
 
-    Bytes that are no whole characters become the tokens of single bytes, where the student has such.
+    Bytes that are not whole characters become the student's single-byte tokens, where it has them.
     """
 
     def __init__(self, side: Side) -> None:
@@ -34,20 +34,20 @@ class Segmenter:
         self._text = Tokenizer.from_str(json.dumps(bare))
         self._alphabet = Tokenizer.from_str(json.dumps(bare | {"normalizer": None, "pre_tokenizer": None}))
 
-    def __call__(self, spelled: Sequence[bytes]) -> Iterator[Pieces]:
-        """The student's tokens of each spelling; None where they would not spell it."""
+    def __call__(self, spelled: Sequence[bytes]) -> Iterator[StudentTokens]:
+        """Return the student's tokens for each spelling; None where these do not spell it."""
         for begin in range(0, len(spelled), BATCH):
             batch = spelled[begin : begin + BATCH]
             runs = list(map(self._runs, batch))
             texts = [run for parts in runs for run in parts if isinstance(run, str)]
-            parted = iter(self._text.encode_batch_fast(texts, add_special_tokens=False))
+            encoded = iter(self._text.encode_batch_fast(texts, add_special_tokens=False))
             for token, parts in zip(batch, runs, strict=True):
-                found = (next(parted).ids if isinstance(run, str) else self._stray(run) for run in parts)
-                pieces = list(chain.from_iterable(found))
-                yield pieces if token and self._spelling.spell(pieces) == token else None
+                ids = (next(encoded).ids if isinstance(run, str) else self._stray(run) for run in parts)
+                tokens = list(chain.from_iterable(ids))
+                yield tokens if token and self._spelling.spell(tokens) == token else None
 
     def _runs(self, token: bytes) -> list[str | bytes]:
-        """A token as text and stray bytes; byte-level tokens of which some are stray, as bytes altogether."""
+        """Split a token into text and stray bytes; a byte-level token with stray bytes stays whole, as bytes."""
         parts = STRAY.split(token.decode("utf-8", "surrogateescape"))
         if len(parts) > 1 and self._spelling.byte_level:
             return [token]
@@ -62,7 +62,7 @@ class Segmenter:
 
 
 def tokenizer_within(side: Side) -> Tokenizer:
-    """A tokenizer of what stands in the midst of a text: without the space before one, and without special tokens."""
+    """Return a tokenizer for text inside a text: it adds no space and no special tokens."""
     return Tokenizer.from_str(json.dumps(_bare(side)))
 
 
@@ -74,12 +74,12 @@ def _bare(side: Side) -> dict[str, Any]:
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that puts nothing before a text."""
+    """Return the normalizer or pre-tokenizer without what it adds before a text."""
     if step is None or step["type"] == "Prepend":
         return None
     for inside in ("normalizers", "pretokenizers"):
         if inside in step:
-            kept = [bare for bare in map(_without_prefix, step[inside]) if bare]
-            return step | {inside: kept} if kept else None
+            steps = [bare for bare in map(_without_prefix, step[inside]) if bare]
+            return step | {inside: steps} if steps else None
     silent = {"prepend_scheme": "never", "add_prefix_space": False}
     return step | {name: value for name, value in silent.items() if name in step}

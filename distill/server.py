@@ -1,9 +1,9 @@
-"""A teacher behind an OpenAI-compatible server, such as vLLM's: it tells its k likeliest tokens, and no more.
+"""A teacher behind an OpenAI-compatible server, such as vLLM's, which returns its top-k tokens only.
 
-That is a bias. A piece gets only what the told tokens give it, and what was not told counts as "any piece outside the
-support", though some of it would lie on pieces inside: these are drawn down and all others up, by at most the untold
-mass. Within a token it weighs most, since there even tokens that do not begin as that one does are among the untold.
-Spans are judged without it: the likelihood of a row's own tokens is always told.
+This biases the targets. The mass outside the top-k counts as "any token outside the support", although some of it
+belongs to student tokens inside the support. These get too little probability and all others too much, by at most that
+mass. The bias is largest within a teacher token, where the missing tokens include many that cannot follow. Span
+likelihoods have no bias, because the server always returns the log-likelihood of a row's actual tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,42 +23,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.distill.outputs import Told
+from hymba_tune.distill.outputs import HeadOutputs, TokenDistribution
 from hymba_tune.distill.teacher import batches
 from hymba_tune.errors import ConfigError, TrainingError
 
 KEY_VARIABLE = "HYMBA_TUNE_TEACHER_KEY"
-"""Environment variable with the server's key. It is sent to that server alone, and never shown."""
+"""Environment variable with the server's key. It is sent to that server only, and never shown."""
 TIMEOUT = 120.0
-"""Seconds that an answer may take."""
+"""Seconds to wait for a response."""
 WRITING_TIMEOUT = 1200.0
-"""Where it is text that the server writes."""
+"""Seconds to wait for a response with generated text."""
 PAUSES = (1.0, 4.0, 16.0)
-"""Seconds before a request is tried again."""
+"""Seconds before each retry of a request."""
 BATCH_TOKENS = 4096
-"""Asked about in one request."""
+"""Prompt tokens in one request."""
 ROUNDING = 0.01
-"""How much more than 1 probabilities may come to."""
+"""Tolerance of a sum of probabilities above 1."""
 TOKEN_ID = "token_id:"
-BIAS = "a server tells its {k} likeliest tokens: the untold mass counts as any other piece, also where it is not"
+BIAS = "a server returns its top {k} tokens: the remaining mass counts as any token outside them"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Another address is not who the key is for."""
+    """Follows no redirects, because another address must not receive the key."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Follow none."""
+        """Return no new request."""
 
 
 @dataclass
 class ServedTeacher:
-    """A model behind a server; see `Teacher` and `FoundTeacher`, for both of which it stands.
+    """A model behind a server, which is both a `Teacher` and a `TeacherSpec`.
 
     Attributes:
-        name: Of the model, and where it is.
-        tokenizer: Its own, from elsewhere: a server has none to give.
-        context: The most tokens of a row; None if the server does not say.
-        top_k: Tokens that it is to tell.
+        name: The model's name and its address.
+        tokenizer: The model's tokenizer, which comes from elsewhere: a server does not return it.
+        context: The maximum number of tokens in a row; None if the server does not say.
+        top_k: The number of tokens that the server returns at each position.
     """
 
     name: str
@@ -76,16 +76,16 @@ class ServedTeacher:
 
     @property
     def fingerprint(self) -> str:
-        """Of what a server says of itself: the model's name there, and how much it tells."""
+        """A digest of the model's name on the server and of ``top_k``."""
         return hashlib.sha256(json.dumps([self._model, self.top_k]).encode()).hexdigest()
 
     @property
     def bias(self) -> str:
-        """What is to be known of its targets."""
+        """The bias of its targets, in words."""
         return BIAS.format(k=self.top_k)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> ServedTeacher:
-        """Itself: the server holds the weights."""
+        """Return this teacher: the server holds the weights."""
         del dtype
         self._device = device
         return self
@@ -94,47 +94,70 @@ class ServedTeacher:
         """Read rows; see `Teacher`.
 
         Raises:
-            TrainingError: If the server does not answer, or something else than it was asked.
+            TrainingError: If the server does not answer, or its answer cannot be used.
         """
         for batch in batches([len(row) for row in rows], BATCH_TOKENS):
-            told = self._ask([list(rows[index]) for index in batch])
-            for index, answer in zip(batch, told, strict=True):
+            answers = self._request([list(rows[index]) for index in batch])
+            for index, answer in zip(batch, answers, strict=True):
                 yield index, self._outputs(rows[index], answer)
 
-    def write(
-        self, prompts: list[list[int]], *, ends: Sequence[int], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str | None]:
-        """Have it go on with prompts.
-
-        Args:
-            prompts: Token ids.
-            ends: The tokens that end an answer. A server does not look for special tokens in the text, but ends at
-                those that its model's configuration names. Only if these are others is it told their ids, a request
-                that vLLM knows and OpenAI's interface does not.
-            max_new_tokens: The most that it may write.
-            temperature: At which it samples; 0 takes the likeliest token each time.
-            seed: Of the sampling.
-
-        Returns:
-            What it wrote to each, without white space around it; None where that did not end, or is nothing.
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Refuse, because a server returns its most likely tokens only.
 
         Raises:
-            TrainingError: As `outputs`.
+            ConfigError: Always.
         """
+        del rows
+        raise self._unavailable("probabilities over the whole vocabulary")
+
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Refuse, because a server does not return hidden states.
+
+        Raises:
+            ConfigError: Always.
+        """
+        del rows, at
+        raise self._unavailable("hidden states")
+
+    def _unavailable(self, quantity: str) -> ConfigError:
+        return ConfigError(
+            f"The teacher {self.name} is behind a server, which does not return {quantity}.",
+            expected="a teacher whose weights are loaded on this machine",
+            fix="--teacher with a Hub id or a folder",
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt; see `Teacher`. The texts have no white space around them.
+
+        Raises:
+            TrainingError: If the server does not answer, or its answer cannot be used.
+        """
+        del decode  # the server returns text
         names = list(map(str, self.tokenizer.convert_ids_to_tokens(list(ends))))
-        asked = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": names}
+        options = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": names}
+        # A server stops at the end tokens of its model's configuration, and does not look for special tokens in the
+        # text. Other end tokens need their ids, a field that vLLM accepts and OpenAI's interface does not.
         if self.tokenizer.eos_token_id != ends[0]:
-            asked["stop_token_ids"] = list(ends)
-        answer = self._complete(prompts, WRITING_TIMEOUT, **asked)
-        if not all(isinstance(choice.get("text"), str) for choice in answer):
+            options["stop_token_ids"] = list(ends)
+        choices = self._complete(prompts, WRITING_TIMEOUT, **options)
+        if not all(isinstance(choice.get("text"), str) for choice in choices):
             raise _wrong("it has no text")
         return [
             _without_end(choice["text"], names) or None if choice.get("finish_reason") == "stop" else None
-            for choice in answer
+            for choice in choices
         ]
 
-    def _ask(self, prompts: list[list[int]]) -> list[list[Mapping[int, float]]]:
-        """Of each prompt's tokens but the first, the log-probabilities that are told, the token's own among them."""
+    def _request(self, prompts: list[list[int]]) -> list[list[Mapping[int, float]]]:
+        """Return log-probabilities by token id for each position but the first, including the actual token."""
         if not self._echo:
             answer = self._complete(prompts, prompt_logprobs=self.top_k)
             if all("prompt_logprobs" in choice for choice in answer):
@@ -145,30 +168,33 @@ class ServedTeacher:
         answer = self._complete(prompts, echo=True, logprobs=self.top_k, return_tokens_as_token_ids=True)
         return [_echoed(choice.get("logprobs"), prompt) for choice, prompt in zip(answer, prompts, strict=True)]
 
-    def _complete(self, prompts: list[list[int]], timeout: float | None = None, **asked: Any) -> list[dict[str, Any]]:
-        body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **asked}
+    def _complete(
+        self, prompts: Sequence[list[int]], timeout: float | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        body = {"model": self._model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **options}
         choices = request(f"{self._base}/completions", body, timeout).get("choices")
         if not isinstance(choices, list) or len(choices) != len(prompts):
-            raise _wrong(f"{len(prompts)} prompts were sent, and not as many answered")
+            raise _wrong(f"{len(prompts)} prompts were sent, and the number of choices is another")
         return sorted(choices, key=lambda choice: choice.get("index", 0))
 
     def _outputs(self, row: Sequence[int], answer: Sequence[Mapping[int, float]]) -> ServedOutputs:
         size = 1 + max(self.tokenizer.get_vocab().values())
         width = max(map(len, answer), default=1)
-        tokens, probs = torch.zeros(len(answer), width, dtype=torch.int64), torch.zeros(len(answer), width)
+        tokens = torch.zeros(len(answer), width, dtype=torch.int64)
+        probs = torch.zeros(len(answer), width)
         own = torch.empty(len(answer))
-        for place, (told, token) in enumerate(zip(answer, row[1:], strict=True)):
-            own[place] = told[token]
-            known = {other: value for other, value in told.items() if other < size}
+        for place, (log_probs, token) in enumerate(zip(answer, row[1:], strict=True)):
+            own[place] = log_probs[token]
+            known = {other: value for other, value in log_probs.items() if other < size}
             tokens[place, : len(known)] = torch.tensor(list(known))
             probs[place, : len(known)] = torch.tensor(list(known.values())).exp()
         if not bool((probs.sum(-1) <= 1 + ROUNDING).all()):
-            raise _wrong("the probabilities of a token come to more than 1")
+            raise _wrong("the probabilities of a token sum to more than 1")
         return ServedOutputs(tokens.to(self._device), probs.to(self._device), own.to(self._device), size)
 
 
 def _without_end(text: str, ends: Sequence[str]) -> str:
-    """An answer without the token that ended it, which a server may write where it is no special one."""
+    """Remove the end token, which a server may include in the text if it is not a special token."""
     text = text.strip()
     for end in ends:
         text = text.removesuffix(end)
@@ -177,13 +203,13 @@ def _without_end(text: str, ends: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServedOutputs:
-    """What a server has told of a row of L tokens.
+    """A server's outputs for a row of L tokens.
 
     Attributes:
-        tokens: ``(L - 1, w)``: after each token but the last, those that are told.
-        probs: ``(L - 1, w)``: theirs; 0 where fewer are told.
-        own: ``(L - 1,)``: log-likelihoods of the row's own next tokens.
-        vocabulary: Size of the teacher's.
+        tokens: ``(L - 1, w)``: the top-k tokens after each token but the last.
+        probs: ``(L - 1, w)``: the probabilities of these; 0 where the server returned fewer.
+        own: ``(L - 1,)``: the log-likelihoods of the row's actual next tokens.
+        vocabulary: The size of the teacher's vocabulary.
     """
 
     tokens: Tensor
@@ -191,26 +217,26 @@ class ServedOutputs:
     own: Tensor
     vocabulary: int
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
-        """See `Outputs`.
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
+        """Return next-token distributions; see `Outputs`.
 
         Raises:
-            ValueError: If ``temperature`` is not 1: what was not told cannot be warmed.
+            ValueError: If ``temperature`` is not 1, which needs the logits of all tokens.
         """
         if temperature != 1:
             raise ValueError(f"temperature is {temperature}; a server's probabilities are those at 1")
-        told = self.probs[rows]
-        probs = told.new_zeros(len(rows), self.vocabulary).scatter_add_(1, self.tokens[rows], told)
-        return Told(probs, self.own[rows], (1 - told.sum(-1)).clamp(min=0))
+        top = self.probs[rows]
+        probs = top.new_zeros(len(rows), self.vocabulary).scatter_add_(1, self.tokens[rows], top)
+        return TokenDistribution(probs, self.own[rows], (1 - top.sum(-1)).clamp(min=0))
 
 
 def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) -> ServedTeacher:
     """Find the model of a server.
 
     Args:
-        address: ``http://host:port/v1``, and ``#model`` behind it where the server has several.
-        tokenizer: The model's own.
-        top_k: Tokens that it is to tell.
+        address: ``http://host:port/v1``, followed by ``#model`` if the server has several models.
+        tokenizer: The model's tokenizer.
+        top_k: The number of tokens that the server returns at each position.
 
     Raises:
         ConfigError: If the server has no such model, or several.
@@ -218,7 +244,7 @@ def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) ->
     """
     base, _, wanted = address.rstrip("/").partition("#")
     base = base.rstrip("/") if base.rstrip("/").endswith("/v1") else f"{base.rstrip('/')}/v1"
-    listed = request(f"{base}/models", pauses=PAUSES[:1]).get("data")  # nobody has begun to wait yet
+    listed = request(f"{base}/models", pauses=PAUSES[:1]).get("data")  # a wrong address must fail soon
     if not isinstance(listed, list) or not all(isinstance(model, dict) and "id" in model for model in listed):
         raise _wrong("it lists no models")
     models = {str(model["id"]): model for model in listed}
@@ -235,25 +261,25 @@ def find_server(address: str, tokenizer: PreTrainedTokenizerBase, top_k: int) ->
 def request(
     url: str, body: Mapping[str, Any] | None = None, timeout: float | None = None, pauses: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Ask a server for JSON, several times if it is busy or cannot be reached.
+    """Request JSON from a server, with retries if it is busy or cannot be reached.
 
     Args:
-        url: Of the endpoint.
-        body: What to post; nothing gets.
-        timeout: Seconds that an answer may take, where it is not `TIMEOUT`.
-        pauses: Before it is asked again, where they are not `PAUSES`.
+        url: The address of the endpoint.
+        body: The JSON to post; None sends a GET request.
+        timeout: Seconds to wait for a response; None uses `TIMEOUT`.
+        pauses: Seconds before each retry; None uses `PAUSES`.
 
     Raises:
-        TrainingError: If it does not answer, refuses, or answers something else than JSON.
+        TrainingError: If the server does not answer, refuses, or does not return JSON.
     """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
-    asked = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, headers)
+    message = urllib.request.Request(url, json.dumps(body).encode() if body is not None else None, headers)
     opener = urllib.request.build_opener(_NoRedirects)
     for pause in (*(PAUSES if pauses is None else pauses), None):
         try:
-            with opener.open(asked, timeout=timeout or TIMEOUT) as answer:
+            with opener.open(message, timeout=timeout or TIMEOUT) as answer:
                 return dict(json.loads(answer.read()))
         except urllib.error.HTTPError as error:
             if pause is None or not (error.code == 429 or error.code >= 500):
@@ -262,7 +288,7 @@ def request(
             if pause is None:
                 raise TrainingError(
                     f"The server at {url} does not answer: {getattr(error, 'reason', error)}.",
-                    fix="start it, correct --teacher, or start again: what was captured is kept",
+                    fix="start it, correct --teacher, or start again: captured targets are kept",
                 ) from None
         except (ValueError, TypeError):
             raise _wrong("it is not JSON") from None
@@ -272,44 +298,44 @@ def request(
 
 def _refused(url: str, error: urllib.error.HTTPError, key: str | None) -> TrainingError:
     with error:
-        said = error.read(2000).decode("utf-8", "replace").strip()
+        text = error.read(2000).decode("utf-8", "replace").strip()
     if key:
-        said = said.replace(key, "…")
+        text = text.replace(key, "…")
     if error.code in (401, 403):
         return TrainingError(
             f"The server at {url} wants a key ({error.code})." if not key else f"The server at {url} refuses the key.",
             fix=f"put it into the environment variable {KEY_VARIABLE}",
         )
-    fix = "start vLLM with a higher --max-logprobs, or a lower --top-k" if "logprob" in said else ""
-    return TrainingError(f"The server at {url} answers {error.code}: {said[:300]}", fix=fix)
+    fix = "start vLLM with a higher --max-logprobs, or a lower --top-k" if "logprob" in text else ""
+    return TrainingError(f"The server at {url} answers {error.code}: {text[:300]}", fix=fix)
 
 
-def _wrong(what: str) -> TrainingError:
+def _wrong(reason: str) -> TrainingError:
     return TrainingError(
-        f"The server's answer cannot be used: {what}.",
-        expected="an OpenAI-compatible server that gives the log-probabilities of a prompt's tokens: vLLM's",
+        f"The server's answer cannot be used: {reason}.",
+        expected="an OpenAI-compatible server that returns log-probabilities of prompt tokens, such as vLLM",
     )
 
 
-def _by_id(told: Any, prompt: Sequence[int]) -> list[Mapping[int, float]]:
-    """VLLM's ``prompt_logprobs``: a mapping from ids to what is told of them, for each token but the first."""
+def _by_id(logprobs: Any, prompt: Sequence[int]) -> list[Mapping[int, float]]:
+    """Read vLLM's ``prompt_logprobs``: a mapping by token id for each position but the first."""
     try:
-        found = [{int(token): float(one["logprob"]) for token, one in place.items()} for place in told[1:]]
+        positions = [{int(token): float(one["logprob"]) for token, one in place.items()} for place in logprobs[1:]]
     except (TypeError, ValueError, KeyError, AttributeError):
-        raise _wrong("its prompt_logprobs are of another form") from None
-    return _checked(found, prompt)
+        raise _wrong("its prompt_logprobs have another form") from None
+    return _checked(positions, prompt)
 
 
-def _echoed(told: Any, prompt: Sequence[int]) -> list[Mapping[int, float]]:
-    """OpenAI's echoed ``logprobs``, with tokens written as their ids."""
+def _echoed(logprobs: Any, prompt: Sequence[int]) -> list[Mapping[int, float]]:
+    """Read OpenAI's echoed ``logprobs``, with tokens written as their ids."""
     try:
-        found = []
+        positions = []
         for place in range(1, len(prompt)):
-            likeliest = {_id(token): float(value) for token, value in told["top_logprobs"][place].items()}
-            found.append(likeliest | {_id(told["tokens"][place]): float(told["token_logprobs"][place])})
+            top = {_id(token): float(value) for token, value in logprobs["top_logprobs"][place].items()}
+            positions.append(top | {_id(logprobs["tokens"][place]): float(logprobs["token_logprobs"][place])})
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         raise _wrong("it neither has prompt_logprobs nor echoes tokens as their ids") from None
-    return _checked(found, prompt)
+    return _checked(positions, prompt)
 
 
 def _id(token: str) -> int:
@@ -318,9 +344,11 @@ def _id(token: str) -> int:
     return int(token.removeprefix(TOKEN_ID))
 
 
-def _checked(found: Sequence[Mapping[int, float]], prompt: Sequence[int]) -> list[Mapping[int, float]]:
-    if len(found) != len(prompt) - 1 or any(token not in told for told, token in zip(found, prompt[1:], strict=True)):
+def _checked(positions: Sequence[Mapping[int, float]], prompt: Sequence[int]) -> list[Mapping[int, float]]:
+    if len(positions) != len(prompt) - 1 or any(
+        token not in log_probs for log_probs, token in zip(positions, prompt[1:], strict=True)
+    ):
         raise _wrong("it is about other tokens than were sent")
-    if any(not value <= 0 or math.isnan(value) for told in found for value in told.values()):
+    if any(not value <= 0 or math.isnan(value) for log_probs in positions for value in log_probs.values()):
         raise _wrong("it has log-probabilities above 0")
-    return list(found)
+    return list(positions)

@@ -1,4 +1,4 @@
-"""What each token of a vocabulary spells, in bytes, as the tokenizer's own decoder says."""
+"""The bytes that each token of a vocabulary spells, according to the tokenizer's decoder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.errors import DataError
 
 END = b"\xff\x00"
-"""What the tokens that end a turn spell on both sides. No UTF-8 text has the byte 0xFF."""
+"""The spelling of the end tokens on both sides. No UTF-8 text contains the byte 0xFF."""
 
 REFUSED = {
-    "WordPiece": "its tokens leave out the spaces of a text",
-    "BPEDecoder": "its tokens do not say which white space follows a word",
+    "WordPiece": "its tokens omit the spaces of a text",
+    "BPEDecoder": "its tokens do not determine the white space after a word",
     "CTC": "its tokens spell sounds",
 }
-"""By decoder, why texts cannot be had back byte for byte."""
+"""The reason, by decoder, why decoding does not return a text byte for byte."""
 
-BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Step = Callable[[str], str]
 
@@ -35,9 +35,9 @@ class Spelling:
     """A vocabulary as bytes.
 
     Attributes:
-        tokens: What each id spells; nothing, for ids that no token has. Several ids may spell the same: ``A`` and
-            ``<0x41>``.
-        byte_level: Whether pieces are written in GPT-2's alphabet of bytes, rather than as text.
+        tokens: The bytes that each id spells; none for ids without a token. Several ids may spell the same bytes, such
+            as ``A`` and ``<0x41>``.
+        byte_level: Whether the vocabulary is written in GPT-2's alphabet of bytes, rather than as text.
     """
 
     tokens: tuple[bytes, ...]
@@ -47,27 +47,27 @@ class Spelling:
         return len(self.tokens)
 
     def spell(self, ids: list[int]) -> bytes:
-        """The bytes of some tokens in a row."""
+        """Return the bytes that a sequence of tokens spells."""
         return b"".join(map(self.tokens.__getitem__, ids))
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Bytes of each token, ``(V,)``."""
+        """The number of bytes of each token, ``(V,)``."""
         return np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
 
 
 def read_spelling(tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> Spelling:
-    """Read what the tokens spell out of a fast tokenizer's ``tokenizer.json``.
+    """Read the spelling of the tokens from a fast tokenizer's ``tokenizer.json``.
 
-    Special tokens spell their own names, as they do where a text holds them literally. The space that SentencePiece
-    puts before a text is part of the token that bears it.
+    Special tokens spell their names, as they do where a text contains them literally. The space that SentencePiece adds
+    before a text belongs to the token that contains it.
 
     Args:
-        tokenizer: Byte-level or of SentencePiece's kinds (BPE with byte fallback, or Unigram).
-        ends: Ids of the tokens that end a turn; they spell `END`.
+        tokenizer: A byte-level or SentencePiece tokenizer (BPE with byte fallback, or Unigram).
+        ends: The ids of the tokens that end an answer; they spell `END`.
 
     Raises:
-        DataError: If its tokens do not tell the bytes of a text.
+        DataError: If its tokens do not determine the bytes of a text.
     """
     described = describe(tokenizer)
     decoders = _decoders(described, tokenizer)
@@ -76,22 +76,22 @@ def read_spelling(tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()
     replace = _replacements(decoders)
     added = {token["id"]: token for token in described["added_tokens"]}
     tokens = [b""] * (1 + max(tokenizer.get_vocab().values()))
-    for piece, token in tokenizer.get_vocab().items():
+    for written, token in tokenizer.get_vocab().items():
         if token in ends:
             tokens[token] = END
         elif token in added and (byte_level or added[token]["special"]):
             tokens[token] = added[token]["content"].encode()
         elif byte_level:
-            tokens[token] = bytes_of_alphabet(piece)
-        elif byte_fallback and (hexadecimal := BYTE_PIECE.fullmatch(piece)):
+            tokens[token] = bytes_of_alphabet(written)
+        elif byte_fallback and (hexadecimal := BYTE_TOKEN.fullmatch(written)):
             tokens[token] = bytes.fromhex(hexadecimal[1])
         else:
-            tokens[token] = replace(piece).encode()
+            tokens[token] = replace(written).encode()
     return Spelling(tuple(tokens), byte_level)
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The content of a fast tokenizer's ``tokenizer.json``, without how it was last asked to pad and truncate.
+    """Return the content of a fast tokenizer's ``tokenizer.json``, without its current padding and truncation.
 
     Raises:
         DataError: If it is not a fast tokenizer.
@@ -105,7 +105,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _decoders(described: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The steps of the decoder; where there is none, of the pre-tokenizer that it would undo."""
+    """Return the steps of the decoder; without a decoder, the steps of the pre-tokenizer that it would undo."""
     steps = _flat(described["decoder"], "decoders") or [
         step
         for step in _flat(described["pre_tokenizer"], "pretokenizers")
@@ -115,18 +115,18 @@ def _decoders(described: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
     if described["model"].get("end_of_word_suffix"):
         reasons = [REFUSED["BPEDecoder"]]
     if not steps:
-        reasons = ["it has no decoder that says what its tokens spell"]
+        reasons = ["it has no decoder, so the spelling of its tokens is unknown"]
     if reasons:
         raise DataError(
             f"{_name(tokenizer)} cannot be aligned: {reasons[0]}",
-            expected="a byte-level tokenizer, or one of SentencePiece's kinds",
+            expected="a byte-level or SentencePiece tokenizer",
             fix="a teacher with such a tokenizer",
         )
     return steps
 
 
 def _flat(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    """A decoder or pre-tokenizer as the list of its steps."""
+    """Return the steps of a decoder or pre-tokenizer."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -135,7 +135,7 @@ def _flat(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
 
 
 def _replacements(decoders: list[dict[str, Any]]) -> Step:
-    """What the decoder writes for others in every piece: a space for ``▁``."""
+    """Return the replacements that the decoder makes in every token, such as a space for ``▁``."""
     pairs = []
     for decoder in decoders:
         if decoder["type"] == "Metaspace":
@@ -143,16 +143,16 @@ def _replacements(decoders: list[dict[str, Any]]) -> Step:
         elif decoder["type"] == "Replace" and "String" in decoder["pattern"]:
             pairs.append((decoder["pattern"]["String"], decoder["content"]))
 
-    def replace(piece: str) -> str:
+    def replace(written: str) -> str:
         for old, new in pairs:
-            piece = piece.replace(old, new)
-        return piece
+            written = written.replace(old, new)
+        return written
 
     return replace
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on."""
+    """Return GPT-2's alphabet: printable bytes map to themselves, the others to characters from 256 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -162,12 +162,12 @@ BYTE_OF = _alphabet()
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
 
-def bytes_of_alphabet(piece: str) -> bytes:
-    """The bytes of a byte-level piece; of one outside the alphabet, those of its text, as its decoder does."""
+def bytes_of_alphabet(written: str) -> bytes:
+    """Return the bytes of a byte-level token; outside the alphabet, the bytes of its text, as the decoder does."""
     try:
-        return bytes(map(BYTE_OF.__getitem__, piece))
+        return bytes(map(BYTE_OF.__getitem__, written))
     except KeyError:
-        return piece.encode()
+        return written.encode()
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

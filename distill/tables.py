@@ -1,4 +1,4 @@
-"""What two vocabularies say about each other before any text is seen, as flat arrays kept on disk."""
+"""Tables of how the student segments the teacher's tokens, as flat arrays cached on disk."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hymba_tune.distill.alignment import Alignment, Indices
-from hymba_tune.distill.pair import Pair, Side
-from hymba_tune.distill.segments import Pieces, Segmenter
+from hymba_tune.distill.pair import Side, TokenizerPair
+from hymba_tune.distill.segments import Segmenter, StudentTokens
 from hymba_tune.distill.spelling import END, describe
 from hymba_tune.files import atomic_write
 
 VERSION = 1
-"""Of the arrays' meaning, part of their key."""
+"""The version of the arrays' meaning, which is part of their cache key."""
 NOWHERE = -1
-"""Node of a prefix that no token of the teacher's begins with."""
+"""The node of bytes that no token of the teacher begins with."""
 
 Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """All beginnings of the teacher's tokens as the nodes of a tree, and how the student's pieces lie in them.
+    """A byte trie of the teacher's tokens, and the student's segmentation of each token.
 
-    Node 0 is the empty beginning. V is the size of the teacher's vocabulary, K the number of nodes, E that of entries.
+    Node 0 is the empty prefix. V is the size of the teacher's vocabulary, K the number of nodes, E that of entries.
 
     Attributes:
-        first: ``(V,)``: the student's first piece of each token on its own; -1 if the student cannot write it, or it is
-            a special token.
-        node_start: ``(V + 1,)``: where a token's nodes begin in ``node_at``.
-        node_at: The node of each token's beginning of 0, 1, … bytes, the whole token last.
-        parent: ``(K,)``: a node without its last byte.
-        byte: ``(K,)``: that byte.
-        after_start: ``(K + 1,)``: where a node's entries begin: the tokens that go on after it, with a boundary of the
-            student's exactly there.
-        after_token: ``(E,)``: which token.
-        after_piece: ``(E,)``: the student's next piece in it.
-        exact_start: ``(K + 1,)``: where the tokens begin that spell a node and no more.
-        exact_token: Which tokens. Several may spell the same.
+        first: ``(V,)``: the first student token of each teacher token on its own; -1 if the student cannot write it, or
+            it is a special token.
+        node_start: ``(V + 1,)``: the index of each token's first node in ``node_at``.
+        node_at: The nodes of each token's prefixes of 0, 1, … bytes, the whole token last.
+        parent: ``(K,)``: the node of the same bytes without the last one.
+        byte: ``(K,)``: the last byte of each node.
+        after_start: ``(K + 1,)``: the index of each node's first entry. The entries of a node are the teacher tokens
+            that continue it and in which the student has a boundary exactly there.
+        after_token: ``(E,)``: the teacher token of each entry.
+        after_student_token: ``(E,)``: the student token that follows the boundary.
+        exact_start: ``(K + 1,)``: the index in ``exact_token`` of the first token that spells exactly a node.
+        exact_token: The tokens that spell each node exactly. Several may spell the same bytes.
     """
 
     first: Array
@@ -59,53 +59,53 @@ class Tables:
     byte: Array
     after_start: Array
     after_token: Array
-    after_piece: Array
+    after_student_token: Array
     exact_start: Array
     exact_token: Array
 
     @cached_property
     def _steps(self) -> tuple[Indices, Indices]:
-        """From a node and a byte, as one number, to the node they lead to: numbers ascending, and nodes."""
+        """Return the trie's edges: node and byte as one number, ascending, and the child that each leads to."""
         keys = self.parent[1:].astype(np.int64) * 256 + self.byte[1:]
         order = np.argsort(keys)
         return keys[order], order + 1
 
     def prefix(self, tokens: Indices, spelled: Indices) -> Indices:
-        """Nodes of the tokens' first ``spelled`` bytes."""
+        """Return the nodes of the tokens' first ``spelled`` bytes."""
         nodes: Indices = self.node_at[self.node_start[tokens] + spelled].astype(np.int64)
         return nodes
 
     def whole(self, tokens: Indices) -> Indices:
-        """Nodes of whole tokens."""
+        """Return the nodes of whole tokens."""
         nodes: Indices = self.node_at[self.node_start[tokens + 1] - 1].astype(np.int64)
         return nodes
 
     def walk(self, nodes: Indices, tokens: Indices, spelled: Indices) -> Indices:
-        """From nodes on by the first ``spelled`` bytes of tokens; `NOWHERE` if no token begins so."""
+        """Continue from nodes by the first ``spelled`` bytes of tokens; `NOWHERE` where no token begins so."""
         keys, children = self._steps
         nodes = nodes.copy()
         for step in range(int(spelled.max(initial=0))):
             going = np.flatnonzero((spelled > step) & (nodes != NOWHERE))
             byte = self.byte[self.prefix(tokens[going], np.full_like(going, step + 1))]
             wanted = nodes[going] * 256 + byte
-            found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            nodes[going] = np.where(keys[found] == wanted, children[found], NOWHERE)
+            edges = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            nodes[going] = np.where(keys[edges] == wanted, children[edges], NOWHERE)
         return nodes
 
 
-def open_tables(pair: Pair, cache_dir: Path) -> Tables:
-    """The tables of a pair, from the cache if they were built before.
+def open_tables(pair: TokenizerPair, cache_dir: Path) -> Tables:
+    """Load the tables of a pair from the cache, or build and cache them.
 
     Args:
-        pair: The two sides.
-        cache_dir: Where tables lie as safetensors, each under a name made of both tokenizers' content.
+        pair: The two tokenizers.
+        cache_dir: A folder of safetensors files, whose names are digests of both tokenizers' content.
     """
     path = cache_dir / f"{pair_key(pair)}.safetensors"
     if path.is_file():
         try:
             return Tables(**load_file(path))
         except (SafetensorError, TypeError):
-            pass  # damaged: built again, and written over
+            pass  # damaged, or of an older version: it is built again and overwritten
     tables = build_tables(pair)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
@@ -113,13 +113,13 @@ def open_tables(pair: Pair, cache_dir: Path) -> Tables:
     return tables
 
 
-def pair_key(pair: Pair) -> str:
-    """SHA-256 of all that decides a pair's tables: both ``tokenizer.json`` and the tokens that end a turn."""
+def pair_key(pair: TokenizerPair) -> str:
+    """Return the SHA-256 of what determines a pair's tables: both ``tokenizer.json`` files and the end tokens."""
     return _digest([VERSION, _side_key(pair.student), _side_key(pair.teacher)])
 
 
-def same_tokenizer(pair: Pair) -> bool:
-    """Whether both sides have the same tokens, and end turns with the same one."""
+def same_tokenizer(pair: TokenizerPair) -> bool:
+    """Return whether both sides have the same tokens and the same end tokens."""
     return _side_key(pair.student) == _side_key(pair.teacher)
 
 
@@ -131,28 +131,31 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build_tables(pair: Pair) -> Tables:
-    """Compute the tables of a pair, in seconds."""
+def build_tables(pair: TokenizerPair) -> Tables:
+    """Compute the tables of a pair, which takes seconds."""
     spelled = pair.teacher.spelling.tokens
     nodes = {b"": 0}
     node_at = array("i")
     for whole in spelled:
         node_at.extend(nodes.setdefault(whole[:size], len(nodes)) for size in range(len(whole) + 1))
     node_start = np.concatenate([[0], (pair.teacher.spelling.lengths + 1).cumsum()])
-    parent = array("i", (nodes[beginning[:-1]] for beginning in nodes))
-    byte = bytes(beginning[-1] if beginning else 0 for beginning in nodes)
-    first, after, exact = array("i"), array("i"), array("i")  # flat: of each entry its node, token and piece
+    parent = array("i", (nodes[prefix[:-1]] for prefix in nodes))
+    byte = bytes(prefix[-1] if prefix else 0 for prefix in nodes)
+
+    # Flat arrays, because millions of tuples would take gigabytes: an entry is its node, token and student token.
+    first, after, exact = array("i"), array("i"), array("i")
     lengths = pair.student.spelling.lengths.tolist()
-    for token, pieces in enumerate(_segments(pair)):
-        first.append(pieces[0] if pieces else NOWHERE)
-        if not pieces:
+    for token, student_tokens in enumerate(_segments(pair)):
+        first.append(student_tokens[0] if student_tokens else NOWHERE)
+        if not student_tokens:
             continue
         exact.extend((nodes[spelled[token]], token))
         at = int(node_start[token])
-        for piece, following in pairwise(pieces):
-            at += lengths[piece]
+        for student_token, following in pairwise(student_tokens):
+            at += lengths[student_token]
             after.extend((node_at[at], token, following))
-    after_start, after_token, after_piece = _grouped(after, 3, len(nodes))
+
+    after_start, after_token, after_student_token = _grouped(after, 3, len(nodes))
     exact_start, exact_token = _grouped(exact, 2, len(nodes))
     return Tables(
         first=np.array(first, np.int32),
@@ -162,28 +165,28 @@ def build_tables(pair: Pair) -> Tables:
         byte=np.frombuffer(byte, np.uint8).astype(np.int32),
         after_start=after_start,
         after_token=after_token,
-        after_piece=after_piece,
+        after_student_token=after_student_token,
         exact_start=exact_start,
         exact_token=exact_token,
     )
 
 
-def _segments(pair: Pair) -> Iterator[Pieces]:
-    """The student's pieces of each token of the teacher's; None of special ones, but that which ends a turn."""
+def _segments(pair: TokenizerPair) -> Iterator[StudentTokens]:
+    """Segment each teacher token into student tokens; None for special tokens other than the end tokens."""
     spelled = pair.teacher.spelling.tokens
     if same_tokenizer(pair):
         yield from ([token] for token in range(len(spelled)))
         return
     special = {token["id"] for token in describe(pair.teacher.tokenizer)["added_tokens"] if token["special"]}
-    for token, pieces in enumerate(Segmenter(pair.student)(spelled)):
+    for token, student_tokens in enumerate(Segmenter(pair.student)(spelled)):
         if spelled[token] == END:
             yield [pair.student.end]
         else:
-            yield None if token in special else pieces
+            yield None if token in special else student_tokens
 
 
 def _grouped(flat: array[int], columns: int, groups: int) -> list[Array]:
-    """Rows by their first column, which is a group: where each group's rows begin, and the other columns."""
+    """Sort rows by their first column, the group; return the start of each group and the other columns."""
     rows = np.array(flat, np.int32).reshape(-1, columns)
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     starts = np.searchsorted(rows[:, 0], np.arange(groups + 1)).astype(np.int32)
@@ -191,28 +194,28 @@ def _grouped(flat: array[int], columns: int, groups: int) -> list[Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstPieces:
-    """How often the student's piece began where a token of the teacher's did, in texts of the user's own.
+class FirstTokens:
+    """Counts of the student tokens that begin where a teacher token begins, in the user's texts.
 
     Attributes:
-        tokens: The teacher's tokens, with `pieces` the pairs in ascending order.
-        pieces: The student's.
-        counts: How often, each at least 1.
+        tokens: The teacher tokens; with ``student_tokens`` these are pairs in ascending order.
+        student_tokens: The student tokens.
+        counts: The count of each pair, at least 1.
     """
 
     tokens: Indices
-    pieces: Indices
+    student_tokens: Indices
     counts: Indices
 
 
-def count_first_pieces(rows: Iterable[Alignment]) -> FirstPieces:
-    """Count first pieces in context: one pass over the aligned data."""
+def count_first_tokens(rows: Iterable[Alignment]) -> FirstTokens:
+    """Count first student tokens in context, in one pass over the aligned data."""
     seen: Counter[int] = Counter()
     for row in rows:
         both = row.spelled == 0
         tokens = np.array(row.teacher_ids, np.int64)[row.teacher[both]]
-        pieces = np.array(row.student_ids, np.int64)[row.student[both]]
-        seen.update((tokens << 32 | pieces).tolist())
+        student_tokens = np.array(row.student_ids, np.int64)[row.student[both]]
+        seen.update((tokens << 32 | student_tokens).tolist())
     keys = np.array(sorted(seen), np.int64)
     counts = np.array([seen[key] for key in keys.tolist()], np.int64)
-    return FirstPieces(keys >> 32, keys & 0xFFFFFFFF, counts)
+    return FirstTokens(keys >> 32, keys & 0xFFFFFFFF, counts)

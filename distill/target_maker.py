@@ -1,4 +1,4 @@
-"""From aligned rows and what a teacher says of them to the student's targets, which keep the likeliest pieces only."""
+"""Computes the student's targets of aligned rows from a teacher's outputs, and keeps the most likely tokens only."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.chunks import chunk_rows, expand
 from hymba_tune.distill.losses import span_sums
 from hymba_tune.distill.outputs import Outputs, Teacher
-from hymba_tune.distill.pair import Pair
+from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
-from hymba_tune.distill.tables import FirstPieces, Tables, open_tables, same_tokenizer
+from hymba_tune.distill.tables import FirstTokens, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
 
 
 @dataclass
-class Kept:
-    """What a pass shows of the teacher.
+class CaptureStats:
+    """Statistics of a teacher's pass over rows.
 
     Attributes:
-        places: The student's tokens looked at.
-        known: Those of them that have a target.
-        shared: Those of them that begin where a token of the teacher's does.
-        mass: How much of the teacher's probability these keep, in sum.
-        tokens: The teacher's tokens in the answers.
-        own: The probabilities that it gave them, in sum.
+        places: The number of student tokens.
+        known: The student tokens that have a target.
+        shared: The student tokens that begin where a teacher token begins.
+        mass: The share of the teacher's probability that these keep, summed over them.
+        tokens: The number of teacher tokens in the answers.
+        own: The teacher's probabilities of these tokens, summed.
         ends: The teacher's end tokens after answers; those after plain texts do not count.
-        end: The probabilities that it gave them, in sum.
+        end: The teacher's probabilities of these end tokens, summed.
     """
 
     places: int = 0
@@ -45,19 +45,19 @@ class Kept:
     ends: int = 0
     end: float = 0.0
 
-    def add(self, other: Kept) -> None:
-        """Count another row, or many."""
+    def add(self, other: CaptureStats) -> None:
+        """Add the statistics of other rows."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def mean_mass(self) -> float:
-        """Share of the teacher's probability that lies on tokens of which the student can write the beginning."""
+        """The mean share of the teacher's probability on tokens that the student can begin to write."""
         return self.mass / max(self.shared, 1)
 
     @property
     def mean_own(self) -> float:
-        """The teacher's mean probability of its own actual next token."""
+        """The teacher's mean probability of the actual next token."""
         return self.own / max(self.tokens, 1)
 
     @property
@@ -67,30 +67,30 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """A row's targets, and what they show of the teacher."""
+class TargetBatch:
+    """The targets of a row, and the statistics of its pass."""
 
     targets: Targets
-    kept: Kept
+    stats: CaptureStats
 
 
 def _find_alone(row: Alignment, tables: Tables) -> Places:
-    """The places of one tokenizer, where the end of a token is no news: what came before it plays no part."""
+    """Find the places of a row when both sides have one tokenizer, where the previous-token term is zero."""
     places = find_places(row, tables)
     return replace(places, before=torch.full_like(places.before, -1))
 
 
 @dataclass(frozen=True)
 class TargetMaker:
-    """Turns what a teacher says into targets: a pass of the teacher over each batch of rows.
+    """Computes targets from a teacher's outputs.
 
     Attributes:
-        teacher: Any.
-        tables: Of the pair.
-        projection: Likewise, on the device where targets are to be.
-        top_k: Pieces that a target tells apart; the others join its bucket.
-        temperature: Of the teacher's probabilities in the targets; spans are always judged at 1.
-        find: Where the student's tokens stand among the teacher's.
+        teacher: The teacher, which reads the rows.
+        tables: The tables of the pair.
+        projection: The projection of the pair, on the device of the targets.
+        top_k: The number of tokens stored in a target; the mass of all others is one value.
+        temperature: The temperature of the teacher's probabilities in the targets; spans always use 1.
+        find: A function that finds the student's tokens among the teacher's.
         end: The teacher's token that ends an answer.
     """
 
@@ -106,8 +106,8 @@ class TargetMaker:
     def of(
         cls,
         teacher: Teacher,
-        pair: Pair,
-        seen: FirstPieces | None,
+        pair: TokenizerPair,
+        seen: FirstTokens | None,
         *,
         vocabulary: int,
         top_k: int,
@@ -115,17 +115,17 @@ class TargetMaker:
         device: torch.device,
         tables_dir: Path,
     ) -> Self:
-        """The maker of a pair's targets.
+        """Create the target maker of a pair.
 
         Args:
-            teacher: Whose tokenizer is the pair's second.
-            pair: Both sides.
-            seen: First pieces in the user's own texts.
-            vocabulary: Rows of the student's head.
-            top_k: See `TargetMaker`.
-            temperature: See `TargetMaker`.
-            device: Where targets are to be.
-            tables_dir: Where the pair's tables are kept; see `open_tables`.
+            teacher: The teacher, which has the tokenizer of the pair's second side.
+            pair: The two tokenizers.
+            seen: The first student tokens in the user's texts.
+            vocabulary: The rows of the student's output layer.
+            top_k: The number of tokens stored in a target.
+            temperature: The temperature of the teacher's probabilities.
+            device: The device of the targets.
+            tables_dir: The cache folder of the pair's tables; see `open_tables`.
         """
         tables = open_tables(pair, tables_dir)
         projection = Projection(tables, seen, vocabulary=vocabulary, device=device)
@@ -133,45 +133,51 @@ class TargetMaker:
         return cls(teacher, tables, projection, top_k, temperature, find, pair.teacher.end)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, Taught]]:
-        """Targets of aligned rows: which row, and what it is taught, in whatever order the teacher reads them."""
+    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
+        """Compute the targets of aligned rows: each row's index and targets, in the order the teacher reads them."""
         for index, outputs in self.teacher.outputs([row.teacher_ids for row in rows]):
-            yield index, self._teach(rows[index], outputs)
+            yield index, self.teach(rows[index], outputs)
 
-    def _teach(self, row: Alignment, outputs: Outputs) -> Taught:
+    @torch.no_grad()
+    def teach(self, row: Alignment, outputs: Outputs) -> TargetBatch:
+        """Compute the targets of one row from the teacher's outputs for it."""
         device = self.projection.device
-        places, spans = self.find(row, self.tables).to(device), torch.from_numpy(row.spans).to(device)
+        places = self.find(row, self.tables).to(device)
+        spans = torch.from_numpy(row.spans).to(device)
         own = torch.full((len(row.teacher_ids),), math.nan, device=device)
 
-        def tell(at: Tensor) -> tuple[Tensor, Tensor | None]:
-            told = outputs.tell(at, self.temperature)
-            own[at] = told.own
-            return told.probs, told.cut
+        def probabilities(at: Tensor) -> tuple[Tensor, Tensor | None]:
+            distribution = outputs.probabilities(at, self.temperature)
+            own[at] = distribution.own
+            return distribution.probs, distribution.cut
 
         step = chunk_rows(len(self.tables.first), self.projection.vocabulary)
-        tops, known, kept = [], [], []
+        tops, known, coverage = [], [], []
         for begin in range(0, max(1, len(places)), step):
-            target = self.projection.from_outputs(tell, places[begin : begin + step])
+            target = self.projection.from_outputs(probabilities, places[begin : begin + step])
             tops.append(SparseTarget(*(part[target.known] for part in target.top(self.top_k))))
             known.append(target.known)
-            kept.append(target.kept)
+            coverage.append(target.coverage)
+
+        # No target needs the outputs of teacher tokens that lie within one student token, but the spans do.
         first, last = spans[:, 2] - 1, spans[:, 3] - 1
         answered = expand(first, last)[1]
-        for rest in answered[own[answered].isnan()].split(step):  # tokens that one piece of the student's goes across
-            tell(rest)
+        for rest in answered[own[answered].isnan()].split(step):
+            probabilities(rest)
+
         at = torch.from_numpy(row.student).to(device)[torch.cat(known)]
         top = SparseTarget(*map(torch.cat, zip(*tops, strict=True)))
         shared = places.inside == 0
         ending = last[torch.tensor(row.teacher_ids, device=device)[last] == self.end]
         ends = own[ending[:0] if row.plain else ending - 1].exp()
-        shown = Kept(
+        stats = CaptureStats(
             places=len(places),
             known=len(at),
             shared=int(shared.sum()),
-            mass=float(torch.cat(kept)[shared].sum()),
+            mass=float(torch.cat(coverage)[shared].sum()),
             tokens=len(answered),
             own=float(own[answered].exp().sum()),
             ends=len(ends),
             end=float(ends.sum()),
         )
-        return Taught(Targets(at, top, spans[:, :2], span_sums(own, first, last)), shown)
+        return TargetBatch(Targets(at, top, spans[:, :2], span_sums(own, first, last)), stats)

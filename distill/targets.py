@@ -1,4 +1,4 @@
-"""What the student is taught at each token of its rows: what a teacher's pass leaves, and a batch brings along."""
+"""The training targets of rows: what the cache stores for a row, and what a batch carries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from hymba_tune.distill.projection import SparseTarget
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Of a row of tokens, or of several laid end to end: N tokens with a target of k pieces, and S spans.
+    """The targets of a row, or of several concatenated rows: N tokens with k target tokens each, and S spans.
 
     Attributes:
-        at: ``(N,)`` int64, ascending: which tokens are predicted. Learned tokens that are not here have no target.
-        top: What is to be predicted there, known everywhere; where the tokenizers are the same, the teacher's likeliest
-            tokens.
-        spans: ``(S, 2)`` int64: the smallest spans ``[begin, end)`` of tokens that both sides bound.
-        span_log_likelihoods: ``(S,)`` float32: the teacher's, nats.
+        at: ``(N,)`` int64, ascending: the positions of the tokens that have a target.
+        top: The target distributions of these tokens; with one tokenizer, the teacher's most likely tokens.
+        spans: ``(S, 2)`` int64: the smallest spans ``[begin, end)`` of tokens whose ends are boundaries on both sides.
+        span_log_likelihoods: ``(S,)`` float32: the teacher's log-likelihoods of the spans, nats.
     """
 
     at: Tensor
@@ -31,11 +30,11 @@ class Targets:
 
     @classmethod
     def joined(cls, rows: Sequence[Self], offsets: Sequence[int]) -> Self:
-        """Those of several rows, the tokens of each counted from its offset on.
+        """Concatenate the targets of several rows.
 
         Args:
-            rows: All of one k.
-            offsets: Ascending, one for each row.
+            rows: The targets, all with the same k.
+            offsets: For each row, the position of its first token in the batch, ascending.
         """
         return cls(
             torch.cat([row.at + offset for row, offset in zip(rows, offsets, strict=True)]),
@@ -45,6 +44,6 @@ class Targets:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return the same targets on another device."""
         top = SparseTarget(*(part.to(device) for part in self.top))
         return type(self)(self.at.to(device), top, self.spans.to(device), self.span_log_likelihoods.to(device))

@@ -1,9 +1,9 @@
-"""A model as a teacher: found by its name without its weights, and loaded."""
+"""A model as a teacher: looked up by its name without its weights, and loaded."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,33 +25,34 @@ from hymba_tune.adapters import count_parameters, open_model, short_count, token
 from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
-from hymba_tune.distill.outputs import Found, HeadOutputs
+from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
 from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.generate import write
 from hymba_tune.registry import TEACHERS, ModelSource, fetch_weights, has_weights, resolve_model
 from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
 
 FLAG = "--teacher"
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
-"""Tokens read at once, padding included."""
+"""Tokens in a batch of the teacher, padding included."""
 PROBE_TOKENS = 16
 CLOSE = 0.02
-"""How far logits may lie from hidden states times head, relative to the largest: bfloat16 rounds by 0.004."""
+"""Tolerance of logits against hidden states times output layer, relative to the largest; bfloat16 rounds by 0.004."""
 ROUNDING = 1e-3
-"""How far from 1 a multiple of logits may come out where there is none."""
+"""Tolerance of a scale of logits around 1, within which there is no scale."""
 
 
 @dataclass(frozen=True)
-class FoundTeacher:
-    """A model that is to teach; its weights are not loaded, and those of a Hub model are not downloaded.
+class LocalTeacherSpec:
+    """A local or Hub model as a teacher, before its weights are loaded or downloaded.
 
     Attributes:
-        name: What people call it.
-        source: Where it is.
-        config: Its configuration.
-        tokenizer: Its own.
-        context: The most tokens of a row; None if it does not say.
-        quantize: How its weights are to be quantised, if they are.
-        bias: Nothing: all of its probabilities are at hand.
+        name: The name that messages use.
+        source: The location of the model.
+        config: The model's configuration.
+        tokenizer: The model's tokenizer.
+        context: The maximum number of tokens in a row; None if the configuration does not say.
+        quantize: The quantization scheme of the weights, if any.
+        bias: Empty, because all probabilities are available.
     """
 
     name: str
@@ -64,7 +65,7 @@ class FoundTeacher:
 
     @cached_property
     def parameters(self) -> int:
-        """How many it has, by its configuration."""
+        """The number of parameters, according to the configuration."""
         return parameters_of(self.config)
 
     @property
@@ -74,9 +75,9 @@ class FoundTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of its weights and configuration: read through once, but for files that the Hub's cache names so.
+        """SHA-256 of the weights and the configuration. Files that the Hub's cache names by theirs are not read.
 
-        Weights of the Hub are downloaded.
+        Weights on the Hub are downloaded.
         """
         weights = weights_of(self.source)
         for source in (self.source, weights):
@@ -88,20 +89,20 @@ class FoundTeacher:
         return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> ModelTeacher:
-        """Load its weights.
+        """Load the weights.
 
         Args:
-            device: Where they are to be.
-            dtype: In which number format; what is quantised, computes in it.
+            device: The device of the weights.
+            dtype: The dtype of the weights; quantized weights compute in it.
 
         Raises:
-            CheckpointError: If they cannot be used.
-            HubError: If they cannot be downloaded.
-            ConfigError: If its logits are not its hidden states times its output layer.
+            CheckpointError: If the weights cannot be used.
+            HubError: If the weights cannot be downloaded.
+            ConfigError: If the logits are not the hidden states times the output layer.
         """
         if self.config.model_type == "hymba":
-            wanted = quantization(self.config, self.quantize, dtype) if self.quantize else None
-            model = open_model(self.source, dtype=dtype, device=device, quantization=wanted)
+            scheme = quantization(self.config, self.quantize, dtype) if self.quantize else None
+            model = open_model(self.source, dtype=dtype, device=device, quantization=scheme)
         else:
             model = self._load(dtype, device)
         return ModelTeacher(model.eval().requires_grad_(False), self.tokenizer, self.name)
@@ -132,17 +133,17 @@ class FoundTeacher:
         return model
 
 
-def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
-    """Find a teacher: an alias, a Hub id, a folder, or a run directory. Only settings are downloaded of the Hub's.
+def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
+    """Find a teacher without loading it. Of a Hub model, only the configuration and tokenizer are downloaded.
 
     Args:
-        name: What a user calls it.
-        quantize: How its weights are to be loaded.
+        name: An alias, a Hub id, a folder, or a run directory.
+        quantize: The quantization scheme of the weights, if any.
 
     Raises:
-        ConfigError: If the name is none of these, or it cannot be quantised.
-        CheckpointError: If configuration, weights or tokenizer are missing or cannot be used.
-        HubError: If the Hub cannot be reached, or refuses.
+        ConfigError: If the name is none of these, or the model cannot be quantized.
+        CheckpointError: If the configuration, weights or tokenizer are missing or cannot be used.
+        HubError: If the Hub cannot be reached or refuses.
     """
     source = resolve_model(name, flag=FLAG, aliases=TEACHERS)
     weights = weights_of(source)
@@ -150,15 +151,15 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
     if source.adapter and config.model_type != "hymba":
         raise CheckpointError(
             f"{FLAG} {name} is an adapter of a {config.model_type} model.",
-            expected="whole weights",
-            fix="merge it into its base, and name the merged folder",
+            expected="full weights",
+            fix="merge it into its base model, and pass the merged folder",
         )
     if quantize:
         _check_quantization(source, config, quantize)
     if weights.hub_id is None:
         for file in weight_files(weights.folder):
             read_header(file)
-    return FoundTeacher(
+    return LocalTeacherSpec(
         name=source.name,
         source=source,
         config=config,
@@ -169,19 +170,19 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> FoundTeacher:
 
 
 def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """A teacher's tokenizer, exactly as its ``tokenizer.json`` says.
+    """Read a teacher's tokenizer from its ``tokenizer.json``.
 
     Raises:
-        CheckpointError: If there is none, or it cannot be read.
+        CheckpointError: If there is no such file, or it cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"The teacher {name} has no tokenizer.json in {folder}.",
-            expected="a fast tokenizer beside its weights: its text is compared with the student's byte for byte",
-            fix="copy tokenizer.json and tokenizer_config.json of the model it was trained from beside its weights",
+            expected="a fast tokenizer next to its weights: its text is compared with the student's byte by byte",
+            fix="copy tokenizer.json and tokenizer_config.json of its base model next to its weights",
         )
     try:
-        # AutoTokenizer would build some tokenizers anew, with other ids than the file's.
+        # AutoTokenizer would rebuild some tokenizers, with other ids than the file's.
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -190,13 +191,13 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 def parameters_of(config: Any) -> int:
-    """How many parameters a model has, without its weights."""
+    """Return the number of parameters of a model, without its weights."""
     with torch.device("meta"):
         return count_parameters(AutoModelForCausalLM.from_config(config))[1]
 
 
-def smaller_than(teacher: Found, student_parameters: int) -> str | None:
-    """A warning, if the teacher is smaller than who learns from it."""
+def smaller_than(teacher: TeacherSpec, student_parameters: int) -> str | None:
+    """Return a warning if the teacher is smaller than the student."""
     if teacher.parameters is None or teacher.parameters >= student_parameters:
         return None
     sizes = f"{short_count(teacher.parameters)} parameters to {short_count(student_parameters)}"
@@ -210,31 +211,31 @@ def _read_config(folder: Path, name: str) -> Any:
         raise CheckpointError(f"The config.json of the teacher {name} cannot be used: {error}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
-            f"The teacher {name} is a {config.model_type} model, which does not go on with a text.",
-            expected="a causal language model that transformers knows without code of its own",
+            f"The teacher {name} is a {config.model_type} model, which does not generate text.",
+            expected="a causal language model that transformers supports without remote code",
         )
     return config
 
 
 def _check_quantization(source: ModelSource, config: Any, scheme: Scheme) -> None:
-    """See that a teacher can be quantised while it is loaded.
+    """Check that a teacher can be quantized while it is loaded.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If it cannot.
     """
     if source.adapter:
         raise ConfigError(
-            f"--teacher-quantize: {source.name} is an adapter, which has to be folded in first.",
+            f"--teacher-quantize: {source.name} is an adapter, which must be merged first.",
             fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
         )
     if stored_quantization(config) is not None:
-        raise ConfigError(f"--teacher-quantize: {source.name} is quantised already.", fix="leave it out")
+        raise ConfigError(f"--teacher-quantize: {source.name} is quantized already.", fix="leave it out")
     if config.model_type == "hymba":
-        quantization(config, scheme, torch.float32)  # refuses a model of which nothing can be
+        quantization(config, scheme, torch.float32)  # raises if no module can be quantized
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file; the Hub's cache keeps weights under it."""
+    """Return the SHA-256 of a file, which is the name of weights in the Hub's cache."""
     blob = file.resolve().name
     if file.is_symlink() and len(blob) == 64:
         return blob
@@ -246,13 +247,13 @@ class ModelTeacher:
     """A teacher whose weights are loaded; see `Teacher`.
 
     Args:
-        model: In evaluation mode. Any causal language model whose logits are its last hidden states times the weight of
+        model: A causal language model in evaluation mode, whose logits are its last hidden states times the weight of
             its output layer, or a multiple of that.
-        tokenizer: What is beyond its last token in the output layer is cut off.
-        name: What people call it.
+        tokenizer: The model's tokenizer. Rows of the output layer after its last token are removed.
+        name: The name that messages use.
 
     Raises:
-        ConfigError: If its logits are something else.
+        ConfigError: If the logits are anything else.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -265,19 +266,19 @@ class ModelTeacher:
             raise ConfigError(
                 f"The teacher {name} has {len(head.weight):,} outputs, and its tokenizer {size:,} tokens.",
                 expected="an output for every token",
-                fix="take the tokens that were added out of its tokenizer.json",
+                fix="remove the added tokens from its tokenizer.json",
             )
         self._scale = self._check_logits(model)
         self._weight: Tensor = head.weight[:size]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights."""
         return self._weight.device
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
-        """Read rows, those of like length together; see `Teacher`."""
+        """Read rows, in batches of similar length; see `Teacher`."""
         for batch in batches([len(row) for row in rows], BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])):
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[index]) for index in batch], batch_first=True)
             lengths = torch.tensor([len(rows[index]) for index in batch])
@@ -287,8 +288,43 @@ class ModelTeacher:
                 head = Head(hidden[place, :size] * self._scale, self._weight)
                 yield index, HeadOutputs(head, ids[place, :size].to(self.device))
 
+    def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
+        """Return the outputs for all rows, in their order; see `Teacher`."""
+        by_row = dict(self.outputs(rows))
+        return [by_row[index] for index in range(len(rows))]
+
+    @torch.no_grad()
+    def hidden_states(self, rows: Sequence[Sequence[int]], at: Sequence[Tensor]) -> list[Tensor]:
+        """Compute hidden states at some tokens of some rows; see `Teacher`."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        states = self._backbone(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        return [torch.cat([state[row, positions] for row, positions in enumerate(at)]) for state in states]
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        ends: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        decode: Callable[[list[int]], str | None],
+    ) -> list[str | None]:
+        """Write an answer to each prompt, without touching the global random state; see `Teacher`."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            answers = write(self.model, prompts, ends=ends, max_new_tokens=max_new_tokens, temperature=temperature)
+        return list(map(decode, answers))
+
     def _read(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        mask = None  # without padding none is needed, and attention is fastest without
+        mask = None  # attention is fastest without a mask
         if lengths.min() < ids.shape[1]:
             mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         hidden: Tensor = self._backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -296,7 +332,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def _check_logits(self, model: PreTrainedModel) -> float:
-        """By what hidden states times output layer are to be multiplied: read off a few tokens."""
+        """Return the factor between the logits and hidden states times output layer, measured on a few tokens."""
         head = model.get_output_embeddings()
         ids = torch.arange(1, PROBE_TOKENS, device=head.weight.device)[None] % len(head.weight)
         hidden = self._read(ids, torch.tensor([ids.shape[1]]))
@@ -309,17 +345,20 @@ class ModelTeacher:
             raise ConfigError(
                 f"The logits of the teacher {self.name} are not its hidden states times its output layer"
                 + (" (final_logit_softcapping)." if capped else "."),
-                expected="a model without a bias or a cap behind its output layer, as Llama's and Qwen's",
+                expected="a model without a bias or a cap after its output layer, such as Llama or Qwen",
             )
         return scale if abs(scale - 1) > ROUNDING else 1.0
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows in batches of like length, the longest first, none of more tokens with its padding.
+    """Group rows of similar length into batches, the longest rows first.
 
     Args:
-        lengths: Of the rows.
-        tokens: The most in a batch; a longer row is a batch of its own.
+        lengths: The number of tokens of each row.
+        tokens: The maximum number of tokens in a batch with its padding; a longer row is a batch on its own.
+
+    Yields:
+        The indices of the rows of a batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

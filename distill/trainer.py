@@ -1,4 +1,4 @@
-"""The trainer of students: sft's, with a loss of its own on the model's hidden states."""
+"""The trainer of students: sft's trainer with the distillation loss on hidden states."""
 
 from __future__ import annotations
 
@@ -15,59 +15,58 @@ import torch
 import trl
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.trainer_utils import EvalLoopOutput
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import IGNORED
 from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.batches import COLUMNS, Numbered, examples_of
 from hymba_tune.distill.chunks import Head, expand
-from hymba_tune.distill.lessons import Lessons, Place
-from hymba_tune.distill.matching import HiddenMatch, teacher_states
+from hymba_tune.distill.matching import HiddenStateLoss
 from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillation_loss
-from hymba_tune.distill.own_answers import OwnAnswers
-from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.rollouts import RolloutGenerator
+from hymba_tune.distill.teacher_signals import RowSpan, TeacherSignals
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.trainer import HymbaTrainer
 
 PARTS = {"ce": "cross_entropy", "kd": "distillation", "alm": "chunk_likelihood", "hidden": "hidden_states"}
-"""The parts of the loss, and the columns that they are logged as."""
+"""The parts of the loss, and the columns of the log."""
 
 
 class DistillTrainer(HymbaTrainer):
     """Trains on rows of ``input_ids``, ``labels`` and ``row``, their number at each of their tokens.
 
     Args:
-        lessons: What the teacher says of rows.
-        stages: Of the run; their shares make 1.
-        token_bytes: ``(V,)``: how many bytes of text each of the student's tokens spells.
-        own_answers: Writes the student's own, if a stage wants such.
-        match: Compares hidden states with the teacher's, if they are to be, and is trained along.
-        match_weight: Of that beside the other losses.
-        kwargs: Of `HymbaTrainer`.
+        signals: The source of the teacher's terms of the loss.
+        stages: The stages of the run, whose shares sum to 1.
+        token_bytes: ``(V,)``: the number of text bytes of each student token.
+        rollouts: Generates the student's rollouts, if a stage has any.
+        hidden_loss: The hidden-state loss, whose projections are trained with the student; None for none.
+        kwargs: The arguments of `HymbaTrainer`.
     """
 
     def __init__(
         self,
         *,
-        lessons: Lessons,
+        signals: TeacherSignals,
         stages: Sequence[Stage],
         token_bytes: Tensor,
-        own_answers: OwnAnswers | None = None,
-        match: HiddenMatch | None = None,
-        match_weight: float = 1.0,
+        rollouts: RolloutGenerator | None = None,
+        hidden_loss: HiddenStateLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        self._lessons, self._stages, self._token_bytes = lessons, stages, token_bytes
-        self._own_answers, self._own = own_answers, list[Alignment]()
-        self._match, self._match_weight = match, match_weight
+        self._signals = signals
+        self._stages = stages
+        self._token_bytes = token_bytes
+        self._rollouts = rollouts
+        self._own: list[Alignment] = []
+        self._hidden_loss = hidden_loss
+        self._match = hidden_loss.match if hidden_loss else None
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         super().__init__(**kwargs)
-        if match is not None:
-            match.to(self.args.device)
+        if self._match is not None:
+            self._match.to(self.args.device)
         self.data_collator: Any = Numbered(self.data_collator)
 
     @property
@@ -81,18 +80,18 @@ class DistillTrainer(HymbaTrainer):
         return self._stages[-1]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """A step's batches, a share of their answers written by the student as it is now."""
+        """Return a step's batches, with a share of their answers replaced by rollouts of the current student."""
         if self._match is not None:
-            self._match.zero_grad()  # transformers forgets the gradients of the model alone
+            self._match.zero_grad()  # transformers clears the gradients of the model only
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._own.clear()
-        if not self.stage.on_policy or self._own_answers is None:
+        if not self.stage.on_policy or self._rollouts is None:
             return batches, items
         student = self.accelerator.unwrap_model(self.model)
         mixed = []
         for number, batch in enumerate(batches):
             moment = self.state.global_step * self.args.gradient_accumulation_steps + number
-            examples, own = self._own_answers.rewrite(
+            examples, own = self._rollouts.rewrite(
                 student, examples_of(batch), self.stage.on_policy, moment, len(self._own)
             )
             self._own += own
@@ -106,7 +105,7 @@ class DistillTrainer(HymbaTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean over learned tokens of what is minimised; its parts are remembered for the log."""
+        """Return the mean loss over learned tokens, and add its parts to the sums for the log."""
         del return_outputs
         losses = self._losses(model, inputs)
         for name, part in losses.parts.items():
@@ -119,50 +118,37 @@ class DistillTrainer(HymbaTrainer):
         read = {name: value for name, value in inputs.items() if name not in ("labels", "rows")}
         base = base_model(self.accelerator.unwrap_model(model))
         with caught_outputs(base) as outputs:
-            model(**read, skip_logits=True, output_hidden_states=self._match is not None)
-        # A state predicts the token after it; the first of a text, which none does, is never learned.
+            model(**read, skip_logits=True, output_hidden_states=self._hidden_loss is not None)
+        # A state predicts the token after it. The first token of a text has no label, because no state predicts it.
         hidden = outputs[-1].last_hidden_state.flatten(0, 1)
         student = Head(hidden.roll(1, 0), base.get_output_embeddings().weight)
-        places = [Place(row, offset) for row, offset in inputs["rows"].tolist()]
+        places = [RowSpan(row, offset) for row, offset in inputs["rows"].tolist()]
         stage, ends = self.stage, [*(place.offset for place in places[1:]), len(labels)]
         own = torch.zeros_like(labels, dtype=torch.bool)
         for place, end in zip(places, ends, strict=True):
             own[place.offset : end] = place.row < 0
         of_data = [place for place in places if place.row >= 0]
-        losses = self._taught(student, labels.masked_fill(own, IGNORED), of_data, stage)
+        losses = self._teaching(student, labels.masked_fill(own, IGNORED), of_data, stage)
         if own.any():
-            # What the student wrote is no example to follow: the teacher alone judges it, as far as it can.
-            written = [place for place in places if place.row < 0]
-            judged = self._taught(student, labels.masked_fill(~own, IGNORED), written, replace(stage, alpha=1.0))
-            losses = _sum(losses, judged)
-        if self._match is None:
+            # Rollouts are not examples to imitate: only the teacher's loss applies to them, where it covers them.
+            rollouts = [place for place in places if place.row < 0]
+            on_policy = self._teaching(student, labels.masked_fill(~own, IGNORED), rollouts, replace(stage, alpha=1.0))
+            losses = _sum(losses, on_policy)
+        if self._hidden_loss is None:
             return losses
-        distance = self._matched(self._match, outputs[-1].hidden_states, places)
-        total = losses.total + self._match_weight * distance
+        distance = self._hidden_loss(outputs[-1].hidden_states, places, self._own)
+        total = losses.total + self._hidden_loss.weight * distance
         return Losses(total, losses.tokens, losses.parts | {"hidden": distance.detach().double()})
 
-    def _matched(self, match: HiddenMatch, states: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
-        """How far the student's hidden states are from the teacher's, where both predict the same tokens."""
-        online = self._lessons.online
-        assert online
-        assert isinstance(online.maker.teacher, ModelTeacher)
-        rows = [online.row(place.row, self._own) for place in places]
-        at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]
-        before = [torch.from_numpy(row.teacher - 1) for row in rows]
-        theirs = teacher_states(online.maker.teacher, [row.teacher_ids for row in rows], before)
-        chosen = torch.cat(at).to(states[0].device)
-        distance: Tensor = match([state.flatten(0, 1)[chosen] for state in states], theirs)
-        return distance
-
-    def _taught(self, student: Head, labels: Tensor, places: Sequence[Place], stage: Stage) -> Losses:
-        tokens, spans = self._lessons.terms(places, stage, self._own)
+    def _teaching(self, student: Head, labels: Tensor, places: Sequence[RowSpan], stage: Stage) -> Losses:
+        tokens, spans = self._signals.terms(places, stage, self._own)
         if places and places[0].row < 0:
-            labels = labels.masked_fill(~_spoken_of(labels, tokens, spans), IGNORED)
-        taught = tokens is not None or spans is not None
-        return distillation_loss(student, labels, alpha=stage.alpha if taught else 0.0, tokens=tokens, spans=spans)
+            labels = labels.masked_fill(~_covered_by(labels, tokens, spans), IGNORED)
+        has_terms = tokens is not None or spans is not None
+        return distillation_loss(student, labels, alpha=stage.alpha if has_terms else 0.0, tokens=tokens, spans=spans)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, those of the projections behind the student's."""
+        """Return the groups of the student's parameters, then that of the hidden-state projections."""
         groups = super().parameter_groups()
         if self._match is not None:
             rate = self.rates.base if self.rates else self.args.learning_rate
@@ -181,45 +167,29 @@ class DistillTrainer(HymbaTrainer):
             self._match.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with the parts of the loss since the last row."""
+        """Log TRL's values, with the parts of the loss since the last row."""
         if "loss" in logs and self._sums["tokens"]:
             logs |= self._means(self._sums)
             self._sums.clear()
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """Means over all learned tokens: cross-entropy as the loss, the teacher's beside it, and bits per byte."""
-        del description
-        self.model.eval()
-        names = ["tokens", "bytes", *PARTS]
-        total = torch.zeros(len(names), dtype=torch.float64, device=self.args.device)
-        own: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2).to(total))
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self._losses(self.model, inputs)
-            labels = inputs["labels"]
-            size = self._token_bytes.to(labels.device)[labels[labels != IGNORED]].sum()
-            known = {"tokens": losses.tokens, "bytes": size, **losses.parts}
-            total += torch.stack([torch.as_tensor(known.get(name, 0.0)).to(total) for name in names])
-            own[source] += torch.stack([torch.as_tensor(known[name]).to(total) for name in ("ce", "tokens")])
-        sums = dict(zip(names, self.accelerator.reduce(total, "sum").tolist(), strict=True))
-        means = self._means({name: value for name, value in sums.items() if value}, f"{metric_key_prefix}_")
-        metrics = self.held_out_losses(own, metric_key_prefix) | means
-        metrics.pop(f"{metric_key_prefix}_{MORE}{PARTS['ce']}", None)
-        if sums["bytes"]:
-            metrics[f"{metric_key_prefix}_{MORE}bits_per_byte"] = sums["ce"] / math.log(2) / sums["bytes"]
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return cross-entropy on the data as the loss, the other parts of what is minimized, and bits per byte."""
+        losses, labels = self._losses(self.model, inputs), inputs["labels"]
+        size = self._token_bytes.to(labels.device)[labels[labels != IGNORED]].sum()
+        cross_entropy = losses.parts["ce"]
+        parts = {f"{MORE}{PARTS[name]}": (part, losses.tokens) for name, part in losses.parts.items() if name != "ce"}
+        bits = {f"{MORE}bits_per_byte": (cross_entropy / math.log(2), size)} if size else {}
+        return {"loss": (cross_entropy, losses.tokens), **parts, **bits}
 
-    def _means(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    def _means(self, sums: dict[str, Any]) -> dict[str, float]:
         parts = {name: PARTS[name] for name in PARTS if name in sums}
-        return {f"{prefix}{MORE}{column}": float(sums[name] / sums["tokens"]) for name, column in parts.items()}
+        return {f"{MORE}{column}": float(sums[name] / sums["tokens"]) for name, column in parts.items()}
 
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *_: Any
     ) -> datasets.Dataset:
-        # Rows come encoded and cut; TRL's own packing leaves their numbers behind.
+        # The rows are encoded and truncated already; TRL's own packing would drop their numbers.
         del processing_class
         dataset = dataset.select_columns(COLUMNS)
         return trl.pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
@@ -228,14 +198,14 @@ class DistillTrainer(HymbaTrainer):
         self._signature_columns = [*COLUMNS, "seq_lengths"]
 
 
-def _spoken_of(labels: Tensor, tokens: TokenTerm | None, spans: SpanTerm | None) -> Tensor:
-    """``(T,)`` bool: which tokens a teacher speaks of."""
-    said = torch.zeros_like(labels, dtype=torch.bool)
+def _covered_by(labels: Tensor, tokens: TokenTerm | None, spans: SpanTerm | None) -> Tensor:
+    """Return ``(T,)`` bool: the tokens that a teacher's term covers."""
+    covered = torch.zeros_like(labels, dtype=torch.bool)
     if tokens is not None:
-        said[tokens.at] = True
+        covered[tokens.at] = True
     if spans is not None:
-        said[expand(spans.spans[:, 0], spans.spans[:, 1])[1]] = True
-    return said
+        covered[expand(spans.spans[:, 0], spans.spans[:, 1])[1]] = True
+    return covered
 
 
 def _sum(one: Losses, other: Losses) -> Losses:
@@ -246,19 +216,19 @@ def _sum(one: Losses, other: Losses) -> Losses:
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> Any:
-    """The model below an adapter, or itself."""
+    """Return the model without its adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def caught_outputs(model: PreTrainedModel) -> Iterator[list[BaseModelOutputWithPast]]:
-    """What the layers of a model give in whatever forwards it goes through meanwhile.
+    """Collect the outputs of the layers in each forward of a model within the context.
 
-    So the forward is that of the whole model, with what wraps it, and no logits are computed.
+    The forward still goes through the whole model and its wrappers, and computes no logits.
     """
-    found: list[BaseModelOutputWithPast] = []
-    hook = model.base_model.register_forward_hook(lambda _, __, output: found.append(output))
+    outputs: list[BaseModelOutputWithPast] = []
+    hook = model.base_model.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
-        yield found
+        yield outputs
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Fine-tune, distil into, quantise and publish Hymba models."""
+"""Fine-tune, distill into, quantize and publish Hymba models."""
 
 import logging
 

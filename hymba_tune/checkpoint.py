@@ -23,7 +23,7 @@ from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
 from hymba_tune.registry import ModelSource, fetch_weights
-from hymba_tune.schemes import quantised, settle, stored_quantization, stored_shapes, stored_state
+from hymba_tune.schemes import quantized, settle, stored_quantization, stored_shapes, stored_state
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,7 +136,7 @@ def load_config(source: ModelSource) -> Any:
     """The model's configuration.
 
     Raises:
-        CheckpointError: If it is missing, unreadable, not a Hymba's, asks for what cannot be built, or is quantised by
+        CheckpointError: If it is missing, unreadable, not a Hymba's, asks for what cannot be built, or is quantized by
             something else than bitsandbytes.
     """
     try:
@@ -170,9 +170,9 @@ def load_weights(
 
     Args:
         source: Without an adapter.
-        dtype: What it computes in, and what its weights are stored in unless they are quantised.
+        dtype: What it computes in, and what its weights are stored in unless they are quantized.
         device: Where to.
-        quantization: Of `hymba_tune.schemes.quantization`; weights that are quantised already stay as they are.
+        quantization: Of `hymba_tune.schemes.quantization`; weights that are quantized already stay as they are.
 
     Raises:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
@@ -237,7 +237,7 @@ def _expected(config: Any, found: Mapping[str, tuple[list[int], str]]) -> dict[s
         name.replace(f"{META_TOKENS}.weight", META_TOKENS): list(t.shape) for name, t in model.state_dict().items()
     }
     if (quantization := stored_quantization(config)) is not None:
-        for name, layer in quantised(model, quantization).items():
+        for name, layer in quantized(model, quantization).items():
             expected |= stored_shapes(name, layer, quantization)
             state = stored_state(name, quantization)
             if state is not None and state in found:

@@ -1,4 +1,4 @@
-"""What this machine has, and how Hymba would compute on it."""
+"""Diagnosis of a machine: libraries, device, and the kernels that Hymba would use."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `examine` finds.
+    """The result of `examine`.
 
     Attributes:
-        python: Its version.
+        python: The Python version.
         platform: Operating system and processor type.
-        versions: By library; None where it is not installed.
-        device: Such as "cuda:0".
-        name: Of the device.
-        memory_bytes: Of the device; of the whole machine for a CPU.
-        details: What else decides how it computes.
-        dtype: The number format that was asked about.
-        kernels: What is taken and why not another, by operation.
-        hub: Whether models can be pulled and pushed.
+        versions: Version of each library; None if it is not installed.
+        device: The device, such as "cuda:0".
+        name: The device's product name.
+        memory_bytes: Memory of the device, or of the whole machine for a CPU.
+        details: Other facts that decide which kernels are used.
+        dtype: The dtype that the kernels were chosen for.
+        kernels: The chosen kernel and the reasons against others, by operation.
+        hub: Whether models can be pulled from and pushed to the Hub.
     """
 
     python: str
@@ -52,10 +52,10 @@ class Diagnosis:
 
 
 def examine(config: DoctorConfig) -> Diagnosis:
-    """Look at this machine, as a training run on it would.
+    """Examine this machine as a training run would.
 
     Raises:
-        ConfigError: If there is no such device, or it does not compute in the number format.
+        ConfigError: If the device does not exist or does not support the dtype.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -94,7 +94,7 @@ def _describe_cpu() -> tuple[str, int, list[str]]:
 
 
 def _cpu_name() -> str:
-    """As the kernel calls it, where that can be read; `platform` knows only the kind of processor there."""
+    """The processor's name from the Linux kernel if available; `platform` knows only the architecture there."""
     if (info := Path("/proc/cpuinfo")).is_file():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         if lines:
@@ -103,12 +103,12 @@ def _cpu_name() -> str:
 
 
 def _hub() -> str:
-    """Asks the Hub only where there is a token to ask about."""
+    """The login state; sends a request to the Hub only if a token is stored."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return "offline (HF_HUB_OFFLINE): only models already here can be used"
+        return "offline (HF_HUB_OFFLINE): only models on this machine can be used"
     if huggingface_hub.get_token() is None:
         return "not logged in: public models can be pulled (to push: hf auth login)"
     try:
         return f"logged in as {huggingface_hub.whoami()['name']}: models can be pulled and pushed"
-    except Exception as error:  # whatever the network or the Hub answers, the rest of the diagnosis stands
+    except Exception as error:  # no error of the network or the Hub may prevent the rest of the diagnosis
         return f"a token is stored, but the Hub did not confirm it: {type(error).__name__}"

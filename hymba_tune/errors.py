@@ -1,16 +1,19 @@
-"""What can go wrong, and for whom: every error of the kit derives from `HymbaTuneError`."""
+"""The errors that users see; every one derives from `HymbaTuneError`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class HymbaTuneError(Exception):
-    """Something the user can mend. The command line prints it without a traceback and exits with code 2.
+    """An error that the user can fix. The command line prints it without a traceback and exits with code 2.
 
     Args:
-        what: What is wrong and where, in one sentence: the file and line, or the field.
-        expected: What would have been right.
+        what: The problem and its place (file and line, or field) in one sentence.
+        expected: What would have been valid.
         fix: What to do about it.
-        skip: How to go on without mending it.
+        skip: How to continue without a fix.
     """
 
     def __init__(self, what: str, *, expected: str = "", fix: str = "", skip: str = "") -> None:
@@ -22,6 +25,17 @@ class HymbaTuneError(Exception):
         lines = [self.what]
         lines += [f"  {label:<10} {text}" for label, text in self.details.items() if text]
         return "\n".join(lines)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like ``word``; empty if none is close."""
+    return next(iter(get_close_matches(word, list(known), n=1)), "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest the nearest known word to somebody who misspelled it: ``did you mean rank?``; empty if none is close."""
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else ""
 
 
 class ConfigError(HymbaTuneError):

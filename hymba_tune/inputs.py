@@ -16,7 +16,7 @@ from hymba_tune.config import (
     ServeConfig,
     TeacherOptions,
 )
-from hymba_tune.config.answering import ScoringOptions
+from hymba_tune.config.inference import ScoringOptions
 from hymba_tune.config.options import HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
 from hymba_tune.data.mixes import open_sources
 from hymba_tune.data.sources import open_source
@@ -124,17 +124,17 @@ def _check_teacher(options: TeacherOptions) -> None:
 
 
 def _check_evaluation(config: EvalConfig) -> None:
-    asks = config.answers or config.extract
+    has_questions = config.answers or config.extract
     if not config.data and not config.tasks:
         raise ConfigError(
             "Nothing to evaluate on.", expected="--data or --tasks", fix=f"hymba-tune eval {config.model} --data demo"
         )
-    if asks and not config.data:
-        raise ConfigError("--answers and --extract need --data, whose prompts are asked.", fix="--data FILE")
+    if has_questions and not config.data:
+        raise ConfigError("--answers and --extract need --data, for its prompts and answers.", fix="--data FILE")
     if config.answers and config.extract:
-        raise ConfigError("--answers and --extract are two ways to compare.", expected="one of them")
-    if config.save_answers and not asks:
-        raise ConfigError("--save-answers: nothing is asked.", fix="--answers gsm8k, number or exact; or --extract")
+        raise ConfigError("--answers and --extract cannot be combined.", expected="one of them")
+    if config.save_answers and not has_questions:
+        raise ConfigError("--save-answers needs --answers or --extract.", fix="--answers exact, or another")
     try:
         re.compile(config.extract or "")
     except re.error as error:
@@ -158,6 +158,6 @@ def _check_chat(config: ChatConfig) -> None:
     if config.prompts is None or config.to is None:
         raise ConfigError("--from and --to go together.", fix="--from prompts.jsonl --to answers.jsonl")
     if config.against or config.prompt is not None:
-        raise ConfigError("--from answers a file with one model; leave --against and --prompt out.")
+        raise ConfigError("--from answers a file with one model.", fix="remove --against and --prompt")
     if config.to.suffix != ".jsonl":
-        raise ConfigError(f"--to {config.to}: answers are written as JSON lines.", expected="a name in .jsonl")
+        raise ConfigError(f"--to {config.to}: answers are written as JSON Lines.", expected="a file name in .jsonl")

@@ -13,13 +13,13 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Settings of glibc's allocator, from its malloc.h."""
 LARGEST_KEPT = 2**25
-"""Bytes of the largest block that is kept: as far as glibc goes of itself, so that fragments stay as small."""
-SMALLEST_GIVEN_BACK = 2**16
-"""Bytes from which on a block is given back as soon as it is freed."""
+"""Bytes of the largest block that is kept: glibc's own upper limit, so that fragmentation stays as small."""
+SMALLEST_RETURNED = 2**16
+"""Bytes of the smallest block that is returned to the system as soon as it is freed."""
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the CUDA device's allocator, or of this process."""
+    """Return the peak bytes so far: of the CUDA device's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,34 +27,35 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees, where glibc manages it: every step takes the same sizes again.
+    """Make glibc keep the memory that this process frees, as every training step allocates the same sizes again.
 
-    Left to itself, glibc hands memory back to the system, which has to clear it page by page when it is next asked
-    for; with several threads they wait for each other there. Settings of the user's own (MALLOC_... in the
-    environment) are left alone.
+    By default glibc returns memory to the system, which has to clear it page by page at the next allocation; several
+    threads then wait for each other. Settings of the user (MALLOC_... or GLIBC_TUNABLES in the environment) take
+    precedence.
 
     Returns:
         Whether the settings were made.
     """
-    return _tell({M_MMAP_THRESHOLD: LARGEST_KEPT, M_TRIM_THRESHOLD: 2**31 - 1})
+    return _set({M_MMAP_THRESHOLD: LARGEST_KEPT, M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def give_back_freed_memory() -> bool:
-    """Let this process give back what it frees at once, where glibc manages its memory.
+    """Make glibc return the memory that this process frees to the system at once.
 
-    Left to itself, glibc keeps what freed tensors of tens of megabytes leave between others: more than a whole model,
-    after tensor upon tensor of it has been worked on. Settings of the user's own are left alone, as above.
+    By default glibc keeps the gaps that freed tensors of tens of megabytes leave between others: more than a whole
+    model, once all its tensors have been processed one by one. Settings of the user take precedence, as in
+    `keep_freed_memory`.
 
     Returns:
         Whether the settings were made.
     """
-    return _tell({M_MMAP_THRESHOLD: SMALLEST_GIVEN_BACK})
+    return _set({M_MMAP_THRESHOLD: SMALLEST_RETURNED})
 
 
-def _tell(settings: dict[int, int]) -> bool:
-    own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if own or platform.libc_ver()[0] != "glibc":
+def _set(settings: dict[int, int]) -> bool:
+    set_by_user = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if set_by_user or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    made = [libc.mallopt(name, value) for name, value in settings.items()]
-    return all(made)
+    accepted = [libc.mallopt(name, value) for name, value in settings.items()]
+    return all(accepted)

@@ -1,4 +1,4 @@
-"""What a run would take of memory and time: on the GPUs that people own, and on this machine."""
+"""Planning: the memory and time that a run would need on common GPUs and on this machine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError
-from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, held_beside
+from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import stored_bytes, stored_quantization
-from hymba_tune.train.foresight import full_batch, step_settings
+from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import check_quantization, lay_out, weights_quantization
 
 CARDS = {
@@ -33,27 +33,27 @@ CARDS = {
     48: ("L40S", 362),
     80: ("A100", 312),
 }
-"""GPUs that people own, by their GB: a name, and the TFLOP/s of bfloat16 products that its maker states."""
+"""Common GPUs by their GB: a name, and the TFLOP/s of bfloat16 products that its manufacturer states."""
 GPU_SHARE = 0.3
-"""Share of these that a training step is taken to reach. An assumption: nothing has been measured on a GPU."""
+"""The share of that speed that a training step is assumed to reach. Nothing has been measured on a GPU."""
 STEP_OVER_PRODUCTS = {torch.float32: 1.9, torch.bfloat16: 2.9}
-"""How many times as long as its matrix products alone a step takes on a CPU; measured, see benchmarks/train_step.py."""
+"""The time of a training step on a CPU over that of its matrix products; measured by benchmarks/train_step.py."""
 SHORTEST = 256
-"""Tokens below which no shorter rows are proposed."""
+"""The fewest tokens of a row that are proposed."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DeviceEstimate:
     """A run on one device.
 
     Attributes:
-        device: Its name.
-        has: Its bytes.
-        needs: Bytes that the run takes there.
-        tokens_per_s: That it may reach.
-        nf4: Bytes that it takes with its weights quantised to NF4; None where they are not to be.
-        change: Flags that make it fit; empty where it does, or None where none do.
-        seconds: That the steps of the run may take, where its length is known.
+        device: The device's name.
+        has: The device's bytes.
+        needs: The bytes that the run needs.
+        tokens_per_s: The tokens a second that the run may reach.
+        nf4: The bytes that the run needs with weights quantized to NF4; None where they cannot be.
+        change: The flags that make the run fit; empty where it fits, None where no flags do.
+        seconds: The seconds that the run's steps may take, where its length is known.
     """
 
     device: str
@@ -72,11 +72,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is.
+    """The length of a run.
 
     Attributes:
-        steps: Of the optimiser.
-        tokens: That all of them read.
+        steps: The number of optimizer steps.
+        tokens: The tokens of all steps.
     """
 
     steps: int
@@ -85,17 +85,17 @@ class Length:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take.
+    """The memory and time that a run would need.
 
     Attributes:
-        model: Its name.
-        settings: What matters to memory, in words.
-        tokens_per_step: At most, in an optimiser step of one device.
-        dtype: The GPUs' number format.
-        parts: Bytes on a GPU, by part.
-        gpus: A verdict for each size.
-        here: The verdict for this machine's own device.
-        length: How long the run is, where --steps or --data say so.
+        model: The model's name.
+        settings: The settings that matter to memory, in words.
+        tokens_per_step: The most tokens in an optimizer step.
+        dtype: The dtype on GPUs.
+        parts: The bytes on a GPU, by part.
+        gpus: The estimate for each GPU.
+        here: The estimate for this machine's device.
+        length: The length of the run, where --steps or --data determine it.
     """
 
     model: str
@@ -103,18 +103,18 @@ class Plan:
     tokens_per_step: int
     dtype: str
     parts: Footprint
-    gpus: list[Verdict]
-    here: Verdict
+    gpus: list[DeviceEstimate]
+    here: DeviceEstimate
     length: Length | None
 
 
 def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) -> Plan:
-    """Tell what a run takes whose rows are as long as --max-length lets them be: the most it can.
+    """Estimate the memory and time of a run whose rows all have --max-length tokens, the most that it can need.
 
-    Only the model's configuration is read; and the data, where some is named, for how long the run is.
+    It reads the model's configuration, and the data, if given, for the length of the run.
 
     Args:
-        config: Of the run.
+        config: The run's settings.
         progress: Called with the number of rows read so far.
 
     Raises:
@@ -124,30 +124,34 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     device = choose_device(config.device)
     source = resolve_model(config.model)
     model_config = load_config(weights_of(source))
-    own, foreign = choose_dtype(config.dtype, device), _gpu_dtype(config.dtype)
-    choose_kernels(as_mapping(config.kernels), model_config, device, own)
+    dtype = choose_dtype(config.dtype, device)
+    gpu_dtype = _gpu_dtype(config.dtype)
+    choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     check_quantization(config, source, model_config)
-    model = _lay_out(config, model_config, foreign)
-    beside = _teacher(config, model_config, device)
-    memory = _Memory(StepMemory(model, dtype=foreign, own_kernels=False), model_config, foreign, beside)
+    model = _lay_out(config, model_config, gpu_dtype)
+    extra_bytes = _teacher(config, model_config, device)
+    memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
     gpus = []
     for size, (name, tflops) in CARDS.items():
-        has, needs = size * 2**30, parts.total + GPU_RESERVE
+        has = size * 2**30
+        needs = parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
-        gpus.append(Verdict(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
-    if own is not foreign or device.type != "cpu" or config.kernels:
-        model = _lay_out(config, model_config, own)
-        memory = _Memory(StepMemory(model, dtype=own, own_kernels=device.type == "cpu"), model_config, own, beside)
-    here = _here(config, memory, device, own, flops, width=int(model_config.hidden_size))
+        gpus.append(DeviceEstimate(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
+    if dtype is not gpu_dtype or device.type != "cpu" or config.kernels:
+        model = _lay_out(config, model_config, dtype)
+        memory = _Memory(
+            StepMemory(model, dtype=dtype, own_kernels=device.type == "cpu"), model_config, dtype, extra_bytes
+        )
+    here = _here(config, memory, device, dtype, flops, width=int(model_config.hidden_size))
     length = run_length(config, source, progress)
     return Plan(
         source.name,
         _in_words(config),
         full_batch(config).tokens * config.grad_accum,
-        str(foreign).removeprefix("torch."),
+        str(gpu_dtype).removeprefix("torch."),
         parts,
         [_timed(gpu, length) for gpu in gpus],
         _timed(here, length),
@@ -156,22 +160,22 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
 
 
 def _teacher(config: TrainingConfig, student: Any, device: torch.device) -> int:
-    """Bytes of a teacher beside the model, if there is one."""
+    """Return the bytes of a teacher; 0 where there is none."""
     if not isinstance(config, DistillConfig):
         return 0
-    from hymba_tune.distill.capture import plan_teacher  # takes a second to import, and is not always needed
+    from hymba_tune.distill.capture import plan_teacher  # imported here because it takes a second
 
     return plan_teacher(config, student, device)
 
 
-def _timed(verdict: Verdict, length: Length | None) -> Verdict:
-    return replace(verdict, seconds=length.tokens / verdict.tokens_per_s) if length else verdict
+def _timed(estimate: DeviceEstimate, length: Length | None) -> DeviceEstimate:
+    return replace(estimate, seconds=length.tokens / estimate.tokens_per_s) if length else estimate
 
 
 def run_length(
     config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None = None
 ) -> Length | None:
-    """Tell how long a run is: by its data; or by its steps, each as large as it can be; None where neither is given.
+    """Return the length of a run from its data, or from --steps with full batches; None where neither is given.
 
     Raises:
         DataError: If the data cannot be read, or holds nothing to train on.
@@ -191,12 +195,12 @@ def run_length(
 def _rows_and_tokens(
     config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None
 ) -> tuple[float, float]:
-    """Of a pass over the data, without what is held out."""
+    """Return the rows and tokens of one epoch, without held-out rows."""
     sources = open_sources(config.data, config.weights, config.caps)
     tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     rows = tokens = 0.0
     for one in sources:
-        found = check_sources(
+        checked = check_sources(
             [one],
             tokenizer,
             max_length=config.max_length,
@@ -204,17 +208,17 @@ def _rows_and_tokens(
             learn=config.learn,
             progress=progress,
         )
-        if problem := found.files[0].problem:
+        if problem := checked.files[0].problem:
             raise problem
-        times = max(1.0, one.weight)  # of smaller weights the rows were drawn as they were read
-        rows += times * (found.rows - found.bad_rows - found.too_long)
-        tokens += times * found.tokens
+        times = max(1.0, one.weight)  # rows of smaller weights are sampled while they are read
+        rows += times * (checked.rows - checked.bad_rows - checked.too_long)
+        tokens += times * checked.tokens
     if not rows:
         names = ", ".join(config.data)
-        raise DataError(f"Nothing to learn in {names}.", fix=f"hymba-tune data check {names}")
-    apart = bool(config.eval_data) or any(one.held_out for one in sources)
-    kept = 1.0 if apart else 1 - config.eval_split
-    return kept * rows, kept * tokens
+        raise DataError(f"Nothing to train on in {names}.", fix=f"hymba-tune data check {names}")
+    separate = bool(config.eval_data) or any(one.held_out for one in sources)
+    train_share = 1.0 if separate else 1 - config.eval_split
+    return train_share * rows, train_share * tokens
 
 
 def _lay_out(config: TrainingConfig, model_config: Any, dtype: torch.dtype) -> Any:
@@ -222,29 +226,31 @@ def _lay_out(config: TrainingConfig, model_config: Any, dtype: torch.dtype) -> A
 
 
 def _gpu_dtype(name: str) -> torch.dtype:
-    """Every GPU of `CARDS` computes in bfloat16."""
+    """Return the dtype on GPUs: every GPU of `CARDS` computes in bfloat16."""
     dtype: torch.dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
     return dtype
 
 
 def _here(
     config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
-) -> Verdict:
-    beside, has = held_beside(device, dtype), device_memory(device)
-    needs, in_nf4 = memory.of(config).total + beside, memory.in_nf4(config)
+) -> DeviceEstimate:
+    overhead = process_overhead(device, dtype)
+    has = device_memory(device)
+    needs = memory.of(config).total + overhead
+    in_nf4 = memory.in_nf4(config)
     slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if device.type == "cpu" else 1 / GPU_SHARE
     speed = _product_rate(width, device, dtype) / slower / flops
-    nf4 = None if in_nf4 is None else in_nf4 + beside
-    return Verdict(
-        f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - beside)
+    nf4 = None if in_nf4 is None else in_nf4 + overhead
+    return DeviceEstimate(
+        f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - overhead)
     )
 
 
 def step_flops(model: Any, *, checkpointing: bool) -> float:
-    """Floating-point operations of the linear layers for a token of a training step.
+    """Return the floating-point operations of the linear layers for a token of a training step.
 
-    Two for each weight in the forward, two for the gradient of the inputs, two for that of a weight that is trained;
-    two more where the forward is computed again.
+    Each weight takes two in the forward, two for the gradient of the inputs, two for its gradient if it is trained, and
+    two more where the forward is recomputed.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     passes = 6 if checkpointing else 4
@@ -252,47 +258,51 @@ def step_flops(model: Any, *, checkpointing: bool) -> float:
 
 
 def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations a second that this device reaches in a product such as the model's, measured now."""
+    """Measure the operations a second of this device in a matrix product of the model's size."""
     x, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((512, width), (width, 4 * width)))
-    done, started = -1, 0.0
+    done = -1
+    started = 0.0
     while done < 1 or time.perf_counter() - started < seconds:
         if done == 0:
-            started = time.perf_counter()  # the first product only warms up
+            started = time.perf_counter()  # the first product is a warm-up
         (x @ weight).sum().item()
         done += 1
     return 2 * done * x.numel() * weight.shape[1] / (time.perf_counter() - started)
 
 
 class _Memory:
-    """Tells what a model's steps take with any settings; what is not quantised is counted once."""
+    """Estimates a model's steps with any settings; unquantized layers are counted once."""
 
-    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype, beside: int) -> None:
-        self._steps, self._model_config, self._dtype, self._beside = steps, model_config, dtype, beside
-        self._quantised: dict[Scheme | None, dict[str, int]] = {}
+    def __init__(self, steps: StepMemory, model_config: Any, dtype: torch.dtype, extra_bytes: int) -> None:
+        self._steps = steps
+        self._model_config = model_config
+        self._dtype = dtype
+        self._extra_bytes = extra_bytes
+        self._quantized: dict[Scheme | None, dict[str, int]] = {}
 
     def of(self, config: TrainingConfig) -> Footprint:
-        """The worst moment of a step."""
-        if config.quantize not in self._quantised:
+        """Estimate the bytes of a step at its peak."""
+        if config.quantize not in self._quantized:
             quantization = weights_quantization(config, self._model_config, self._dtype)
-            self._quantised[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
-        step = self._steps.of(full_batch(config), **step_settings(config), quantised=self._quantised[config.quantize])
-        return replace(step, beside=self._beside)
+            self._quantized[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
+        step = self._steps.of(full_batch(config), **step_settings(config), quantized=self._quantized[config.quantize])
+        return replace(step, extra_bytes=self._extra_bytes)
 
     def in_nf4(self, config: TrainingConfig) -> int | None:
-        """Bytes of a step on weights in NF4; None where it trains on quantised ones already, or trains them."""
-        if not self.may_be_quantised(config):
+        """Return the bytes of a step on weights in NF4; None where the weights are quantized already, or trained."""
+        if not self.can_be_quantized(config):
             return None
         return self.of(config.model_copy(update={"quantize": Scheme.nf4})).total
 
-    def may_be_quantised(self, config: TrainingConfig) -> bool:
-        """Whether the weights are whole and not trained."""
-        whole = stored_quantization(self._model_config) is None and config.quantize is None
-        return whole and config.method is not Method.full
+    def can_be_quantized(self, config: TrainingConfig) -> bool:
+        """Return whether the weights are neither quantized nor trained."""
+        unquantized = stored_quantization(self._model_config) is None and config.quantize is None
+        return unquantized and config.method is not Method.full
 
 
 def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:
-    """The least that has to change for a step to fit into some bytes, as flags."""
-    schemes = [config.quantize, *([Scheme.nf4] if memory.may_be_quantised(config) else [])]
+    """Return the smallest change that makes a step fit into ``room`` bytes, as flags."""
+    schemes = [config.quantize, *([Scheme.nf4] if memory.can_be_quantized(config) else [])]
     for other in _alternatives(config, schemes):
         if memory.of(other).total <= room:
             return _flags(config, other)
@@ -300,7 +310,7 @@ def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:
 
 
 def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> Iterator[TrainingConfig]:
-    """The settings, then others that take less, those first that cost least: shorter rows last of all."""
+    """Yield the settings, then others that need less memory, the cheapest first and shorter rows last."""
     halvings = [2**i for i in range(config.batch_size.bit_length()) if config.batch_size % 2**i == 0]
     lengths = [config.max_length // 2**i for i in range(8) if not i or config.max_length // 2**i >= SHORTEST]
     moments = {config.optimizer, "adamw8bit"} if config.method is Method.full else {config.optimizer}
@@ -322,7 +332,7 @@ def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> I
 
 
 def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
-    """What is to be typed to get from some settings to others."""
+    """Return the flags that turn some settings into others."""
     names = ("batch_size", "grad_accum", "gradient_checkpointing", "optimizer", "quantize", "max_length")
     changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
     words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
@@ -332,5 +342,5 @@ def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
 def _in_words(config: TrainingConfig) -> str:
     method = "every weight" if config.method is Method.full else f"{config.method.value} r{config.rank}"
     method += f" on {config.quantize}" if config.quantize else ""
-    words = [config.verb, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
+    words = [config.verb.name, method, f"{config.batch_size} × {config.max_length:,} tokens", config.optimizer]
     return " · ".join([*words, "checkpointing"] if config.gradient_checkpointing else words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from hymba_tune.errors import CheckpointError, ConfigError, HubError
+from hymba_tune.errors import CheckpointError, ConfigError, HubError, nearest
 
 ALIASES = {
     "hymba-1.5b": "nvidia/Hymba-1.5B-Base",
@@ -130,11 +129,11 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
     renamed = hub_id != name.partition("@")[0]
     if not is_hub_id(hub_id) or (path.parent.is_dir() and not renamed):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = difflib.get_close_matches(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())], n=1)
+        near = nearest(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())])
         raise ConfigError(
             f"{flag} {name}: no such folder, and not the name of a model.",
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
-            fix=f"{flag} {near[0] if near else NANO}",
+            fix=f"{flag} {near or NANO}",
         )
     return None
 

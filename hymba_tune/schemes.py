@@ -43,16 +43,16 @@ BYTES = {"SCB": 4, "weight.quant_map": 4, "weight.nested_absmax": 4, "weight.nes
 
 
 def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:
-    """What transformers is told to quantise a model while it is loaded.
+    """What transformers is told to quantize a model while it is loaded.
 
     Args:
         model_config: Of the model.
-        scheme: NF4 and FP4 store their scales in 8 bits as well (double quantisation).
+        scheme: NF4 and FP4 store their scales in 8 bits as well (double quantization).
         dtype: What is computed in.
         skip: More modules to leave as they are, by the ends of their names: ``down_proj``, ``layers.3.mamba.in_proj``.
 
     Raises:
-        ConfigError: If one of these ends no name, or if nothing is left to quantise.
+        ConfigError: If one of these ends no name, or if nothing is left to quantize.
     """
     model = _without_weights(model_config)
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -66,7 +66,7 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
         kept += [name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS]
     names = list(dict.fromkeys(kept))
     config = bitsandbytes(scheme, dtype, names)
-    if not quantised(model, config):
+    if not quantized(model, config):
         raise ConfigError(
             f"{scheme.value}: nothing in this model can be stored so.",
             expected=f"linear layers of a multiple of {ROWS} rows and {COLUMNS} columns",
@@ -85,7 +85,7 @@ def reasons(model_config: Any, config: BitsAndBytesConfig, skip: Sequence[str] =
     model = _without_weights(model_config)
     names = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
     said = {end: why for end, why in KEPT.items() if any(name.endswith(end) for name in names)}
-    done = quantised(model, config)
+    done = quantized(model, config)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name not in done and not name.endswith((*said, *skip)):
             shape = f"{module.out_features} × {module.in_features}"
@@ -112,7 +112,7 @@ def bitsandbytes(scheme: Scheme, dtype: torch.dtype, kept: Sequence[str] | None 
 
 
 def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
-    """What a checkpoint's configuration says of how it is quantised; None if it is not.
+    """What a checkpoint's configuration says of how it is quantized; None if it is not.
 
     Raises:
         CheckpointError: If it is, but not by bitsandbytes.
@@ -124,8 +124,8 @@ def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
         return said
     if said.get("quant_method") != "bitsandbytes":
         raise CheckpointError(
-            f"The model is quantised by {said.get('quant_method')}.",
-            expected="bitsandbytes (nf4, fp4 or int8), or weights that are not quantised",
+            f"The model is quantized by {said.get('quant_method')}.",
+            expected="bitsandbytes (nf4, fp4 or int8), or weights that are not quantized",
         )
     return BitsAndBytesConfig.from_dict(said)
 
@@ -137,8 +137,8 @@ def scheme_of(config: BitsAndBytesConfig) -> Scheme:
     return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
-def quantised(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:
-    """The layers of an unquantised model that a configuration has quantised, by their names."""
+def quantized(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:
+    """The layers of an unquantized model that a configuration has quantized, by their names."""
     kept = config.llm_int8_skip_modules or get_keys_to_not_convert(model)
     return {
         name: module
@@ -148,11 +148,11 @@ def quantised(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Line
 
 
 def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> dict[str, list[int]]:
-    """The tensors of a checkpoint that hold the weight of a quantised layer, and their shapes.
+    """The tensors of a checkpoint that hold the weight of a quantized layer, and their shapes.
 
     Args:
         name: Of the layer.
-        layer: As it is without quantisation.
+        layer: As it is without quantization.
         config: Of `quantization` or `stored_quantization`.
     """
     rows, weights = layer.out_features, layer.weight.numel()
@@ -171,7 +171,7 @@ def stored_state(name: str, config: BitsAndBytesConfig) -> str | None:
 
 
 def stored_bytes(model_config: Any, config: BitsAndBytesConfig) -> dict[str, int]:
-    """Bytes that the weights of a model's quantised layers take, by the layers' names.
+    """Bytes that the weights of a model's quantized layers take, by the layers' names.
 
     Args:
         model_config: Of the model.
@@ -179,7 +179,7 @@ def stored_bytes(model_config: Any, config: BitsAndBytesConfig) -> dict[str, int
     """
     return {
         name: sum(BYTES.get(part.removeprefix(f"{name}."), 1) * math.prod(shape) for part, shape in parts.items())
-        for name, layer in quantised(_without_weights(model_config), config).items()
+        for name, layer in quantized(_without_weights(model_config), config).items()
         for parts in [stored_shapes(name, layer, config)]
     }
 
@@ -190,11 +190,11 @@ def _without_weights(model_config: Any) -> PreTrainedModel:
 
 
 def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a model that was just loaded compute and be written as it should; one that is not quantised stays as it is.
+    """Make a model that was just loaded compute and be written as it should; one that is not quantized stays as it is.
 
     Args:
         model: Changed in place.
-        dtype: What it computes in, whatever the one that quantised it computed in.
+        dtype: What it computes in, whatever the one that quantized it computed in.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

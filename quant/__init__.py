@@ -1,20 +1,20 @@
-"""Weights in fewer bits: models quantised in memory, and what that costs them. Knows nothing of training."""
+"""Quantization of models in memory, and its effect on weights and predictions. It does not depend on training."""
 
-from hymba_tune.quant.damage import Drift, compare, refer, weight_errors
-from hymba_tune.quant.quantising import check_quantisable, quantise
+from hymba_tune.quant.damage import QuantizationDrift, compare, refer, weight_errors
+from hymba_tune.quant.quantization import check_quantizable, quantize_model
 from hymba_tune.quant.record import Damage, damage_page
-from hymba_tune.quant.search import Search, Trial, quantised_only, search
+from hymba_tune.quant.search import Search, Trial, quantized_only, search
 
 __all__ = [
     "Damage",
-    "Drift",
+    "QuantizationDrift",
     "Search",
     "Trial",
-    "check_quantisable",
+    "check_quantizable",
     "compare",
     "damage_page",
-    "quantise",
-    "quantised_only",
+    "quantize_model",
+    "quantized_only",
     "refer",
     "search",
     "weight_errors",

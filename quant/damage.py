@@ -1,4 +1,4 @@
-"""What quantising costs: errors of weights, and what they do to a model's predictions."""
+"""The damage of quantization: errors of the weights, and the drift of a model's predictions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from hymba_tune.data import Encoded
 from hymba_tune.evaluate.scoring import predicting_states
 
 BATCH = 4096
-"""Tokens of texts that are read at a time."""
+"""Tokens in a batch of texts."""
 CHUNK = 512
 """Tokens whose logits are compared at a time."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What a model makes of texts, kept so that others can be compared with it when it is gone.
+class ReferenceStates:
+    """A model's hidden states for texts, with which other models are compared after it has been freed.
 
-    Of each predicted token its state is kept, from which the head makes the logits: d numbers, not one for each token
-    of the vocabulary. The head is never quantised, so that both models have the same one.
+    The states take d numbers for each predicted token, where logits would take one for each token of the vocabulary.
+    The output layer is never quantized, so both models share it.
 
     Attributes:
-        rows: The texts, a list a batch.
-        states: ``(n, d)`` a batch.
+        rows: The texts, in batches.
+        states: The states of each batch, ``(n, d)``.
     """
 
     rows: Sequence[Sequence[Encoded]]
@@ -38,14 +38,14 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How a model predicts beside the one that it was made of; means over all predicted tokens.
+class QuantizationDrift:
+    """The predictions of a model compared with those of its original; means over all predicted tokens.
 
     Attributes:
-        kl: KL(model before || model after), nats a token.
-        loss_before: Cross-entropy of the model before, nats a token.
-        loss_after: Of the one after.
-        same: Share of the tokens where both find the same one likeliest.
+        kl: KL(original || model), nats per token.
+        loss_before: The cross-entropy of the original, nats per token.
+        loss_after: The cross-entropy of the model, nats per token.
+        same: The share of tokens where both have the same most likely token.
     """
 
     kl: float
@@ -55,45 +55,45 @@ class Drift:
 
     @property
     def perplexity_before(self) -> float:
-        """Of a token, before."""
+        """The perplexity of the original."""
         return _perplexity(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
-        """Of a token, after."""
+        """The perplexity of the model."""
         return _perplexity(self.loss_after)
 
     @property
     def loss_rise(self) -> float:
-        """By how much the cross-entropy is larger."""
+        """The rise of the cross-entropy, nats per token."""
         return self.loss_after - self.loss_before
 
     @property
     def rise(self) -> float:
-        """By how much the perplexity is larger, as a share of what it was."""
+        """The relative rise of the perplexity."""
         return math.expm1(self.loss_rise)
 
     @property
     def perplexities(self) -> tuple[str, str]:
-        """Before and after, with the digits that matter."""
+        """Both perplexities, formatted with the significant digits."""
         digits = 1 if self.perplexity_before >= 100 else 2 if self.perplexity_before >= 10 else 3
         return f"{self.perplexity_before:,.{digits}f}", f"{self.perplexity_after:,.{digits}f}"
 
     @property
     def risen(self) -> str:
-        """The same in words: ``+0.42 %``."""
+        """The relative rise of the perplexity, formatted: ``+0.42 %``."""
         return f"{100 * self.rise:+.2f} %".replace("-", "−")
 
 
 @dataclass(frozen=True)
 class KindError:
-    """What quantising did to the modules of one kind.
+    """The effect of quantization on the modules of one kind.
 
     Attributes:
-        modules: How many there are.
-        weights: Of all of them.
-        bytes_before: That they took.
-        bytes_after: That they take, scales included.
+        modules: The number of modules.
+        weights: The number of weights in all of them.
+        bytes_before: The bytes before quantization.
+        bytes_after: The bytes after quantization, including scales.
         error: ||W' - W|| / ||W|| (Frobenius) over all of them.
     """
 
@@ -104,12 +104,12 @@ class KindError:
     error: float
 
 
-def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[int], None]) -> Reference:
-    """Read texts with a model, to compare others with it.
+def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[int], None]) -> ReferenceStates:
+    """Compute a model's states for texts, to compare other models with it.
 
     Args:
-        model: In evaluation mode.
-        rows: With labels.
+        model: The model, in evaluation mode.
+        rows: The texts, with labels.
         progress: Called with the number of rows read.
     """
     batches: list[list[Encoded]] = []
@@ -120,16 +120,16 @@ def refer(model: PreTrainedModel, rows: Sequence[Encoded], progress: Callable[[i
             room = BATCH
         batches[-1].append(row)
         room -= len(row.input_ids)
-    return Reference(batches, [states for states, _ in _read(model, batches, progress)])
+    return ReferenceStates(batches, [states for states, _ in _read(model, batches, progress)])
 
 
 @torch.inference_mode()
-def compare(reference: Reference, model: PreTrainedModel, progress: Callable[[int], None]) -> Drift:
-    """Let a model predict what another one did.
+def compare(reference: ReferenceStates, model: PreTrainedModel, progress: Callable[[int], None]) -> QuantizationDrift:
+    """Compare a model's predictions with those of a reference.
 
     Args:
-        reference: The other one's.
-        model: In evaluation mode, with the other's head.
+        reference: The states of the reference.
+        model: The model, in evaluation mode, with the output layer of the reference.
         progress: Called with the number of rows read.
     """
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
@@ -144,27 +144,27 @@ def compare(reference: Reference, model: PreTrainedModel, progress: Callable[[in
             sums[2] -= after.gather(1, targets[part, None]).sum().item()
             sums[3] += (before.argmax(1) == after.argmax(1)).sum().item()
         tokens += len(targets)
-    return Drift(*(sums / tokens).tolist())
+    return QuantizationDrift(*(sums / tokens).tolist())
 
 
 @torch.inference_mode()
-def weight_errors(model: PreTrainedModel, quantised: PreTrainedModel) -> dict[str, KindError]:
-    """What quantising did to weights, by kind of module; kinds that were left as they are do not stand there.
+def weight_errors(model: PreTrainedModel, quantized: PreTrainedModel) -> dict[str, KindError]:
+    """Measure the errors of the weights by kind of module, without the kinds that are not quantized.
 
     Args:
-        model: As it was.
-        quantised: What was made of it.
+        model: The original model.
+        quantized: The quantized model.
     """
     before = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    found: dict[str, list[tuple[float, float, int, int, int]]] = {}
-    for name, module in quantised.named_modules():
+    by_kind: dict[str, list[tuple[float, float, int, int, int]]] = {}
+    for name, module in quantized.named_modules():
         if name in before and type(module) is not nn.Linear:
             weight = before[name].weight
             change = dequantize_module_weight(module).float() - weight.float()
             squares = (change.double().square().sum().item(), weight.double().square().sum().item())
             sizes = (weight.numel(), weight.nbytes, _stored(module))
-            found.setdefault(kind_of(name), []).append((*squares, *sizes))
-    return {kind: _summed(each) for kind, each in found.items()}
+            by_kind.setdefault(kind_of(name), []).append((*squares, *sizes))
+    return {kind: _summed(each) for kind, each in by_kind.items()}
 
 
 def _read(
@@ -182,7 +182,7 @@ def _log_probs(states: Tensor, head: Tensor) -> Tensor:
 
 
 def _stored(module: nn.Module) -> int:
-    """Bytes of what a quantised layer stores of its weight."""
+    """Return the bytes that a quantized layer stores for its weight."""
     state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, "", False)
     return sum(held.nbytes for name, held in state.items() if name != "bias")

@@ -1,4 +1,4 @@
-"""What quantising a model cost, as JSON and as a page."""
+"""The damage of quantizing a model, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from hymba_tune import __version__
 from hymba_tune.config import Scheme
 from hymba_tune.evaluate.texts import TextCounts
 from hymba_tune.pages import LIGHT, Plot, plot, render
-from hymba_tune.quant.damage import Drift, KindError
+from hymba_tune.quant.damage import KindError, QuantizationDrift
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What quantising a model cost.
+    """The damage of quantizing a model.
 
     Attributes:
-        model: What its user calls it.
-        scheme: How its weights are stored.
-        dtype: What it computes in, and what is not quantised is stored in.
-        kept: Why modules keep their number format, by the ends of their names.
-        kinds: Of the modules that were quantised.
-        drift: Of its predictions.
-        data: Names of the texts it was measured on.
-        texts: What was read of them.
-        weight_bytes: Of the weights in memory, before and after.
-        file_bytes: Of the files that hold them, before (adapters included) and after.
+        model: The name that the user gave.
+        scheme: The quantization scheme of the weights.
+        dtype: The dtype of computation and of the weights that are not quantized.
+        kept: The reasons why modules are not quantized, by the ends of their names.
+        kinds: The errors of the quantized modules, by kind.
+        drift: The drift of the predictions.
+        data: The names of the texts of the measurement.
+        texts: The counts of these texts.
+        weight_bytes: The bytes of the weights in memory, before and after.
+        file_bytes: The bytes of the weight files, before (with adapters) and after.
     """
 
     model: str
@@ -41,14 +41,14 @@ class Damage:
     dtype: str
     kept: dict[str, str]
     kinds: dict[str, KindError]
-    drift: Drift
+    drift: QuantizationDrift
     data: Sequence[str]
     texts: TextCounts
     weight_bytes: tuple[int, int]
     file_bytes: tuple[int, int]
 
     def facts(self) -> dict[str, Any]:
-        """As ``damage.json`` holds it: nats a token, shares, bytes."""
+        """Return the content of ``damage.json``, in nats per token, shares and bytes."""
         drift = self.drift
         return {
             "model": self.model,
@@ -68,12 +68,12 @@ class Damage:
 
     @property
     def sentence(self) -> str:
-        """What matters most."""
+        """The main result in one sentence."""
         return f"Perplexity on {', '.join(self.data)}: {' → '.join(self.drift.perplexities)} ({self.drift.risen})."
 
 
 def damage_page(damage: Damage) -> str:
-    """``damage.html``."""
+    """Render ``damage.html``."""
     return render("hymba_tune.quant", "damage.html.j2", damage=damage, plot=_errors(damage.kinds))
 
 

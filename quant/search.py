@@ -1,9 +1,8 @@
-"""Which kinds of modules are worth leaving as they are: each measured alone, and what is proposed measured whole.
+"""A search for the kinds of modules to leave unquantized: each kind is measured alone, and the proposal as a whole.
 
-A kind's sensitivity is what the perplexity rises by when only that kind is quantised: beside weights that are as they
-were, no other kind's error hides its own. (The other way round, all but one kind quantised, what one kind adds drowns
-in what all the others do.) To first order these rises, as cross-entropies, add up; so their sums say which sets of
-kinds are worth trying, and only a trial of the whole set says whether it holds.
+The sensitivity of a kind is the rise of the perplexity when only that kind is quantized, so that no other kind's error
+hides its own. (With all kinds but one quantized, the errors of the others would.) To first order these rises add up, as
+cross-entropies. Their sums therefore select the sets to try, and only a trial of the whole set decides.
 """
 
 from __future__ import annotations
@@ -18,33 +17,33 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters.presets import kind_of
-from hymba_tune.quant.damage import Drift
+from hymba_tune.quant.damage import QuantizationDrift
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a model does with some kinds of modules quantised.
+    """A measurement with some kinds of modules quantized.
 
     Attributes:
-        kinds: Those that are quantised.
-        drift: Measured.
-        saved: Bytes that this saves.
+        kinds: The kinds that are quantized.
+        drift: The measured drift of the predictions.
+        saved: The bytes that this saves.
     """
 
     kinds: frozenset[str]
-    drift: Drift
+    drift: QuantizationDrift
     saved: int
 
 
 @dataclass(frozen=True)
 class Search:
-    """What was tried, and what came of it.
+    """The trials of a search, and its proposal.
 
     Attributes:
-        alone: Each kind quantised alone, the most sensitive first.
-        whole: Sets of them in the order they were tried, all kinds first.
-        max_rise: By how much the perplexity may rise, as a share.
-        skip: The kinds to leave as they are; None if even a single kind takes too much.
+        alone: The trials of each kind alone, the most sensitive first.
+        whole: The trials of sets of kinds in their order, all kinds first.
+        max_rise: The maximum relative rise of the perplexity.
+        skip: The kinds to leave unquantized; None if every set exceeds the maximum.
     """
 
     alone: list[Trial]
@@ -53,21 +52,21 @@ class Search:
     skip: tuple[str, ...] | None
 
     def left_of(self, trial: Trial) -> tuple[str, ...]:
-        """The kinds that a trial leaves as they are."""
+        """Return the kinds that a trial leaves unquantized."""
         return tuple(sorted(self.whole[0].kinds - trial.kinds))
 
 
-def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], Drift], max_rise: float) -> Search:
-    """Find what to leave as it is, so that the perplexity stays within a limit and the least memory is given up.
+def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], QuantizationDrift], max_rise: float) -> Search:
+    """Find the kinds to leave unquantized, so that the perplexity stays within a limit and most memory is saved.
 
     Args:
-        saved: Bytes that quantising each kind saves.
-        measure: Lets the model predict with these kinds quantised, and no others.
-        max_rise: By how much the perplexity may rise, as a share of what it was.
+        saved: The bytes that quantizing each kind saves.
+        measure: Measures the drift with exactly these kinds quantized.
+        max_rise: The maximum relative rise of the perplexity.
 
     Returns:
-        The first set of kinds that holds, in the order of the memory they give up; sets that would not hold if rises
-        added up, scaled to what all kinds together were measured to rise by, are not tried.
+        The trials, with the first set within the limit in the order of lost savings. Sets are not tried if the sum of
+        their rises, scaled to the measured rise of all kinds together, exceeds the limit.
     """
 
     def attempt(kinds: frozenset[str]) -> Trial:
@@ -96,24 +95,26 @@ def search(saved: Mapping[str, int], measure: Callable[[frozenset[str]], Drift],
 
 
 @contextmanager
-def quantised_only(model: PreTrainedModel, made: PreTrainedModel, kinds: frozenset[str]) -> Iterator[PreTrainedModel]:
-    """A model with only some kinds of its modules quantised; afterwards it is as it was.
+def quantized_only(
+    model: PreTrainedModel, quantized: PreTrainedModel, kinds: frozenset[str]
+) -> Iterator[PreTrainedModel]:
+    """Quantize only some kinds of a model's modules within the context, and restore the model afterwards.
 
-    The modules change places, so that nothing is computed otherwise than in a model that is written so.
+    The quantized modules replace the original ones, so the computation is that of a model saved in this way.
 
     Args:
-        model: Not quantised.
-        made: All of it quantised.
-        kinds: Of modules that `made` gives.
+        model: The model, not quantized.
+        quantized: The same model with all kinds quantized.
+        kinds: The kinds of modules to take from ``quantized``.
     """
     plain = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and kind_of(name) in kinds and type(made.get_submodule(name)) is not nn.Linear
+        if type(module) is nn.Linear and kind_of(name) in kinds and type(quantized.get_submodule(name)) is not nn.Linear
     }
     try:
         for name in plain:
-            model.set_submodule(name, made.get_submodule(name))
+            model.set_submodule(name, quantized.get_submodule(name))
         yield model
     finally:
         for name, module in plain.items():

@@ -1,4 +1,4 @@
-"""Pages as a browser shows them: one headless Chromium for all tests, told what to do through a pipe."""
+"""Rendered pages: one headless Chromium for all tests, controlled through a pipe."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 PHONE, DESK = 375, 1280
-"""Widths of windows, in CSS pixels."""
+"""Window widths in CSS pixels."""
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe"]
-LOOK = """
+FACTS = """
 (() => {
   const past = (inner, outer) => inner.right > outer.right + 1 || inner.left < outer.left - 1
     || inner.bottom > outer.bottom + 1 || inner.top < outer.top - 1;
@@ -46,12 +46,12 @@ LOOK = """
   return {over: over, plots: plots, text: document.body.innerText, width: document.documentElement.scrollWidth};
 })()
 """
-"""Everything asked of a page at once, as JSON."""
+"""JavaScript that collects all facts about a page as one JSON object."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A plot as it is shown: pixels, words that leave the drawing, and pairs of words that lie on each other."""
+class Plot:
+    """A rendered plot: sizes in pixels, labels that are clipped (``clipped``) and pairs that overlap (``meet``)."""
 
     title: str
     alt: str
@@ -64,20 +64,20 @@ class Drawn:
 
 
 @dataclass
-class Seen:
-    """A page as it is shown.
+class Page:
+    """A rendered page.
 
     Attributes:
-        text: What can be read.
+        text: The visible text.
         plots: Every plot.
-        over: Elements that leave the window at its sides.
-        width: Of the whole page, pixels.
-        complaints: Errors, warnings and refusals of the browser.
-        requests: Addresses that the page asked for beside its own.
+        over: Elements that extend beyond the sides of the window.
+        width: Width of the whole page in pixels.
+        complaints: Errors and warnings of the browser.
+        requests: Addresses that the page loads, without its own.
     """
 
     text: str
-    plots: list[Drawn]
+    plots: list[Plot]
     over: list[str]
     width: int
     complaints: list[str] = field(default_factory=list)
@@ -87,37 +87,40 @@ class Seen:
 class Browser:
     """A running Chromium. See `launched`."""
 
-    def __init__(self, said: int, heard: int) -> None:
-        self._out, self._in, self._heard = said, heard, b""
-        self._number, self._session = 0, ""
+    def __init__(self, commands: int, answers: int) -> None:
+        self._commands = commands
+        self._answers = answers
+        self._received = b""
+        self._number = 0
+        self._session = ""
         self._events: list[dict[str, Any]] = []
-        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self._ask(f"{domain}.enable")
+            self._call(f"{domain}.enable")
 
-    def look(self, page: Path, width: int = DESK, *, dark: bool = False, picture: Path | None = None) -> Seen:
-        """Open a page in a window of some width.
+    def look(self, page: Path, width: int = DESK, *, dark: bool = False, picture: Path | None = None) -> Page:
+        """Render a page in a window of some width.
 
         Args:
             page: An HTML file.
-            width: CSS pixels.
-            dark: Whether the reader prefers dark pages.
-            picture: Where to put a screenshot of the whole page, as PNG.
+            width: Width of the window in CSS pixels.
+            dark: Whether to prefer the dark color scheme.
+            picture: Where to save a screenshot of the whole page, as PNG.
         """
         self._events.clear()
-        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._ask("Emulation.setEmulatedMedia", features=[scheme])
-        self._ask("Page.navigate", url=page.resolve().as_uri())
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        self._call("Page.navigate", url=page.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._receive()
-        found = self._ask("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"]["value"]
-        found["plots"] = [Drawn(**plot) for plot in found["plots"]]
+        facts = self._call("Runtime.evaluate", expression=FACTS, returnByValue=True)["result"]["value"]
+        facts["plots"] = [Plot(**plot) for plot in facts["plots"]]
         if picture is not None:
-            shot = self._ask("Page.captureScreenshot", captureBeyondViewport=True)
+            shot = self._call("Page.captureScreenshot", captureBeyondViewport=True)
             picture.write_bytes(base64.b64decode(shot["data"]))
-        return Seen(**found, complaints=self._complaints(), requests=self._requests(page.resolve().as_uri()))
+        return Page(**facts, complaints=self._complaints(), requests=self._requests(page.resolve().as_uri()))
 
     def _complaints(self) -> list[str]:
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
@@ -127,12 +130,12 @@ class Browser:
         sent = [event["params"] for event in self._events if event["method"] == "Network.requestWillBeSent"]
         return [url for params in sent if (url := params["request"]["url"]) != own and not url.startswith("data:")]
 
-    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
@@ -140,12 +143,12 @@ class Browser:
                 return dict(answer["result"])
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; those that nobody asked for are kept."""
-        while b"\0" not in self._heard:
-            more = os.read(self._in, 2**16)
+        """Read the next message; events are collected."""
+        while b"\0" not in self._received:
+            more = os.read(self._answers, 2**16)
             assert more, "the browser has ended"
-            self._heard += more
-        message, _, self._heard = self._heard.partition(b"\0")
+            self._received += more
+        message, _, self._received = self._received.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)
         if "method" in answer:
             self._events.append(answer)
@@ -153,32 +156,33 @@ class Browser:
 
 
 def find() -> str | None:
-    """The browser of this machine."""
+    """The program of an installed browser, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @contextmanager
 def launched(program: str, profile: Path) -> Iterator[Browser]:
-    """Chromium with an empty profile, ended afterwards."""
-    # It reads what it is told at descriptor 3 and answers at 4; the shell puts them there.
-    (read, said), (heard, write) = _pipe(), _pipe()
-    words = ["bash", "-c", f'exec "$@" 3<&{read} 4>&{write}', "bash", program, *QUIET, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(words, pass_fds=(read, write), stderr=subprocess.DEVNULL)
+    """Run Chromium with an empty profile, and end it afterwards."""
+    # Chromium reads commands from descriptor 3 and writes answers to 4; the shell assigns these numbers.
+    read, commands = _pipe()
+    answers, write = _pipe()
+    arguments = ["bash", "-c", f'exec "$@" 3<&{read} 4>&{write}', "bash", program, *QUIET, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(arguments, pass_fds=(read, write), stderr=subprocess.DEVNULL)
     os.close(read)
     os.close(write)
     try:
-        yield Browser(said, heard)
+        yield Browser(commands, answers)
     finally:
         process.terminate()
         process.wait()
-        os.close(said)
-        os.close(heard)
+        os.close(commands)
+        os.close(answers)
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends lie out of the way of the first descriptors."""
+    """A pipe whose ends have descriptors of at least 10, so that 3 and 4 stay free."""
     ends = os.pipe()
-    far = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:
         os.close(end)
-    return far[0], far[1]
+    return high[0], high[1]

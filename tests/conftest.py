@@ -56,7 +56,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model like `small_model`, wide enough to be quantised to 4 bits. To be left as it is."""
+    """Folder of a model like `small_model`, wide enough to be quantized to 4 bits. To be left as it is."""
     from tests.runs import WIDE, save_model
 
     return save_model(tmp_path_factory.mktemp("models") / "wide", **WIDE)

@@ -17,7 +17,7 @@ ANIMALS, NUMBERS = ("cat", "dog", "bird", "fish", "horse"), ("one", "two", "thre
 
 
 def pairs(count: int = 24) -> list[dict[str, Any]]:
-    """Pairs of different lengths whose better answers can be told after a few steps."""
+    """Pairs of different lengths whose better answers a model learns to prefer in a few steps."""
     rows = []
     for i in range(count):
         number, animal, other = NUMBERS[i % 4], ANIMALS[i % 5], ANIMALS[(i + 1) % 5]
@@ -47,19 +47,20 @@ def save_judged(path: Path, count: int = 24) -> Path:
 USUAL: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4, "steps": 2, "log_every": 1}
 
 
+RUNS: dict[type, Any] = {DPOConfig: run_dpo, KTOConfig: run_kto}
+
+
 def run_short(config: DPOConfig | KTOConfig, screen: Screen | None = None) -> Run:
     """A run with short sample answers."""
     with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS):
-        if isinstance(config, DPOConfig):
-            return run_dpo(config, screen or Screen())
-        return run_kto(config, screen or Screen())
+        return RUNS[type(config)](config, screen or Screen())
 
 
 def dpo(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
-    """Two steps of DPO, unless told otherwise."""
+    """Two steps of DPO by default."""
     return run_short(DPOConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)
 
 
 def kto(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
-    """Two steps of KTO, unless told otherwise."""
+    """Two steps of KTO by default."""
     return run_short(KTOConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)

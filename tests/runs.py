@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 4095,
 }
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
-"""Changes to it with which every linear layer that is to be quantised to 4 bits can be."""
+"""Changes to it with which every linear layer that is to be quantized to 4 bits can be."""
 ANSWER_TOKENS = 6
 """Tokens that sample answers may have: writing them takes longest of all."""
 

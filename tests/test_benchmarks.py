@@ -1,4 +1,4 @@
-"""Benchmarks run, and write what they say they measure. No number of theirs is asserted."""
+"""Benchmarks run and write their tables; no measured number is asserted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COLUMNS = {
     },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
     "alignment": {
-        "alignment": {"what", "MB/s", "x tokenising", *TIMES},
+        "alignment": {"what", "MB/s", "x tokenizing", *TIMES},
         "projection_tables": {"student tokens", "teacher tokens", "build s", "peak MB", "disk MB", "open s"},
         "projection": {"what", "us a token", "x softmax", *TIMES},
     },
@@ -66,16 +66,16 @@ COLUMNS = {
             *("same likeliest %", "tokens", "MB before", "MB after"),
         },
         "quantize_weights": {"scheme", "kind", "modules", "error %", "MB before", "MB after"},
-        "quantize_search": {"scheme", "quantised", "rise %", "KL mnat", "MB saved"},
+        "quantize_search": {"scheme", "quantized", "rise %", "KL mnat", "MB saved"},
     },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
-"""By benchmark, the tables it writes and their columns."""
+"""The tables of each benchmark and their columns."""
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a benchmark or what they share, as running one does."""
+    """Imports a benchmark or a module that they share, as running one does."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     verbosity = transformers.logging.get_verbosity()
     yield importlib.import_module
@@ -95,13 +95,13 @@ def test_benchmark_writes_its_tables(name: str, benchmark: Any, tmp_path: Path) 
         assert all(value is not None for row in result["rows"] for value in row.values())
 
 
-def test_quick_run_leaves_results_alone(benchmark: Any) -> None:
+def test_quick_runs_write_no_results_by_default(benchmark: Any) -> None:
     harness: ModuleType = benchmark("harness")
     assert harness.options("", ["--quick"], repeats=5).out is None
     assert harness.options("", [], repeats=5).out == ROOT / "benchmarks" / "results"
 
 
-def test_ways_are_timed_in_turn(benchmark: Any) -> None:
+def test_variants_are_timed_in_turn(benchmark: Any) -> None:
     calls: list[str] = []
     timings = benchmark("harness").interleave({name: lambda name=name: calls.append(name) for name in "AB"}, repeats=2)
     assert "".join(calls) == "AABB" * 3  # the first round warms up; short calls are made twice
@@ -110,11 +110,11 @@ def test_ways_are_timed_in_turn(benchmark: Any) -> None:
 
 def test_ratio_is_the_median_of_the_rounds(benchmark: Any) -> None:
     timing = benchmark("harness").Timing
-    # The machine was ten times slower in the last round: the ratio does not notice.
+    # The machine was ten times slower in the last round, which does not change the ratio.
     assert timing((2.0, 2.0, 20.0)).over(timing((1.0, 1.0, 10.0))) == 2.0
 
 
-def test_peak_memory_is_seen_after_it_is_given_back(benchmark: Any) -> None:
+def test_peak_memory_includes_memory_that_was_freed(benchmark: Any) -> None:
     harness = benchmark("harness")
     peak = harness.in_child(harness.peak_memory, _hold_32_megabytes, torch.device("cpu"))
     assert peak is None or 32e6 < peak < 40e6
@@ -139,7 +139,7 @@ def test_meta_tokens_in_rows_are_the_same_function(benchmark: Any) -> None:
     FLOAT64.check(others.grad, own.grad, "gradient of the embeddings")
 
 
-def test_meta_tokens_in_rows_needs_some(benchmark: Any) -> None:
+def test_meta_tokens_in_rows_need_a_model_with_meta_tokens(benchmark: Any) -> None:
     models = benchmark("models")
     without = models.hymba(torch.device("cpu"), torch.float32, **models.TOY | {"num_memory_tokens": 0})
     with pytest.raises(ValueError, match="has no meta tokens"):
@@ -160,34 +160,35 @@ def test_dense_mask_is_the_same_attention(benchmark: Any) -> None:
         FLOAT64.check(dense, attention.ATTENTION.backends["blocks"].run(*inputs, documents, window))
 
 
-def test_lengths_are_those_of_a_distribution(benchmark: Any) -> None:
+def test_lengths_are_quantiles_of_gsm8k(benchmark: Any) -> None:
     lengths = benchmark("packing").quantiles(16)
     assert lengths == sorted(lengths)
     assert 150 < sum(lengths) / 16 < 250  # GSM8K's mean is 198
 
 
-def test_fewer_pieces_of_a_target_keep_its_mass(benchmark: Any) -> None:
-    lessons = benchmark("distill_lessons")
+def test_fewer_tokens_of_a_target_keep_its_mass(benchmark: Any) -> None:
+    losses = benchmark("distill_losses")
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.7, 0.2, 0.0, 0.1]], dtype=torch.float64)
-    top = lessons.SparseTarget(torch.tensor([[5, 2, 9], [1, 8, 0]]), probs[:, :3].log(), probs[:, 3].log())
+    top = losses.SparseTarget(torch.tensor([[5, 2, 9], [1, 8, 0]]), probs[:, :3].log(), probs[:, 3].log())
     spans = torch.tensor([[0, 2]]), torch.tensor([-1.0])
-    fewer = lessons.fewer(lessons.Targets(torch.tensor([0, 1]), top, *spans), 1)
-    assert fewer.top.pieces.tolist() == [[5], [1]]
+    fewer = losses.fewer(losses.Targets(torch.tensor([0, 1]), top, *spans), 1)
+    assert fewer.top.student_tokens.tolist() == [[5], [1]]
     FLOAT64.check(fewer.top.log_probs.exp(), probs[:, :1])
-    FLOAT64.check(fewer.top.bucket.exp(), torch.tensor([0.6, 0.3], dtype=torch.float64))
+    FLOAT64.check(fewer.top.rest_mass.exp(), torch.tensor([0.6, 0.3], dtype=torch.float64))
 
 
-def test_lessons_laid_end_to_end_name_the_tokens_that_predict(benchmark: Any) -> None:
-    lessons, students = benchmark("distill_lessons"), benchmark("distill_students")
+def test_joined_rows_have_targets_at_the_positions_that_predict_them(benchmark: Any) -> None:
+    losses = benchmark("distill_losses")
+    students = benchmark("distill_students")
     rows = []
     for ids in ([7, 3, 5], [7, 2, 4, 6]):
         last = torch.tensor([len(ids) - 1])
-        top = lessons.SparseTarget(torch.tensor([[ids[-1]]]), torch.zeros(1, 1), torch.full((1,), -torch.inf))
-        targets = lessons.Targets(last, top, torch.stack([last, last + 1], 1), torch.zeros(1))
+        top = losses.SparseTarget(torch.tensor([[ids[-1]]]), torch.zeros(1, 1), torch.full((1,), -torch.inf))
+        targets = losses.Targets(last, top, torch.stack([last, last + 1], 1), torch.zeros(1))
         labels = torch.tensor([-100, *ids[1:]])
-        rows.append(lessons.Lesson(torch.tensor(ids), labels, targets, last, torch.zeros(1, 2)))
-    batch = students.lay_out(rows, 1)
-    assert batch.labels[batch.targets.at].tolist() == batch.targets.top.pieces.flatten().tolist() == [5, 6]
+        rows.append(losses.StudentRow(torch.tensor(ids), labels, targets, last, torch.zeros(1, 2)))
+    batch = students.join_rows(rows, 1)
+    assert batch.labels[batch.targets.at].tolist() == batch.targets.top.student_tokens.flatten().tolist() == [5, 6]
     assert batch.targets.spans.tolist() == [[1, 2], [5, 6]]
     assert batch.begins.tolist() == [1, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]

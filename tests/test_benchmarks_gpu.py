@@ -1,4 +1,4 @@
-"""The GPU benchmark, at toy sizes on a CPU: it must not rot where no GPU runs it."""
+"""The GPU benchmark at toy sizes on a CPU, so that it keeps working without a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ import runpy, sys
 from importlib.machinery import PathFinder
 
 class Bare(PathFinder):
-    '''Finds what a machine has on which only the model's libraries are installed.'''
+    '''Finds only the libraries that the model needs.'''
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -46,7 +46,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script; its folder is where its modules find each other."""
+    """The script; its folder is on the import path for its modules."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
 
@@ -55,14 +55,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bench(gpu: ModuleType, tmp_path: Path) -> Any:
-    """A quick run on the CPU with a minute to go."""
+    """A quick run on the CPU with a time limit of a minute."""
     options = gpu.Options(True, 1, torch.device("cpu"), (torch.float32,), tmp_path)
     return gpu.Bench(options, time.monotonic() + 60)
 
 
 @pytest.fixture
 def backend() -> Iterator[None]:
-    """Backends added by a test go with it."""
+    """Removes backends that a test adds."""
     before = {name: dict(operation.backends) for name, operation in OPERATIONS.items()}
     yield
     for name, backends in before.items():
@@ -77,7 +77,7 @@ def written(folder: Path, name: str) -> dict[str, Any]:
 
 def test_every_section_runs_where_only_the_models_libraries_are_installed(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu.py"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_KIT, str(script), "--quick", "--out", str(tmp_path)],
         cwd=tmp_path,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
@@ -85,7 +85,7 @@ def test_every_section_runs_where_only_the_models_libraries_are_installed(tmp_pa
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     results = {name: written(tmp_path, name) for name in SECTIONS}
     assert not [note for result in results.values() for note in result["notes"] if "failed" in note]
     assert {row["verdict"] for row in results["parity"]["rows"]} == {"right"}
@@ -104,23 +104,25 @@ def test_without_a_gpu_only_toy_sizes_are_measured(gpu: ModuleType, capsys: pyte
 def test_a_section_that_fails_does_not_stop_the_next(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran = []
+    calls: list[Any] = []
 
     def fail(bench: Any) -> None:
         with bench.table("scan", ("what",), []) as rows:
             rows.append({"what": "a row"})
             raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu, "SECTIONS", {"scan": fail, "step": ran.append})
+    monkeypatch.setattr(gpu, "SECTIONS", {"scan": fail, "step": calls.append})
     assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert len(ran) == 1
+    assert len(calls) == 1
     assert "failed: scan: RuntimeError: no such kernel" in capsys.readouterr().out
     result = written(tmp_path, "scan")
     assert result["rows"] == [{"what": "a row"}]
     assert result["notes"] == ["cut short: RuntimeError: no such kernel"]
 
 
-def test_a_device_that_is_lost_is_there_for_the_next_process(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_device_fault_the_remaining_sections_run_in_a_new_process(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fault(_: Any) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -135,25 +137,25 @@ def test_a_device_that_is_lost_is_there_for_the_next_process(gpu: ModuleType, mo
     assert (again.only, again.quick, again.kernels) == (["step", "decode"], True, ["scan=auto"])
 
 
-def test_nothing_new_is_begun_when_the_time_is_over(
+def test_nothing_new_is_started_after_the_time_limit(
     gpu: ModuleType, bench: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.deadline = time.monotonic() - 1
-    with pytest.raises(gpu.OutOfTimeError, match="minutes given"):
+    with pytest.raises(gpu.OutOfTimeError, match="time limit"):
         bench.attempt("anything", lambda: None)
     gpu.run(bench, "scan")
     assert "scan was cut short" in capsys.readouterr().out
     assert not bench.failures
 
 
-def test_a_way_that_fails_leaves_the_others_measured(bench: Any) -> None:
-    found = bench.measure("a sum", {"works": lambda: None, "fails": lambda: torch.ones(2) + torch.ones(3)})
-    assert found["works"].timing.median > 0
-    assert "RuntimeError" in found["fails"]
-    assert bench.failures == [f"a sum, fails: {found['fails']}"]
+def test_a_failing_variant_does_not_stop_the_others(bench: Any) -> None:
+    measured = bench.measure("a sum", {"works": lambda: None, "fails": lambda: torch.ones(2) + torch.ones(3)})
+    assert measured["works"].timing.median > 0
+    assert "RuntimeError" in measured["fails"]
+    assert bench.failures == [f"a sum, fails: {measured['fails']}"]
 
 
-def test_out_of_memory_is_a_result_and_no_failure(bench: Any) -> None:
+def test_out_of_memory_is_a_result_and_not_a_failure(bench: Any) -> None:
     def fill() -> None:
         raise torch.OutOfMemoryError("tried to allocate more than there is")
 
@@ -167,7 +169,7 @@ def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     second = 1_000_000_000
     summed = gpu_measure.sum_kernels([("a", second), ("b", 4 * second), ("a", second // 2)])
     assert summed == {"a": (1.5, 2), "b": (4.0, 1)}
-    # What the profiler records has what is asked of it; on a CPU there is nothing but the host's work.
+    # The profiler's events have the attributes that are read; on a CPU it records only the host's work.
     monkeypatch.setattr(gpu_measure, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
     device = SimpleNamespace(type="cuda")
     assert gpu_measure.kernels(lambda: torch.ones(2) + 1, device) == {}
@@ -177,7 +179,7 @@ def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < seconds < 1
 
 
-def test_limits_that_cannot_be_measured_are_said(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_that_cannot_be_measured_are_an_error(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu_measure import Failure, measure_limits
 
     monkeypatch.setattr(bench, "measure", lambda _, ways: dict.fromkeys(ways, Failure("the card is on fire")))
@@ -191,9 +193,9 @@ def test_parity_finds_a_wrong_backend(bench: Any, wrong: str) -> None:
     from gpu_parity import compare, convolution_cases
 
     operation = OPERATIONS["conv"]
-    right = operation.backends["torch"].run
+    correct = operation.backends["torch"].run
     weigh = {"outputs": lambda y: y * 1.001, "gradients": lambda y: y.detach() + (y - y.detach()) * 1.001}[wrong]
-    operation.backends["wrong"] = Backend("wrong", lambda *inputs: weigh(right(*inputs)))
+    operation.backends["wrong"] = Backend("wrong", lambda *inputs: weigh(correct(*inputs)))
     notes: list[str] = []
     cases = list(convolution_cases(bench, torch.float32))
     verdicts = {row["backend"]: row["verdict"] for row in compare(bench, operation, torch.float32, cases, notes)}
@@ -203,7 +205,7 @@ def test_parity_finds_a_wrong_backend(bench: Any, wrong: str) -> None:
     assert failure in notes
 
 
-def test_parity_within_the_model_leaves_the_choice_of_kernels_as_it_was(bench: Any) -> None:
+def test_parity_within_the_model_restores_the_choice_of_kernels(bench: Any) -> None:
     from gpu_parity import compare_models
 
     before = use_kernels(conv="torch")
@@ -215,26 +217,26 @@ def test_parity_within_the_model_leaves_the_choice_of_kernels_as_it_was(bench: A
     assert {row["verdict"] for row in rows} == {"right"}
 
 
-def test_not_a_number_is_infinitely_wrong() -> None:
+def test_the_error_of_nan_is_infinite() -> None:
     from gpu_parity import relative_error
 
     assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
     assert relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1
 
 
-def test_attention_work_counts_each_pair_that_is_seen() -> None:
+def test_attention_flops_count_each_visible_pair() -> None:
     from gpu_kernels import FORWARD, Heads, attention_flops
 
     heads = Heads(queries=3, groups=1, meta=4)
     for tokens, window in ((9, 5), (9, None), (3, 5), (6, 5)):
         rows = torch.arange(tokens)
-        ago = rows[:, None] - rows
-        seen = (ago >= 0) & (ago <= (tokens if window is None else window))
-        pairs = int(seen.sum()) + 4 * tokens + 4 * 5 // 2
+        distance = rows[:, None] - rows
+        visible = (distance >= 0) & (distance <= (tokens if window is None else window))
+        pairs = int(visible.sum()) + 4 * tokens + 4 * 5 // 2
         assert attention_flops(heads, tokens, window, FORWARD) == 3 * pairs * 2 * (64 + 128)
 
 
-def test_errors_are_told_in_a_line_that_no_table_takes_for_markup() -> None:
+def test_error_reasons_have_one_line_without_markup() -> None:
     from gpu_measure import reason
 
     assert reason(ValueError("[/bold] shape\n in the kernel")) == "ValueError: (/bold) shape"
@@ -253,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(bench: Any) -> None:
     assert bench.failures == ["bf16, 48, no: the loss is nan"]
 
 
-def test_a_floor_is_the_longest_of_what_cannot_be_avoided() -> None:
+def test_the_floor_is_the_longest_of_the_three_times() -> None:
     from gpu_kernels import Floor
     from gpu_measure import Limits
 
@@ -263,7 +265,7 @@ def test_a_floor_is_the_longest_of_what_cannot_be_avoided() -> None:
 
 
 @torch.no_grad()
-def test_llamas_roomy_cache_generates_what_its_own_does() -> None:
+def test_llamas_preallocated_cache_gives_the_same_logits() -> None:
     from gpu_decode import STEPS, Generation, copying_cache, roomy_cache
     from gpu_models import llama
 
@@ -289,5 +291,5 @@ def test_the_released_shape_is_measured() -> None:
         model = HymbaForCausalLM(HymbaConfig(**RELEASED))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == 1_522_797_824
-    # Of its parameters all but meta tokens, norms, convolutions, biases and decays are in linear layers.
+    # All parameters except meta tokens, norms, convolutions, biases and decays are in linear layers.
     assert 0.99 < matmul_weights(model) / parameters < 1

@@ -150,5 +150,5 @@ def test_merging_takes_less_than_one_and_a_third_of_the_model(full_size: Path, t
     found = json.loads(said)
     assert found["size"] > 3e9
     assert found["share"] < 1.3, found
-    assert found["divergence"]["dequantised"] < found["divergence"]["original"]
+    assert found["divergence"]["dequantized"] < found["divergence"]["original"]
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 2

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
 from transformers.dynamic_module_utils import get_imports
 
 import hymba_tune
@@ -19,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["setuptools"]["package-dir"]}
 
 FLOORS = [
-    {"errors"},
+    {"errors", "formatting"},
     {"config", "files", "memory", "pages", "ranks"},
     {"registry"},
     {"model", "schemes"},
@@ -82,37 +81,57 @@ def rooms_imported(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
-    room = room_of(module)
-    assert not room or room in FLOOR, f"{room} stands on no floor: give it one in FLOORS"
-    for imported in rooms_imported(MODULES[module]) - {room}:
-        assert room, f"{module} imports {imported}; the package itself imports nothing"
-        assert FLOOR[imported] < FLOOR[room], f"{module} imports {imported}, which is not below {room}"
-        assert (room, imported) not in STRANGERS, f"{module} imports {imported}, of which {room} knows nothing"
+def test_imports_point_down() -> None:
+    for module, path in MODULES.items():
+        room = room_of(module)
+        assert not room or room in FLOOR, f"{room} has no floor: give it one in FLOORS"
+        for imported in rooms_imported(path) - {room}:
+            assert room, f"{module} imports {imported}; the package itself imports nothing"
+            assert FLOOR[imported] < FLOOR[room], f"{module} imports {imported}, which is not below {room}"
+            assert (room, imported) not in STRANGERS, f"{module} imports {imported}, which {room} must not know"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_only_the_model_imports_relatively(module: str) -> None:
-    for level, name in imports(MODULES[module]):
-        if room_of(module) == "model":
-            assert level <= 1, f"{module} imports {name} from above its folder"
-            libraries = MODEL_LIBRARIES | KERNEL_LIBRARIES | sys.stdlib_module_names
-            assert level or name.split(".")[0] in libraries, f"{module} imports {name}; the folder must stand alone"
-        else:
-            assert not level, f"{module} imports {name} relatively"
+def test_only_the_model_imports_relatively() -> None:
+    libraries = MODEL_LIBRARIES | KERNEL_LIBRARIES | sys.stdlib_module_names
+    for module, path in MODULES.items():
+        for level, name in imports(path):
+            if room_of(module) == "model":
+                assert level <= 1, f"{module} imports {name} from above its folder"
+                assert level or name.split(".")[0] in libraries, f"{module} imports {name}; the folder must stand alone"
+            else:
+                assert not level, f"{module} imports {name} relatively"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "model"])
-def test_transformers_finds_no_need_of_kernel_libraries(module: str) -> None:
+def test_transformers_finds_no_need_of_kernel_libraries() -> None:
     """It refuses to run code beside weights whose imports are not installed, unless they are tried."""
-    assert not set(get_imports(MODULES[module])) & KERNEL_LIBRARIES
+    for module, path in MODULES.items():
+        if room_of(module) == "model":
+            assert not set(get_imports(path)) & KERNEL_LIBRARIES, module
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_mapped_folders_are_imported_under_the_package_only(module: str) -> None:
+def test_mapped_folders_are_imported_under_the_package_only() -> None:
     folders = set(PACKAGE_DIRS.values()) - {"hymba_tune"}
-    assert not [name for level, name in imports(MODULES[module]) if not level and name.split(".")[0] in folders]
+    for module, path in MODULES.items():
+        wrong = [name for level, name in imports(path) if not level and name.split(".")[0] in folders]
+        assert not wrong, f"{module} imports {wrong}"
+
+
+def test_a_public_class_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
+def test_no_test_module_imports_another() -> None:
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        names = [name.split(".") for _, name in imports(path)]
+        wrong = [
+            ".".join(parts) for parts in names if parts[0] == "tests" and any(p.startswith("test_") for p in parts)
+        ]
+        assert not wrong, f"{path} imports {wrong}"
 
 
 def test_declared_packages_are_the_folders() -> None:

@@ -30,24 +30,24 @@ def opened(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, ski
     return load_weights(source, dtype=dtype, device=CPU, quantization=config)
 
 
-def kinds_quantised(model: nn.Module) -> set[str]:
+def kinds_quantized(model: nn.Module) -> set[str]:
     found = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     return {name.rsplit(".", 1)[1] for name in found}
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[Scheme, Path]:
-    """Folders of the model, quantised and saved by transformers alone."""
-    folder = tmp_path_factory.mktemp("quantised")
+    """Folders of the model, quantized and saved by transformers alone."""
+    folder = tmp_path_factory.mktemp("quantized")
     for scheme in Scheme:
         opened(wide_model, scheme).save_pretrained(folder / scheme)
     return {scheme: folder / scheme for scheme in Scheme}
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_what_is_kept_has_its_format_and_the_rest_is_quantised(scheme: Scheme, wide_model: Path) -> None:
+def test_what_is_kept_has_its_format_and_the_rest_is_quantized(scheme: Scheme, wide_model: Path) -> None:
     model = opened(wide_model, scheme, torch.bfloat16)
-    assert kinds_quantised(model) == LAYERS
+    assert kinds_quantized(model) == LAYERS
     for name, parameter in model.named_parameters():
         kept = any(name.rsplit(".", 1)[0].endswith(end) or name.endswith(end) for end in KEPT)
         assert (parameter.dtype is torch.bfloat16) == (kept or name.endswith(".bias")), name
@@ -59,7 +59,7 @@ def test_a_skip_list_adds_to_what_is_kept_anyway(wide_model: Path) -> None:
     asked = quantization(config, Scheme.nf4, torch.float32, ["down_proj", "layers.1.mamba.in_proj"])
     assert {"lm_head", "model.embed_tokens", *KEPT, "down_proj"} <= set(asked.llm_int8_skip_modules)
     model = opened(wide_model, Scheme.nf4, skip=("down_proj", "layers.1.mamba.in_proj"))
-    assert kinds_quantised(model) == LAYERS - {"down_proj"}
+    assert kinds_quantized(model) == LAYERS - {"down_proj"}
     assert type(model.model.layers[1].mamba.in_proj) is nn.Linear
     with pytest.raises(ConfigError, match=r"--skip dwn_proj: no linear layer(.|\n)*down_proj, gate_proj, in_proj"):
         quantization(config, Scheme.nf4, torch.float32, ["dwn_proj"])
@@ -102,11 +102,11 @@ def test_broken_checkpoints_are_refused(scheme: Scheme, stored: dict[Scheme, Pat
         check_weights(folder, load_config(ModelSource("model", folder)))
 
 
-def test_other_quantisers_are_refused(wide_model: Path, tmp_path: Path) -> None:
+def test_other_quantizers_are_refused(wide_model: Path, tmp_path: Path) -> None:
     settings = json.loads((wide_model / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"The model is quantised by gptq(.|\n)*bitsandbytes"):
+    with pytest.raises(CheckpointError, match=r"The model is quantized by gptq(.|\n)*bitsandbytes"):
         load_config(ModelSource("model", tmp_path))
 
 
@@ -141,21 +141,21 @@ def test_an_evaluation_changes_no_gradient_that_follows(scheme: Scheme, wide_mod
         assert gradient.isfinite().all()
 
 
-def test_gradients_are_those_of_the_dequantised_weights(wide_model: Path) -> None:
+def test_gradients_are_those_of_the_dequantized_weights(wide_model: Path) -> None:
     texts = torch.stack(random_texts([24, 24], SMALL["vocab_size"]))
     for scheme in Scheme:
-        quantised = adapted(opened(wide_model, scheme))
+        quantized = adapted(opened(wide_model, scheme))
         plain = adapted(opened(wide_model, scheme).dequantize(torch.float32))
         expected = gradients(plain, texts)
-        for name, gradient in gradients(quantised, texts).items():
+        for name, gradient in gradients(quantized, texts).items():
             assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), (scheme, name)
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_an_adapter_on_a_quantised_checkpoint_is_folded_into_what_it_was_trained_on(
+def test_an_adapter_on_a_quantized_checkpoint_is_folded_into_what_it_was_trained_on(
     scheme: Scheme, stored: dict[Scheme, Path], tmp_path: Path
 ) -> None:
-    """Not quantised again, which would round most of the adapter away."""
+    """Not quantized again, which would round most of the adapter away."""
     base = load_weights(ModelSource("model", stored[scheme]), dtype=torch.float32, device=CPU)
     adapted = add_adapter(base, config_for(base), ["all"]).eval()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_an_adapter_on_a_quantised_checkpoint_is_folded_into_what_it_was_trained
     source = ModelSource("adapter", tmp_path, adapter=tmp_path, base=str(stored[scheme]))
     merged = open_model(source, dtype=torch.float32, device=CPU)
     assert stored_quantization(merged.config) is None
-    assert not kinds_quantised(merged)
+    assert not kinds_quantized(merged)
     ids = torch.arange(3, 40)[None]
     adapted.train()  # int8 rounds activations in evaluation, and has no dropout to switch on
     ours, meant = merged(input_ids=ids).logits, adapted(input_ids=ids).logits

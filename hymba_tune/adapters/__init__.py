@@ -2,14 +2,14 @@
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.folding import (
-    QuantisedBase,
+    QuantizedBase,
     base_of,
     check_onto,
     folded_weights,
     folders_of,
     folding_note,
     plain_config,
-    quantised_base,
+    quantized_base,
     tokenizer_folder,
     tokenizer_of,
     weights_of,
@@ -24,7 +24,7 @@ from hymba_tune.adapters.weights import Weights, finite_tensor, released_name
 __all__ = [
     "PRESETS",
     "AdapterWatch",
-    "QuantisedBase",
+    "QuantizedBase",
     "Update",
     "Weights",
     "adapter_updates",
@@ -42,7 +42,7 @@ __all__ = [
     "lora_config",
     "open_model",
     "plain_config",
-    "quantised_base",
+    "quantized_base",
     "released_name",
     "restrict_rows",
     "short_count",

@@ -76,12 +76,12 @@ def folders_of(source: ModelSource) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class QuantisedBase:
+class QuantizedBase:
     """Weights in fewer bits on which an adapter was trained.
 
     Attributes:
         quantization: How they were stored.
-        dtype: What was computed in, and what they were before they were quantised.
+        dtype: What was computed in, and what they were before they were quantized.
         only: Whether the files of the base hold them so: there are no others.
     """
 
@@ -95,10 +95,10 @@ class QuantisedBase:
         return scheme_of(self.quantization)
 
 
-def quantised_base(source: ModelSource) -> QuantisedBase | None:
+def quantized_base(source: ModelSource) -> QuantizedBase | None:
     """How the weights below an adapter were stored while it was trained; None if in full, or if nothing says.
 
-    An adapter without its run's directory says nothing: only a base that is stored quantised is known then.
+    An adapter without its run's directory says nothing: only a base that is stored quantized is known then.
 
     Raises:
         CheckpointError: If the run's record cannot be understood, or the adapter's initialization changes weights that
@@ -115,9 +115,9 @@ def quantised_base(source: ModelSource) -> QuantisedBase | None:
         raise CheckpointError(f"The run.json of {source.name} cannot be understood: {error}") from error
     found = None
     if below.adapter is None and (stored := stored_quantization(config)) is not None:
-        found = QuantisedBase(stored, dtype, only=True)
+        found = QuantizedBase(stored, dtype, only=True)
     elif scheme:
-        found = QuantisedBase(quantization(config, scheme, dtype), dtype, only=False)
+        found = QuantizedBase(quantization(config, scheme, dtype), dtype, only=False)
     if found and changes_base(adapter := read_config(source.adapter)):
         raise CheckpointError(
             f"{source.adapter}: its init_lora_weights, {adapter.init_lora_weights}, changes the weights of its base "
@@ -133,11 +133,11 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
     Raises:
         ConfigError: If its base has none.
     """
-    base = quantised_base(source)
-    if base is None and onto is Onto.dequantised:
+    base = quantized_base(source)
+    if base is None and onto is Onto.dequantized:
         raise ConfigError(
-            f"--onto dequantised: nothing says that {source.name} was trained on quantised weights.",
-            expected="a run that was trained with --quantize, or on a quantised model",
+            f"--onto dequantized: nothing says that {source.name} was trained on quantized weights.",
+            expected="a run that was trained with --quantize, or on a quantized model",
             fix="leave it out; an adapter's folder is to be named by its run's directory",
         )
     if base is not None and base.only and onto is Onto.original:
@@ -148,28 +148,28 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
 
 
 def folding_note(source: ModelSource) -> str | None:
-    """One line for whoever opens an adapter that was trained on quantised weights; None for all others.
+    """One line for whoever opens an adapter that was trained on quantized weights; None for all others.
 
     Raises:
-        HymbaTuneError: As `quantised_base`.
+        HymbaTuneError: As `quantized_base`.
     """
     while source.adapter is not None:
-        if (base := quantised_base(source)) is not None:
-            return f"{source.name}: folded into the weights it was trained on, {base.scheme} dequantised"
+        if (base := quantized_base(source)) is not None:
+            return f"{source.name}: folded into the weights it was trained on, {base.scheme} dequantized"
         source = base_of(source)
     return None
 
 
-def folded_weights(source: ModelSource, onto: Onto = Onto.dequantised, *, device: torch.device = CPU) -> Weights:
+def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device: torch.device = CPU) -> Weights:
     """A model's tensors, with its adapters folded in; each is made when it is asked for.
 
     Weights and adapters of the Hub are downloaded first.
 
     Args:
         source: Of `resolve_model`.
-        onto: Which weights an adapter that was trained on quantised ones is folded into; those below it always into
+        onto: Which weights an adapter that was trained on quantized ones is folded into; those below it always into
             the ones that they were trained on.
-        device: Where weights are quantised to be dequantised again; all tensors are on the CPU.
+        device: Where weights are quantized to be dequantized again; all tensors are on the CPU.
 
     Raises:
         CheckpointError: If weights or adapter cannot be used; see `check_weights` and `load_adapter`.
@@ -180,15 +180,15 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantised, *, device
         config = load_config(source)
         check_weights(source.folder, config)
         return StoredWeights(source.folder, config)
-    below, base, config = folded_weights(base_of(source), device=device), quantised_base(source), plain_config(source)
-    if base is not None and not base.only and onto is Onto.dequantised:
+    below, base, config = folded_weights(base_of(source), device=device), quantized_base(source), plain_config(source)
+    if base is not None and not base.only and onto is Onto.dequantized:
         layers = stored_bytes(config, base.quantization).keys()
         below = RoundedWeights(below, base.quantization, layers, dtype=base.dtype, device=device)
     return FoldedWeights(below, config, source.adapter)
 
 
 def plain_config(source: ModelSource) -> Any:
-    """The configuration of a model that its adapters are folded into: not quantised."""
+    """The configuration of a model that its adapters are folded into: not quantized."""
     config = copy.deepcopy(load_config(weights_of(source)))
     if hasattr(config, "quantization_config"):
         del config.quantization_config

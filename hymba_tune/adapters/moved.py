@@ -15,7 +15,7 @@ from hymba_tune.adapters.initialization import ADAPTER
 
 
 class AdapterWatch:
-    """Tells which adapted modules an optimiser step left as they were.
+    """Tells which adapted modules an optimizer step left as they were.
 
     A model that reads a module's weight instead of calling the module trains as if nothing were wrong, and its adapter
     there never changes.

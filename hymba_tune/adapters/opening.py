@@ -20,7 +20,7 @@ def open_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: BitsAndBytesConfig | None = None,
-    onto: Onto = Onto.dequantised,
+    onto: Onto = Onto.dequantized,
 ) -> PreTrainedModel:
     """Load a model; where it is an adapter, its base model with the adapter folded in.
 

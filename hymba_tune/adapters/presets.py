@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hymba_tune.config import MetaTokens, Method
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, did_you_mean
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 PRESETS = {
@@ -118,10 +117,9 @@ def _resolve(targets: Sequence[str], linear: Sequence[str]) -> list[str]:
         if target in PRESETS:
             raise ConfigError(f"targets: {target} is a preset and stands alone.", expected=expected)
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            near = difflib.get_close_matches(target, [*kinds, *PRESETS], n=1)
             raise ConfigError(
                 f"targets: the model has no linear layer called {target}.",
                 expected=expected,
-                fix=f"did you mean {near[0]}?" if near else "",
+                fix=did_you_mean(target, [*kinds, *PRESETS]),
             )
     return list(dict.fromkeys(targets))

@@ -25,7 +25,7 @@ from hymba_tune.adapters.attach import load_adapter
 from hymba_tune.adapters.initialization import ADAPTER, change_base
 from hymba_tune.checkpoint import META_TOKENS, read_header, weight_files
 from hymba_tune.errors import CheckpointError
-from hymba_tune.schemes import quantised, stored_quantization
+from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
 """Tensors by their released names, each of which is made when it is asked for."""
@@ -33,7 +33,7 @@ FOLDABLE = "an adapter on linear layers, on meta tokens, or a whole copy of them
 
 
 class StoredWeights(Weights):
-    """What the files of a model hold; weights that they hold in fewer bits are dequantised.
+    """What the files of a model hold; weights that they hold in fewer bits are dequantized.
 
     Args:
         folder: Of the model, whose files `check_weights` has found right.
@@ -47,18 +47,18 @@ class StoredWeights(Weights):
         tied = {"lm_head.weight"} if model_config.tie_word_embeddings else set()
         self._names = [released_name(name) for name in model.state_dict() if name not in tied]
         self._quantization = stored_quantization(model_config)
-        self._quantised = set(quantised(model, self._quantization)) if self._quantization else set()
+        self._quantized = set(quantized(model, self._quantization)) if self._quantization else set()
 
     def __getitem__(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        if layer not in self._quantised:
+        if layer not in self._quantized:
             return self._read(name)
         # As bitsandbytes names them: what lies beside a weight of 4 bits is called after it, of int8 after the layer.
         parts = {part: self._read(part) for part in self._files if part.startswith(f"{name}.")}
         if not parts:
             weight, scales = self._read(name), self._read(f"{layer}.SCB")
-            return _dequantised(Int8Params(weight, requires_grad=False, SCB=scales))
-        return _dequantised(Params4bit.from_prequantized(self._read(name), parts, device="cpu"))
+            return _dequantized(Int8Params(weight, requires_grad=False, SCB=scales))
+        return _dequantized(Params4bit.from_prequantized(self._read(name), parts, device="cpu"))
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
@@ -79,8 +79,8 @@ class RoundedWeights(Weights):
         full: The weights.
         quantization: How some of them are stored.
         layers: Names of the layers whose weights these are.
-        dtype: What the weights were when they were quantised, and what is computed with them in.
-        device: Where they are quantised.
+        dtype: What the weights were when they were quantized, and what is computed with them in.
+        device: Where they are quantized.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class RoundedWeights(Weights):
             return self._full[name]
         weight, asked = self._full[name].to(self._dtype), self._quantization
         if asked.load_in_8bit:
-            return _dequantised(Int8Params(weight, requires_grad=False).to(self._device)).to(self._dtype)
+            return _dequantized(Int8Params(weight, requires_grad=False).to(self._device)).to(self._dtype)
         stored = Params4bit(
             weight,
             requires_grad=False,
             compress_statistics=asked.bnb_4bit_use_double_quant,
             quant_type=asked.bnb_4bit_quant_type,
         )
-        return _dequantised(stored.to(self._device))
+        return _dequantized(stored.to(self._device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._full)
@@ -124,7 +124,7 @@ class FoldedWeights(Weights):
 
     Args:
         base: The weights that the adapter changes.
-        model_config: Of their model, not quantised.
+        model_config: Of their model, not quantized.
         adapter: Its folder.
 
     Raises:
@@ -244,6 +244,6 @@ def _check_finite(adapted: PeftModel) -> None:
             )
 
 
-def _dequantised(weight: nn.Parameter) -> Tensor:
+def _dequantized(weight: nn.Parameter) -> Tensor:
     tensor: Tensor = dequantize_bnb_weight(weight, state=weight).cpu()
     return tensor

@@ -1,11 +1,11 @@
-"""Every setting of every verb, with its default, its range and its help line. Each default stands here once.
+"""Every setting of every verb, with its default, its range and its help line. Each default is defined only here.
 
 A field is a flag (`--max-length`), a recipe key (`max_length`) and an environment variable
 (`HYMBA_TUNE_SFT_MAX_LENGTH`); a flag wins over the environment, which wins over a recipe.
 """
 
-from hymba_tune.config.answering import AskingOptions, ChatConfig, EvalConfig, ServeConfig
 from hymba_tune.config.base import (
+    Accuracy,
     Config,
     Keep,
     Learn,
@@ -13,14 +13,16 @@ from hymba_tune.config.base import (
     Method,
     OnBadRow,
     Onto,
-    Reference,
+    ReferenceSource,
     Scheme,
     Start,
     Tracker,
+    Verb,
     as_mapping,
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
+from hymba_tune.config.inference import ChatConfig, EvalConfig, GenerationOptions, ServeConfig
 from hymba_tune.config.options import (
     AdapterOptions,
     DataOptions,
@@ -37,13 +39,14 @@ from hymba_tune.config.verbs import (
     KTOConfig,
     MergeConfig,
     PreferenceConfig,
+    ReferenceConfig,
     SFTConfig,
     TrainingConfig,
 )
 
 __all__ = [
+    "Accuracy",
     "AdapterOptions",
-    "AskingOptions",
     "ChatConfig",
     "Config",
     "DPOConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "EngineOptions",
     "EvalConfig",
     "ExportConfig",
+    "GenerationOptions",
     "KTOConfig",
     "Keep",
     "KeptDataOptions",
@@ -70,7 +74,8 @@ __all__ = [
     "Onto",
     "PreferenceConfig",
     "QuantizeConfig",
-    "Reference",
+    "ReferenceConfig",
+    "ReferenceSource",
     "SFTConfig",
     "Scheme",
     "ServeConfig",
@@ -79,5 +84,6 @@ __all__ = [
     "Tracker",
     "TrainingConfig",
     "TrainingOptions",
+    "Verb",
     "as_mapping",
 ]

@@ -1,8 +1,9 @@
-"""What settings are made of: the base of all of them, and the kinds of values they take."""
+"""The base class of all settings, and the types of their values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ Counts = Annotated[list[Annotated[int, Field(ge=1)]], LIST]
 
 
 def _written_as_pairs(value: Any) -> Any:
-    """Recipes may write a mapping."""
+    """Turn a mapping, which a recipe may hold, into a list of pairs."""
     return [f"{name}={choice}" for name, choice in value.items()] if isinstance(value, dict) else value
 
 
@@ -49,14 +50,14 @@ class Scheme(StrEnum):
 
 
 class Onto(StrEnum):
-    """Which weights an adapter that was trained on quantised ones is folded into."""
+    """Which weights to merge an adapter into that was trained on quantized weights."""
 
     original = "original"
-    dequantised = "dequantised"
+    dequantized = "dequantized"
 
 
 class MetaTokens(StrEnum):
-    """How the meta tokens are trained beside an adapter."""
+    """How the meta tokens are trained when an adapter is."""
 
     lora = "lora"
     full = "full"
@@ -64,14 +65,14 @@ class MetaTokens(StrEnum):
 
 
 class OnBadRow(StrEnum):
-    """What happens at a row that cannot be used."""
+    """What to do with a row that cannot be used."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Learn(StrEnum):
-    """Which answers of a conversation are learned."""
+    """Which answers of a conversation the loss covers."""
 
     all = "all"
     last = "last"
@@ -85,7 +86,7 @@ class Keep(StrEnum):
 
 
 class Tracker(StrEnum):
-    """Where a run can be watched live."""
+    """Service that a run logs to live."""
 
     tensorboard = "tensorboard"
     trackio = "trackio"
@@ -94,13 +95,13 @@ class Tracker(StrEnum):
 
 
 class Start(StrEnum):
-    """What becomes of the adapter of the run that training starts from."""
+    """What to do with the adapter of the run that training starts from."""
 
     merge = "merge"
     continue_ = "continue"
 
 
-class Reference(StrEnum):
+class ReferenceSource(StrEnum):
     """Where a reference model's log-probabilities come from."""
 
     auto = "auto"
@@ -109,27 +110,79 @@ class Reference(StrEnum):
 
 
 def as_mapping(pairs: Pairs) -> dict[str, str]:
-    """Pairs such as ``prompt=question`` by their first halves."""
+    """Turn pairs such as ``prompt=question`` into a mapping."""
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How the accuracy of a kind of preference training is worded.
+
+    Attributes:
+        subject: The things that are counted, in the plural: ``pairs``.
+        verdict: The property of those that count: ``ranked correctly``.
+        chance: The accuracy of guessing; `None` if it depends on the data.
+    """
+
+    subject: str
+    verdict: str
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the plan, the table, the report and the model card need to know of a verb that trains.
+
+    No field has a default, so that a verb cannot be declared in part.
+
+    Attributes:
+        name: The command. The config.yaml of a run holds it, and a recipe may.
+        title: The title of its reports.
+        loss_unit: The unit of its loss; empty where the loss is in no common unit.
+        paired: Whether a row is a pair of texts that are trained on together.
+        logit_copies: The float32 copies of the logits of a whole batch that a step holds at its peak; 0 where the loss
+            is computed in chunks of tokens.
+        accuracy: Words for its accuracy; `None` if it measures none.
+        figures: The held-out measures that a report shows with the losses: their columns without ``eval_``.
+    """
+
+    name: str
+    title: str
+    loss_unit: str
+    paired: bool
+    logit_copies: int
+    accuracy: Accuracy | None
+    figures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def texts_per_row(self) -> int:
+        """Texts of a row that are trained on together."""
+        return 2 if self.paired else 1
+
+
+NATS_PER_TOKEN = "nats a token"
+
+
 class Config(BaseModel):
-    """The base of all settings: unknown keys are errors and values are checked also when assigned."""
+    """Base class of all settings. Unknown keys are errors, and values are also validated on assignment."""
 
     group: ClassVar[Group]
-    """Where `--help` shows the settings that a class adds; one that changes some leaves them where they are."""
+    """The `--help` group of the settings that a class adds. A redefined setting keeps its first group."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         for name in cls.__annotations__.keys() & cls.model_fields.keys():
-            kinds = (kind for kind in reversed(cls.__mro__) if issubclass(kind, Config))
-            first = next(kind for kind in kinds if name in kind.__annotations__)
+            bases = (base for base in reversed(cls.__mro__) if issubclass(base, Config))
+            first = next(base for base in bases if name in base.__annotations__)
             cls.model_fields[name].metadata.append(Parameter(group=first.group))
 
     @classmethod
     def kinds(cls) -> Iterator[type[Config]]:
-        """Every kind of settings there is."""
+        """Yield every class of settings."""
         for kind in cls.__subclasses__():
             yield kind
             yield from kind.kinds()

@@ -14,54 +14,54 @@ from hymba_tune.config.options import ModelChoice, OutputOptions, ReadingOptions
 
 
 class DataCheckConfig(OutputOptions, ReadingOptions, ModelChoice):
-    """Whether data can be trained on."""
+    """Settings of `hymba-tune data check`."""
 
     group: ClassVar[Group] = RESULT
 
     html: Path | None = None
-    """Write the findings as a page, with plots, to this file."""
+    """Write the findings to this file as an HTML page with plots."""
 
 
 class DataPreviewConfig(ReadingOptions, ModelChoice):
-    """Rows as the model reads them."""
+    """Settings of `hymba-tune data preview`."""
 
     group: ClassVar[Group] = RESULT
 
     rows: Annotated[int, Field(ge=1), Parameter(name=("--rows", "-n"))] = 3
-    """How many."""
+    """Number of rows to show."""
     skip: int = Field(default=0, ge=0)
-    """Rows to pass over first."""
+    """Number of rows to skip first."""
 
 
 class DataConvertConfig(OutputOptions):
-    """Data in another format."""
+    """Settings of `hymba-tune data convert`."""
 
     group: ClassVar[Group] = RESULT
 
     to: Literal["messages", "prompt-completion", "alpaca", "sharegpt", "text"]
-    """The format to write."""
+    """Format to write."""
     out: Path
-    """The file to write: .jsonl, .json, .csv, .tsv or .parquet, all but the last also with .gz."""
+    """File to write: .jsonl, .json, .csv or .tsv (each also with .gz), or .parquet."""
     map: Pairs = Field(default_factory=list)
-    """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
+    """Column and role names that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
     on_bad_row: OnBadRow = OnBadRow.stop
-    """stop at a row that cannot be used, or skip it and list it beside --out."""
+    """What to do with a row that cannot be used: stop, or skip it and list it in OUT.dropped.jsonl."""
     unique: bool = False
-    """Leave out rows that say the same as an earlier one."""
+    """Leave out rows with the same content as an earlier row."""
 
 
 class DataSplitConfig(OutputOptions):
-    """Data in two parts."""
+    """Settings of `hymba-tune data split`."""
 
     group: ClassVar[Group] = RESULT
 
     eval: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the rows that is held out."""
+    """Share of the rows to hold out."""
     out: Path
-    """The folder that train.jsonl and eval.jsonl are written to."""
+    """Folder for train.jsonl and eval.jsonl."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the choice."""
+    """Random seed of the split."""
     map: Pairs = Field(default_factory=list)
-    """Names of columns or roles that differ: --map prompt=question."""
+    """Column and role names that differ: --map prompt=question."""
     on_bad_row: OnBadRow = OnBadRow.stop
-    """stop at a row that cannot be read, or leave it out."""
+    """What to do with a row that cannot be read: stop, or skip it."""

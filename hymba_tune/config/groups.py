@@ -1,4 +1,4 @@
-"""The groups in which `--help` shows flags: the order here is the order there, what a newcomer needs first."""
+"""The groups of flags in `--help`, in their order: what a newcomer needs comes first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The groups of settings that verbs share; the last ones are those of training."""
+"""The groups of settings that verbs share; those of training come last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, MODEL
 
 
 class ModelChoice(Config):
-    """Which model."""
+    """Setting of the model."""
 
     group: ClassVar[Group] = MODEL
 
@@ -37,183 +37,183 @@ class ModelChoice(Config):
 
 
 class ModelOptions(ModelChoice):
-    """Which model, and in which number format."""
+    """Settings of the model, its data type and its device."""
 
     group: ClassVar[Group] = COMPUTING
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights: auto takes bfloat16 where the device computes in it, else float32."""
+    """Data type of the weights; auto is bfloat16 if the device computes in it, else float32."""
     device: str = "auto"
-    """auto takes the first CUDA device, else the CPU. Or: cpu, cuda, cuda:1."""
+    """Device: auto (the first CUDA device, else the CPU), cpu, cuda, cuda:1."""
 
 
 class EngineOptions(Config):
-    """How the model computes."""
+    """Settings of how the model computes."""
 
     group: ClassVar[Group] = COMPUTING
 
     kernels: Pairs = Field(default_factory=list)
-    """Ways to compute, instead of the fastest: --kernels scan=torch attention=sdpa (see hymba-tune doctor)."""
+    """Kernels to use instead of the fastest: --kernels scan=torch attention=sdpa (see hymba-tune doctor)."""
     strict_length: bool = False
-    """Refuse texts longer than the model was made for (max_position_embeddings), which otherwise get a warning."""
+    """Refuse texts longer than the model's context (max_position_embeddings) instead of warning."""
 
 
 class ReadingOptions(Config):
-    """How rows are read."""
+    """Settings of how rows are read."""
 
     group: ClassVar[Group] = DATA
 
     map: Pairs = Field(default_factory=list)
-    """Names of columns or roles that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
+    """Column and role names that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
     chat_template: str | None = None
-    """hymba, alpaca, or a file of Jinja. When not given: the model's own, or hymba."""
+    """Chat template: hymba, alpaca, or a Jinja file. Default: the model's own, or hymba."""
     learn: Learn = Learn.all
-    """Learn all answers of a conversation, or only the last."""
+    """Compute the loss on all answers of a conversation, or only on the last."""
     max_length: int = Field(default=2048, ge=8)
-    """Tokens a row is cut to (common: 512 to 8192)."""
+    """Maximum tokens of a row; longer rows are cut (common: 512 to 8192)."""
 
 
 class OutputOptions(Config):
-    """What happens where an output exists."""
+    """Setting for an output that exists."""
 
     group: ClassVar[Group] = RESULT
 
     overwrite: bool = Field(default=False, exclude=True)
-    """Replace an output that exists. A folder is replaced only if it is one of hymba-tune's and holds nothing else."""
+    """Replace an existing output. A folder is replaced only if hymba-tune created it and it has no other files."""
 
 
 class SourceOptions(Config):
-    """Which data."""
+    """Settings of the training data."""
 
     group: ClassVar[Group] = DATA
 
     data: Names = Field(default_factory=list)
     """JSONL, JSON, CSV or Parquet files, a mix of them (.yaml), a Hub dataset id, or demo (packaged)."""
     weights: Weights = Field(default_factory=list)
-    """How often the rows of each source of --data are taken: --weights 1 0.3 takes three in ten of the second's."""
+    """Sampling weight of each source of --data: 0.3 keeps 30 % of its rows, 2.5 repeats rows 2.5 times on average."""
     caps: Counts = Field(default_factory=list)
-    """Rows after which each source of --data ends."""
+    """Maximum rows of each source of --data."""
 
 
 class HeldOutOptions(Config):
-    """What is held out."""
+    """Settings of the held-out data."""
 
     group: ClassVar[Group] = EVALUATION
 
     eval_data: Names = Field(default_factory=list)
-    """Held-out data in the same formats; without it, a split of --data is held out."""
+    """Held-out data in the same formats. Default: a split of --data."""
     eval_split: Fraction = 0.05
-    """Share of --data that is held out when there is no --eval-data; 0 trains on everything."""
+    """Share of --data to hold out if there is no --eval-data; 0 trains on everything."""
     eval_max_rows: int = Field(default=500, ge=1)
-    """Rows the held-out data is cut to, so that an evaluation stays short."""
+    """Maximum rows of held-out data, to keep evaluations short."""
 
 
 class DataOptions(HeldOutOptions, ReadingOptions, SourceOptions):
-    """Which data, and how it is read."""
+    """Settings of the data and of how it is read."""
 
     group: ClassVar[Group] = DATA
 
     on_bad_row: OnBadRow = OnBadRow.stop
-    """stop at a row that cannot be used, or skip it and list it in dropped.jsonl."""
+    """What to do with a row that cannot be used: stop, or skip it and list it in dropped.jsonl."""
 
 
 class KeptDataOptions(DataOptions):
-    """The same, where what was read is kept."""
+    """Settings of data whose encoded rows are cached."""
 
     group: ClassVar[Group] = DATA
 
     cache: bool = True
-    """Keep encoded data in the user's cache and find it again (hymba-tune data clear empties it)."""
+    """Cache encoded data, keyed by file content (hymba-tune data clear empties the cache)."""
 
 
 class AdapterOptions(Config):
-    """What is trained."""
+    """Settings of the weights that are trained."""
 
     group: ClassVar[Group] = ADAPTER
 
     method: Method = Method.lora
     """lora, dora (LoRA with learned magnitudes), or full (every weight)."""
     quantize: Scheme | None = None
-    """Store the weights below the adapter in fewer bits (QLoRA): nf4 (4 bits; best), fp4 or int8."""
+    """Quantize the base model's weights (QLoRA): nf4 (4 bits; best), fp4 or int8."""
     rank: int = Field(default=16, ge=1)
     """Rank of the adapter (common: 8 to 64)."""
     lora_alpha: float | None = Field(default=None, gt=0)
-    """LoRA's alpha; the update is scaled by alpha / rank. Twice the rank when not given."""
+    """LoRA alpha; the update is scaled by alpha / rank. Default: twice the rank."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     rslora: bool = False
-    """Scale the update by alpha / sqrt(rank) instead."""
+    """Scale the update by alpha / sqrt(rank) instead (rsLoRA)."""
     targets: Names = Field(default_factory=lambda: ["all"])
     """A preset (all, attention-ssm, attention, ssm, mlp) or module names such as in_proj and x_proj.0."""
     meta_tokens: MetaTokens = MetaTokens.lora
-    """How the meta tokens are trained beside an adapter: lora, full or frozen."""
+    """How the meta tokens are trained when an adapter is: lora, full or frozen."""
 
 
 class TrainingOptions(Config):
-    """How long, how fast, and where to."""
+    """Settings of the training steps."""
 
     group: ClassVar[Group] = TRAINING
 
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data, unless --steps is given."""
+    """Passes over the data; ignored with --steps."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows a device computes at a time."""
+    """Rows in a batch on each device."""
     grad_accum: int = Field(default=1, ge=1)
-    """Batches whose gradients are added up before a step."""
+    """Gradient accumulation: batches in an optimizer step."""
     packing: bool = False
-    """Fill every row to --max-length with whole documents, none of which sees another: steps of even size. Padding
-    costs nothing here, packed or not."""
+    """Pack whole documents into rows of --max-length, for steps of even size. No document sees another. Padding costs
+    nothing here, packed or not."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate. When not given: 2e-4 for an adapter, 2e-5 for full training."""
+    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for full training."""
     lr_meta: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the meta tokens, or of their adapter, where it is to differ."""
+    """Separate peak learning rate of the meta tokens, or of their adapter."""
     lr_ssm: float | None = Field(default=None, gt=0)
-    """Peak learning rate inside the SSM, where it is to differ: x_proj and dt_proj or their adapters; in full training
-    A_log, D, conv1d and its norms as well."""
+    """Separate peak learning rate inside the SSM: of x_proj and dt_proj or their adapters; in full training also of
+    A_log, D, conv1d and the SSM's norms."""
     loraplus_ratio: float | None = Field(default=None, ge=1)
-    """LoRA+: how many times faster the B factors learn than the A factors (common: 4 to 16)."""
+    """LoRA+: learning rate of the B factors divided by that of the A factors (common: 4 to 16)."""
     lr_schedule: Literal["cosine", "linear", "constant", "wsd", "inverse-sqrt"] = "cosine"
-    """How the learning rate falls after the warm-up; wsd stays at its peak until the last --lr-decay of the steps."""
+    """Learning rate schedule after the warm-up; wsd stays at the peak until the last --lr-decay of the steps."""
     lr_min: Fraction = 0.0
-    """What cosine and wsd fall to, as a share of the peak."""
+    """Final learning rate of cosine and wsd, as a share of the peak."""
     lr_decay: float = Field(default=0.2, gt=0, le=1)
-    """Share of the steps, at the end, over which wsd falls."""
+    """Share of the steps, at the end, over which wsd decays."""
     warmup: Fraction = 0.03
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps for the learning rate warm-up."""
     optimizer: Literal[
         "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"
     ] = "adamw"
-    """What takes the steps. 8 bits take a quarter of the memory; paged ones lend it to the CPU when a GPU runs full."""
+    """Optimizer; 8-bit variants take a quarter of the memory, paged ones use CPU memory when the GPU is full."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """The optimiser's weight decay."""
+    """Weight decay of the optimizer."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it."""
+    """Maximum gradient norm; larger gradients are clipped to it."""
     max_loss_spike: float | None = Field(default=5.0, gt=1)
-    """Stop before a step whose loss is more than this many times the usual one: 50 steps' median, at least 1 nat."""
+    """Stop before a step whose loss is above this multiple of the usual one: the median of 50 steps, at least 1 nat."""
     neftune_alpha: float | None = Field(default=None, gt=0)
-    """NEFTune: noise on the text's embeddings while training (common: 5 to 15)."""
+    """NEFTune: scale of the noise on the embeddings during training (common: 5 to 15)."""
     gradient_checkpointing: bool = False
-    """Compute activations again instead of keeping them: less memory, about a third more time."""
+    """Recompute activations instead of storing them: less memory, about a third more time."""
     activation_offload: bool = False
-    """Keep activations in the CPU's memory instead of the GPU's. CUDA only."""
+    """Store activations in CPU memory instead of GPU memory. CUDA only."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the data order, the adapter and dropout."""
+    """Random seed of the data order, the adapter and dropout."""
 
 
 class EvaluationOptions(Config):
-    """When it is evaluated, and what follows from that."""
+    """Settings of evaluation during training."""
 
     group: ClassVar[Group] = EVALUATION
 
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between two evaluations. When not given: five times a run."""
+    """Steps between two evaluations. Default: five evaluations in a run."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations in a row without a better one."""
+    """Stop after this many evaluations in a row without improvement."""
     keep: Keep | None = None
-    """Which weights the run ends with: last, or best (of the lowest held-out loss). When not given: best with
-    --early-stopping, else last."""
+    """Weights that the run ends with: last, or best (lowest held-out loss). Default: best with --early-stopping, else
+    last."""
 
 
 class AnswerOptions(Config):
@@ -227,24 +227,24 @@ class AnswerOptions(Config):
 
 
 class RunOptions(Config):
-    """What becomes of a run."""
+    """Settings of the run directory, logging and checkpoints."""
 
     group: ClassVar[Group] = RUN
 
     out: Path | None = None
-    """Run directory. When not given: runs/MODEL-DATA-TIME."""
+    """Run directory. Default: runs/MODEL-DATA-TIME."""
     overwrite: bool = Field(default=False, exclude=True)
-    """Replace the run in --out, once the new one has its first checkpoint; nothing but a run is replaced."""
+    """Replace the run in --out once the new run has its first checkpoint. Only runs are ever replaced."""
     resume: Path | None = None
-    """Run directory to go on with, from its last whole checkpoint."""
+    """Run directory to resume, from its last complete checkpoint."""
     dry_run: bool = Field(default=False, exclude=True)
-    """Do everything but the training: checks, data, memory, steps. Nothing is left behind."""
+    """Do everything except training: checks, data, memory, steps. Leaves no files."""
     log_every: int | None = Field(default=None, ge=1)
-    """Steps between two rows of the table. When not given: 10, in a short run a fifth of it."""
+    """Steps between two rows of the table. Default: 10, or a fifth of a short run."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between two checkpoints. When not given: with each evaluation."""
+    """Steps between two checkpoints. Default: with each evaluation."""
     track: Annotated[list[Tracker], Parameter(negative="", consume_multiple=True, show_default=False)] = Field(
         default_factory=list
     )
-    """Log live to these as well: tensorboard, trackio, wandb, mlflow. Nothing leaves the machine unless you have logged
-    in to one of them or pointed it elsewhere."""
+    """Also log live to tensorboard, trackio, wandb or mlflow. Nothing leaves the machine unless you have logged in to
+    one of them or set another address for it."""

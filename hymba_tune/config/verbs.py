@@ -1,4 +1,4 @@
-"""The settings of each verb: the groups it takes, and its own."""
+"""The settings of each verb: its groups of shared settings, and its own settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Annotated, ClassVar, Literal, Self
 from cyclopts import Group, Parameter
 from pydantic import Field, model_validator
 
-from hymba_tune.config.base import Config, Keep, MetaTokens, Method, Onto, Reference, Scheme, Start
+from hymba_tune.config.base import (
+    NATS_PER_TOKEN,
+    Accuracy,
+    Config,
+    Keep,
+    MetaTokens,
+    Method,
+    Onto,
+    ReferenceSource,
+    Scheme,
+    Start,
+    Verb,
+)
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -28,24 +40,30 @@ from hymba_tune.config.options import (
 class TrainingConfig(
     RunOptions, EvaluationOptions, TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions
 ):
-    """What every kind of training is told."""
+    """Settings of every verb that trains."""
 
-    verb: ClassVar[str]
-    """The command that trains with these settings; a run's config.yaml says it, and a recipe may."""
+    verb: ClassVar[Verb]
+    """The command that trains with these settings."""
     learning_rates: ClassVar[Mapping[Method, float]]
-    """What ``lr`` is when it is not given."""
+    """The default of ``lr``, by method."""
 
     @classmethod
     def of(cls, verb: str) -> type[TrainingConfig]:
-        """The settings of a verb that trains.
+        """Find the settings class of a verb that trains.
 
         Raises:
             ValueError: If there is no such verb.
         """
-        kinds = {kind.verb: kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and hasattr(kind, "verb")}
-        if verb not in kinds:
-            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(kinds)}")
-        return kinds[verb]
+        known = cls.by_verb()
+        if verb not in known:
+            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(known)}")
+        return known[verb]
+
+    @classmethod
+    def by_verb(cls) -> dict[str, type[TrainingConfig]]:
+        """The settings of every verb that trains, by its name."""
+        training = (kind for kind in cls.kinds() if issubclass(kind, TrainingConfig) and "verb" in vars(kind))
+        return {kind.verb.name: kind for kind in training}
 
     @property
     def inputs(self) -> list[str]:
@@ -60,13 +78,13 @@ class TrainingConfig(
     @model_validator(mode="after")
     def _check_rates(self) -> Self:
         if self.lr_min and self.lr_schedule not in ("cosine", "wsd"):
-            raise ValueError(f"lr_min: {self.lr_schedule} has no lowest rate; cosine and wsd have")
+            raise ValueError(f"lr_min: {self.lr_schedule} has no lowest rate; use --lr-schedule cosine or wsd")
         if self.loraplus_ratio is not None and self.method is Method.full:
             raise ValueError("loraplus_ratio: --method full has no factors A and B; use lora or dora")
         if self.lr_meta is not None and self.method is not Method.full and self.meta_tokens is MetaTokens.frozen:
             raise ValueError("lr_meta: the meta tokens are not trained; use --meta-tokens lora or full")
         if self.lr_ssm is not None and self.method is not Method.full and not self._adapts_ssm():
-            raise ValueError(f"lr_ssm: nothing inside the SSM is among the targets: {' '.join(self.targets)}")
+            raise ValueError(f"lr_ssm: the targets have no module of the SSM: {' '.join(self.targets)}")
         return self
 
     def _adapts_ssm(self) -> bool:
@@ -77,12 +95,12 @@ class TrainingConfig(
     def _check_quantize(self) -> Self:
         if self.quantize is not None and self.method is Method.full:
             raise ValueError(
-                "quantize: --method full trains every weight, and weights in a few bits cannot be trained; "
-                "use --method lora, or leave --quantize out"
+                "quantize: --method full trains every weight, and quantized weights cannot be trained; "
+                "use --method lora, or remove --quantize"
             )
         if self.quantize is Scheme.int8 and self.method is Method.dora:
             raise ValueError(
-                "quantize: DoRA needs the norms of the weights, and PEFT cannot take int8's apart for it; "
+                "quantize: DoRA needs the norms of the weights, and PEFT cannot dequantize int8 for it; "
                 "use --quantize nf4, or --method lora"
             )
         return self
@@ -90,7 +108,7 @@ class TrainingConfig(
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
         if self.method is Method.full and self.targets != ["all"]:
-            raise ValueError("targets: --method full trains every weight; leave --targets out, or use lora or dora")
+            raise ValueError("targets: --method full trains every weight; remove --targets, or use lora or dora")
         if self.method is Method.dora and self.targets in (["attention"], ["ssm"]):
             raise ValueError(
                 f"targets: {self.targets[0]} adapts only some rows of in_proj, and DoRA's magnitudes change every row; "
@@ -100,54 +118,74 @@ class TrainingConfig(
 
 
 class SFTConfig(TrainingConfig, AnswerOptions, KeptDataOptions):
-    """Supervised fine-tuning."""
+    """Settings of `hymba-tune sft`: supervised fine-tuning."""
 
-    verb: ClassVar[str] = "sft"
+    verb: ClassVar[Verb] = Verb(
+        "sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+    )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
 class PreferenceConfig(TrainingConfig, KeptDataOptions):
-    """How answers are compared with those of a reference model."""
+    """Settings of the verbs that train on preferences."""
+
+    group: ClassVar[Group] = PREFERENCES
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.packing:
+            raise ValueError("packing: preferences cannot be packed; remove --packing")
+        return self
+
+
+class ReferenceConfig(PreferenceConfig):
+    """Settings of the verbs that train on preferences against a reference model."""
 
     group: ClassVar[Group] = PREFERENCES
 
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 5e-5, Method.dora: 5e-5, Method.full: 1e-6}
     beta: float = Field(default=0.1, gt=0)
-    """How closely the model is held to the reference (common: 0.01 to 0.5); of the ipo loss, its tau."""
+    """Strength of the penalty on divergence from the reference (common: 0.01 to 0.5); tau of the ipo loss."""
     start: Start = Start.merge
-    """Where to start from a run: merge its adapter into its base and train a new one, the reference being the run's
-    model; or continue its adapter, the reference being that adapter as it is now."""
-    reference: Reference = Reference.auto
-    """Where the reference's log-probabilities come from: adapter-off computes them beside each batch with the adapter
-    switched off; precompute once, before training. When not given: precompute where there is no new adapter to switch
-    off (--method full, --start continue), else adapter-off."""
+    """Start from a run: merge its adapter, then train a new one (the reference is the run's model); or continue its
+    adapter (the reference is that adapter before training)."""
+    reference: ReferenceSource = ReferenceSource.auto
+    """Source of the reference's log-probabilities: adapter-off computes them with each batch, with the adapter
+    disabled; precompute computes them once before training. Default: precompute if there is no new adapter to disable
+    (--method full, --start continue), else adapter-off."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate. When not given: 5e-5 for an adapter, 1e-6 for full training."""
+    """Peak learning rate. Default: 5e-5 for an adapter, 1e-6 for full training."""
 
     @property
     def precomputes(self) -> bool:
         """Whether the reference is computed once, before training."""
-        given = self.reference is Reference.precompute
-        return given or self.method is Method.full or self.start is Start.continue_
+        no_new_adapter = self.method is Method.full or self.start is Start.continue_
+        return no_new_adapter or self.reference is ReferenceSource.precompute
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:
-        if self.reference is Reference.adapter_off and self.precomputes:
+        if self.reference is ReferenceSource.adapter_off and self.precomputes:
             what = "--method full" if self.method is Method.full else "--start continue"
-            raise ValueError(f"reference: {what} has no new adapter to switch off; use --reference precompute")
-        if self.packing:
-            raise ValueError("packing: answers are compared side by side, not packed; leave it out")
+            raise ValueError(f"reference: {what} has no new adapter to disable; use --reference precompute")
         return self
 
 
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-"""DPO's losses with label smoothing."""
+"""DPO losses with label smoothing."""
 
 
-class DPOConfig(PreferenceConfig):
-    """Direct preference optimisation."""
+class DPOConfig(ReferenceConfig):
+    """Settings of `hymba-tune dpo`: direct preference optimization."""
 
-    verb: ClassVar[str] = "dpo"
+    verb: ClassVar[Verb] = Verb(
+        "dpo",
+        "Preference training (DPO)",
+        loss_unit="",
+        paired=True,
+        logit_copies=0,
+        accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
+        figures=("accuracy", "margin"),
+    )
     loss: Literal[
         "sigmoid",
         "sigmoid_norm",
@@ -165,28 +203,38 @@ class DPOConfig(PreferenceConfig):
         "discopop",
         "sft",
     ] = "sigmoid"
-    """The loss, by TRL's names: sigmoid is DPO's own, robust allows for swapped pairs (--label-smoothing)."""
+    """Loss, by TRL's names: sigmoid is DPO's own; robust tolerates swapped pairs (--label-smoothing)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the pairs that are taken to be swapped, of the losses robust, exo_pair, aot and aot_unpaired."""
+    """Assumed share of swapped pairs, for the losses robust, exo_pair, aot and aot_unpaired."""
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
         if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ValueError(f"label_smoothing: the {self.loss} loss has none; {', '.join(SMOOTHED)} have")
+            raise ValueError(f"label_smoothing: the {self.loss} loss has none; use one of {', '.join(SMOOTHED)}")
         if self.loss == "exo_pair" and not self.label_smoothing:
-            raise ValueError("label_smoothing: the exo_pair loss needs some; --label-smoothing 0.001 is its paper's")
+            raise ValueError(
+                "label_smoothing: the exo_pair loss needs it; use --label-smoothing 0.001, as its paper does"
+            )
         return self
 
 
-class KTOConfig(PreferenceConfig):
-    """Kahneman-Tversky optimisation, on answers that are judged one by one."""
+class KTOConfig(ReferenceConfig):
+    """Settings of `hymba-tune kto`: Kahneman-Tversky optimization on unpaired preferences."""
 
-    verb: ClassVar[str] = "kto"
+    verb: ClassVar[Verb] = Verb(
+        "kto",
+        "Preference training (KTO)",
+        loss_unit="",
+        paired=False,
+        logit_copies=0,
+        accuracy=Accuracy("answers", "classified correctly", chance=None),
+        figures=("accuracy", "margin"),
+    )
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """The loss, by TRL's names."""
-    good_weight: float = Field(default=1.0, gt=0)
-    """Weight of good answers. KTO's paper wants weight × number within 1 to 4/3 of that of bad ones."""
-    bad_weight: float = Field(default=1.0, gt=0)
+    """Loss, by TRL's names."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of good answers. The KTO paper recommends weight × number of 1 to 4/3 times that of bad answers."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of bad answers."""
 
     @model_validator(mode="after")
@@ -197,77 +245,79 @@ class KTOConfig(PreferenceConfig):
 
 
 class MergeConfig(OutputOptions, ModelOptions):
-    """Folding an adapter into its base model."""
+    """Settings of `hymba-tune merge`."""
 
     group: ClassVar[Group] = RESULT
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the merged weights: auto keeps the base model's."""
+    """Data type of the merged weights; auto keeps the base model's."""
     onto: Onto | None = None
-    """Of an adapter that was trained on quantised weights: fold it into what those weights dequantise to, as the model
-    was while it was trained, or into the original ones. When not given: dequantised, as chat, eval, serve and export
-    do. How far both are from the trained model is measured."""
+    """Weights to merge an adapter into that was trained on quantized weights: dequantized (the weights of training,
+    dequantized) or original. Default: dequantized, as for chat, eval, serve and export. The distance of both from the
+    trained model is measured."""
     out: Path
     """Folder of the merged model; must not exist or be empty."""
 
 
 class ExportConfig(OutputOptions, ModelOptions):
-    """Making a model ready to be loaded anywhere, and publishing it."""
+    """Settings of `hymba-tune export`."""
 
     group: ClassVar[Group] = RESULT
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model or run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights: auto keeps the base model's."""
+    """Data type of the weights; auto keeps the base model's."""
     out: Path | None = None
-    """Folder of the exported model; must not exist or be empty. When not given: exports/MODEL."""
+    """Folder of the exported model; must not exist or be empty. Default: exports/MODEL."""
     format: Literal["kit", "hymba"] = "kit"
-    """kit: with this kit's code beside the weights, for any machine with torch and transformers 5, CPUs included.
-    hymba: with the released config.json, which names NVIDIA's code; that needs CUDA and transformers 4.44. The weights
-    and their names are the same, and hymba-tune opens both."""
+    """kit: with this kit's modeling code, for any machine with torch and transformers 5, CPUs included. hymba: with the
+    released config.json, which names NVIDIA's code; that needs CUDA and transformers 4.44. The weights and their names
+    are the same, and hymba-tune opens both."""
     quantize: Scheme | None = None
-    """Store the weights in fewer bits, as hymba-tune quantize does, which has more to choose: nf4, fp4 or int8."""
+    """Quantize the weights: nf4, fp4 or int8. hymba-tune quantize has more settings."""
     adapter_only: bool = False
-    """Only the adapter, as plain PEFT, for those who have the base model."""
+    """Export only the adapter, as plain PEFT, for users who have the base model."""
     push: str | None = None
-    """Upload to this repository of the Hugging Face Hub, USER/NAME, which is made if there is none."""
+    """Upload to this repository of the Hugging Face Hub (USER/NAME), and create it if it does not exist."""
     private: bool = False
-    """Make the repository a private one."""
+    """Make the repository private."""
     revision: str | None = None
-    """Branch of the repository to upload to, which is made if there is none; main when not given."""
+    """Branch to upload to; it is created if it does not exist. Default: main."""
     update: bool = False
-    """Replace what a repository of yours holds already, as one more commit."""
+    """Replace the content of a repository of yours that has some, in one more commit."""
     license: str | None = None
-    """Licence of the weights, by the Hub's id of it (apache-2.0, other). When not given: the base model's."""
+    """License of the weights, by its id on the Hub (apache-2.0, other). Default: the base model's."""
     base_model: str | None = None
-    """The base model's Hub id, where the files do not say it."""
+    """Hub id of the base model, if the files do not contain it."""
 
     @model_validator(mode="after")
     def _check_format(self) -> Self:
         if self.adapter_only and self.format != "kit":
-            raise ValueError("format: an adapter has one format, PEFT's; leave it out, or --adapter-only")
+            raise ValueError("format: an adapter has one format, PEFT's; remove --format or --adapter-only")
         if self.quantize and self.adapter_only:
-            raise ValueError("quantize: an adapter is not quantised, its base is; leave it out, or --adapter-only")
+            raise ValueError(
+                "quantize: an adapter cannot be quantized, only its base model; remove --quantize or --adapter-only"
+            )
         if self.quantize and self.format != "kit":
             raise ValueError(
-                "quantize: the hymba format is for NVIDIA's code, which was not tried with quantised weights; "
-                "leave it out, or --format hymba"
+                "quantize: the hymba format is for NVIDIA's code, which is untested with quantized weights; "
+                "remove --quantize or --format hymba"
             )
         for field in ("private", "revision", "update"):
             if getattr(self, field) and self.push is None:
-                raise ValueError(f"{field}: nothing is uploaded without --push USER/NAME")
+                raise ValueError(f"{field}: it applies to --push only; add --push USER/NAME")
         return self
 
 
 class DoctorConfig(Config):
-    """What this machine can do."""
+    """Settings of `hymba-tune doctor`."""
 
     group: ClassVar[Group] = COMPUTING
 
     device: str = "auto"
-    """The device to ask about: auto, cpu, cuda, cuda:1."""
+    """Device to check: auto, cpu, cuda, cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The number format to ask about."""
+    """Data type to check."""

@@ -1,4 +1,4 @@
-"""Data: from files in any of the known formats to rows of token ids with loss on the answers only."""
+"""Data: reads files in any of the known formats into rows of token ids, with the loss on the answers only."""
 
 from hymba_tune.data.cache import cache_folder
 from hymba_tune.data.chat import IGNORED, Encoded, encode, encode_prompt, render_prompt
@@ -7,9 +7,9 @@ from hymba_tune.data.formats import Conversation, Text
 from hymba_tune.data.messages import Message
 from hymba_tune.data.mixes import open_sources
 from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences
-from hymba_tune.data.preferences import Judged, Pair, parse_judged, parse_pair
+from hymba_tune.data.preferences import PreferencePair, UnpairedPreference, parse_pair, parse_unpaired
 from hymba_tune.data.report import DataReport
-from hymba_tune.data.rows import Place, Row, RowError
+from hymba_tune.data.rows import RowError, RowLocation, SourceRow
 from hymba_tune.data.sources import Source, open_source
 from hymba_tune.data.templates import HYMBA_TEMPLATE, with_chat_template
 from hymba_tune.data.training import TrainingData, read_preferences, read_training_data
@@ -21,16 +21,16 @@ __all__ = [
     "Conversation",
     "DataReport",
     "Encoded",
-    "Judged",
     "Message",
-    "Pair",
-    "Place",
+    "PreferencePair",
     "PreferenceReport",
-    "Row",
     "RowError",
+    "RowLocation",
     "Source",
+    "SourceRow",
     "Text",
     "TrainingData",
+    "UnpairedPreference",
     "build_dataset",
     "build_preferences",
     "cache_folder",
@@ -38,8 +38,8 @@ __all__ = [
     "encode_prompt",
     "open_source",
     "open_sources",
-    "parse_judged",
     "parse_pair",
+    "parse_unpaired",
     "read_preferences",
     "read_training_data",
     "render_prompt",

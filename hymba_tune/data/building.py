@@ -1,4 +1,4 @@
-"""Rows of token ids on disk, of any kind: a batch in memory at a time, every row accounted for, found again later."""
+"""Builds rows of token ids on disk, of any schema: a batch in memory at a time, each row counted, the result cached."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
 D = TypeVar("D", bound=DataReport)
-LOOK_AHEAD = 10_000  # rows, a second or two, to say whether a bad row is the only one
+LOOK_AHEAD = 10_000  # rows to read after a bad one, to count others: a second or two
 IDS = pa.list_(pa.int32())
 ROWS, DROPPED, REPORT = "rows.arrow", "dropped.jsonl", "report.json"
-"""Files of an entry of the cache; the report is written last."""
+"""Files of a cache entry; the report is written last."""
 
 
 @dataclass(frozen=True)
-class RowKind(Generic[R, D]):
-    """What one kind of rows has of its own.
+class RowSchema(Generic[R, D]):
+    """The columns of encoded rows, and how readings become such rows.
 
     Attributes:
-        columns: What a row holds, beside the ``place`` that it was read from.
-        report: The account of such rows.
-        fit: For each of some readings without a problem, in their order: the rows that it gives, counted in the report;
-            or in words why nothing of it fits; or why it cannot be used after all.
-        fingerprinted: Those numbers of a row that tell it from others.
-        purpose: What the rows are wanted for, and what a row needs for it: ``("learn", "with an answer that begins")``.
+        columns: Columns and their types, without ``place``, the location that a row was read from.
+        report: Class of the report on such rows.
+        fit: Yields for each reading without a problem, in their order, its rows (and counts them in the report); or the
+            reason why no row fits, as text; or a `DataError` if the reading cannot be used.
+        fingerprinted: Returns the numbers of a row that enter the fingerprint.
+        purpose: What the rows are for, and what a row needs for that, as words of an error message:
+            ``("train on", "with an answer that begins")``.
     """
 
     columns: Mapping[str, pa.DataType]
@@ -59,7 +60,7 @@ class RowKind(Generic[R, D]):
 
 
 def build(
-    kind: RowKind[R, D],
+    kind: RowSchema[R, D],
     rows: Iterator[R],
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
@@ -69,17 +70,17 @@ def build(
     cache_dir: Path | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[Dataset, D]:
-    """Encode all rows, or find them encoded.
+    """Encode all rows, or load them from the cache.
 
     Args:
-        kind: What a row becomes.
-        rows: The readings of the sources, in their order, as far as they are rendered.
-        sources: Where they come from.
-        tokenizer: The model's.
-        settings: All else that decides which rows come out; see `cache.entry_key`.
-        on_bad_row: Whether the first row that cannot be used stops everything, or is listed in the report.
-        cache_dir: Where encoded rows are kept; if not given, a folder that is removed when Python ends.
-        progress: Called with the number of rows read so far, after every batch.
+        kind: The schema of the encoded rows.
+        rows: The rendered readings of the sources, in the order of the sources.
+        sources: The sources that the readings come from.
+        tokenizer: The model's tokenizer.
+        settings: All other settings that affect the encoded rows; see `cache.entry_key`.
+        on_bad_row: Whether the first row that cannot be used raises an error, or is listed in the report.
+        cache_dir: Folder of the cache. Without one, a temporary folder that is removed when Python ends.
+        progress: Called after every batch with the number of rows read so far.
 
     Returns:
         The rows, memory-mapped, and the report on them.
@@ -90,8 +91,9 @@ def build(
     """
     settings = {**settings, "on_bad_row": on_bad_row, "columns": list(kind.columns)}
     key = cache.entry_key(sources, tokenizer, **settings) if cache_dir else None
-    if cache_dir and key and (found := _load(kind, cache_dir / key)):
-        return found
+    if cache_dir and key and (cached := _load(kind, cache_dir / key)):
+        return cached
+
     folder = cache.writable(cache_dir)
     report = kind.report(sources=[SourceCounts(source.name, source.weight) for source in sources])
     try:
@@ -100,24 +102,25 @@ def build(
             entry.mkdir()
             report.fingerprint = _write(kind, entry, rows, tokenizer, report, on_bad_row, progress)
             report.save(entry / REPORT)
-            entry = cache.keep(entry, folder, key or report.fingerprint)
+            entry = cache.store(entry, folder, key or report.fingerprint)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise DataError(
             f"Cannot write the encoded rows to {folder}: the disk is full.",
-            fix="free some of it (hymba-tune data clear), or set XDG_CACHE_HOME to another disk's folder",
+            fix="free disk space (hymba-tune data clear), or set XDG_CACHE_HOME to a folder on another disk",
         ) from error
+
     return Dataset.from_file(str(entry / ROWS)), replace(report, dropped_file=entry / DROPPED)
 
 
-def _load(kind: RowKind[R, D], entry: Path) -> tuple[Dataset, D] | None:
+def _load(kind: RowSchema[R, D], entry: Path) -> tuple[Dataset, D] | None:
     try:
         report = kind.report.load(entry / REPORT, entry / DROPPED)
         rows = Dataset.from_file(str(entry / ROWS))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, pa.ArrowException):  # torn by a crash of the machine
+    except (OSError, ValueError, TypeError, pa.ArrowException):  # the machine crashed while they were written
         shutil.rmtree(entry, ignore_errors=True)
         return None
     cache.touch(entry)
@@ -125,7 +128,7 @@ def _load(kind: RowKind[R, D], entry: Path) -> tuple[Dataset, D] | None:
 
 
 def _write(
-    kind: RowKind[R, D],
+    kind: RowSchema[R, D],
     entry: Path,
     rows: Iterator[R],
     tokenizer: PreTrainedTokenizerBase,
@@ -133,8 +136,9 @@ def _write(
     on_bad_row: OnBadRow,
     progress: Callable[[int], None] | None,
 ) -> str:
-    """Write the rows, and the list of those left out; gives the rows' fingerprint."""
-    digest, schema = hashlib.sha256(), kind.schema
+    """Write the rows and the list of dropped rows, and return the fingerprint of the rows."""
+    digest = hashlib.sha256()
+    schema = kind.schema
     with (
         (entry / DROPPED).open("w", encoding="utf-8") as dropped,
         pa.OSFile(str(entry / ROWS), "wb") as file,
@@ -144,15 +148,18 @@ def _write(
             for number, reading in enumerate(batch):
                 if reading.problem and on_bad_row is OnBadRow.stop:
                     raise stopped(reading, chain(batch[number + 1 :], rows))
-            kept = list(_take(kind, batch, report, dropped))
-            for row in kept:
+
+            encoded = list(_encoded_rows(kind, batch, report, dropped))
+            for row in encoded:
                 digest.update(array("i", kind.fingerprinted(row)).tobytes())
-            columns = {name: [row[name] for row in kept] for name in schema.names}
+            columns = {name: [row[name] for row in encoded] for name in schema.names}
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
             if progress:
                 progress(report.rows)
+
     if not report.learned:
         raise _nothing_left(report, *kind.purpose)
+    # Weights below 1 act when rows are read; those above 1 repeat rows only later, so the tokens do not show them.
     for counts in report.sources:
         if counts.weight > 1:
             digest.update(f"{counts.kept} x {counts.weight}".encode())
@@ -160,23 +167,30 @@ def _write(
 
 
 def stopped(bad: Reading, after: Iterable[Reading]) -> RowError:
-    """The error of the first row that cannot be used, and how many more there are among those after it."""
+    """Build the error of the first row that cannot be used, with the number of such rows after it.
+
+    Args:
+        bad: The reading with the problem.
+        after: The readings after it; read only as far as `LOOK_AHEAD`, and not beyond its source.
+    """
     assert bad.problem
     same_file = takewhile(lambda other: other.source == bad.source, after)
-    more = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
-    count = f"{1 + sum(more)} such rows" if any(more) else "the only one"
-    extent = f"{count} in the file" if len(more) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
+    are_bad = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
+    count = f"{1 + sum(are_bad)} such rows" if any(are_bad) else "the only one"
+    extent = f"{count} in the file" if len(are_bad) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
     return RowError(bad.row.place, bad.problem, extent=extent)
 
 
-def _take(kind: RowKind[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:
-    """The rows that a batch gives, counted."""
-    fitting = iter(kind.fit([reading for reading in batch if not reading.problem], report))
+def _encoded_rows(kind: RowSchema[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:
+    """Yield the encoded rows of a batch, and count every reading in the report."""
+    outcomes = iter(kind.fit([reading for reading in batch if not reading.problem], report))
     for reading in batch:
-        counts, place = report.sources[reading.source], reading.row.place
+        place = reading.row.place
+        counts = report.sources[reading.source]
         report.rows += 1
         counts.rows += 1
-        rows = reading.problem or next(fitting)
+
+        rows = reading.problem or next(outcomes)
         if isinstance(rows, DataError):
             report.drop_bad(place, rows, dropped)
         elif isinstance(rows, str):
@@ -187,12 +201,12 @@ def _take(kind: RowKind[R, D], batch: list[R], report: D, dropped: TextIO) -> It
 
 
 def _nothing_left(report: DataReport, purpose: str, needed: str) -> DataError:
-    """The error of data of which no row can be used."""
+    """Build the error of data without a usable row."""
     first = report.first_dropped
     what = f" The first, {first.place}: {first.what}." if first else ""
     return DataError(
         f"Nothing to {purpose} in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
         f"{report.too_long:,} are too long and {report.bad_rows:,} bad.{what}",
         expected=f"at least one row {needed} within --max-length",
-        fix="a larger --max-length" if report.too_long else "mend the rows, or name their columns with --map",
+        fix="a larger --max-length" if report.too_long else "fix the rows, or name their columns with --map",
     )

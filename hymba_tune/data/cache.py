@@ -1,6 +1,6 @@
-"""Encoded data that is kept between runs: found again by what went into it, written aside and renamed.
+"""The cache of encoded data between runs. Its keys are hashes of the inputs; an entry is complete once it is renamed.
 
-Several processes may use it at a time. An entry that another one removes stays readable for those that have it open.
+Several processes may use it at a time. An entry that one process removes stays readable for those that have it open.
 """
 
 from __future__ import annotations
@@ -26,40 +26,42 @@ from hymba_tune.files import flush_to_disk
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
-Kept = Literal["data", "targets", "answers", "pairs"]
-KEPT: dict[Kept, str] = {
+CacheKind = Literal["data", "targets", "answers", "pairs"]
+CACHE_KINDS: dict[CacheKind, str] = {
     "data": "encoded data",
-    "targets": "what teachers give the next tokens",
-    "answers": "what teachers wrote",
-    "pairs": "tables of two tokenizers",
+    "targets": "teacher targets",
+    "answers": "teacher generations",
+    "pairs": "tables of tokenizer pairs",
 }
-"""What lies in the user's cache, in words."""
+"""The kinds of content in the user's cache, with descriptions."""
 LIMIT_BYTES = 20 * 2**30
-"""Encoded data that is kept at most: entries that were not used for longest go first."""
+"""Maximum bytes of encoded data; the least recently used entries are removed first."""
 STALE_SECONDS = 2 * 24 * 3600
-"""Age at which something unfinished is taken for left behind."""
+"""Age from which an unfinished entry counts as abandoned."""
 UNFINISHED = "unfinished-"
 
 
-def cache_folder(kind: Kept = "data") -> Path:
-    """Where something is kept: ``hymba-tune/KIND`` in the user's cache (``XDG_CACHE_HOME``, or ``~/.cache``)."""
+def cache_folder(kind: CacheKind = "data") -> Path:
+    """Return the cache folder of a kind: ``hymba-tune/KIND`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune", kind)
 
 
 def entry_key(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str | None:
-    """A name made of everything that decides which rows come out, this code included.
+    """Hash everything that affects the encoded rows, this code included.
 
     Args:
-        sources: Their contents count, and their names, under which rows are listed.
-        tokenizer: Its vocabulary and template count.
-        settings: Whatever else does; must be writable as JSON.
+        sources: The sources; their contents and names are hashed, since reports and rows hold the names.
+        tokenizer: The tokenizer; its vocabulary and template are hashed.
+        settings: All other settings that affect the rows; must be serializable as JSON.
 
     Returns:
-        64 hexadecimal digits; `None` if a source cannot say what it holds without being read as rows.
+        64 hexadecimal digits; `None` if a source has no digest of its content.
     """
     contents = [source.content() if source.content else None for source in sources]
     if None in contents:
         return None
+
+    # Versions of the tokenizers library may tokenize differently, and so may an edited copy of this package.
     parts = {
         "sources": [
             [source.name, content, source.weight, source.max_rows, dict(source.mapping)]
@@ -79,7 +81,10 @@ def _own_code() -> str:
 
 
 def writable(folder: Path | None) -> Path:
-    """The folder, made if need be; one that goes when Python ends if it is `None` or cannot be written."""
+    """Return the folder, created if necessary; a temporary folder if it is `None` or not writable.
+
+    A temporary folder is removed when Python ends.
+    """
     if folder is not None:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,25 +96,27 @@ def writable(folder: Path | None) -> Path:
 
 
 def unfinished(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder to write an entry in."""
+    """Create a folder for an entry that is being written."""
     return tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED)
 
 
-def keep(written: Path, folder: Path, name: str) -> Path:
-    """Move a finished entry to its name. If another process was faster, its entry is the one."""
+def store(finished: Path, folder: Path, name: str) -> Path:
+    """Move a finished entry to its name. If another process stored it first, that entry is used."""
     entry = folder / name
-    flush_to_disk(written)
+    flush_to_disk(finished)
     try:
-        written.rename(entry)
+        # A rename is atomic, so no process ever sees half an entry under its name.
+        finished.rename(entry)
     except OSError:
         if not entry.is_dir():
             raise
-    _trim(folder, keep=entry)
+    _evict(folder, current=entry)
     return entry
 
 
 def touch(entry: Path) -> None:
-    """Remember that an entry was used."""
+    """Mark an entry as used now."""
+    # The modification time of the folder records the last use: access times are often not updated.
     with suppress(OSError):
         os.utime(entry)
 
@@ -118,7 +125,7 @@ def clear(folder: Path) -> tuple[int, int]:
     """Remove every entry.
 
     Returns:
-        How many there were, and their bytes.
+        The number of entries and their bytes.
     """
     entries = list(folder.iterdir()) if folder.is_dir() else []
     size = sum(map(_size, entries))
@@ -130,20 +137,23 @@ def clear(folder: Path) -> tuple[int, int]:
     return sum(not entry.name.startswith(UNFINISHED) for entry in entries), size
 
 
-def _trim(folder: Path, keep: Path) -> None:
+def _evict(folder: Path, current: Path) -> None:
+    """Remove abandoned entries, then the least recently used ones above the limit, but never ``current``."""
     entries = []
     for path in folder.iterdir():
         with suppress(OSError):  # another process removed it
             used = path.stat().st_mtime
             if not path.name.startswith(UNFINISHED):
                 entries.append((used, path))
+            # A young one may still be written by another process.
             elif used < time.time() - STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
+
     total = sum(_size(path) for _, path in entries)
     for _, path in sorted(entries):
         if total <= LIMIT_BYTES:
             return
-        if path != keep:
+        if path != current:
             total -= _size(path)
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,9 +1,8 @@
-"""From a conversation to token ids and labels: what the model reads, and which of it is learned.
+"""Encodes conversations and texts as token ids and labels.
 
-Every answer and the end-of-sequence token after it are learned, whatever the chat template. The template renders the
-conversation once; each answer is found in that text by rendering the messages before it, and tokens are matched to
-answers by character offsets. The text is tokenised whole: tokenised in parts, SentencePiece would start each part with
-a space of its own.
+The loss covers every answer and the end-of-sequence token after it, with any chat template. The template renders the
+conversation once; each answer is located in that text by rendering the messages before it, and character offsets match
+tokens to answers. The text is tokenized whole, because SentencePiece would start each separate part with a space.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a token that is read but not learned: the value that PyTorch's cross-entropy leaves out."""
+"""Label of a token without loss: the default ``ignore_index`` of PyTorch's cross-entropy."""
 
 PLACEHOLDER = "\ue000answer\ue000"
 
@@ -36,10 +35,10 @@ class Rendered:
     """An example as text.
 
     Attributes:
-        text: As the model reads it, but for a beginning-of-sequence token that the tokenizer itself adds.
-        learned: Ascending spans of ``text``, ``[start, end)`` in characters.
-        weights: How much a token of each span counts in the loss; where none are given, 1.
-        plain: Whether it is plain text, which may go on in a further row where a conversation would be cut.
+        text: The text as the model reads it, without a beginning-of-sequence token that the tokenizer adds itself.
+        learned: Ascending spans of ``text`` with loss, ``[start, end)`` in characters.
+        weights: Loss weight of the tokens of each span; empty if all are 1.
+        plain: Whether the example is plain text, which continues in further rows where a conversation would be cut.
     """
 
     text: str
@@ -50,11 +49,15 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row to train on: ids, and as many labels, each the id itself or `IGNORED`.
+    """A row to train on.
 
-    The first label is always `IGNORED`: nothing comes before it to predict it from. ``begin`` is where the row begins
-    in the text that it is a part of, in tokens; ``spans`` are the learned spans of a whole text, ``[start, end)`` in
-    tokens. ``loss_weights`` say how much each label counts; None for 1 each.
+    Attributes:
+        input_ids: Token ids.
+        labels: As many labels, each the token id itself or `IGNORED`. The first is always `IGNORED`, since no token
+            comes before it to predict it from.
+        begin: Position of the row's first token in the text that it is a part of.
+        spans: Spans with loss of a whole text, ``[start, end)`` in tokens.
+        loss_weights: Loss weight of each label; `None` if all are 1.
     """
 
     input_ids: list[int]
@@ -65,32 +68,32 @@ class Encoded:
 
     @property
     def learned(self) -> int:
-        """How many tokens are learned."""
+        """The number of tokens with loss."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Encode an example on its own: `render`, `tokenize` and `fit` in one.
+    """Encode one example: `render`, `tokenize` and `fit` in one.
 
     Raises:
-        DataError: If the tokenizer's chat template cannot be used for it.
+        DataError: If the tokenizer's chat template cannot render the example.
     """
     rendered = render(example, tokenizer)
-    (whole,) = tokenize([rendered], tokenizer)
-    return fit(whole, max_length, split=rendered.plain)
+    (encoded,) = tokenize([rendered], tokenizer)
+    return fit(encoded, max_length, split=rendered.plain)
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn = Learn.all) -> Rendered:
-    """Write an example as text and mark what is learned of it: a text whole, of a conversation the answers.
+    """Render an example as text and mark the spans with loss: a whole text, or the answers of a conversation.
 
     Args:
-        example: Its answers are learned as their messages say.
-        tokenizer: With a chat template.
-        learn: Which of them: all, or at most the last.
+        example: The example; the weights of its messages apply.
+        tokenizer: A tokenizer with a chat template.
+        learn: Whether the loss covers all answers, or at most the last.
 
     Raises:
         DataError: If the tokenizer has no end-of-sequence token, or its chat template refuses the conversation or
-            writes it so that answers cannot be told from the rest.
+            renders it so that answers cannot be located.
     """
     eos = _eos_token(tokenizer)
     if isinstance(example, Conversation):
@@ -103,30 +106,30 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, learn: Learn = 
 
 
 def render_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write a conversation up to where the assistant answers, exactly as training shows it to the model.
+    """Render a conversation up to the start of the next answer, exactly as in training.
 
     Args:
-        prompt: Its last message is not from the assistant. Earlier answers end as they do in training.
-        tokenizer: With a chat template.
+        prompt: A conversation whose last message is not from the assistant. Earlier answers end as in training.
+        tokenizer: A tokenizer with a chat template.
 
     Raises:
-        DataError: As `render`.
+        DataError: If `render` would raise it.
     """
     prompt = _without_ends(prompt, _eos_token(tokenizer))
-    asked, header = _openings(prompt, len(prompt.messages), tokenizer)
-    # What a template writes when asked to let the model go on may lack the header of an answer, but for white space,
-    # which belongs to the answer's first token.
-    source = asked if header.startswith(asked) and not header[len(asked) :].strip() else header
+    generation, header = _openings(prompt, len(prompt.messages), tokenizer)
+    # A template's generation prompt may lack the header of an answer. White space alone is no such header: it belongs
+    # to the answer's first token.
+    source = generation if header.startswith(generation) and not header[len(generation) :].strip() else header
     return _mark_answers(source, prompt, tokenizer).text
 
 
 def encode_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of `render_prompt`, beginning-of-sequence token included."""
+    """Return the token ids of `render_prompt`, beginning-of-sequence token included."""
     return tokenize([Rendered(render_prompt(prompt, tokenizer), ())], tokenizer)[0].input_ids
 
 
 def _without_ends(conversation: Conversation, eos: str) -> Conversation:
-    """The conversation without end-of-sequence tokens that its answers bring along, so that none is doubled."""
+    """Remove end-of-sequence tokens that answers already end with, so that none is doubled."""
 
     def bare(message: Message) -> Message:
         content = message.content.rstrip()
@@ -138,14 +141,14 @@ def _without_ends(conversation: Conversation, eos: str) -> Conversation:
 
 
 def _with_last_learned(conversation: Conversation) -> Conversation:
-    """The conversation with no answer but the last to be learned.
+    """Set the weight of every answer but the last to 0.
 
     Raises:
-        DataError: If that one is not.
+        DataError: If the last answer has weight 0 itself.
     """
     last = max(index for index, message in enumerate(conversation.messages) if message.role == "assistant")
     if not conversation.messages[last].learned:
-        raise DataError("its last answer has weight 0", expected="an answer to learn", fix="--learn all")
+        raise DataError("its last answer has weight 0", expected="an answer to train on", fix="--learn all")
     return replace(
         conversation,
         messages=tuple(
@@ -156,16 +159,18 @@ def _with_last_learned(conversation: Conversation) -> Conversation:
 
 
 def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Find the conversation's answers in what the template wrote of it, and end each with the end-of-sequence token.
+    """Locate the answers in a rendered conversation, and end each with the end-of-sequence token.
 
-    Those that are only read end with it as well.
+    Answers without loss end with it as well.
     """
     eos = _eos_token(tokenizer)
-    text, copied = "", 0  # what is written so far, and how much of `source` that is
+    text = ""
+    copied = 0  # characters of `source` that `text` already contains
     learned, weights = [], []
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
+
         start, end = _find_answer(source, conversation, index, tokenizer)
         after = source[end:].lstrip()
         if after.startswith(eos):  # the template's own, perhaps after a space
@@ -176,13 +181,14 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
             learned.append((start, len(text)))
             weights.append(message.weight)
         copied = end
+
     return Rendered(text + source[copied:], tuple(learned), tuple(weights) if min(weights, default=1) < 1 else ())
 
 
 def _find_answer(
     source: str, conversation: Conversation, index: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """The span of an answer in ``source``, with the white space that the model has to write before it."""
+    """Return the span of an answer in ``source``, with the white space that the model must generate before it."""
     answer = conversation.messages[index].content.strip()
     for opening in _openings(conversation, index, tokenizer):
         start = len(source) - len(source[len(opening) :].lstrip())
@@ -190,13 +196,13 @@ def _find_answer(
             return len(opening), start + len(answer)
     raise DataError(
         f"the chat template rewrites the conversation around message {index + 1}, an answer",
-        expected="a chat_template that writes answers unchanged, and nothing earlier in another way afterwards",
-        fix="take chat_template out of the tokenizer to use Hymba's",
+        expected="a chat_template that keeps answers unchanged, and earlier messages as they were",
+        fix="remove chat_template from the tokenizer to use Hymba's",
     )
 
 
 def _openings(conversation: Conversation, index: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the template writes before an answer at ``index``: as a generation prompt, and before a known answer."""
+    """Yield the text before an answer at ``index``: as a generation prompt, and as the text before a known answer."""
     messages = conversation.messages[:index]
     yield _apply_template(conversation, messages, tokenizer, add_generation_prompt=True)
     placeholder = Message("assistant", PLACEHOLDER)
@@ -210,7 +216,7 @@ def _apply_template(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Messages as the tokenizer's template writes them, beside the conversation's tools and contexts."""
+    """Render messages with the tokenizer's template, and with the tools and contexts of the conversation."""
     try:
         text: str = tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in messages],
@@ -223,7 +229,7 @@ def _apply_template(
         raise DataError(
             f"the chat template refuses the conversation ({error})",
             expected="roles in the order that the tokenizer's chat_template allows",
-            fix="reorder the messages, or take chat_template out of the tokenizer to use Hymba's",
+            fix="reorder the messages, or remove chat_template from the tokenizer to use Hymba's",
         ) from error
     return text
 
@@ -240,13 +246,13 @@ def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Token ids and labels of rendered examples, at any length.
+    """Tokenize rendered examples and label them, at any length.
 
-    The text begins with the beginning-of-sequence token exactly once, where the tokenizer uses one.
+    The text begins with exactly one beginning-of-sequence token if the tokenizer uses one.
 
     Args:
-        rendered: Tokenised together, which is faster than one by one.
-        tokenizer: A fast one: it must know which characters a token stands for.
+        rendered: The examples, tokenized together, which is faster than one by one.
+        tokenizer: A fast tokenizer, since the offsets of tokens in the text are needed.
     """
     batch = tokenizer(
         [example.text for example in rendered],
@@ -262,6 +268,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
         head = [] if bos_token and example.text.startswith(bos_token) else bos
         spans = _spans(offsets, example.learned, len(head))
         ids = head + ids
+
         labels = [IGNORED] * len(ids)
         for start, end in spans:
             labels[start:end] = ids[start:end]
@@ -271,7 +278,7 @@ def tokenize(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token where the tokenizer puts it before every text by itself, else nothing."""
+    """Return the beginning-of-sequence token if the tokenizer adds it to every text, else nothing."""
     ids: list[int] = tokenizer("a")["input_ids"][:1]
     return ids if ids == [tokenizer.bos_token_id] else []
 
@@ -279,7 +286,7 @@ def _added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _spans(
     offsets: list[tuple[int, int]], learned: Sequence[tuple[int, int]], begin: int
 ) -> tuple[tuple[int, int], ...]:
-    """The tokens that share a character with each learned span, counted from ``begin``.
+    """Return the span of tokens that overlap each span of characters, counted from ``begin``.
 
     Offsets ascend, so bisection finds them.
     """
@@ -290,30 +297,30 @@ def _spans(
 
 
 def _loss_weights(example: Rendered, spans: Sequence[tuple[int, int]], size: int) -> list[float] | None:
-    """How much each of so many tokens counts, where the spans' weights differ."""
+    """Return the loss weight of each of ``size`` tokens; `None` if all are 1."""
     if not example.weights:
         return None
-    counted = [1.0] * size
+    weights = [1.0] * size
     for (start, end), weight in zip(spans, example.weights, strict=True):
-        counted[start:end] = [weight] * (end - start)
-    return counted
+        weights[start:end] = [weight] * (end - start)
+    return weights
 
 
 def fit(encoded: Encoded, max_length: int, *, split: bool) -> list[Encoded]:
-    """Bring an encoded example to at most ``max_length`` tokens a row.
+    """Bring an encoded example to at most ``max_length`` tokens per row.
 
     Args:
-        encoded: Of any length.
-        max_length: Tokens a row may have, at least 2.
-        split: Whether what is too long goes on in further rows, no token lost, or is cut off.
+        encoded: An encoded example of any length.
+        max_length: Maximum tokens of a row, at least 2.
+        split: Whether a longer example continues in further rows without losing a token, or is cut.
 
     Returns:
-        The rows; none if what is left has nothing to learn.
+        The rows that have tokens with loss.
     """
     size = len(encoded.input_ids)
     cuts = [*range(0, size, max_length), size]
     if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
-        cuts[-2] -= 1  # a row of one token would have nothing to predict it from
+        cuts[-2] -= 1  # in a row of one token, there is nothing to predict it from
     rows = []
     for start, end in pairwise(cuts if split else [0, min(size, max_length)]):
         labels = [IGNORED, *encoded.labels[start + 1 : end]]

@@ -1,4 +1,4 @@
-"""What a check of data finds and counts."""
+"""The findings and counts of a data check."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from hymba_tune.data.duplicates import Duplicates
 from hymba_tune.errors import DataError
 
 EXAMPLES = 3
-"""Places that are kept of each kind of finding."""
+"""Example places that are stored for each kind of finding."""
 KINDS = 40
-"""Kinds of findings that are told apart; the rest is counted together, so that memory has a bound."""
+"""Kinds of findings that are counted separately; all others are counted together, so that memory has a bound."""
 OTHERS = "something else"
-NUMBERS, ASIDES = re.compile(r"(?<![-\w])\d[\d,.]*"), re.compile(r" \([^()]*\)")
+NUMBERS = re.compile(r"(?<![-\w])\d[\d,.]*")
+ASIDES = re.compile(r" \([^()]*\)")
 
 
 def general(what: str) -> str:
-    """A problem without numbers and asides, by which rows are counted together."""
+    """Remove numbers and parentheses from a problem, so that rows with the same kind of problem count together."""
     return NUMBERS.sub("N", ASIDES.sub("", what))
 
 
 @dataclass
 class Finding:
-    """Something that is so in some rows.
+    """A property that some rows share.
 
     Attributes:
-        what: In general: numbers and names are left out.
-        rows: How many.
-        examples: The first of them: where, and what it is there.
+        what: The property in general words, without numbers and names.
+        rows: The number of such rows.
+        examples: The first of them: their places, and the property in detail.
         fix: What to do about it.
     """
 
@@ -42,10 +43,10 @@ class Finding:
 
 
 class Findings(dict[str, Finding]):
-    """Findings by what they are, in the order in which they were met."""
+    """Findings by their general words, in the order of their first rows."""
 
     def add(self, what: str, example: str, fix: str = "") -> None:
-        """Count one more."""
+        """Count one more row."""
         what = what if what in self or len(self) < KINDS else OTHERS
         finding = self.setdefault(what, Finding(what, fix=fix))
         finding.rows += 1
@@ -55,7 +56,14 @@ class Findings(dict[str, Finding]):
 
 @dataclass
 class FileCheck:
-    """One file: its rows by format, and why it cannot be read to its end, if so."""
+    """A file that was checked.
+
+    Attributes:
+        name: The file's name as the user gave it.
+        rows: Rows read.
+        formats: Rows by format.
+        problem: The error that stopped the reading, if any.
+    """
 
     name: str
     rows: int = 0
@@ -65,35 +73,35 @@ class FileCheck:
 
 @dataclass
 class Lengths:
-    """Tokens a row, before anything is cut.
+    """Row lengths in tokens, before rows are cut.
 
     Attributes:
-        rows: How many rows have a length, by length.
+        rows: Number of rows by length.
     """
 
     rows: Counter[int] = field(default_factory=Counter)
 
     def quantile(self, share: float) -> int:
-        """The length that this share of the rows does not exceed."""
+        """Return the length that this share of the rows does not exceed."""
         sizes, counts = self.table()
         return int(sizes[np.searchsorted(np.cumsum(counts), share * counts.sum())]) if len(sizes) else 0
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths that occur, ascending, and how often."""
+        """Return the lengths that occur, ascending, and the number of rows with each."""
         sizes = np.array(sorted(self.rows))
         return sizes, np.array([self.rows[size] for size in sizes.tolist()])
 
 
 @dataclass
-class Pairs:
-    """What only preferences have.
+class PairCounts:
+    """Counts of preference pairs.
 
     Attributes:
         rows: Pairs that can be used.
-        ties: Those whose row scores both answers the same.
-        identical: Rows whose answers are the same; they are bad rows as well.
-        chosen_longer: Pairs whose better answer has more tokens.
-        rejected_longer: Pairs whose worse answer has more tokens.
+        ties: Pairs whose row has the same score for both answers.
+        identical: Rows whose answers are the same; they also count as bad rows.
+        chosen_longer: Pairs whose chosen answer has more tokens.
+        rejected_longer: Pairs whose rejected answer has more tokens.
     """
 
     rows: int = 0
@@ -105,25 +113,25 @@ class Pairs:
 
 @dataclass
 class Check:
-    """What the files hold.
+    """The result of checking data files.
 
     Attributes:
-        max_length: The length that cuts and drops are counted at.
-        files: One by one.
+        max_length: Maximum tokens of a row, for the counts of cut and dropped rows.
+        files: The files, one by one.
         rows: Rows read.
         bad_rows: Rows that would stop a run.
-        problems: Why, by kind.
-        notes: What is odd, but does not stop a run.
-        hidden: Columns, and keys of messages, that the model is not shown, and in how many rows they hold something.
-        lengths: Tokens a row.
+        problems: The problems of the bad rows, by kind.
+        notes: Oddities that do not stop a run.
+        hidden: Columns and keys of messages that the model does not see, with the number of rows that have a value.
+        lengths: Row lengths in tokens.
         tokens: Tokens that are trained on.
-        learned: Those of them that carry loss.
+        learned: Tokens with loss among them.
         cut: Conversations that lose their end.
-        continued: Texts that go on in further rows.
-        tokens_lost: Tokens cut off.
-        too_long: Rows dropped, because their answers begin past the length.
-        duplicates: Rows that say the same.
-        pairs: Of preferences only.
+        continued: Texts that continue in further rows.
+        tokens_lost: Tokens that are cut off.
+        too_long: Rows dropped because their answers begin past the maximum length.
+        duplicates: Rows with the same content.
+        pairs: Counts of preference pairs, if the files hold pairs.
     """
 
     max_length: int
@@ -141,9 +149,9 @@ class Check:
     tokens_lost: int = 0
     too_long: int = 0
     duplicates: Duplicates = field(default_factory=lambda: Duplicates(0, [], 0))
-    pairs: Pairs | None = None
+    pairs: PairCounts | None = None
 
     @property
     def usable(self) -> bool:
-        """Whether a run would go through."""
+        """Whether a run can train on the files."""
         return not self.bad_rows and not any(file.problem for file in self.files) and self.learned > 0

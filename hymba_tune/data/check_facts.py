@@ -1,4 +1,4 @@
-"""A check in words and numbers: the verdict, what to mend, and the same as JSON."""
+"""A data check as text and as JSON: the verdict, the problems to fix, an overview and the next commands."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from hymba_tune.data.check_counts import Check, FileCheck, Lengths, Pairs
+from hymba_tune.data.check_counts import Check, FileCheck, Lengths, PairCounts
 
 BARS = 10
-"""Bars of a histogram, about, where they are of even width."""
+"""Approximate number of bars in a histogram with bars of even width."""
 UNEVEN = 20
-"""Ratio of the longest rows to the usual ones from which each bar is twice as wide as the one before."""
+"""Ratio of the longest row to the median from which each bar is twice as wide as the one before."""
 LONGEST_ADVISED = 32_768
 LENGTH_BIAS = 0.65
-"""Share of pairs from which it is worth saying that one side's answers are the longer ones."""
+"""Share of pairs with a longer answer on one side from which the imbalance is reported."""
 
 
 @dataclass(frozen=True)
-class Mend:
-    """Something worth mending.
+class DataProblem:
+    """A problem to fix.
 
     Attributes:
-        what: How many rows, and what is with them.
+        what: The number of rows and their problem.
         fix: What to do about it; may be empty.
-        examples: Where.
+        examples: Places of the first such rows.
     """
 
     what: str
@@ -37,12 +37,12 @@ class Mend:
 
 
 def counted(number: int, thing: str) -> str:
-    """A number and what it counts: ``1 row``, ``2 rows``."""
+    """Format a number and the thing it counts: ``1 row``, ``2 rows``."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def verdict(check: Check) -> str:
-    """Whether the files can be trained on, in one sentence."""
+    """State in one sentence whether a run can train on the files."""
     unreadable = [file.name for file in check.files if file.problem]
     if unreadable:
         others = f", nor can {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -50,73 +50,84 @@ def verdict(check: Check) -> str:
     if check.bad_rows:
         return f"Cannot be trained on yet: {check.bad_rows:,} of {counted(check.rows, 'row')} would stop a run."
     if not check.learned:
-        return f"Cannot be trained on: nothing is left to learn at --max-length {check.max_length:,}."
+        return f"Cannot be trained on: no answer begins within --max-length {check.max_length:,}."
     return "Can be trained on as it is."
 
 
-def mends(check: Check) -> list[Mend]:
-    """What to mend, what stops a run first."""
-    found = [Mend(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
+def problems(check: Check) -> list[DataProblem]:
+    """List the problems to fix; those that stop a run come first."""
+    result = [DataProblem(file.problem.what, file.problem.details["to fix"]) for file in check.files if file.problem]
     for finding in sorted(check.problems.values(), key=lambda finding: -finding.rows):
-        found.append(Mend(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples)))
+        result.append(
+            DataProblem(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples))
+        )
     if check.bad_rows:
-        found.append(Mend("or leave all such rows out", "--on-bad-row skip"))
+        result.append(DataProblem("or skip all of these rows", "--on-bad-row skip"))
+
     if check.too_long:
         dropped = f"{counted(check.too_long, 'row')} dropped: no answer begins within --max-length"
-        found.append(Mend(dropped, _longer(check)))
+        result.append(DataProblem(dropped, _longer_maximum(check)))
     if check.cut:
-        lost = f"{counted(check.cut, 'conversation')} cut ({counted(check.tokens_lost, 'token')} lost)"
-        found.append(Mend(lost, _longer(check)))
+        cut = f"{counted(check.cut, 'conversation')} cut ({counted(check.tokens_lost, 'token')} lost)"
+        result.append(DataProblem(cut, _longer_maximum(check)))
+
     if check.duplicates.rows:
-        pairs = tuple(f"{place} repeats {original}" for place, original in check.duplicates.examples)
-        fix = "hymba-tune data convert --unique leaves them out"
-        found.append(Mend(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, pairs))
+        repeats = tuple(f"{place} repeats {original}" for place, original in check.duplicates.examples)
+        fix = "remove them with hymba-tune data convert --unique"
+        result.append(DataProblem(f"{counted(check.duplicates.rows, 'row')}: the same as an earlier one", fix, repeats))
+
     if check.pairs and check.pairs.ties:
-        found.append(Mend(f"{counted(check.pairs.ties, 'pair')}: both answers have one score", "take them out"))
+        result.append(
+            DataProblem(f"{counted(check.pairs.ties, 'pair')}: both answers have the same score", "remove them")
+        )
     if check.pairs and max(shares := _longer_shares(check.pairs)) > LENGTH_BIAS:
         side = "better" if shares[0] > shares[1] else "worse"
-        told = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
-        found.append(Mend(told, "balance them, or length is what is learned"))
+        bias = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
+        result.append(DataProblem(bias, "balance them, or the model learns to prefer a length"))
+
     for note in check.notes.values():
-        found.append(Mend(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
-    return found
+        result.append(DataProblem(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
+    return result
 
 
-def _longer_shares(pairs: Pairs) -> tuple[float, float]:
-    """In which share of the pairs the better answer is the longer one, and the worse."""
+def _longer_shares(pairs: PairCounts) -> tuple[float, float]:
+    """Return the shares of pairs whose chosen, and whose rejected, answer is the longer one."""
     rows = max(1, pairs.rows)
     return pairs.chosen_longer / rows, pairs.rejected_longer / rows
 
 
-def _longer(check: Check) -> str:
-    """A length within reason that holds most rows whole, if it is more than the present one."""
+def _longer_maximum(check: Check) -> str:
+    """Propose a larger --max-length that fits most rows, if a reasonable one does."""
     for share in (0.99, 0.95, 0.9):
         enough = -(-check.lengths.quantile(share) // 64) * 64
         if check.max_length < enough <= LONGEST_ADVISED:
-            return f"--max-length {enough} holds {share:.0%} of the rows whole"
-    return "shorten them, or a larger --max-length"
+            return f"--max-length {enough} fits {share:.0%} of the rows"
+    return "shorten them, or use a larger --max-length"
 
 
 def overview(check: Check) -> list[tuple[str, str]]:
-    """What the files hold, a label and a line each."""
-    lengths, duplicates = check.lengths, check.duplicates
+    """Describe the content of the files: a label and a line each."""
+    lengths = check.lengths
+    duplicates = check.duplicates
     lines = [(f"{file.name}", f"{counted(file.rows, 'row')}{_formats(file)}") for file in check.files]
     if check.tokens:
         share = check.learned / check.tokens
-        lines.append(("tokens", f"{check.tokens:,}, {share:.0%} learned"))
+        lines.append(("tokens", f"{check.tokens:,}, {share:.0%} with loss"))
         longest = max(lengths.rows)
         spread = f"median {lengths.quantile(0.5):,}, 90 % up to {lengths.quantile(0.9):,}, longest {longest:,}"
-        lines.append(("a row", spread))
-    lost = {"dropped": check.too_long, "cut": check.cut, "in pieces": check.continued}
-    at = ", ".join(f"{rows:,} {what}" for what, rows in lost.items() if rows) or "all rows whole"
+        lines.append(("per row", spread))
+
+    not_whole = {"dropped": check.too_long, "cut": check.cut, "continued in further rows": check.continued}
+    fitted = ", ".join(f"{rows:,} {what}" for what, rows in not_whole.items() if rows) or "all rows fit"
     if lengths.rows:
-        lines.append((f"at {check.max_length:,}", f"{at} (--max-length)"))
+        lines.append((f"at {check.max_length:,}", f"{fitted} (--max-length)"))
     lines.append(
         ("repeated", f"{counted(duplicates.rows, 'row')}; {duplicates.other_answers:,} more answers to a prompt")
     )
+
     if check.pairs:
-        told = f"{counted(check.pairs.rows, 'pair')}, {check.pairs.ties:,} ties, {check.pairs.identical:,} identical"
-        lines.append(("preferences", f"{told}; chosen longer in {_longer_shares(check.pairs)[0]:.0%}"))
+        counts = f"{counted(check.pairs.rows, 'pair')}, {check.pairs.ties:,} ties, {check.pairs.identical:,} identical"
+        lines.append(("preferences", f"{counts}; chosen longer in {_longer_shares(check.pairs)[0]:.0%}"))
     if check.hidden:
         lines.append(("not shown", ", ".join(f"{key} ({rows:,})" for key, rows in check.hidden.most_common())))
     return lines
@@ -130,7 +141,7 @@ def _formats(file: FileCheck) -> str:
 def next_commands(
     check: Check, files: Sequence[str], model: str, mapping: Sequence[str], max_length: int
 ) -> list[tuple[str, str]]:
-    """What to do with the files now: a label and a command line each."""
+    """Propose what to do with the files next: a label and a command line each."""
     if any(file.problem for file in check.files):
         return []
     flags = [*files, "--model", model, *(word for pair in mapping for word in ("--map", pair))]
@@ -142,13 +153,13 @@ def next_commands(
     if not check.learned:
         return commands
     commands.append(("train", shlex.join(train)))
-    if "label" in check.hidden:  # which may say how good the answers are
-        commands.append(("judged", shlex.join(["hymba-tune", "kto", *train[2:]])))
+    if "label" in check.hidden:  # it may hold the labels of unpaired preferences
+        commands.append(("kto", shlex.join(["hymba-tune", "kto", *train[2:]])))
     return commands
 
 
 def facts(check: Check) -> dict[str, Any]:
-    """Everything as JSON takes it. Lengths and counts are numbers of tokens and rows."""
+    """Return the whole check as values for JSON. Lengths are numbers of tokens, counts numbers of rows."""
     return {
         "usable": check.usable,
         "verdict": verdict(check),
@@ -191,19 +202,23 @@ def facts(check: Check) -> dict[str, Any]:
 
 
 def histogram(lengths: Lengths) -> list[tuple[int, int | None, int]]:
-    """Bars over all lengths: of even width, or where a few rows are far longer each twice as wide as the one before.
+    """Count the rows in ranges of lengths.
+
+    The ranges have even widths. If a few rows are far longer than most, each range is twice as wide as the one before.
 
     Returns:
-        From and up to how many tokens (`None`: and more), and how many rows.
+        The first and the last length of each range (`None`: no upper limit), and the number of its rows.
     """
     if not lengths.rows:
         return []
-    most, longest = lengths.quantile(0.99), max(lengths.rows)
+    most = lengths.quantile(0.99)
+    longest = max(lengths.rows)
     if longest > UNEVEN * lengths.quantile(0.5):
         edges = [0, *(2**power for power in range(4, longest.bit_length() + 1))]
     else:
         width = 2 ** max(3, math.ceil(math.log2(max(1, most) / BARS)))
         edges = list(range(0, most + width + 1, width))
+
     sizes, counts = lengths.table()
     rows, _ = np.histogram(sizes, [*edges, np.inf], weights=counts)
     highs: list[int | None] = [*(edge - 1 for edge in edges[1:]), None]

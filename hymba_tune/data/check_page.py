@@ -1,4 +1,4 @@
-"""A check as a page to read and to pass on."""
+"""A data check as an HTML page."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hymba_tune.data.check_counts import Check
-from hymba_tune.data.check_facts import facts, histogram, mends
+from hymba_tune.data.check_facts import facts, histogram, problems
 from hymba_tune.data.rows import listing
-from hymba_tune.pages import LIGHT, Plot, plot, render, share
+from hymba_tune.formatting import share
+from hymba_tune.pages import LIGHT, Plot, plot, render
 
 TICKS = 6
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def check_page(check: Check, *, model: str, commands: Sequence[tuple[str, str]]) -> str:
-    """The page.
+    """Render a check as a page.
 
     Args:
-        check: What was found.
-        model: Whose tokenizer was used.
-        commands: What to do next: a label and a command line each.
+        check: The check to render.
+        model: Name of the model whose tokenizer was used.
+        commands: The next commands: a label and a command line each.
     """
     return render(
         "hymba_tune.data",
@@ -31,8 +32,8 @@ def check_page(check: Check, *, model: str, commands: Sequence[tuple[str, str]])
         names=listing(file.name for file in check.files),
         model=model,
         facts=facts(check),
-        mends=mends(check),
-        plots=[drawn for drawn in (_lengths(check), _rows(check), _tokens(check), _pairs(check)) if drawn],
+        problems=problems(check),
+        plots=[chart for chart in (_lengths(check), _rows(check), _tokens(check), _pairs(check)) if chart],
         commands=commands,
     )
 
@@ -49,15 +50,15 @@ def _lengths(check: Check) -> Plot | None:
             at = float(np.interp(check.max_length, edges, range(len(edges))))
             axes.axvline(at, color=LIGHT["second"], linestyle="--", label=f"--max-length {check.max_length:,}")
             axes.legend(loc="upper right")
-        shown = range(0, len(edges), -(-len(edges) // TICKS))
-        axes.set_xticks(shown, [f"{edges[index]:,}" for index in shown])
-        axes.set(xlabel="tokens a row", ylabel="rows")
+        ticks = range(0, len(edges), -(-len(edges) // TICKS))
+        axes.set_xticks(ticks, [f"{edges[index]:,}" for index in ticks])
+        axes.set(xlabel="tokens per row", ylabel="rows")
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(THOUSANDS)
 
     median = check.lengths.quantile(0.5)
-    return plot("How long rows are", f"Half of the rows have up to {median:,} tokens.", draw)
+    return plot("Row lengths", f"Half of the rows have up to {median:,} tokens.", draw)
 
 
 def _rows(check: Check) -> Plot | None:
@@ -67,14 +68,14 @@ def _rows(check: Check) -> Plot | None:
     kinds = {
         "whole": whole,
         "cut": check.cut,
-        "in pieces": check.continued,
+        "continued": check.continued,
         "too long": check.too_long,
         "bad": check.bad_rows,
     }
     kinds = {name: count for name, count in kinds.items() if count or name in ("whole", "bad")}
     return plot(
-        "What becomes of rows",
-        f"{whole:,} of {check.rows:,} rows are trained on whole.",
+        "Use of rows",
+        f"{whole:,} of {check.rows:,} rows are trained on as a whole.",
         lambda axes: _bars(axes, kinds, "rows", bad={"too long", "bad"}),
     )
 
@@ -82,12 +83,12 @@ def _rows(check: Check) -> Plot | None:
 def _tokens(check: Check) -> Plot | None:
     if not check.tokens:
         return None
-    kinds = {"learned": check.learned, "only read": check.tokens - check.learned, "cut off": check.tokens_lost}
+    kinds = {"with loss": check.learned, "context": check.tokens - check.learned, "cut off": check.tokens_lost}
     return plot(
-        "What becomes of tokens",
-        f"{share(check.learned, check.tokens)} of the tokens that are trained on carry loss.",
+        "Use of tokens",
+        f"{share(check.learned, check.tokens)} of the tokens that are trained on have loss.",
         lambda axes: _bars(axes, kinds, "tokens", bad={"cut off"}),
-        note="Loss is on what is learned; the rest is read.",
+        note="The model reads the context without loss on it.",
     )
 
 
@@ -98,23 +99,23 @@ def _pairs(check: Check) -> Plot | None:
     even = pairs.rows - pairs.chosen_longer - pairs.rejected_longer
     kinds = {"chosen": pairs.chosen_longer, "rejected": pairs.rejected_longer, "neither": even}
     return plot(
-        "Which answer is longer",
+        "The longer answer",
         f"The chosen answer is longer in {share(pairs.chosen_longer, pairs.rows)} of the pairs.",
         lambda axes: _bars(axes, kinds, "pairs", bad=set()),
-        note="Where one side is longer nearly always, length is what is learned.",
+        note="If one side is nearly always longer, the model learns to prefer a length.",
     )
 
 
 def _bars(axes: Axes, kinds: dict[str, int], unit: str, *, bad: set[str]) -> None:
-    """Lying bars with their numbers; what is lost is hatched."""
+    """Draw horizontal bars with their numbers; those of lost rows or tokens are hatched."""
     names = list(kinds)
-    drawn = axes.barh(
+    bars = axes.barh(
         names, list(kinds.values()), height=0.6, color=[LIGHT["second" if name in bad else "first"] for name in names]
     )
-    for name, bar in zip(names, drawn, strict=True):
+    for name, bar in zip(names, bars, strict=True):
         if name in bad:
             bar.set(hatch="///", edgecolor=LIGHT["paper"])
-    axes.bar_label(drawn, labels=[f"{count:,}" for count in kinds.values()], padding=3, color=LIGHT["ink"])
+    axes.bar_label(bars, labels=[f"{count:,}" for count in kinds.values()], padding=3, color=LIGHT["ink"])
     axes.invert_yaxis()
     axes.margins(x=0.22)
     axes.set(xlabel=unit)

@@ -1,4 +1,4 @@
-"""What a file holds, and whether it can be trained on: everything that a run would find, and what it would not say."""
+"""Checks data files: everything that a run would report, and oddities that a run accepts silently."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hymba_tune.config import Learn
 from hymba_tune.data.chat import fit
 from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, general
 from hymba_tune.data.checking_pairs import check_pairs, holds_pairs
-from hymba_tune.data.duplicates import Seen
+from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import ExampleReading, encoded_batches, readings
-from hymba_tune.data.formats import Conversation, Names, recognise
+from hymba_tune.data.formats import Conversation, Names, recognize
 from hymba_tune.data.messages import SHOWN_KEYS
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
@@ -20,16 +20,17 @@ from hymba_tune.errors import DataError
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
-TWO_QUESTIONS, TWO_ANSWERS = "two messages from the user in a row", "two answers in a row"
-NO_ANSWER_LAST = "the last message is no answer, so nothing is learned from it"
+TWO_QUESTIONS = "two messages from the user in a row"
+TWO_ANSWERS = "two answers in a row"
+NO_ANSWER_LAST = "the last message is not an answer, so it has no loss"
 EMPTY_QUESTION = "an empty message from the user"
 ODDITIES = {
-    TWO_QUESTIONS: "make one message of them, or put the answer between",
-    TWO_ANSWERS: "make one message of them, or put the question between",
-    NO_ANSWER_LAST: "take it out, or add the answer",
-    EMPTY_QUESTION: "write it, or take the row out",
+    TWO_QUESTIONS: "merge them, or insert the missing answer",
+    TWO_ANSWERS: "merge them, or insert the missing question",
+    NO_ANSWER_LAST: "remove it, or add the answer",
+    EMPTY_QUESTION: "fill it in, or remove the row",
 }
-"""What a run takes without a word, though it is seldom meant, and what to do about it."""
+"""What a run accepts although it is rarely intended, and what to do about it."""
 
 
 def check_sources(
@@ -41,22 +42,24 @@ def check_sources(
     learn: Learn = Learn.all,
     progress: Callable[[int], None] | None = None,
 ) -> Check:
-    """Read everything and count.
+    """Read all rows and count them.
 
-    Memory grows by 20 bytes a row, and by nothing else.
+    Memory grows by 20 bytes per row and by nothing else.
 
     Args:
-        sources: Read one after the other; one that cannot be read does not keep the others from it.
-        tokenizer: The model's, with a chat template.
-        max_length: Tokens a row may have.
-        mapping: ``--map``: see `Names.parse`.
-        learn: Which answers are learned.
-        progress: Called with the number of rows so far.
+        sources: The sources, read one after the other. One that cannot be read does not stop the check of the others.
+        tokenizer: The model's tokenizer, with a chat template.
+        max_length: Maximum tokens of a row.
+        mapping: Column and role names, as for `Names.parse`.
+        learn: Which answers the loss covers.
+        progress: Called with the number of rows read so far.
 
     Raises:
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    check, seen, mapping = Check(max_length), Seen(), mapping or {}
+    check = Check(max_length)
+    seen = SeenRows()
+    mapping = mapping or {}
     for source in sources:
         file = FileCheck(source.name)
         check.files.append(file)
@@ -67,7 +70,7 @@ def check_sources(
             names = Names.parse({**mapping, **source.mapping})
             for batch in encoded_batches(readings([source], tokenizer, mapping=mapping, learn=learn), tokenizer):
                 for reading in batch:
-                    _take(reading, names, check, file, seen)
+                    _count(reading, names, check, file, seen)
                 if progress:
                     progress(check.rows)
         except DataError as problem:
@@ -76,7 +79,7 @@ def check_sources(
     return check
 
 
-def _take(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: Seen) -> None:
+def _count(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows) -> None:
     place = reading.row.place
     check.rows += 1
     file.rows += 1
@@ -86,39 +89,42 @@ def _take(reading: ExampleReading, names: Names, check: Check, file: FileCheck, 
         problem = reading.problem
         check.problems.add(general(problem.what), f"{place}: {problem.what}", problem.details["to fix"])
         return
+
     assert reading.example
     seen.add(reading.example, place)
     for oddity in _oddities(reading):
         check.notes.add(oddity, str(place), ODDITIES[oddity])
     check.hidden.update(_hidden_keys(reading, names, known=check.hidden))
-    _measure(reading, check)
+    _count_tokens(reading, check)
 
 
-def _measure(reading: ExampleReading, check: Check) -> None:
-    (encoded,), (rendered,) = reading.encoded, reading.rendered
-    size, plain = len(encoded.input_ids), rendered.plain
-    rows = fit(encoded, check.max_length, split=plain)
+def _count_tokens(reading: ExampleReading, check: Check) -> None:
+    (encoded,) = reading.encoded
+    (rendered,) = reading.rendered
+    size = len(encoded.input_ids)
+    rows = fit(encoded, check.max_length, split=rendered.plain)
+    tokens = sum(len(row.input_ids) for row in rows)
     check.lengths.rows[size] += 1
     check.too_long += not rows
-    check.tokens += (kept := sum(len(row.input_ids) for row in rows))
+    check.tokens += tokens
     check.learned += sum(row.learned for row in rows)
     if rows and size > check.max_length:
-        check.continued += plain
-        check.cut += not plain
-        check.tokens_lost += size - kept
+        check.continued += rendered.plain
+        check.cut += not rendered.plain
+        check.tokens_lost += size - tokens
 
 
 def _format_of(reading: ExampleReading, names: Names) -> str:
     if not isinstance(reading.row.value, Mapping):
         return "unreadable"
     try:
-        return recognise(names.rename(reading.row.value), names).name
+        return recognize(names.rename(reading.row.value), names).name
     except DataError:
         return "unknown"
 
 
 def _oddities(reading: ExampleReading) -> Iterator[str]:
-    """Those of `ODDITIES` that a row has."""
+    """Yield the `ODDITIES` of a row."""
     if not isinstance(reading.example, Conversation):
         return
     messages = reading.example.messages
@@ -134,11 +140,11 @@ def _oddities(reading: ExampleReading) -> Iterator[str]:
 
 
 def _hidden_keys(reading: ExampleReading, names: Names, known: Mapping[str, int]) -> set[str]:
-    """Columns and keys of messages that hold something which the model is not shown."""
+    """Return the columns, and the keys of messages, that have a value which the model does not see."""
     row = reading.row.value
     assert isinstance(row, Mapping)
     fields = names.rename(row)
-    form = recognise(fields, names)
+    form = recognize(fields, names)
     hidden = {str(key) for key, value in fields.items() if value and key not in form.fields}
     for name in form.required:
         messages = fields[name]

@@ -1,4 +1,4 @@
-"""From sources to answers that are compared: pairs, or answers judged one by one, as far as rendered texts."""
+"""Reads sources of preferences, pairs or unpaired answers, up to rendered texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hymba_tune.config import Learn
 from hymba_tune.data.chat import IGNORED, Encoded, render
 from hymba_tune.data.encoding import Reading, drawn
 from hymba_tune.data.formats import Conversation, Names
-from hymba_tune.data.preferences import FIELDS, parse_judged, parse_pair
-from hymba_tune.data.rows import Row
+from hymba_tune.data.preferences import FIELDS, parse_pair, parse_unpaired
+from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:  # importing transformers imports torch
 
 @dataclass(slots=True)
 class Comparison(Reading):
-    """Two answers to one prompt, or a single one that is judged.
+    """Two answers to one prompt, or a single answer with a label.
 
     Attributes:
-        talks: Conversations that end with them, the better answer first.
-        good: Whether a single answer is a good one.
-        tie: Whether the row scores two answers the same.
+        conversations: The conversations that end with the answers, the chosen one first.
+        good: Whether a single answer is labeled good.
+        tie: Whether the row has the same score for both answers.
     """
 
-    talks: tuple[Conversation, ...] = ()
+    conversations: tuple[Conversation, ...] = ()
     good: bool = True
     tie: bool = False
 
@@ -43,14 +43,14 @@ def comparisons(
     mapping: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Iterator[Comparison]:
-    """Every comparison of the sources, one source after the other.
+    """Yield every comparison of the sources, one source after the other.
 
     Args:
-        sources: Of those with a weight below 1, that share of the rows is drawn.
-        tokenizer: With a chat template.
-        paired: Whether rows are pairs, or judged answers; for those a pair counts as two.
-        mapping: ``--map``: see `Names.parse`. A source's own mapping comes on top.
-        seed: Of the draws.
+        sources: The sources. Of one with a weight below 1, that share of the rows is drawn.
+        tokenizer: A tokenizer with a chat template.
+        paired: Whether to read pairs, or single answers with labels; a pair then counts as two of these.
+        mapping: Column and role names, as for `Names.parse`. A source's own mapping takes precedence.
+        seed: Random seed of the draws.
 
     Raises:
         DataError: If a source cannot be read.
@@ -60,40 +60,48 @@ def comparisons(
     for number, source in enumerate(sources):
         for row in drawn(source, seed + number):
             try:
-                for one in read_comparisons(row, names[number], paired=paired, source=number):
-                    one.rendered = [render(talk, tokenizer, Learn.last) for talk in one.talks]
-                    yield one
+                for comparison in read_comparisons(row, names[number], paired=paired, source=number):
+                    texts = [render(conversation, tokenizer, Learn.last) for conversation in comparison.conversations]
+                    comparison.rendered = texts
+                    yield comparison
             except DataError as problem:
                 yield Comparison(number, row, problem=problem)
 
 
-def read_comparisons(row: Row, names: Names, *, paired: bool, source: int = 0) -> list[Comparison]:
-    """What a row compares.
+def read_comparisons(row: SourceRow, names: Names, *, paired: bool, source: int = 0) -> list[Comparison]:
+    """Read the comparisons of a row.
+
+    Args:
+        row: The row.
+        names: Names of its columns and roles.
+        paired: Whether to read a pair, or single answers with labels.
+        source: Number of the row's source.
 
     Raises:
-        DataError: If it could not be read, or compares nothing.
+        DataError: If the row could not be read, or holds no preference.
     """
     if row.error:
         raise row.error
     if paired:
         pair = parse_pair(row.value, names)
-        return [Comparison(source, row, talks=(pair.chosen, pair.rejected), tie=pair.tie)]
-    judged = parse_judged(row.value, names)
-    return [Comparison(source, row, talks=(one.conversation,), good=one.good) for one in judged]
+        return [Comparison(source, row, conversations=(pair.chosen, pair.rejected), tie=pair.tie)]
+    answers = parse_unpaired(row.value, names)
+    return [Comparison(source, row, conversations=(answer.conversation,), good=answer.good) for answer in answers]
 
 
-def split_answers(whole: Sequence[Encoded]) -> tuple[list[int], list[list[int]]]:
-    """Conversations that begin alike, taken apart.
+def split_answers(conversations: Sequence[Encoded]) -> tuple[list[int], list[list[int]]]:
+    """Split conversations with the same prompt into the prompt and the answers.
 
     Args:
-        whole: Encoded conversations of which only the last answer is learned.
+        conversations: Encoded conversations with loss on the last answer only.
 
     Returns:
-        Token ids of the prompt that they share, and of each answer, up to its end-of-sequence token. Where tokens
-        reach across the border between the two, they belong to the answers.
+        Token ids of the shared prompt, and of each answer up to its end-of-sequence token. A token that contains the
+        border between the two belongs to the answers.
     """
-    learned = [[index for index, label in enumerate(one.labels) if label != IGNORED] for one in whole]
-    ids = [one.input_ids[: positions[-1] + 1] for one, positions in zip(whole, learned, strict=True)]
-    start = min(positions[0] for positions in learned)
-    start = len(os.path.commonprefix([one[:start] for one in ids]))
-    return ids[0][:start], [one[start:] for one in ids]
+    answer_positions = [[i for i, label in enumerate(row.labels) if label != IGNORED] for row in conversations]
+    ids = [row.input_ids[: positions[-1] + 1] for row, positions in zip(conversations, answer_positions, strict=True)]
+    start = min(positions[0] for positions in answer_positions)
+    # Tokens before the first label may differ as well, since tokenization near the border depends on the answer.
+    start = len(os.path.commonprefix([row[:start] for row in ids]))
+    return ids[0][:start], [row[start:] for row in ids]

@@ -1,4 +1,4 @@
-"""From sources to rows of token ids on disk, and the account of what became of every row on the way."""
+"""Encodes sources as rows of token ids on disk, with a report on what became of every row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from hymba_tune.config import Learn, OnBadRow
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.chat import IGNORED, Encoded, fit
 from hymba_tune.data.encoding import ExampleReading, read_example, readings
 from hymba_tune.data.formats import Conversation, Names
@@ -44,22 +44,22 @@ def build_dataset(
     """Encode all rows of the sources, a batch in memory at a time.
 
     Args:
-        sources: Read one after the other. Of those with a weight below 1, that share is drawn; larger weights are for
-            `mix_rows`.
-        tokenizer: With a chat template, if there are conversations.
-        max_length: Tokens a row may have.
-        mapping: ``--map``: see `Names.parse`.
-        on_bad_row: Whether the first row that cannot be used stops everything, or is listed in the report.
-        learn: Which answers are learned.
-        seed: Of the draws.
-        cache_dir: Where encoded rows are kept, and found again when the same data comes with the same settings;
-            usually `cache_folder`. If not given, a folder that is removed when Python ends.
-        progress: Called with the number of rows read so far, after every batch.
+        sources: The sources, read one after the other. Of one with a weight below 1, that share of the rows is drawn;
+            `split_rows` applies larger weights.
+        tokenizer: The tokenizer, with a chat template if there are conversations.
+        max_length: Maximum tokens of a row.
+        mapping: Column and role names, as for `Names.parse`.
+        on_bad_row: Whether the first row that cannot be used raises an error, or is listed in the report.
+        learn: Which answers the loss covers.
+        seed: Random seed of the draws.
+        cache_dir: Folder of the cache, usually `cache_folder`; the same data with the same settings is loaded from it.
+            Without one, a temporary folder that is removed when Python ends.
+        progress: Called after every batch with the number of rows read so far.
 
     Returns:
-        The rows, memory-mapped, with int32 lists ``input_ids`` and ``labels`` as in `Encoded`, and the ``place`` they
-        were read from, in the order of the sources; where some are `weighted`, also with ``loss_weights``, null for
-        others. And the report on them.
+        The rows, memory-mapped, in the order of the sources: int32 lists ``input_ids`` and ``labels`` as in `Encoded`,
+        and the ``place`` that the row was read from. If any row is weighted, also ``loss_weights``, null for the
+        others. And the report on the rows.
 
     Raises:
         RowError: At the first row that cannot be used, if ``on_bad_row`` is ``stop``.
@@ -68,12 +68,12 @@ def build_dataset(
     """
     settings = {"max_length": max_length, "mapping": dict(mapping or {}), "learn": learn, "seed": seed}
     rows, report = build(
-        RowKind(
+        RowSchema(
             columns={"input_ids": IDS, "labels": IDS, LOSS_WEIGHTS: pa.list_(pa.float32())},
             report=DataReport,
             fit=partial(_fit, max_length),
             fingerprinted=_numbers,
-            purpose=("learn", "with an answer that begins"),
+            purpose=("train on", "with an answer that begins"),
         ),
         readings(sources, tokenizer, mapping=mapping, learn=learn, seed=seed),
         sources,
@@ -87,19 +87,30 @@ def build_dataset(
 
 
 def _numbers(row: Mapping[str, Any]) -> list[int]:
-    """What tells a row from others; weights by their bits."""
+    """Return the numbers of a row for the fingerprint; weights enter by their bits."""
     weights = array("i", array("f", row[LOSS_WEIGHTS] or ()).tobytes())
     return [len(row["input_ids"]), *row["input_ids"], *row["labels"], *weights]
 
 
 def fit_reading(reading: ExampleReading, max_length: int, report: DataReport) -> list[Encoded] | str:
-    """The rows that a reading gives at this length, counted in the report; or in words why there are none."""
-    (encoded,), (rendered,) = reading.encoded, reading.rendered
+    """Cut a reading into rows and count them in the report.
+
+    Args:
+        reading: A reading without a problem.
+        max_length: Maximum tokens of a row.
+        report: The report to count in.
+
+    Returns:
+        The rows, or the reason why there are none.
+    """
+    (encoded,) = reading.encoded
+    (rendered,) = reading.rendered
     size = len(encoded.input_ids)
     rows = fit(encoded, max_length, split=rendered.plain)
     if not rows:
         first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
         return f"its first answer begins at token {first + 1:,} of {size:,}, past --max-length {max_length:,}"
+
     report.cut += size > max_length
     report.texts += rendered.plain
     report.conversations += not rendered.plain
@@ -125,15 +136,15 @@ def _as_columns(row: Encoded) -> dict[str, Any]:
 def sample_prompts(
     sources: Sequence[Source], count: int | None, mapping: Mapping[str, str] | None = None
 ) -> list[tuple[Conversation, str]]:
-    """The first conversations of the sources, each as what comes before its last answer, and that answer.
+    """Return the first conversations of the sources, each as the messages before its last answer, and that answer.
 
     Args:
-        sources: Read only as far as needed; bad rows and plain texts are passed over.
-        count: The most conversations to return; None for all.
-        mapping: As for `build_dataset`.
+        sources: The sources, read only as far as necessary. Bad rows and plain texts are skipped.
+        count: Maximum number of conversations; `None` for all.
+        mapping: Column and role names, as for `Names.parse`.
     """
-    samples = (_before_last_answer(talk) for source in sources for talk in _conversations(source, mapping or {}))
-    return list(islice(samples, count))
+    conversations = chain.from_iterable(_conversations(source, mapping or {}) for source in sources)
+    return list(islice(map(_before_last_answer, conversations), count))
 
 
 def _conversations(source: Source, mapping: Mapping[str, str]) -> Iterator[Conversation]:

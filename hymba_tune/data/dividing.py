@@ -1,4 +1,4 @@
-"""Files divided into training and evaluation data, so that nothing stands on both sides."""
+"""Divides files into training and evaluation data, with no prompt in both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hymba_tune.config import OnBadRow
 from hymba_tune.data.duplicates import prompt_hash, text_hash
 from hymba_tune.data.encoding import read_example
 from hymba_tune.data.formats import Names
-from hymba_tune.data.rows import Row, RowError, listing
+from hymba_tune.data.rows import RowError, SourceRow, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.data.writers import check_target, writing
 from hymba_tune.errors import DataError
@@ -26,7 +26,13 @@ PROGRESS_ROWS = 1000
 
 @dataclass
 class Divided:
-    """How many rows went where; those that could not be read went nowhere."""
+    """Counts of divided rows.
+
+    Attributes:
+        train: Rows of ``train.jsonl``.
+        held_out: Rows of ``eval.jsonl``.
+        unreadable: Rows that could not be read and are in neither file.
+    """
 
     train: int = 0
     held_out: int = 0
@@ -44,33 +50,32 @@ def divide(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Divided:
-    """Write ``train.jsonl`` and ``eval.jsonl``: the rows as they are, in their order.
+    """Write ``train.jsonl`` and ``eval.jsonl`` with unchanged rows in their original order.
 
-    Rows with the same prompt, but for case and punctuation, go to the same side. Reads everything twice and keeps 8
-    bytes a row in between.
+    Rows whose prompts differ only in case and punctuation go to the same file. Reads everything twice, and stores 8
+    bytes per row in between.
 
     Args:
-        sources: Read one after the other.
-        fraction: Share of the rows that goes to ``eval.jsonl``, in ``(0, 1)``.
-        out: The folder; made if need be.
-        seed: The same seed divides the same way.
-        mapping: ``--map``: where prompts stand.
-        on_bad_row: What happens at a row that cannot be read at all; one that fits no format goes where its content
-            says.
-        overwrite: Whether files that are there are replaced.
-        progress: Called with the number of rows read, now and then.
+        sources: The sources, read one after the other.
+        fraction: Share of the rows for ``eval.jsonl``, in ``(0, 1)``.
+        out: The folder; created if necessary.
+        seed: Random seed; the same seed gives the same division.
+        mapping: Column and role names, as for `Names.parse`.
+        on_bad_row: What to do with a row that cannot be read. A row that matches no format is grouped by its content.
+        overwrite: Whether existing files are replaced.
+        progress: Called with the number of rows read so far, at intervals.
 
     Raises:
-        RowError: At a row that cannot be read, if ``on_bad_row`` is ``stop``; nothing is written then.
+        RowError: At a row that cannot be read, if ``on_bad_row`` is ``stop``. Nothing is written then.
         DataError: If a source cannot be read, or all rows have one prompt.
         ConfigError: If ``out`` cannot be written.
     """
     with write_errors("--out", out):
-        made = make_folders(out)
+        created = make_folders(out)
     try:
         return _divide(sources, fraction, out, seed, mapping or {}, on_bad_row, progress, overwrite=overwrite)
     finally:
-        remove_empty(made)
+        remove_empty(created)
 
 
 def check_divided(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
@@ -78,11 +83,11 @@ def check_divided(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] 
 
     Args:
         out: The folder.
-        overwrite: Whether files that are there are replaced.
+        overwrite: Whether existing files are replaced.
         inputs: The files that are read.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If a file cannot be written.
     """
     if out.is_dir():
         for name in (TRAIN, EVAL):
@@ -101,22 +106,23 @@ def _divide(
     overwrite: bool,
 ) -> Divided:
     check_divided(out, overwrite=overwrite)
-    groups, done = array("Q"), Divided()
+    groups = array("Q")
     for row, names in _rows(sources, mapping):
         if row.error and on_bad_row is OnBadRow.stop:
             raise RowError(row.place, row.error, extent="leaves it out")
         groups.append(0 if row.error else _group(row, names))
         if progress and len(groups) % PROGRESS_ROWS == 0:
             progress(len(groups))
-    readable = _held_out(np.frombuffer(groups, dtype=np.uint64), fraction, seed, sources)
+    is_held_out = _held_out(np.frombuffer(groups, dtype=np.uint64), fraction, seed, sources)
+    done = Divided()
     with (
         writing(out / TRAIN, {}, overwrite=overwrite) as train,
         writing(out / EVAL, {}, overwrite=overwrite) as held_out,
     ):
-        for (row, _), is_held_out in zip(_rows(sources, mapping), readable, strict=True):
+        for (row, _), to_eval in zip(_rows(sources, mapping), is_held_out, strict=True):
             if row.error:
                 done.unreadable += 1
-            elif is_held_out:
+            elif to_eval:
                 held_out(row.value)
                 done.held_out += 1
             else:
@@ -125,14 +131,14 @@ def _divide(
     return done
 
 
-def _rows(sources: Sequence[Source], mapping: Mapping[str, str]) -> Iterator[tuple[Row, Names]]:
+def _rows(sources: Sequence[Source], mapping: Mapping[str, str]) -> Iterator[tuple[SourceRow, Names]]:
     for source in sources:
         names = Names.parse({**mapping, **source.mapping})
         yield from ((row, names) for row in source)
 
 
-def _group(row: Row, names: Names) -> int:
-    """What rows have in common that must stay together: the prompt, or where no format fits all they hold."""
+def _group(row: SourceRow, names: Names) -> int:
+    """Hash what rows of one group share: the prompt, or the whole row if it matches no format."""
     try:
         return prompt_hash(read_example(row, names))
     except DataError:
@@ -142,7 +148,7 @@ def _group(row: Row, names: Names) -> int:
 
 
 def _held_out(groups: np.ndarray, fraction: float, seed: int, sources: Sequence[Source]) -> np.ndarray:
-    """Which rows are held out: whole groups, in an order that the seed decides, up to the share of rows."""
+    """Mark the rows to hold out: whole groups in random order, up to the share of the rows."""
     distinct, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(distinct) < 2:
         raise DataError(
@@ -150,8 +156,8 @@ def _held_out(groups: np.ndarray, fraction: float, seed: int, sources: Sequence[
             expected="at least two different ones",
         )
     order = np.random.default_rng(seed).permutation(len(distinct))
-    before = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is taken if more than half of it fits
-    count = min(max(1, int(np.searchsorted(before, fraction * len(groups)))), len(distinct) - 1)
-    taken = np.zeros(len(distinct), dtype=bool)
-    taken[order[:count]] = True
-    return np.asarray(taken[group_of])
+    middles = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is held out if more than half of it fits
+    count = min(max(1, int(np.searchsorted(middles, fraction * len(groups)))), len(distinct) - 1)
+    held_out = np.zeros(len(distinct), dtype=bool)
+    held_out[order[:count]] = True
+    return np.asarray(held_out[group_of])

@@ -1,4 +1,4 @@
-"""From sources to token ids, a batch of rows in memory at a time, each with what became of it on the way."""
+"""Reads, renders and tokenizes the rows of sources, a batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
 from hymba_tune.data.formats import Example, Names, parse
-from hymba_tune.data.rows import Row
+from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 256
-BATCH_CHARS = 2**20  # what bounds memory where rows are megabytes long
+BATCH_CHARS = 2**20  # bounds memory if rows are megabytes long
 
 
 @dataclass(slots=True)
 class Reading:
-    """A row and how far it came: to rendered texts, and tokens; or to the problem that it ended with.
+    """A row with its rendered texts and tokens, or with the problem that prevents them.
 
     Attributes:
         source: Number of the source, from 0.
-        row: As it was read.
-        rendered: What it says, as texts.
-        encoded: The same as tokens, at any length.
-        problem: Why they are missing.
+        row: The row as it was read.
+        rendered: Its rendered texts.
+        encoded: The same texts as tokens, at any length.
+        problem: The error that prevents them, if any.
     """
 
     source: int
-    row: Row
+    row: SourceRow
     rendered: Sequence[Rendered] = ()
     encoded: Sequence[Encoded] = ()
     problem: DataError | None = None
@@ -45,7 +45,7 @@ class ExampleReading(Reading):
     """A row with one text.
 
     Attributes:
-        example: What it says.
+        example: The parsed row; `None` if it could not be parsed.
     """
 
     example: Example | None = None
@@ -62,14 +62,14 @@ def readings(
     learn: Learn = Learn.all,
     seed: int = 0,
 ) -> Iterator[ExampleReading]:
-    """Every row of the sources, one source after the other, as far as a rendered text.
+    """Read and render every row of the sources, one source after the other.
 
     Args:
-        sources: Of those with a weight below 1, that share of the rows is drawn.
-        tokenizer: With a chat template, if there are conversations.
-        mapping: ``--map``: see `Names.parse`. A source's own mapping comes on top.
-        learn: Which answers are learned.
-        seed: Of the draws.
+        sources: The sources. Of one with a weight below 1, that share of the rows is drawn.
+        tokenizer: The tokenizer, with a chat template if there are conversations.
+        mapping: Column and role names, as for `Names.parse`. A source's own mapping takes precedence.
+        learn: Which answers the loss covers.
+        seed: Random seed of the draws.
 
     Raises:
         DataError: If a source cannot be read.
@@ -87,17 +87,17 @@ def readings(
             yield reading
 
 
-def drawn(source: Source, seed: int) -> Iterator[Row]:
-    """Rows of a source; where its weight is below 1, that share of them, the same ones for the same seed."""
+def drawn(source: Source, seed: int) -> Iterator[SourceRow]:
+    """Yield the rows of a source; if its weight is below 1, a random share of them that depends on the seed."""
     draw = random.Random(seed)
     return (row for row in source if source.weight >= 1 or draw.random() < source.weight)
 
 
-def read_example(row: Row, names: Names) -> Example:
-    """What a row says.
+def read_example(row: SourceRow, names: Names) -> Example:
+    """Parse a row.
 
     Raises:
-        DataError: If it could not be read, or fits no format.
+        DataError: If the row could not be read, or matches no format.
     """
     if row.error:
         raise row.error
@@ -105,7 +105,7 @@ def read_example(row: Row, names: Names) -> Example:
 
 
 def encoded_batches(rows: Iterable[R], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[R]]:
-    """The rows in batches, those that were rendered also tokenised: together, which is faster than one by one."""
+    """Yield the rows in batches with the rendered texts tokenized: together, which is faster than one by one."""
     for batch in _batches(rows):
         if texts := [text for reading in batch for text in reading.rendered]:
             encoded = iter(tokenize(texts, tokenizer))

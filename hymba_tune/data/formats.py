@@ -1,11 +1,10 @@
-"""From a row in any of the known formats to the one form that everything after works on."""
+"""Parses rows in any of the known formats into one common form."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from hymba_tune.data.messages import (
@@ -19,7 +18,7 @@ from hymba_tune.data.messages import (
     without_nulls,
 )
 from hymba_tune.data.rows import listing
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import ConfigError, DataError, did_you_mean, nearest
 
 LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem", "user")
 LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "assistant")
@@ -27,10 +26,10 @@ LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "tar
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, the answers among them to be learned, with what Hymba's template can show the model beside them.
+    """Messages with loss on the answers, and the tools and contexts that Hymba's template can show to the model.
 
     Attributes:
-        messages: System messages, if any, come first.
+        messages: The messages; system messages, if any, come first.
         tools: Descriptions of tools, as JSON objects.
         contexts: Passages to answer from.
     """
@@ -42,7 +41,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text, all of it to be learned."""
+    """Plain text with loss on all of it."""
 
     text: str
 
@@ -53,11 +52,11 @@ Fields = dict[str, object]
 
 @dataclass(frozen=True)
 class Names:
-    """What a user's columns and roles are called, where that differs from the formats.
+    """The user's names of columns and roles that differ from those of the formats.
 
     Attributes:
-        columns: From the formats' name of a field to the user's column.
-        roles: From the user's name of a role to one of `ROLES`.
+        columns: Maps the formats' name of a field to the user's column.
+        roles: Maps the user's name of a role to one of `ROLES`.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -65,84 +64,93 @@ class Names:
 
     @classmethod
     def parse(cls, mapping: Mapping[str, str], fields: Sequence[str] = ()) -> Names:
-        """Take ``--map`` apart: ``{"prompt": "question", "role.bot": "assistant"}``.
+        """Parse the pairs of ``--map``: ``{"prompt": "question", "role.bot": "assistant"}``.
 
         Args:
-            mapping: As given.
-            fields: What columns may be named; those of `FORMATS` if not given.
+            mapping: The pairs of ``--map``.
+            fields: Fields that may be mapped; by default those of `FORMATS`.
 
         Raises:
-            ConfigError: If a field or a role is none that the formats know.
+            ConfigError: If the formats know no such field or role.
         """
         roles = {key.removeprefix(ROLE_PREFIX): to for key, to in mapping.items() if key.startswith(ROLE_PREFIX)}
         columns = {key: to for key, to in mapping.items() if not key.startswith(ROLE_PREFIX)}
         for key, to in roles.items():
-            _known(f"--map {ROLE_PREFIX}{key}={to}", to, ROLES)
+            _check_known(f"--map {ROLE_PREFIX}{key}={to}", to, ROLES)
+        known = fields or [*dict.fromkeys(name for form in FORMATS for name in form.fields)]
         for key, to in columns.items():
-            _known(f"--map {key}={to}", key, fields or [*dict.fromkeys(n for form in FORMATS for n in form.fields)])
+            _check_known(f"--map {key}={to}", key, known)
         return cls(columns, roles)
 
     def rename(self, row: Mapping[str, object]) -> Fields:
-        """The row under the formats' names; null fields, which tables are full of, count as absent."""
+        """Return the row's fields under the formats' names, without null fields, which tables often have.
+
+        Raises:
+            DataError: If the row lacks a mapped column.
+        """
         for name, column in self.columns.items():
             if column not in row:
-                near = get_close_matches(column, row, n=1)
+                near = nearest(column, row)
                 raise DataError(
-                    f"--map {name}={column} names no column",
+                    f'--map {name}={column}: it has no column "{column}"',
                     expected=f"one of: {listing(row)}",
-                    fix=f"--map {name}={near[0]}" if near else "",
+                    fix=f"--map {name}={near}" if near else "",
                 )
-        taken = set(self.columns.values())
-        fields = {key: value for key, value in row.items() if key not in taken}
+        mapped = set(self.columns.values())
+        fields = {key: value for key, value in row.items() if key not in mapped}
         fields |= {name: row[column] for name, column in self.columns.items()}
         return {key: value for key, value in fields.items() if value is not None}
 
     def column(self, name: str) -> str:
-        """What the user calls a field, in quotes."""
+        """Return the user's name of a field, in quotes."""
         return f'"{self.columns.get(name, name)}"'
 
 
-def _known(flag: str, name: str, names: Sequence[str]) -> None:
-    if name in names:
+def _check_known(flag: str, name: str, known: Sequence[str]) -> None:
+    if name in known:
         return
-    near = get_close_matches(name, names, n=1)
     raise ConfigError(
-        f'{flag}: "{name}" is not known.',
-        expected=f"one of: {listing(names)}",
-        fix=f'did you mean "{near[0]}"?' if near else "",
+        f'{flag}: "{name}" is not known.', expected=f"one of: {listing(known)}", fix=did_you_mean(name, known)
     )
 
 
 def parse(row: object, names: Names | None = None) -> Example:
-    """Recognise a row's format by its fields and bring it to the common form.
+    """Recognize a row's format by its fields and parse it.
 
     Args:
-        row: What a reader gave; anything but an object is an error.
+        row: The value that a reader returned; must be a mapping.
         names: The user's names of columns and roles.
 
     Returns:
-        The same example for the same data, whichever format it came in.
+        The example; the same data gives the same example in every format.
 
     Raises:
-        DataError: If the row fits no format or breaks the rules of its own. The text says what is wrong with it and
-            leaves the place to the caller.
+        DataError: If the row matches no format or breaks the rules of its format. The message does not contain the
+            place of the row, which the caller knows.
     """
     names = names or Names()
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…", "completion": "…"}')
     fields = names.rename(row)
-    form = recognise(fields, names)
+    form = recognize(fields, names)
     if form.turns is None:
         text = read_text(fields["text"], names.column("text"))
         if not text.strip():
-            raise DataError(f"{names.column('text')} is empty", expected="text to learn", fix="take the row out")
+            raise DataError(f"{names.column('text')} is empty", expected="text to train on", fix="remove the row")
         return Text(text)
     return _conversation(form.turns(fields, names), fields, names)
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a format is called, which fields make it, and how they become messages (`None`: they are plain text)."""
+    """A format of rows.
+
+    Attributes:
+        name: Name of the format.
+        required: Fields that a row of this format has.
+        turns: Turns the fields into messages; `None` for plain text.
+        optional: Further fields that the format reads.
+    """
 
     name: str
     required: tuple[str, ...]
@@ -151,7 +159,7 @@ class Format:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Every field that it reads."""
+        """All fields that the format reads."""
         return self.required + self.optional
 
 
@@ -164,13 +172,15 @@ def _sharegpt_turns(fields: Fields, names: Names) -> list[Message]:
 
 
 def _prompt_turns(fields: Fields, names: Names) -> list[Message]:
-    sides = {"prompt": "user", "completion": "assistant"}
+    roles = {"prompt": "user", "completion": "assistant"}
     turns: list[Message] = []
-    for name, role in sides.items():
-        side = fields[name]
-        said = [turn(role, side, names.column(name))] if isinstance(side, str) else _turns(side, name, names)
-        # An answer that stands in the prompt is there to be read.
-        turns += said if name == "completion" else [replace(m, weight=float(m.role != "assistant")) for m in said]
+    for name, role in roles.items():
+        value = fields[name]
+        messages = [turn(role, value, names.column(name))] if isinstance(value, str) else _turns(value, name, names)
+        if name == "prompt":
+            # Answers inside the prompt are context: no loss on them.
+            messages = [replace(message, weight=float(message.role != "assistant")) for message in messages]
+        turns += messages
     return turns
 
 
@@ -182,7 +192,7 @@ def _alpaca_turns(fields: Fields, names: Names) -> list[Message]:
     return [Message("user", question), turn("assistant", fields["output"], names.column("output"))]
 
 
-# Stanford's Alpaca also has a "text" column, and UltraChat a "prompt" beside its "messages": the fuller format wins.
+# Stanford's Alpaca also has a "text" column, and UltraChat a "prompt" next to its "messages": the fuller format wins.
 FORMATS = (
     Format("messages", ("messages",), _messages_turns),
     Format("ShareGPT", ("conversations",), _sharegpt_turns),
@@ -192,24 +202,25 @@ FORMATS = (
 )
 
 
-def recognise(fields: Fields, names: Names) -> Format:
-    """The format that a row's fields make.
+def recognize(fields: Fields, names: Names) -> Format:
+    """Recognize the format of a row by its fields.
 
     Raises:
-        DataError: If they make none.
+        DataError: If they match no format.
     """
     mapped = set(names.columns)
     forms = [form for form in FORMATS if mapped <= set(form.fields)] or FORMATS
     for form in forms:
         if fields.keys() >= set(form.required):
             return form
+
     columns = [names.columns.get(name, name) for name in fields]
-    begun = next((form.required for form in forms if fields.keys() & set(form.required)), None)
-    if begun:
-        missing = next(name for name in begun if name not in fields)
+    incomplete = next((form.required for form in forms if fields.keys() & set(form.required)), None)
+    if incomplete:
+        missing = next(name for name in incomplete if name not in fields)
         what = f"it has no {names.column(missing)} (but {listing(columns)})"
     else:
-        what = f"its columns fit no format ({listing(columns) or 'it has none'})"
+        what = f"its columns match no format ({listing(columns) or 'it has none'})"
     raise DataError(
         what,
         expected="; ".join(" + ".join(form.required) for form in forms),
@@ -219,7 +230,7 @@ def recognise(fields: Fields, names: Names) -> Format:
 
 def _suggested_map(fields: Fields) -> str:
     if {"chosen", "rejected"} <= fields.keys():
-        return "hymba-tune dpo learns from pairs of a better and a worse answer"
+        return "hymba-tune dpo trains on pairs of a better and a worse answer"
     lists = [
         name for name, value in fields.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)
     ]
@@ -238,15 +249,17 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
     for number, message in enumerate(messages[body:], start=body + 1):
         if message.role == "system":
             raise DataError(f"message {number} is a system message after others", expected="system messages first")
+
     system = read_text(fields.get("system", ""), names.column("system"))
     if system.strip() and body == 0:
         messages = [Message("system", system), *messages]
+
     if not any(message.role == "assistant" for message in messages):
-        raise DataError("it has no message from the assistant", expected="an answer to learn", fix="take the row out")
+        raise DataError("it has no message from the assistant", expected="an answer to train on", fix="remove the row")
     if not any(message.role == "assistant" and message.learned for message in messages):
-        raise DataError("none of its answers is learned", expected="one without weight 0", fix="take the row out")
+        raise DataError("all its answers have weight 0", expected="an answer to train on", fix="remove the row")
     if messages[0].role == "assistant":
-        raise DataError("it begins with an answer", expected="a message from the user first", fix="take the answer out")
+        raise DataError("it begins with an answer", expected="a message from the user first", fix="remove the answer")
     return Conversation(
         tuple(messages),
         tuple(_list_of(dict, fields, "tools", names)),
@@ -255,11 +268,11 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
 
 
 def _turns(value: object, name: str, names: Names) -> list[Message]:
-    alone = name in ("messages", "conversations")
+    is_whole = name in ("messages", "conversations")
     if not isinstance(value, list):
-        expected = "a list of messages" if alone else "text, or a list of messages"
+        expected = "a list of messages" if is_whole else "text, or a list of messages"
         raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)
-    return read_messages(value, names.roles, "" if alone else f" of {names.column(name)}")
+    return read_messages(value, names.roles, "" if is_whole else f" of {names.column(name)}")
 
 
 def _list_of(item_type: type, fields: Fields, name: str, names: Names) -> list[Any]:
@@ -271,7 +284,7 @@ def _list_of(item_type: type, fields: Fields, name: str, names: Names) -> list[A
 
 
 def _from_json(value: object) -> object:
-    """Tables without nested columns carry lists as JSON text."""
+    """Parse a text as JSON if it is any: tables without nested columns hold lists as JSON text."""
     if not isinstance(value, str):
         return value
     try:

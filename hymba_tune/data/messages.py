@@ -1,4 +1,4 @@
-"""One message of a conversation: its role, what it says, and whether it is learned."""
+"""The messages of a conversation: their roles, contents and loss weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 LIKELY_ROLES = {"developer": "system", "function": "tool", "observation": "tool"}
 ROLE_PREFIX = "role."
 SHOWN_KEYS = frozenset({"role", "content", "from", "value", "tool_calls", "weight"})
-"""What a message may hold that has a meaning here; the model is not shown the rest."""
+"""Keys of a message that have a meaning; the model does not see the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Message:
 
     Attributes:
         role: One of `ROLES`.
-        content: What is said. Calls of tools are written out in it, as Hymba writes them.
-        weight: How much each of its tokens counts in the loss, if it is an answer: from 0, only read, to 1.
+        content: The text. Tool calls are part of it, in Hymba's notation.
+        weight: Loss weight of its tokens if it is an answer, from 0 (no loss) to 1.
     """
 
     role: str
@@ -34,17 +34,17 @@ class Message:
 
     @property
     def learned(self) -> bool:
-        """Whether it is learned at all, if it is an answer."""
+        """Whether there is loss on it, if it is an answer."""
         return self.weight > 0
 
 
 def read_messages(items: list[object], roles: Mapping[str, str], where: str = "") -> list[Message]:
-    """A list of messages as data files hold it.
+    """Read a list of messages of a data file.
 
     Args:
         items: Objects with ``role`` and ``content``, or with ``from`` and ``value``.
-        roles: From a user's names of roles to those of `ROLES`.
-        where: What the list is called in messages, after the number of a message.
+        roles: Maps the user's names of roles to those of `ROLES`.
+        where: Name of the list in error messages; it follows the number of a message.
 
     Raises:
         DataError: At the first message that cannot be used.
@@ -53,10 +53,15 @@ def read_messages(items: list[object], roles: Mapping[str, str], where: str = ""
 
 
 def read_message(item: object, where: str, roles: Mapping[str, str]) -> Message:
-    """One of them.
+    """Read one message.
+
+    Args:
+        item: An object with ``role`` and ``content``, or with ``from`` and ``value``.
+        where: Name of the message in error messages.
+        roles: Maps the user's names of roles to those of `ROLES`.
 
     Raises:
-        DataError: If it cannot be used.
+        DataError: If the message cannot be used.
     """
     if not isinstance(item, Mapping):
         raise DataError(f"{where} is {kind_of(item)}", expected='an object such as {"role": "user", "content": "…"}')
@@ -64,33 +69,35 @@ def read_message(item: object, where: str, roles: Mapping[str, str]) -> Message:
     calls = list(_tool_calls(item, where))
     for key in keys:
         if item.get(key) is None and not (calls and key == keys[1]):
-            aside = "it is null" if key in item else f"but {listing(item)}"
-            raise DataError(f'{where} has no "{key}" ({aside})', expected=listing(keys))
+            detail = "it is null" if key in item else f"but {listing(item)}"
+            raise DataError(f'{where} has no "{key}" ({detail})', expected=listing(keys))
+
     role = _role(read_text(item[keys[0]], f"the role of {where}"), where, roles)
     if calls and role != "assistant":
         raise DataError(f"{where} has tool calls, but is from the {role}", expected="tool calls in answers only")
+
     content = _content(item.get(keys[1]), where)
     text = "\n".join([content, *calls]) if content.strip() else "\n".join(calls)
     return turn(role, text if calls else content, where, _weight(item, role, where))
 
 
 def turn(role: str, content: object, where: str, weight: float = 1.0) -> Message:
-    """A message whose role is known; an answer must say something.
+    """Create a message of a known role.
 
     Raises:
-        DataError: If ``content`` is no text, or an empty answer.
+        DataError: If ``content`` is not text, or an answer is empty.
     """
     text = read_text(content, where)
     if role == "assistant" and not text.strip():
-        raise DataError(f"{where} is an empty answer", expected="text to learn", fix="write the answer, or take it out")
+        raise DataError(f"{where} is an empty answer", expected="text to train on", fix="write the answer or remove it")
     return Message(role, text, weight)
 
 
 def read_text(value: object, where: str) -> str:
-    """A text that can be written as UTF-8.
+    """Check that a value is text that UTF-8 can encode, and return it.
 
     Raises:
-        DataError: If it is something else.
+        DataError: If it is not.
     """
     if not isinstance(value, str):
         raise DataError(f"{where} is {kind_of(value)}", expected="text")
@@ -103,13 +110,13 @@ def read_text(value: object, where: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
+    """Name the type of a JSON value in words."""
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
     return kinds.get(type(value), "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}")
 
 
 def without_nulls(value: Any) -> Any:
-    """Arrow fills every object up to the same keys; what it filled in is not data."""
+    """Remove null values from objects: Arrow gives every object the same keys and fills the missing ones with null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -146,7 +153,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _tool_calls(item: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Calls as Hymba writes them: ``<toolcall> {"name": …, "arguments": …} </toolcall>``."""
+    """Yield tool calls in Hymba's notation: ``<toolcall> {"name": …, "arguments": …} </toolcall>``."""
     calls = item.get("tool_calls") or []
     if not isinstance(calls, list):
         raise DataError(f"the tool calls of {where} are {kind_of(calls)}", expected="a list of calls")
@@ -157,8 +164,8 @@ def _tool_calls(item: Mapping[str, Any], where: str) -> Iterator[str]:
                 f"a tool call of {where} names no function",
                 expected='calls such as {"function": {"name": "add", "arguments": "{}"}}',
             )
-        written = {"name": function["name"], "arguments": _arguments(function.get("arguments"), where)}
-        yield f"<toolcall> {json.dumps(written, ensure_ascii=False)} </toolcall>"
+        hymba_call = {"name": function["name"], "arguments": _arguments(function.get("arguments"), where)}
+        yield f"<toolcall> {json.dumps(hymba_call, ensure_ascii=False)} </toolcall>"
 
 
 def _arguments(value: object, where: str) -> object:
@@ -177,7 +184,7 @@ def _weight(item: Mapping[str, Any], role: str, where: str) -> float:
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise DataError(
             f"{where} has weight {weight}",
-            expected="a number from 0 (read, not learned) to 1 (learned as answers without a weight are)",
+            expected="a number from 0 (no loss on the answer) to 1 (as without a weight)",
             fix="divide all weights by the largest one",
         )
     if weight and role != "assistant":

@@ -1,10 +1,9 @@
-"""Several sources, each with its weight and its cap: from flags, or from a YAML file that stands for them."""
+"""Opens several sources with their weights and caps: from flags, or from a mix, a YAML file that lists them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from hymba_tune.data.formats import Names
 from hymba_tune.data.rows import listing
 from hymba_tune.data.sources import Source, open_source
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import ConfigError, DataError, did_you_mean
 
 KINDS = (".yaml", ".yml")
 KEYS = ("path", "weight", "max_rows", "map", "eval_data")
@@ -21,16 +20,16 @@ EXPECTED = f"a list of sources, each with path and at most {listing(KEYS[1:])}"
 
 
 def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequence[int] = ()) -> list[Source]:
-    """Find every source.
+    """Open every source.
 
     Args:
-        names: As `open_source` takes them, or files that `open_mix` reads.
-        weights: As many as names, or none: how often each source's rows are taken.
-        caps: As many as names, or none: after how many rows each source ends.
+        names: Names for `open_source`, or files for `open_mix`.
+        weights: Sampling weights, one for each name, or none.
+        caps: Maximum rows, one for each name, or none.
 
     Raises:
-        ConfigError: If weights or caps are not as many, or not positive.
-        DataError: If a source is not found, or is of no known kind.
+        ConfigError: If the number of weights or caps is wrong, or one is not positive.
+        DataError: If a source does not exist, or its file type is unknown.
     """
     for flag, values in {"--weights": weights, "--caps": caps}.items():
         if values and len(values) != len(names):
@@ -41,7 +40,8 @@ def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequ
         for value in values:
             _positive(flag, value)
         if values and (mix := next(filter(_is_mix, names), None)):
-            raise ConfigError(f"{flag} beside {mix}, which is a mix.", fix=f"write them in {mix}")
+            raise ConfigError(f"{flag} cannot be used with {mix}, which is a mix.", fix=f"write them in {mix}")
+
     sources: list[Source] = []
     for index, name in enumerate(names):
         if _is_mix(name):
@@ -55,12 +55,12 @@ def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequ
 def open_mix(path: Path) -> list[Source]:
     """Read a mix: a YAML list of sources.
 
-    Each is a mapping of ``path`` (a file beside the mix, or whatever else `open_source` takes), and at most
-    ``weight``, ``max_rows``, ``map`` (names of columns and roles that only it has) and ``eval_data`` (its own held-out
-    data, in the same columns).
+    Each source is a mapping with ``path`` (a file relative to the mix, or any name for `open_source`), and optionally
+    ``weight``, ``max_rows``, ``map`` (its column and role names) and ``eval_data`` (its held-out data, with the same
+    columns).
 
     Raises:
-        DataError: If it cannot be read, or says something else.
+        DataError: If the file cannot be read, or its content is not a mix.
         ConfigError: If a weight, a cap or a mapping cannot be used.
     """
     return [
@@ -69,10 +69,10 @@ def open_mix(path: Path) -> list[Source]:
 
 
 def local_files(names: Sequence[str]) -> list[Path]:
-    """The files of this machine that names of sources stand for, those of mixes included. No data is read.
+    """Return the local files behind names of sources, including those of mixes. No data is read.
 
     Args:
-        names: As `open_sources` takes them; names of anything else are left out.
+        names: Names for `open_sources`; those that are not files are ignored.
 
     Raises:
         DataError: If a mix cannot be read.
@@ -94,7 +94,7 @@ def _entries(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"Cannot read the mix {path}: {error}.", expected=EXPECTED) from error
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"Cannot use the mix {path}: it is no list.", expected=EXPECTED)
+        raise DataError(f"Cannot use the mix {path}: it is not a list.", expected=EXPECTED)
     return entries
 
 
@@ -103,28 +103,28 @@ def _source(entry: Any, where: str, folder: Path) -> Source:
         raise DataError(f"Cannot use {where}: it has no path.", expected=EXPECTED)
     for key in entry:
         if key not in KEYS:
-            near = get_close_matches(str(key), KEYS, n=1)
-            fix = f'did you mean "{near[0]}"?' if near else ""
-            raise DataError(f'Cannot use {where}: there is no "{key}".', expected=EXPECTED, fix=fix)
+            what = f'Cannot use {where}: there is no "{key}".'
+            raise DataError(what, expected=EXPECTED, fix=did_you_mean(str(key), KEYS))
     mapping = entry.get("map") or {}
     if not isinstance(mapping, dict):
-        raise DataError(f"Cannot use {where}: its map is no mapping.", expected="such as {prompt: question}")
+        raise DataError(f"Cannot use {where}: its map is not a mapping.", expected="such as {prompt: question}")
     mapping = {str(key): str(value) for key, value in mapping.items()}
     Names.parse(mapping)
-    source = replace(_beside(entry["path"], folder), mapping=mapping)
+
+    source = replace(_open_relative(entry["path"], folder), mapping=mapping)
     if "weight" in entry:
         source = replace(source, weight=float(_positive(f"{where}: weight", entry["weight"])))
     if "max_rows" in entry:
         source = replace(source, max_rows=_positive(f"{where}: max_rows", entry["max_rows"], whole=True))
     if "eval_data" in entry:
-        source = replace(source, held_out=replace(_beside(str(entry["eval_data"]), folder), mapping=mapping))
+        source = replace(source, held_out=replace(_open_relative(str(entry["eval_data"]), folder), mapping=mapping))
     return source
 
 
-def _beside(name: str, folder: Path) -> Source:
-    """A source of a mix: a file beside it, or what a name stands for anywhere."""
-    beside = folder / Path(name).expanduser()
-    return open_source(str(beside) if beside.exists() else name)
+def _open_relative(name: str, folder: Path) -> Source:
+    """Open a source of a mix: a file relative to the mix's folder, or any name for `open_source`."""
+    path = folder / Path(name).expanduser()
+    return open_source(str(path) if path.exists() else name)
 
 
 def _is_mix(name: str) -> bool:
@@ -134,11 +134,11 @@ def _is_mix(name: str) -> bool:
 def _positive(what: str, value: Any, *, whole: bool = False) -> Any:
     kind = "whole number" if whole else "number"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise ConfigError(f"{what} {value!r} is no {kind}.", expected=f"a {kind} above 0")
+        raise ConfigError(f"{what} {value!r} is not a {kind}.", expected=f"a {kind} above 0")
     if not 0 < value < float("inf"):
         raise ConfigError(
             f"{what} {value} is not above 0.",
             expected=f"a {kind} above 0",
-            fix="leave the source out to take none of it",
+            fix="remove the source to use none of its rows",
         )
     return value

@@ -1,11 +1,11 @@
-"""From sources to rows of compared answers on disk, as TRL's trainers for pairs and for judged answers take them."""
+"""Encodes sources of preferences as rows on disk, in the columns of TRL's DPO and KTO trainers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,12 +13,12 @@ import pyarrow as pa
 from datasets import Dataset
 
 from hymba_tune.config import OnBadRow
-from hymba_tune.data.building import IDS, RowKind, build
+from hymba_tune.data.building import IDS, RowSchema, build
 from hymba_tune.data.comparisons import Comparison, comparisons, read_comparisons, split_answers
 from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.preferences import FIELDS, IdenticalPairError
 from hymba_tune.data.report import DataReport
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
 PAIRED = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
-JUDGED = {"prompt_ids": IDS, "completion_ids": IDS, "label": pa.bool_()}
+UNPAIRED = {"prompt_ids": IDS, "completion_ids": IDS, "label": pa.bool_()}
 
 
 @dataclass
 class PreferenceReport(DataReport):
-    """What became of rows of preferences.
+    """The report on rows of preferences.
 
     Attributes:
-        pairs: Pairs kept.
-        good: Answers kept that are judged good.
-        bad: Answers kept that are judged bad.
-        ties: Pairs kept whose row scores both answers the same.
-        identical: Rows dropped because both answers are the same; they count as bad rows as well.
-        chosen_longer: Pairs kept whose better answer has more tokens.
+        pairs: Encoded pairs.
+        good: Encoded answers that are labeled good.
+        bad: Encoded answers that are labeled bad.
+        ties: Encoded pairs whose row has the same score for both answers.
+        identical: Rows dropped because both answers are the same; they also count as bad rows.
+        chosen_longer: Encoded pairs whose chosen answer has more tokens.
     """
 
     pairs: int = 0
@@ -49,7 +49,7 @@ class PreferenceReport(DataReport):
     identical: int = 0
     chosen_longer: int = 0
 
-    def drop_bad(self, place: Place, problem: DataError, listing: TextIO) -> None:
+    def drop_bad(self, place: RowLocation, problem: DataError, listing: TextIO) -> None:
         """Count a row that cannot be used, and list it."""
         self.identical += isinstance(problem, IdenticalPairError)
         super().drop_bad(place, problem, listing)
@@ -70,35 +70,35 @@ def build_preferences(
     """Encode all comparisons of the sources, a batch in memory at a time.
 
     Args:
-        sources: Read one after the other.
-        tokenizer: With a chat template.
-        paired: Whether rows are pairs, or judged answers; for those a pair counts as two.
-        max_length: Tokens that a prompt with an answer may have. Longer answers are cut.
-        mapping: ``--map``: see `Names.parse`.
-        on_bad_row: Whether the first row that cannot be used stops everything, or is listed in the report.
-        seed: Of the rows drawn from sources with a weight below 1.
-        cache_dir: Where encoded rows are kept and found again, as by `build_dataset`.
-        progress: Called with the number of rows read so far, after every batch.
+        sources: The sources, read one after the other.
+        tokenizer: A tokenizer with a chat template.
+        paired: Whether to read pairs, or single answers with labels; a pair then counts as two of these.
+        max_length: Maximum tokens of a prompt with an answer. Longer answers are cut.
+        mapping: Column and role names, as for `Names.parse`.
+        on_bad_row: Whether the first row that cannot be used raises an error, or is listed in the report.
+        seed: Random seed of the rows drawn from sources with a weight below 1.
+        cache_dir: Folder of the cache, as for `build_dataset`.
+        progress: Called after every batch with the number of rows read so far.
 
     Returns:
-        The rows, memory-mapped: of pairs int32 lists ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, of judged
-        answers ``prompt_ids``, ``completion_ids`` and a ``label``; and the ``place`` they were read from. The tokens
-        are those of the whole conversation, split where the answer begins; an answer ends with the end-of-sequence
-        token. And the report on them.
+        The rows, memory-mapped, and the report on them. Pairs have int32 lists ``prompt_ids``, ``chosen_ids`` and
+        ``rejected_ids``; single answers have ``prompt_ids``, ``completion_ids`` and a ``label``; both have the
+        ``place`` they were read from. The tokens are those of the whole conversation, split where the answer begins;
+        an answer ends with the end-of-sequence token.
 
     Raises:
         RowError: At the first row that cannot be used, if ``on_bad_row`` is ``stop``.
         DataError: If a source cannot be read, no row can be used, or the disk is full.
         ConfigError: If ``mapping`` names a field or role that does not exist.
     """
-    columns = PAIRED if paired else JUDGED
+    columns = PAIRED if paired else UNPAIRED
     return build(
-        RowKind(
+        RowSchema(
             columns=columns,
             report=PreferenceReport,
-            fit=lambda some, report: (_fit(one, max_length, report) for one in some),
+            fit=lambda batch, report: (_fit(comparison, max_length, report) for comparison in batch),
             fingerprinted=lambda row: [number for name in columns for number in _numbers(row[name])],
-            purpose=("compare", "whose answers begin"),
+            purpose=("train on", "whose answers begin"),
         ),
         comparisons(sources, tokenizer, paired=paired, mapping=mapping, seed=seed),
         sources,
@@ -115,15 +115,17 @@ def _numbers(value: list[int] | int) -> list[int]:
 
 
 def _fit(comparison: Comparison, max_length: int, report: PreferenceReport) -> list[dict[str, Any]] | str:
-    prompt, whole = split_answers(comparison.encoded)
-    answers = [answer[: max(0, max_length - len(prompt))] for answer in whole]
-    if reason := _lost(prompt, whole, answers, max_length):
+    prompt, uncut = split_answers(comparison.encoded)
+    answers = [answer[: max(0, max_length - len(prompt))] for answer in uncut]
+    if reason := _drop_reason(prompt, uncut, answers, max_length):
         return reason
+
     sizes = [len(answer) for answer in answers]
     report.tokens += sum(len(prompt) + size for size in sizes)
     report.learned += sum(sizes)
     report.longest = max(report.longest, len(prompt) + max(sizes))
-    report.cut += answers != whole
+    report.cut += answers != uncut
+
     if len(answers) == 1:
         report.good += comparison.good
         report.bad += not comparison.good
@@ -134,10 +136,10 @@ def _fit(comparison: Comparison, max_length: int, report: PreferenceReport) -> l
     return [{"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}]
 
 
-def _lost(prompt: list[int], whole: list[list[int]], answers: list[list[int]], max_length: int) -> str:
-    """Why nothing can be learned of answers that were cut, if so."""
+def _drop_reason(prompt: list[int], uncut: list[list[int]], answers: list[list[int]], max_length: int) -> str:
+    """Return the reason why cut answers cannot be trained on; empty if they can be."""
     if not answers[0] or not answers[-1]:
-        size = len(prompt) + max(map(len, whole))
+        size = len(prompt) + max(map(len, uncut))
         return f"its answer begins at token {len(prompt) + 1:,} of {size:,}, past --max-length {max_length:,}"
     if len(answers) == 2 and answers[0] == answers[1]:
         return f"its answers differ only past --max-length {max_length:,}"
@@ -147,23 +149,22 @@ def _lost(prompt: list[int], whole: list[list[int]], answers: list[list[int]], m
 def sample_preferred(
     sources: Sequence[Source], count: int, mapping: Mapping[str, str] | None = None, *, paired: bool
 ) -> list[tuple[Conversation, str]]:
-    """The first good or better answers of the sources, each as what comes before it, and that answer.
+    """Return the first chosen or good answers of the sources, each as the messages before it, and the answer.
 
     Args:
-        sources: Read only as far as needed; bad rows are passed over.
-        count: The most conversations to return.
-        mapping: As for `build_preferences`.
-        paired: As for `build_preferences`.
+        sources: The sources, read only as far as necessary. Bad rows are skipped.
+        count: Maximum number of conversations.
+        mapping: Column and role names, as for `Names.parse`.
+        paired: Whether to read pairs, or single answers with labels.
     """
-    found = (talk for source in sources for talk in _good(source, mapping or {}, paired=paired))
-    samples = ((replace(talk, messages=talk.messages[:-1]), talk.messages[-1].content) for talk in found)
-    return list(islice(samples, count))
+    good = chain.from_iterable(_good(source, mapping or {}, paired=paired) for source in sources)
+    return [(replace(one, messages=one.messages[:-1]), one.messages[-1].content) for one in islice(good, count)]
 
 
 def _good(source: Source, mapping: Mapping[str, str], *, paired: bool) -> Iterator[Conversation]:
     names = Names.parse({**mapping, **source.mapping}, FIELDS)
     for row in source:
         with suppress(DataError):
-            for one in read_comparisons(row, names, paired=paired):
-                if one.good:
-                    yield one.talks[0]
+            for comparison in read_comparisons(row, names, paired=paired):
+                if comparison.good:
+                    yield comparison.conversations[0]

@@ -1,6 +1,6 @@
-"""Which answer is better: from rows of preferences in any of the known formats to conversations that can be compared.
+"""Parses rows of preferences in any of the known formats into pairs of conversations, or conversations with a label.
 
-The conversations themselves are read by `hymba_tune.data.formats.parse`: a pair is two rows of it that share a prompt.
+`hymba_tune.data.formats.parse` reads the conversations themselves: a pair is parsed as two rows with the same prompt.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from hymba_tune.errors import DataError
 FIELDS = ("prompt", "chosen", "rejected", "completion", "messages", "label", "system", "tools", "contexts")
 """Columns that these formats read."""
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-"""Columns in which data sets say how good the answers of a pair are; only whether they are equal counts here."""
+"""Columns with the scores of the two answers of a pair; only their equality is used."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 EXPECTED = "chosen + rejected (with prompt, unless both are whole conversations)"
-EXPECTED_JUDGED = "prompt + completion + label, messages + label, or chosen + rejected"
-GOOD, BAD = (True, 1, "true", "1"), (False, 0, "false", "0")
+EXPECTED_UNPAIRED = "prompt + completion + label, messages + label, or chosen + rejected"
+GOOD = (True, 1, "true", "1")
+BAD = (False, 0, "false", "0")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class PreferencePair:
     """Two conversations that differ in their last message, an answer.
 
     Attributes:
-        chosen: With the better answer.
-        rejected: With the worse one.
-        tie: Whether the row scores both the same.
+        chosen: The conversation with the better answer.
+        rejected: The conversation with the worse answer.
+        tie: Whether the row has the same score for both answers.
     """
 
     chosen: Conversation
@@ -41,8 +42,13 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A conversation whose last message is an answer, and whether it is a good one."""
+class UnpairedPreference:
+    """A conversation that ends with an answer, and a label.
+
+    Attributes:
+        conversation: The conversation.
+        good: Whether the answer is labeled good.
+    """
 
     conversation: Conversation
     good: bool
@@ -52,19 +58,19 @@ class IdenticalPairError(DataError):
     """The answers of a pair are the same."""
 
 
-def parse_pair(row: object, names: Names | None = None) -> Pair:
-    """Recognise a pair by its columns.
+def parse_pair(row: object, names: Names | None = None) -> PreferencePair:
+    """Recognize a pair by its columns.
 
     ``chosen`` and ``rejected`` are answers to ``prompt``, as texts or as messages, or whole conversations: lists of
     messages (as in UltraFeedback), or texts with ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
 
     Args:
-        row: What a reader gave.
+        row: The value that a reader returned.
         names: The user's names of columns and roles.
 
     Raises:
         IdenticalPairError: If both answers are the same.
-        DataError: If it is no pair. The text says what is wrong with it and leaves the place to the caller.
+        DataError: If it is not a pair. The message does not contain the place of the row, which the caller knows.
     """
     names = names or Names()
     fields = _fields(row, names)
@@ -72,46 +78,53 @@ def parse_pair(row: object, names: Names | None = None) -> Pair:
         if side not in fields:
             what = f"it has no {names.column(side)} (but {listing(fields)})"
             raise DataError(what, expected=EXPECTED, fix=_other_verb(fields) or f"--map {side}=COLUMN")
+
     chosen, rejected = (_conversation(fields, side, names) for side in ("chosen", "rejected"))
     if chosen == rejected:
         raise IdenticalPairError(
             f"{names.column('chosen')} and {names.column('rejected')} are the same",
             expected="two different answers",
-            fix="take the row out",
+            fix="remove the row",
         )
     _check_same_prompt(chosen, rejected)
+
     tie = any(fields.get(one) is not None and fields.get(one) == fields.get(other) for one, other in SCORES)
-    return Pair(chosen, rejected, tie)
+    return PreferencePair(chosen, rejected, tie)
 
 
-def parse_judged(row: object, names: Names | None = None) -> list[Judged]:
-    """Recognise an answer and its label, or a pair, which is one good answer and a bad one.
+def parse_unpaired(row: object, names: Names | None = None) -> list[UnpairedPreference]:
+    """Recognize an answer with a label, or a pair, which counts as a good and a bad answer.
 
-    The label is true or false, or 1 or 0, of the answer in ``completion``, or of the last one of ``messages``.
+    The label is true or false, or 1 or 0. It belongs to the answer in ``completion``, or to the last of ``messages``.
+
+    Args:
+        row: The value that a reader returned.
+        names: The user's names of columns and roles.
 
     Raises:
-        DataError: As `parse_pair`, or if there is no label.
+        DataError: If the row is neither. The message does not contain the place of the row, which the caller knows.
     """
     names = names or Names()
     fields = _fields(row, names)
     if "chosen" in fields and "rejected" in fields:
         pair = parse_pair(row, names)
-        return [Judged(pair.chosen, True), Judged(pair.rejected, False)]
+        return [UnpairedPreference(pair.chosen, True), UnpairedPreference(pair.rejected, False)]
+
     if "label" not in fields:
         what = f"it has no {names.column('label')} (but {listing(fields)})"
-        raise DataError(what, expected=EXPECTED_JUDGED, fix=_other_verb(fields) or "--map label=COLUMN")
+        raise DataError(what, expected=EXPECTED_UNPAIRED, fix=_other_verb(fields) or "--map label=COLUMN")
     side = "completion" if "completion" in fields else "messages"
     if side not in fields:
-        raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_JUDGED)
-    return [Judged(_conversation(fields, side, names), _label(fields["label"], names))]
+        raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_UNPAIRED)
+    return [UnpairedPreference(_conversation(fields, side, names), _label(fields["label"], names))]
 
 
 def _other_verb(fields: Mapping[str, object]) -> str:
-    """Which verb such rows are for, if they are for one."""
+    """Name the verb that trains on rows with these fields; empty if none does."""
     if "label" in fields:
-        return "hymba-tune kto learns from judged answers"
+        return "hymba-tune kto trains on single answers with labels"
     answers = {"messages", "conversations", "completion", "output", "text"} & fields.keys()
-    return "hymba-tune sft learns from answers that are all good" if answers else ""
+    return "hymba-tune sft trains on answers that are all good" if answers else ""
 
 
 def _fields(row: object, names: Names) -> dict[str, object]:
@@ -128,20 +141,22 @@ def _label(value: object, names: Names) -> bool:
 
 
 def _conversation(fields: dict[str, object], side: str, names: Names) -> Conversation:
-    """The conversation that ends with the answer in a column."""
+    """Parse the conversation that ends with the answer in the column ``side``."""
     fields = {name: _turns_of_text(value) if name in ("prompt", side) else value for name, value in fields.items()}
-    answer, prompt = fields[side], fields.get("prompt")
+    answer = fields[side]
+    prompt = fields.get("prompt")
     if isinstance(answer, list) and (prompt is None or _is_whole(answer)):
-        wanted = {"messages": side}
+        columns = {"messages": side}
     elif prompt is None:
         raise DataError(f"it has no {names.column('prompt')} (but {listing(fields)})", expected=EXPECTED)
     else:
-        wanted = {"prompt": "prompt", "completion": side}
-    # `parse` reads it, and speaks of the user's own columns where something is wrong.
-    shown = Names({name: names.columns.get(column, column) for name, column in wanted.items()}, names.roles)
+        columns = {"prompt": "prompt", "completion": side}
+
+    # With the user's own columns in the row and its names, the errors of `parse` name them.
+    user_names = Names({name: names.columns.get(column, column) for name, column in columns.items()}, names.roles)
     row = {name: fields[name] for name in ("system", "tools", "contexts") if name in fields}
-    row |= {shown.columns[name]: fields[column] for name, column in wanted.items()}
-    conversation = parse(row, shown)
+    row |= {user_names.columns[name]: fields[column] for name, column in columns.items()}
+    conversation = parse(row, user_names)
     assert isinstance(conversation, Conversation)
     if conversation.messages[-1].role != "assistant":
         raise DataError(f"{names.column(side)} does not end with an answer", expected="a last message by the assistant")
@@ -149,13 +164,13 @@ def _conversation(fields: dict[str, object], side: str, names: Names) -> Convers
 
 
 def _is_whole(messages: list[object]) -> bool:
-    """Whether messages are a conversation rather than the answer that ends one."""
+    """Return whether messages are a whole conversation rather than only its answer."""
     first = messages[0] if messages else None
     return isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt")
 
 
 def _turns_of_text(value: object) -> object:
-    """A text with ``Human:`` and ``Assistant:`` before its turns, as messages; anything else as it is."""
+    """Turn a text with ``Human:`` and ``Assistant:`` before its turns into messages; keep any other value."""
     if not isinstance(value, str) or not re.match(r"\s*Human:", value):
         return value
     parts = HH_TURN.split("\n\n" + value.strip())
@@ -163,7 +178,7 @@ def _turns_of_text(value: object) -> object:
         {"role": HH_ROLES[role], "content": text.strip()} for role, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
     if turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()  # a prompt that leaves off where the answer begins
+        turns.pop()  # a prompt that ends where the answer begins
     return turns
 
 
@@ -173,7 +188,7 @@ def _check_same_prompt(chosen: Conversation, rejected: Conversation) -> None:
     both = zip(chosen.messages, rejected.messages, strict=False)
     first = next((number for number, (one, other) in enumerate(both, start=1) if one != other), 1)
     raise DataError(
-        f"its conversations part at message {first}, before their last answers",
+        f"its conversations differ from message {first} on, before their last answers",
         expected="one prompt with two answers",
-        fix="cut both after the message where they part",
+        fix="cut both after the first message that differs",
     )

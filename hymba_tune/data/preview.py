@@ -1,4 +1,4 @@
-"""Rows as the model reads them, with what is learned told apart."""
+"""Rows as the model reads them, with the spans with loss marked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from hymba_tune.data.chat import Rendered, tokenize
 from hymba_tune.data.checking_pairs import holds_pairs
 from hymba_tune.data.comparisons import Comparison, comparisons, split_answers
 from hymba_tune.data.encoding import Reading, readings
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["read", "learned", "chosen", "rejected"]
+SegmentKind = Literal["context", "loss", "chosen", "rejected"]
+Segment = tuple[str, SegmentKind]
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,15 @@ class Preview:
     """One row.
 
     Attributes:
-        place: Where it stands.
-        pieces: Its text, in order, each piece read or learned; of a pair the prompt, then both answers.
+        place: Where the row was read.
+        segments: Its text in order, each segment with or without loss; of a pair the prompt, then both answers.
         tokens: All tokens; of a pair, those of the prompt with the longer answer.
-        learned: Those that are learned; of a pair, those of each answer.
-        problem: What is wrong with it; there is no text then.
+        learned: Tokens with loss; of a pair, those of each answer.
+        problem: The error of a row that cannot be used, which has no text.
     """
 
-    place: Place
-    pieces: tuple[tuple[str, Kind], ...] = ()
+    place: RowLocation
+    segments: tuple[Segment, ...] = ()
     tokens: int = 0
     learned: tuple[int, ...] = ()
     problem: DataError | None = None
@@ -48,13 +49,13 @@ def previews(
     mapping: Mapping[str, str] | None = None,
     learn: Learn = Learn.all,
 ) -> Iterator[Preview]:
-    """Every row of the sources in turn, as far as they are asked for.
+    """Yield a preview of every row of the sources; rows are read only as far as the caller iterates.
 
     Args:
-        sources: Read one after the other.
-        tokenizer: With a chat template, if there are conversations.
-        mapping: ``--map``: see `Names.parse`.
-        learn: Which answers are learned.
+        sources: The sources, read one after the other.
+        tokenizer: The tokenizer, with a chat template if there are conversations.
+        mapping: Column and role names, as for `Names.parse`.
+        learn: Which answers the loss covers.
 
     Raises:
         DataError: If a source cannot be read.
@@ -74,7 +75,7 @@ def _row(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Preview:
         return Preview(reading.row.place, problem=reading.problem)
     (rendered,) = reading.rendered
     (encoded,) = tokenize([rendered], tokenizer)
-    return Preview(reading.row.place, tuple(_pieces(rendered)), len(encoded.labels), (encoded.learned,))
+    return Preview(reading.row.place, tuple(_segments(rendered)), len(encoded.labels), (encoded.learned,))
 
 
 def _pair(pair: Comparison, tokenizer: PreTrainedTokenizerBase) -> Preview:
@@ -82,25 +83,27 @@ def _pair(pair: Comparison, tokenizer: PreTrainedTokenizerBase) -> Preview:
         return Preview(pair.row.place, problem=pair.problem)
     chosen, rejected = pair.rendered
     start, _ = chosen.learned[-1]
-    pieces: list[tuple[str, Kind]] = [(chosen.text[:start], "read")]
-    pieces += [(chosen.text[slice(*chosen.learned[-1])], "chosen")]
-    pieces += [(rejected.text[slice(*rejected.learned[-1])], "rejected")]
+    segments: tuple[Segment, ...] = (
+        (chosen.text[:start], "context"),
+        (chosen.text[slice(*chosen.learned[-1])], "chosen"),
+        (rejected.text[slice(*rejected.learned[-1])], "rejected"),
+    )
     prompt, answers = split_answers(tokenize([chosen, rejected], tokenizer))
     sizes = tuple(map(len, answers))
-    return Preview(pair.row.place, tuple(pieces), len(prompt) + max(sizes), sizes)
+    return Preview(pair.row.place, segments, len(prompt) + max(sizes), sizes)
 
 
-def _pieces(rendered: Rendered) -> Iterator[tuple[str, Kind]]:
-    """The text, cut where learning begins and ends."""
+def _segments(rendered: Rendered) -> Iterator[Segment]:
+    """Cut a text where spans with loss begin and end."""
     bounds = [0, *(bound for span in rendered.learned for bound in span), len(rendered.text)]
     for index, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
-            yield rendered.text[start:end], "learned" if index % 2 else "read"
+            yield rendered.text[start:end], "loss" if index % 2 else "context"
 
 
-def shortened(pieces: Sequence[tuple[str, Kind]], limit: int) -> Iterator[tuple[str, Kind]]:
-    """The pieces with the middle of each taken out that is longer than ``limit`` characters."""
-    for text, kind in pieces:
+def shortened(segments: Sequence[Segment], limit: int) -> Iterator[Segment]:
+    """Yield the segments without the middle of those that are longer than ``limit`` characters."""
+    for text, kind in segments:
         left_out = len(text) - limit
         if left_out > 0:
             text = f"{text[: limit // 2]} … {left_out:,} characters … {text[-(limit // 2) :]}"

@@ -1,4 +1,4 @@
-"""Rows that ask: a prompt, with or without an answer that is known."""
+"""Parses rows with a prompt, with or without a reference answer."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ FIELDS = ("prompt", "messages", "system")
 
 
 def parse_prompt(row: object, names: Names) -> Conversation:
-    """What a row asks: its ``prompt`` (a text or messages), or its ``messages`` without an answer at their end.
+    """Parse the prompt of a row: its ``prompt`` (a text or messages), or its ``messages`` without final answers.
 
     Args:
-        row: What a reader gave.
+        row: The value that a reader returned.
         names: The user's names of columns and roles.
 
     Raises:
-        DataError: If it asks nothing; the text leaves the place to the caller.
+        DataError: If it has no prompt. The message does not contain the place of the row, which the caller knows.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…"}')
     fields = names.rename(row)
-    asked = fields.get("prompt", fields.get("messages"))
-    if asked is None:
+    prompt = fields.get("prompt", fields.get("messages"))
+    if prompt is None:
         raise DataError(
             f"it has neither a prompt nor messages (but {', '.join(map(str, fields))})", fix="--map prompt=COLUMN"
         )
-    if isinstance(asked, list):
-        messages = read_messages(asked, names.roles)
+    if isinstance(prompt, list):
+        messages = read_messages(prompt, names.roles)
     else:
-        messages = [turn("user", asked, names.column("prompt"))]
+        messages = [turn("user", prompt, names.column("prompt"))]
+
     while messages and messages[-1].role == "assistant":
         messages.pop()
     if not any(message.role == "user" and message.content.strip() for message in messages):
-        raise DataError("it asks nothing", expected="a message from the user")
+        raise DataError("it has no message from the user with text", expected="a question or an instruction")
+
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
         messages.insert(0, Message("system", system))

@@ -1,4 +1,4 @@
-"""A file of each kind as a stream of rows. Only JSON that is not line by line is ever in memory whole."""
+"""Reads files of each type as streams of rows. Only JSON documents (not JSON lines) are read into memory whole."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hymba_tune.data.rows import Place, Row, listing
+from hymba_tune.data.rows import RowLocation, SourceRow, listing
 from hymba_tune.errors import DataError
 
 GZIP_MARK = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-STRANGERS = {
+OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\xfd7zXZ": "xz",
     b"BZh": "bzip2",
@@ -32,7 +32,7 @@ STRANGERS = {
     b"SQLite": "a database",
     b"ARROW1": "Arrow",
 }
-"""What files begin with that are no text, whatever their names end in."""
+"""First bytes of files that are not text, whatever the endings of their names."""
 PARQUET_BATCH = 256
 LARGEST_CELL = 2**26  # the csv module stops at 2**17, less than one long document; a quote left open stops here
 
@@ -40,15 +40,15 @@ UTF8 = "UTF-8"
 TO_UTF8 = "save the file as UTF-8 (iconv -f CP1252 -t UTF-8 OLD > NEW)"
 
 
-def read_file(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a file, gzipped or not, by the kind its name ends in.
+def read_file(path: Path, name: str) -> Iterator[SourceRow]:
+    """Read the rows of a file, gzipped or not, by the ending of its name.
 
     Args:
         path: The file; its `kind` must be one of `KINDS`.
-        name: How messages call it.
+        name: Name of the file in error messages.
 
     Yields:
-        Rows in the file's order. A row that cannot be read carries its error, and the stream goes on after it.
+        Rows in the order of the file. A row that cannot be read holds its error; later rows follow it.
 
     Raises:
         DataError: If the file as a whole cannot be read.
@@ -64,27 +64,27 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
 
 
 def unreadable(name: str, error: Exception) -> DataError:
-    """The error of a file that cannot be opened, or not to its end."""
+    """Build the error of a file that cannot be opened or read to its end."""
     if isinstance(error, PermissionError):
-        return DataError(f"Cannot read {name}: you may not.", expected="a readable file", fix=f"chmod u+r {name}")
-    return DataError(f"Cannot read {name}: {error}.", fix="see that the file is whole and may be read")
+        return DataError(f"Cannot read {name}: permission denied.", expected="a readable file", fix=f"chmod u+r {name}")
+    return DataError(f"Cannot read {name}: {error}.", fix="check that the file is complete and readable")
 
 
 def kind(path: Path) -> str:
-    """The ending that says how a file is read: ``.jsonl`` for ``a.jsonl`` and for ``a.jsonl.gz``."""
+    """Return the ending that decides how a file is read: ``.jsonl`` for ``a.jsonl`` and ``a.jsonl.gz``."""
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
 def _open(path: Path, name: str) -> BinaryIO:
     with path.open("rb") as file:
-        begin = file.read(8)
-    mark = begin[:2]
-    for stranger, what in STRANGERS.items():
-        if begin.startswith(stranger):
+        first_bytes = file.read(8)
+    mark = first_bytes[:2]
+    for signature, what in OTHER_FORMATS.items():
+        if first_bytes.startswith(signature):
             raise DataError(
                 f"Cannot read {name}: it is {what}.",
-                expected="text, or text in gzip",
-                fix="unpack or export it; .parquet is read under that name",
+                expected="text, or gzipped text",
+                fix="unpack or export it; name a Parquet file .parquet",
             )
     if mark in UTF16_MARKS:
         raise DataError(f"Cannot read {name}: it is UTF-16.", expected=UTF8, fix=TO_UTF8.replace("CP1252", "UTF-16"))
@@ -93,21 +93,22 @@ def _open(path: Path, name: str) -> BinaryIO:
     return path.open("rb")
 
 
-def read_jsonl(file: BinaryIO, name: str) -> Iterator[Row]:
-    """One JSON value a line. Blank lines are counted as lines and are no rows."""
+def read_jsonl(file: BinaryIO, name: str) -> Iterator[SourceRow]:
+    """Read one JSON value per line. Blank lines count as lines but are not rows."""
     for number, line in enumerate(file, start=1):
-        place = Place(name, number)
+        place = RowLocation(name, number)
         try:
             text = _decode(line, first=number == 1).rstrip()
             if text:
-                yield Row(place, _parse(text))
+                yield SourceRow(place, _parse(text))
         except DataError as error:
-            yield Row(place, error=error)
+            yield SourceRow(place, error=error)
 
 
-def read_json(file: BinaryIO, name: str) -> Iterator[Row]:
-    """An array of rows, or an object that holds one array; also JSON lines that are named ``.json``."""
-    first, second = file.readline(), file.readline()
+def read_json(file: BinaryIO, name: str) -> Iterator[SourceRow]:
+    """Read an array of rows, an object that holds one array, or JSON lines in a file named ``.json``."""
+    first = file.readline()
+    second = file.readline()
     file.seek(0)
     if second.strip() and _is_json(first):
         yield from read_jsonl(file, name)
@@ -118,7 +119,7 @@ def read_json(file: BinaryIO, name: str) -> Iterator[Row]:
         problem, expected = error.what, error.details["expected"]
         raise DataError(f"Cannot use {name}: {problem}.", expected=expected, fix=error.details["to fix"]) from None
     for number, value in enumerate(values, start=1):
-        yield Row(Place(name, number, "row"), value)
+        yield SourceRow(RowLocation(name, number, "row"), value)
 
 
 def _decode(raw: bytes, *, first: bool) -> str:
@@ -139,7 +140,7 @@ def _parse(text: str) -> object:
     raise DataError(
         what,
         expected="JSON lines (.jsonl), or one JSON array (.json)",
-        fix="mend the text there, or rename the file after what it holds",
+        fix="fix the text there, or rename the file to match its content",
     )
 
 
@@ -165,22 +166,22 @@ def _only_list(document: object) -> list[object]:
     )
 
 
-def read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
-    """A table under a header, parted by commas, semicolons or tabs. The place of a row is its first line."""
+def read_csv(file: BinaryIO, name: str) -> Iterator[SourceRow]:
+    """Read a table with a header, separated by commas, semicolons or tabs. The place of a row is its first line."""
     csv.field_size_limit(LARGEST_CELL)
-    # Bytes that are not UTF-8 become lone surrogates: the row they are in is named, and the stream goes on.
+    # Bytes that are not UTF-8 become lone surrogates: their row gets an error, and later rows can be read.
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         first = text.readline()
         table = csv.reader(chain([first], text), delimiter=max(",;\t", key=first.count), strict=True)
         header: list[str] = []
         while True:
-            place = Place(name, table.line_num + 1)
+            place = RowLocation(name, table.line_num + 1)
             try:
                 cells = next(table)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(
+                yield SourceRow(
                     place, error=DataError(f"not CSV ({error})", fix="close every quote, and double those inside")
                 )
                 continue
@@ -190,28 +191,28 @@ def read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
                 yield _table_row(place, header, cells)
 
 
-def _table_row(place: Place, header: list[str], cells: list[str]) -> Row:
+def _table_row(place: RowLocation, header: list[str], cells: list[str]) -> SourceRow:
     if len(cells) != len(header):
         what = f"it has {len(cells)} fields, the header {len(header)} ({listing(header)})"
-        return Row(place, error=DataError(what, fix="put fields with separators or line breaks in quotes"))
+        return SourceRow(place, error=DataError(what, fix="put fields with separators or line breaks in quotes"))
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
-        return Row(place, error=DataError("it is not UTF-8", expected=UTF8, fix=TO_UTF8))
-    return Row(place, dict(zip(header, cells, strict=True)))
+        return SourceRow(place, error=DataError("it is not UTF-8", expected=UTF8, fix=TO_UTF8))
+    return SourceRow(place, dict(zip(header, cells, strict=True)))
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a Parquet table, a batch of them in memory at a time."""
+def read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
+    """Read the rows of a Parquet table, a batch in memory at a time."""
     number = 0
     with pq.ParquetFile(path) as table:
         for batch in table.iter_batches(batch_size=PARQUET_BATCH):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(Place(name, number, "row"), value)
+                yield SourceRow(RowLocation(name, number, "row"), value)
 
 
-READERS: dict[str, Callable[[BinaryIO, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[BinaryIO, str], Iterator[SourceRow]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -1,4 +1,4 @@
-"""The account of what became of every row."""
+"""The report on encoded and dropped rows."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from hymba_tune.data.rows import Place
+from hymba_tune.data.rows import RowLocation
 from hymba_tune.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is not trained on. ``reason`` is ``bad row`` or ``too long``; ``what`` says it in full."""
+    """A row that is not trained on.
 
-    place: Place
+    Attributes:
+        place: Where the row was read.
+        reason: Either ``bad row`` or ``too long``.
+        what: The reason in detail.
+    """
+
+    place: RowLocation
     reason: str
     what: str
 
     def as_row(self) -> dict[str, str | int]:
-        """The same as JSON takes it."""
+        """Return the dropped row as values for JSON."""
         where: dict[str, str | int] = {"file": self.place.file, self.place.unit: self.place.number}
         return {**where, "reason": self.reason, "what": self.what}
 
 
 @dataclass
 class SourceCounts:
-    """What came of one source.
+    """Row counts of one source.
 
     Attributes:
-        name: What its user calls it.
-        weight: How often each of its rows is taken.
-        rows: Rows read; of a weight below 1, those that were drawn.
-        kept: Encoded rows that came of them, one after the other; a long text gives several.
+        name: Name of the source as the user gave it.
+        weight: Sampling weight of its rows.
+        rows: Rows read; with a weight below 1, rows that were drawn.
+        kept: Encoded rows, which lie one after the other; a long text gives several.
     """
 
     name: str
@@ -44,7 +50,7 @@ class SourceCounts:
     kept: int = 0
 
     def share(self) -> str:
-        """How many rows of it are trained on, in words."""
+        """Describe the number of rows that are trained on."""
         if self.weight == 1:
             return f"{self.kept:,} rows"
         if self.weight < 1:
@@ -53,7 +59,7 @@ class SourceCounts:
 
 
 def short_names(sources: Sequence[SourceCounts]) -> list[str]:
-    """What sources are called where there is little room: no two the same."""
+    """Return short names of the sources, no two the same."""
     for names in ([Path(source.name).name for source in sources], [source.name for source in sources]):
         if len(set(names)) == len(names):
             return names
@@ -62,24 +68,25 @@ def short_names(sources: Sequence[SourceCounts]) -> list[str]:
 
 @dataclass
 class DataReport:
-    """What became of the rows.
+    """The report on the rows of some sources.
 
     Attributes:
         rows: Rows read.
-        conversations: Conversations kept.
-        texts: Plain texts kept.
-        cut: Rows longer than the maximum length: conversations that lost their end, texts that go on in further rows.
-        tokens: Tokens kept.
-        learned: Those of them that carry loss.
-        longest: Tokens of the longest row kept.
-        weighted: Rows kept in which some learned tokens count less than others.
+        conversations: Encoded conversations.
+        texts: Encoded plain texts.
+        cut: Rows longer than the maximum length: conversations that lost their end, texts that continue in further
+            rows.
+        tokens: Encoded tokens.
+        learned: Encoded tokens with loss.
+        longest: Tokens of the longest encoded row.
+        weighted: Encoded rows with loss weights.
         too_long: Rows dropped because their answers begin past the maximum length.
         bad_rows: Rows dropped because they cannot be used.
-        first_dropped: The first row left out.
-        dropped_file: Where all of them are listed, a line each; memory does not grow with them.
-        sources: The same by source.
-        fingerprint: SHA-256 over the token ids and labels of all rows in order, and the weights above 1: the same for
-            the same training data, whatever files and formats it came from.
+        first_dropped: The first dropped row.
+        dropped_file: File that lists all dropped rows, one per line, so that memory does not grow with them.
+        sources: Counts by source.
+        fingerprint: SHA-256 over the token ids and labels of all rows in order, and the weights above 1. It is the same
+            for the same training data in any files and formats.
     """
 
     rows: int = 0
@@ -97,13 +104,13 @@ class DataReport:
     sources: list[SourceCounts] = field(default_factory=list)
     fingerprint: str = ""
 
-    def drop_bad(self, place: Place, problem: DataError, listing: TextIO) -> None:
+    def drop_bad(self, place: RowLocation, problem: DataError, listing: TextIO) -> None:
         """Count a row that cannot be used, and list it."""
         self.bad_rows += 1
         self._drop(Dropped(place, "bad row", problem.what), listing)
 
-    def drop_long(self, place: Place, what: str, listing: TextIO) -> None:
-        """Count a row of which nothing fits, and list it."""
+    def drop_long(self, place: RowLocation, what: str, listing: TextIO) -> None:
+        """Count a row whose answers begin past the maximum length, and list it."""
         self.too_long += 1
         self._drop(Dropped(place, "too long", what), listing)
 
@@ -112,16 +119,16 @@ class DataReport:
         listing.write(json.dumps(dropped.as_row(), ensure_ascii=False) + "\n")
 
     def shares(self) -> str:
-        """How many rows each source gives, in words; nothing if there is but one, taken as it is."""
+        """Describe the number of rows of each source; empty for a single source without a weight."""
         if len(self.sources) == 1 and self.sources[0].weight == 1:
             return ""
         named = zip(short_names(self.sources), self.sources, strict=True)
         return " · ".join(f"{name} {source.share()}" for name, source in named)
 
     def counts(self) -> dict[str, Any]:
-        """The report without the list of dropped rows, for ``run.json``."""
-        left_out = ("first_dropped", "dropped_file")
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        """Return the report for ``run.json``, without the list of dropped rows."""
+        excluded = ("first_dropped", "dropped_file")
+        return {name: value for name, value in asdict(self).items() if name not in excluded}
 
     def write_dropped(self, path: Path) -> None:
         """Write the dropped rows as JSON lines of ``file``, ``line`` (or ``row``), ``reason`` and ``what``."""
@@ -132,7 +139,7 @@ class DataReport:
 
     @classmethod
     def load(cls, path: Path, dropped_file: Path) -> Self:
-        """Read what `save` wrote."""
+        """Load a report that `save` wrote."""
         counts = json.loads(path.read_text(encoding="utf-8"))
         counts["sources"] = [SourceCounts(**source) for source in counts["sources"]]
         return cls(**counts, dropped_file=dropped_file)

@@ -1,4 +1,4 @@
-"""One row of a data file, where it stands, and the error that says what is wrong with it."""
+"""A row of a data file, its place, and the error of a row that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hymba_tune.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a row stands.
+class RowLocation:
+    """The place of a row in a file or dataset.
 
     Attributes:
-        file: The file or dataset as its user wrote it.
-        number: From 1. Of a line where rows are lines, else of the row.
-        unit: What ``number`` counts.
+        file: Name of the file or dataset as the user gave it.
+        number: Number of the line or row, from 1.
+        unit: Whether ``number`` counts lines or rows.
     """
 
     file: str
@@ -28,24 +28,30 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it was read: its value, or the error that kept it from being read."""
+class SourceRow:
+    """A row as it was read.
 
-    place: Place
+    Attributes:
+        place: Where the row was read.
+        value: Its value; `None` if it could not be read.
+        error: The error that prevented the reading, if any.
+    """
+
+    place: RowLocation
     value: object = None
     error: DataError | None = None
 
 
 class RowError(DataError):
-    """A row that cannot be used, named by its place.
+    """The error of a row that cannot be used, with its place.
 
     Args:
-        place: Where the row stands.
-        problem: What is wrong with it, from whoever found it without knowing the place.
-        extent: How many such rows there are, in words; nothing where rows cannot be skipped.
+        place: Where the row was read.
+        problem: The error without the place.
+        extent: The number of such rows in words; empty if rows cannot be skipped.
     """
 
-    def __init__(self, place: Place, problem: DataError, *, extent: str = "") -> None:
+    def __init__(self, place: RowLocation, problem: DataError, *, extent: str = "") -> None:
         super().__init__(
             f"Cannot use {place}: {problem.what}.",
             expected=problem.details["expected"],
@@ -55,5 +61,5 @@ class RowError(DataError):
 
 
 def listing(names: Iterable[object]) -> str:
-    """Names as a person lists them: ``a, b, c``."""
+    """Join names to a list: ``a, b, c``."""
     return ", ".join(str(name) for name in names)

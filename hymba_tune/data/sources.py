@@ -1,4 +1,4 @@
-"""What ``--data`` may name: files, datasets of the Hugging Face Hub, and the packaged demo."""
+"""The sources that ``--data`` can name: files, datasets of the Hugging Face Hub, and the packaged demo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from itertools import islice
@@ -15,8 +14,8 @@ from pathlib import Path
 import datasets
 
 from hymba_tune.data.readers import KINDS, kind, read_file, unreadable
-from hymba_tune.data.rows import Place, Row, listing
-from hymba_tune.errors import DataError, HubError
+from hymba_tune.data.rows import RowLocation, SourceRow, listing
+from hymba_tune.errors import DataError, HubError, nearest
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
@@ -25,21 +24,21 @@ NAMEABLE = f"{listing(KINDS)} (also with .gz), a mix (.yaml), owner/name on the 
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of rows that can be read again and again.
+    """A stream of rows that can be read any number of times.
 
     Attributes:
-        name: What its user calls it.
+        name: Name of the source as the user gave it.
         read: Starts a new pass over the rows.
-        held_out: The evaluation data that comes with it, if any does.
-        content: Computes a digest of what it holds, where that takes less than reading its rows.
-        weight: How often each row is to be taken; below 1, the share of the rows.
-        max_rows: Rows after which it ends.
-        mapping: Names of columns and roles that only it has, as ``--map`` gives them.
-        download: Downloads the rows, if they are not on this machine; reading them does so too.
+        held_out: Evaluation data that comes with the source, if any.
+        content: Computes a digest of the content, if that is faster than reading the rows.
+        weight: Sampling weight: below 1, the share of the rows; above 1, how often each row is repeated.
+        max_rows: Maximum number of rows.
+        mapping: The source's own column and role names, in the form of ``--map``.
+        download: Downloads the rows if they are not on this machine; reading them also does so.
     """
 
     name: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[], Iterator[SourceRow]]
     held_out: Source | None = None
     content: Callable[[], str] | None = None
     weight: float = 1.0
@@ -47,11 +46,11 @@ class Source:
     mapping: Mapping[str, str] = field(default_factory=dict)
     download: Callable[[], object] = lambda: None
 
-    def __iter__(self) -> Iterator[Row]:
-        """A pass over the rows.
+    def __iter__(self) -> Iterator[SourceRow]:
+        """Iterate over the rows.
 
         Raises:
-            DataError: If it cannot be read, or has no rows.
+            DataError: If the source cannot be read, or has no rows.
             HubError: If the Hub cannot be reached or has no such dataset.
         """
         empty = True
@@ -63,17 +62,17 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """Find what a name on the command line stands for, without reading its rows.
+    """Open the source with a name that a user gave, without reading its rows.
 
     Args:
-        name: A file, ``demo``, or ``owner/name`` on the Hub: in full ``owner/name:config@split``, the split being
-            ``train`` where none is given.
+        name: A file, ``demo``, or ``owner/name`` on the Hub; in full ``owner/name:config@split``, with ``train`` as the
+            default split.
 
     Returns:
         The source. A Hub dataset is downloaded when it is first read.
 
     Raises:
-        DataError: If there is no such file, or it is of no known kind.
+        DataError: If there is no such file, or its type is unknown.
     """
     if name == DEMO:
         return replace(_demo("train", DEMO), held_out=_demo("eval", f"{DEMO} (eval)"))
@@ -86,7 +85,7 @@ def open_source(name: str) -> Source:
         if not path.is_file():
             raise DataError(f"Cannot use {name}: it is a pipe or a device.", expected=NAMEABLE, fix="save it as a file")
         if kind(path) not in KINDS:
-            raise DataError(f"Cannot use {name}: its ending is none of the known ones.", expected=NAMEABLE)
+            raise DataError(f"Cannot use {name}: its ending is unknown.", expected=NAMEABLE)
         return Source(name, lambda: read_file(path, name), content=lambda: digest(path, name))
     hub = HUB_NAME.fullmatch(name)
     if hub and kind(path) not in KINDS and not path.parent.is_dir():
@@ -100,10 +99,10 @@ def _demo(split: str, name: str) -> Source:
 
 
 def digest(path: Path, name: str) -> str:
-    """SHA-256 of a file and the ending it is read by.
+    """Return the SHA-256 of a file with the ending that decides how it is read.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -115,8 +114,8 @@ def digest(path: Path, name: str) -> str:
 def _near_names(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()])
-    return f"did you mean {listing(path.parent / name for name in near)}?" if near else ""
+    near = nearest(path.name, (file.name for file in path.parent.iterdir()))
+    return f"did you mean {path.parent / near}?" if near else ""
 
 
 def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
@@ -124,9 +123,9 @@ def _open_hub(name: str, path: str, config: str | None, split: str) -> Source:
     def rows() -> datasets.Dataset:
         return _load_hub(name, path, config, split)
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[SourceRow]:
         for number, value in enumerate(rows(), start=1):
-            yield Row(Place(name, number, "row"), value)
+            yield SourceRow(RowLocation(name, number, "row"), value)
 
     return Source(name, read, content=lambda: f"{name} {rows()._fingerprint}", download=rows)
 

@@ -1,4 +1,4 @@
-"""Which encoded rows are held out, and how often the others are taken."""
+"""Selects encoded rows: which are held out, and how often the others are repeated."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from hymba_tune.errors import DataError
 def split_rows(
     sources: Sequence[SourceCounts], fraction: float, *, seed: int, max_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of the rows, drawn at random.
+    """Hold out a random share of the rows.
 
     Args:
-        sources: What each gave, as in the report on the rows, in their order. Rows of one with a weight above 1 are
-            trained on that often, and never held out as well.
+        sources: Counts of the sources in the order of the rows, as in the report. Rows of a source with a weight above
+            1 are repeated that often, unless they are held out.
         fraction: Share of the rows to hold out, in ``[0, 1)``; 0 holds out nothing.
-        seed: The same seed draws the same rows.
-        max_rows: The most rows to hold out; what exceeds it is trained on.
+        seed: Random seed; the same seed draws the same rows.
+        max_rows: Maximum number of rows to hold out; further rows are trained on.
 
     Returns:
-        Indices of the rows to train on and of the held-out ones, at least one unless ``fraction`` is 0, both ascending.
+        Indices of the training rows and of the held-out rows, both ascending. At least one row is held out unless
+        ``fraction`` is 0.
 
     Raises:
-        DataError: If there are fewer than two rows to part.
+        DataError: If there are fewer than two rows to split.
     """
     rows = sum(source.kept for source in sources)
-    kept, held_out = np.arange(rows), np.arange(0)
+    train = np.arange(rows)
+    held_out = np.arange(0)
     if fraction > 0:
         if rows < 2:
             raise DataError(
                 f"Cannot hold out evaluation data: there is only {rows} row.",
                 expected="at least 2 rows",
-                fix="--eval-data FILE, or --eval-split 0 to do without",
+                fix="--eval-data FILE, or --eval-split 0 for no evaluation",
             )
         count = min(max(1, round(rows * fraction)), rows - 1, max_rows or rows)
         held_out = np.sort(random.Random(seed).sample(range(rows), count))
-        kept = np.delete(kept, held_out)
-    return _repeated(kept, sources, seed), held_out
+        train = np.delete(train, held_out)
+    return _repeated(train, sources, seed), held_out
 
 
 def _repeated(rows: np.ndarray, sources: Sequence[SourceCounts], seed: int) -> np.ndarray:
-    """The rows as often as their sources' weights say: 2.5 takes each twice, and a drawn half of them once more."""
+    """Repeat rows by the weights of their sources: 2.5 repeats each row twice, and a random half once more."""
     if all(source.weight <= 1 for source in sources):
         return rows
     draws = np.random.default_rng(seed).random(len(rows))
@@ -55,27 +57,29 @@ def _repeated(rows: np.ndarray, sources: Sequence[SourceCounts], seed: int) -> n
 
 
 def first_rows(sources: Sequence[SourceCounts], max_rows: int) -> np.ndarray:
-    """Indices of the first rows of each source, as many of each; what small sources lack is made up by larger ones.
+    """Return the indices of the first rows of each source: equally many, more of large sources if others are small.
 
     Args:
-        sources: What each gave, in the order of the rows.
-        max_rows: The most rows, of all sources together.
+        sources: Counts of the sources in the order of the rows.
+        max_rows: Maximum number of rows of all sources together.
     """
-    taken = np.zeros(len(sources), dtype=int)
+    counts = np.zeros(len(sources), dtype=int)
     left = max_rows
+    # Smallest first, so that what a small source lacks is divided among the larger ones.
     for nth, index in enumerate(sorted(range(len(sources)), key=lambda index: sources[index].kept)):
-        taken[index] = min(sources[index].kept, -(-left // (len(sources) - nth)))
-        left -= taken[index]
+        counts[index] = min(sources[index].kept, -(-left // (len(sources) - nth)))
+        left -= counts[index]
+
     starts = np.cumsum([0, *(source.kept for source in sources)])
-    return np.concatenate([start + np.arange(count) for start, count in zip(starts, taken, strict=False)])
+    return np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=False)])
 
 
 def rows_by_source(sources: Sequence[SourceCounts], rows: np.ndarray) -> dict[str, int]:
-    """How many rows are of each source, in their order; those of which there are none are left out.
+    """Count the rows of each source, in the order of the sources and without those that have none.
 
     Args:
-        sources: What each gave, in the order of the rows.
-        rows: Indices of some, ascending.
+        sources: Counts of the sources in the order of the rows.
+        rows: Indices of the rows to count, ascending.
     """
     ends = np.cumsum([source.kept for source in sources])
     counts = np.diff(np.searchsorted(rows, ends), prepend=0).tolist()

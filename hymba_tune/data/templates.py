@@ -1,4 +1,4 @@
-"""Chat templates: Hymba's, one in plain words, and any that a file holds."""
+"""Chat templates: Hymba's, Alpaca's, and those of files."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ HYMBA_TEMPLATE = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%} {{- '<extra_id_1>Assistant\n' -}} {%- endif -%}
 """
-"""Hymba's chat format, with what its released template leaves out: the tokens that begin the text and end an answer,
-and the marks by which other libraries find the answers."""
+"""Hymba's chat format, with what its released template lacks: the tokens that begin the text and end an answer, and the
+``generation`` marks by which other libraries locate the answers."""
 
 ALPACA_TEMPLATE = r"""
 {{- bos_token -}}
@@ -64,7 +64,7 @@ ALPACA_TEMPLATE = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%} {{- '### Response:\n' -}} {%- endif -%}
 """
-"""Alpaca's headings, which any tokenizer can spell."""
+"""Alpaca's headings, which need no special tokens."""
 
 NAMED = {"hymba": HYMBA_TEMPLATE, "alpaca": ALPACA_TEMPLATE}
 PROBE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
@@ -73,21 +73,21 @@ PROBE = Conversation((Message("user", "Hi"), Message("assistant", "Hello")))
 def with_chat_template(
     tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, flag: str = "--chat-template"
 ) -> PreTrainedTokenizerBase:
-    """Give a tokenizer the chat template that is asked for.
+    """Return a tokenizer with a chat template.
 
     Args:
-        tokenizer: Left as it is.
-        template: One of `NAMED`, or a file of Jinja. `None` keeps the tokenizer's own, but for one that writes what
-            Hymba's released one does; `HYMBA_TEMPLATE` takes the place of that, and of none.
-        flag: By which it was asked for.
+        tokenizer: The tokenizer; it is not changed.
+        template: One of `NAMED`, or a Jinja file. `None` keeps the tokenizer's own template, except that
+            `HYMBA_TEMPLATE` replaces a missing one and one that renders as Hymba's released template does.
+        flag: The flag that set the template, for error messages.
 
     Returns:
-        A copy with the template, or the tokenizer itself if its own template is to be kept.
+        A copy with the template, or the tokenizer itself if its own template is kept.
 
     Raises:
-        ConfigError: If there is no such template, or answers cannot be found in what it writes.
+        ConfigError: If there is no such template, or answers cannot be located in its output.
     """
-    if template is None and tokenizer.chat_template is not None and not _writes_released_format(tokenizer):
+    if template is None and tokenizer.chat_template is not None and not _renders_released_format(tokenizer):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = HYMBA_TEMPLATE if template is None else read_template(template, flag=flag)
@@ -97,7 +97,7 @@ def with_chat_template(
         except DataError as problem:
             raise ConfigError(
                 f"{flag} {template}: {problem.what}.",
-                expected="a template that writes answers unchanged",
+                expected="a template that keeps answers unchanged",
             ) from problem
     return tokenizer
 
@@ -119,11 +119,12 @@ def read_template(template: str, *, flag: str = "--chat-template") -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{flag} {template} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
-            expected=f"one of {listing(NAMED)}, or a file of Jinja",
+            expected=f"one of {listing(NAMED)}, or a Jinja file",
         ) from error
 
 
-def _writes_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _renders_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's own template renders as Hymba's released template, on a probe with every feature."""
     roles = ("system", "user", "assistant", "tool", "assistant", "user")
     probe: dict[str, Any] = {
         "conversation": [{"role": role, "content": f" {role} "} for role in roles],

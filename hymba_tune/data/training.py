@@ -1,4 +1,4 @@
-"""The data of a run: what is trained on, what is held out, and a few prompts to look at."""
+"""Reads the data of a run: training rows, held-out rows, and a few prompts for samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
 
 Working = Callable[[str], AbstractContextManager[Callable[[int], None]]]
-"""Shows what is being done; what it gives is called with the number of rows done."""
+"""Shows what is being done; its context gives a function to call with the number of finished rows."""
 Sample = Callable[[Sequence[Source], int], list[tuple[Conversation, str]]]
 
 
@@ -37,9 +37,9 @@ class TrainingData(Generic[D]):
     Attributes:
         train: Rows to train on.
         held_out: Rows to evaluate on, source by source, if any.
-        held_out_sources: How many of them are of each source, in their order.
-        report: What became of the rows to train on.
-        prompts: What comes before an answer, and that answer.
+        held_out_sources: The number of held-out rows of each source, in their order.
+        report: The report on the rows of ``--data``.
+        prompts: Conversations up to an answer, each with that answer.
     """
 
     train: Dataset
@@ -52,18 +52,18 @@ class TrainingData(Generic[D]):
 def read_training_data(
     options: KeptDataOptions, tokenizer: PreTrainedTokenizerBase, *, seed: int, prompts: int, working: Working
 ) -> TrainingData[DataReport]:
-    """Read everything that ``--data`` and ``--eval-data`` name, as `build_dataset` does.
+    """Encode the sources of ``--data`` and ``--eval-data`` with `build_dataset`.
 
     Args:
-        options: Which data, and how its rows are read.
-        tokenizer: With the chat template that is asked for.
-        seed: Of the rows that are drawn and held out.
-        prompts: How many prompts to return: of the evaluation data, or else of the data.
-        working: Told what is done.
+        options: Settings of the data.
+        tokenizer: The tokenizer with the chat template to use.
+        seed: Random seed of the rows that are drawn and held out.
+        prompts: Number of prompts to return, of the evaluation data if there is any, else of the training data.
+        working: Shows the progress.
 
     Raises:
-        DataError: If data cannot be used; see `build_dataset`.
-        ConfigError: If weights, caps or names do not fit the data.
+        DataError: If the data cannot be used; see `build_dataset`.
+        ConfigError: If weights, caps or names do not match the data.
     """
     build = partial(build_dataset, tokenizer=tokenizer, learn=options.learn, seed=seed, **_reading(options))
     return read_sources(options, *opened(options), build, sample_prompts, seed=seed, prompts=prompts, working=working)
@@ -78,23 +78,23 @@ def read_preferences(
     prompts: int,
     working: Working,
 ) -> TrainingData[PreferenceReport]:
-    """Read everything that ``--data`` and ``--eval-data`` name as preferences, as `build_preferences` does.
+    """Encode the sources of ``--data`` and ``--eval-data`` with `build_preferences`.
 
     Args:
-        options: As for `read_training_data`.
-        tokenizer: As there.
-        paired: Whether pairs are wanted, or judged answers.
-        seed: As there, and of the order of judged answers.
-        prompts: As there.
-        working: As there.
+        options: Settings of the data.
+        tokenizer: The tokenizer with the chat template to use.
+        paired: Whether to read pairs, or single answers with labels.
+        seed: Random seed of the rows that are drawn and held out, and of the order of single answers.
+        prompts: Number of prompts to return, of the evaluation data if there is any, else of the training data.
+        working: Shows the progress.
 
     Raises:
-        DataError: If data cannot be used; see `build_preferences`.
-        ConfigError: If weights, caps or names do not fit the data.
+        DataError: If the data cannot be used; see `build_preferences`.
+        ConfigError: If weights, caps or names do not match the data.
     """
     build = partial(build_preferences, tokenizer=tokenizer, paired=paired, seed=seed, **_reading(options))
     sample = partial(sample_preferred, paired=paired)
-    # Judged answers are taken in this order, and a batch should hold good and bad ones to different prompts.
+    # The trainer takes single answers in this order, and a batch should hold good and bad ones to different prompts.
     return read_sources(
         options,
         *opened(options),
@@ -108,7 +108,7 @@ def read_preferences(
 
 
 def _reading(options: KeptDataOptions) -> dict[str, Any]:
-    """How rows are read, whatever kind they are."""
+    """Return the settings that all kinds of rows share."""
     return {
         "max_length": options.max_length,
         "on_bad_row": options.on_bad_row,
@@ -117,32 +117,32 @@ def _reading(options: KeptDataOptions) -> dict[str, Any]:
 
 
 def opened(options: DataOptions) -> tuple[list[Source], list[Source]]:
-    """What ``--data`` names, and what is held out of its own: ``--eval-data``, or what comes with the data.
+    """Open the training sources and the evaluation sources, which are ``--eval-data`` or come with the training data.
 
-    Columns and roles of all of them are named as ``--map`` says, where a source does not say so itself. All of them
-    are on this machine afterwards.
+    ``--map`` applies to all of them; a source's own mapping takes precedence. All of them are on this machine
+    afterwards.
 
     Raises:
-        DataError: If a source is not found, or is of no known kind.
+        DataError: If a source does not exist, or its file type is unknown.
         HubError: If the Hub cannot be reached or has no such dataset.
-        ConfigError: If weights, caps or names do not fit the data.
+        ConfigError: If weights, caps or names do not match the data.
     """
     sources = open_sources(options.data, options.weights, options.caps)
-    given = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
-    for source in (*sources, *given):
-        source.download()  # before the first is read: that may take long
+    eval_sources = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    for source in (*sources, *eval_sources):
+        source.download()  # before the first is read, which may take long
     mapping = as_mapping(options.map)
 
-    def named(some: Sequence[Source]) -> list[Source]:
-        return [replace(source, mapping={**mapping, **source.mapping}) for source in some]
+    def with_mapping(unmapped: Sequence[Source]) -> list[Source]:
+        return [replace(source, mapping={**mapping, **source.mapping}) for source in unmapped]
 
-    return named(sources), named(given)
+    return with_mapping(sources), with_mapping(eval_sources)
 
 
 def read_sources(
     options: DataOptions,
     sources: Sequence[Source],
-    given: Sequence[Source],
+    eval_sources: Sequence[Source],
     build: Callable[..., tuple[Dataset, D]],
     sample: Sample,
     *,
@@ -152,38 +152,45 @@ def read_sources(
     doing: str = "reading",
     shuffled: bool = False,
 ) -> TrainingData[D]:
-    """Read sources, and hold rows out: as many of each source in ``given``, or drawn where there is none.
+    """Encode sources and hold rows out: the first rows of each evaluation source, or without one a random share.
 
     Args:
-        options: How many are held out.
-        sources: What is trained on.
-        given: What is evaluated on.
-        build: From sources to their rows, and the report on these.
-        sample: From sources to some of their prompts.
-        seed: Of the rows that are drawn and held out.
-        prompts: How many prompts to return.
-        working: Told what is done.
-        doing: What that is called.
-        shuffled: Whether the rows of a source are to be mixed.
+        options: Settings of the held-out data.
+        sources: Training sources.
+        eval_sources: Evaluation sources, if any.
+        build: Encodes sources; returns their rows and the report on these.
+        sample: Returns prompts of sources.
+        seed: Random seed of the rows that are drawn and held out.
+        prompts: Number of prompts to return.
+        working: Shows the progress.
+        doing: Name of the work, for the progress.
+        shuffled: Whether to shuffle the rows of each source.
     """
     with working(f"{doing} the data") as progress:
         rows, report = build(sources, progress=progress)
-    held_out_of, counts, most = rows, report.sources, options.eval_max_rows
-    train, held_out = split_rows(counts, 0 if given else options.eval_split, seed=seed, max_rows=most)
-    if given:
+    max_rows = options.eval_max_rows
+    fraction = 0 if eval_sources else options.eval_split
+    train, held_out = split_rows(report.sources, fraction, seed=seed, max_rows=max_rows)
+
+    eval_rows = rows
+    counts = report.sources
+    if eval_sources:
         with working(f"{doing} the evaluation data") as progress:
-            held_out_of, given_report = build(given, progress=progress)
-        counts = given_report.sources
-        held_out = first_rows(counts, most)
+            eval_rows, eval_report = build(eval_sources, progress=progress)
+        counts = eval_report.sources
+        held_out = first_rows(counts, max_rows)
+
     held_out_sources = rows_by_source(counts, held_out)
     if shuffled:
-        random, ends = np.random.default_rng(seed), np.cumsum(list(held_out_sources.values()))
+        random = np.random.default_rng(seed)
         train = random.permutation(train)
+        ends = np.cumsum(list(held_out_sources.values()))
         held_out = np.concatenate([random.permutation(part) for part in np.split(held_out, ends)])
+
     return TrainingData(
         rows.select(train),
-        held_out_of.select(held_out) if len(held_out) else None,
+        eval_rows.select(held_out) if len(held_out) else None,
         held_out_sources,
         report,
-        sample(given or sources, prompts),
+        sample(eval_sources or sources, prompts),
     )

@@ -1,4 +1,4 @@
-"""Rows into a file, by the kind its name ends in; written aside and renamed when it is whole."""
+"""Writes rows to files, by the ending of the name; a file is renamed to its name when it is complete."""
 
 from __future__ import annotations
 
@@ -28,32 +28,34 @@ def check_target(path: Path, *, overwrite: bool = False, inputs: Iterable[Path] 
 
     Args:
         path: The file.
-        overwrite: Whether it may replace a file.
+        overwrite: Whether it may replace an existing file.
         inputs: The files that are read.
 
     Raises:
-        DataError: If its ending is not known.
+        DataError: If its ending is unknown.
         ConfigError: If it must not be written; see `check_file`.
     """
     if kind(path) not in KINDS or (path.suffix == ".gz" and kind(path) == ".parquet"):
         raise DataError(
-            f"Cannot write {path}: its ending is none of the known ones.",
-            expected=f"{listing(KINDS)} (also with .gz, but for .parquet)",
+            f"Cannot write {path}: its ending is unknown.",
+            expected=f"{listing(KINDS)} (also with .gz, except .parquet)",
         )
     check_file("--out", path, overwrite=overwrite, inputs=inputs)
 
 
 @contextmanager
 def writing(path: Path, columns: Mapping[str, pa.DataType], *, overwrite: bool = False) -> Iterator[Write]:
-    """A function that takes one row after the other; the file is there once the block ends without an error.
+    """Open a file for writing; the context gives a function that writes one row.
+
+    The file gets its name when the block ends without an error.
 
     Args:
-        path: Its ending says the kind.
-        columns: Which columns rows have, and their types in Parquet. Lists become JSON text in tables of text.
-        overwrite: Whether a file that is there is replaced.
+        path: The file; its ending decides the file type.
+        columns: Columns of the rows, and their types in Parquet. Lists become JSON text in tables of text.
+        overwrite: Whether an existing file is replaced.
 
     Raises:
-        ConfigError: If it cannot be written.
+        ConfigError: If the file cannot be written.
     """
     with (
         write_errors("--out", path),
@@ -82,7 +84,7 @@ def _json(row: dict[str, Any]) -> str:
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, which stands in a row that nobody has looked at
+    except UnicodeEncodeError:  # half a character, in a row that has not been parsed
         return json.dumps(row)
     return text
 
@@ -94,15 +96,15 @@ def _lines(file: TextIO, _: Mapping[str, pa.DataType]) -> Iterator[Write]:
 
 @contextmanager
 def _array(file: TextIO, _: Mapping[str, pa.DataType]) -> Iterator[Write]:
-    before = "[\n"
+    separator = "[\n"
 
     def write(row: dict[str, Any]) -> None:
-        nonlocal before
-        file.write(before + _json(row))
-        before = ",\n"
+        nonlocal separator
+        file.write(separator + _json(row))
+        separator = ",\n"
 
     yield write
-    file.write("\n]\n" if before.startswith(",") else "[]\n")
+    file.write("\n]\n" if separator.startswith(",") else "[]\n")
 
 
 def _table(delimiter: str) -> Callable[[TextIO, Mapping[str, pa.DataType]], Any]:
@@ -118,18 +120,18 @@ def _table(delimiter: str) -> Callable[[TextIO, Mapping[str, pa.DataType]], Any]
 @contextmanager
 def _parquet(part: Path, columns: Mapping[str, pa.DataType]) -> Iterator[Write]:
     schema = pa.schema(list(columns.items()))
-    waiting: list[dict[str, Any]] = []
+    buffer: list[dict[str, Any]] = []
     with pq.ParquetWriter(part, schema) as writer:
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(waiting, schema))
-            waiting.clear()
+            writer.write_table(pa.Table.from_pylist(buffer, schema))
+            buffer.clear()
 
         def write(row: dict[str, Any]) -> None:
-            waiting.append(
+            buffer.append(
                 {name: _cell(value) if schema.field(name).type == pa.string() else value for name, value in row.items()}
             )
-            if len(waiting) == PARQUET_ROWS:
+            if len(buffer) == PARQUET_ROWS:
                 flush()
 
         yield write

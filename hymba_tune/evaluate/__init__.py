@@ -1,4 +1,4 @@
-"""How good models are: on texts, on questions with known answers, and on lm-eval's tasks. Knows nothing of training."""
+"""Evaluation of models on texts, on questions with known answers, and on lm-eval tasks; independent of training."""
 
 from hymba_tune.evaluate.evaluation import Evaluation, ModelResult, evaluate
 from hymba_tune.evaluate.records import add_to_run, facts, run_of, save

@@ -1,4 +1,4 @@
-"""One evaluation: everything is found and checked, then each model is loaded, asked, and let go again."""
+"""An evaluation: everything is resolved and checked first, then each model is loaded, measured and freed in turn."""
 
 from __future__ import annotations
 
@@ -16,29 +16,36 @@ from hymba_tune.data import open_sources
 from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError
-from hymba_tune.evaluate.asking import Answered, Extraction, Question, ask_all, judge_answers, read_questions
+from hymba_tune.evaluate.questions import (
+    AnsweredQuestion,
+    Extraction,
+    Question,
+    answer_questions,
+    read_questions,
+    score_answers,
+)
 from hymba_tune.evaluate.scoring import score_rows
-from hymba_tune.evaluate.texts import TextCounts, Texts
+from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
 from hymba_tune.files import check_file
-from hymba_tune.generate import FoundModel, find_model
+from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
 
 
 @dataclass
 class ModelResult:
-    """What one model came to.
+    """The results of one model.
 
     Attributes:
-        name: What its user calls it.
-        weight_bytes: Of its weights in memory.
-        note: What is worth knowing of how its adapters were folded in.
-        seconds: It took, loading included.
-        measures: Numbers by name: ``loss``, ``perplexity``, ``bits_per_byte``, ``token_accuracy`` on texts;
+        name: The model's name, as the user gave it.
+        weight_bytes: Size of the weights in memory, in bytes.
+        note: A note for the user on how the adapters were merged, if there is one.
+        seconds: Duration, including loading.
+        measures: Values by name: ``loss``, ``perplexity``, ``bits_per_byte`` and ``token_accuracy`` on texts;
             ``exact_match``, ``exact_match_stderr`` and ``answers_found`` on questions.
-        tasks: Numbers by name, by the name of a task.
-        texts: What it was scored on.
-        answered: What it was asked.
+        tasks: The metrics of each lm-eval task, by task name and metric name.
+        texts: Counts of the texts that were scored.
+        answered: The questions with the model's answers.
     """
 
     name: str
@@ -48,12 +55,12 @@ class ModelResult:
     measures: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: TextCounts | None = None
-    answered: list[Answered] = field(default_factory=list)
+    answered: list[AnsweredQuestion] = field(default_factory=list)
 
 
 @dataclass
 class Evaluation:
-    """Models side by side, the one in question first."""
+    """The results of all models, the evaluated one first."""
 
     config: EvalConfig
     results: list[ModelResult]
@@ -63,36 +70,37 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
     """Evaluate a model, and others to compare it with.
 
     Args:
-        config: Which, and on what.
-        working: Told what is done.
+        config: The models, the data and the tasks.
+        working: Shows progress.
 
     Raises:
-        HymbaTuneError: If something cannot be found or used; all of it is looked at before any weights load.
+        HymbaTuneError: If something cannot be found or used; everything is checked before any weights load.
     """
     check_inputs(config)
     _check_outputs(config)
-    models = [find_model(name, config, config.chat_template) for name in _names(config)]
+    loadables = [find_model(name, config, config.chat_template) for name in _names(config)]
     questions, extract = _questions(config)
     tasks = _Tasks(config) if config.tasks else None
-    texts: list[Texts] = []
+    texts: list[ScoringTexts] = []
     counts: list[TextCounts] = []
-    for model in models if config.data else ():
-        texts.append(Texts.named(config, model.tokenizer))
+    for loadable in loadables if config.data else ():
+        texts.append(ScoringTexts.named(config, loadable.tokenizer))
         with working("reading the data") as progress:
             counts.append(texts[-1].count(progress))
+
     results = []
-    for number, found in enumerate(models):
+    for number, loadable in enumerate(loadables):
         started = time.monotonic()
-        with working(f"loading {found.source.name}"):
-            model = found.load()
-        result = ModelResult(found.source.name, model.get_memory_footprint(return_buffers=False), found.note)
+        with working(f"loading {loadable.source.name}"):
+            model = loadable.load()
+        result = ModelResult(loadable.source.name, model.get_memory_footprint(return_buffers=False), loadable.note)
         if texts:
             _score(result, model, texts[number], counts[number], config, working)
         if questions:
-            _ask(result, model, found, questions, extract, config, working)
+            _answer(result, model, loadable, questions, extract, config, working)
         if tasks:
-            result.tasks = tasks.run(model, found, working)
-        del model  # before the next one loads
+            result.tasks = tasks.run(model, loadable, working)
+        del model  # freed before the next one loads
         result.seconds = time.monotonic() - started
         results.append(result)
     return Evaluation(config, results)
@@ -104,7 +112,7 @@ def _check_outputs(config: EvalConfig) -> None:
         if path:
             check_file(flag, path, overwrite=config.overwrite, inputs=[each for each in inputs if each.name])
     if config.out and config.save_answers and config.out.resolve() == config.save_answers.resolve():
-        raise ConfigError(f"--out and --save-answers are both {config.out}.", fix="two names")
+        raise ConfigError(f"--out and --save-answers are both {config.out}.", fix="two different file names")
 
 
 def _names(config: EvalConfig) -> list[str]:
@@ -113,7 +121,8 @@ def _names(config: EvalConfig) -> list[str]:
         source = resolve_model(config.model)
         if source.adapter is None:
             raise ConfigError(
-                f"--base: {source.name} has no adapter, so that it has no base model.", fix="--against MODEL"
+                f"--base: {source.name} has no adapter, so it has no base model.",
+                fix="--against MODEL",
             )
         base_of(source)
         names.append(source.base or "")
@@ -131,7 +140,7 @@ def _questions(config: EvalConfig) -> tuple[list[Question], Extraction]:
 def _score(
     result: ModelResult,
     model: PreTrainedModel,
-    texts: Texts,
+    texts: ScoringTexts,
     counts: TextCounts,
     config: EvalConfig,
     working: Working,
@@ -147,46 +156,47 @@ def _score(
     }
 
 
-def _ask(
+def _answer(
     result: ModelResult,
     model: PreTrainedModel,
-    found: FoundModel,
+    loadable: LoadableModel,
     questions: Sequence[Question],
     extract: Extraction,
     config: EvalConfig,
     working: Working,
 ) -> None:
-    with working(f"asking {result.name} {len(questions):,} questions") as progress:
-        result.answered = ask_all(
+    with working(f"answering {len(questions):,} questions with {result.name}") as progress:
+        result.answered = answer_questions(
             model,
-            found.tokenizer,
+            loadable.tokenizer,
             questions,
             extract,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             progress=progress,
         )
-    score = judge_answers(result.answered)
+    score = score_answers(result.answered)
     result.measures |= {
         "exact_match": score.exact_match,
         "exact_match_stderr": score.standard_error,
-        "answers_found": score.found / score.questions,
+        "answers_found": score.extracted / score.questions,
     }
 
 
 class _Tasks:
-    """Tasks of lm-eval, found but not yet run."""
+    """lm-eval tasks, resolved before any model loads."""
 
     def __init__(self, config: EvalConfig) -> None:
         from hymba_tune.evaluate import harness  # slow to import
 
-        self._harness, self._config = harness, config
+        self._harness = harness
+        self._config = config
         self.names, self._manager = harness.find_tasks(config.tasks)
 
-    def run(self, model: PreTrainedModel, found: FoundModel, working: Working) -> dict[str, dict[str, float]]:
+    def run(self, model: PreTrainedModel, loadable: LoadableModel, working: Working) -> dict[str, dict[str, float]]:
         config: Any = self._config
-        with working(f"{', '.join(self.names)} with {found.source.name}") as progress:
-            lm = self._harness.HymbaLM(model, found.tokenizer, batch_size=config.batch_size, progress=progress)
+        with working(f"{', '.join(self.names)} with {loadable.source.name}") as progress:
+            lm = self._harness.HymbaLM(model, loadable.tokenizer, batch_size=config.batch_size, progress=progress)
             return self._harness.run_tasks(
                 lm,
                 self.names,

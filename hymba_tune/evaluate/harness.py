@@ -1,4 +1,4 @@
-"""lm-eval's tasks, scored without the logits of all tokens and answered several at a time.
+"""lm-eval tasks, scored without the logits of all tokens in memory and generated in batches.
 
 Log-likelihoods and answers equal those of lm-eval's own model class for transformers (`HFLM`).
 """
@@ -23,27 +23,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hymba_tune.data import IGNORED, Encoded
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.evaluate.scoring import score_tokens
-from hymba_tune.generate import Sampling, Writing, write_texts
+from hymba_tune.generate import Generation, Sampling, generate_texts
 
 LONGEST_ANSWER = 256
-"""Tokens of an answer where a task does not say."""
+"""Maximum number of tokens of an answer if a task does not set it."""
 RESAMPLED = 1000
-"""How often a standard error is drawn where no formula gives it; a mean has one."""
+"""Number of bootstrap samples for the standard errors of metrics that have no formula; a mean has one."""
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""lm-eval's own text of it, the tokens that are only read, and those that are scored."""
+"""lm-eval's text of the request (its cache key), the context's tokens, and the tokens to score."""
 
-# lm-eval asks git for the commit of the user's own folder, and git complains on the screen where there is none.
+# lm-eval runs git in the user's folder to record a commit; outside a repository git prints an error to the screen.
 evaluator.get_git_commit_hash = lambda: None
 
 
 class HymbaLM(TemplateLM):
-    """A model as lm-eval asks one.
+    """A model with lm-eval's interface.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: With a chat template.
-        batch_size: Texts at a time.
-        progress: Called with the number of requests done.
+        model: A model in evaluation mode.
+        tokenizer: A tokenizer with a chat template.
+        batch_size: Number of sequences in a batch.
+        progress: Called with the number of finished requests.
     """
 
     def __init__(
@@ -57,27 +57,29 @@ class HymbaLM(TemplateLM):
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = int(model.config.max_position_embeddings)
-        self._model, self._batch_size, self._progress = model, batch_size, progress
+        self._model = model
+        self._batch_size = batch_size
+        self._progress = progress
         self._done = 0
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without a context."""
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else int(begin)
+        """The token in front of a text without context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which lm-eval keeps what it made with the tokenizer."""
+        """The name under which lm-eval caches rendered requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Questions and solved examples as the model's chat template writes them."""
+        """Render questions and few-shot examples with the model's chat template."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -88,33 +90,33 @@ class HymbaLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, behind the token that begins a text where the tokenizer puts one and the text has none."""
-        begins = self.tokenizer.bos_token
+        """Token ids; the tokenizer's BOS token is added unless the text already starts with it."""
+        bos = self.tokenizer.bos_token
         if add_special_tokens is None:
-            add_special_tokens = not (begins and string.startswith(begins))
+            add_special_tokens = not (bos and string.startswith(bos))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = []
+        scores: list[tuple[float, bool]] = []
         for begin in range(0, len(requests), self._batch_size):
             batch = requests[begin : begin + self._batch_size]
             for log_probs, likeliest in score_tokens(self._model, [self._row(request) for request in batch]):
-                found.append((sum(log_probs), all(likeliest)))
+                scores.append((sum(log_probs), all(likeliest)))
             self._count(len(batch))
-        for request, score in zip(requests, found, strict=True):
+        for request, score in zip(requests, scores, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], score)
-        return found
+        return scores
 
     def _row(self, request: Request) -> Encoded:
-        """What is too long loses its beginning."""
+        """The request as a row to score; too long ones are truncated on the left."""
         _, context, scored = request
         ids = (context + scored)[-(self.max_length + 1) :]
-        read = len(ids) - len(scored)
-        return Encoded(ids, [IGNORED] * read + ids[read:])
+        begin = len(ids) - len(scored)
+        return Encoded(ids, [IGNORED] * begin + ids[begin:])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts: each token scored once, in windows as long as the model reads."""
+        """The log-likelihood of whole texts: each token is scored once, in windows of the model's context length."""
         del disable_tqdm
         sums = []
         for (text,) in (request.args for request in requests):
@@ -125,26 +127,26 @@ class HymbaLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first of a request's ``until``."""
+        """Generate answers, each up to the first of its request's ``until`` strings."""
         del disable_tqdm
-        texts = [self._writing(number, *request.args) for number, request in enumerate(requests)]
-        answers = [""] * len(texts)
-        for written in write_texts(self._model, self.tokenizer, texts, batch_size=self._batch_size):
-            answers[written.number] = written.text(self.tokenizer)
-            self.cache_hook.add_partial("generate_until", requests[written.number].args, answers[written.number])
+        generations = [self._generation(number, *request.args) for number, request in enumerate(requests)]
+        answers = [""] * len(generations)
+        for one in generate_texts(self._model, self.tokenizer, generations, batch_size=self._batch_size):
+            answers[one.number] = one.text(self.tokenizer)
+            self.cache_hook.add_partial("generate_until", requests[one.number].args, answers[one.number])
             self._count(1)
         return answers
 
-    def _writing(self, number: int, context: str, options: dict[str, Any]) -> Writing:
+    def _generation(self, number: int, context: str, options: dict[str, Any]) -> Generation:
         until = options.get("until") or []
         stop = tuple(word for word in ([until] if isinstance(until, str) else until) if word)
         limit = int(options.get("max_gen_toks", options.get("max_new_tokens", LONGEST_ANSWER)))
         if limit >= self.max_length:
-            raise ConfigError(f"A task asks for answers of {limit:,} tokens; the model reads {self.max_length:,}.")
+            raise ConfigError(f"A task needs answers of {limit:,} tokens; the model's context has {self.max_length:,}.")
         temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
         sampling = Sampling(temperature, float(options.get("top_p", 1.0)))
         prompt = self.tok_encode(context)[-(self.max_length - limit) :]
-        return Writing(prompt, limit, sampling, (*stop, self.tokenizer.eos_token), number=number)
+        return Generation(prompt, limit, sampling, (*stop, self.tokenizer.eos_token), number=number)
 
     def _count(self, more: int) -> None:
         self._done += more
@@ -152,13 +154,13 @@ class HymbaLM(TemplateLM):
 
 
 def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
-    """The tasks that names stand for.
+    """Resolve the names of tasks.
 
     Args:
-        names: lm-eval's names, or folders with task files, of which all are taken.
+        names: Names of lm-eval tasks, or folders with task files; all tasks of a folder are used.
 
     Raises:
-        ConfigError: If there is no such task, or a folder has none.
+        ConfigError: If a task does not exist, or a folder has none.
         DataError: If a task or its data cannot be read.
     """
     folders = [Path(name).expanduser() for name in names if Path(name).expanduser().is_dir()]
@@ -167,24 +169,24 @@ def find_tasks(names: Sequence[str]) -> tuple[list[str], TaskManager]:
     for name in packaged:
         if name not in manager.all_tasks:
             raise ConfigError(
-                f"--tasks {name}: no such task, and no such folder.",
-                expected="a name that lm-eval ls tasks lists, or a folder with the YAML file of a task",
+                f"--tasks {name}: there is no such task or folder.",
+                expected="a name that `lm-eval ls tasks` lists, or a folder with a task's YAML file",
             )
     own = [name for folder in folders for name in _names_in(folder)]
-    found = list(dict.fromkeys(packaged + own))
-    with _theirs(found):
-        manager.load(found)  # to see that it can be
-    return found, manager
+    tasks = list(dict.fromkeys(packaged + own))
+    with _lm_eval_errors(tasks):
+        manager.load(tasks)  # only to report errors before a model loads
+    return tasks, manager
 
 
 def _names_in(folder: Path) -> list[str]:
     names = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
-            # Task files may name functions with tags of their own, which are not looked at here.
-            task = yaml.load(file.read_text(encoding="utf-8"), _Plain)
+            # Task files may refer to functions with YAML tags, which are not needed here.
+            task = yaml.load(file.read_text(encoding="utf-8"), _TagFreeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}", expected="the YAML file of a task") from error
+            raise ConfigError(f"{file} cannot be read: {error}", expected="a task's YAML file") from error
         if isinstance(task, dict) and isinstance(task.get("task"), str):
             names.append(task["task"])
     if not names:
@@ -192,11 +194,11 @@ def _names_in(folder: Path) -> list[str]:
     return names
 
 
-class _Plain(yaml.SafeLoader):
-    """Reads YAML with tags of any kind as if they had none."""
+class _TagFreeLoader(yaml.SafeLoader):
+    """Reads tagged YAML nodes as None."""
 
 
-_Plain.add_multi_constructor("!", lambda *_: None)
+_TagFreeLoader.add_multi_constructor("!", lambda *_: None)
 
 
 def run_tasks(
@@ -211,13 +213,13 @@ def run_tasks(
     """Evaluate a model on tasks.
 
     Returns:
-        What each task, or group of them, measured; ``acc`` has its standard error in ``acc_stderr``.
+        The metrics of each task or task group; the standard error of ``acc`` is ``acc_stderr``.
 
     Raises:
-        DataError: If lm-eval refuses.
+        DataError: If lm-eval fails.
     """
-    with _theirs(names):
-        found = evaluator.simple_evaluate(
+    with _lm_eval_errors(names):
+        results = evaluator.simple_evaluate(
             lm,
             tasks=list(names),
             task_manager=manager,
@@ -228,12 +230,12 @@ def run_tasks(
             log_samples=False,
             bootstrap_iters=RESAMPLED,
         )
-    return {task: _measures(values) for task, values in (found or {}).get("results", {}).items()}
+    return {task: _measures(values) for task, values in (results or {}).get("results", {}).items()}
 
 
 @contextlib.contextmanager
-def _theirs(names: Sequence[str]) -> Iterator[None]:
-    """lm-eval at work: what it has to say stands beside our own progress, and what goes wrong is told in our way."""
+def _lm_eval_errors(names: Sequence[str]) -> Iterator[None]:
+    """Hides lm-eval's own output, which would break the progress display, and converts its errors to `DataError`."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -246,12 +248,12 @@ def _theirs(names: Sequence[str]) -> Iterator[None]:
 
 
 def _measures(values: dict[str, Any]) -> dict[str, float]:
-    """Numbers by name: ``acc,none`` is called acc, other filters keep theirs, before what marks a standard error."""
-    found = {}
+    """Metrics by name: ``acc,none`` becomes acc; other filters stay in the name, before the suffix ``_stderr``."""
+    measures = {}
     for key, value in values.items():
-        measure, comma, kept = key.partition(",")
+        measure, comma, filtering = key.partition(",")
         if comma and isinstance(value, int | float) and not isinstance(value, bool):
             name = measure.removesuffix("_stderr")
-            called = name if kept == "none" else f"{name} {kept}"
-            found[called + measure.removeprefix(name)] = float(value)
-    return found
+            filtered = name if filtering == "none" else f"{name} {filtering}"
+            measures[filtered + measure.removeprefix(name)] = float(value)
+    return measures

@@ -1,4 +1,4 @@
-"""What came of an evaluation, on disk: a file of its own, and the list that a run's directory keeps."""
+"""The files of an evaluation: its results, its answers, and the list of evaluations in a run directory."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ EVALUATIONS = "evaluations.json"
 
 
 def facts(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything but the answers, as JSON takes it."""
+    """The settings and results, without the answers, as a JSON object."""
     config = evaluation.config
-    asked = config.model_dump(mode="json", include=config.model_fields_set - {"out", "save_answers"})
+    settings = config.model_dump(mode="json", include=config.model_fields_set - {"out", "save_answers"})
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
-        "settings": asked,
+        "settings": settings,
         "models": [_model(result) for result in evaluation.results],
     }
 
 
 def _model(result: ModelResult) -> dict[str, Any]:
-    told: dict[str, Any] = {"name": result.name, "weight_bytes": result.weight_bytes, "seconds": result.seconds}
+    facts: dict[str, Any] = {"name": result.name, "weight_bytes": result.weight_bytes, "seconds": result.seconds}
     if result.texts:
-        told["data"] = asdict(result.texts)
+        facts["data"] = asdict(result.texts)
     if result.note:
-        told["note"] = result.note
-    return told | {"measures": result.measures, "tasks": result.tasks}
+        facts["note"] = result.note
+    return facts | {"measures": result.measures, "tasks": result.tasks}
 
 
 def save(evaluation: Evaluation) -> None:
     """Write the files that ``--out`` and ``--save-answers`` name.
 
     Raises:
-        ConfigError: If one cannot be written.
+        ConfigError: If a file cannot be written.
     """
     config = evaluation.config
     if config.out:
@@ -65,9 +65,9 @@ def _answer_lines(evaluation: Evaluation) -> list[str]:
                 "messages": [{"role": m.role, "content": m.content} for m in one.question.prompt.messages],
                 "answer": one.answer,
                 "reference": one.question.reference,
-                "found": one.found,
+                "found": one.extracted,
                 "expected": one.expected,
-                "right": one.right,
+                "right": one.correct,
             },
             ensure_ascii=False,
         )
@@ -78,25 +78,25 @@ def _answer_lines(evaluation: Evaluation) -> list[str]:
 
 
 def run_of(config: EvalConfig) -> Path | None:
-    """The run's directory, if it is a run that is evaluated."""
+    """The run directory, if the evaluated model is a run."""
     path = Path(config.model).expanduser()
     return path if (path / "run.json").is_file() else None
 
 
 def add_to_run(evaluation: Evaluation, run: Path) -> None:
-    """Put it behind the evaluations that the run has.
+    """Append an evaluation to the run's list.
 
     Raises:
-        CheckpointError: If the file of those cannot be read or written.
+        CheckpointError: If the list cannot be read or written.
     """
     path = run / EVALUATIONS
     try:
-        with locked(run / ".evaluations.lock", wait=True):  # two evaluations of a run may end together
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-            write_text(path, _json([*known, facts(evaluation)]))
+        with locked(run / ".evaluations.lock", wait=True):  # two evaluations of a run may end at the same time
+            earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            write_text(path, _json([*earlier, facts(evaluation)]))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}", fix="take it away; it only lists evaluations"
+            f"{path} cannot be read: {error}", fix="move the file away; it only lists evaluations"
         ) from error

@@ -1,4 +1,4 @@
-"""How likely a model finds texts: exact over tokens, whatever the batches, and without the logits of all of them."""
+"""The loss of texts: summed over tokens, independent of batches, and without the logits of all tokens in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hymba_tune.evaluate.texts import ScoredRow
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model makes of texts.
+    """Sums over the scored tokens of some texts.
 
     Attributes:
         nats: Sum of the negative log-probabilities of all scored tokens, end tokens included.
-        tokens: How many these are.
-        spelled: Bytes of UTF-8 that they spell.
-        right: How many of them the model finds likeliest.
+        tokens: Number of scored tokens.
+        spelled: Number of UTF-8 bytes that the scored tokens spell.
+        right: Number of scored tokens that are the model's likeliest ones.
     """
 
     nats: float
@@ -33,35 +33,35 @@ class TextScore:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean loss per token, in nats."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Perplexity per token."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of text: what compares models of different tokenizers."""
+        """Bits per byte of text, which is comparable between models with different tokenizers."""
         return self.nats / math.log(2) / self.spelled if self.spelled else math.nan
 
     @property
     def accuracy(self) -> float:
-        """Share of the tokens that are the likeliest ones."""
+        """Share of the scored tokens that are the model's likeliest ones."""
         return self.right / self.tokens
 
 
 def score_rows(
     model: PreTrainedModel, rows: Iterable[ScoredRow], *, batch_size: int, progress: Callable[[int], None]
 ) -> TextScore:
-    """Score rows.
+    """Score rows in batches.
 
     Args:
-        model: In evaluation mode.
-        rows: With at least one token to score.
-        batch_size: Rows at a time.
-        progress: Called with the number of rows done.
+        model: A model in evaluation mode.
+        rows: Rows with at least one token to score.
+        batch_size: Number of rows in a batch.
+        progress: Called with the number of finished rows.
     """
     nats = 0.0
     tokens = spelled = right = done = 0
@@ -77,28 +77,28 @@ def score_rows(
 
 
 def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[list[float], list[bool]]]:
-    """The log-probability of every labelled token of each row, nats, and whether no other is likelier there."""
+    """For each row: the log-probability of every labeled token, in nats, and whether it is the likeliest there."""
     ids, mask, labels = _padded(rows, model.device)
     with torch.inference_mode():
         scores = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-    asked = labels[:, 1:] != IGNORED
+    labeled = labels[:, 1:] != IGNORED
     return [
         (log_probs[own].tolist(), likeliest[own].tolist())
-        for log_probs, likeliest, own in zip(scores.log_probs, scores.is_top1, asked, strict=True)
+        for log_probs, likeliest, own in zip(scores.log_probs, scores.is_top1, labeled, strict=True)
     ]
 
 
 def predicting_states(model: PreTrainedModel, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """What the head predicts the labelled tokens of all rows from, states ``(n, d)``, and those tokens ``(n,)``."""
+    """The hidden states ``(n, d)`` that predict the labeled tokens of all rows, and those tokens ``(n,)``."""
     ids, mask, labels = _padded(rows, model.device)
     with torch.inference_mode():
         states = model.base_model(ids, attention_mask=mask).last_hidden_state
-    asked = labels[:, 1:] != IGNORED
-    return states[:, :-1][asked], labels[:, 1:][asked]
+    labeled = labels[:, 1:] != IGNORED
+    return states[:, :-1][labeled], labels[:, 1:][labeled]
 
 
 def _padded(rows: Sequence[Encoded], device: torch.device) -> list[Tensor]:
-    """Token ids, the mask, and labels of rows, ``(B, L)`` each, on the left."""
+    """Token ids, attention mask and labels of rows, ``(B, L)`` each, padded on the right."""
     longest = max(len(row.input_ids) for row in rows)
     return [
         torch.tensor([values + [fill] * (longest - len(values)) for values in columns], device=device)

@@ -1,4 +1,4 @@
-"""The rows that a model is scored on, read as training reads them, a batch in memory at a time."""
+"""The rows that a model is scored on, read as training reads them, one batch in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hymba_tune.errors import DataError
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row, and how many bytes of UTF-8 its scored tokens spell; end tokens spell none."""
+    """A row, and the number of UTF-8 bytes that its scored tokens spell; end tokens spell none."""
 
     encoded: Encoded
     spelled: int
@@ -27,14 +27,14 @@ class ScoredRow:
 
 @dataclass
 class TextCounts:
-    """What there is to score.
+    """Counts of the texts to score.
 
     Attributes:
-        rows: Rows that were read.
-        bad_rows: Those of them that are left out.
-        parts: Rows as the model reads them: a long text gives several.
-        tokens: Tokens to score.
-        spelled: The bytes that they spell.
+        rows: Number of rows read.
+        bad_rows: Number of those rows that are skipped as bad.
+        parts: Number of rows after long texts are split.
+        tokens: Number of tokens to score.
+        spelled: Number of UTF-8 bytes that these tokens spell.
         fingerprint: SHA-256 of the encoded rows.
     """
 
@@ -47,8 +47,8 @@ class TextCounts:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Data to score, for one tokenizer. Every pass reads it anew."""
+class ScoringTexts:
+    """Data to score with one tokenizer; every pass reads the sources again."""
 
     sources: Sequence[Source]
     tokenizer: PreTrainedTokenizerBase
@@ -58,8 +58,8 @@ class Texts:
     on_bad_row: OnBadRow = OnBadRow.stop
 
     @classmethod
-    def named(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
-        """What ``--data`` names, opened.
+    def named(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> ScoringTexts:
+        """Open the sources that ``--data`` names.
 
         Raises:
             HymbaTuneError: If a source cannot be found.
@@ -70,24 +70,27 @@ class Texts:
         return cls(sources, tokenizer, config.max_length, as_mapping(config.map), config.learn, config.on_bad_row)
 
     def count(self, progress: Callable[[int], None] = lambda _: None) -> TextCounts:
-        """Read everything once, so that what cannot be used is known before the weights load.
+        """Read everything once, so that errors are reported before the weights load.
 
         Args:
             progress: Called with the number of rows read.
 
         Raises:
-            RowError: At the first bad row, if they are not to be left out.
+            RowError: At the first bad row, unless bad rows are skipped.
             DataError: If a source cannot be read, or there is nothing to score.
         """
-        counts, digest = TextCounts(), hashlib.sha256()
+        counts = TextCounts()
+        digest = hashlib.sha256()
         for row in self._rows(counts):
             _add(row, counts, digest)
             progress(counts.rows)
         return self._checked(counts, digest)
 
     def sample(self, tokens: int) -> tuple[list[ScoredRow], TextCounts]:
-        """The first rows of every source, which together have about so many tokens to score; errors as of `count`."""
-        counts, digest, rows = TextCounts(), hashlib.sha256(), []
+        """The first rows of every source, together about ``tokens`` tokens to score; raises what `count` raises."""
+        counts = TextCounts()
+        digest = hashlib.sha256()
+        rows = []
         for number, source in enumerate(self.sources, 1):
             for row in replace(self, sources=[source])._rows(counts):
                 _add(row, counts, digest)
@@ -108,7 +111,7 @@ class Texts:
         return counts
 
     def rows(self) -> Iterator[ScoredRow]:
-        """All rows with something to score; errors are those of `count`."""
+        """All rows with something to score; raises what `count` raises."""
         return self._rows(TextCounts())
 
     def _rows(self, counts: TextCounts) -> Iterator[ScoredRow]:
@@ -124,7 +127,8 @@ class Texts:
                     yield from self._fit(reading.encoded[0], reading.rendered[0])
 
     def _fit(self, encoded: Encoded, rendered: Rendered) -> Iterator[ScoredRow]:
-        sizes, begin = spelled_bytes(rendered, encoded, self.tokenizer), 0
+        sizes = spelled_bytes(rendered, encoded, self.tokenizer)
+        begin = 0
         for row in fit(encoded, self.max_length, split=rendered.plain):
             end = begin + len(row.input_ids)
             scored = zip(row.labels, sizes[begin:end], strict=True)
@@ -140,17 +144,18 @@ def _add(row: ScoredRow, counts: TextCounts, digest: hashlib._Hash) -> None:
 
 
 def spelled_bytes(rendered: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """How many bytes of the text each token spells, a character's all with the first token that has part of it.
+    """The number of UTF-8 bytes that each token spells; a character's bytes count for its first token.
 
     Args:
         rendered: The text.
-        encoded: Its tokens, of any length; an end token spells nothing.
-        tokenizer: That made them.
+        encoded: The text's tokens, of any length; an end token spells nothing.
+        tokenizer: The tokenizer that encoded the text.
     """
     offsets = tokenizer(
         rendered.text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )["offset_mapping"]
-    sizes, reached = [0] * (len(encoded.input_ids) - len(offsets)), 0
+    sizes = [0] * (len(encoded.input_ids) - len(offsets))
+    reached = 0
     for token, (start, end) in zip(encoded.input_ids[len(sizes) :], offsets, strict=True):
         own = "" if token == tokenizer.eos_token_id else rendered.text[max(start, reached) : end]
         sizes.append(len(own.encode()))

@@ -1,6 +1,6 @@
 """What training takes of memory, known before any weights are loaded."""
 
-from hymba_tune.footprint.machine import GPU_RESERVE, device_memory, held_beside
+from hymba_tune.footprint.machine import GPU_RESERVE, device_memory, process_overhead
 from hymba_tune.footprint.step import MOMENT_BYTES, Batch, Footprint, StepMemory
 
-__all__ = ["GPU_RESERVE", "MOMENT_BYTES", "Batch", "Footprint", "StepMemory", "device_memory", "held_beside"]
+__all__ = ["GPU_RESERVE", "MOMENT_BYTES", "Batch", "Footprint", "StepMemory", "device_memory", "process_overhead"]

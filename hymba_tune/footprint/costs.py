@@ -1,7 +1,7 @@
-"""What each kind of layer, and the loss, keeps for the backward and takes while it computes.
+"""The memory of each kind of layer and of the loss: kept for the backward, and used during computation.
 
-Counted, not modelled: the model's own layers run forward and backward on tensors without memory, so that what is kept
-is what the code keeps. Call these functions within `without_memory`.
+The bytes are counted, not modeled: the model's own layers run forward and backward on tensors without memory. Call
+these functions within `without_memory`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hymba_tune.model.rotary import rotary_tables
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Bytes that a layer takes.
+    """The bytes of a layer.
 
     Attributes:
-        kept: From its forward to its backward, what it hands on included.
-        handed_on: What it hands on, which is all that is kept of a checkpointed layer.
-        forward: Beyond ``kept``, at the worst moment of the forward.
-        backward: Beyond ``kept``, at the worst moment of the backward, its own parameters' gradients included.
-        gradients: Of its own parameters.
+        kept: Bytes from the layer's forward to its backward, including its outputs.
+        handed_on: Bytes of its outputs, which are all that a checkpointed layer keeps.
+        forward: Bytes beyond ``kept`` at the peak of the forward.
+        backward: Bytes beyond ``kept`` at the peak of the backward, including the gradients of its parameters.
+        gradients: Bytes of the gradients of its parameters.
     """
 
     kept: int
@@ -38,22 +38,22 @@ class LayerCost:
     gradients: int
 
     def held(self, checkpointing: bool) -> int:
-        """What is kept of it while other layers compute."""
+        """Return the bytes kept while other layers compute."""
         return self.handed_on if checkpointing else self.kept
 
     def on_line(self, rows: int, other: LayerCost, other_rows: int, wanted: int) -> LayerCost:
-        """The cost of ``wanted`` rows, on the line through this one of ``rows`` and the other."""
+        """Return the cost of ``wanted`` rows, linear between this cost of ``rows`` and the other of ``other_rows``."""
         share = (wanted - rows) / (other_rows - rows)
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return LayerCost(*(max(0, round(mine + (theirs - mine) * share)) for mine, theirs in pairs))
 
     def with_long_texts(self, one: LayerCost, line: LayerCost, texts: float) -> LayerCost:
-        """This cost, foretold by a line, for texts so long that their scores count.
+        """Return this linear estimate corrected for texts so long that attention scores matter.
 
         Args:
-            one: What one such text takes.
-            line: What a line foretells of it.
-            texts: How many there are; what is kept of each adds up, what is taken for a while does not.
+            one: The counted cost of one such text.
+            line: The linear estimate for one such text.
+            texts: The number of texts. Kept bytes add up over texts; temporary bytes do not.
         """
         kept = self.kept + round(max(0, one.kept - line.kept) * texts)
         return replace(
@@ -62,13 +62,13 @@ class LayerCost:
 
 
 def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:
-    """What one layer takes.
+    """Count the bytes of one layer.
 
     Args:
-        backbone: The layers' model, on any device: only shapes and number formats are looked at.
-        index: Of the layer.
-        texts: In a batch.
-        length: Tokens of each.
+        backbone: The model of the layers, on any device: only shapes and dtypes matter.
+        index: The layer's index.
+        texts: The number of texts in a batch.
+        length: The tokens of each text.
     """
     config, layer = backbone.config, backbone.layers[index]
     dtype = backbone.embed_tokens.weight.dtype
@@ -77,20 +77,22 @@ def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:
     tables = rotary_tables(documents.positions, config.rope_theta, config.head_dim, dtype) if config.rope else None
     parameters = fake_parameters(layer)
     hidden = torch.empty(rows, config.hidden_size, dtype=dtype, requires_grad=True)
-    given = hidden, *((None, None) if config.kv_source(index) == index else _keys_and_values(config, rows, dtype))
+    inputs = hidden, *((None, None) if config.kv_source(index) == index else _keys_and_values(config, rows, dtype))
+
     with LiveBytes() as memory:
-        made = functional_call(layer, parameters, (*given, documents, tables, None))
+        outputs = functional_call(layer, parameters, (*inputs, documents, tables, None))
         kept, forward = memory.live, memory.peak
-        handed_on = sum(output.nbytes for output, taken in zip(made, given, strict=True) if output is not taken)
-        gradient = torch.empty_like(made[0])
+        handed_on = sum(new.nbytes for new, old in zip(outputs, inputs, strict=True) if new is not old)
+
+        gradient = torch.empty_like(outputs[0])
         memory.peak = memory.live
-        made[0].backward(gradient)
+        outputs[0].backward(gradient)
     gradients = sum(parameter.grad.nbytes for parameter in parameters.values() if parameter.grad is not None)
     return LayerCost(kept, handed_on, forward - kept, memory.peak - kept, gradients)
 
 
 def _keys_and_values(config: Any, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What another layer hands to one that makes none, in the number format that is computed in."""
+    """Return keys and values as another layer provides them, in the dtype of the computation."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
     shape = rows, config.num_key_value_heads
     key, value = (
@@ -101,11 +103,11 @@ def _keys_and_values(config: Any, rows: int, dtype: torch.dtype) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class LossCost:
-    """Bytes that the loss takes.
+    """The bytes of the loss.
 
     Attributes:
-        peak: At its worst moment, beyond the hidden states it is given.
-        gradients: Of the head, which shares its weight with the embedding.
+        peak: Bytes at its peak, beyond the hidden states that it receives.
+        gradients: Bytes of the gradient of the head, which shares its weight with the embedding.
     """
 
     peak: int
@@ -113,16 +115,16 @@ class LossCost:
 
 
 def loss_cost(head: Tensor, learned: int) -> LossCost:
-    """What the loss takes.
+    """Count the bytes of the loss.
 
     Args:
-        head: Its ``(V, d)`` weight, on any device.
-        learned: Tokens that carry loss.
+        head: The head's ``(V, d)`` weight, on any device.
+        learned: The number of tokens with loss.
     """
     weight = torch.empty(head.shape, dtype=head.dtype, requires_grad=head.requires_grad)
     hidden = torch.empty(learned, head.shape[1], dtype=head.dtype, requires_grad=True)
     targets = torch.empty(learned, dtype=torch.int64)
     with LiveBytes() as memory:
-        # The copy is that of the learned tokens' states.
+        # The copy represents the selection of the learned tokens' states.
         learned_cross_entropy(hidden.clone(), weight, targets).backward()
     return LossCost(memory.peak, 0 if weight.grad is None else weight.grad.nbytes)

@@ -1,4 +1,4 @@
-"""The memory that there is, and what this process holds of it."""
+"""The memory of the device, and the part that this process holds."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 LOADED_LATER = {torch.float32: 40 * 2**20, torch.bfloat16: 450 * 2**20}
-"""Bytes by number format that a CPU run comes to hold beside tensors once it computes (measured over 40 steps):
-libraries, and the kernels that oneDNN compiles for each shape in bfloat16, with what lies between them."""
+"""Bytes by dtype that a CPU run holds in addition to tensors once it computes (measured over 40 steps): libraries,
+and the kernels that oneDNN compiles for each shape in bfloat16, with fragmentation between them."""
 GPU_RESERVE = 600 * 2**20
-"""Bytes of a GPU that CUDA's context, libraries and the allocator's rounding take beside tensors (not measured)."""
+"""Bytes of a GPU for CUDA's context, libraries and the allocator's rounding, in addition to tensors (not measured)."""
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device, or of this machine."""
+    """Return the bytes of a CUDA device, or of this machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def held_beside(device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes taken beside a training step's tensors.
+def process_overhead(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the bytes in addition to a training step's tensors.
 
-    On a CPU what this process holds now, such as Python and libraries, and what it is known to load later; on CUDA a
-    reserve.
+    On a CPU these are the bytes of this process now, such as Python and libraries, and those that it will load later.
+    On CUDA they are a reserve.
     """
     if device.type == "cuda":
         return GPU_RESERVE
@@ -35,7 +35,7 @@ def held_beside(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory: now, or where that cannot be read, at their peak."""
+    """Return the bytes of this process in memory: now, or at its peak where the current ones cannot be read."""
     status = Path("/proc/self/statm")
     if status.is_file():
         return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Computing on tensors without memory, and counting the bytes that they would take."""
+"""Computing on tensors without memory, and counting the bytes that they would need."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from hymba_tune.model.backends import AUTO, OPERATIONS, forget_kept
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, for as long as each lives.
+    """Counts the bytes of all tensors created while it is active, for as long as each lives.
 
     Attributes:
-        live: Bytes now.
-        peak: The most there were.
+        live: The bytes of living tensors.
+        peak: The largest value of ``live`` so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peak = 0
         self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(
@@ -35,36 +36,36 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         del types
         results = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for result in tree_leaves(results):
-            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in given:
+            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in inputs:
                 self._count(result.untyped_storage())
         return results
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def release(_: Any) -> None:
             self.live -= size
             del self._storages[key]
 
-        self._storages[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, release)
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
 @contextmanager
 def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
-    """Let all tensors made here be fake ones of the CPU: they have shapes, and take neither memory nor time.
+    """Make all tensors created within the block fake CPU tensors, which have shapes but need no memory or time.
 
     Args:
-        dtype: What autocast computes in, as training does; float32 for no autocast.
-        own_kernels: Compute in the ways chosen for this process. Otherwise in the fastest of a CPU, which keep for the
-            backward what those of a GPU do.
+        dtype: The dtype of autocast, as in training; float32 disables autocast.
+        own_kernels: Whether to use the kernels chosen for this process. Otherwise the fastest CPU kernels are used, as
+            they keep the same tensors for the backward as a GPU's.
     """
     before = {} if own_kernels else use_kernels(**dict.fromkeys(OPERATIONS, AUTO))
     forget_kept()
-    # float16 takes what bfloat16 does, and a CPU's kernels know only the latter.
+    # float16 needs as many bytes as bfloat16, and CPU kernels support only the latter.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32)
     try:
         with FakeTensorMode(), autocast:
@@ -75,7 +76,7 @@ def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
 
 
 def fake_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters such as the module's, for `torch.func.functional_call`, to be made where nothing takes memory."""
+    """Return fake copies of a module's parameters for `torch.func.functional_call`; call it in `without_memory`."""
     return {
         name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=parameter.requires_grad)
         for name, parameter in module.named_parameters()

@@ -1,4 +1,4 @@
-"""The memory of a training step: its parts, at the worst of its moments."""
+"""The memory of a training step at its peak, by part."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MOMENT_BYTES = {
     "adafactor": 0.1,
     "sgd": 0.0,
 }
-"""Bytes that each optimiser keeps of a parameter; those in 8 bits have a scale for every block beside them."""
+"""Bytes of optimizer state for each parameter; 8-bit states also have a scale for every block."""
 SHORT = 64
-"""Tokens of the texts that layers are counted with: all but attention's scores grows with the batch's tokens alone."""
+"""Tokens of the texts that layers are counted with: all but attention scores depend only on the batch's tokens."""
 COUNTS = (1, 3)
-"""Texts they are counted with, for the line through both."""
-Kind = tuple[bool, bool]
+"""The two numbers of texts that layers are counted with, for linear interpolation."""
+LayerKind = tuple[bool, bool]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is computed at a time.
+    """The size of a batch.
 
     Attributes:
-        tokens: Of all texts, padding not counted: it is taken out.
-        longest: Of the longest text.
-        learned: Tokens that carry loss.
-        places: Tokens with padding.
+        tokens: The tokens of all texts, without padding, which the model removes.
+        longest: The tokens of the longest text.
+        learned: The tokens with loss.
+        places: The tokens with padding.
     """
 
     tokens: int
@@ -50,22 +50,22 @@ class Batch:
 
     @classmethod
     def full(cls, rows: int, length: int) -> Batch:
-        """Rows that are all as long as they may be, and learned to the last token."""
+        """Return a batch of rows that all have the maximum length, with loss on every token."""
         return cls(rows * length, length, rows * length, rows * length)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a training step, by part, at its worst moment.
+    """The bytes of a training step at its peak, by part.
 
     Attributes:
-        weights: Of the model.
-        adapter: What is trained beside it.
-        gradients: Those that are there at that moment.
-        optimizer: Its state.
-        activations: What layers keep for the backward, and take while they compute.
-        head: What the loss takes.
-        beside: What is held beside the model: a teacher.
+        weights: The model's weights.
+        adapter: The adapter's weights.
+        gradients: The gradients that exist at the peak.
+        optimizer: The optimizer's state.
+        activations: The tensors that layers keep for the backward, and those of the layer that computes.
+        head: The tensors of the loss.
+        extra_bytes: Models held in addition, such as a teacher.
     """
 
     weights: int
@@ -74,21 +74,21 @@ class Footprint:
     optimizer: int
     activations: int
     head: int
-    beside: int = 0
+    extra_bytes: int = 0
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """The bytes of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 class StepMemory:
-    """Foresees the memory of a model's training steps.
+    """Estimates the memory of a model's training steps.
 
     Args:
         model: A Hymba model with or without an adapter, on any device; the meta device will do.
-        dtype: What is computed in.
-        own_kernels: Whether the ways to compute are those chosen for this process; see `without_memory`.
+        dtype: The dtype of the computation.
+        own_kernels: Whether to use the kernels chosen for this process; see `without_memory`.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype, own_kernels: bool) -> None:
@@ -104,55 +104,63 @@ class StepMemory:
         checkpointing: bool,
         accumulates: bool,
         optimizer: str,
-        quantised: Mapping[str, int] = MappingProxyType({}),
+        logit_copies: int = 0,
+        quantized: Mapping[str, int] = MappingProxyType({}),
     ) -> Footprint:
-        """The worst moment of a step.
+        """Estimate the bytes of a step at its peak.
 
         Args:
-            batch: What it trains on at a time.
-            checkpointing: Whether layers compute their activations again in the backward.
-            accumulates: Whether gradients of earlier batches are there while one is computed.
-            optimizer: Its name in the settings.
-            quantised: Bytes of each layer whose weight is stored in fewer bits, by its name.
+            batch: The size of its batch.
+            checkpointing: Whether layers recompute their activations in the backward.
+            accumulates: Whether gradients of earlier batches exist while a batch is computed.
+            optimizer: The optimizer's name in the settings.
+            logit_copies: The float32 copies of the whole batch's logits that the loss holds; 0 if it works in chunks.
+            quantized: The bytes of each quantized layer, by its name.
         """
-        layers, loss = self._layers(batch), self._loss(max(1, batch.learned))
-        frozen, unpacked = self._frozen(quantised)
+        layers = self._layers(batch)
+        loss = self._loss(max(1, batch.learned))
+        frozen, unpacked = self._frozen(quantized)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         trained_bytes = sum(parameter.nbytes for parameter in trained)
         state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
         waiting = trained_bytes if accumulates else 0
         around = self._around_layers(batch)
+        whole_logits = 4 * logit_copies * batch.places * self._base.lm_head.weight.shape[0]
+
+        # Each moment: gradients, activations, head.
         moments = [
-            (waiting, around + sum(cost.held(checkpointing) for cost in layers), loss.peak),
-            (trained_bytes, 0, 0),  # the optimiser's step
-            (trained_bytes, around, loss.gradients),  # the embedding's backward, with a gradient of its own
+            (waiting, around + sum(cost.held(checkpointing) for cost in layers), max(loss.peak, whole_logits)),
+            (trained_bytes, 0, 0),  # the optimizer's step
+            (trained_bytes, around, loss.gradients),  # the embedding's backward, with a second gradient
         ]
-        # The backward comes from the last layer: those before it still hold all they keep, those after it nothing.
-        made = loss.gradients
+        # The backward starts at the last layer: earlier layers still hold what they keep, later ones nothing.
+        created = loss.gradients
         held = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
         for cost, earlier in reversed(list(zip(layers, held[:-1], strict=True))):
-            moments.append((waiting or made, earlier + cost.kept + max(cost.forward, cost.backward) + unpacked, 0))
-            made += cost.gradients
+            moments.append((waiting or created, earlier + cost.kept + max(cost.forward, cost.backward) + unpacked, 0))
+            created += cost.gradients
+
         gradients, activations, head = max(moments, key=sum)
         weights, adapter = (frozen, trained_bytes) if frozen else (trained_bytes, 0)
         return Footprint(weights, adapter, gradients, state, activations, head)
 
-    def _frozen(self, quantised: Mapping[str, int]) -> tuple[int, int]:
-        """Bytes of what is not trained, and those that a weight in fewer bits takes while it is computed with."""
-        held = unpacked = 0
+    def _frozen(self, quantized: Mapping[str, int]) -> tuple[int, int]:
+        """Return the bytes of frozen weights, and those of the largest quantized weight once dequantized."""
+        held = 0
+        unpacked = 0
         for name, parameter in self._base.named_parameters():
             if parameter.requires_grad:
                 continue
-            size = quantised.get(name.replace(".base_layer", "").removesuffix(".weight"))
+            size = quantized.get(name.replace(".base_layer", "").removesuffix(".weight"))
             held += parameter.nbytes if size is None else size
             if size is not None:
                 unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)
         return held, unpacked
 
     def _around_layers(self, batch: Batch) -> int:
-        """What is held before and behind the layers: embeddings, alone and behind meta tokens, and the final norm's.
+        """Return the bytes of embeddings, with and without meta tokens, and of the final norm's output.
 
-        Where there is padding, also the final states with it, and without it again.
+        Where there is padding, the final states with and without it are added.
         """
         rows = self._base.config.num_memory_tokens + 3 * batch.tokens
         padded = batch.places + batch.tokens if batch.places > batch.tokens else 0
@@ -160,28 +168,29 @@ class StepMemory:
         return int((rows + padded) * embedding.shape[1] * embedding.itemsize)
 
     @cached_property
-    def _kinds(self) -> list[Kind]:
-        """For each layer whether it sees whole texts, and whether it makes keys: those alike take the same."""
+    def _kinds(self) -> list[LayerKind]:
+        """For each layer whether its attention is global, and whether it computes keys: equal kinds cost the same."""
         config = self._base.config
         return [
             (config.is_global(index), config.kv_source(index) == index) for index in range(config.num_hidden_layers)
         ]
 
     def _layers(self, batch: Batch) -> list[LayerCost]:
-        """What each layer takes."""
+        """Return the cost of each layer."""
         meta = self._base.config.num_memory_tokens
-        costs: dict[Kind, LayerCost] = {}
+        costs: dict[LayerKind, LayerCost] = {}
         for kind in dict.fromkeys(self._kinds):
             costs[kind] = self._on_line(kind, meta + batch.tokens)
             if kind[0] and batch.longest > SHORT:
-                # A query of a global layer sees all of its text, and its scores take more than the line foretells.
+                # In a global layer scores grow with the square of the length, which the linear estimate misses.
                 long = self._count(self._kinds.index(kind), 1, batch.longest)
-                line, texts = self._on_line(kind, meta + batch.longest), batch.tokens / batch.longest
+                line = self._on_line(kind, meta + batch.longest)
+                texts = batch.tokens / batch.longest
                 costs[kind] = costs[kind].with_long_texts(long, line, texts)
         return [costs[kind] for kind in self._kinds]
 
-    def _on_line(self, kind: Kind, rows: int) -> LayerCost:
-        # On texts so short windows change nothing, so one layer stands for all that make keys, or for all that do not.
+    def _on_line(self, kind: LayerKind, rows: int) -> LayerCost:
+        # On such short texts windows change nothing, so layers differ only in whether they compute keys.
         index = next(index for index, (_, makes_keys) in enumerate(self._kinds) if makes_keys == kind[1])
         few, more = (self._count(index, texts, SHORT) for texts in COUNTS)
         first, second = (self._base.config.num_memory_tokens + texts * SHORT for texts in COUNTS)

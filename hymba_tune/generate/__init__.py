@@ -1,23 +1,23 @@
-"""What a model writes: one answer as it comes, many texts at once, and whole conversations."""
+"""Text generation: one streamed answer, many sequences in one batch, chat sessions, and files of prompts."""
 
 from hymba_tune.generate.answers import answer, write
-from hymba_tune.generate.chat import Chat, Talk
-from hymba_tune.generate.decoding import Decoder, Sampling, TokenScore, Writing, token_score, write_texts
+from hymba_tune.generate.chat import Chat, ChatSession
+from hymba_tune.generate.decoding import Decoder, Generation, Sampling, TokenScore, generate_texts, token_score
 from hymba_tune.generate.files import answer_file
-from hymba_tune.generate.opening import FoundModel, find_model
+from hymba_tune.generate.opening import LoadableModel, find_model
 
 __all__ = [
     "Chat",
+    "ChatSession",
     "Decoder",
-    "FoundModel",
+    "Generation",
+    "LoadableModel",
     "Sampling",
-    "Talk",
     "TokenScore",
-    "Writing",
     "answer",
     "answer_file",
     "find_model",
+    "generate_texts",
     "token_score",
     "write",
-    "write_texts",
 ]

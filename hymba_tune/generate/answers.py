@@ -1,4 +1,4 @@
-"""Answers from a model: one conversation in, its next answer out, as it is written."""
+"""Answers from a model: one conversation, streamed, or several prompts in one batch."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from transformers.generation import BaseStreamer
 from hymba_tune.data import Conversation, encode_prompt
 
 
-class _Passing(BaseStreamer):
-    """Hands every finished piece of text on."""
+class _TextStreamer(BaseStreamer):
+    """Passes every finished part of the text to a callback."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        self._tokenizer, self._on_text = tokenizer, on_text
+        self._tokenizer = tokenizer
+        self._on_text = on_text
         self._ids: list[int] | None = None
-        self._passed = 0
+        self._sent = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, which comes first, or a token."""
+        """Receive the prompt, which comes first, or a token."""
         if self._ids is None:
             self._ids = []
             return
         self._ids += value.tolist()
-        # White space may turn out to be the answer's end, and a character that lacks bytes be another one.
-        self._pass(_decode(self._tokenizer, self._ids).rstrip("\ufffd").rstrip())
+        # Trailing white space may be the answer's end, and the bytes of a character may not be complete yet.
+        self._send(_decode(self._tokenizer, self._ids).rstrip("\ufffd").rstrip())
 
     def end(self) -> None:
-        """Pass on what was held back."""
-        self._pass(_decode(self._tokenizer, self._ids or []))
+        """Send the rest of the text."""
+        self._send(_decode(self._tokenizer, self._ids or []))
 
-    def _pass(self, text: str) -> None:
-        if piece := text[self._passed :]:
-            self._on_text(piece)
-            self._passed = len(text)
+    def _send(self, text: str) -> None:
+        if new := text[self._sent :]:
+            self._on_text(new)
+            self._sent = len(text)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of a whole answer: decoded in parts, each would lose the space that it begins with."""
+    """Decode a whole answer at once: each part decoded alone would lose its leading space."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
@@ -55,22 +56,22 @@ def answer(
     top_p: float = 1.0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Write the assistant's next answer.
+    """Generate the assistant's next answer.
 
     Args:
-        model: In any mode; it is left as it was.
-        tokenizer: With a chat template.
-        conversation: Its last message is not the assistant's.
-        max_new_tokens: Tokens the answer may have.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Sample from the likeliest tokens that together have this probability.
-        on_text: Called with each piece of the answer as it is written.
+        model: A model in training or evaluation mode; the mode does not change.
+        tokenizer: A tokenizer with a chat template.
+        conversation: A conversation whose last message is not the assistant's.
+        max_new_tokens: Maximum number of tokens of the answer.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: only the likeliest tokens with this total probability are sampled from.
+        on_text: Called with each new part of the answer.
 
     Returns:
-        The answer, without the token that ends it.
+        The answer, without its end token.
     """
     ids = torch.tensor([encode_prompt(conversation, tokenizer)], device=model.device)
-    written = _generate(
+    tokens = _generate(
         model,
         ids,
         torch.ones_like(ids),
@@ -79,9 +80,9 @@ def answer(
         top_p=top_p,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=_Passing(tokenizer, on_text) if on_text else None,
+        streamer=_TextStreamer(tokenizer, on_text) if on_text else None,
     )
-    return _decode(tokenizer, written[0].tolist())
+    return _decode(tokenizer, tokens[0].tolist())
 
 
 def write(
@@ -92,22 +93,22 @@ def write(
     max_new_tokens: int,
     temperature: float,
 ) -> list[list[int]]:
-    """Go on with several prompts at once.
+    """Generate the continuations of several prompts in one batch.
 
     Args:
-        model: In any mode; it is left as it was.
-        prompts: Token ids.
-        ends: The tokens that end an answer, at least one.
-        max_new_tokens: Tokens that an answer may have.
-        temperature: 0 takes the likeliest token each time.
+        model: A model in training or evaluation mode; the mode does not change.
+        prompts: The token ids of each prompt.
+        ends: The end tokens, at least one.
+        max_new_tokens: Maximum number of new tokens for each prompt.
+        temperature: Sampling temperature; 0 is greedy decoding.
 
     Returns:
-        The tokens written; the last one is of ``ends``, unless an answer became too long.
+        The new tokens of each prompt; the last one is an end token, unless ``max_new_tokens`` was reached.
     """
     width = max(map(len, prompts))
     padded = torch.tensor([[ends[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    written = _generate(
+    tokens = _generate(
         model,
         padded,
         mask,
@@ -116,26 +117,26 @@ def write(
         eos_token_id=list(ends),
         pad_token_id=ends[0],
     )
-    return [_up_to(ends, ids) for ids in written.tolist()]
+    return [_up_to(ends, ids) for ids in tokens.tolist()]
 
 
 def _generate(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, *, temperature: float, top_p: float = 1.0, **settings: Any
 ) -> Tensor:
-    """What transformers writes behind some prompts of one length; the model is left in the mode it was in."""
+    """The new tokens of `generate` for prompts of one length; the model's mode does not change."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
-        # Left to itself, transformers samples from the 50 likeliest tokens only.
+        # By default, transformers samples from the 50 likeliest tokens only.
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     training = model.training
     model.eval()
     try:
-        # Not in inference mode: what a model keeps for its next pass may then be trained with.
+        # Not inference mode: tensors that the model caches for its next pass could not be used in training.
         with torch.no_grad():
-            written: Tensor = model.generate(input_ids=ids, attention_mask=mask, **sampling, **settings)
+            tokens: Tensor = model.generate(input_ids=ids, attention_mask=mask, **sampling, **settings)
     finally:
         model.train(training)
-    return written[:, ids.shape[1] :]
+    return tokens[:, ids.shape[1] :]
 
 
 def _up_to(ends: Sequence[int], ids: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A conversation with a model, or the same one with several."""
+"""Chat with one model, or with several side by side."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate.answers import answer
-from hymba_tune.generate.opening import FoundModel, find_model
+from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 
-Hear = Callable[[str], None]
-"""Called with each piece of an answer as it is written."""
+OnText = Callable[[str], None]
+"""Called with each new part of an answer."""
+
+EMPTY = "the conversation is empty"
 
 
 class Chat:
     """A conversation with a model.
 
     Args:
-        config: Which model, and how it answers.
-        on_note: Called with what is worth knowing, once.
-        found: The model, where it has been found already.
+        config: The model and the generation settings.
+        on_note: Called with each note for the user; a note on the context length is given only once.
+        loadable: The model, if it is resolved already.
 
     Raises:
         HymbaTuneError: If the model cannot be found or loaded.
     """
 
     def __init__(
-        self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None, found: FoundModel | None = None
+        self,
+        config: ChatConfig,
+        on_note: Callable[[str], None] = lambda _: None,
+        loadable: LoadableModel | None = None,
     ) -> None:
-        found = found or find_model(config.model, config)
-        self.name = found.source.name
+        loadable = loadable or find_model(config.model, config)
+        self.name = loadable.source.name
         self._config = config
         self._on_note: Callable[[str], None] | None = on_note
-        self._tokenizer = found.tokenizer
-        if note := found.note:
+        self._tokenizer = loadable.tokenizer
+        if note := loadable.note:
             on_note(note)
-        self._model = found.load()
+        self._model = loadable.load()
         self._system = config.system
         self._messages: list[Message] = []
         if config.seed is not None:
@@ -50,36 +55,36 @@ class Chat:
 
     @property
     def messages(self) -> Sequence[Message]:
-        """What was said so far, the system prompt first if there is one."""
+        """The conversation so far, starting with the system prompt if there is one."""
         return [*([Message("system", self._system)] if self._system else []), *self._messages]
 
     def reset(self) -> None:
-        """Forget what was said; the system prompt stays."""
+        """Clear the conversation; the system prompt stays."""
         self._messages = []
 
     def undo(self) -> bool:
-        """Take the last question and its answer back; False if nothing was said."""
-        said = bool(self._messages)
+        """Remove the last question and its answer; False if the conversation is empty."""
+        has_messages = bool(self._messages)
         self._messages = self._messages[:-2]
-        return said
+        return has_messages
 
     def use_system(self, prompt: str | None) -> None:
-        """Put another system prompt in front of what was said, or none."""
+        """Replace the system prompt, or remove it."""
         self._system = prompt
 
-    def ask(self, text: str, on_text: Hear | None = None) -> str:
-        """Say something, and get the model's answer to all that was said so far.
+    def reply(self, text: str, on_text: OnText | None = None) -> str:
+        """Add a user message to the conversation and generate the model's reply.
 
         Args:
-            text: What the user says.
-            on_text: Called with each piece of the answer as it is written.
+            text: The user's message.
+            on_text: Called with each new part of the reply.
 
         Raises:
-            ConfigError: If it is to be strict about lengths, and the longest answer would not fit.
+            ConfigError: If ``strict_length`` is set and the longest possible reply does not fit into the context.
         """
         conversation = Conversation((*self.messages, Message("user", text)))
         self._check_length(conversation)
-        said = answer(
+        reply = answer(
             self._model,
             self._tokenizer,
             conversation,
@@ -88,12 +93,13 @@ class Chat:
             top_p=self._config.top_p,
             on_text=on_text,
         )
-        # Kept only now, so that an interrupted answer leaves the conversation as it was.
-        self._messages += [Message("user", text), Message("assistant", said)]
-        return said
+        # Added only now, so that an interrupted reply leaves the conversation as it was.
+        self._messages += [Message("user", text), Message("assistant", reply)]
+        return reply
 
     def _check_length(self, conversation: Conversation) -> None:
-        strict, tokens = self._config.strict_length, len(encode_prompt(conversation, self._tokenizer))
+        strict = self._config.strict_length
+        tokens = len(encode_prompt(conversation, self._tokenizer))
         longest = tokens + self._config.max_new_tokens if strict else tokens
         warning = check_length(longest, self._model.config, strict=strict)
         if warning and self._on_note:
@@ -101,12 +107,12 @@ class Chat:
             self._on_note = None
 
 
-class Talk:
-    """The same conversation with one model or with several, and what can be done to it between two questions.
+class ChatSession:
+    """The same conversation with one or several models, and the commands that change it.
 
     Args:
-        config: Which models, and how they answer.
-        on_note: Called with what is worth knowing.
+        config: The models and the generation settings.
+        on_note: Called with each note for the user.
 
     Raises:
         HymbaTuneError: If a model cannot be found or loaded.
@@ -115,39 +121,41 @@ class Talk:
     def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
         check_inputs(config)
         names = dict.fromkeys([config.model, *config.against])
-        every = [find_model(name, config) for name in names]  # before the first is loaded: that takes long
-        self.chats = [Chat(config, on_note, found) for found in every]
+        loadables = [find_model(name, config) for name in names]  # all are resolved before the first one loads
+        self.chats = [Chat(config, on_note, loadable) for loadable in loadables]
         self._commands: dict[str, tuple[str, Callable[[str], str]]] = {
-            "/undo": ("take the last question and its answer back", self._undo),
-            "/reset": ("start over; the system prompt stays", self._reset),
-            "/system": ("TEXT: another system prompt; without TEXT, none", self._system),
-            "/history": ("show what was said", self._history),
-            "/save": ("FILE: put the conversation behind what FILE (.jsonl) holds, as a row to train on", self._save),
-            "/help": ("show this", self._help),
+            "/undo": ("remove the last question and its answer", self._undo),
+            "/reset": ("clear the conversation; the system prompt stays", self._reset),
+            "/system": ("TEXT: set the system prompt; without TEXT, remove it", self._system),
+            "/history": ("show the conversation", self._history),
+            "/save": ("FILE: append the conversation to FILE (.jsonl), as a training row", self._save),
+            "/help": ("show this list", self._help),
         }
 
-    def ask(
+    def reply(
         self,
         text: str,
-        on_text: Hear,
+        on_text: OnText,
         *,
         on_begin: Callable[[str], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Ask every model the same, one after the other. An interruption takes the question back from all of them.
+        """Generate every model's reply to a message, one model after the other.
+
+        An interruption removes the message from all conversations.
 
         Args:
-            text: What the user says.
-            on_text: Called with each piece of each answer.
-            on_begin: Called with a model's name before it answers.
-            on_end: Called when it has answered, or was interrupted.
+            text: The user's message.
+            on_text: Called with each new part of each reply.
+            on_begin: Called with a model's name before its reply.
+            on_end: Called after its reply, also when it was interrupted.
         """
         answered: list[Chat] = []
         try:
             for chat in self.chats:
                 on_begin(chat.name)
                 try:
-                    chat.ask(text, on_text)
+                    chat.reply(text, on_text)
                 finally:
                     on_end()
                 answered.append(chat)
@@ -157,24 +165,24 @@ class Talk:
             raise
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with / asks for, and say what was done.
+        """Run a command line that begins with /, and return its output.
 
         Raises:
-            ConfigError: If there is no such command, or it cannot be done.
+            ConfigError: If the command does not exist or fails.
         """
         name, _, rest = line.partition(" ")
         if name not in self._commands:
-            raise ConfigError(f"There is no {name} here.", expected=", ".join(["/quit", *self._commands]))
+            raise ConfigError(f"Unknown command {name}.", expected=", ".join(["/quit", *self._commands]))
         return self._commands[name][1](rest.strip())
 
     def _undo(self, _: str) -> str:
         undone = [chat.undo() for chat in self.chats]
-        return "taken back" if any(undone) else "nothing was said yet"
+        return "removed the last question and answer" if any(undone) else EMPTY
 
     def _reset(self, _: str) -> str:
         for chat in self.chats:
             chat.reset()
-        return "started over"
+        return "conversation cleared"
 
     def _system(self, prompt: str) -> str:
         for chat in self.chats:
@@ -182,27 +190,29 @@ class Talk:
         return f"system prompt: {prompt or 'none'}"
 
     def _history(self, _: str) -> str:
-        told = []
+        lines = []
         for chat in self.chats:
             head = [f"{chat.name}:"] if len(self.chats) > 1 else []
-            told += [*head, *(f"{message.role}: {message.content}" for message in chat.messages)]
-        return "\n".join(told) or "nothing was said yet"
+            lines += [*head, *(f"{message.role}: {message.content}" for message in chat.messages)]
+        return "\n".join(lines) or EMPTY
 
     def _save(self, file: str) -> str:
         if not file.endswith(".jsonl"):
-            raise ConfigError(f"/save {file}: where to?", expected="/save FILE.jsonl")
-        talks = [chat.messages for chat in self.chats if chat.messages[-1:] and chat.messages[-1].role == "assistant"]
-        rows = [{"messages": [{"role": m.role, "content": m.content} for m in messages]} for messages in talks]
+            raise ConfigError(f"/save {file}: not a file name in .jsonl.", expected="/save FILE.jsonl")
+        conversations = [
+            chat.messages for chat in self.chats if chat.messages[-1:] and chat.messages[-1].role == "assistant"
+        ]
+        rows = [{"messages": [{"role": m.role, "content": m.content} for m in messages]} for messages in conversations]
         if not rows:
-            return "nothing was said yet"
+            return EMPTY
         try:
             with Path(file).expanduser().open("a", encoding="utf-8") as out:
                 out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
-            raise ConfigError(f"/save {file}: {error.strerror or error}.", expected="a file in a folder") from error
-        return f"saved in {file}"
+            raise ConfigError(f"/save {file}: {error.strerror or error}.", expected="a writable file") from error
+        return f"saved to {file}"
 
     def _help(self, _: str) -> str:
         width = max(map(len, self._commands))
-        lines = [f"{name:<{width}}  {told}" for name, (told, _) in self._commands.items()]
-        return "\n".join([*lines, f"{'/quit':<{width}}  end, as Ctrl-D does; Ctrl-C stops an answer"])
+        lines = [f"{name:<{width}}  {description}" for name, (description, _) in self._commands.items()]
+        return "\n".join([*lines, f"{'/quit':<{width}}  quit, like Ctrl-D; Ctrl-C stops an answer"])

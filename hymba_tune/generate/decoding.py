@@ -1,4 +1,4 @@
-"""Many texts written at once: each goes its own way, ends when it is done, and makes room for the next."""
+"""Batched generation: sequences join and leave the batch independently, each with its own sampling and stop strings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from hymba_tune.model.cache import CACHE_NAME, HymbaCache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest.
-        top_p: From the likeliest tokens that together have this probability.
-        seed: The same one chooses the same tokens, whatever is written beside; None draws it from torch's own.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: only the likeliest tokens with this total probability are sampled from.
+        seed: The seed of this sequence's own generator; its tokens do not depend on the rest of the batch. None draws
+            a seed from torch's global generator.
     """
 
     temperature: float = 0.0
@@ -32,7 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability behind all before it, nats, and the likeliest tokens there, likeliest first."""
+    """A token's log-probability given its prefix, in nats, and the likeliest tokens there, likeliest first."""
 
     token: int
     log_prob: float
@@ -40,56 +41,56 @@ class TokenScore:
 
 
 @dataclass(eq=False)
-class Writing:
-    """A text that is being written.
+class Generation:
+    """A prompt and the tokens generated for it so far.
 
     Attributes:
-        prompt: Token ids that it goes on from, at least one.
-        max_new_tokens: Tokens it may have.
-        sampling: How they are chosen.
-        stop: It ends before the first of these that it comes to.
-        goes_on: Whether its text begins as a continuation of the prompt's, with the space between the two, and not as
-            a text of its own.
-        top: How many of the likeliest tokens to note with each; None notes nothing, not even the token's own.
-        number: Its user's number for it.
-        ids: Tokens written so far, the one that ends it included.
-        scores: What was noted with each.
-        ended: Why it ended: at the end token or a stop string, or for want of tokens.
+        prompt: The prompt's token ids, at least one.
+        max_new_tokens: Maximum number of new tokens.
+        sampling: How the next token is chosen.
+        stop: Stop strings; generation ends before the first one that appears.
+        continues_prompt: Whether the text continues the prompt's text, including the space between the two. False
+            decodes it as a text of its own.
+        top: How many of the likeliest tokens to record at each position. None records no scores at all.
+        number: The caller's index for this generation.
+        ids: The generated token ids, including the end token.
+        scores: The recorded score of each generated token.
+        finish_reason: "stop" after the end token or a stop string, "length" at ``max_new_tokens``, None until then.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    goes_on: bool = False
+    continues_prompt: bool = False
     top: int | None = None
     number: int = 0
     ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
-    ended: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What is written so far, up to a stop string."""
-        text = self.whole(tokenizer)
+        """The generated text so far, cut before the first stop string."""
+        text = self.full_text(tokenizer)
         return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
 
-    def whole(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What is written so far, with the stop string that it may have come to."""
-        before = list(self.prompt[-CONTEXT:]) if self.goes_on else []
-        skip = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
-        return str(tokenizer.decode(before + self.ids, skip_special_tokens=True))[skip:]
+    def full_text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The generated text so far, including any stop string."""
+        prefix = list(self.prompt[-CONTEXT:]) if self.continues_prompt else []
+        skip = len(tokenizer.decode(prefix, skip_special_tokens=True)) if prefix else 0
+        return str(tokenizer.decode(prefix + self.ids, skip_special_tokens=True))[skip:]
 
 
 CONTEXT = 8
-"""Tokens of a prompt that are decoded with what goes on from it."""
+"""Number of prompt tokens that are decoded together with a continuation."""
 
 
 class Decoder:
-    """Writes texts side by side, a token each at a step.
+    """Generates for a batch of sequences, one token each per step.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: Whose end token ends a text.
+        model: A model in evaluation mode.
+        tokenizer: Its end token ends a sequence.
 
     Raises:
         CheckpointError: If no cache fits the model.
@@ -98,91 +99,96 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if model.config.rope_type == "dynamic_ntk":
             raise CheckpointError(
-                "rope_type dynamic_ntk turns all keys anew as a text grows: several texts cannot be written at once.",
-                expected="a model with another rope_type, as the released ones",
+                "rope_type dynamic_ntk rotates all keys again as a sequence grows, so sequences cannot be batched.",
+                expected="a model with another rope_type, such as the released ones",
             )
-        self._model, self._tokenizer = model, tokenizer
+        self._model = model
+        self._tokenizer = tokenizer
         self._cache: HymbaCache | None = None
-        self._generators: dict[Writing, torch.Generator] = {}
-        self.texts: list[Writing] = []
-        """Those that are not done yet."""
+        self._generators: dict[Generation, torch.Generator] = {}
+        self.active: list[Generation] = []
+        """The sequences of the batch that are not finished."""
 
     @torch.inference_mode()
-    def add(self, texts: Sequence[Writing]) -> None:
-        """Read the prompts of further texts, and write the first token of each."""
-        longest = max(len(text.prompt) for text in texts)
-        padded = [[0] * (longest - len(text.prompt)) + list(text.prompt) for text in texts]
+    def add(self, generations: Sequence[Generation]) -> None:
+        """Prefill the prompts of further sequences, and generate the first token of each."""
+        longest = max(len(one.prompt) for one in generations)
+        padded = [[0] * (longest - len(one.prompt)) + list(one.prompt) for one in generations]
         ids = torch.tensor(padded, device=self._model.device)
-        sizes = torch.tensor([len(text.prompt) for text in texts], device=ids.device)
+        sizes = torch.tensor([len(one.prompt) for one in generations], device=ids.device)
         mask = torch.arange(longest, device=ids.device) >= longest - sizes[:, None]
+
         output = self._model(ids, attention_mask=mask.long(), use_cache=True, logits_to_keep=1)
         if self._cache is None:
             self._cache = output[CACHE_NAME]
         else:
             self._cache.join(output[CACHE_NAME])
-        self.texts += texts
-        self._write(texts, output.logits[:, -1])
+
+        self.active += generations
+        self._append_tokens(generations, output.logits[:, -1])
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Write a token of each text; those that are done leave."""
-        last = torch.tensor([[text.ids[-1]] for text in self.texts], device=self._model.device)
+        """Generate one token for each sequence; finished ones leave the batch."""
+        last = torch.tensor([[one.ids[-1]] for one in self.active], device=self._model.device)
         output = self._model(last, cache=self._cache, use_cache=True)
-        self._write(self.texts, output.logits[:, -1])
+        self._append_tokens(self.active, output.logits[:, -1])
 
-    def drop(self, text: Writing) -> None:
-        """Let a text go before it is done."""
-        if text in self.texts:
-            text.ended = "length"
-            self._leave()
+    def drop(self, generation: Generation) -> None:
+        """Remove a sequence before it is finished."""
+        if generation in self.active:
+            generation.finish_reason = "length"
+            self._remove_finished()
 
-    def _write(self, texts: Sequence[Writing], logits: Tensor) -> None:
+    def _append_tokens(self, generations: Sequence[Generation], logits: Tensor) -> None:
         likeliest = logits.argmax(-1).tolist()
-        for text, row, token in zip(texts, logits, likeliest, strict=True):
-            chosen = token if text.sampling.temperature == 0 else self._draw(text, row)
-            text.ids.append(chosen)
-            if text.top is not None:
-                text.scores.append(token_score(row.log_softmax(-1), chosen, text.top))
-            if chosen == self._tokenizer.eos_token_id or self._stopped(text):
-                text.ended = "stop"
-            elif len(text.ids) >= text.max_new_tokens:
-                text.ended = "length"
-        self._leave()
+        for one, row, greedy in zip(generations, logits, likeliest, strict=True):
+            token = greedy if one.sampling.temperature == 0 else self._sample(one, row)
+            one.ids.append(token)
+            if one.top is not None:
+                one.scores.append(token_score(row.log_softmax(-1), token, one.top))
 
-    def _draw(self, text: Writing, logits: Tensor) -> int:
-        generator = self._generators.get(text)
+            if token == self._tokenizer.eos_token_id or self._at_stop_string(one):
+                one.finish_reason = "stop"
+            elif len(one.ids) >= one.max_new_tokens:
+                one.finish_reason = "length"
+        self._remove_finished()
+
+    def _sample(self, generation: Generation, logits: Tensor) -> int:
+        generator = self._generators.get(generation)
         if generator is None:
-            generator = self._generators[text] = torch.Generator(logits.device)
-            seed = text.sampling.seed
+            generator = self._generators[generation] = torch.Generator(logits.device)
+            seed = generation.sampling.seed
             generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        probabilities, tokens = (logits / text.sampling.temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = probabilities.where(before < text.sampling.top_p, 0.0)
-        return int(tokens[torch.multinomial(kept, 1, generator=generator)])
 
-    def _stopped(self, text: Writing) -> bool:
-        whole = text.whole(self._tokenizer) if text.stop else ""
-        return any(stop in whole for stop in text.stop)
+        probabilities, tokens = (logits / generation.sampling.temperature).softmax(-1).sort(descending=True)
+        likelier_mass = probabilities.cumsum(-1) - probabilities
+        nucleus = probabilities.where(likelier_mass < generation.sampling.top_p, 0.0)
+        return int(tokens[torch.multinomial(nucleus, 1, generator=generator)])
 
-    def _leave(self) -> None:
-        stay = [row for row, text in enumerate(self.texts) if text.ended is None]
-        if len(stay) == len(self.texts):
+    def _at_stop_string(self, generation: Generation) -> bool:
+        text = generation.full_text(self._tokenizer) if generation.stop else ""
+        return any(stop in text for stop in generation.stop)
+
+    def _remove_finished(self) -> None:
+        rows = [row for row, one in enumerate(self.active) if one.finish_reason is None]
+        if len(rows) == len(self.active):
             return
-        self.texts = [self.texts[row] for row in stay]
-        self._generators = {text: made for text, made in self._generators.items() if text.ended is None}
-        if not stay:
+        self.active = [self.active[row] for row in rows]
+        self._generators = {one: own for one, own in self._generators.items() if one.finish_reason is None}
+        if not rows:
             self._cache = None
         elif self._cache is not None:
-            self._cache.batch_select_indices(torch.tensor(stay))
+            self._cache.batch_select_indices(torch.tensor(rows))
 
 
 def token_score(log_probs: Tensor, token: int, top: int) -> TokenScore:
-    """What is noted of a token.
+    """The score of a token at one position.
 
     Args:
-        log_probs: ``(V,)``.
-        token: The one that stands there.
-        top: How many of the likeliest to note.
+        log_probs: ``(V,)``, the log-probabilities at that position.
+        token: The token at that position.
+        top: How many of the likeliest tokens to include.
     """
     best = log_probs.topk(top)
     return TokenScore(
@@ -190,26 +196,27 @@ def token_score(log_probs: Tensor, token: int, top: int) -> TokenScore:
     )
 
 
-def write_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[Writing], *, batch_size: int
-) -> Iterator[Writing]:
-    """Write texts, up to ``batch_size`` side by side; each is given back when it is done, whichever is first.
+def generate_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generations: Iterable[Generation], *, batch_size: int
+) -> Iterator[Generation]:
+    """Generate texts in batches of up to ``batch_size``, and yield each one as soon as it is finished.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: Whose end token ends a text.
-        texts: Taken as there is room.
-        batch_size: Texts at a time.
+        model: A model in evaluation mode.
+        tokenizer: Its end token ends a text.
+        generations: What to generate; read as the batch has room.
+        batch_size: Maximum number of sequences in the batch.
     """
-    decoder, waiting = Decoder(model, tokenizer), iter(texts)
-    underway: list[Writing] = []
+    decoder = Decoder(model, tokenizer)
+    waiting = iter(generations)
+    active: list[Generation] = []
     while True:
-        if new := list(islice(waiting, batch_size - len(underway))):
+        if new := list(islice(waiting, batch_size - len(active))):
             decoder.add(new)
-            underway += new
-        elif underway:
+            active += new
+        elif active:
             decoder.step()
         else:
             return
-        yield from (text for text in underway if text.ended)
-        underway = [text for text in underway if not text.ended]
+        yield from (one for one in active if one.finish_reason)
+        active = [one for one in active if not one.finish_reason]

@@ -1,4 +1,4 @@
-"""A file of prompts, answered into a file of answers; what was written before an interruption is kept."""
+"""Batch inference from a file of prompts to a file of answers; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -18,81 +18,81 @@ from hymba_tune.data.prompts import FIELDS, parse_prompt
 from hymba_tune.data.training import Working
 from hymba_tune.errors import DataError
 from hymba_tune.files import check_file, locked, put_in_place, write_errors
-from hymba_tune.generate.decoding import Sampling, Writing, write_texts
-from hymba_tune.generate.opening import FoundModel, find_model
+from hymba_tune.generate.decoding import Generation, Sampling, generate_texts
+from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import lasting_name
 
 ANSWER = "model_answer"
-"""Unlike the names of columns that data usually has: rows keep theirs."""
+"""The column of the answers; a name that input data rarely has, so that rows keep their own columns."""
 
 
 def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
-    """Answer every row of ``--from``, several at a time, into ``--to``: the row, and its answer.
+    """Answer every row of ``--from`` in batches, and write each row with its answer to ``--to``.
 
-    The answers stand in the order of the rows. They are written to a file beside ``--to``, which takes its place at the
-    end; the same command goes on from there if it was stopped.
+    The answers are in the order of the rows. They are written to a partial file in the folder of ``--to``, which is
+    renamed to ``--to`` at the end. If the command is interrupted, running it again resumes from the partial file.
 
     Args:
-        config: The files, the model, and how it answers.
-        working: Told what is done.
+        config: The files, the model and the generation settings.
+        working: Shows progress.
 
     Returns:
-        Rows answered now, and rows that had been answered before.
+        The number of rows answered by this call, and of rows answered before.
 
     Raises:
-        HymbaTuneError: If a row or the model cannot be used, before any weights load.
+        HymbaTuneError: If a row or the model cannot be used; raised before any weights load.
     """
     check_inputs(config)
     source, target = _files(config)
-    found = find_model(config.model, config)
+    loadable = find_model(config.model, config)
     names = Names.parse(as_mapping(config.map), FIELDS)
     with working("reading the prompts") as progress:
         for count, _ in enumerate(_prompts(source, names, config.system), start=1):
             progress(count)
     part = target.with_name(f".{target.name}.{_key(source, config)}.part")
     with locked(target.with_name(f".{target.name}.lock"), f"--to {target}"):
-        done = _answer_rest(config, found, source, names, part, working)
+        counts = _answer_rest(config, loadable, source, names, part, working)
         with write_errors("--to", target):
             put_in_place(part, target, overwrite=config.overwrite)
-    return done
+    return counts
 
 
 def _answer_rest(
-    config: ChatConfig, found: FoundModel, source: Source, names: Names, part: Path, working: Working
+    config: ChatConfig, loadable: LoadableModel, source: Source, names: Names, part: Path, working: Working
 ) -> tuple[int, int]:
-    """Answer the rows that ``part`` does not hold yet into it."""
-    known = _whole_lines(part)
-    with working(f"loading {found.source.name}"):
-        model = found.load()
+    """Answer the rows that are not in the partial file yet, and append them to it."""
+    answered_before = _whole_lines(part)
+    with working(f"loading {loadable.source.name}"):
+        model = loadable.load()
     sampling = Sampling(config.temperature, config.top_p)
     rows: dict[int, Any] = {}
 
-    def texts() -> Iterator[Writing]:
+    def generations() -> Iterator[Generation]:
         for number, (row, prompt) in enumerate(_prompts(source, names, config.system)):
-            if number < known:
+            if number < answered_before:
                 continue
             rows[number] = row
             seed = None if config.seed is None else config.seed + number
-            ids = encode_prompt(prompt, found.tokenizer)
-            yield Writing(ids, config.max_new_tokens, replace(sampling, seed=seed), number=number)
+            ids = encode_prompt(prompt, loadable.tokenizer)
+            yield Generation(ids, config.max_new_tokens, replace(sampling, seed=seed), number=number)
 
-    done = known
+    done = answered_before
     answers: dict[int, str] = {}
     with (
         write_errors("--to", part),
         part.open("a", encoding="utf-8") as out,
         working(f"answering {source.name}") as progress,
     ):
-        for written in write_texts(model, found.tokenizer, texts(), batch_size=config.batch_size):
-            answers[written.number] = written.text(found.tokenizer).strip()
+        for generation in generate_texts(model, loadable.tokenizer, generations(), batch_size=config.batch_size):
+            answers[generation.number] = generation.text(loadable.tokenizer).strip()
             while done in answers:
                 row = rows.pop(done) | {ANSWER: answers.pop(done)}
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 out.flush()
                 done += 1
                 progress(done)
-    return done - known, known
+    return done - answered_before, answered_before
 
 
 def _files(config: ChatConfig) -> tuple[Source, Path]:
@@ -103,7 +103,7 @@ def _files(config: ChatConfig) -> tuple[Source, Path]:
 
 
 def _prompts(source: Source, names: Names, system: str | None) -> Iterator[tuple[dict[str, Any], Conversation]]:
-    """Rows and what they ask, behind the system prompt where they have none of their own."""
+    """Each row and its prompt; the system prompt is added to prompts without one."""
     for row in source:
         try:
             if row.error:
@@ -118,17 +118,17 @@ def _prompts(source: Source, names: Names, system: str | None) -> Iterator[tuple
 
 
 def _key(source: Source, config: ChatConfig) -> str:
-    """The same for the same prompts, model and way to answer."""
+    """A hash of the prompts, the model and the generation settings."""
     content = source.content() if source.content else source.name
     settings = config.model_dump(
         mode="json", include={"system", "max_new_tokens", "temperature", "top_p", "seed", "map"}
     )
-    told = json.dumps([content, lasting_name(config.model), settings])
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    key = json.dumps([content, lasting_name(config.model), settings])
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def _whole_lines(part: Path) -> int:
-    """Rows answered before, after cutting off what was half written."""
+    """The number of complete rows in a partial file; an incomplete last line is removed."""
     if not part.is_file():
         return 0
     raw = part.read_bytes()

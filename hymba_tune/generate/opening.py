@@ -1,4 +1,4 @@
-"""Models that are to be asked: found first, so that all else can be checked before the weights load."""
+"""Models for inference, resolved before their weights load, so that everything else can be checked first."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.adapters import folding_note, open_model, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
-from hymba_tune.config import AskingOptions, as_mapping
+from hymba_tune.config import GenerationOptions, as_mapping
 from hymba_tune.data import with_chat_template
 from hymba_tune.registry import ModelSource, resolve_model
 
 
 @dataclass(frozen=True)
-class FoundModel:
-    """A model without its weights; those of a Hub model are not downloaded.
+class LoadableModel:
+    """A model whose weights are not loaded yet; those of a Hub model are not downloaded either.
 
     Attributes:
-        source: Where it is.
-        tokenizer: With a chat template.
-        config: Of the model below all adapters.
-        dtype: The number format it will have.
-        device: Where it will be.
+        source: Where the model is.
+        tokenizer: The model's tokenizer, with a chat template.
+        config: The configuration of the base model under all adapters.
+        dtype: The dtype that the weights will have.
+        device: The device that the weights will be on.
     """
 
     source: ModelSource
@@ -35,24 +35,24 @@ class FoundModel:
 
     @property
     def note(self) -> str | None:
-        """What is worth knowing of how its adapters are folded in."""
+        """A note for the user on how the adapters are merged, if there is one."""
         return folding_note(self.source)
 
     def load(self) -> PreTrainedModel:
-        """Its weights, adapters folded in, in evaluation mode; errors are those of `open_model`."""
+        """Load the weights, with adapters merged, in evaluation mode; raises what `open_model` raises."""
         return open_model(self.source, dtype=self.dtype, device=self.device).eval()
 
 
-def find_model(name: str, options: AskingOptions, chat_template: str | None = None) -> FoundModel:
-    """Find a model, and choose how this process computes it.
+def find_model(name: str, options: GenerationOptions, chat_template: str | None = None) -> LoadableModel:
+    """Resolve a model, and choose the device, the dtype and the kernels.
 
     Args:
-        name: Whatever --model takes.
-        options: The device, the number format and the kernels.
-        chat_template: As `with_chat_template` takes it.
+        name: A model, as ``--model`` accepts it.
+        options: The user's choice of device, dtype and kernels.
+        chat_template: A chat template, as `with_chat_template` accepts it.
 
     Raises:
-        HymbaTuneError: If it cannot be found, or not be computed in this way.
+        HymbaTuneError: If the model cannot be found, or the device, dtype or kernels cannot be used.
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -60,4 +60,4 @@ def find_model(name: str, options: AskingOptions, chat_template: str | None = No
     config = load_config(weights_of(source))
     choose_kernels(as_mapping(options.kernels), config, device, dtype)
     tokenizer = with_chat_template(tokenizer_of(source), chat_template)
-    return FoundModel(source, tokenizer, config, dtype, device)
+    return LoadableModel(source, tokenizer, config, dtype, device)

@@ -2,7 +2,7 @@
 
 from hymba_tune.hub.exports import Exported, export
 from hymba_tune.hub.merging import Merged, merge
-from hymba_tune.hub.quantizing import Quantised, quantize
+from hymba_tune.hub.quantizing import QuantizedModel, quantize
 from hymba_tune.hub.searching import Searched, search_skips
 
-__all__ = ["Exported", "Merged", "Quantised", "Searched", "export", "merge", "quantize", "search_skips"]
+__all__ = ["Exported", "Merged", "QuantizedModel", "Searched", "export", "merge", "quantize", "search_skips"]

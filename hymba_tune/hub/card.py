@@ -61,7 +61,7 @@ def write_card(
     config: ExportConfig,
     *,
     size: str,
-    quantised: bool = False,
+    quantized: bool = False,
     damage: Damage | None = None,
 ) -> None:
     """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
@@ -72,11 +72,11 @@ def write_card(
         lineage: Where it comes from.
         config: How it is exported.
         size: Its parameters and number format, in words.
-        quantised: Whether its weights are stored in fewer bits.
+        quantized: Whether its weights are stored in fewer bits.
         damage: What that cost, where it was measured.
     """
-    head = {name: value for name, value in _head(lineage, config, quantised=quantised).items() if value}
-    needs = "torch, transformers 5, accelerate and bitsandbytes" if quantised else "torch and transformers 5"
+    head = {name: value for name, value in _head(lineage, config, quantized=quantized).items() if value}
+    needs = "torch, transformers 5, accelerate and bitsandbytes" if quantized else "torch and transformers 5"
     code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
     what = "An adapter for" if config.adapter_only else "Made from"
     lines = [
@@ -89,10 +89,10 @@ def write_card(
     ]
     for number, run in enumerate(lineage.runs):
         lines += ["", *_training(run, folder, number)]
-    licence = lineage.licence.get("license_name") or lineage.licence.get("license")
-    if licence:
-        link = lineage.licence.get("license_link")
-        lines += ["", "## Licence", "", f"The weights: {f'[{licence}]({link})' if link else licence}."]
+    license = lineage.license.get("license_name") or lineage.license.get("license")
+    if license:
+        link = lineage.license.get("license_link")
+        lines += ["", "## License", "", f"The weights: {f'[{license}]({link})' if link else license}."]
     lines += ["", f"Exported by hymba-tune {__version__}; checksums are in SHA256SUMS."]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -101,7 +101,7 @@ def check_publishable(lineage: Lineage) -> None:
     """See that the card of a model says what a published one must.
 
     Raises:
-        ConfigError: If it would not name a base model, or a licence.
+        ConfigError: If it would not name a base model, or a license.
     """
     if not lineage.base:
         raise ConfigError(
@@ -109,22 +109,22 @@ def check_publishable(lineage: Lineage) -> None:
             expected="a base model in its card",
             fix="--base-model nvidia/Hymba-1.5B-Base, or whichever it was",
         )
-    if not lineage.licence.get("license"):
+    if not lineage.license.get("license"):
         raise ConfigError(
-            f"--push: the licence of {lineage.base} is not known.",
-            expected="a licence in the card: that of the weights it was made from",
+            f"--push: the license of {lineage.base} is not known.",
+            expected="a license in the card: that of the weights it was made from",
             fix="--license with its id on the Hub, such as apache-2.0",
         )
 
 
-def _head(lineage: Lineage, config: ExportConfig, *, quantised: bool) -> dict[str, Any]:
+def _head(lineage: Lineage, config: ExportConfig, *, quantized: bool) -> dict[str, Any]:
     """What the Hub reads."""
-    relation = "adapter" if config.adapter_only else "quantized" if quantised else "finetune"
+    relation = "adapter" if config.adapter_only else "quantized" if quantized else "finetune"
     data = (name for run in lineage.runs for name in run.settings.get("data", []))
     return {
-        **lineage.licence,
+        **lineage.license,
         "base_model": lineage.base,
-        "base_model_relation": relation if lineage.base and (lineage.runs or quantised) else None,
+        "base_model_relation": relation if lineage.base and (lineage.runs or quantized) else None,
         "library_name": "peft" if config.adapter_only else "transformers",
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data if _on_the_hub(name))),  # type: ignore[index]
@@ -134,7 +134,7 @@ def _head(lineage: Lineage, config: ExportConfig, *, quantised: bool) -> dict[st
 
 def _cost(damage: Damage) -> str:
     return (
-        f"Quantised to {damage.scheme} by bitsandbytes. {damage.sentence} Left in {damage.dtype}: "
+        f"Quantized to {damage.scheme} by bitsandbytes. {damage.sentence} Left in {damage.dtype}: "
         f"{', '.join(damage.kept)}. Why, and more, in damage.json and damage.html."
     )
 

@@ -1,4 +1,4 @@
-"""How far a merged model is from the one that was trained: the quantised base with its adapter beside it."""
+"""How far a merged model is from the one that was trained: the quantized base with its adapter beside it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import QuantisedBase, Weights, base_of, folded_weights, load_adapter, plain_config
+from hymba_tune.adapters import QuantizedBase, Weights, base_of, folded_weights, load_adapter, plain_config
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.data import open_source
 from hymba_tune.errors import CheckpointError
-from hymba_tune.evaluate.texts import Texts
+from hymba_tune.evaluate.texts import ScoringTexts
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.registry import ModelSource, fetch_weights
 from hymba_tune.schemes import settle
@@ -27,7 +27,7 @@ TEXTS, TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
-class Drift:
+class MergeDrift:
     """What a merged model makes of texts, compared with the trained model.
 
     Attributes:
@@ -43,11 +43,11 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """A few packaged conversations, each ``(1, L)`` ids."""
     held_out = open_source("demo").held_out
     assert held_out is not None
-    rows = Texts([held_out], tokenizer, TOKENS).rows()
+    rows = ScoringTexts([held_out], tokenizer, TOKENS).rows()
     return [torch.tensor([row.encoded.input_ids]) for row in islice(rows, TEXTS)]
 
 
-def trained_model(source: ModelSource, base: QuantisedBase, device: torch.device) -> PreTrainedModel:
+def trained_model(source: ModelSource, base: QuantizedBase, device: torch.device) -> PreTrainedModel:
     """A run's model as it was while it was trained, but for dropout.
 
     Raises:
@@ -78,7 +78,7 @@ def trained_model(source: ModelSource, base: QuantisedBase, device: torch.device
 
 @dataclass(frozen=True)
 class _Unread:
-    """A tensor that transformers reads when its turn comes, as it does with those in files, and quantises at once."""
+    """A tensor that transformers reads when its turn comes, as it does with those in files, and quantizes at once."""
 
     weights: Weights
     name: str
@@ -93,7 +93,7 @@ def logits_of(model: PreTrainedModel, texts: Sequence[Tensor]) -> list[Tensor]:
     return [model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in texts]
 
 
-def drift(merged: Sequence[Tensor], trained: Sequence[Tensor]) -> Drift:
+def drift(merged: Sequence[Tensor], trained: Sequence[Tensor]) -> MergeDrift:
     """Compare the logits of texts; both as `logits_of` gives them.
 
     Raises:
@@ -107,4 +107,4 @@ def drift(merged: Sequence[Tensor], trained: Sequence[Tensor]) -> Drift:
     largest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     if not all(map(math.isfinite, [*sums, largest])):
         raise CheckpointError("The merged model's logits are no numbers.", fix="train again at a lower learning rate")
-    return Drift(sum(sums) / sum(map(len, trained)), largest)
+    return MergeDrift(sum(sums) / sum(map(len, trained)), largest)

@@ -33,8 +33,8 @@ from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
 from hymba_tune.hub.layout import write_model, write_tokenizer
 from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
-from hymba_tune.hub.push import Target, check_target, push
-from hymba_tune.hub.quantizing import Asked, find, write_quantised
+from hymba_tune.hub.push import UploadTarget, check_target, push
+from hymba_tune.hub.quantizing import QuantizationPlan, find, write_quantized
 from hymba_tune.hub.writing import read_again, usual_folder
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
@@ -76,7 +76,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
         check_folder(config.out, MODEL, overwrite=config.overwrite)
     target = None
     if config.push is not None:
-        target = Target(config.push, private=config.private, revision=config.revision, update=config.update)
+        target = UploadTarget(config.push, private=config.private, revision=config.revision, update=config.update)
         check_target(target)
     source = resolve_model(config.model)
     exported = (source.folder / SUMS).is_file() and source.published is None
@@ -113,22 +113,22 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
     if config.push is not None:
         check_publishable(lineage)
     name, damage = config.push or out.name, None
-    asked = _to_quantise(config, working)
+    asked = _to_quantize(config, working)
     with new_folder(out, overwrite=config.overwrite, inputs=folders_of(source)) as folder:
         if asked is not None:
-            done = write_quantised(asked, folder, lineage.base, working)
+            done = write_quantized(asked, folder, lineage.base, working)
             difference, size, damage = done.difference, done.size, done.damage
         else:
             write = _write_adapter if config.adapter_only else _write_whole
             difference, size = write(config, source, lineage, folder, working)
         if stored:
-            size += f", quantised to {scheme_of(stored)} by bitsandbytes"
-        write_card(folder, name, lineage, config, size=size, quantised=bool(stored or asked), damage=damage)
+            size += f", quantized to {scheme_of(stored)} by bitsandbytes"
+        write_card(folder, name, lineage, config, size=size, quantized=bool(stored or asked), damage=damage)
         write_sums(folder)
     return difference
 
 
-def _to_quantise(config: ExportConfig, working: Working) -> Asked | None:
+def _to_quantize(config: ExportConfig, working: Working) -> QuantizationPlan | None:
     if config.quantize is None:
         return None
     same = config.model_dump(include={"model", "dtype", "device"})
@@ -148,7 +148,7 @@ def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
     if config.base_model:
         lineage = replace(lineage, base=config.base_model)
     if config.license:
-        lineage = replace(lineage, licence={"license": config.license})
+        lineage = replace(lineage, license={"license": config.license})
     return lineage
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: the base it goes back to, that one's licence, and the runs in between."""
+"""Where a model comes from: the base it goes back to, that one's license, and the runs in between."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Lineage:
 
     Attributes:
         base: The model of the Hub, or hymba-nano, that it goes back to; None where nothing says.
-        licence: Of that model, as the Hub's cards say it: `license` and, of one without an id, its name and link.
+        license: Of that model, as the Hub's cards say it: `license` and, of one without an id, its name and link.
         runs: That trained it, the last one first.
         below: What an adapter of the last run lies on, if that is a model of the Hub, or hymba-nano.
         steps: How many models the way back leads over.
     """
 
     base: str | None = None
-    licence: dict[str, str] = field(default_factory=dict)
+    license: dict[str, str] = field(default_factory=dict)
     runs: tuple[RunRecord, ...] = ()
     below: str | None = None
     steps: int = 0
@@ -53,8 +53,8 @@ def trace(source: ModelSource) -> Lineage:
         steps += 1
     said = card_data(source.folder)
     base = source.published or _one(said.get("base_model"))
-    licence = {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)}
-    return Lineage(base, licence, tuple(runs), source.published, steps)
+    license = {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)}
+    return Lineage(base, license, tuple(runs), source.published, steps)
 
 
 def card_data(folder: Path) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hymba_tune.adapters import (
-    QuantisedBase,
+    QuantizedBase,
     check_onto,
     finite_tensor,
     folded_weights,
     folders_of,
     open_model,
     plain_config,
-    quantised_base,
+    quantized_base,
     released_name,
     tokenizer_of,
     weights_of,
@@ -32,7 +32,7 @@ from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError
 from hymba_tune.files import MODEL, check_folder, new_folder
-from hymba_tune.hub.drift import Drift, drift, logits_of, sample_texts, trained_model
+from hymba_tune.hub.drift import MergeDrift, drift, logits_of, sample_texts, trained_model
 from hymba_tune.hub.layout import SHARD
 from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import give_back_freed_memory
@@ -46,17 +46,17 @@ class Merged:
     Attributes:
         folder: Where it is.
         size: Bytes of its weights.
-        base: The quantised weights that the adapter was trained on, if it was.
+        base: The quantized weights that the adapter was trained on, if it was.
         onto: What it was folded into.
-        drifts: How far from the trained model each way leads, if it was trained on quantised weights.
+        drifts: How far from the trained model each way leads, if it was trained on quantized weights.
         alone: Whether the adapter came without its run, which would say so.
     """
 
     folder: Path
     size: int
-    base: QuantisedBase | None
+    base: QuantizedBase | None
     onto: Onto
-    drifts: dict[Onto, Drift]
+    drifts: dict[Onto, MergeDrift]
     alone: bool
 
 
@@ -79,8 +79,8 @@ def merge(config: MergeConfig, working: Working) -> Merged:
         raise CheckpointError(
             f"{source.name} has no adapter: it is one model already.", expected="a run with an adapter"
         )
-    base = quantised_base(source)
-    onto = config.onto or (Onto.dequantised if base else Onto.original)
+    base = quantized_base(source)
+    onto = config.onto or (Onto.dequantized if base else Onto.original)
     check_onto(source, onto)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
@@ -93,15 +93,15 @@ def merge(config: MergeConfig, working: Working) -> Merged:
 
 
 def _drifts(
-    source: ModelSource, base: QuantisedBase, dtype: torch.dtype, device: torch.device, working: Working
-) -> dict[Onto, Drift]:
+    source: ModelSource, base: QuantizedBase, dtype: torch.dtype, device: torch.device, working: Working
+) -> dict[Onto, MergeDrift]:
     """How far from the trained model each way leads. No two models are in memory together."""
     texts = sample_texts(with_chat_template(tokenizer_of(source)))
     with working("asking the trained model"):
         trained = logits_of(trained_model(source, base, device), texts)
     gc.collect()  # a model is a circle of references, and stays until then
     found = {}
-    for onto in Onto if not base.only else [Onto.dequantised]:
+    for onto in Onto if not base.only else [Onto.dequantized]:
         with working(f"asking it merged onto the {onto} weights"):
             found[onto] = drift(logits_of(open_model(source, dtype=dtype, device=device, onto=onto), texts), trained)
         gc.collect()

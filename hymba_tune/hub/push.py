@@ -23,7 +23,7 @@ WRITING = ("write", "admin", "fineGrained")
 
 
 @dataclass(frozen=True)
-class Target:
+class UploadTarget:
     """Where to upload to.
 
     Attributes:
@@ -44,7 +44,7 @@ class Target:
         return self.revision or MAIN
 
 
-def check_target(target: Target) -> None:
+def check_target(target: UploadTarget) -> None:
     """See, before anything takes long, that an upload would be let in, and would replace nothing unasked.
 
     Raises:
@@ -75,7 +75,7 @@ def check_target(target: Target) -> None:
     _check_free(found, target)
 
 
-def push(folder: Path, target: Target, *, message: str, again: str) -> str:
+def push(folder: Path, target: UploadTarget, *, message: str, again: str) -> str:
     """Upload a folder as one commit, so that a reader finds all of it or what was there before.
 
     Large files that an earlier try has brought over are not sent again.
@@ -118,7 +118,7 @@ class _Found:
     files: frozenset[str] = frozenset()
 
 
-def _look(api: HfApi, target: Target) -> _Found:
+def _look(api: HfApi, target: UploadTarget) -> _Found:
     try:
         info = api.model_info(target.repository)
     except RepositoryNotFoundError:
@@ -132,7 +132,7 @@ def _look(api: HfApi, target: Target) -> _Found:
     return _Found(True, private, has_branch, frozenset(files - EMPTY))
 
 
-def _check_free(found: _Found, target: Target) -> None:
+def _check_free(found: _Found, target: UploadTarget) -> None:
     """See that an upload does what was asked for, and no more.
 
     Raises:

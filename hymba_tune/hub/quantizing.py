@@ -1,4 +1,4 @@
-"""A model stored in fewer bits: quantised, written, read again, compared, and measured."""
+"""A model stored in fewer bits: quantized, written, read again, compared, and measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
 from hymba_tune.data import Encoded, open_sources, with_chat_template
 from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
-from hymba_tune.evaluate.texts import TextCounts, Texts
+from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
 from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.card import write_card
 from hymba_tune.hub.checks import sample_logits, write_sums
@@ -25,7 +25,7 @@ from hymba_tune.hub.layout import write_model
 from hymba_tune.hub.lineage import trace
 from hymba_tune.hub.writing import read_again, usual_folder
 from hymba_tune.inputs import check_inputs
-from hymba_tune.quant import Damage, check_quantisable, compare, damage_page, quantise, refer, weight_errors
+from hymba_tune.quant import Damage, check_quantizable, compare, damage_page, quantize_model, refer, weight_errors
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, reasons
 
@@ -33,13 +33,13 @@ DAMAGE, PAGE = "damage.json", "damage.html"
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantizedModel:
     """What came of it.
 
     Attributes:
         folder: Where it is.
         damage: What it cost.
-        difference: The largest between logits of the quantised model in memory and of what was read again.
+        difference: The largest between logits of the quantized model in memory and of what was read again.
         size: Its parameters, in words.
         note: What is worth knowing of how its adapters were folded in.
     """
@@ -52,8 +52,8 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be quantised, all of it found and checked before the weights load.
+class QuantizationPlan:
+    """What is to be quantized, all of it found and checked before the weights load.
 
     Attributes:
         source: The model.
@@ -64,7 +64,7 @@ class Asked:
         scheme: How its weights are to be stored.
         skip: What is to be left as it is, beside what always is.
         quantization: What transformers is told.
-        rows: Texts that the damage is measured on.
+        rows: ScoringTexts that the damage is measured on.
         texts: What was read of them.
         data: What they are called; files are told without their folders.
     """
@@ -82,7 +82,7 @@ class Asked:
     data: list[str]
 
 
-def find(config: QuantizeConfig, working: Working) -> Asked:
+def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     """Find a model and texts.
 
     Raises:
@@ -93,13 +93,13 @@ def find(config: QuantizeConfig, working: Working) -> Asked:
     if config.out:
         check_folder(config.out, MODEL, overwrite=config.overwrite)
     source = resolve_model(config.model)
-    check_quantisable(source)
+    check_quantizable(source)
     model_config = load_config(weights_of(source))
     stored = model_config.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     asked = quantization(model_config, config.scheme, dtype, config.skip)
     tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
-    texts = Texts(
+    texts = ScoringTexts(
         open_sources(config.data),
         tokenizer,
         config.max_length,
@@ -109,7 +109,7 @@ def find(config: QuantizeConfig, working: Working) -> Asked:
     )
     with working("reading the data"):
         rows, counts = texts.sample(config.max_tokens)
-    return Asked(
+    return QuantizationPlan(
         source=source,
         config=model_config,
         tokenizer=tokenizer,
@@ -124,8 +124,8 @@ def find(config: QuantizeConfig, working: Working) -> Asked:
     )
 
 
-def quantize(config: QuantizeConfig, working: Working) -> Quantised:
-    """Quantise a model, or a run's with its adapter folded in.
+def quantize(config: QuantizeConfig, working: Working) -> QuantizedModel:
+    """Quantize a model, or a run's with its adapter folded in.
 
     Args:
         config: Which, how, and where to.
@@ -137,19 +137,19 @@ def quantize(config: QuantizeConfig, working: Working) -> Quantised:
     asked = find(config, working)
     lineage, out = trace(asked.source), config.out or usual_folder(asked.source, ending=f"-{config.scheme}")
     with new_folder(out, overwrite=config.overwrite, inputs=inputs_of(config, asked)) as folder:
-        done = write_quantised(asked, folder, lineage.base, working)
-        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantised=True, damage=done.damage)
+        done = write_quantized(asked, folder, lineage.base, working)
+        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantized=True, damage=done.damage)
         write_sums(folder)
     return replace(done, folder=out)
 
 
-def inputs_of(config: QuantizeConfig, asked: Asked) -> list[Path]:
+def inputs_of(config: QuantizeConfig, asked: QuantizationPlan) -> list[Path]:
     """The files and folders that are read for a quantized model: the model's, and those of the data."""
     return [*folders_of(asked.source), *local_files(config.data)]
 
 
-def write_quantised(asked: Asked, folder: Path, base: str | None, working: Working) -> Quantised:
-    """Quantise a model into a folder, read it again, and measure what that cost.
+def write_quantized(asked: QuantizationPlan, folder: Path, base: str | None, working: Working) -> QuantizedModel:
+    """Quantize a model into a folder, read it again, and measure what that cost.
 
     Args:
         asked: Of `find`.
@@ -165,8 +165,8 @@ def write_quantised(asked: Asked, folder: Path, base: str | None, working: Worki
         model = open_model(asked.source, dtype=asked.dtype, device=asked.device).eval()
     with working("predicting with the model as it is") as progress:
         reference = refer(model, asked.rows, progress)
-    with working("quantising"):
-        made = quantise(model, asked.quantization).eval()
+    with working("quantizing"):
+        made = quantize_model(model, asked.quantization).eval()
         kinds = weight_errors(model, made)
     before, after = (each.get_memory_footprint(return_buffers=False) for each in (model, made))
     del model
@@ -176,7 +176,7 @@ def write_quantised(asked: Asked, folder: Path, base: str | None, working: Worki
     del made
     with working("reading it again"):
         again, difference = read_again(folder, tokenizer, meant, dtype=asked.dtype, device=asked.device)
-    with working("predicting with the quantised model") as progress:
+    with working("predicting with the quantized model") as progress:
         drift = compare(reference, again, progress)
     damage = Damage(
         model=asked.source.published or Path(asked.source.name).name,
@@ -192,7 +192,7 @@ def write_quantised(asked: Asked, folder: Path, base: str | None, working: Worki
     )
     (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
-    return Quantised(
+    return QuantizedModel(
         folder, damage, difference, f"{short_count(again.num_parameters())} parameters", folding_note(asked.source)
     )
 

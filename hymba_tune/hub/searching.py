@@ -1,4 +1,4 @@
-"""What to leave as it is when a model is quantised: searched for, and written so."""
+"""What to leave as it is when a model is quantized: searched for, and written so."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from hymba_tune.adapters import open_model
 from hymba_tune.config import QuantizeConfig
 from hymba_tune.data.training import Working
 from hymba_tune.files import check_new_folder
-from hymba_tune.hub.quantizing import Asked, Quantised, find, inputs_of, quantize
-from hymba_tune.quant import Drift, Search, compare, quantise, quantised_only, refer, search, weight_errors
+from hymba_tune.hub.quantizing import QuantizationPlan, QuantizedModel, find, inputs_of, quantize
+from hymba_tune.quant import (
+    QuantizationDrift,
+    Search,
+    compare,
+    quantize_model,
+    quantized_only,
+    refer,
+    search,
+    weight_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,12 @@ class Searched:
     Attributes:
         search: What was tried, and what is proposed.
         skip: All that is to be left: what the user said, and what was found.
-        written: The model so quantised, if a folder was named and something was found.
+        written: The model so quantized, if a folder was named and something was found.
     """
 
     search: Search
     skip: tuple[str, ...]
-    written: Quantised | None = None
+    written: QuantizedModel | None = None
 
 
 def search_skips(config: QuantizeConfig, working: Working) -> Searched:
@@ -50,20 +59,20 @@ def search_skips(config: QuantizeConfig, working: Working) -> Searched:
     return Searched(found, skip, written)
 
 
-def _search(asked: Asked, max_rise: float, working: Working) -> Search:
+def _search(asked: QuantizationPlan, max_rise: float, working: Working) -> Search:
     with working("loading the weights"):
         model = open_model(asked.source, dtype=asked.dtype, device=asked.device).eval()
     with working("predicting with the model as it is") as progress:
         reference = refer(model, asked.rows, progress)
-    with working("quantising"):
-        made = quantise(model, asked.quantization).eval()
+    with working("quantizing"):
+        made = quantize_model(model, asked.quantization).eval()
         kinds = weight_errors(model, made)
 
-    def measure(chosen: frozenset[str]) -> Drift:
+    def measure(chosen: frozenset[str]) -> QuantizationDrift:
         what = f"{len(chosen)} kinds" if len(chosen) > 1 else "".join(chosen)
         with (
-            working(f"predicting with {what} quantised") as progress,
-            quantised_only(model, made, chosen) as mixed,
+            working(f"predicting with {what} quantized") as progress,
+            quantized_only(model, made, chosen) as mixed,
         ):
             return compare(reference, mixed, progress)
 

@@ -1,4 +1,4 @@
-"""A model that was written, read again and compared: what an export and a quantised model have in common."""
+"""A model that was written, read again and compared: what an export and a quantized model have in common."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .attention_blocks import blocked_attention
-from .attention_flash import flash_attention, flash_missing, flash_unfit
-from .attention_flex import flex_missing, flex_packed_attention, flex_unfit
-from .attention_native import native_attention, native_missing
+from .attention_flash import flash_attention, flash_unavailable_reason, flash_unsupported_reason
+from .attention_flex import flex_packed_attention, flex_unavailable_reason, flex_unsupported_reason
+from .attention_native import native_attention, native_unavailable_reason
 from .attention_sdpa import sdpa_attention
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .documents import Documents, find_documents
@@ -97,20 +97,20 @@ ATTENTION = Operation(
             flex_packed_attention,
             ("cuda",),
             GPU_DTYPES,
-            foreign=True,
-            missing=flex_missing,
-            unfit=flex_unfit,
+            needs_self_test=True,
+            unavailable_reason=flex_unavailable_reason,
+            unsupported_reason=flex_unsupported_reason,
         ),
         Backend(
             "flash",
             flash_attention,
             ("cuda",),
             (torch.bfloat16, torch.float16),
-            foreign=True,
-            missing=flash_missing,
-            unfit=flash_unfit,
+            needs_self_test=True,
+            unavailable_reason=flash_unavailable_reason,
+            unsupported_reason=flash_unsupported_reason,
         ),
-        Backend("native", native_attention, ("cpu",), DTYPES, missing=native_missing),
+        Backend("native", native_attention, ("cpu",), DTYPES, unavailable_reason=native_unavailable_reason),
         Backend("blocks", blocked_attention),
         Backend("sdpa", sdpa_attention),
     ],

@@ -56,7 +56,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docume
 
 
 @cache
-def flash_missing() -> str | None:
+def flash_unavailable_reason() -> str | None:
     """Why no FlashAttention can be used on this machine, or None if one can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -67,7 +67,7 @@ def flash_missing() -> str | None:
     return None
 
 
-def flash_unfit(task: Task) -> str | None:
+def flash_unsupported_reason(task: Task) -> str | None:
     """Why heads of a task's widths cannot be taken, or None if they can."""
     width, value_width = task.widths
     if width % 8 or width > WIDEST:

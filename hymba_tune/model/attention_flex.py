@@ -51,7 +51,7 @@ def flex_packed_attention(
 
 
 @cache
-def flex_missing() -> str | None:
+def flex_unavailable_reason() -> str | None:
     """Why FlexAttention cannot be compiled on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -64,7 +64,7 @@ def flex_missing() -> str | None:
     return None
 
 
-def flex_unfit(task: Task) -> str | None:
+def flex_unsupported_reason(task: Task) -> str | None:
     """Why heads of a task's widths cannot be taken, or None if they can."""
     if min(task.widths) < LEAST_WIDTH:
         return f"heads must be {LEAST_WIDTH} wide or more, not {min(task.widths)}"
@@ -108,7 +108,7 @@ def block_mask(starts: tuple[int, ...], meta: int, window: int | None, device: t
     by_block = first[torch.arange(count * BLOCK, device=device).clamp(max=rows - 1)].view(count, BLOCK)
     blocks = torch.arange(count, device=device)
     queries, begins = blocks[:, None], blocks * BLOCK
-    # What the queries of a block see of their texts is one run of keys: neighbours' runs overlap or touch.
+    # What the queries of a block see of their texts is one run of keys: neighbors' runs overlap or touch.
     seen = (blocks <= queries) & ((begins < meta) | (blocks >= by_block.amin(1)[:, None] // BLOCK))
     all_meta = begins + BLOCK <= meta
     whole = (blocks < queries) & (all_meta | (begins.clamp(min=meta) >= by_block.amax(1)[:, None]))

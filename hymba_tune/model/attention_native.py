@@ -37,11 +37,11 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 
 
 @cache
-def native_missing() -> str | None:
+def native_unavailable_reason() -> str | None:
     """Why it cannot run on this machine, or None if it can; compiles it the first time."""
     if not all(map(_product, DTYPES)):
         return "this build of PyTorch brings no MKL"
-    return LIBRARY.missing()
+    return LIBRARY.unavailable_reason()
 
 
 @cache

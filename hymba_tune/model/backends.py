@@ -30,7 +30,7 @@ class Task:
         device: Type of the device, such as "cpu".
         dtype: Of the inputs.
         gradients: Whether a backward may come.
-        continues: Whether texts go on from what a cache holds.
+        has_initial_state: Whether texts go on from what a cache holds.
         widths: Of a query head and of a value head, for attention.
         taps: Width of the convolution.
     """
@@ -38,7 +38,7 @@ class Task:
     device: str
     dtype: torch.dtype
     gradients: bool = True
-    continues: bool = False
+    has_initial_state: bool = False
     widths: tuple[int, int] = (64, 128)
     taps: int = 4
 
@@ -71,11 +71,11 @@ class Backend:
         dtypes: Of the inputs; None for any.
         gradients: Whether it has a backward.
         initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
-        chained: Whether it takes, at once, texts of which all but the first go on from where that one ends.
-        foreign: Whether it is compiled at run time or comes from another package. It is then tried on a small problem
-            first, so that one that does not compile, or computes something else, is never trusted with a run.
-        missing: Why it cannot be used on this machine and what to install, or None if it can.
-        unfit: Why it cannot take a task, for reasons not among the above, or None if it can.
+        fuses_meta_prefix: Whether it takes, at once, texts of which all but the first go on from where that one ends.
+        needs_self_test: Whether it is compiled at run time or comes from another package. It is then tried on a small
+            problem first, so that one that does not compile, or computes something else, is never trusted with a run.
+        unavailable_reason: Why it cannot be used on this machine and what to install, or None if it can.
+        unsupported_reason: Why it cannot take a task, for reasons not among the above, or None if it can.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     gradients: bool = True
     initial_state: bool = True
-    chained: bool = False
-    foreign: bool = False
-    missing: Callable[[], str | None] = _nothing
-    unfit: Callable[[Task], str | None] = _fits
+    fuses_meta_prefix: bool = False
+    needs_self_test: bool = False
+    unavailable_reason: Callable[[], str | None] = _nothing
+    unsupported_reason: Callable[[Task], str | None] = _fits
 
     def __post_init__(self) -> None:
         run: Any = self.run
@@ -103,9 +103,9 @@ class Backend:
             return f"it takes {_joined(map(_short, self.dtypes))}, not {_short(task.dtype)}"
         if task.gradients and not self.gradients:
             return "it has no backward"
-        if task.continues and not self.initial_state:
+        if task.has_initial_state and not self.initial_state:
             return "it cannot go on from a state"
-        return self.missing() or self.unfit(task)
+        return self.unavailable_reason() or self.unsupported_reason(task)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Operation:
             name: As for `choose`.
         """
         backend = self.choose(task, name)
-        if not backend.foreign or (name or self._standing(task)) != AUTO:
+        if not backend.needs_self_test or (name or self._standing(task)) != AUTO:
             return backend.run(*arguments)
         try:
             return backend.run(*arguments)
@@ -194,7 +194,7 @@ class Operation:
     def _standing(self, task: Task) -> str:
         """What `use_kernels` chose; where that cannot go on from a cache, generation takes the fastest that can."""
         chosen = self.backends.get(self.chosen)
-        return AUTO if chosen and task.continues and not chosen.initial_state else self.chosen
+        return AUTO if chosen and task.has_initial_state and not chosen.initial_state else self.chosen
 
     def check(self, name: str) -> None:
         """Refuse a name that no backend has.
@@ -212,7 +212,7 @@ class Operation:
     def _obstacle(self, backend: Backend, task: Task) -> str | None:
         if reason := backend.obstacle(task):
             return reason
-        if not backend.foreign:
+        if not backend.needs_self_test:
             return None
         key = backend.name, task
         if key not in self._trials:

@@ -23,7 +23,7 @@ CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in (
 """What this transformers calls a cache where a model takes and returns it: "past_key_values" before 5.24."""
 
 
-class Seen(NamedTuple):
+class VisibleKeys(NamedTuple):
     """What the new tokens of continued texts look at.
 
     Attributes:
@@ -74,7 +74,7 @@ class HymbaCache(Cache):
         window = config.sliding_window
         self._limits = {layer: window + 1 for layer in layers if window is not None and layer not in unbounded}
         # Of one pass: what tokens look at, where they go, and which keys are hidden from them.
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, VisibleKeys] = {}
         self._places: dict[int, _Places] = {}
         self._hidden: dict[tuple[int, int | None], Tensor] = {}
 
@@ -98,9 +98,9 @@ class HymbaCache(Cache):
         places = self._places[columns]
         self.keys[layer] = _write(held, key, places)
         self.values[layer] = _write(self.values.get(layer), value, places)
-        self._seen.setdefault(layer, Seen(self.keys[layer], self.values[layer], places.positions))
+        self._seen.setdefault(layer, VisibleKeys(self.keys[layer], self.values[layer], places.positions))
 
-    def seen(self, layer: int) -> Seen:
+    def seen(self, layer: int) -> VisibleKeys:
         """What the new tokens look at in a layer that `extend` was called for in this pass."""
         return self._seen[layer]
 
@@ -185,11 +185,11 @@ class HymbaCache(Cache):
             "Assisted decoding needs this and does not work with Hymba."
         )
 
-    def _seen_beside(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> Seen:
+    def _seen_beside(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> VisibleKeys:
         """What is held, with the new tokens beside it instead of in their columns."""
         assert documents.past is not None
         held_key, held_value, new = self.keys[layer], self.values[layer], _new_positions(documents)
-        return Seen(
+        return VisibleKeys(
             torch.cat([held_key, documents.to_grid(key).transpose(1, 2)], 2),
             torch.cat([held_value, documents.to_grid(value).transpose(1, 2)], 2),
             torch.cat(

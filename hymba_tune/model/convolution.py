@@ -15,8 +15,12 @@ from torch.nn.functional import silu
 
 from .autocast import outside_autocast
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, kept, random_leaves
-from .convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
-from .convolution_native import LIBRARY, native_conv1d, native_unfit
+from .convolution_causal_conv1d import (
+    causal_conv1d_run,
+    causal_conv1d_unavailable_reason,
+    causal_conv1d_unsupported_reason,
+)
+from .convolution_native import LIBRARY, native_conv1d, native_unsupported_reason
 from .documents import Documents
 from .native import DTYPES
 
@@ -42,9 +46,9 @@ def packed_conv1d(
         return silu(y), tails
     backend = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]))
     x_meta, x_text = x.split([meta, starts[-1]])
-    if backend.chained:
+    if backend.fuses_meta_prefix:
         offsets = (0, *(meta + start for start in starts))
-        y = backend.run(x, weight, bias, offsets=offsets, chained=True, silu=True)
+        y = backend.run(x, weight, bias, offsets=offsets, fuses_meta_prefix=True, silu=True)
         before = weight.shape[1] - 1
         first = torch.nn.functional.pad(x_meta, (0, 0, before, 0))[meta:]
         return y, _last_inputs(x_text, first.expand(len(starts) - 1, -1, -1), starts)
@@ -94,7 +98,7 @@ def causal_conv1d(
     if before == 0:
         return y, initial
     borders = _borders(offsets, before, x.device)
-    # The first K - 1 tokens of a text look back beyond it: not at their neighbours in x, but at its initial inputs.
+    # The first K - 1 tokens of a text look back beyond it: not at their neighbors in x, but at its initial inputs.
     around = torch.cat([initial, x[borders.first]], 1)
     heads = torch.stack([around[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
     heads = heads if bias is None else heads + bias
@@ -194,11 +198,19 @@ CONVOLUTION = Operation(
             causal_conv1d_run,
             ("cuda",),
             GPU_DTYPES,
-            foreign=True,
-            missing=causal_conv1d_missing,
-            unfit=causal_conv1d_unfit,
+            needs_self_test=True,
+            unavailable_reason=causal_conv1d_unavailable_reason,
+            unsupported_reason=causal_conv1d_unsupported_reason,
         ),
-        Backend("native", native_conv1d, ("cpu",), DTYPES, chained=True, missing=LIBRARY.missing, unfit=native_unfit),
+        Backend(
+            "native",
+            native_conv1d,
+            ("cpu",),
+            DTYPES,
+            fuses_meta_prefix=True,
+            unavailable_reason=LIBRARY.unavailable_reason,
+            unsupported_reason=native_unsupported_reason,
+        ),
         Backend("torch", shifted_products),
     ],
     plain="torch",

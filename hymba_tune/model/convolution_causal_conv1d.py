@@ -32,13 +32,13 @@ def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
         convolve = _function()
     except ImportError as error:
-        raise RuntimeError(f"causal-conv1d cannot be used: {causal_conv1d_missing()}") from error
+        raise RuntimeError(f"causal-conv1d cannot be used: {causal_conv1d_unavailable_reason()}") from error
     y: Tensor = convolve(_channels_first(x)[None], weight, None if bias is None else bias.to(weight.dtype))
     return y[0].T
 
 
 @cache
-def causal_conv1d_missing() -> str | None:
+def causal_conv1d_unavailable_reason() -> str | None:
     """Why causal-conv1d cannot be used on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -64,7 +64,7 @@ def _function() -> Callable[..., Tensor]:
     return causal_conv1d_fn  # type: ignore[no-any-return]
 
 
-def causal_conv1d_unfit(task: Task) -> str | None:
+def causal_conv1d_unsupported_reason(task: Task) -> str | None:
     """Why a task's convolution cannot be taken, or None if it can."""
     if task.taps not in WIDTHS:
         return f"it takes widths from {WIDTHS[0]} to {WIDTHS[-1]}, not {task.taps}"

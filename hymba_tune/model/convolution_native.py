@@ -23,14 +23,15 @@ SOURCE = (
     VECTORS
     + r"""
 // W channels stand side by side in a vector, GROUP channels are one unit of work. A group goes through the texts CHUNK
-// tokens at a time, one block of W channels after the other: neighbours in a row are then read close to each other.
+// tokens at a time, one block of W channels after the other: neighbors in a row are then read close to each other.
 
 constexpr int GROUP = 64, CHUNK = 32;
 
 namespace {
 
 struct Convolution {
-    int64_t texts, E, K, threads, chained, silu;  // chained: texts after the first follow on the first's last inputs
+    int64_t texts, E, K, threads, fuses_meta_prefix, silu;
+    // fuses_meta_prefix: texts after the first follow on the first's last inputs
     const int64_t *offsets;
     Rows x, y, dy, dx;
     const float *taps, *bias;  // (K, E): the last meets the token itself
@@ -54,7 +55,7 @@ template <int K> struct Block {
 
     // Stand in front of a text.
     void enter(int64_t text) {
-        bool follows = p->chained && text;
+        bool follows = p->fuses_meta_prefix && text;
         for (int k = 0; k < K; k++) {
             x[k] = follows && p->offsets[1] > k ? read(p->x, p->offsets[1] - 1 - k) : V{};
             dx[k] = V{};
@@ -106,10 +107,10 @@ template <int K> struct Block {
             }
             int64_t done = t - (K - 1);
             if (done < begin) {
-                if (p->chained && text) d_first[begin - done] += dx[K - 1];
+                if (p->fuses_meta_prefix && text) d_first[begin - done] += dx[K - 1];
             } else {
                 V total = dx[K - 1];
-                if (p->chained && !text && end - done < K) total += d_first[end - done];
+                if (p->fuses_meta_prefix && !text && end - done < K) total += d_first[end - done];
                 store(p->dx, done, column, lanes, total);
             }
         }
@@ -161,7 +162,7 @@ def native_conv1d(
     bias: Tensor | None,
     *,
     offsets: tuple[int, ...] | None = None,
-    chained: bool = False,
+    fuses_meta_prefix: bool = False,
     silu: bool = False,
 ) -> Tensor:
     """Convolve texts that begin from zeros.
@@ -171,25 +172,25 @@ def native_conv1d(
         weight: ``(E, K)``, K up to `WIDEST`.
         bias: ``(E,)`` or None.
         offsets: Where each text begins among the T tokens, and T; one text when not given.
-        chained: Whether the texts after the first begin from its last inputs instead.
+        fuses_meta_prefix: Whether the texts after the first begin from its last inputs instead.
         silu: Whether silu follows.
 
     Returns:
         ``(T, E)`` in x's dtype.
     """
-    layout = offsets or (0, x.shape[0]), chained, silu
+    layout = offsets or (0, x.shape[0]), fuses_meta_prefix, silu
     y: Tensor = _NativeConvolution.apply(readable(x), weight, bias, layout)
     return y
 
 
-def native_unfit(task: Task) -> str | None:
+def native_unsupported_reason(task: Task) -> str | None:
     """Why a task cannot be taken, or None if it can."""
     return None if task.taps <= WIDEST else f"the width must be at most {WIDEST}, not {task.taps}"
 
 
 class _Arguments(Arguments):
     _fields_ = (
-        *fields(ctypes.c_int64, "texts E K threads chained silu"),
+        *fields(ctypes.c_int64, "texts E K threads fuses_meta_prefix silu"),
         *fields(ctypes.c_void_p, "offsets"),
         *fields(Rows, "x y dy dx"),
         *fields(ctypes.c_void_p, "taps bias d_taps d_bias"),
@@ -226,14 +227,14 @@ def _call(
     layout: tuple[tuple[int, ...], bool, bool],
     **others: Tensor | None,
 ) -> None:
-    offsets, chained, silu = layout
+    offsets, fuses_meta_prefix, silu = layout
     texts = (ctypes.c_int64 * len(offsets))(*offsets)
     arguments = _Arguments(
         texts=len(offsets) - 1,
         E=x.shape[1],
         K=weight.shape[1],
         threads=threads_for(weight.shape[1] * x.numel()),
-        chained=chained,
+        fuses_meta_prefix=fuses_meta_prefix,
         silu=silu,
         offsets=ctypes.addressof(texts),
         x=x,

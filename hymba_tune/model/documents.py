@@ -85,10 +85,7 @@ class Documents:
         """
         device, meta, total = self.cu_seqlens.device, self.num_meta, self.starts[-1]
         offsets = tuple(start + meta * text for text, start in enumerate(self.starts))
-        tokens, rows = (
-            torch.arange(meta + total, device=device),
-            torch.empty(offsets[-1], dtype=torch.int64, device=device),
-        )
+        tokens = torch.arange(meta + total, device=device)
         places = torch.cat([tokens[:meta], tokens[:total] + (self.ids + 1) * meta])
         own = torch.tensor(offsets[:-1], device=device)[:, None] + tokens[:meta]
         rows = tokens.new_empty(offsets[-1])

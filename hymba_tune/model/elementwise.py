@@ -187,7 +187,7 @@ ELEMENTWISE = Operation(
             Elementwise(native_rms_norm, native_mean_of_norms, native_gated_silu, native_rotate),
             ("cpu",),
             DTYPES,
-            missing=LIBRARY.missing,
+            unavailable_reason=LIBRARY.unavailable_reason,
         ),
         Backend("torch", Elementwise(_RMSNorm.apply, _torch_mean_of_norms, _GatedSilu.apply, _torch_rotate)),
     ],

@@ -9,7 +9,7 @@ from types import ModuleType
 logger = logging.getLogger(__name__)
 
 VERSIONS = {"causal-conv1d": 1, "mamba-ssm": 4, "flash-attn2": 4}
-"""The kernels used here, by their names in the organisation kernels-community."""
+"""The kernels used here, by their names in the organization kernels-community."""
 
 
 @cache

@@ -34,7 +34,7 @@ class HymbaRMSNorm(nn.Module):
     """Root-mean-square norm: statistics in float32, cast back, then the weight.
 
     Args:
-        shape: Shape of the weight; it broadcasts over the input, whose last dimension is normalised.
+        shape: Shape of the weight; it broadcasts over the input, whose last dimension is normalized.
         eps: Added to the mean square.
     """
 
@@ -44,7 +44,7 @@ class HymbaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(rows, width)``."""
+        """Normalize ``(rows, width)``."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -52,7 +52,7 @@ class HymbaHeadNorm(HymbaRMSNorm):
     """A norm of each head; its weight is ``(width,)`` for all or ``(1, heads, 1, width)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(rows, heads, width)``."""
+        """Normalize ``(rows, heads, width)``."""
         weight = self.weight[0, :, 0] if self.weight.ndim > 1 else self.weight
         return rms_norm(x, weight, self.eps)
 

@@ -68,7 +68,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only modules that hold parameters themselves are asked about: transformers takes others for initialised.
+        # Only modules that hold parameters themselves are asked about: transformers takes others for initialized.
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
             init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)

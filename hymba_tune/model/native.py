@@ -108,7 +108,7 @@ class Library:
         self._flags = (*FLAGS, *(f"-D{constant}={value}" for constant, value in constants.items()))
         self.load = cache(self._load)
 
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why it cannot run on this machine, or None if it can; compiles it the first time."""
         loaded = self.load()
         return loaded if isinstance(loaded, str) else None

@@ -19,10 +19,10 @@ from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leav
 from .documents import Documents
 from .native import DTYPES
 from .scan_inputs import ScanInputs
-from .scan_mamba_ssm import mamba_ssm_missing, mamba_ssm_scan
+from .scan_mamba_ssm import mamba_ssm_scan, mamba_ssm_unavailable_reason
 from .scan_native import LIBRARY, native_scan
 from .scan_torch import chunked_recurrence
-from .scan_triton import triton_missing, triton_scan
+from .scan_triton import triton_scan, triton_unavailable_reason
 
 
 def packed_scan(
@@ -56,9 +56,9 @@ def packed_scan(
     if states is not None or not meta:
         return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=starts)
     backend = SCAN.choose(Task.of(u, dt, A, B, C, D, z))
-    if backend.chained:
+    if backend.fuses_meta_prefix:
         offsets = (0, *(meta + start for start in starts))
-        y, states = backend.run(ScanInputs(u, dt, A, B, C, D, z, None, None, offsets, chained=True))
+        y, states = backend.run(ScanInputs(u, dt, A, B, C, D, z, None, None, offsets, fuses_meta_prefix=True))
         return y, states[1:].clone()  # a cache is not to hold the meta tokens' too
     if not backend.initial_state:
         copies, places, offsets = documents.behind_meta
@@ -118,7 +118,7 @@ def selective_scan(
     _check(u.device, (channels,), D=D, dt_bias=dt_bias)
     _check(u.device, (texts, channels, states), initial_state=initial_state)
     inputs = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, offsets)
-    task = Task.of(*inputs.tensors, continues=initial_state is not None)
+    task = Task.of(*inputs.tensors, has_initial_state=initial_state is not None)
     y, final = SCAN.compute(task, inputs, name=backend)
     return y, final
 
@@ -188,27 +188,41 @@ def _small_problem(task: Task) -> Problem:
     dt, rates, D, dt_bias, state = random_leaves(wide, shapes)
 
     def compute(backend: Backend) -> tuple[Tensor, ...]:
-        start = state if task.continues else None
+        start = state if task.has_initial_state else None
         y, final = backend.run(ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, start, offsets))
         return y, final
 
     leaves = [u, dt, rates, B, C, D, z, dt_bias]
-    return Problem(compute, [*leaves, state] if task.continues else leaves)
+    return Problem(compute, [*leaves, state] if task.has_initial_state else leaves)
 
 
 SCAN = Operation(
     "scan",
     [
-        Backend("native", native_scan, ("cpu",), DTYPES, chained=True, missing=LIBRARY.missing),
-        Backend("triton", triton_scan, ("cuda",), GPU_DTYPES, foreign=True, missing=triton_missing),
+        Backend(
+            "native",
+            native_scan,
+            ("cpu",),
+            DTYPES,
+            fuses_meta_prefix=True,
+            unavailable_reason=LIBRARY.unavailable_reason,
+        ),
+        Backend(
+            "triton",
+            triton_scan,
+            ("cuda",),
+            GPU_DTYPES,
+            needs_self_test=True,
+            unavailable_reason=triton_unavailable_reason,
+        ),
         Backend(
             "mamba_ssm",
             mamba_ssm_scan,
             ("cuda",),
             GPU_DTYPES,
             initial_state=False,
-            foreign=True,
-            missing=mamba_ssm_missing,
+            needs_self_test=True,
+            unavailable_reason=mamba_ssm_unavailable_reason,
         ),
         Backend("torch", _unfused(chunked_recurrence)),
         Backend("reference", _unfused(_recurrence)),

@@ -24,7 +24,7 @@ class ScanInputs(NamedTuple):
         dt_bias: ``(E,)``, added to dt.
         state: ``(S, E, N)``, which may be expanded from ``(E, N)``; None for zeros.
         offsets: Where each of the S texts begins among the T tokens, and T. A text may be empty.
-        chained: Whether the texts after the first begin from its final state; there is no ``state`` then.
+        fuses_meta_prefix: Whether the texts after the first begin from its final state; there is no ``state`` then.
     """
 
     u: Tensor
@@ -37,7 +37,7 @@ class ScanInputs(NamedTuple):
     dt_bias: Tensor | None
     state: Tensor | None
     offsets: tuple[int, ...]
-    chained: bool = False
+    fuses_meta_prefix: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -47,7 +47,7 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     try:
         compute = _function()
     except ImportError as error:
-        raise RuntimeError(f"mamba-ssm cannot be used: {mamba_ssm_missing()}") from error
+        raise RuntimeError(f"mamba-ssm cannot be used: {mamba_ssm_unavailable_reason()}") from error
     wide = torch.promote_types(inputs.u.dtype, torch.float32)
     u, dt, A, B, C = (x.to(wide) for x in inputs[:5])
     D, z, dt_bias = (None if x is None else x.to(wide) for x in (inputs.D, inputs.z, inputs.dt_bias))
@@ -62,7 +62,7 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def mamba_ssm_missing() -> str | None:
+def mamba_ssm_unavailable_reason() -> str | None:
     """Why mamba-ssm's scan cannot be used on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"

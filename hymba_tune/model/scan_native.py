@@ -35,7 +35,7 @@ def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: If there is no native scan on this machine.
     """
-    u, dt, A, B, C, D, z, dt_bias, state, offsets, chained = inputs
+    u, dt, A, B, C, D, z, dt_bias, state, offsets, fuses_meta_prefix = inputs
     u, dt, B, C = (readable(x) for x in (u, dt, B, C))
     z = None if z is None else readable(z)
     A = A.float().contiguous()
@@ -43,16 +43,16 @@ def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     if state is not None:
         state = state.float()
         state = state if state[:1].is_contiguous() else state.contiguous()
-    texts = Texts(offsets, chained)
+    texts = TextLayout(offsets, fuses_meta_prefix)
     y, final = _NativeScan.apply(u, dt, A, B, C, D, z, dt_bias, state, texts, torch.is_grad_enabled())
     return y, final
 
 
-class Texts(NamedTuple):
+class TextLayout(NamedTuple):
     """Where texts begin, and whether those after the first go on from its final state."""
 
     offsets: tuple[int, ...]
-    chained: bool
+    fuses_meta_prefix: bool
 
 
 class _NativeScan(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _NativeScan(torch.autograd.Function):
         z: Tensor | None,
         dt_bias: Tensor | None,
         state: Tensor | None,
-        texts: Texts,
+        texts: TextLayout,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         kept = None
@@ -120,7 +120,7 @@ class _Scan(Arguments):
     """The C++'s struct of the same name."""
 
     _fields_ = (
-        *fields(ctypes.c_int64, "texts E N threads chained"),
+        *fields(ctypes.c_int64, "texts E N threads fuses_meta_prefix"),
         *fields(ctypes.c_void_p, "offsets"),
         *fields(Rows, "u dt B C z y dy du ddt dB dC dz"),
         *fields(ctypes.c_void_p, "A D dt_bias initial"),
@@ -129,7 +129,7 @@ class _Scan(Arguments):
     )
 
 
-def _call(function: str, texts: Texts, **arguments: Tensor | int | None) -> None:
+def _call(function: str, texts: TextLayout, **arguments: Tensor | int | None) -> None:
     """Run ``forward`` or ``backward`` of the library."""
     offsets = (ctypes.c_int64 * len(texts.offsets))(*texts.offsets)
     shape = arguments["A"].shape  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ def _call(function: str, texts: Texts, **arguments: Tensor | int | None) -> None
         E=shape[0],
         N=shape[1],
         threads=threads_for(texts.offsets[-1] * shape.numel()),
-        chained=texts.chained,
+        fuses_meta_prefix=texts.fuses_meta_prefix,
         offsets=ctypes.addressof(offsets),
         **arguments,
     )

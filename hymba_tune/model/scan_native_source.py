@@ -16,7 +16,8 @@ SOURCE = (
 namespace {
 
 struct Scan {
-    int64_t texts, E, N, threads, chained;  // chained: texts after the first begin from its final state
+    int64_t texts, E, N, threads, fuses_meta_prefix;
+    // fuses_meta_prefix: texts after the first begin from its final state
     const int64_t *offsets;
     Rows u, dt, B, C, z, y, dy, du, ddt, dB, dC, dz;
     const float *A, *D, *dt_bias, *initial;
@@ -137,7 +138,7 @@ void forward_group(const Scan &p, int64_t index) {
     int64_t chunk = 0;
     for (int64_t text = 0; text < p.texts; text++) {
         for (Block &block : group.blocks) {
-            if (p.chained && text) {
+            if (p.fuses_meta_prefix && text) {
                 block.state = block.first;
                 continue;
             }
@@ -244,7 +245,7 @@ void backward_group(const Scan &p, int64_t index) {
         for (Block &block : group.blocks) {
             const float *d_final = p.d_final ? p.d_final + (text * p.E + block.column) * p.N : nullptr;
             gather(d_final, p.N, block.lanes, block.d_state.data());
-            for (int64_t n = 0; p.chained && !text && n < p.N; n++) block.d_state[n] += block.first[n];
+            for (int64_t n = 0; p.fuses_meta_prefix && !text && n < p.N; n++) block.d_state[n] += block.first[n];
         }
         for (int64_t back = count_chunks(p, text) - 1; back >= 0; back--) {
             int64_t begin = p.offsets[text] + back * CHUNK;
@@ -264,7 +265,7 @@ void backward_group(const Scan &p, int64_t index) {
         }
         for (Block &block : group.blocks) {
             scatter(block.d_state.data(), p.N, block.lanes, p.d_initial + (text * p.E + block.column) * p.N);
-            for (int64_t n = 0; p.chained && text && n < p.N; n++) block.first[n] += block.d_state[n];
+            for (int64_t n = 0; p.fuses_meta_prefix && text && n < p.N; n++) block.first[n] += block.d_state[n];
         }
     }
     for (Block &block : group.blocks) {

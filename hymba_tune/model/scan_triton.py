@@ -50,7 +50,7 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 """A warp alone waits for no other. Fusion is multiplying and adding in one, which Triton means to leave off."""
 
 
-def triton_missing() -> str | None:
+def triton_unavailable_reason() -> str | None:
     """Why the Triton scan cannot be used on this machine, or None if it can: on a GPU, or interpreted on any device."""
     if not INSTALLED:
         return "triton is not installed; pip install triton"

@@ -1,4 +1,4 @@
-"""Plots as SVG inside a page: sharp at any size, their text real text, their colours the page's."""
+"""Plots as SVG for pages, with real text and the page's colors, and as PNG."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from hymba_tune.pages.theme import LIGHT
 
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, and is wider than what a browser will take instead, so that room is left for that."""
+"""The font that layouts are computed with. It comes with matplotlib and is wider than the fonts of browsers, so that
+text fits there as well."""
 SIZE = (4.3, 2.7)
-"""Inches. As wide as a phone, so that text stays readable there; wide pages set several side by side."""
+"""Width and height in inches. As wide as a phone, so that text is readable there; wide pages show several in a row."""
 PIXELS_AN_INCH = 160
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -49,13 +50,13 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot and the words around it.
+    """A plot with its texts.
 
     Attributes:
-        title: What it shows.
-        alt: What it says, for those who do not see it.
-        svg: The drawing.
-        note: A line below it.
+        title: Title of the plot.
+        alt: A sentence that replaces the plot for readers who do not see it.
+        svg: The plot as an ``svg`` element.
+        note: A line below the plot; may be empty.
     """
 
     title: str
@@ -67,46 +68,47 @@ class Plot:
 def plot(
     title: str, alt: str, draw: Callable[[Axes], None], *, size: tuple[float, float] = SIZE, note: str = ""
 ) -> Plot:
-    """Draw a plot in the look of all pages.
+    """Draw a plot in the style of the pages.
 
     Args:
-        title: What it shows; the page prints it above.
-        alt: What it says in a sentence.
-        draw: Draws on the axes it is given, in colours of `LIGHT`, and labels them with units.
-        size: Inches.
-        note: A line below it.
+        title: Title of the plot; the page prints it above.
+        alt: A sentence that replaces the plot for readers who do not see it.
+        draw: Draws on the axes in colors of `LIGHT`, and labels them with units.
+        size: Width and height in inches.
+        note: A line below the plot.
     """
     salt = hashlib.sha256(title.encode()).hexdigest()
-    drawn = _drawn(draw, size, format="svg", transparent=True, metadata={"Date": None, "Creator": None}, salt=salt)
-    return Plot(title, alt, Markup(_of_the_page(drawn.decode())), note)
+    svg = _draw(draw, size, format="svg", transparent=True, metadata={"Date": None, "Creator": None}, salt=salt)
+    return Plot(title, alt, Markup(_embeddable(svg.decode())), note)
 
 
 def picture(draw: Callable[[Axes], None], *, size: tuple[float, float] = SIZE) -> bytes:
-    """Draw a plot as a PNG on white, for where a page of ours is not.
+    """Draw a plot as a PNG on white, for use outside of pages.
 
     Args:
-        draw: As `plot` takes it.
-        size: Inches.
+        draw: Draws on the axes, as for `plot`.
+        size: Width and height in inches.
     """
-    return _drawn(draw, size, format="png", dpi=PIXELS_AN_INCH, metadata={"Software": None}, salt=None)
+    return _draw(draw, size, format="png", dpi=PIXELS_AN_INCH, metadata={"Software": None}, salt=None)
 
 
-def _drawn(draw: Callable[[Axes], None], size: tuple[float, float], *, salt: str | None, **how: Any) -> bytes:
-    look: Any = {**STYLE, "svg.hashsalt": salt}
-    with mpl.rc_context(look), warnings.catch_warnings():
+def _draw(draw: Callable[[Axes], None], size: tuple[float, float], *, salt: str | None, **options: Any) -> bytes:
+    # Without a fixed salt, matplotlib gives elements random ids and the same plot differs between runs.
+    style: Any = {**STYLE, "svg.hashsalt": salt}
+    with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser's fonts have it
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
-        drawn = BytesIO()
-        figure.savefig(drawn, **how)
-    return drawn.getvalue()
+        buffer = BytesIO()
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
-def _of_the_page(svg: str) -> str:
-    """The ``svg`` element alone, its colours and fonts those of the page, without names that other plots have too."""
+def _embeddable(svg: str) -> str:
+    """Reduce a document to its ``svg`` element, with the page's colors and font and without ids of other plots."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<svg .*?(viewBox=\"[^\"]*\").*?>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace(f"'{FONT}'", "var(--sans)").replace("xlink:href", "href")
-    for name, colour in LIGHT.items():
-        svg = svg.replace(colour, f"var(--{name})")
+    for name, color in LIGHT.items():
+        svg = svg.replace(color, f"var(--{name})")
     return svg

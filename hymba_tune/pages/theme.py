@@ -1,4 +1,4 @@
-"""The colours of pages and plots. Every line also differs by its dashes or marks, so that grey print loses nothing."""
+"""The colors of pages and plots. Lines of a plot also differ in dashes or markers, so that gray print loses nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIGHT = {
     "good": "#1d7a43",
     "bad": "#b3261e",
 }
-"""By what they are for. Plots are drawn in these and name them, so that a dark page shows them in its own."""
+"""Colors by purpose. Plots are drawn in these and refer to them by name, so that a dark page can replace them."""
 
 DARK = {
     "ink": "#e6ebf0",
@@ -30,4 +30,4 @@ DARK = {
     "good": "#6fce8f",
     "bad": "#f28b82",
 }
-"""The same where the reader's system prefers a dark page."""
+"""The colors for readers whose system prefers dark pages."""

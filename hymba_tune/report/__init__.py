@@ -1,4 +1,4 @@
-"""What came of a run, as a page: read from the run's files, so that it can be written again at any time."""
+"""The report page of a run. It is built from the run's files, so it can be written again at any time."""
 
 from hymba_tune.report.compare import write_comparison
 from hymba_tune.report.curves import loss_picture

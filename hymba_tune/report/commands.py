@@ -1,45 +1,45 @@
-"""Commands that repeat a run, or go on from it."""
+"""Commands that repeat a run, or continue from it."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-from hymba_tune.config import Config
+from hymba_tune.config import TrainingConfig, Verb
 from hymba_tune.report.record import RunRecord
 
 
-def defaults(verb: str) -> dict[str, Any]:
-    """What a verb's settings are when they are not given; nothing for a verb that is not known any more."""
-    kind = next((kind for kind in Config.kinds() if getattr(kind, "verb", None) == verb), None)
+def defaults(verb: Verb) -> dict[str, Any]:
+    """Return the default settings of a verb; none for a verb that this version does not have."""
+    kind = TrainingConfig.by_verb().get(verb.name)
     fields = kind.model_fields if kind else {}
     return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
 
 def chosen(record: RunRecord) -> dict[str, Any]:
-    """The settings of a run that differ from the defaults."""
-    usual = defaults(record.verb)
-    return {name: value for name, value in record.settings.items() if name not in usual or usual[name] != value}
+    """Return the settings of a run that differ from the defaults."""
+    default = defaults(record.verb)
+    return {name: value for name, value in record.settings.items() if name not in default or default[name] != value}
 
 
 def repeat(record: RunRecord) -> str:
-    """The command that makes the same run again, elsewhere."""
-    words = ["hymba-tune", record.verb]
+    """Return the command that repeats a run in another directory."""
+    words = ["hymba-tune", record.verb.name]
     for name, value in chosen(record).items():
         words += _flag(name, value)
     return shlex.join(words)
 
 
 def next_commands(record: RunRecord) -> dict[str, str]:
-    """What people want to do with a run next: a label and a command each."""
+    """Return the commands that may follow a run, by their labels."""
     path = shlex.quote(str(record.path))
     commands = {}
     if any(record.path.glob("checkpoints/checkpoint-*")):
-        commands["go on with it"] = f"hymba-tune {record.verb} --resume {path}"
+        commands["resume it"] = f"hymba-tune {record.verb} --resume {path}"
     if any((record.path / folder).is_dir() for folder in ("adapter", "model")):
-        commands["talk to it"] = f"hymba-tune chat {path}"
+        commands["chat with it"] = f"hymba-tune chat {path}"
     if (record.path / "adapter").is_dir():
-        commands["make one model of it"] = f"hymba-tune merge {path} --out {shlex.quote(record.name + '-merged')}"
+        commands["merge it into one model"] = f"hymba-tune merge {path} --out {shlex.quote(record.name + '-merged')}"
     return commands
 
 

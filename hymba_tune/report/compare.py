@@ -9,7 +9,8 @@ from typing import Any
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import check_file, write_errors, write_text
-from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.formatting import duration, format_bytes
+from hymba_tune.pages import render
 from hymba_tune.report.commands import defaults
 from hymba_tune.report.curves import overlaid_plots
 from hymba_tune.report.measures import measure
@@ -21,18 +22,18 @@ MOST = len(ascii_uppercase)
 def write_comparison(
     paths: Sequence[Path], out: Path, *, overwrite: bool = False
 ) -> list[tuple[str, RunRecord, dict[str, str]]]:
-    """Write a page that sets runs side by side: curves, final figures, settings that differ, answers.
+    """Write a page that compares runs: curves, final figures, settings that differ, answers.
 
     Args:
-        paths: Directories of two runs or more.
-        out: The page.
-        overwrite: Whether a file that is there is replaced.
+        paths: The directories of two runs or more.
+        out: The file of the page.
+        overwrite: Whether an existing file is replaced.
 
     Returns:
-        The letter that stands for each run, the run, and its final figures.
+        For each run its letter on the page, its record, and its final figures.
 
     Raises:
-        CheckpointError: If one is not a run, or its files cannot be read.
+        CheckpointError: If a directory is not a run, or its files cannot be read.
         ConfigError: If there are too many, or the page cannot be written.
     """
     if len(paths) > MOST:
@@ -40,7 +41,7 @@ def write_comparison(
     check_file("--out", out, overwrite=overwrite)
     records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
     figures = {letter: final_figures(record) for letter, record in records.items()}
-    settings = {letter: {"verb": r.verb, **defaults(r.verb), **r.settings} for letter, r in records.items()}
+    settings = {letter: {"verb": r.verb.name, **defaults(r.verb), **r.settings} for letter, r in records.items()}
     page = render(
         "hymba_tune.report",
         "compare.html.j2",
@@ -57,19 +58,19 @@ def write_comparison(
 
 
 def final_figures(record: RunRecord) -> dict[str, str]:
-    """What a run came to: a label and a number each."""
+    """Return the final figures of a run, by their labels."""
     figures: dict[str, str] = {}
     for name in record.measures:
-        kind = measure(name, record.verb)
+        measured = measure(name, record.verb)
         _, held_out = record.series(f"eval_{name}")
         if held_out:
             ends = {"last": held_out[-1]}
-            if not name.startswith("loss/"):  # of a source the last one says enough
+            if not name.startswith("loss/"):  # for a single source the last loss is enough
                 ends = {"before": held_out[0], **ends}
-                if kind.better:
-                    ends["best"] = (min if kind.better < 0 else max)(held_out)
-            title = f"{kind.title[0].lower()}{kind.title[1:]}"
-            figures |= {f"held-out {title}, {when}": kind.written(end) for when, end in ends.items()}
+                if measured.better:
+                    ends["best"] = (min if measured.better < 0 else max)(held_out)
+            title = f"{measured.title[0].lower()}{measured.title[1:]}"
+            figures |= {f"held-out {title}, {when}": measured.written(end) for when, end in ends.items()}
     facts = record.facts
     figures["steps"] = f"{record.last_step:,}"
     if "seconds" in facts:
@@ -78,14 +79,14 @@ def final_figures(record: RunRecord) -> dict[str, str]:
     if speeds:
         figures["speed, median"] = measure("tokens_per_s", record.verb).written(sorted(speeds)[len(speeds) // 2])
     if "peak_memory_bytes" in facts:
-        figures["peak memory"] = gigabytes(facts["peak_memory_bytes"])
+        figures["peak memory"] = format_bytes(facts["peak_memory_bytes"])
     if "parameters" in facts:
         figures["parameters trained"] = f"{facts['parameters']['trainable']:,}"
     return figures
 
 
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs: their values in the order of the runs, a dash where there is none."""
+    """Return the settings that differ between runs: the values in the order of the runs, with a dash for none."""
     names = dict.fromkeys(name for one in settings.values() for name in one)
     rows = {name: [_written(one.get(name)) for one in settings.values()] for name in names}
     return {name: row for name, row in rows.items() if len(set(row)) > 1}
@@ -103,20 +104,20 @@ def _aligned(figures: dict[str, dict[str, str]]) -> dict[str, list[str]]:
 
 
 def _best(records: dict[str, RunRecord]) -> str:
-    """The answer: whose held-out loss is the lowest. Runs of other data cannot be compared by it."""
+    """Say which run has the lowest held-out loss."""
     lowest = {letter: min(record.series("eval_loss")[1], default=None) for letter, record in records.items()}
     known = {letter: loss for letter, loss in lowest.items() if loss is not None}
     if len(known) < 2:
-        return "Not enough of these runs have held-out data to compare them by."
+        return "Fewer than two of these runs have a held-out loss, so they cannot be compared."
     if len({record.verb for record in records.values()}) > 1:
-        return "These runs minimise different losses, which cannot be compared."
+        return "These runs minimize different losses, which cannot be compared."
     ranked = sorted(known, key=lambda letter: known[letter])
-    said = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
-    return f"{ranked[0]} did best: lowest held-out loss {said}."
+    losses = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
+    return f"{ranked[0]} is best, with the lowest held-out loss: {losses}."
 
 
 def _samples(records: dict[str, RunRecord]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Every prompt with the answer each run gave after training, those of the runs that were asked it."""
+    """Return every prompt with the answers after training, each with the letter of its run."""
     prompts = dict.fromkeys(sample["prompt"] for record in records.values() for sample in record.samples)
     return [
         (

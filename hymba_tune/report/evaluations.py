@@ -1,4 +1,4 @@
-"""Evaluations as tables: a line a measure, a column a model, and the change where there are two."""
+"""Evaluations as tables: a line for each measure, a column for each model, and the change between two models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hymba_tune.pages import gigabytes
+from hymba_tune.formatting import format_bytes
 
 ERROR = "_stderr"
 NONE = "–"
@@ -14,11 +14,11 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Line:
-    """A measure of all models.
+    """One measure of all models.
 
     Attributes:
-        label: What it is, with its unit.
-        cells: Of each model, and the change, if there is a column for it.
+        label: The measure's name, with its unit.
+        cells: The value of each model, and the change where the table has that column.
     """
 
     label: str
@@ -27,12 +27,12 @@ class Line:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """An evaluation.
+    """The table of one evaluation.
 
     Attributes:
-        when: As it was noted.
-        what: On what it was done.
-        columns: Models by name, and "change" where there are two: of the first against the second.
+        when: The time of the evaluation, as recorded.
+        what: The data and tasks of the evaluation.
+        columns: The models' names, and "change" where there are two: the first model's value less the second's.
         lines: The measures.
     """
 
@@ -43,7 +43,7 @@ class EvaluationTable:
 
 
 def tabulate(facts: dict[str, Any]) -> EvaluationTable:
-    """Lay out what `hymba_tune.evaluate` notes of an evaluation."""
+    """Return the table of an evaluation that `hymba_tune.evaluate` recorded."""
     models = facts["models"]
     columns = [name.rsplit("/", 1)[-1] if name.startswith("/") else name for name in (m["name"] for m in models)]
     texts = [model["measures"] for model in models]
@@ -56,7 +56,7 @@ def tabulate(facts: dict[str, Any]) -> EvaluationTable:
         values = [model["tasks"].get(task, {}) for model in models]
         names = dict.fromkeys(name for one in values for name in one if not name.endswith(ERROR))
         lines += [_line(f"{task}: {name}", values, name, "{:.4g}".format) for name in names]
-    lines.append(Line("weights", [gigabytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
+    lines.append(Line("weights", [format_bytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
     return EvaluationTable(facts["when"], _what(facts), columns + ["change"] * (len(models) == 2), lines)
 
 
@@ -72,7 +72,7 @@ TEXT_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("right answers", _percent),
     "answers_found": ("answers to compare", _percent),
 }
-"""In the order in which they are shown."""
+"""Labels and formats of the measures, in the order in which they are shown."""
 
 
 def _line(label: str, models: Sequence[dict[str, float]], name: str, written: Callable[[float], str]) -> Line:
@@ -92,7 +92,8 @@ def _signed(written: Callable[[float], str], change: float) -> str:
 
 
 def _what(facts: dict[str, Any]) -> str:
-    settings, first = facts["settings"], facts["models"][0]
+    settings = facts["settings"]
+    first = facts["models"][0]
     data = first.get("data")
     parts = [*settings.get("data", []), *settings.get("tasks", [])]
     if data:

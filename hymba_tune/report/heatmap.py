@@ -12,20 +12,20 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from hymba_tune.pages import LIGHT, SIZE, Plot, plot
 
 GROUPS = ("attention", "SSM", "attention + SSM", "MLP")
-"""Rows of the map, from above; what is not in a layer stands below it in words."""
+"""Groups of the map's rows, from the top; parts outside the layers are named in the note below."""
 SHADES = 40
-"""So few that the colour bar is drawn, not embedded as a picture."""
+"""The number of colors: few enough that the color bar is drawn as vectors, not embedded as a picture."""
 
 
 def updates_plot(parts: list[dict[str, Any]], *, from_base: bool = False) -> Plot | None:
-    """The heat map of ``updates.json``.
+    """Plot the heat map of ``updates.json``.
 
     Args:
-        parts: ``group``, ``part``, ``layer`` and ``size``, which is a share of the weight's norm, or None.
-        from_base: Whether the run began with a trained adapter: what that had moved counts as well, and is said to.
+        parts: Dicts with ``group``, ``part``, ``layer`` and ``size``, a share of the weight's norm or None.
+        from_base: Whether the run trained an adapter further; the map then includes earlier training, and says so.
 
     Returns:
-        None if no part of a layer was trained.
+        The plot; None if no part of a layer was trained.
     """
     inside = [part for part in parts if part["layer"] is not None and part["group"] in GROUPS]
     if not inside:
@@ -57,10 +57,11 @@ def updates_plot(parts: list[dict[str, Any]], *, from_base: bool = False) -> Plo
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
 
     size = (SIZE[0], 1.0 + 0.21 * len(rows))
-    title, note = "How far the weights moved", _note(parts)
+    title = "How far the weights moved"
+    note = _note(parts)
     if from_base:
         title = f"{title} from the base"
-        note = f"{note} The run went on with an adapter, and what that had moved before is counted too."
+        note = f"{note} The run trained an adapter further; the changes of its earlier training are included."
     return plot(title, _alt(inside), draw, size=size, note=note)
 
 
@@ -78,13 +79,13 @@ def _label(group: str, part: str) -> str:
 
 
 def _note(parts: list[dict[str, Any]]) -> str:
-    """The median of each group, those outside the layers too."""
+    """Return the median change of each group, including those outside the layers."""
     groups = dict.fromkeys(part["group"] for part in parts)
     sizes = {group: [p["size"] for p in parts if p["group"] == group and p["size"] is not None] for group in groups}
-    said = " · ".join(f"{group} {_written(median(found))}" for group, found in sizes.items() if found)
-    lost = sum(part["size"] is None for part in parts)
-    explained = "‖ΔW‖ / ‖W‖ of each part, by layer; blank was not trained. Medians"
-    return f"{explained}: {said}." + (f" {lost} parts hold NaN or infinity." if lost else "")
+    medians = " · ".join(f"{group} {_written(median(known))}" for group, known in sizes.items() if known)
+    broken = sum(part["size"] is None for part in parts)
+    explained = "‖ΔW‖ / ‖W‖ of each part, by layer; blank parts were not trained. Medians"
+    return f"{explained}: {medians}." + (f" {broken} parts hold NaN or infinity." if broken else "")
 
 
 def _alt(inside: list[dict[str, Any]]) -> str:
@@ -92,5 +93,5 @@ def _alt(inside: list[dict[str, Any]]) -> str:
     if not known:
         return "No part of any layer has a finite change."
     most, least = (choose(known, key=lambda part: part["size"]) for choose in (max, min))
-    said = [f"{_label(p['group'], p['part'])} of layer {p['layer']} ({_written(p['size'])})" for p in (most, least)]
-    return f"How far each part of each layer moved, in per cent of its norm: most {said[0]}, least {said[1]}."
+    ends = [f"{_label(p['group'], p['part'])} of layer {p['layer']} ({_written(p['size'])})" for p in (most, least)]
+    return f"How far each part of each layer moved, in percent of its norm: most {ends[0]}, least {ends[1]}."

@@ -1,11 +1,10 @@
-"""What a run measures, and how that is written."""
+"""The measures of a run, and how their values are written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-A_TOKEN = ("sft", "distill")
-"""Verbs whose loss is a mean over tokens; that of preferences is in a unit of its own, and another for every kind."""
+from hymba_tune.config import Verb
 
 
 @dataclass(frozen=True)
@@ -13,12 +12,12 @@ class Measure:
     """A column of ``metrics.jsonl``.
 
     Attributes:
-        title: What it is.
-        unit: Its unit, as an axis names it.
-        format: How a value is written in a sentence.
-        scale: What values are divided by.
-        chance: What guessing gives, where that is known.
-        better: -1 where less of it is better, 1 where more is, 0 where neither.
+        title: The measure's name.
+        unit: The unit, as an axis shows it.
+        format: The format of a value in a sentence.
+        scale: The divisor of values.
+        chance: The value of guessing, where it is known.
+        better: -1 where a lower value is better, 1 where a higher one is, 0 where neither is.
     """
 
     title: str
@@ -29,7 +28,7 @@ class Measure:
     better: int = 0
 
     def written(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         unit = {"": "", "%": " %"}.get(self.unit, f" {self.unit}")
         return f"{value / self.scale:{self.format}}{unit}"
 
@@ -40,37 +39,41 @@ KNOWN = {
     "distillation": Measure("Distance from the teacher", "nats a token", ".3f", better=-1),
     "chunk_likelihood": Measure("Distance from the teacher, by chunks", format=".3f", better=-1),
     "hidden_states": Measure("Distance from the teacher's hidden states", format=".3f", better=-1),
-    "accuracy": Measure("Pairs ranked right", "%", ".0f", scale=0.01, chance=0.5, better=1),
+    "accuracy": Measure("Accuracy", "%", ".0f", scale=0.01, better=1),
     "margin": Measure("Margin of rewards", format=".3f", better=1),
-    "chosen_reward": Measure("Reward of better answers", format=".3f"),
-    "rejected_reward": Measure("Reward of worse answers", format=".3f"),
+    "chosen_reward": Measure("Reward of chosen answers", format=".3f"),
+    "rejected_reward": Measure("Reward of rejected answers", format=".3f"),
     "learning_rate": Measure("Learning rate", format=".2g"),
     "grad_norm": Measure("Gradient norm, before clipping"),
     "tokens_per_s": Measure("Speed", "tokens/s", ",.0f", better=1),
     "memory_bytes": Measure("Peak memory", "GB", ".2f", scale=2**30, better=-1),
 }
-"""In the order in which they are shown, after the loss."""
-TOLD_RIGHT = Measure("Answers told right", "%", ".0f", scale=0.01, better=1)
-"""The accuracy of answers that are judged one by one: what chance would give depends on how many of them are good."""
+"""Measures in the order in which they are shown, after the loss."""
 
 
 def order(name: str) -> float:
-    """Where a measure stands among the others: those nobody described after the loss, before the machine's."""
+    """Return the sort key of a measure: the loss, then measures without a description, then those of the machine."""
     names = list(KNOWN)
     if name.partition("/")[0] == "loss":
         return -1
     return names.index(name) if name in names else names.index("learning_rate") - 0.5
 
 
-def measure(name: str, verb: str | None) -> Measure:
-    """What a column holds, in a run of a verb, or of any (None); one that nobody described is called by its name.
+def measure(name: str, verb: Verb | None) -> Measure:
+    """Describe a column of metrics.jsonl.
 
-    The held-out loss of one source of several is ``loss/`` and its name.
+    Args:
+        name: The column. The held-out loss of one source of several is ``loss/`` and the source's name.
+        verb: The verb of the run; None where runs of several verbs are compared.
+
+    Returns:
+        The measure; a column without a description gets its name as the title.
     """
     what, _, source = name.partition("/")
     if what == "loss":
         title = f"Loss on {source}" if source else "Loss"
-        return Measure(title, "nats a token" if verb in A_TOKEN else "", ".3f", better=-1)
-    if name == "accuracy" and verb == "kto":
-        return TOLD_RIGHT
+        return Measure(title, verb.loss_unit if verb else "", ".3f", better=-1)
+    if name == "accuracy" and verb and verb.accuracy:
+        title = f"{verb.accuracy.subject} {verb.accuracy.verdict}".capitalize()
+        return replace(KNOWN[name], title=title, chance=verb.accuracy.chance)
     return KNOWN.get(name) or Measure(name.replace("_", " ").capitalize())

@@ -1,4 +1,4 @@
-"""The page of one run."""
+"""The report page of one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hymba_tune.files import write_text
-from hymba_tune.pages import duration, gigabytes, render
+from hymba_tune.formatting import duration, format_bytes
+from hymba_tune.pages import render
 from hymba_tune.report.commands import chosen, next_commands, repeat
 from hymba_tune.report.curves import loss_plot, other_plots
 from hymba_tune.report.evaluations import tabulate
@@ -15,8 +16,6 @@ from hymba_tune.report.record import RunRecord
 from hymba_tune.report.verdict import Verdict, judge
 
 REPORT = "report.html"
-VERBS = {"sft": "Fine-tuning", "dpo": "Preference training (DPO)", "kto": "Preference training (KTO)"}
-VERBS |= {"distill": "Distillation"}
 
 
 def write_report(path: Path) -> tuple[Path, Verdict]:
@@ -26,10 +25,10 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         path: The run's directory.
 
     Returns:
-        The page, and the answer it begins with.
+        The file of the page, and the verdict at its top.
 
     Raises:
-        CheckpointError: If it is not a run, or its files cannot be read.
+        CheckpointError: If the directory is not a run, or its files cannot be read.
         OSError: If the page cannot be written.
     """
     record = RunRecord.read(path)
@@ -39,7 +38,7 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         "run.html.j2",
         record=record,
         verdict=verdict,
-        kind=VERBS.get(record.verb, record.verb),
+        title=record.verb.title,
         state=_state(record),
         brief=_brief(record),
         loss=loss_plot(record),
@@ -57,56 +56,57 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
 
 
 def _state(record: RunRecord) -> str:
-    """How the run ended, in a few words."""
-    ended, steps = record.facts.get("ended", {}), f"step {record.last_step:,}"
+    """Say how the run ended, in a few words."""
+    ended = record.facts.get("ended", {})
+    steps = f"step {record.last_step:,}"
     early = (record.facts.get("kept") or {}).get("ended")
     match ended.get("how"):
         case "finished":
             return f"finished early at {steps}: {early}" if early else f"finished at {steps}"
         case "interrupted":
-            return f"stopped by hand at {steps}"
+            return f"interrupted at {steps}"
         case "failed":
             return f"failed at {steps}"
     return f"not finished, at {steps}"
 
 
 def _brief(record: RunRecord) -> list[str]:
-    """What it was and what it took, in a line."""
+    """Return the model, method, data, time and memory of a run, for one line."""
     facts, settings = record.facts, record.settings
     size = facts.get("parameters", {})
     trained = f"{size['trainable']:,} of {size['total']:,} parameters trained" if size else ""
     took = [duration(facts["seconds"])] if "seconds" in facts else []
     took += [f"{facts['tokens_seen']:,} tokens"] if "tokens_seen" in facts else []
-    took += [gigabytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
+    took += [format_bytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
     parts = [str(settings.get("model", "")), str(settings.get("method", "")), ", ".join(settings.get("data", []))]
     return [part for part in (*parts, trained, facts.get("device", ""), *took) if part]
 
 
 def _memory(facts: dict[str, Any]) -> str:
-    """Predicted against measured memory, where both are known."""
+    """Compare predicted and measured memory; empty where one is unknown."""
     memory = facts.get("memory") or {}
     predicted, measured = memory.get("predicted_bytes"), memory.get("measured_bytes", facts.get("peak_memory_bytes"))
     if not predicted or not measured:
         return ""
     off = 100 * (measured / predicted - 1)
-    return f"Memory: {gigabytes(predicted)} predicted, {gigabytes(measured)} measured ({off:+.0f} %)."
+    return f"Memory: {format_bytes(predicted)} predicted, {format_bytes(measured)} measured ({off:+.0f} %)."
 
 
 def _data(record: RunRecord) -> list[tuple[str, str]]:
-    """What became of the rows: a label and a number each, those of nothing left out."""
+    """Return the counts of rows and tokens with their labels, without zeros."""
     counts = record.facts.get("data", {})
     names = {
         "rows": "rows read",
-        "conversations": "conversations kept",
-        "texts": "texts kept",
-        "pairs": "pairs kept",
+        "conversations": "conversations used",
+        "texts": "texts used",
+        "pairs": "pairs used",
         "tokens": "tokens",
         "learned": "tokens learned",
         "longest": "tokens in the longest row",
-        "weighted": "rows with weights of their own",
+        "weighted": "rows with loss weights",
         "cut": "rows cut to --max-length",
         "too_long": "rows dropped: the answer begins past --max-length",
-        "bad_rows": "rows dropped: could not be used",
+        "bad_rows": "rows dropped: invalid",
     }
     names |= {name: name.replace("_", " ") for name, value in counts.items() if isinstance(value, int)} | names
     return [(label, f"{counts[name]:,}") for name, label in names.items() if counts.get(name)]

@@ -1,4 +1,4 @@
-"""A run as its files tell it."""
+"""A run as recorded in its files."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any
 
 import yaml
 
+from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
 
 SHOWN_DROPPED = 10
-"""Dropped rows that are read in full; the others are counted."""
+"""The number of dropped rows that are read in full; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's directory says. Only its settings must be there: a run may have ended anywhere.
+    """The content of a run's directory. Only the settings must exist, as a run may have ended at any point.
 
     Attributes:
         path: The directory.
-        settings: ``config.yaml``, without the verb.
+        settings: The settings in ``config.yaml``, without the verb.
         verb: The command that made the run.
-        facts: ``run.json``.
-        rows: ``metrics.jsonl``, numbers by name.
-        samples: ``samples.json``: ``prompt``, ``reference``, ``before`` and, at the end of a run, ``after``.
-        updates: ``updates.json``: ``parts``, a list of how far each moved, or why it is ``absent``.
-        evaluations: ``evaluations.json``: what `hymba-tune eval` measured, the oldest first.
+        facts: The content of ``run.json``.
+        rows: The lines of ``metrics.jsonl``: numbers by name.
+        samples: The answers in ``samples.json``: ``prompt``, ``reference``, ``before`` and, after training, ``after``.
+        updates: The content of ``updates.json``: ``parts``, how far each moved, or the reason why it is ``absent``.
+        evaluations: The results of `hymba-tune eval` in ``evaluations.json``, the oldest first.
         dropped: The first rows of ``dropped.jsonl``.
-        reasons: How many rows were dropped for which reason.
+        reasons: The number of dropped rows by reason.
     """
 
     path: Path
     settings: dict[str, Any]
-    verb: str
+    verb: Verb
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class RunRecord:
         """Read a run's directory.
 
         Raises:
-            CheckpointError: If it is not one, or a file of it cannot be read.
+            CheckpointError: If the directory is not a run, or one of its files cannot be read.
         """
         if not (path / "config.yaml").is_file():
             raise CheckpointError(f"{path} is not a run: it has no config.yaml.", expected="runs/<name>")
@@ -60,7 +61,7 @@ class RunRecord:
             dropped, reasons = _dropped(path / "dropped.jsonl")
             return cls(
                 path=path,
-                verb=settings.pop("verb", "sft"),
+                verb=_verb(settings.pop("verb", SFTConfig.verb.name)),
                 settings=settings,
                 facts=facts,
                 rows=_rows(path / "metrics.jsonl"),
@@ -82,25 +83,35 @@ class RunRecord:
 
     @property
     def measures(self) -> list[str]:
-        """Names of what was measured, held-out ones by what they measure, in the order of their first row."""
+        """Names of the measures without ``eval_``, in the order of their first row."""
         names = (name.removeprefix("eval_") for row in self.rows for name in row if name != "step")
         return list(dict.fromkeys(names))
 
     def series(self, measure: str) -> tuple[list[int], list[float]]:
-        """Steps, and what was measured at them."""
+        """Return the steps of a measure and its values."""
         known = [(int(row["step"]), row[measure]) for row in self.rows if measure in row]
         return [step for step, _ in known], [value for _, value in known]
 
     @property
     def source_losses(self) -> dict[str, tuple[list[int], list[float]]]:
-        """The series of the held-out loss of each source, by its name, where there are several."""
+        """The steps and held-out losses of each source, by its name, where there are several."""
         names = [name.removeprefix("loss/") for name in self.measures if name.startswith("loss/")]
         return {name: self.series(f"eval_loss/{name}") for name in names}
 
     @property
     def last_step(self) -> int:
-        """As far as it got."""
+        """The last step that was measured."""
         return int(max((row["step"] for row in self.rows), default=0))
+
+
+def _verb(name: str) -> Verb:
+    known = TrainingConfig.by_verb()
+    # A run may come from a version with another set of verbs.
+    return (
+        known[name].verb
+        if name in known
+        else Verb(name, name, "", paired=False, logit_copies=0, accuracy=None, figures=())
+    )
 
 
 def _json(path: Path, absent: Any) -> Any:
@@ -109,11 +120,11 @@ def _json(path: Path, absent: Any) -> Any:
 
 def _rows(path: Path) -> list[dict[str, float]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    # A run that was killed may have left half a line.
+    # A killed run may have left an incomplete line.
     whole = (json.loads(line) for line in lines if line.endswith("\n"))
     rows = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in whole]
     for row in rows:
-        # Before training the answers of a pair are equal in reward, so that none is ranked right: this says nothing.
+        # Before training both answers of a pair have the same reward, so an accuracy of 0 means nothing.
         if row.get("eval_margin") == 0:
             row.pop("eval_accuracy", None)
     return rows

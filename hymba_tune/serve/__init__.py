@@ -1,4 +1,4 @@
-"""A model behind OpenAI's interface: chats and completions, streamed or whole, several requests written at once."""
+"""A server with OpenAI's HTTP API: chat and text completions, whole or streamed, with batched generation."""
 
 from hymba_tune.serve.server import Server
 

@@ -1,4 +1,4 @@
-"""The routes: requests in, texts out, whole or as they are written."""
+"""The HTTP routes: chat and text completions, whole or streamed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.data import Conversation, encode_prompt
 from hymba_tune.data.messages import read_messages
 from hymba_tune.errors import DataError
-from hymba_tune.generate import Sampling, TokenScore, Writing
-from hymba_tune.serve.asked import ApiError, Asked, ChatAsked, CompletionAsked, read_asked
-from hymba_tune.serve.told import (
-    Pieces,
-    Tokens,
+from hymba_tune.generate import Generation, Sampling, TokenScore
+from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
+from hymba_tune.serve.responses import (
+    AnswerStream,
+    TokenTexts,
     chat_logprobs,
     completion_logprobs,
     head,
@@ -36,20 +36,20 @@ from hymba_tune.serve.told import (
 from hymba_tune.serve.worker import Job, QueueFullError, Worker
 
 BODY_SECONDS = 30
-"""That a request's body may take to come."""
+"""Time limit for receiving a request's body, in seconds."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-Choice = Callable[[Pieces, bool], dict[str, Any]]
-"""What is told of a text, since the last time where that is streamed."""
+Choice = Callable[[AnswerStream, bool], dict[str, Any]]
+"""Builds a response's choice from a generation; if the flag is set, a chunk with only what is new."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may have.
+    """The limits of a request.
 
     Attributes:
-        context: Tokens that prompt and answer may have together.
-        new_tokens: Tokens of an answer.
-        body: Bytes of a request.
+        context: Maximum number of tokens of prompt and answer together.
+        new_tokens: Maximum number of tokens of an answer.
+        body: Maximum size of a request's body, in bytes.
     """
 
     context: int
@@ -58,25 +58,28 @@ class Limits:
 
 
 class Service:
-    """Chats and completions with one model.
+    """Chat and text completions with one model.
 
     Args:
-        name: What the model is called.
-        tokenizer: With a chat template.
-        worker: Writes the texts.
-        limits: Of each request.
+        name: The model's name in requests and responses.
+        tokenizer: A tokenizer with a chat template.
+        worker: The thread that generates.
+        limits: The limits of each request.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, worker: Worker, limits: Limits) -> None:
-        self._name, self._tokenizer, self._worker, self._limits = name, tokenizer, worker, limits
-        self._tokens = Tokens(tokenizer)
+        self._name = name
+        self._tokenizer = tokenizer
+        self._worker = worker
+        self._limits = limits
+        self._tokens = TokenTexts(tokenizer)
 
     def app(self, *, local: bool) -> Starlette:
-        """The application.
+        """The ASGI application.
 
         Args:
-            local: Whether only this machine is let in: then requests must name it as their host, so that no page in a
-                browser reaches the model under a name of its own.
+            local: Whether only local connections are accepted. Requests must then name this machine as their host, so
+                that a page in a browser cannot reach the model through a domain name of its own (DNS rebinding).
         """
         hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])] if local else []
         return Starlette(
@@ -88,7 +91,7 @@ class Service:
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ],
             middleware=hosts,
-            exception_handlers={ApiError: _refused, HTTPException: _no_route, Exception: _failed},
+            exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
         )
 
     async def _health(self, _: Request) -> Response:
@@ -98,199 +101,218 @@ class Service:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
-        self._known(request.path_params["name"])
+        self._check_model(request.path_params["name"])
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
         return {"id": self._name, "object": "model", "owned_by": "hymba-tune", "max_model_len": self._limits.context}
 
-    def _known(self, name: str) -> None:
+    def _check_model(self, name: str) -> None:
         if name != self._name:
             raise ApiError(
-                404, f"There is no model {name!r} here, only {self._name!r}.", param="model", code="model_not_found"
+                404,
+                f"The model {name!r} does not exist; this server has {self._name!r}.",
+                param="model",
+                code="model_not_found",
             )
 
-    async def _body(self, request: Request) -> Any:
+    async def _read_body(self, request: Request) -> Any:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise ApiError(415, "The body must be JSON, with Content-Type: application/json.")
-        most, body = self._limits.body, bytearray()
+        limit = self._limits.body
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > most:
-                        raise ApiError(413, f"The body is larger than {most:,} bytes.", code="request_too_large")
+                    if len(body) > limit:
+                        raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
             return json.loads(body)
         except TimeoutError:
-            raise ApiError(408, f"The body did not come within {BODY_SECONDS} seconds.") from None
+            raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds.") from None
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The body is not JSON: {error}.") from None
 
-    async def _chat(self, request: Request) -> Response:
-        asked = read_asked(ChatAsked, await self._body(request))
-        self._known(asked.model)
+    async def _chat(self, http: Request) -> Response:
+        request = read_request(ChatRequest, await self._read_body(http))
+        self._check_model(request.model)
         try:
-            messages = read_messages(list(asked.messages), {"developer": "system"})
+            messages = read_messages(list(request.messages), {"developer": "system"})
             if messages[-1].role == "assistant":
-                raise ApiError(400, "messages end with an answer; expected a question.", param="messages")
+                raise ApiError(400, "messages: the last one is the assistant's; expected a user's.", param="messages")
             prompt = encode_prompt(Conversation(tuple(messages)), self._tokenizer)
         except DataError as error:
             raise ApiError(400, f"messages: {error.what}.", param="messages") from None
-        top = (asked.top_logprobs or 0) if asked.logprobs else None
-        limit = asked.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
-        texts = self._texts(asked, [prompt], limit, top, goes_on=False)
 
-        def choice(pieces: Pieces, streamed: bool) -> dict[str, Any]:
-            told = pieces.next()
-            scores = pieces.scores()
-            said = {"role": "assistant", "content": told}
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        limit = request.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
+        generations = self._generations(request, [prompt], limit, top, continues_prompt=False)
+
+        def choice(stream: AnswerStream, streamed: bool) -> dict[str, Any]:
+            text = stream.next()
+            scores = stream.scores()
+            message = {"role": "assistant", "content": text, "refusal": None}
             return {
-                "index": pieces.text.number,
-                **({"delta": {"content": told} if told else {}} if streamed else {"message": said | {"refusal": None}}),
+                "index": stream.generation.number,
+                **({"delta": {"content": text} if text else {}} if streamed else {"message": message}),
                 "logprobs": chat_logprobs(scores, self._tokens) if top is not None else None,
-                "finish_reason": pieces.ended,
+                "finish_reason": stream.finish_reason,
             }
 
-        begin = [
-            {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(asked.n)
+        first_chunks = [
+            {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(request.n)
         ]
-        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        return await self._answer(
-            request, asked, texts, head(kind, self._name), choice, len(prompt), begin, stripped=True
-        )
+        begin = head("chat.completion.chunk" if request.stream else "chat.completion", self._name)
+        return await self._answer(http, request, generations, begin, choice, len(prompt), first_chunks, stripped=True)
 
-    async def _complete(self, request: Request) -> Response:
-        asked = read_asked(CompletionAsked, await self._body(request))
-        self._known(asked.model)
-        prompts = [self._ids(prompt) for prompt in asked.prompts]
+    async def _complete(self, http: Request) -> Response:
+        request = read_request(CompletionRequest, await self._read_body(http))
+        self._check_model(request.model)
+        prompts = [self._ids(prompt) for prompt in request.prompts]
         if not prompts or not all(prompts):
-            raise ApiError(400, "prompt: nothing to go on with.", param="prompt")
-        scored = asked.prompt_logprobs is not None or (asked.echo and asked.logprobs is not None)
-        if asked.stream and (asked.echo or scored):
+            raise ApiError(400, "prompt is empty; expected text or token ids.", param="prompt")
+        scored = request.prompt_logprobs is not None or (request.echo and request.logprobs is not None)
+        if request.stream and (request.echo or scored):
             raise ApiError(400, "echo and prompt_logprobs cannot be streamed.", param="stream")
-        if not asked.max_tokens and not (asked.echo or scored):
-            raise ApiError(400, "max_tokens: 0 is for echo and prompt_logprobs.", param="max_tokens")
-        texts = self._texts(asked, prompts, asked.max_tokens, asked.logprobs, goes_on=True)
-        top = max(asked.prompt_logprobs or 0, asked.logprobs or 0)
-        read = [await self._score(ids, top) for ids in prompts] if scored else None
+        if not request.max_tokens and not (request.echo or scored):
+            raise ApiError(400, "max_tokens: 0 needs echo or prompt_logprobs.", param="max_tokens")
 
-        def choice(pieces: Pieces, streamed: bool) -> dict[str, Any]:
-            told, scores = pieces.next(), pieces.scores()
-            number = pieces.text.number
-            before = read[number // asked.n] if read else None
-            choice = {"index": number, "text": told, "logprobs": None, "finish_reason": pieces.ended or "length"}
-            if streamed:
-                choice["finish_reason"] = pieces.ended
-            if asked.logprobs is not None or asked.echo:
-                choice |= self._completion_scores(asked, pieces.text, told, scores, before)
-            if asked.prompt_logprobs is not None and before is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(before, self._tokens)
+        generations = self._generations(request, prompts, request.max_tokens, request.logprobs, continues_prompt=True)
+        top = max(request.prompt_logprobs or 0, request.logprobs or 0)
+        prompt_scores = [await self._score(ids, top) for ids in prompts] if scored else None
+
+        def choice(stream: AnswerStream, streamed: bool) -> dict[str, Any]:
+            text = stream.next()
+            scores = stream.scores()
+            number = stream.generation.number
+            own_prompt = prompt_scores[number // request.n] if prompt_scores else None
+            choice = {"index": number, "text": text, "logprobs": None, "finish_reason": stream.finish_reason}
+            if not streamed:  # a request for the prompt's scores alone generates nothing, so that nothing finishes
+                choice["finish_reason"] = stream.finish_reason or "length"
+            if request.logprobs is not None or request.echo:
+                choice |= self._completion_scores(request, stream.generation, text, scores, own_prompt)
+            if request.prompt_logprobs is not None and own_prompt is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(own_prompt, self._tokens)
             return choice
 
+        begin = head("text_completion", self._name)
         count = sum(map(len, prompts))
-        return await self._answer(
-            request, asked, texts, head("text_completion", self._name), choice, count, [], stripped=False
-        )
+        return await self._answer(http, request, generations, begin, choice, count, [], stripped=False)
 
     def _completion_scores(
         self,
-        asked: CompletionAsked,
-        text: Writing,
-        told: str,
+        request: CompletionRequest,
+        generation: Generation,
+        text: str,
         scores: Sequence[TokenScore],
-        before: Sequence[TokenScore | None] | None,
+        prompt_scores: Sequence[TokenScore | None] | None,
     ) -> dict[str, Any]:
-        """A completion's text and log-probabilities, those of an echoed prompt in front."""
-        prompt = self._tokenizer.decode(text.prompt, skip_special_tokens=True) if asked.echo else ""
-        if asked.logprobs is None:
-            return {"text": prompt + told}
-        shown = [*(before or [] if asked.echo else []), *scores]
-        ids = [*(text.prompt if asked.echo else []), *(score.token for score in scores)]
-        by_id = asked.return_tokens_as_token_ids
-        return {"text": prompt + told, "logprobs": completion_logprobs(shown, ids, self._tokens, by_id=by_id)}
+        """A completion's text and log-probabilities, preceded by the prompt's if it is echoed."""
+        prompt = self._tokenizer.decode(generation.prompt, skip_special_tokens=True) if request.echo else ""
+        if request.logprobs is None:
+            return {"text": prompt + text}
+        all_scores = [*(prompt_scores or [] if request.echo else []), *scores]
+        ids = [*(generation.prompt if request.echo else []), *(score.token for score in scores)]
+        by_id = request.return_tokens_as_token_ids
+        return {"text": prompt + text, "logprobs": completion_logprobs(all_scores, ids, self._tokens, by_id=by_id)}
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             ids: list[int] = self._tokenizer(prompt)["input_ids"]
             return ids
         if not all(0 <= token < len(self._tokenizer) for token in prompt):
-            raise ApiError(400, f"prompt: token ids lie in 0 to {len(self._tokenizer) - 1:,}.", param="prompt")
+            raise ApiError(400, f"prompt: token ids must be from 0 to {len(self._tokenizer) - 1:,}.", param="prompt")
         return prompt
 
-    def _texts(
-        self, asked: Asked, prompts: Sequence[list[int]], limit: int, top: int | None, *, goes_on: bool
-    ) -> list[Writing]:
+    def _generations(
+        self,
+        request: BaseRequest,
+        prompts: Sequence[list[int]],
+        limit: int,
+        top: int | None,
+        *,
+        continues_prompt: bool,
+    ) -> list[Generation]:
         if limit > self._limits.new_tokens:
-            raise ApiError(400, f"max_tokens: at most {self._limits.new_tokens:,} here.", param="max_tokens")
+            raise ApiError(400, f"max_tokens: at most {self._limits.new_tokens:,} on this server.", param="max_tokens")
         for prompt in prompts:
             if len(prompt) + limit > self._limits.context:
                 raise ApiError(
                     400,
-                    f"{len(prompt):,} tokens of prompt and {limit:,} of answer are more than the model's "
-                    f"{self._limits.context:,}.",
-                    param="messages" if isinstance(asked, ChatAsked) else "prompt",
+                    f"{len(prompt):,} prompt tokens and {limit:,} new tokens exceed the model's context of "
+                    f"{self._limits.context:,} tokens.",
+                    param="messages" if isinstance(request, ChatRequest) else "prompt",
                     code="context_length_exceeded",
                 )
-        choices = range(asked.n * len(prompts))
         return [
-            Writing(
-                prompts[number // asked.n],
+            Generation(
+                prompts[number // request.n],
                 limit,
-                Sampling(asked.temperature, asked.top_p, None if asked.seed is None else asked.seed % 2**62 + number),
-                stop=tuple(asked.stop or ()),
-                goes_on=goes_on,
+                Sampling(
+                    request.temperature,
+                    request.top_p,
+                    None if request.seed is None else request.seed % 2**62 + number,
+                ),
+                stop=tuple(request.stop or ()),
+                continues_prompt=continues_prompt,
                 top=top,
                 number=number,
             )
-            for number in choices
+            for number in range(request.n * len(prompts))
         ]
 
     async def _score(self, ids: list[int], top: int) -> list[TokenScore | None]:
-        with _full_queue_refused():
+        with _full_queue_as_error():
             scores = self._worker.call(lambda model: score_prompt(model, ids, top))
         result: list[TokenScore | None] = await asyncio.wrap_future(scores)
         return result
 
     async def _answer(
         self,
-        request: Request,
-        asked: Asked,
-        texts: list[Writing],
+        http: Request,
+        request: BaseRequest,
+        generations: list[Generation],
         begin: dict[str, Any],
         choice: Choice,
-        prompts: int,
-        opening: list[dict[str, Any]],
+        prompt_tokens: int,
+        first_chunks: list[dict[str, Any]],
         *,
         stripped: bool,
     ) -> Response:
-        pieces = [Pieces(text, self._tokenizer, stripped=stripped) for text in texts]
-        if not texts[0].max_new_tokens:  # only the prompt was asked about
-            return JSONResponse(begin | {"choices": [choice(p, False) for p in pieces], "usage": usage(prompts, texts)})
-        changes = self._changes(texts)
-        if asked.stream:
-            await anext(changes)  # a full queue is said with a status
-            counted = asked.stream_options is not None and asked.stream_options.include_usage
+        streams = [AnswerStream(one, self._tokenizer, stripped=stripped) for one in generations]
+
+        def whole() -> Response:
+            choices = [choice(stream, False) for stream in streams]
+            return JSONResponse(begin | {"choices": choices, "usage": usage(prompt_tokens, generations)})
+
+        if not generations[0].max_new_tokens:  # the request is for the prompt's scores alone
+            return whole()
+        changes = self._changes(generations)
+        if request.stream:
+            await anext(changes)  # a full queue raises here, before the response's status is sent
+            counted = request.stream_options is not None and request.stream_options.include_usage
             return StreamingResponse(
-                _stream(changes, pieces, begin, choice, opening, prompts if counted else None),
+                _stream(changes, streams, begin, choice, first_chunks, prompt_tokens if counted else None),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
         async for _ in changes:
-            if await request.is_disconnected():
+            if await http.is_disconnected():
                 await changes.aclose()
-                return Response(status_code=499)  # nobody reads it
-        return JSONResponse(begin | {"choices": [choice(p, False) for p in pieces], "usage": usage(prompts, texts)})
+                return Response(status_code=499)  # the client has closed the connection and gets no response
+        return whole()
 
-    async def _changes(self, texts: list[Writing]) -> AsyncGenerator[None, None]:
-        """Comes back when the texts are taken on, and when they have changed; whoever stops listening stops them."""
-        changed, loop = asyncio.Event(), asyncio.get_running_loop()
+    async def _changes(self, generations: list[Generation]) -> AsyncGenerator[None, None]:
+        """Yields once the generations are queued, and after each change; closing the iterator cancels them."""
+        changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
 
-        def tell() -> None:
-            with suppress(RuntimeError):  # the server has ended
+        def notify() -> None:
+            with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(changed.set)
 
-        job = Job(texts, tell)
-        with _full_queue_refused():
+        job = Job(generations, notify)
+        with _full_queue_as_error():
             self._worker.submit(job)
         try:
             yield
@@ -299,9 +321,9 @@ class Service:
                 changed.clear()
                 if not job.error:
                     yield
-            if job.error:  # perhaps from before the first look
+            if job.error:  # may have occurred before the first check
                 raise ApiError(500, f"The model failed: {job.error}", kind="server_error")
-            yield  # of what came to an end while the last change was being told
+            yield  # for tokens that were generated while the caller handled the last change
         finally:
             if not job.done:
                 self._worker.drop(job)
@@ -309,27 +331,30 @@ class Service:
 
 async def _stream(
     changes: AsyncGenerator[None, None],
-    pieces: Sequence[Pieces],
+    streams: Sequence[AnswerStream],
     begin: dict[str, Any],
     choice: Choice,
-    opening: list[dict[str, Any]],
-    prompts: int | None,
+    first_chunks: list[dict[str, Any]],
+    prompt_tokens: int | None,
 ) -> AsyncIterator[str]:
-    """Server-sent events: what is new of each text, and last the tokens, if ``prompts`` says how many were read."""
+    """Server-sent events: what is new of each generation, and at the end the usage, if ``prompt_tokens`` is given."""
     try:
-        for first in opening:
+        for first in first_chunks:
             yield _event(begin | {"choices": [first]})
-        going = list(pieces)
+
+        active = list(streams)
         async for _ in changes:
-            for piece in going:
-                told = choice(piece, True)
-                if told.get("text") or told.get("delta") or told["logprobs"] or piece.ended:
-                    yield _event(begin | {"choices": [told]})
-            going = [piece for piece in going if not piece.ended]
-        if prompts is not None:
-            yield _event(begin | {"choices": [], "usage": usage(prompts, [piece.text for piece in pieces])})
+            for stream in active:
+                chunk = choice(stream, True)
+                if chunk.get("text") or chunk.get("delta") or chunk["logprobs"] or stream.finish_reason:
+                    yield _event(begin | {"choices": [chunk]})
+            active = [stream for stream in active if not stream.finish_reason]
+
+        if prompt_tokens is not None:
+            totals = usage(prompt_tokens, [stream.generation for stream in streams])
+            yield _event(begin | {"choices": [], "usage": totals})
         yield "data: [DONE]\n\n"
-    except ApiError as error:  # too late for a status
+    except ApiError as error:  # the status is already sent
         yield _event(error.body)
     finally:
         await changes.aclose()
@@ -340,25 +365,25 @@ def _event(body: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _full_queue_refused() -> Iterator[None]:
+def _full_queue_as_error() -> Iterator[None]:
     try:
         yield
     except QueueFullError:
         raise ApiError(
-            429, "Too many texts wait; try again later.", kind="rate_limit_error", code="rate_limit_exceeded"
+            429, "The queue is full; try again later.", kind="rate_limit_error", code="rate_limit_exceeded"
         ) from None
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refused = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
-    return JSONResponse(refused.body, error.status_code, error.headers)
+    body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").body
+    return JSONResponse(body, error.status_code, error.headers)
 
 
-async def _failed(_: Request, error: Exception) -> Response:
+async def _internal_error(_: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, type(error).__name__, kind="server_error").body, 500)

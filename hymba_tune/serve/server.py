@@ -1,4 +1,4 @@
-"""From settings to a server that listens."""
+"""The server: loads the model and listens on a port."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hymba_tune.serve.worker import Worker
 
 
 class Server:
-    """A model that listens. Its port is taken before the weights load.
+    """An HTTP server for one model; it binds its port before the weights load.
 
     Args:
-        config: Which model, where, and within which limits.
-        working: Told what is done.
+        config: The model, the address and the limits.
+        working: Shows progress.
 
     Raises:
         HymbaTuneError: If the model or the port cannot be used.
@@ -29,23 +29,23 @@ class Server:
 
     def __init__(self, config: ServeConfig, working: Working) -> None:
         check_inputs(config)
-        found = find_model(config.model, config, config.chat_template)
+        loadable = find_model(config.model, config, config.chat_template)
         self._socket = _listen(config.host, config.port)
         try:
-            with working(f"loading {found.source.name}"):
-                model = found.load()
+            with working(f"loading {loadable.source.name}"):
+                model = loadable.load()
         except BaseException:
             self._socket.close()
             raise
-        self.name = found.source.name
+        self.name = loadable.source.name
         self.local = _is_local(config.host)
-        """Whether only this machine reaches it."""
-        self.note = found.note
-        """What is worth knowing of how its adapters were folded in."""
-        self.worker = Worker(model, found.tokenizer, batch_size=config.batch_size, queue=config.queue)
-        context = int(found.config.max_position_embeddings)
+        """Whether the server accepts local connections only."""
+        self.note = loadable.note
+        """A note for the user on how the adapters were merged, if there is one."""
+        self.worker = Worker(model, loadable.tokenizer, batch_size=config.batch_size, queue=config.queue)
+        context = int(loadable.config.max_position_embeddings)
         limits = Limits(context, min(config.max_new_tokens, context - 1), config.max_body * 1024)
-        app = Service(self.name, found.tokenizer, self.worker, limits).app(local=self.local)
+        app = Service(self.name, loadable.tokenizer, self.worker, limits).app(local=self.local)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -60,12 +60,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens, as OpenAI's clients take it."""
+        """The base URL for OpenAI's clients."""
         host, port = self._socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     def run(self) -> None:
-        """Serve until interrupted, or until `stop`."""
+        """Serve until interrupted, or until `stop` is called."""
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -73,26 +73,26 @@ class Server:
             self._socket.close()
 
     def stop(self) -> None:
-        """End `run`, which is on another thread."""
+        """End `run`; called from another thread."""
         self._server.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
         except OSError:
-            listening.close()
+            listener.close()
             raise
     except OSError as error:
         raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}.",
-            fix="--port 0 takes a free one",
+            f"--host {host} --port {port}: cannot listen on this address: {error.strerror or error}.",
+            fix="--port 0, which uses a free port",
         ) from error
-    return listening
+    return listener
 
 
 def _is_local(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The thread on which the model computes, for all requests together."""
+"""The thread that runs the model for all requests."""
 
 from __future__ import annotations
 
@@ -12,78 +12,80 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.generate import Decoder, Writing
+from hymba_tune.generate import Decoder, Generation
 
 
 class QueueFullError(Exception):
-    """More texts wait than may."""
+    """The queue has no room for a request."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A request's texts.
+    """A request's generations.
 
     Attributes:
-        texts: Written on the worker's thread.
-        on_change: Called there whenever one of them has grown or ended.
-        error: What went wrong, if something did; the texts stay as they were.
+        generations: Generated on the worker's thread.
+        on_change: Called on that thread when a generation has new tokens or is finished.
+        error: The error, if one occurred; the generations keep the tokens that they have.
     """
 
-    texts: Sequence[Writing]
+    generations: Sequence[Generation]
     on_change: Callable[[], None]
     error: str | None = None
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
-        return self.error is not None or all(text.ended for text in self.texts)
+        """Whether all generations are finished, or an error occurred."""
+        return self.error is not None or all(one.finish_reason for one in self.generations)
 
 
 class Worker:
-    """Writes up to ``batch_size`` texts side by side; further ones join as others end.
+    """Generates in one batch of up to ``batch_size`` sequences; waiting ones join as others finish.
 
     Args:
-        model: In evaluation mode; nobody else may use it.
-        tokenizer: Whose end token ends a text.
-        batch_size: Texts at a time.
-        queue: Texts that may wait.
+        model: A model in evaluation mode; only this worker may use it.
+        tokenizer: Its end token ends a sequence.
+        batch_size: Maximum number of sequences in the batch.
+        queue: Maximum number of waiting sequences.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, queue: int
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._batch_size, self._queue = batch_size, queue
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._queue = queue
         self._changed = threading.Condition()
-        self._waiting: deque[Writing] = deque()
+        self._waiting: deque[Generation] = deque()
         self._calls: deque[tuple[Callable[[PreTrainedModel], Any], Future[Any]]] = deque()
-        self._dropped: list[Writing] = []
-        self._jobs: dict[Writing, Job] = {}
+        self._dropped: list[Generation] = []
+        self._jobs: dict[Generation, Job] = {}
         self._stopping = False
         self._decoder = Decoder(model, tokenizer)
-        self.most_at_once = 0
-        """The most texts that were written side by side so far."""
+        self.largest_batch = 0
+        """The largest number of sequences in the batch so far."""
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Let a request's texts be written.
+        """Add a request's generations to the queue.
 
         Raises:
-            QueueFullError: If too many wait.
+            QueueFullError: If the queue has no room for them.
         """
         with self._changed:
-            if len(self._waiting) + len(job.texts) > self._queue:
+            if len(self._waiting) + len(job.generations) > self._queue:
                 raise QueueFullError
-            self._waiting.extend(job.texts)
-            self._jobs.update(dict.fromkeys(job.texts, job))
+            self._waiting.extend(job.generations)
+            self._jobs.update(dict.fromkeys(job.generations, job))
             self._changed.notify()
 
     def call(self, compute: Callable[[PreTrainedModel], Any]) -> Future[Any]:
-        """Let something else be computed with the model, between two tokens.
+        """Run another computation with the model, between two steps of generation.
 
         Raises:
-            QueueFullError: If too many wait.
+            QueueFullError: If too many computations wait.
         """
         with self._changed:
             if len(self._calls) >= self._queue:
@@ -94,19 +96,19 @@ class Worker:
             return result
 
     def drop(self, job: Job) -> None:
-        """Write no more of a request's texts: nobody waits for them."""
+        """Cancel a request's generations."""
         with self._changed:
-            self._dropped += [text for text in job.texts if text in self._jobs]
+            self._dropped += [one for one in job.generations if one in self._jobs]
             self._changed.notify()
 
     @property
     def busy(self) -> bool:
-        """Whether texts are being written or wait."""
+        """Whether any sequence is being generated or waits."""
         with self._changed:
             return bool(self._jobs)
 
     def stop(self) -> None:
-        """End the thread after what it is at."""
+        """End the thread after its current step."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -118,49 +120,52 @@ class Worker:
                 self._changed.wait_for(self._has_work)
                 if self._stopping:
                     return
-                dropped, self._dropped = self._dropped, []
-                for text in dropped:
-                    self._jobs.pop(text, None)
+                dropped = self._dropped
+                self._dropped = []
+                for generation in dropped:
+                    self._jobs.pop(generation, None)
                     with suppress(ValueError):
-                        self._waiting.remove(text)
+                        self._waiting.remove(generation)
+
                 calls = [self._calls.popleft()] if self._calls else []
-                room = self._batch_size - len(self._decoder.texts)
-                new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-            for text in dropped:
-                self._decoder.drop(text)
+                free = self._batch_size - len(self._decoder.active)
+                new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+            for generation in dropped:
+                self._decoder.drop(generation)
             for compute, result in calls:
                 self._compute(compute, result)
-            self._write(new)
+            self._generate(new)
 
     def _has_work(self) -> bool:
-        return bool(self._stopping or self._waiting or self._calls or self._dropped or self._decoder.texts)
+        return bool(self._stopping or self._waiting or self._calls or self._dropped or self._decoder.active)
 
     def _compute(self, compute: Callable[[PreTrainedModel], Any], result: Future[Any]) -> None:
         if not result.set_running_or_notify_cancel():
             return
         try:
             result.set_result(compute(self._model))
-        except Exception as error:  # whoever asked for it is told; the others go on
+        except Exception as error:  # only the caller gets the error; other requests continue
             result.set_exception(error)
 
-    def _write(self, new: list[Writing]) -> None:
-        """One token more: of the new texts if there are any, else of all."""
-        texts = [*self._decoder.texts, *new]
-        self.most_at_once = max(self.most_at_once, len(texts))
+    def _generate(self, new: list[Generation]) -> None:
+        """Generate one token: for the new sequences if there are any, otherwise for all."""
+        batch = [*self._decoder.active, *new]
+        self.largest_batch = max(self.largest_batch, len(batch))
         error = None
         try:
             if new:
                 self._decoder.add(new)
-            elif texts:
+            elif batch:
                 self._decoder.step()
-        except Exception as problem:  # out of memory, most likely: these texts fail, and the next begin afresh
-            error = f"{type(problem).__name__}: {problem}"
+        except Exception as failure:  # most likely out of memory: this batch fails, the next starts with a new cache
+            error = f"{type(failure).__name__}: {failure}"
             self._decoder = Decoder(self._model, self._tokenizer)
         with self._changed:
-            jobs = dict.fromkeys(job for text in texts if (job := self._jobs.get(text)))
-            for text in texts:
-                if text.ended or error:
-                    self._jobs.pop(text, None)
+            jobs = dict.fromkeys(job for generation in batch if (job := self._jobs.get(generation)))
+            for generation in batch:
+                if generation.finish_reason or error:
+                    self._jobs.pop(generation, None)
         for job in jobs:
             job.error = job.error or error
             job.on_change()

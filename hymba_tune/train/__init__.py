@@ -1,1 +1,1 @@
-"""Training: supervised fine-tuning on TRL's trainer, in run directories that can be gone on with."""
+"""Training on TRL's trainers, in run directories that can be resumed."""

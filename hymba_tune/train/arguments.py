@@ -1,4 +1,4 @@
-"""What every kind of training tells its trainer."""
+"""The trainer arguments that all kinds of training share."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
 
 EVALUATIONS = 5
-"""Evaluations, and checkpoints, a run gets unless told otherwise."""
+"""The default number of evaluations, and of checkpoints, in a run."""
 LOG_EVERY = 10
-"""Steps between two rows of the table at most, unless told otherwise."""
+"""The default for the most steps between two rows of the metrics."""
 
 
 def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
-    """Arguments by the names that TRL's configurations give them.
+    """Return the arguments by their names in TRL's configurations.
 
     Args:
-        setup: Whose settings they are.
+        setup: The run's setup.
         evaluate: Whether there is held-out data.
     """
     config, device = setup.config, setup.device
@@ -60,25 +60,25 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
 
 
 def learning_rates(setup: Setup) -> Rates:
-    """The peak learning rates of a run."""
+    """Return the peak learning rates of a run."""
     config = setup.config
     base = config.lr or config.learning_rates[config.method]
     return Rates(base, meta=config.lr_meta, ssm=config.lr_ssm, loraplus=config.loraplus_ratio)
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
-    """The number of optimizer steps of a run.
+    """Return the number of optimizer steps of a run.
 
     Args:
         config: The run's settings.
-        rows: How many rows the trainer draws batches from, packed ones if it packs them.
+        rows: The number of rows that the trainer draws batches from; packed rows if it packs them.
     """
     per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.grad_accum)
     return config.steps or max(1, math.ceil(config.epochs * per_epoch))
 
 
 def set_length(trainer: Trainer, setup: Setup) -> None:
-    """Set the steps of a run and its intervals, which may depend on how many rows the trainer has made of the data."""
+    """Set the number of steps and the intervals of a run. They depend on the trainer's rows, which may be packed."""
     config = setup.config
     steps = run_steps(config, len(trainer.train_dataset))
     every = max(1, steps // EVALUATIONS)

@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines."""
+"""The banner: what a run is about to do, in a few lines."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import torch
 
 from hymba_tune.adapters import count_parameters, describe, folding_note, short_count
 from hymba_tune.config import Method
-from hymba_tune.train.foresight import Foresight
-from hymba_tune.train.limits import GB, memory_advice
+from hymba_tune.formatting import format_bytes
+from hymba_tune.train.limits import memory_advice
+from hymba_tune.train.memory_estimate import MemoryEstimate
 from hymba_tune.train.outline import Outline
 from hymba_tune.train.setup import Data, Setup
 
 
-def describe_run(setup: Setup, data: Data, outline: Outline, foresight: Foresight) -> dict[str, str]:
-    """A label and a line for each thing worth knowing before a run."""
+def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: MemoryEstimate) -> dict[str, str]:
+    """Return the banner's lines by their labels."""
     config, report = setup.config, data.report
     trainable, total = count_parameters(outline.model)
     size = total if config.method is Method.full else total - trainable
     dtype = str(setup.dtype).removeprefix("torch.")
     stored = f"{setup.scheme} weights · " if setup.scheme else ""
     dropped = {"too long": report.too_long, "bad row" if report.bad_rows == 1 else "bad rows": report.bad_rows}
-    lost = [f"{count:,} {why}" for why, count in dropped.items() if count]
+    dropped_lines = [f"{count:,} {why}" for why, count in dropped.items() if count]
+
     lengths = f"up to {config.max_length:,} tokens each"
     if outline.packed_share is not None:
         lengths = f"packed to {config.max_length:,}, {outline.packed_share:.1%} full"
+
     lines = {
         "model": f"{setup.source.name} · {short_count(size)} · {stored}{dtype} · {device_in_words(setup.device)}",
         **({"weights": note} if (note := None if setup.continues else folding_note(setup.source)) else {}),
@@ -33,44 +36,49 @@ def describe_run(setup: Setup, data: Data, outline: Outline, foresight: Foresigh
             [
                 *data.summary,
                 f"{len(data.held_out):,} held out" if data.held_out is not None else "none held out",
-                *([f"dropped {', '.join(lost)} → {setup.run.path / 'dropped.jsonl'}"] if lost else []),
+                *(
+                    [f"dropped {', '.join(dropped_lines)} → {setup.run.path / 'dropped.jsonl'}"]
+                    if dropped_lines
+                    else []
+                ),
             ]
         ),
         **({"mix": shares} if (shares := report.shares()) else {}),
         "batch": " · ".join(
             [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{outline.steps:,} steps"]
         ),
-        **({"optimiser": line} if (line := _optimizer(setup, outline)) else {}),
-        "memory": describe_memory(setup, foresight),
+        **({"optimizer": line} if (line := _optimizer(setup, outline)) else {}),
+        "memory": describe_memory(setup, memory_estimate),
         "run": str(setup.run.path),
     }
-    were = "row is longer than --max-length and was"
+
+    subject = "row is longer than --max-length and was"
     if report.cut > 1:
-        were = "rows are longer than --max-length and were"
-    cut = f"{report.cut:,} {were} cut to it" if report.cut else None
+        subject = "rows are longer than --max-length and were"
+    cut = f"{report.cut:,} {subject} cut to it" if report.cut else None
     if notes := [note for note in (cut, data.length_warning) if note]:
         lines["note"] = " · ".join(notes)
     return lines
 
 
 def _optimizer(setup: Setup, outline: Outline) -> str:
-    """What there is to say of an optimiser that is not the usual one, or of rates that differ."""
+    """Describe an optimizer other than the default, or learning rates that differ; empty where there are none."""
     config = setup.config
     rates = {group["name"].removesuffix(", no decay"): group["lr"] for group in outline.groups}
-    said: list[str] = [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
+    parts: list[str] = [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
     if config.optimizer.startswith("paged") and setup.device.type == "cpu":
-        said.append("not paged: there is no GPU to page out of")
-    return " · ".join(said + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
+        parts.append("not paged: there is no GPU to page out of")
+    return " · ".join(parts + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
 
 
-def describe_memory(setup: Setup, foresight: Foresight) -> str:
-    """What a run is estimated to take of memory, and what to change where that is more than there is."""
-    line = f"needs about {foresight.needs / GB:.1f} of {foresight.has / GB:.1f} GB"
-    return line if foresight.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
+def describe_memory(setup: Setup, memory_estimate: MemoryEstimate) -> str:
+    """Describe the memory that a run is estimated to need, and what to change where the device has less."""
+    line = f"needs about {format_bytes(memory_estimate.needs)} of {format_bytes(memory_estimate.has)}"
+    return line if memory_estimate.fits else f"{line}, and may run out: {memory_advice(setup.config)[0]}"
 
 
 def device_in_words(device: torch.device) -> str:
-    """A device, what it is, and of how many it is one."""
+    """Describe a device: its name, and how many GPUs there are."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         others = f", 1 of {count} GPUs" if (count := torch.cuda.device_count()) > 1 else ""

@@ -1,7 +1,8 @@
-"""What every trainer of a run does, whatever it trains on: stands before one of TRL's trainers among the bases."""
+"""The base of every trainer of a run: a mixin for TRL's trainers."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.train.checkpoints import seal
 from hymba_tune.train.optimizers import Rates, parameter_groups
 
 
 class RunTrainer(Trainer):
-    """Learns each kind of parameter at its own rate, keeps the step at hand in sight, and seals its checkpoints.
+    """Mixin with a learning rate for each kind of parameter and sealed checkpoints; list it before the TRL trainer.
 
-    It computes on the device of its model.
+    The trainer computes on its model's device.
 
     Attributes:
-        rates: The learning rates, those of the arguments where none are given.
-        held_out_sources: How many of the held-out rows are of each source, in their order; may be left out where there
-            is but one.
-        step_batches: Each batch of the step at hand, and its share of the step's loss.
-        step_grad_norm: The norm of the step's gradient, before it was clipped.
+        rates: The learning rates; None for the one in the arguments.
+        held_out_sources: The number of held-out rows of each source, in their order; may be empty where there is only
+            one source.
+        step_batches: The batches of the current step, each with its share of the step's loss.
+        step_grad_norm: The norm of the step's gradient before clipping.
     """
 
     rates: Rates | None = None
@@ -41,7 +42,7 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, as the optimiser takes them."""
+        """Return the trained parameters in the optimizer's groups."""
         return parameter_groups(
             self.model,
             self.rates or Rates(self.args.learning_rate),
@@ -50,20 +51,20 @@ class RunTrainer(Trainer):
         )
 
     def get_optimizer_cls_and_kwargs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Transformers' choice of an optimiser, for our groups of parameters."""
-        kind, arguments = Trainer.get_optimizer_cls_and_kwargs(*args, **kwargs)
-        return kind, {**arguments, "params": self.parameter_groups()}
+        """Return transformers' optimizer class and its arguments, with our parameter groups."""
+        optimizer, arguments = Trainer.get_optimizer_cls_and_kwargs(*args, **kwargs)
+        return optimizer, {**arguments, "params": self.parameter_groups()}
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All that weight decay draws to zero: not the SSM's rates A and skips D, which have no reason to be small."""
+        """Return the parameters with weight decay: not the SSM's rates A and skips D, which need not be small."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
 
     def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The batches of the held-out rows, none of which is of two sources, each with its source's name.
+        """Yield the batches of held-out rows with their source's name. No batch holds rows of two sources.
 
         Args:
-            dataloader: Of all of them.
+            dataloader: The batches of all held-out rows.
         """
         if len(self.held_out_sources) < 2:
             yield from (("", self._prepare_inputs(batch)) for batch in dataloader)
@@ -74,24 +75,57 @@ class RunTrainer(Trainer):
             yield from ((name, self._prepare_inputs(batch)) for batch in self.get_eval_dataloader(rows))
             start += count
 
-    def held_out_losses(self, sums: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-        """The mean loss on held-out rows and, where there are several sources, on those of each; by its logged names.
+    def held_out_sums(self, inputs: dict[str, Any]) -> Mapping[str, tuple[Tensor | float, Tensor | float]]:
+        """Measure one batch of held-out rows.
 
         Args:
-            sums: By source ``(2,)``: the summed loss, and what it is a sum of.
-            prefix: What the names begin with.
+            inputs: The batch, on the model's device.
+
+        Returns:
+            The sum of each measure over the batch and what it is summed over (tokens, answers, pairs), by its logged
+            name without ``eval_``. ``loss`` must be among them.
         """
-        parts = {name: self.accelerator.reduce(part, "sum").tolist() for name, part in sums.items()}
-        total = [sum(values) for values in zip(*parts.values(), strict=True)]
-        named = {f"{prefix}_loss": total}
-        if len(parts) > 1:
-            named |= {f"{prefix}_loss/{name}": part for name, part in parts.items()}
-        return {name: loss / count if count else 0.0 for name, (loss, count) in named.items()}
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """Return the means over all held-out rows; where there are several sources, also the loss of each.
+
+        The loops of transformers and TRL average over batches, whatever number of tokens or answers each holds.
+        """
+        del description
+        self.model.eval()
+
+        def zeros() -> Tensor:
+            return torch.zeros(2, dtype=torch.float64, device=self.args.device)
+
+        totals: dict[str, Tensor] = defaultdict(zeros)
+        losses: dict[str, Tensor] = defaultdict(zeros)
+        for source, inputs in self.held_out_batches(dataloader):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                sums = self.held_out_sums(inputs)
+
+            for name, pair in sums.items():
+                part = torch.stack([torch.as_tensor(value).to(zeros()) for value in pair])
+                totals[name] += part
+                if name == "loss":
+                    losses[source] += part
+
+        if len(losses) > 1:
+            totals |= {f"loss/{source}": part for source, part in losses.items()}
+        means = {name: self._mean(part) for name, part in totals.items()}
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def _mean(self, part: Tensor) -> float:
+        total, count = self.accelerator.reduce(part, "sum").tolist()
+        return total / count if count else 0.0
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A batch's forward and backward, remembered until the next step begins."""
+        """Run a batch's forward and backward, and keep the batch and its loss until the next step begins."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.step_batches.append((inputs, loss))
         return loss
@@ -101,12 +135,12 @@ class RunTrainer(Trainer):
         return self.step_grad_norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Transformers takes one step more from a checkpoint that a run's last step left within an epoch.
+        # Resumed within an epoch after a run's last step, transformers would take one more step.
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Past TRL's, which writes a model card into every checkpoint.
+        # TRL's own method writes a model card into every checkpoint.
         Trainer._save_checkpoint(self, model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -114,11 +148,11 @@ class RunTrainer(Trainer):
 
 
 def use_one_device(args: TrainingArguments, device: torch.device) -> None:
-    """Have a trainer compute on one device. On its own it takes the first GPU and splits batches among all of them.
+    """Make a trainer compute on one device. By default it uses the first GPU and splits batches among all of them.
 
     Args:
-        args: Of the trainer that is to be made; changed in place.
-        device: The model's.
+        args: The arguments of the trainer to build; changed in place.
+        device: The model's device.
     """
     args._n_gpu = min(args.n_gpu, 1)
     if device.type == "cuda":
@@ -128,22 +162,23 @@ def use_one_device(args: TrainingArguments, device: torch.device) -> None:
 
 
 def keep_own_forward(model: PreTrainedModel) -> None:
-    """Undo what TRL's trainers do to a model: they replace its forward by one that reads the head's weight.
+    """Restore a model's own forward, which TRL's trainers replace by one that reads the head's weight.
 
-    The model's own knows where documents end, looks at the tokens asked for only, and is several times faster on a CPU.
+    The model's own forward separates documents, computes logits of the requested tokens only, and is several
+    times faster on a CPU.
 
     Args:
-        model: With its adapter on, or without one.
+        model: The model, with or without an adapter.
     """
     vars(getattr(model, "get_base_model", lambda: model)()).pop("forward", None)
 
 
 @contextmanager
-def quantisation_unseen(model: PreTrainedModel) -> Iterator[None]:
-    """Hide from TRL's trainers while they are made that a model is quantised: they would round its adapter to bfloat16.
+def quantization_unseen(model: PreTrainedModel) -> Iterator[None]:
+    """Hide quantization from TRL's trainers while they are built: they would round the adapter to bfloat16.
 
     Args:
-        model: With its adapter on, or without one.
+        model: The model, with or without an adapter.
     """
     base = getattr(model, "get_base_model", lambda: model)()
     flags = {name: vars(base).pop(name) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if name in vars(base)}

@@ -1,4 +1,4 @@
-"""What a run notices while the trainer works."""
+"""Callbacks of a run: metrics, time and memory, adapters that do not train, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hymba_tune.adapters import AdapterWatch
 from hymba_tune.errors import TrainingError
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import OF_SOURCE, Row, Screen
+from hymba_tune.train.screen import OF_SOURCE, MetricsRow, Screen
 
 LEAST_RATE = 1e-3
-"""Share of its peak that a learning rate must have for every step to be seen in the weights."""
+"""The least learning rate, as a share of its peak, at which every step is certain to change the weights."""
 REWARDS = {
     f"{mode}rewards/{name}": f"{mode}{ours}"
     for mode in ("", "eval_")
@@ -29,9 +29,9 @@ REWARDS = {
         "rejected": "rejected_reward",
     }.items()
 }
-"""What TRL calls the numbers of preferences, and what a run's metrics do."""
+"""TRL's names of preference metrics, and the names of a run's columns."""
 MORE = "more/"
-"""Begins the names of what a trainer logs to have as a column of its own."""
+"""Prefix of the names of logged values that become columns of their own."""
 
 
 class Metrics(TrainerCallback):
@@ -39,19 +39,23 @@ class Metrics(TrainerCallback):
 
     def __init__(self, run: Run, screen: Screen) -> None:
         self._run, self._screen = run, screen
-        self._seconds, self._tokens = 0.0, 0
-        self._steps, self._step_seconds = 0, 0.0
+        # Since the last row.
+        self._seconds = 0.0
+        self._tokens = 0
+        # Since the start of this process.
+        self._steps = 0
+        self._step_seconds = 0.0
         self._started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start counting tokens where the run, or its checkpoint, stands."""
+        """Start counting tokens from where the run or its checkpoint stopped."""
         del control
-        # The trainer goes on with the intervals that its checkpoint was saved with, whatever is asked for now.
+        # A resumed trainer would use the intervals saved in its checkpoint, not those of the current settings.
         state.compute_steps(args, state.max_steps)
         self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock: time between steps, such as an evaluation's, does not count."""
+        """Start the clock. Time between steps, such as an evaluation's, does not count."""
         del args, state, control
         self._started = time.perf_counter()
 
@@ -73,8 +77,10 @@ class Metrics(TrainerCallback):
         speed = None
         if "loss" in logs and self._seconds:
             speed = (state.num_input_tokens_seen - self._tokens) / self._seconds
-            self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
-        row = Row(
+            self._tokens = state.num_input_tokens_seen
+            self._seconds = 0.0
+
+        row = MetricsRow(
             step=state.global_step,
             loss=logs.get("loss"),
             eval_loss=logs.get("eval_loss"),
@@ -90,46 +96,51 @@ class Metrics(TrainerCallback):
             },
         )
         self._run.log(row)
-        left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None
-        self._screen.row(row, total_steps=state.max_steps, seconds_left=left)
+        seconds_left = (state.max_steps - state.global_step) * self._step_seconds / self._steps if self._steps else None
+        self._screen.row(row, total_steps=state.max_steps, seconds_left=seconds_left)
 
 
 class Account(TrainerCallback, ExportableState):
-    """What a run has taken so far, over all of its lives.
+    """Adds up the time and memory of a run over all its processes: each resumption starts a new one.
 
-    What a life that was killed took since its last checkpoint is lost with its steps.
+    What a killed process used after its last checkpoint is lost with its steps.
 
     Attributes:
-        step_seconds: In steps alone, without evaluations and checkpoints.
+        step_seconds: Seconds in steps alone, without evaluations and checkpoints.
     """
 
     def __init__(self) -> None:
-        self._seconds_before, self._memory_before, self.step_seconds, self._step_started = 0.0, 0, 0.0, 0.0
+        self._seconds_before = 0.0
+        self._memory_before = 0
+        self.step_seconds = 0.0
+        self._step_started = 0.0
         self._started: float | None = None
         self._device = torch.device("cpu")
 
     @property
     def seconds(self) -> float:
-        """Since training began, the time between two lives left out."""
+        """Seconds since training began, without the time between two processes."""
         return self._seconds_before + (time.time() - self._started if self._started else 0.0)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak of all lives; see `peak_memory`."""
+        """The peak over all processes; see `peak_memory`."""
         return max(self._memory_before, peak_memory(self._device))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint saves."""
         names = ("seconds", "step_seconds", "peak_memory_bytes")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take up what the checkpoint kept."""
+        """Restore what the checkpoint saved."""
         del control
-        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        self._seconds_before, self._memory_before = kept.get("seconds", 0.0), kept.get("peak_memory_bytes", 0)
-        self.step_seconds = kept.get("step_seconds", 0.0)
-        self._started, self._device = time.time(), args.device
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self._seconds_before = saved.get("seconds", 0.0)
+        self._memory_before = saved.get("peak_memory_bytes", 0)
+        self.step_seconds = saved.get("step_seconds", 0.0)
+        self._started = time.time()
+        self._device = args.device
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock of the steps alone, without evaluations and checkpoints."""
@@ -137,13 +148,13 @@ class Account(TrainerCallback, ExportableState):
         self._step_started = time.time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         del args, state, control
         self.step_seconds += time.time() - self._step_started
 
 
 class FirstStep(TrainerCallback):
-    """Stops a run in which a part of the adapter is not trained at all."""
+    """Stops a run in which a part of the adapter does not train at all."""
 
     def __init__(self) -> None:
         self._watch: AdapterWatch | None = None
@@ -152,7 +163,7 @@ class FirstStep(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
-        """Look at the adapter before the first step, of the run or of what it is gone on with."""
+        """Record the adapter before the first step of a run, or before the first one after resuming."""
         del args, state, control
         if not self._moved and self._watch is None:
             self._watch = AdapterWatch(model)
@@ -165,18 +176,20 @@ class FirstStep(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        """Look again after it.
+        """Compare the adapter with its values before the step.
 
         Raises:
             TrainingError: Naming the modules that did not move.
         """
         del args, state, control
-        # A schedule's last rates are so small that a step may well be rounded away.
+        # At the end of a schedule the rates are so small that a step may be rounded away.
         if self._watch is None or any(
             group["lr"] < LEAST_RATE * group["initial_lr"] for group in optimizer.param_groups
         ):
             return
-        unmoved, self._watch, self._moved = self._watch.unmoved(), None, True
+        unmoved = self._watch.unmoved()
+        self._watch = None
+        self._moved = True
         if unmoved:
             raise TrainingError(
                 f"{len(unmoved)} adapted modules did not move at the first step: {', '.join(unmoved[:5])}.",
@@ -186,25 +199,25 @@ class FirstStep(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ends a run after the step it is at, with a checkpoint, when Ctrl-C is pressed. A second one ends it at once."""
+    """Ends a run on Ctrl-C after the current step, with a checkpoint. A second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.pressed = False
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take over the signal."""
+        """Install the handler of the signal."""
         del args, state, control
         self._before = signal.signal(signal.SIGINT, self._press)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop, if asked to."""
+        """Save and stop if Ctrl-C was pressed."""
         del args, state
         if self.pressed:
             control.should_save = control.should_training_stop = True
 
     def release(self) -> None:
-        """Give the signal back."""
+        """Restore the previous handler of the signal."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 

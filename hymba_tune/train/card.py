@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from hymba_tune.config import TrainingConfig
 from hymba_tune.files import write_text
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 
 def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None:
-    """Write ``README.md``: what was trained on what, how it did, and how to use it.
+    """Write ``README.md``: the model and its data, the held-out results, and how to use the run.
 
     Args:
-        run: With its facts recorded.
-        config: Its settings.
-        summary: How much data there was, in words.
+        run: The run, with its facts recorded.
+        config: The run's settings.
+        summary: The amount of data, in words.
     """
-    facts, evaluations = run.facts(), list(run.evaluations())
+    facts = run.facts()
+    evaluations = list(run.evaluations())
     trained = "model" if run.model.is_dir() else "adapter"
-    how = config.method.value + (f" on weights quantised to {facts['quantized']}" if facts.get("quantized") else "")
+    how = config.method.value + (f" on weights quantized to {facts['quantized']}" if facts.get("quantized") else "")
     lines = [
         *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
         *("", f"# {run.name}", ""),
@@ -28,8 +29,8 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
         "",
     ]
     if evaluations:
-        kept = next((row for row in evaluations if row.step == facts["kept"]["step"]), evaluations[-1])
-        lines += [*_table(evaluations[0], kept), ""]
+        final = next((row for row in evaluations if row.step == facts["kept"]["step"]), evaluations[-1])
+        lines += [*_table(evaluations[0], final), ""]
     if answers := facts.get("answers"):
         lines += [
             f"Right answers to the {answers['questions']:,} held-out prompts: {answers['before']:,} before training, "
@@ -46,8 +47,8 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     write_text(run.path / "README.md", "\n".join(lines) + "\n")
 
 
-def _table(first: Row, last: Row) -> list[str]:
-    """The first and the last evaluation, side by side."""
+def _table(first: MetricsRow, last: MetricsRow) -> list[str]:
+    """Return a table of the first and the last evaluation."""
     columns = {"eval_loss": "loss" if last.eval_accuracy is not None else "nats a token"}
     columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}
     columns |= {"eval_distillation": "from the teacher", "eval_bits_per_byte": "bits per byte"}
@@ -55,6 +56,6 @@ def _table(first: Row, last: Row) -> list[str]:
     known = [name for name in columns if name in values[-1]]
     lines = [f"| held-out | step | {' | '.join(columns[name] for name in known)} |", "|---" * (2 + len(known)) + "|"]
     for when, row in zip(("before", "after"), values, strict=True):
-        said = (f"{row.get(name, 0.0):.4f}" for name in known)
-        lines.append(f"| {when} | {row['step']} | {' | '.join(said)} |")
+        cells = (f"{row.get(name, 0.0):.4f}" for name in known)
+        lines.append(f"| {when} | {row['step']} | {' | '.join(cells)} |")
     return lines

@@ -1,4 +1,4 @@
-"""The folder of a run, which one process at a time works in, and which a failed or dry run leaves as it was."""
+"""The folder of a run: one process at a time works in it, and a failed or dry run leaves it as it was."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[N
         return
     folders = [path for name in config.inputs if name and (path := Path(name).expanduser()).is_dir()]
     with write_errors("--out", run.path):
-        made = _make(run, named=config.out is not None)
+        created = _make(run, named=config.out is not None)
     try:
         with locked(run.path / LOCK, f"--out {run.path}"):
             inputs = [*folders_of(source), *folders, *local_files(config.inputs)]
@@ -43,19 +43,20 @@ def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[N
             with nullcontext() if config.dry_run else replacing(run.path, RUN, run.has_checkpoint):
                 yield
     finally:
-        remove_empty(made)
+        remove_empty(created)
 
 
 def _make(run: Run, *, named: bool) -> list[Path]:
     """Create the folder of a run, under the next free name where the user has named none; see `make_folders`."""
     if named:
         return make_folders(run.path)
-    first, number = run.path, 1
-    made = make_folders(first.parent)
+    first = run.path
+    parents = make_folders(first.parent)
+    number = 1
     while True:
         try:
             run.path.mkdir()
-            return [run.path, *made]
+            return [run.path, *parents]
         except FileExistsError:  # a run that was started in the same second
             number += 1
             run.path = first.with_name(f"{first.name}-{number}")

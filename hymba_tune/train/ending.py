@@ -1,4 +1,4 @@
-"""What a run leaves to be read, however it ends."""
+"""The report of a run, written however the run ends."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -> Iterator[None]:
-    """Write ``report.html`` when what is done within ends: well, by Ctrl-C, or by an error.
+    """Write ``report.html`` when the block ends: normally, by Ctrl-C, or by an error.
 
-    Nothing that goes wrong with the report is let out: a run is not to be lost by it.
+    An error in the report is shown, not raised: it must not cost the run.
 
     Args:
-        setup: Of the run.
-        model: What is trained.
-        screen: Told of a report that could not be written.
+        setup: The run's setup.
+        model: The model being trained.
+        screen: Shows a note if the report cannot be written.
     """
-    how, what = "failed", ""
+    how = "failed"
+    what = ""
     try:
         yield
         how = "finished"
@@ -59,17 +60,17 @@ def _try(name: str, screen: Screen, write: Callable[[], Any]) -> None:
 
 
 def _write_report(path: Path) -> None:
-    from hymba_tune.report import write_report  # needs a second to import: only now
+    from hymba_tune.report import write_report  # imported here because it takes a second
 
     write_report(path)
 
 
 def _write_updates(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
-    """Write how far each part of the model moved, or why that is not known."""
+    """Write how far each part of the model moved, or why that is unknown."""
     if isinstance(model, PeftModel):
-        found: dict[str, Any] = {"parts": [asdict(update) for update in adapter_updates(model)]}
+        updates: dict[str, Any] = {"parts": [asdict(update) for update in adapter_updates(model)]}
     elif setup.source.adapter is None:
-        found = {"parts": [asdict(update) for update in full_updates(model, setup.source.folder)]}
+        updates = {"parts": [asdict(update) for update in full_updates(model, setup.source.folder)]}
     else:
-        found = {"absent": "not measured: the weights it began with, an adapter folded in, are not kept"}
-    write_text(setup.run.path / "updates.json", json.dumps(found, allow_nan=False) + "\n")
+        updates = {"absent": "not measured: the initial weights, with the first adapter merged, are not saved"}
+    write_text(setup.run.path / "updates.json", json.dumps(updates, allow_nan=False) + "\n")

@@ -17,16 +17,15 @@ from hymba_tune.files import atomic_folder
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
-from hymba_tune.train.base import RunTrainer, quantisation_unseen
+from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.checkpoints import step_of
 from hymba_tune.train.claim import claimed
 from hymba_tune.train.ending import reported
-from hymba_tune.train.foresight import Foresight, foresee, needs_with
 from hymba_tune.train.guard import LossGuard
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.limits import limits_explained
+from hymba_tune.train.memory_estimate import MemoryEstimate, bytes_needed_with, estimate_memory
 from hymba_tune.train.outline import Outline, outline_of, outline_without_weights
 from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
@@ -34,77 +33,86 @@ from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import Stopping
+from hymba_tune.train.task import TrainerBuilder, TrainingTask
 from hymba_tune.train.tracking import tracking
 
 
-def train(config: TrainingConfig, kind: Kind, screen: Screen) -> Run | None:
+def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """Train a model.
 
     Args:
-        config: All settings; with ``resume``, as `resume_config` gives them.
-        kind: What is trained on, and by which trainer.
-        screen: Told what happens.
+        task: The kind of training, with all settings; `resume_config` returns those of a resumed run.
+        screen: Shows the progress.
 
     Returns:
-        The finished run; None of a dry one, which leaves nothing behind.
+        The finished run; None for a dry run, which leaves nothing behind.
 
     Raises:
-        HymbaTuneError: If something is to be mended first; nothing is left behind.
-        KeyboardInterrupt: If Ctrl-C ended the run, with the run's path once its checkpoint is written.
+        HymbaTuneError: If a setting, a file or the machine must be changed first; nothing is left behind.
+        KeyboardInterrupt: If Ctrl-C ended the run; with the run's path if its checkpoint is written.
     """
+    config = task.config
     setup = check(config)
     with claimed(setup.run, config, setup.source):
-        return _train_claimed(setup, kind, screen)
+        return _train_claimed(setup, task, screen)
 
 
-def _train_claimed(setup: Setup, kind: Kind, screen: Screen) -> Run | None:
+def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
     """Train in a folder that this process has locked."""
-    config, run, resuming = setup.config, setup.run, setup.config.resume is not None
+    config, run = setup.config, setup.run
+    resuming = config.resume is not None
     checkpoint = run.last_checkpoint() if resuming else None
-    data = kind.read_data(setup, screen)
+
+    task_with_data = task.read_data(setup, screen)
+    data = task_with_data.data
     if data.held_out is None and (config.keeps_best or config.early_stopping):
         raise ConfigError(
-            f"--{'early-stopping' if config.early_stopping else 'keep best'} goes by the held-out loss, and no data is "
+            f"--{'early-stopping' if config.early_stopping else 'keep best'} needs the held-out loss, and no data is "
             "held out.",
             fix="--eval-data FILE, or an --eval-split above 0",
         )
     if resuming:
         _check_same_data(run, data.report)
-    beside = kind.beside(setup)
+
+    extra_bytes = task_with_data.extra_bytes
     with screen.working("estimating the memory"):
-        foresight = foresee(setup, data, beside)
-    if not (foresight.fits or config.dry_run):
-        screen.note(describe_memory(setup, foresight))  # before what may take hours
-    kind.prepare(setup, screen)
-    described = kind.describe(setup)
+        memory_estimate = estimate_memory(setup, data, extra_bytes)
+    if not (memory_estimate.fits or config.dry_run):
+        screen.note(describe_memory(setup, memory_estimate))  # before preparation, which may take hours
+    builder = task_with_data.prepare(screen)
+    described = builder.describe()
     if config.dry_run:
-        screen.banner(describe_run(setup, data, outline_without_weights(setup, data), foresight) | described)
+        screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
         return None
+
     if resuming:
         run.forget_leftovers()
     else:
         run.create(config)
-    needs = partial(needs_with, setup, data, beside)
+    needs = partial(bytes_needed_with, setup, data, extra_bytes)
     with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, config.track):
         set_seed(config.seed)
         with screen.working("loading the weights"):
             model = _open(setup)
-        trainer = _trainer(setup, data, kind, model, screen)
+        trainer = _trainer(setup, data, builder, model, screen)
         outline = outline_of(trainer)
-        screen.banner(describe_run(setup, data, outline, foresight) | described)
-        _record_begin(setup, data, outline, foresight, described)
+        screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
+        _record_begin(setup, data, outline, memory_estimate, described)
         if not resuming:
             data.report.write_dropped(run.path / "dropped.jsonl")
             answer_samples(setup, data, trainer.model, "before", screen)
+
         with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
             return _train(setup, data, trainer, checkpoint, screen)
 
 
-def _record_begin(setup: Setup, data: Data, outline: Outline, foresight: Foresight, described: dict[str, str]) -> None:
-    """Record what is known of a run before its first step."""
+def _record_begin(
+    setup: Setup, data: Data, outline: Outline, memory_estimate: MemoryEstimate, described: dict[str, str]
+) -> None:
+    """Record what is known about a run before its first step."""
     config = setup.config
     setup.run.record(
-        verb=config.verb,
+        verb=config.verb.name,
         model=setup.base,
         data=data.report.counts(),
         described=described,
@@ -112,7 +120,7 @@ def _record_begin(setup: Setup, data: Data, outline: Outline, foresight: Foresig
         dtype=str(setup.dtype),
         quantized=setup.scheme,
         kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
-        memory={"predicted_bytes": foresight.peak, "parts": asdict(foresight.step)},
+        memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
         optimizer={"name": config.optimizer, "groups": outline.groups},
         packed_share=outline.packed_share,
     )
@@ -123,7 +131,7 @@ def _check_same_data(run: Run, report: DataReport) -> None:
     if before != report.fingerprint:
         raise DataError(
             f"The data of {run.path} has changed since the run was started.",
-            expected="the same rows, so that the run can go on where it was",
+            expected="the same rows, so that the run can resume where it stopped",
             fix="restore the data, or start a new run with --model RUN",
         )
 
@@ -138,19 +146,20 @@ def _open(setup: Setup) -> PreTrainedModel:
         restrict_rows(adapted, config.targets)
         return adapted
     if config.method is Method.full:
-        return model.requires_grad_(True)  # folding a run's adapter in has frozen all of it
+        return model.requires_grad_(True)  # merging a run's adapter has frozen all of it
     return add_adapter(model, adapter_config(config, model), config.targets)
 
 
-def _trainer(setup: Setup, data: Data, kind: Kind, model: PreTrainedModel, screen: Screen) -> RunTrainer:
+def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTrainedModel, screen: Screen) -> RunTrainer:
     config = setup.config
     callbacks: list[Any] = [Metrics(setup.run, screen)]
     if config.method is not Method.full:
         callbacks.append(FirstStep())
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
-    with screen.working("handing the data to the trainer"), quantisation_unseen(model):
-        trainer = kind.make_trainer(setup, data, model, arguments, callbacks)
-    trainer.rates, trainer.held_out_sources = learning_rates(setup), data.held_out_sources
+    with screen.working("handing the data to the trainer"), quantization_unseen(model):
+        trainer = builder.make_trainer(model, arguments, callbacks)
+    trainer.rates = learning_rates(setup)
+    trainer.held_out_sources = data.held_out_sources
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
     trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))
@@ -166,29 +175,31 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
     if checkpoint is not None:
         run.forget_after(step_of(checkpoint))
         if step_of(checkpoint) >= trainer.args.max_steps:
-            screen.note(f"all {trainer.args.max_steps:,} steps are done already; a larger --steps or --epochs goes on")
-    interrupt, account = Interrupt(), Account()
+            screen.note(f"all {trainer.args.max_steps:,} steps are done; to train longer, increase --steps or --epochs")
+    interrupt = Interrupt()
+    account = Account()
     stopping = Stopping(keep_best=config.keeps_best, patience=config.early_stopping)
     for callback in (interrupt, account, stopping):
         trainer.add_callback(callback)
     if setup.device.type == "cpu":
-        keep_freed_memory()  # not before the weights are there: what loading them took may go back
+        keep_freed_memory()  # after the weights are loaded, so that loading's own memory returns to the system
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.release()
     if interrupt.pressed:
         raise KeyboardInterrupt(str(run.path))
-    kept = stopping.kept(trainer.state)
-    if kept.ended or config.keeps_best:
-        screen.note(kept.described())
+
+    final = stopping.final_checkpoint(trainer.state)
+    if final.ended or config.keeps_best:
+        screen.note(final.described())
     answer_samples(setup, data, trainer.model, "after", screen)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     _save(setup, trained)
     trainable, total = count_parameters(trained)
     run.record(
         steps=trainer.state.global_step,
-        kept=asdict(kept),
+        kept=asdict(final),
         tokens_seen=trainer.state.num_input_tokens_seen,
         seconds=round(account.seconds, 1),
         tokens_per_s=round(trainer.state.num_input_tokens_seen / max(account.step_seconds, 1e-6), 1),
@@ -201,12 +212,13 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
 
 
 def _save(setup: Setup, trained: PreTrainedModel) -> None:
-    """Write what was trained aside, then where it belongs: a folder that is there is whole."""
-    run, full = setup.run, setup.config.method is Method.full
+    """Write what was trained to a temporary folder and move it into place: a folder that exists is complete."""
+    run = setup.run
+    full = setup.config.method is Method.full
     if full:
         trained.to(setup.dtype)
     with atomic_folder(run.model if full else run.adapter) as folder:
         trained.save_pretrained(folder)
-        # PEFT's empty form; the run's own card says what there is to say.
+        # PEFT's card is an empty template; the run has its own card.
         (folder / "README.md").unlink(missing_ok=True)
         setup.tokenizer.save_pretrained(folder)

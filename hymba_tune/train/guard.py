@@ -1,4 +1,4 @@
-"""Stopping a run before a loss or a gradient that is broken reaches the weights."""
+"""Stopping a run before a NaN, an infinity or a jump of the loss reaches the weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hymba_tune.train.run import Run
 log = logging.getLogger(__name__)
 
 USUAL_STEPS, FEWEST_STEPS = 50, 10
-"""Steps whose median loss is the usual one, and how many there must be to speak of it."""
+"""The number of steps over which the median loss is taken, and the fewest steps that give one."""
 LOWEST_USUAL = 1.0
-"""Nats. A loss near zero may well be many times as high at a hard batch; that is no sign of anything."""
+"""Nats. A loss near zero is often many times as high on a hard batch, which is no sign of divergence."""
 NAMED_ROWS = 8
 
 
 class Watched(Protocol):
-    """What a trainer keeps of the step at hand."""
+    """A trainer that keeps the batches of the current step."""
 
     step_batches: list[tuple[dict[str, Any], Tensor]]
     """Each batch, and its share of the step's loss."""
@@ -38,10 +38,10 @@ class LossGuard(TrainerCallback, ExportableState):
     """Ends a run before a step whose loss or gradient is not finite, or whose loss jumps.
 
     Args:
-        trainer: Whose steps are watched.
-        run: Whose checkpoint one can start anew from.
-        max_spike: How many times the usual loss a step's may be; None for any.
-        places: Says where the rows of a batch stand.
+        trainer: The trainer whose steps are checked.
+        run: The run, for the checkpoint that an error message names.
+        max_spike: The largest loss of a step, as a multiple of the median loss; None for no limit.
+        places: Returns where the rows of a batch were read from.
     """
 
     def __init__(
@@ -52,44 +52,51 @@ class LossGuard(TrainerCallback, ExportableState):
         max_spike: float | None,
         places: Callable[[dict[str, Any]], Sequence[str]],
     ) -> None:
-        self._trainer, self._run, self._max_spike, self._places = trainer, run, max_spike, places
+        self._trainer = trainer
+        self._run = run
+        self._max_spike = max_spike
+        self._places = places
         self._losses: deque[float] = deque(maxlen=USUAL_STEPS)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run stops where this one would."""
+        """Return what a checkpoint saves, so that a resumed run stops where this one would."""
         return {"args": {}, "attributes": {"losses": list(self._losses)}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take up what the checkpoint kept."""
+        """Restore what the checkpoint saved."""
         del args, control
-        kept: Any = state.stateful_callbacks.get(type(self).__name__, {})
-        self._losses.extend(kept.get("attributes", {}).get("losses", []))
+        saved: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        self._losses.extend(saved.get("attributes", {}).get("losses", []))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget the step before."""
+        """Discard the batches of the previous step."""
         del args, state, control
         self._trainer.step_batches.clear()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Look at the step while the weights are still those of before it.
+        """Check the step's loss and gradient before the weights change.
 
         Raises:
-            TrainingError: With the step, the rows of its batch, and the last checkpoint.
+            TrainingError: If one of them is not finite or the loss jumps; it names the step, its rows and a checkpoint.
         """
         del control
-        step, batches = state.global_step + 1, self._trainer.step_batches
+        step = state.global_step + 1
+        batches = self._trainer.step_batches
         shares = torch.stack([share.detach().float() for _, share in batches]).tolist()
-        loss, norm = sum(shares), self._trainer.step_grad_norm
+        loss = sum(shares)
+        norm = self._trainer.step_grad_norm
+
         if not math.isfinite(loss):
             broken = [batch for (batch, _), share in zip(batches, shares, strict=True) if not math.isfinite(share)]
             raise self._error(f"The loss is {loss} at step {step}", "a finite loss", broken, args.learning_rate)
-        # In float16 the scaler meets infinite gradients by leaving the step out, and goes on.
+        # In float16 the gradient scaler skips steps with infinite gradients itself.
         if norm is not None and not math.isfinite(norm) and not args.fp16:
             inputs = [batch for batch, _ in batches]
             what = f"The gradient's norm is {norm} at step {step}, at a loss of {loss:.3f}"
             raise self._error(what, "a finite gradient", inputs, args.learning_rate)
+
         usual = median(self._losses) if len(self._losses) >= FEWEST_STEPS else math.inf
         if self._max_spike is not None and loss > self._max_spike * max(usual, LOWEST_USUAL):
             before = f"{usual:.3f} (the median of {len(self._losses)} steps)"
@@ -106,7 +113,7 @@ class LossGuard(TrainerCallback, ExportableState):
         metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        """Look at an evaluation before its weights are saved.
+        """Check an evaluation before its weights are saved.
 
         Raises:
             TrainingError: If its loss is not finite.
@@ -124,7 +131,7 @@ class LossGuard(TrainerCallback, ExportableState):
             more = f" and {len(rows) - NAMED_ROWS:,} more (in log.txt)" if len(rows) > NAMED_ROWS else ""
             what += f". Its rows: {listed(rows[:NAMED_ROWS])}{more}"
         checkpoint = self._run.newest_checkpoint()
-        start = f"--model {checkpoint} goes on from the last good weights" if checkpoint else "start again"
+        start = f"--model {checkpoint} starts from the last good weights" if checkpoint else "start again"
         skip = ""
         if self._max_spike is not None and "jumped" in what and checkpoint:
             skip = f"--resume {self._run.path} --max-loss-spike {2 * self._max_spike:g}"
@@ -134,7 +141,7 @@ class LossGuard(TrainerCallback, ExportableState):
 
 
 def listed(places: Sequence[str]) -> str:
-    """Places with what they share said once: ``a.jsonl, line 3, 18; b.jsonl, line 2``."""
+    """Return places grouped by file: ``a.jsonl, line 3, 18; b.jsonl, line 2``."""
     numbers: dict[str, list[str]] = {}
     for place in places:
         where, _, number = place.rpartition(" ")

@@ -1,4 +1,4 @@
-"""What a machine runs out of: disk space, foreseen before a run and survived within it, and memory."""
+"""Limits of the machine: disk space, checked before a run and handled within it, and memory."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ import torch
 from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.footprint import MOMENT_BYTES
+from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.checkpoints import forget_torn
 from hymba_tune.train.run import Run
 
 SMALL_FILES = 2**23
-"""Bytes of a tokenizer and of what a trainer keeps beside weights and moments, generously."""
+"""An upper bound on the bytes of a tokenizer and of a trainer's state without weights and moments."""
 WRITING_FAILED = ("os error 28", "inline_container", "iostream error", "PytorchStreamWriter")
-"""What safetensors and torch say when a file cannot be written to its end."""
+"""Parts of the error messages of safetensors and torch when a file cannot be written completely."""
 GB = 2**30
 
 
 def kept_checkpoints(config: TrainingConfig) -> int:
-    """Checkpoints that a run keeps: the last two, as one may be torn, and the best."""
+    """Return how many checkpoints a run keeps: the last two, as one may be incomplete, and the best."""
     return 3 if config.keeps_best else 2
 
 
 def disk_needed(config: TrainingConfig, *, trained: int, total: int) -> int:
-    """Bytes a run writes at most at a time: its checkpoints, the one being written among them, and its result.
+    """Return the most disk space that a run needs at a time: its checkpoints, one more being written, and its result.
 
     Args:
-        config: Of the run.
-        trained: Parameters that are trained; they and their moments are in float32.
-        total: All parameters.
+        config: The run's settings.
+        trained: The number of trained parameters; they and their moments are in float32.
+        total: The number of all parameters.
     """
     checkpoint = trained * (4 + MOMENT_BYTES[config.optimizer]) + SMALL_FILES
     result = 4 * (total if config.method is Method.full else trained) + SMALL_FILES
@@ -44,18 +45,19 @@ def disk_needed(config: TrainingConfig, *, trained: int, total: int) -> int:
 
 
 def check_disk(run: Run, needed: int) -> None:
-    """See that a run has the space it needs, less what its checkpoints take already.
+    """Check that a run has the disk space it needs, without what its checkpoints take already.
 
     Raises:
-        ConfigError: If it has not.
+        ConfigError: If it does not.
     """
     held = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
-    free, missing = _free(run.path), needed - held - _free(run.path)
+    free = _free(run.path)
+    missing = needed - held - free
     if missing > 0:
         raise ConfigError(
-            f"--out {run.path}: its disk has {_size(free)} free.",
-            expected=f"{_size(needed - held)} for checkpoints and what is trained",
-            fix=f"free {_size(missing)}, or --out on another disk, or train less: a lower --rank, or "
+            f"--out {run.path}: its disk has {format_bytes(free)} free.",
+            expected=f"{format_bytes(needed - held)} for the checkpoints and the trained weights",
+            fix=f"free {format_bytes(missing)}, or --out on another disk, or train less: a lower --rank, or "
             "--optimizer adamw8bit",
         )
 
@@ -64,16 +66,16 @@ def check_disk(run: Run, needed: int) -> None:
 def limits_explained(
     run: Run, config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None = None
 ) -> Iterator[None]:
-    """Turn what libraries raise when memory or disk runs out into what to do about it.
+    """Replace the errors that libraries raise when memory or disk runs out by messages that say what to change.
 
     Args:
-        run: Whose disk it is.
-        config: Of the run.
-        device: Whose memory it is.
-        needs: Foretells the bytes that the run would take with other settings, where that is known.
+        run: The run, for the disk it writes to.
+        config: The run's settings.
+        device: The device of the run.
+        needs: Estimates the bytes that the run would need with other settings; None if they cannot be estimated.
 
     Raises:
-        TrainingError: Instead of theirs.
+        TrainingError: If memory or disk ran out.
     """
     try:
         yield
@@ -87,44 +89,50 @@ def limits_explained(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of this machine."""
+    """Return whether an error means that a GPU or this machine is out of memory."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def is_disk_full(error: Exception, path: Path) -> bool:
-    """Whether an error says that a file could not be written for want of space; torch does not say for want of what."""
+    """Return whether an error means that the disk is full. Torch's message does not name the cause."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    said = str(error)
-    return "os error 28" in said or (any(words in said for words in WRITING_FAILED) and _free(path) < GB)
+    message = str(error)
+    return "os error 28" in message or (any(words in message for words in WRITING_FAILED) and _free(path) < GB)
 
 
 def memory_advice(config: TrainingConfig, needs: Callable[[TrainingConfig], int] | None = None) -> list[str]:
-    """What to lower, and to what, the cheapest first; if ``needs`` can tell, with what each would take, if less."""
+    """Return the settings to change, the cheapest first.
+
+    Args:
+        config: The run's settings.
+        needs: Estimates the bytes that the run would need with other settings. Where given, each change is listed with
+            its estimate, and changes that save nothing are left out.
+    """
     advice = []
     now = needs(config) if needs else 0
     for changes, why in _savings(config):
-        said = [why]
+        reasons = [why]
         if needs is not None:
             then = needs(config.model_copy(update=changes))
             if then >= now:
                 continue
-            said = [f"about {then / GB:.1f} GB instead of {now / GB:.1f}", why]
+            reasons = [f"about {format_bytes(then)} instead of {format_bytes(now)}", why]
         words = [_flag(name, value) for name, value in changes.items()]
-        advice.append(f"{' '.join(words)} ({', '.join(said)})")
+        advice.append(f"{' '.join(words)} ({', '.join(reasons)})")
     return advice
 
 
 def _savings(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    """Settings that take less memory, and what they cost."""
+    """Yield settings that need less memory, and what they cost."""
     if config.batch_size > 1:
         halved = {"batch_size": config.batch_size // 2, "grad_accum": config.grad_accum * 2}
         yield halved, "the same steps"
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "a third more time"
     if config.method is not Method.full and config.quantize is None:
-        yield {"quantize": Scheme.nf4}, "the weights below the adapter in 4 bits"
+        yield {"quantize": Scheme.nf4}, "the base weights in 4 bits"
     yield {"max_length": max(8, config.max_length // 2)}, "longer rows are cut"
     if config.method is Method.full:
         if "8bit" not in config.optimizer:
@@ -140,11 +148,12 @@ def _flag(name: str, value: Any) -> str:
 def _out_of_memory(
     config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None
 ) -> TrainingError:
-    peak, has = peak_memory(device) / GB, ""
+    peak = format_bytes(peak_memory(device))
+    has = ""
     if device.type == "cuda":
-        has = f", of {torch.cuda.get_device_properties(device).total_memory / GB:.1f} GB"
+        has = f", of {format_bytes(torch.cuda.get_device_properties(device).total_memory)}"
     return TrainingError(
-        f"Out of memory on {device}: the run had taken {peak:.1f} GB{has}.",
+        f"Out of memory on {device}: the run had used {peak}{has}.",
         expected=f"room for {config.batch_size} × {config.max_length:,} tokens at a time",
         fix="\n             ".join(memory_advice(config, needs)),
     )
@@ -154,15 +163,11 @@ def _disk_full(run: Run) -> TrainingError:
     checkpoint = run.newest_checkpoint()
     return TrainingError(
         f"The disk of {run.path} is full.",
-        expected="room for the checkpoint at hand; nothing half-written was kept",
+        expected="room for one more checkpoint; the incomplete one was removed",
         fix=f"free some space, then --resume {run.path} (from {checkpoint.name})" if checkpoint else "free some space",
     )
 
 
-def _size(size: int) -> str:
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 2**20:.0f} MB"
-
-
 def _free(path: Path) -> int:
-    """Bytes free on the disk of a folder that need not exist yet."""
+    """Return the free bytes on the disk of a folder that need not exist yet."""
     return shutil.disk_usage(next(folder for folder in [path, *path.absolute().parents] if folder.exists())).free

@@ -1,4 +1,4 @@
-"""Noticing preferences that are not learned."""
+"""A callback that notices when preferences are not learned."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hymba_tune.train.screen import Screen
 
 STEPS = 20
-"""Steps after which a margin should have moved."""
+"""The number of steps after which the margin should have moved."""
 LEAST_NATS = 0.05
-"""What counts as moved: the log-ratio by which better answers lead, without beta."""
+"""The least margin that counts as moved: a log-ratio, before the multiplication by beta."""
 
 
 class MarginWatch(TrainerCallback):
-    """Says once if the margin of rewards has not moved in a run's first steps, and what is likely to be why.
+    """Notes once if the margin of rewards has not moved in a run's first steps, with the likely causes.
 
     Args:
-        beta: What rewards are multiplied by.
-        identical: Share of the rows that were left out because both answers are the same.
-        screen: Told of it.
+        beta: The factor of rewards.
+        identical: The share of rows that were dropped because both answers are the same.
+        screen: Shows the note.
     """
 
     def __init__(self, beta: float, identical: float, screen: Screen) -> None:
-        self._least, self._identical, self._screen = LEAST_NATS * beta, identical, screen
+        self._least = LEAST_NATS * beta
+        self._identical = identical
+        self._screen = screen
         self._done = False
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Look at a margin."""
+        """Check a logged margin."""
         del control
         margin = logs.get("rewards/margins")
         if margin is None or self._done:

@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate of each kind of parameter, and how it falls."""
+"""Optimizers, the learning rate of each kind of parameter, and its schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-"""Names of optimisers, and transformers' for them; bitsandbytes has the paged ones, Lion and those in 8 bits."""
+"""Names of optimizers, and transformers' names; bitsandbytes provides Lion and the paged and 8-bit ones."""
 
 META_TOKENS = re.compile(r"(^|\.)memory_tokens\.")
 SSM = re.compile(r"\.(A_log|D|conv1d|x_proj|dt_proj|dt_layernorm|B_layernorm|C_layernorm)\.")
-"""What only the SSM reads and what makes its recurrence; in_proj and out_proj belong to both sides of a mixer."""
+"""Parameters of the SSM alone; in_proj and out_proj belong to both the attention and the SSM."""
 LORA_B = re.compile(r"\.lora_B\.")
 
 
@@ -33,12 +33,12 @@ class Rates:
     """Peak learning rates.
 
     Attributes:
-        base: Of whatever has none of its own.
-        meta: Of the meta tokens, or of their adapter.
-        ssm: Of what is inside the SSM: ``A_log``, ``D``, ``conv1d``, ``x_proj``, ``dt_proj`` and its norms, or the
-            adapters of these.
-        loraplus: What the rate of LoRA's B factors is multiplied by (LoRA+, arXiv 2402.12354). The meta tokens'
-            embedding, whose factors have the other roles, keeps its rate.
+        base: The rate of all parameters without a separate one.
+        meta: The rate of the meta tokens, or of their adapter.
+        ssm: The rate of the SSM's ``A_log``, ``D``, ``conv1d``, ``x_proj``, ``dt_proj`` and norms, or of their
+            adapters.
+        loraplus: The factor of the rate of LoRA's B matrices (LoRA+, arXiv 2402.12354). It does not apply to the meta
+            tokens' embedding, in whose adapter A and B have each other's role.
     """
 
     base: float
@@ -47,7 +47,7 @@ class Rates:
     loraplus: float | None = None
 
     def of(self, name: str) -> tuple[str, float]:
-        """The kind of a parameter, in words, and its learning rate."""
+        """Return the kind of a parameter, in words, and its learning rate."""
         if META_TOKENS.search(name):
             return ("meta tokens", self.meta) if self.meta is not None else ("", self.base)
         kind, rate = ("ssm", self.ssm) if self.ssm is not None and SSM.search(name) else ("", self.base)
@@ -59,17 +59,17 @@ class Rates:
 def parameter_groups(
     model: nn.Module, rates: Rates, *, weight_decay: float, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """The trained parameters by kind, as optimisers take them.
+    """Return the trained parameters by kind, as optimizers take them.
 
     Args:
-        model: With its adapter on.
-        rates: Of each kind.
-        weight_decay: Of the parameters in ``decayed``; the others have none.
-        decayed: Names of parameters.
+        model: The model, with its adapter.
+        rates: The learning rates.
+        weight_decay: The weight decay of the parameters in ``decayed``; the others have none.
+        decayed: The names of the parameters with weight decay.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, none of them empty and each parameter in exactly
-        one; those without a rate of their own first, as the first group's rate is the one that is logged.
+        one. Groups without a separate rate come first, as the first group's rate is logged.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     names = set(decayed)
@@ -84,7 +84,7 @@ def parameter_groups(
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `run.json` says of parameter groups: ``name``, ``parameters`` (how many), ``lr``, ``weight_decay``."""
+    """Return parameter groups as in `run.json`: ``name``, ``parameters`` (a number), ``lr``, ``weight_decay``."""
     return [
         {"name": group["name"], "parameters": sum(p.numel() for p in group["params"])}
         | {key: group[key] for key in ("lr", "weight_decay")}
@@ -93,14 +93,14 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def schedule(name: str, *, steps: int, warmup: float, decay: float, floor: float) -> tuple[str, dict[str, Any]]:
-    """Transformers' name of a learning rate schedule, and its arguments.
+    """Return transformers' name of a learning rate schedule, and its arguments.
 
     Args:
-        name: One of the settings' ``lr_schedule``.
-        steps: Of the whole run.
-        warmup: Share of the steps over which the rate rises.
-        decay: Share of the steps at the end over which ``wsd`` falls (as 1 - sqrt, arXiv 2405.18392).
-        floor: What ``cosine`` and ``wsd`` fall to, as a share of the peak.
+        name: The schedule's name in the settings (``lr_schedule``).
+        steps: The number of steps of the whole run.
+        warmup: The share of steps over which the rate rises.
+        decay: The share of steps at the end over which ``wsd`` falls (as 1 - sqrt, arXiv 2405.18392).
+        floor: The final rate of ``cosine`` and ``wsd``, as a share of the peak.
     """
     if name == "wsd":
         falling = min(round(decay * steps), steps - math.ceil(warmup * steps))

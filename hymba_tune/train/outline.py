@@ -1,4 +1,4 @@
-"""What a run consists of: of its trainer, or of its settings and data alone, without any weights."""
+"""The outline of a run, from its trainer or from its settings and data alone, without any weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hymba_tune.train.optimizers import describe_groups, parameter_groups
 from hymba_tune.train.setup import Data, Setup, lay_out
 
 PACKING = "bfd"
-"""TRL's name of the way that documents are packed: best fit, the longest first."""
+"""TRL's name of the packing strategy: best fit, the longest first."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a run consists of.
+    """The outline of a run.
 
     Attributes:
         model: The model with its adapter; on the meta device if the weights are not loaded.
         steps: The number of optimizer steps.
-        packed_share: How much of the packed rows is filled with tokens; None where rows are not packed.
+        packed_share: The share of the packed rows that is filled with tokens; None where rows are not packed.
         groups: The parameter groups, as `describe_groups` describes them.
     """
 
@@ -40,7 +40,7 @@ class Outline:
 
 
 def outline_of(trainer: RunTrainer) -> Outline:
-    """The outline of a run whose trainer is made, and whose length is set."""
+    """Return the outline of a run whose trainer is built and whose number of steps is set."""
     return Outline(
         trainer.model,
         trainer.args.max_steps,
@@ -50,7 +50,7 @@ def outline_of(trainer: RunTrainer) -> Outline:
 
 
 def outline_without_weights(setup: Setup, data: Data) -> Outline:
-    """The outline of a run from its settings and its data."""
+    """Return the outline of a run from its settings and its data."""
     config = setup.config
     model = lay_out(config, setup.model_config, setup.weights_dtype)
     rows = data.train
@@ -62,7 +62,7 @@ def outline_without_weights(setup: Setup, data: Data) -> Outline:
 
 
 def packed_share(rows: datasets.Dataset, max_length: int) -> float | None:
-    """How much of packed rows is filled with tokens; None where rows are not packed."""
+    """Return the share of packed rows that is filled with tokens; None where rows are not packed."""
     if "seq_lengths" not in rows.column_names:
         return None
     tokens = pc.sum(pc.list_flatten(rows.data.column("seq_lengths"))).as_py()

@@ -1,53 +1,54 @@
-"""Training on preferences: pairs by DPO, answers judged one by one by KTO."""
+"""Preference training: pairs by DPO, single labeled answers by KTO."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeVar, cast
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import trl
 from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
-from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, Start
+from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, ReferenceConfig, Start
 from hymba_tune.data import PreferenceReport, read_preferences
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import find_local
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.margin import MarginWatch
-from hymba_tune.train.preference_trainers import JudgedTrainer, PairTrainer
+from hymba_tune.train.preference_trainers import PairTrainer, PreferenceTrainer, UnpairedTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 P = TypeVar("P", bound=PreferenceConfig)
+R = TypeVar("R", bound=ReferenceConfig)
 
 
 def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
     """Train a model to prefer the better answer of each pair; see `train`."""
-    return train(_with_adapter_of_run(config), Kind(_read_data, partial(_pair_trainer, screen), _describe), screen)
+    return train(PreferenceTask(_with_adapter_of_run(config), DPORun), screen)
 
 
 def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
-    """Train a model towards answers judged good and away from bad ones; see `train`."""
-    return train(_with_adapter_of_run(config), Kind(_read_data, partial(_judged_trainer, screen), _describe), screen)
+    """Train a model towards answers labeled good and away from bad ones; see `train`."""
+    return train(PreferenceTask(_with_adapter_of_run(config), KTORun), screen)
 
 
-def _with_adapter_of_run(config: P) -> P:
-    """The settings with those of the adapter that ``--start continue`` goes on with.
+def _with_adapter_of_run(config: R) -> R:
+    """Return the settings with those of the adapter that ``--start continue`` trains further.
 
     Raises:
-        ConfigError: If there is no such adapter, or other settings are asked for.
+        ConfigError: If there is no such adapter, or its settings differ from the given ones.
     """
     if config.start is not Start.continue_ or config.resume:
         return config
     source = find_local(config.model)
     if source is None or source.adapter is None or not (source.adapter.parent / "config.yaml").is_file():
         raise ConfigError(
-            f"--start continue: {config.model} is no run with an adapter to go on training.",
+            f"--start continue: {config.model} is not a run with an adapter to train further.",
             expected="--model runs/<name>",
             fix="--start merge",
         )
@@ -55,31 +56,99 @@ def _with_adapter_of_run(config: P) -> P:
     own = {name: getattr(saved, name) for name in AdapterOptions.model_fields}
     if fixed := [name for name in own.keys() & config.model_fields_set if own[name] != getattr(config, name)]:
         raise ConfigError(
-            f"--start continue goes on with the adapter of {config.model}; {', '.join(sorted(fixed))} cannot change.",
+            f"--start continue trains the adapter of {config.model} further; {', '.join(sorted(fixed))} cannot change.",
             fix="leave it out, or --start merge",
         )
     return config.model_copy(update=own)
 
 
-def _read_data(setup: Setup, screen: Screen) -> Data:
-    config = setup.config
-    assert isinstance(config, PreferenceConfig)
-    data = read_preferences(
-        config,
-        setup.tokenizer,
-        paired=isinstance(config, DPOConfig),
-        seed=config.seed,
-        prompts=SAMPLES,
-        working=screen.working,
-    )
-    report = data.report
-    warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
-    return Data(data.train, data.held_out, data.held_out_sources, report, _summary(report), data.prompts, warning)
+@dataclass(frozen=True)
+class PreferenceRun(ABC, Generic[P]):
+    """A run of preference training whose rows are read. It needs only the model and the rows.
+
+    Attributes:
+        config: The run's settings.
+        setup: The run's setup.
+        data: The rows.
+        report: The counts of rows that were read, used and dropped.
+        screen: Shows the progress.
+        extra_bytes: 0, as only the model and the rows are in memory.
+    """
+
+    config: P
+    setup: Setup
+    data: Data
+    report: PreferenceReport
+    screen: Screen
+    extra_bytes: int = 0
+    trainer: ClassVar[type[PreferenceTrainer]]
+
+    @abstractmethod
+    def arguments(self, shared: dict[str, Any]) -> Any:
+        """Return the trainer's arguments, as TRL's class of them."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on this kind of training."""
+
+    def watches(self) -> list[TrainerCallback]:
+        """Return callbacks of this kind of training."""
+        return []
+
+    def prepare(self, screen: Screen) -> Self:
+        """Return the run itself."""
+        del screen
+        return self
+
+    def make_trainer(
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
+    ) -> PreferenceTrainer:
+        """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
+        # TRL disables dropout by default, even where the adapter has some.
+        shared = {**arguments, "disable_dropout": not self.config.lora_dropout}
+        return self.trainer(
+            model=model,
+            args=self.arguments(shared),
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            processing_class=self.setup.tokenizer,
+            callbacks=[*callbacks, *self.watches()],
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceTask(Generic[P]):
+    """Preference training; see `hymba_tune.train.task.TrainingTask`.
+
+    Attributes:
+        config: The run's settings.
+        run: The kind of run.
+    """
+
+    config: P
+    run: type[PreferenceRun[P]]
+
+    def read_data(self, setup: Setup, screen: Screen) -> PreferenceRun[P]:
+        """Read pairs, or single answers with labels."""
+        config = self.config
+        data = read_preferences(
+            config,
+            setup.tokenizer,
+            paired=config.verb.paired,
+            seed=config.seed,
+            prompts=SAMPLES,
+            working=screen.working,
+        )
+        report = data.report
+        warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
+        summary = _summary(report)
+        rows = Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
+        return self.run(config, setup, rows, report, screen)
 
 
 def _summary(report: PreferenceReport) -> list[str]:
-    judged = f"{report.good:,} good answers and {report.bad:,} bad ones"
-    summary = [f"{report.pairs:,} pairs" if report.pairs else judged]
+    answers = f"{report.good:,} good answers and {report.bad:,} bad ones"
+    summary = [f"{report.pairs:,} pairs" if report.pairs else answers]
     summary.append(f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} compared")
     if report.pairs:
         summary.append(f"the better answer is longer in {report.chosen_longer / report.pairs:.0%}")
@@ -88,62 +157,63 @@ def _summary(report: PreferenceReport) -> list[str]:
     return summary
 
 
-def _describe(setup: Setup) -> dict[str, str]:
-    """The banner's lines on where training starts and what it is compared with."""
-    config = cast(DPOConfig | KTOConfig, setup.config)
-    start = "its adapter is trained on" if setup.continues else "its adapter is merged in, a new one trained"
-    how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
-    lines = {"start": f"{setup.source.name}: {start}"} if setup.source.adapter else {}
-    return lines | {"reference": f"the model at the start, {how} · {config.loss} loss, beta {config.beta:g}"}
+@dataclass(frozen=True)
+class DPORun(PreferenceRun[DPOConfig]):
+    """A run of DPO."""
+
+    trainer: ClassVar[type[PreferenceTrainer]] = PairTrainer
+
+    def arguments(self, shared: dict[str, Any]) -> trl.DPOConfig:
+        """Return the arguments of TRL's DPO trainer."""
+        config = self.config
+        own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
+        return trl.DPOConfig(**shared, **_reference_arguments(config), **own)
+
+    def watches(self) -> list[TrainerCallback]:
+        """Watch the margin of rewards, which is zero at the start."""
+        return [_margin_watch(self.config, self.report, self.screen)]
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on where training starts and on the reference model."""
+        return _describe_reference(self.config, self.config.loss, self.setup)
 
 
-def _arguments(setup: Setup, arguments: dict[str, Any]) -> dict[str, Any]:
-    config = cast(PreferenceConfig, setup.config)
-    own = {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
-    # TRL switches dropout off unless told otherwise, also where it was asked for.
-    return {**arguments, **own, "disable_dropout": not config.lora_dropout}
+@dataclass(frozen=True)
+class KTORun(PreferenceRun[KTOConfig]):
+    """A run of KTO."""
+
+    trainer: ClassVar[type[PreferenceTrainer]] = UnpairedTrainer
+
+    def arguments(self, shared: dict[str, Any]) -> trl.KTOConfig:
+        """Return the arguments of TRL's KTO trainer."""
+        config = self.config
+        weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
+        return trl.KTOConfig(**shared, **_reference_arguments(config), loss_type=config.loss, **weights)
+
+    def watches(self) -> list[TrainerCallback]:
+        """Watch the margin of rewards, which is zero at the start."""
+        return [_margin_watch(self.config, self.report, self.screen)]
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on where training starts and on the reference model."""
+        return _describe_reference(self.config, self.config.loss, self.setup)
 
 
-def _margin_watch(setup: Setup, data: Data, screen: Screen) -> MarginWatch:
-    config, report = cast(PreferenceConfig, setup.config), cast(PreferenceReport, data.report)
+def _reference_arguments(config: ReferenceConfig) -> dict[str, Any]:
+    return {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
+
+
+def _margin_watch(config: ReferenceConfig, report: PreferenceReport, screen: Screen) -> MarginWatch:
     return MarginWatch(config.beta, report.identical / report.rows, screen)
 
 
-def _pair_trainer(
-    screen: Screen,
-    setup: Setup,
-    data: Data,
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    callbacks: list[TrainerCallback],
-) -> PairTrainer:
-    config = cast(DPOConfig, setup.config)
-    own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
-    return PairTrainer(
-        model=model,
-        args=trl.DPOConfig(**_arguments(setup, arguments), **own),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=[*callbacks, _margin_watch(setup, data, screen)],
-    )
+def _describe_reference(config: ReferenceConfig, loss: str, setup: Setup) -> dict[str, str]:
+    how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
+    reference = {"reference": f"the model at the start, {how} · {loss} loss, beta {config.beta:g}"}
+    return describe_start(setup) | reference
 
 
-def _judged_trainer(
-    screen: Screen,
-    setup: Setup,
-    data: Data,
-    model: PreTrainedModel,
-    arguments: dict[str, Any],
-    callbacks: list[TrainerCallback],
-) -> JudgedTrainer:
-    config = cast(KTOConfig, setup.config)
-    weights = {"desirable_weight": config.good_weight, "undesirable_weight": config.bad_weight}
-    return JudgedTrainer(
-        model=model,
-        args=trl.KTOConfig(**_arguments(setup, arguments), loss_type=config.loss, **weights),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=[*callbacks, _margin_watch(setup, data, screen)],
-    )
+def describe_start(setup: Setup) -> dict[str, str]:
+    """Return the banner's line on where training starts, if it starts from an adapter."""
+    start = "its adapter is trained on" if setup.continues else "its adapter is merged in, a new one trained"
+    return {"start": f"{setup.source.name}: {start}"} if setup.source.adapter else {}

@@ -1,10 +1,9 @@
-"""TRL's trainers of preferences for Hymba: rows that come encoded, its own head, one adapter, an exact evaluation."""
+"""TRL's preference trainers for Hymba: encoded rows, the model's own head, one adapter and an exact evaluation."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,79 +13,67 @@ import torch
 import trl
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer, KTOTrainer
 
 from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 TRL_REFERENCE = "ref"
-"""TRL's name for the copy that it makes of an adapter, to compare it with."""
+"""TRL's name for its copy of an adapter, the reference."""
 EXACT = ("rewards/", "logps/", "kl")
-"""What TRL measures of a batch that can be averaged over answers; the rest is about tokens."""
+"""Prefixes of TRL's metrics that are means over the answers of a batch; the others are means over tokens."""
 
 
 class PreferenceTrainer(RunTrainer):
-    """Stands before one of TRL's trainers of preferences among the bases."""
+    """Mixin; list it before the TRL preference trainer."""
 
     def __init__(self, **kwargs: Any) -> None:
         with _quiet_trl():
             super().__init__(**kwargs)
         model = self.accelerator.unwrap_model(self.model)
         keep_own_forward(model)
-        # A new adapter is no other model than the one below it: switched off, it needs no copy. One that is gone on
-        # with was compared with its copy before training, when the two were the same.
-        if isinstance(model, PeftModel):
+        # No copy is needed: with a new adapter the reference is the model with the adapter off, and with one that is
+        # trained further the log-probabilities of the reference were computed before training.
+        if TRL_REFERENCE in getattr(model, "peft_config", {}):
             model.delete_adapter(TRL_REFERENCE)
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """How many answers, or pairs of them, each number about a batch is a mean of; by the last part of its name."""
+        """Return the number of answers or pairs behind each metric of a batch, by the last part of its name."""
         raise NotImplementedError
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """Means over all pairs or answers. TRL's own loop averages batches, however many they hold."""
-        del description
-        self.model.eval()
-        losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
-        sums: dict[str, float] = defaultdict(float)
-        weights: dict[str, float] = defaultdict(float)
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            counts = self.counts(inputs)
-            losses[source] += torch.tensor([counts["all"] * loss.item(), counts["all"]]).to(losses[source])
-            measured = {name: values[-1] for name, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
-            for name, value in measured.items():
-                weight = counts.get(name.split("/")[-1], counts["all"])
-                sums[name] += weight * value
-                weights[name] += weight
-        names = sorted(name for name in sums if name.startswith(EXACT))
-        pairs = torch.tensor([[sums[name], weights[name]] for name in names], dtype=torch.float64)
-        total = self.accelerator.reduce(pairs.to(self.args.device), "sum").tolist()
-        metrics = {name: value / max(weight, 1.0) for name, (value, weight) in zip(names, total, strict=True)}
-        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= self.held_out_losses(losses, metric_key_prefix)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return sums over the pairs or answers of a batch."""
+        loss, counts = self.compute_loss(self.model, inputs), self.counts(inputs)
+        sums: dict[str, tuple[Tensor | float, Tensor | float]] = {"loss": (counts["all"] * loss.item(), counts["all"])}
+        for name, values in self._metrics["eval"].items():
+            if name.startswith(EXACT):
+                count = counts.get(name.split("/")[-1], counts["all"])
+                sums[name] = (count * values[-1], count)
+        self._metrics["eval"].clear()
+        return sums
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Return the means of `RunTrainer`, and the margin between the mean rewards: single answers have no margin."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        names = {name: f"{metric_key_prefix}_rewards/{name}" for name in ("chosen", "rejected", "margins")}
+        if {names["chosen"], names["rejected"]} <= output.metrics.keys():
+            output.metrics[names["margins"]] = output.metrics[names["chosen"]] - output.metrics[names["rejected"]]
+        return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss."""
+        """Return TRL's loss, without TRL's deprecation warnings."""
         with _quiet_trl():
             return super().compute_loss(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
-        # Rows come encoded and cut.
+        # Rows are already encoded and cut.
         return dataset
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
         model = self.accelerator.unwrap_model(self.model)
         keep_own_forward(model)
         if isinstance(model, PeftModel):
-            # TRL copies the linear layers only, not the meta tokens.
+            # TRL copies only the linear layers, not the meta tokens.
             set_peft_model_state_dict(model, get_peft_model_state_dict(model), TRL_REFERENCE)
         training = model.training
         model.eval()
@@ -101,24 +88,24 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
     """Trains on rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """The better answers are the first half of a batch, the worse ones the second."""
+        """Return the number of pairs: a batch holds all chosen answers, then all rejected ones."""
         return {"all": len(inputs["input_ids"]) // 2}
 
 
-class JudgedTrainer(PreferenceTrainer, KTOTrainer):
+class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
     """Trains on rows of ``prompt_ids``, ``completion_ids`` and ``label``."""
 
     def counts(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """Good answers, bad ones, and both."""
+        """Return the numbers of good answers, of bad ones, and of both."""
         labels: Tensor = inputs["label"]
         good = int(labels.sum())
         return {"all": len(labels), "chosen": good, "rejected": len(labels) - good}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """TRL's loss, and among its metrics one that it has of pairs only: how many answers are told right."""
+        """Return TRL's loss, and add the accuracy, which TRL measures on pairs only."""
         with caught_scores(self.accelerator.unwrap_model(self.model)) as scores:
             loss = super()._compute_loss(model, inputs, return_outputs)
-        # What computes the divergence comes before the answers, under the model as under the reference.
+        # The forward for the divergence comes before that for the answers, with the model as with the reference.
         policy = scores[int(self.calculate_KL)].sum(-1)
         reference = inputs["ref_logps"] if "ref_logps" in inputs else scores[-1].sum(-1)
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -131,25 +118,25 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
         self, dataset: datasets.Dataset, processing_class: Any, args: trl.KTOConfig, *_: Any
     ) -> datasets.Dataset:
         del processing_class
-        # KTO measures how far the model has gone from the reference on answers to other prompts: those of the same
-        # batch, each handed on to the next prompt.
+        # KTO estimates the divergence from the reference on answers to other prompts: each prompt takes the answer
+        # of the previous row of its batch.
         if not self.calculate_KL:
             return dataset
 
-        def hand_on(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def shift_answers(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
             answers = rows["completion_ids"]
             return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
-        return dataset.map(hand_on, batched=True, batch_size=args.per_device_train_batch_size)
+        return dataset.map(shift_answers, batched=True, batch_size=args.per_device_train_batch_size)
 
 
 @contextmanager
 def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The log-probabilities, ``(B, L - 1)`` each, that a model gives in whatever forwards it goes through meanwhile."""
-    found: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, __, output: found.append(output.log_probs))
+    """Collect the log-probabilities, ``(B, L - 1)`` each, of a model's forwards within the block."""
+    scores: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, __, output: scores.append(output.log_probs))
     try:
-        yield found
+        yield scores
     finally:
         hook.remove()
 
@@ -157,7 +144,7 @@ def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
 @contextmanager
 def _quiet_trl() -> Iterator[None]:
     with warnings.catch_warnings():
-        # TRL calls transformers by names that transformers is leaving.
+        # TRL uses names that transformers has deprecated.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
         yield
 

@@ -1,4 +1,4 @@
-"""The settings of a run that is resumed; importing this imports no torch."""
+"""The settings of a resumed run. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from hymba_tune.train.run import Run
 C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
 CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
-"""Settings that a run may be gone on with differently."""
+"""Settings that may change when a run is resumed."""
 
 
-def resume_config(given: C) -> C:
-    """The settings of the run that ``--resume`` names, with those given now on top.
+def resume_config(flags: C) -> C:
+    """Return the settings of the run that ``--resume`` names, overridden by the given ones.
+
+    Args:
+        flags: The settings of this command. Those that were set explicitly override the run's.
 
     Raises:
-        CheckpointError: If it is not a run, or has no whole checkpoint.
-        ConfigError: If another verb made it, or a setting is given that a run cannot be gone on with differently.
+        CheckpointError: If it is not a run, or has no complete checkpoint.
+        ConfigError: If it is a run of another verb, or a setting differs that cannot change when a run is resumed.
     """
-    assert given.resume is not None
-    saved = Run(given.resume).read_config()
-    if not isinstance(saved, type(given)):
+    assert flags.resume is not None
+    saved = Run(flags.resume).read_config()
+    if not isinstance(saved, type(flags)):
         raise ConfigError(
-            f"{given.resume} is a run of hymba-tune {saved.verb}, not of {given.verb}.",
-            fix=f"hymba-tune {saved.verb} --resume {given.resume}",
+            f"{flags.resume} is a run of hymba-tune {saved.verb}, not of {flags.verb}.",
+            fix=f"hymba-tune {saved.verb} --resume {flags.resume}",
         )
-    changed = {name: getattr(given, name) for name in given.model_fields_set}
+    changed = {name: getattr(flags, name) for name in flags.model_fields_set}
     if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
         raise ConfigError(
-            f"--resume goes on with {given.resume} as it was started; {_as_flags(fixed)} cannot change.",
+            f"--resume continues {flags.resume} with its own settings; {_as_flags(fixed)} cannot change.",
             expected=f"at most: {_as_flags(CHANGEABLE - {'resume'})}",
             fix="leave it out, or start a new run with --model RUN",
         )
-    Run(given.resume).last_checkpoint()  # refuses a run that has none
+    Run(flags.resume).last_checkpoint()  # raises if there is none
     return saved.model_copy(update=changed)
 
 

@@ -1,4 +1,4 @@
-"""A run's directory: what was asked, what happened, and what came of it."""
+"""A run's directory: its settings, its metrics and its results."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, remove, write_text
 from hymba_tune.train.checkpoints import forget_torn, newest_whole
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 class Run:
-    """``runs/<name>/``.
+    """The directory of a run, ``runs/<name>/``.
 
     Args:
         path: The directory, which need not exist yet.
@@ -43,22 +43,22 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the trainer saves what it needs to go on."""
+        """The directory of the trainer's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter."""
+        """The directory of the trained adapter."""
         return self.path / "adapter"
 
     @property
     def model(self) -> Path:
-        """The trained model, where all of it was trained."""
+        """The directory of the trained model, where all weights were trained."""
         return self.path / "model"
 
     @classmethod
     def choose(cls, config: TrainingConfig) -> Run:
-        """The directory a new run is to have.
+        """Return a new run with its directory's path.
 
         Raises:
             ConfigError: If ``--out`` holds something that must not be replaced; see `check_folder`.
@@ -66,26 +66,26 @@ class Run:
         if config.out is None:
             parts = [Path(config.model).name, Path(config.data[0]).stem, time.strftime("%m%d-%H%M%S")]
             return cls(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower())
-        go_on = f"--resume {config.out} to go on with it, or " if (config.out / "config.yaml").is_file() else ""
-        check_folder(config.out, RUN, overwrite=config.overwrite, fix=go_on)
+        resume = f"--resume {config.out} to continue it, or " if (config.out / "config.yaml").is_file() else ""
+        check_folder(config.out, RUN, overwrite=config.overwrite, fix=resume)
         return cls(config.out)
 
     def create(self, config: TrainingConfig) -> None:
-        """Make the directory and write the resolved settings.
+        """Create the directory and write the resolved settings.
 
         Raises:
             ConfigError: If it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = {"verb": config.verb}
+            settings = {"verb": config.verb.name}
             settings |= config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
 
     def read_config(self) -> TrainingConfig:
-        """The settings the run was started with, of the kind of training it is.
+        """Return the settings that the run was started with.
 
         Raises:
             CheckpointError: If this is not a run's directory, or its settings cannot be read.
@@ -95,21 +95,21 @@ class Run:
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
             settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-            verb = settings.pop("verb", SFTConfig.verb)  # the first runs did not say it: there was no other
+            verb = settings.pop("verb", SFTConfig.verb.name)  # the first version had one verb and did not write it
             return TrainingConfig.of(verb).model_validate(settings)
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, if there is any."""
+        """Return the newest complete checkpoint, if there is any."""
         return newest_whole(self.checkpoints)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a whole checkpoint."""
+        """Return whether there is a complete checkpoint."""
         return self.newest_checkpoint() is not None
 
     def last_checkpoint(self) -> Path:
-        """The newest whole checkpoint.
+        """Return the newest complete checkpoint.
 
         Raises:
             CheckpointError: If there is none.
@@ -117,55 +117,56 @@ class Run:
         newest = self.newest_checkpoint()
         if newest is None:
             raise CheckpointError(
-                f"{self.path} has no whole checkpoint to go on from.", fix="start again, with --out <new>"
+                f"{self.path} has no complete checkpoint to resume from.", fix="start again, with --out <new>"
             )
         return newest
 
     def record(self, **facts: Any) -> None:
-        """Add facts to ``run.json``, beside the versions and the machine."""
+        """Add facts to ``run.json``, with the versions and the machine."""
         facts = {**self.facts(), **facts}
         facts["versions"] = {name: metadata.version(name) for name in LIBRARIES}
         facts["machine"] = {"python": platform.python_version(), "platform": platform.platform()}
         write_text(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` says; nothing before the first `record`."""
+        """Return the content of ``run.json``; empty before the first `record`."""
         path = self.path / "run.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricsRow) -> None:
         """Add a line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_as_line(row))
 
-    def rows(self) -> list[Row]:
-        """The lines of ``metrics.jsonl``; the last one counts only if it was written to its end."""
+    def rows(self) -> list[MetricsRow]:
+        """Return the lines of ``metrics.jsonl``, without a last one that is incomplete."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [Row.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
+        return [MetricsRow.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
 
     def forget_leftovers(self) -> None:
-        """Remove what a killed process has left half written, and a run that this one has replaced."""
+        """Remove incomplete files of a killed process, and a run that this one has replaced."""
         forget_torn(self.checkpoints)
         for path in entries(self.path):
             if RUN.has_part(path.name) and (path.name.endswith(PARTIAL) or path.name.startswith(f"{REPLACED}.")):
                 remove(path)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` past a step that is gone on from."""
+        """Drop the lines of ``metrics.jsonl`` after the step that a run is resumed from."""
         lines = [_as_line(row) for row in self.rows() if row.step <= step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
 
-    def evaluations(self) -> Iterator[Row]:
-        """The lines that carry a held-out loss."""
+    def evaluations(self) -> Iterator[MetricsRow]:
+        """Return the lines with a held-out loss."""
         return (row for row in self.rows() if row.eval_loss is not None)
 
     @contextmanager
     def capturing_logs(self) -> Iterator[None]:
-        """Send what libraries log and warn about to ``log.txt`` instead of the screen."""
+        """Write the logs and warnings of libraries to ``log.txt`` instead of the screen."""
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        transformers_logger, progress = transformers.utils.logging, datasets.are_progress_bars_disabled()
+        transformers_logger = transformers.utils.logging
+        progress_was_disabled = datasets.are_progress_bars_disabled()
         logging.captureWarnings(True)
         logging.getLogger().addHandler(handler)
         transformers_logger.disable_default_handler()
@@ -181,9 +182,9 @@ class Run:
             transformers_logger.enable_default_handler()
             transformers_logger.disable_propagation()
             transformers_logger.enable_progress_bar()
-            if not progress:
+            if not progress_was_disabled:
                 datasets.enable_progress_bars()
 
 
-def _as_line(row: Row) -> str:
+def _as_line(row: MetricsRow) -> str:
     return json.dumps(row.as_columns()) + "\n"

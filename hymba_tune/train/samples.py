@@ -7,17 +7,17 @@ import json
 from transformers import PreTrainedModel
 
 from hymba_tune.data import encode_prompt
-from hymba_tune.evaluate.asking import Answered, Extraction, Question, judge_answers
+from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
 from hymba_tune.files import write_text
 from hymba_tune.generate import answer, write
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 SAMPLES = 3
-"""Prompts whose answers are shown: the first of the evaluation data, or else of the data."""
+"""The number of prompts whose answers are shown: the first of the held-out data, or of the training data."""
 SAMPLE_TOKENS = 96
 LONGER = 2
-"""Times the tokens of the longest known answer that a counted answer may have."""
+"""The most tokens of a counted answer, as a multiple of those of the longest reference answer."""
 
 
 def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, screen: Screen) -> None:
@@ -48,21 +48,22 @@ def _count_right(
     setup: Setup, data: Data, extract: Extraction, model: PreTrainedModel, when: str, screen: Screen
 ) -> None:
     """Answer every prompt, and record in ``run.json`` how many answers are right."""
-    tokenizer, size = setup.tokenizer, setup.config.batch_size
+    tokenizer = setup.tokenizer
+    size = setup.config.batch_size
     questions = [Question(prompt, reference) for prompt, reference in data.prompts]
     longest = max(len(tokenizer(question.reference).input_ids) for question in questions)
-    answered: list[Answered] = []
+    answered: list[AnsweredQuestion] = []
     with screen.working(f"answering {len(questions):,} held-out prompts, {when} training") as progress:
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
             ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
-            # Not `ask_all`: its decoder's inference mode would leave tensors in the model that cannot be trained with.
+            # Not `answer_questions`: its inference mode would leave tensors in the model that cannot be trained with.
             written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=LONGER * longest, temperature=0.0)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             answered += [
-                Answered(question, text, extract(text), extract(question.reference))
+                AnsweredQuestion(question, text, extract(text), extract(question.reference))
                 for question, text in zip(batch, texts, strict=True)
             ]
             progress(len(answered))
     known = setup.run.facts().get("answers", {})
-    setup.run.record(answers={**known, "questions": len(questions), when: judge_answers(answered).right})
+    setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).correct})

@@ -1,4 +1,4 @@
-"""What training has to say while it works; the command line shows it, a library's user may pass this silent one."""
+"""The interface through which training shows its progress: silent here, and shown by the command line's subclass."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 OF_SOURCE = "eval_loss/"
-"""Begins the names of the columns with the held-out losses of several sources, before the source's."""
+"""Prefix of the columns with the held-out loss of each of several sources; the source's name follows."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a run's metrics; None where the step has no such number.
+class MetricsRow:
+    """One line of a run's metrics. A field is None where the step has no such number.
 
     Attributes:
-        step: Optimiser steps done.
-        loss: Mean over the steps since the last row, nats a learned token.
-        eval_loss: Mean over the held-out data's learned tokens, nats.
-        learning_rate: Of the last step.
-        grad_norm: Of the last step, before it was clipped.
-        tokens_per_s: Tokens read a second since the last row, evaluations not counted.
-        memory_bytes: Peak memory so far, of the GPU or, on a CPU, of the process.
-        margin: Of preferences: how much larger the rewards of better answers are than those of worse ones, on average.
-            A reward is beta times the log-ratio of the answer's probabilities under the model and the reference.
-        accuracy: Share of the pairs whose better answer has the larger reward. Of answers judged one by one: share of
-            the good ones whose reward is above the point that KTO compares with, and of the bad ones below it; that is
-            beta times its estimate of the divergence from the reference, or 0 in losses without one.
-        chosen_reward: Mean reward of the better, or good, answers.
-        rejected_reward: Mean reward of the worse, or bad, answers.
-        eval_margin: These four on the held-out data, as means over all of its pairs or answers.
-        eval_accuracy: See `eval_margin`.
-        eval_chosen_reward: See `eval_margin`.
-        eval_rejected_reward: See `eval_margin`.
-        more: Whatever else is measured, by the names of its columns: the held-out loss of each source where there are
-            several (`OF_SOURCE`), what one kind of training has of its own.
+        step: The number of optimizer steps done.
+        loss: The mean loss over the steps since the last row, in nats a learned token.
+        eval_loss: The mean loss over the held-out data's learned tokens, in nats.
+        learning_rate: The learning rate of the last step.
+        grad_norm: The gradient norm of the last step, before clipping.
+        tokens_per_s: Tokens a second since the last row, without evaluations.
+        memory_bytes: The peak memory so far, of the GPU or, on a CPU, of the process.
+        margin: In preference training, the mean reward of chosen answers less that of rejected ones. A reward is beta
+            times the log-ratio of the answer's probabilities under the model and the reference.
+        accuracy: The share of pairs whose chosen answer has the larger reward. In KTO, the share of good answers with a
+            reward above the KL baseline and of bad ones below it; the baseline is beta times the estimated divergence
+            from the reference, or 0 for losses without one.
+        chosen_reward: The mean reward of the chosen, or good, answers.
+        rejected_reward: The mean reward of the rejected, or bad, answers.
+        eval_margin: The margin on the held-out data, as a mean over all of its pairs or answers.
+        eval_accuracy: The accuracy on the held-out data.
+        eval_chosen_reward: The mean reward of the chosen, or good, held-out answers.
+        eval_rejected_reward: The mean reward of the rejected, or bad, held-out answers.
+        more: Further measures by their column names: the held-out loss of each source where there are several
+            (`OF_SOURCE`), and the measures of one kind of training.
     """
 
     step: int
@@ -57,37 +57,37 @@ class Row:
 
     @property
     def source_losses(self) -> dict[str, float]:
-        """Held-out losses by source, where there are several."""
+        """The held-out losses by source, where there are several."""
         return {name.removeprefix(OF_SOURCE): loss for name, loss in self.more.items() if name.startswith(OF_SOURCE)}
 
     def as_columns(self) -> dict[str, Any]:
-        """What is known, by column."""
+        """Return the numbers that are not None, by column."""
         columns = asdict(self)
         columns |= columns.pop("more")
         return {name: value for name, value in columns.items() if value is not None}
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Any]) -> Self:
-        """The row that has these columns."""
+        """Return the row with these columns."""
         own = {one.name for one in fields(cls)} - {"more"}
         more = {name: value for name, value in columns.items() if name not in own}
         return cls(**{name: columns[name] for name in own & columns.keys()}, more=more)
 
 
 class Screen:
-    """Shows nothing."""
+    """A screen that shows nothing."""
 
     @contextmanager
     def working(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Something that may take a while; what it yields is called with how much is done, of how much in all."""
+        """Announce work that may take a while; the block calls the yielded function with the amount done."""
         del label, total
         yield lambda _: None
 
     def banner(self, lines: dict[str, str]) -> None:
-        """What is about to run, a label and a line each."""
+        """Show what is about to run, a label and a line each."""
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
-        """New numbers."""
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
+        """Show a new row of metrics."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing that needs no answer."""
+        """Show a note."""

@@ -1,4 +1,4 @@
-"""What a run works with, once its settings are checked and its data is read."""
+"""The setup of a run: its checked settings, and its data."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hymba_tune.checkpoint import (
     choose_kernels,
     load_config,
 )
-from hymba_tune.config import Method, PreferenceConfig, Scheme, Start, TrainingConfig, as_mapping
+from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.errors import ConfigError
-from hymba_tune.evaluate.asking import Extraction
+from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
 from hymba_tune.ranks import check_single_process
@@ -41,7 +41,18 @@ from hymba_tune.train.tracking import check_trackers
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with, checked before any weights are loaded."""
+    """What a run works with, checked before any weights are loaded.
+
+    Attributes:
+        run: The run's directory.
+        config: The run's settings.
+        source: The model that training starts from.
+        tokenizer: The model's tokenizer, with the chat template.
+        device: The device of the run.
+        dtype: The dtype of the computation.
+        model_config: The configuration of the model's weights.
+        kernels: The kernel chosen for each operation.
+    """
 
     run: Run
     config: TrainingConfig
@@ -54,27 +65,27 @@ class Setup:
 
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
-        """Of the weights below the adapter, which are stored so already or are to be."""
+        """The quantization of the base weights, whether stored already or applied when they are loaded."""
         return weights_quantization(self.config, self.model_config, self.dtype)
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the weights below the adapter are stored, if in fewer bits."""
+        """The quantization scheme of the base weights, if there is one."""
         return scheme_of(self.quantization) if self.quantization else None
 
     @property
     def continues(self) -> bool:
-        """Whether the adapter of ``source`` is gone on with, rather than a new one made."""
+        """Whether the adapter of ``source`` is trained further; otherwise a new one is added."""
         return _continues(self.config)
 
     @property
     def base(self) -> str:
-        """The name under which the model below the trained adapter is found again; a run's stands for its result."""
+        """The name from which the base model of the trained adapter can be loaded; for a run, its result."""
         return str(self.source.base) if self.continues else lasting_name(self.config.model)
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Float32 where all weights are trained, and ``dtype`` only computed in: it would round small steps away."""
+        """The dtype of the weights: float32 where all are trained, as ``dtype`` would round small steps away."""
         return torch.float32 if self.config.method is Method.full else self.dtype
 
 
@@ -83,15 +94,16 @@ class Data:
     """Encoded rows, and a few prompts with their answers.
 
     Attributes:
-        train: Rows as the kind's trainer takes them.
-        held_out: Such rows to evaluate on, source by source, if any.
-        held_out_sources: How many of them are of each source, in their order.
-        report: What became of the rows to train on.
-        summary: How much data there is, in words, for the banner.
-        prompts: Prompts of the held-out data, or else of the data, with their answers. The first few are answered
-            before and after training.
-        length_warning: Said where texts are longer than the model was made for.
-        extract: Finds what is compared in answers, if all ``prompts`` are answered and the right answers are counted.
+        train: The rows to train on, in the trainer's columns.
+        held_out: The rows to evaluate on, source by source, if any.
+        held_out_sources: The number of held-out rows of each source, in their order.
+        report: The counts of training rows that were read, used and dropped.
+        summary: The amount of data, in words, for the banner.
+        prompts: The prompts of the held-out data, or of the training data where there is none, with their answers. The
+            first few are answered before and after training.
+        length_warning: A warning where texts are longer than the model's context.
+        extract: Returns the part of an answer that is compared; None unless all ``prompts`` are answered and the right
+            answers are counted.
     """
 
     train: datasets.Dataset
@@ -105,10 +117,10 @@ class Data:
 
 
 def check(config: TrainingConfig) -> Setup:
-    """Look at all that can be looked at before the data is read and the weights are downloaded and loaded.
+    """Check everything that can be checked before data is read and weights are downloaded and loaded.
 
     Raises:
-        HymbaTuneError: If something is to be mended first.
+        HymbaTuneError: If a setting, a file or the machine must be changed first.
     """
     check_single_process()
     check_trackers(config.track)
@@ -117,7 +129,7 @@ def check(config: TrainingConfig) -> Setup:
     device = choose_device(config.device)
     if config.activation_offload and device.type != "cuda":
         raise ConfigError(
-            f"--activation-offload moves activations off a GPU, and this run is on {device.type}.",
+            f"--activation-offload moves activations from a GPU to the CPU, and this run is on {device.type}.",
             fix="leave it out; --gradient-checkpointing saves memory on any device",
         )
     dtype = choose_dtype(config.dtype, device)
@@ -138,63 +150,63 @@ def check(config: TrainingConfig) -> Setup:
 def weights_quantization(
     config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
-    """How the weights below the adapter are stored already or are to be stored, if in fewer bits.
+    """Return the quantization of the base weights, whether stored already or to be applied; None where there is none.
 
     Args:
-        config: Of the run.
-        model_config: Of the weights.
-        dtype: What is computed in.
+        config: The run's settings.
+        model_config: The configuration of the weights.
+        dtype: The dtype of the computation.
 
     Raises:
-        ConfigError: If nothing in the model can be stored so.
+        ConfigError: If no layer of the model can be quantized so.
     """
     stored = stored_quantization(model_config)
     return quantization(model_config, config.quantize, dtype) if config.quantize and stored is None else stored
 
 
 def check_quantization(config: TrainingConfig, source: ModelSource, model_config: PretrainedConfig) -> None:
-    """See that weights that are quantised, or are to be, can be trained as asked.
+    """Check that quantized weights can be trained with the run's method.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If they cannot.
     """
     stored = stored_quantization(model_config)
     scheme = scheme_of(stored) if stored else None
     if source.adapter is not None and (scheme or config.quantize) and not _continues(config):
         raise ConfigError(
-            f"{source.name} is an adapter: it has to be folded in before its model is quantised.",
+            f"{source.name} is an adapter: it has to be merged before its model is quantized.",
             fix=f"hymba-tune merge {config.model} --out merged, then --model merged",
         )
     if scheme is None:
         return
     if config.quantize not in (None, scheme):
         raise ConfigError(
-            f"--quantize {config.quantize}: {source.name} is quantised already, to {scheme}.", fix="leave it out"
+            f"--quantize {config.quantize}: {source.name} is quantized already, to {scheme}.", fix="leave it out"
         )
     if config.method is Method.full:
         raise ConfigError(
-            f"--method full trains every weight, and those of {source.name} are quantised ({scheme}).",
-            fix="--method lora, or a model that is not quantised",
+            f"--method full trains every weight, and those of {source.name} are quantized ({scheme}).",
+            fix="--method lora, or a model that is not quantized",
         )
     if config.method is Method.dora and scheme is Scheme.int8:
         raise ConfigError(
-            f"--method dora needs the norms of the weights, and those of {source.name} are quantised to int8, which "
-            "PEFT cannot take apart for it.",
+            f"--method dora needs the norms of the weights, and those of {source.name} are quantized to int8, which "
+            "PEFT cannot dequantize for DoRA.",
             fix="--method lora",
         )
 
 
 def _continues(config: TrainingConfig) -> bool:
-    return isinstance(config, PreferenceConfig) and config.start is Start.continue_
+    return isinstance(config, ReferenceConfig) and config.start is Start.continue_
 
 
 def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model to be trained, its adapter on, without memory for it: on the meta device.
+    """Return the model to be trained, with its adapter, on the meta device, where it takes no memory.
 
     Args:
-        config: Of the run.
-        model_config: Of the model.
-        dtype: Its number format.
+        config: The run's settings.
+        model_config: The model's configuration.
+        dtype: The dtype of the weights.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
@@ -204,7 +216,7 @@ def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch
 
 
 def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:
-    """PEFT's configuration of the adapter that the settings ask for."""
+    """Return PEFT's configuration of the adapter."""
     return lora_config(
         model,
         targets=config.targets,

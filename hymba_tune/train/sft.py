@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trl
@@ -14,9 +14,8 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.data.training import opened
 from hymba_tune.errors import ConfigError
-from hymba_tune.evaluate.asking import Extraction, Question, check_questions
+from hymba_tune.evaluate.questions import Extraction, Question, check_questions
 from hymba_tune.train.flow import train
-from hymba_tune.train.kind import Kind
 from hymba_tune.train.outline import PACKING
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import SAMPLES
@@ -27,30 +26,77 @@ from hymba_tune.train.trainer import HymbaTrainer
 
 def run_sft(config: SFTConfig, screen: Screen) -> Run | None:
     """Fine-tune a model on conversations or texts; see `train`."""
-    return train(config, Kind(_read_data, _make_trainer), screen)
+    return train(SFTTask(config), screen)
 
 
-def _read_data(setup: Setup, screen: Screen) -> Data:
-    config = setup.config
-    assert isinstance(config, SFTConfig)
-    count = config.eval_max_rows if config.answers else SAMPLES
-    held_out = opened(config)[1] if config.answers else []
-    if config.answers and not held_out:
-        raise ConfigError(
-            "--answers: the prompts of held-out data are answered, and no held-out data is given.",
-            expected="--eval-data, or data that comes with it",
-            fix=f"hymba-tune data split {config.data[0]} --eval 0.1 --out parts, then --data and --eval-data",
+@dataclass(frozen=True)
+class SFTTask:
+    """Supervised fine-tuning; see `hymba_tune.train.task.TrainingTask`."""
+
+    config: SFTConfig
+
+    def read_data(self, setup: Setup, screen: Screen) -> SFTRun:
+        """Read conversations or texts."""
+        config = self.config
+        count = config.eval_max_rows if config.answers else SAMPLES
+        held_out = opened(config)[1] if config.answers else []
+        if config.answers and not held_out:
+            raise ConfigError(
+                "--answers: the prompts of held-out data are answered, and no held-out data is given.",
+                expected="--eval-data, or data that comes with it",
+                fix=f"hymba-tune data split {config.data[0]} --eval 0.1 --out parts, then --data and --eval-data",
+            )
+
+        data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
+        if not config.answers:
+            return SFTRun(setup, data_of(setup, data))
+        extract = Extraction(config.answers, None)
+        check_questions([Question(prompt, reference) for prompt, reference in data.prompts], extract, held_out)
+        return SFTRun(setup, replace(data_of(setup, data), extract=extract))
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """A run of supervised fine-tuning whose rows are read. It needs only the model and the rows.
+
+    Attributes:
+        setup: The run's setup.
+        data: The rows.
+        extra_bytes: 0, as only the model and the rows are in memory.
+    """
+
+    setup: Setup
+    data: Data
+    extra_bytes: int = 0
+
+    def prepare(self, screen: Screen) -> SFTRun:
+        """Return the run itself."""
+        del screen
+        return self
+
+    def describe(self) -> dict[str, str]:
+        """Return no lines of its own."""
+        return {}
+
+    def make_trainer(
+        self, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
+    ) -> HymbaTrainer:
+        """Build the trainer; see `hymba_tune.train.task.TrainerBuilder`."""
+        packing = self.setup.config.packing
+        # Rows are already encoded and cut; only packing is left to the trainer.
+        own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
+        return HymbaTrainer(
+            model=model,
+            args=trl.SFTConfig(**arguments, **own, dataset_kwargs={"skip_prepare_dataset": not packing}),
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            processing_class=self.setup.tokenizer,
+            callbacks=callbacks,
         )
-    data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
-    if not config.answers:
-        return data_of(setup, data)
-    extract = Extraction(config.answers, None)
-    check_questions([Question(prompt, reference) for prompt, reference in data.prompts], extract, held_out)
-    return replace(data_of(setup, data), extract=extract)
 
 
 def data_of(setup: Setup, data: TrainingData[DataReport]) -> Data:
-    """Conversations and texts as a run works with them, their amount in words."""
+    """Return the rows that a run trains on, with their amount in words."""
     report = data.report
     warning = check_length(report.longest, setup.model_config, strict=setup.config.strict_length)
     summary = [
@@ -58,19 +104,3 @@ def data_of(setup: Setup, data: TrainingData[DataReport]) -> Data:
         f"{short_count(report.tokens)} tokens, {report.learned / report.tokens:.0%} learned",
     ]
     return Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
-
-
-def _make_trainer(
-    setup: Setup, data: Data, model: PreTrainedModel, arguments: dict[str, Any], callbacks: list[TrainerCallback]
-) -> HymbaTrainer:
-    packing = setup.config.packing
-    # Rows come encoded and cut; only packing is left to do.
-    own = {"packing": packing, "packing_strategy": PACKING, "eval_packing": False}
-    return HymbaTrainer(
-        model=model,
-        args=trl.SFTConfig(**arguments, **own, dataset_kwargs={"skip_prepare_dataset": not packing}),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=setup.tokenizer,
-        callbacks=callbacks,
-    )

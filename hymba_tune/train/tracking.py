@@ -1,4 +1,4 @@
-"""Live logging to other programs, by transformers' own integrations: ``--track``."""
+"""Live logging to other programs by transformers' own integrations (``--track``)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.train.run import Run
 
 PROJECT = "hymba-tune"
-"""What runs are gathered under, where a tracker has such a thing and its user has not named another."""
+"""The default project of trackers that group runs in projects."""
 
 
 def check_trackers(trackers: Sequence[Tracker]) -> None:
-    """See that what is to be logged to is installed.
+    """Check that the trackers are installed.
 
     Raises:
         ConfigError: If a package is missing.
@@ -31,13 +31,13 @@ def check_trackers(trackers: Sequence[Tracker]) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    found = find_spec(package)
-    # A folder of that name in the working directory, in which the tracker keeps its runs, is none.
-    return found is not None and found.origin is not None
+    spec = find_spec(package)
+    # A folder of that name in the working directory, where a tracker may write its runs, has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def tracker_arguments(run: Run, trackers: Sequence[Tracker]) -> dict[str, Any]:
-    """Arguments of the trainer."""
+    """Return the arguments of the trainer."""
     return {
         "report_to": [tracker.value for tracker in trackers] or "none",
         "run_name": run.name,
@@ -47,21 +47,21 @@ def tracker_arguments(run: Run, trackers: Sequence[Tracker]) -> dict[str, Any]:
 
 @contextmanager
 def tracking(run: Run, trackers: Sequence[Tracker]) -> Iterator[None]:
-    """Tell trackers where to write and how to call the project, as far as their user has not told them already.
+    """Set the folder and the project of trackers by environment variables, except those that are set already.
 
-    Nothing leaves the machine unless the user has logged in to a tracker or pointed it elsewhere.
+    Nothing leaves the machine unless the user has logged in to a tracker or set another address.
 
     Args:
-        run: In whose folder ``track/`` TensorBoard and W&B write.
-        trackers: Those asked for.
+        run: The run. TensorBoard and W&B write to its folder ``track/``.
+        trackers: The trackers in the settings.
     """
     settings = _settings(run, trackers)
-    made = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(made)
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in made:
+        for name in added:
             os.environ.pop(name, None)
 
 
@@ -73,15 +73,15 @@ def _settings(run: Run, trackers: Sequence[Tracker]) -> dict[str, str]:
     if Tracker.mlflow in trackers:
         settings["MLFLOW_EXPERIMENT_NAME"] = PROJECT
     if Tracker.wandb in trackers:
-        folder.mkdir(exist_ok=True)  # left to itself, W&B writes to the system's temporary folder instead
+        folder.mkdir(exist_ok=True)  # otherwise W&B writes to the system's temporary folder
         settings |= {"WANDB_PROJECT": PROJECT, "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
         if not _has_wandb_login():
-            settings["WANDB_MODE"] = "offline"  # it would ask for a key, and wait
+            settings["WANDB_MODE"] = "offline"  # otherwise W&B prompts for a key and waits
     return settings
 
 
 def _has_wandb_login() -> bool:
-    """Whether `wandb login` has left a key. W&B itself, once asked, no longer heeds what it is told here."""
+    """Return whether `wandb login` has saved a key. After W&B's own check it would ignore the variables set here."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         logins = netrc.netrc(os.environ.get("NETRC")).hosts

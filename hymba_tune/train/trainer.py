@@ -1,8 +1,7 @@
-"""TRL's trainer with what Hymba needs of it: its own exact loss."""
+"""TRL's SFT trainer with Hymba's own loss."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import datasets
@@ -10,9 +9,7 @@ import torch
 import trl
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hymba_tune.data import LOSS_WEIGHTS
@@ -20,9 +17,9 @@ from hymba_tune.train.base import RunTrainer, keep_own_forward
 
 
 class HymbaTrainer(RunTrainer, SFTTrainer):
-    """Trains on rows of ``input_ids`` and ``labels``, and ``loss_weights`` where some have such.
+    """Trains on rows of ``input_ids`` and ``labels``, and ``loss_weights`` where rows have them.
 
-    The loss is then the weighted mean: the sum of weights and losses over the sum of weights.
+    With weights the loss is the weighted mean: the sum of weight times loss over the sum of weights.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -37,33 +34,22 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss, without logits."""
+        """Return the model's own loss, without logits."""
         inputs = {**inputs, "skip_logits": True}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(
-        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
-    ) -> EvalLoopOutput:
-        """The mean loss over all learned tokens, and over those of each source, by their weights if they have such.
-
-        Trainer's own loop averages batches, however many tokens they have.
-        """
-        del description
-        self.model.eval()
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.args.device))
-        for source, inputs in self.held_out_batches(dataloader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs, num_items_in_batch=1)
-            sums[source] += torch.stack([loss.double(), _targets(inputs).double()])
-        metrics = self.held_out_losses(sums, metric_key_prefix)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return the summed loss and the number of learned tokens, or the sum of their weights."""
+        # Not by `compute_loss`, which multiplies a sum by the number of processes.
+        outputs = self.model(**inputs, skip_logits=True, num_items_in_batch=1)
+        return {"loss": (outputs.loss, _targets(inputs))}
 
     def _prepare_dataset(
         self, dataset: datasets.Dataset, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> datasets.Dataset:
         if not packing or LOSS_WEIGHTS not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        # TRL's packing would leave weights behind.
+        # TRL's packing would drop the weights.
         columns = ["input_ids", "labels", LOSS_WEIGHTS]
         rows = dataset.select_columns(columns).map(lambda row: {LOSS_WEIGHTS: _weights(row)})
         return trl.pack_dataset(rows, args.max_length, args.packing_strategy)
@@ -81,17 +67,17 @@ class HymbaTrainer(RunTrainer, SFTTrainer):
 
 
 class Weighted:
-    """A collator whose batches say how much each label counts, ``loss_weights`` ``(B, L)``, where rows do.
+    """A collator that adds the weight of each label, ``loss_weights`` ``(B, L)``, where rows have weights.
 
     Args:
-        collator: Makes padded batches, or packed ones of one row.
+        collator: The collator of padded batches, or of packed ones of one row.
     """
 
     def __init__(self, collator: Any) -> None:
         self._collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of examples."""
+        """Collate examples to a batch."""
         batch: dict[str, Any] = self._collator(examples)
         if LOSS_WEIGHTS not in examples[0]:
             return batch
@@ -101,12 +87,12 @@ class Weighted:
 
 
 def _weights(row: dict[str, Any]) -> list[float]:
-    """How much each label of a row counts; one that does not say so is counted in full."""
+    """Return the weight of each label of a row; one for a row without weights."""
     return row[LOSS_WEIGHTS] or [1.0] * len(row["labels"])
 
 
 def _targets(inputs: dict[str, Tensor]) -> Tensor:
-    """What the loss of a batch is summed over: tokens, or their weights. A text's first token is never a target."""
+    """Return the number of targets of a batch, or the sum of their weights. A text's first token is never a target."""
     learned = inputs["labels"] != -100
     first = inputs["position_ids"] == 0 if "position_ids" in inputs else torch.zeros_like(learned)
     if "position_ids" not in inputs:

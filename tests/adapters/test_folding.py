@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hymba_tune.adapters import add_adapter, check_onto, folding_note, load_adapter, open_model, quantised_base
+from hymba_tune.adapters import add_adapter, check_onto, folding_note, load_adapter, open_model, quantized_base
 from hymba_tune.adapters.weights import RoundedWeights, StoredWeights, released_name
 from hymba_tune.checkpoint import load_config, load_weights
 from hymba_tune.config import MetaTokens, Onto, Scheme
@@ -179,7 +179,7 @@ def test_adapter_that_changes_what_cannot_be_folded(field: str, value: Any, tmp_
 def qlora(
     wide_model: Path, folder: Path, scheme: Scheme, targets: str = "all", **settings: Any
 ) -> tuple[Any, ModelSource]:
-    """A model as it is trained on quantised weights, and what its run leaves behind."""
+    """A model as it is trained on quantized weights, and what its run leaves behind."""
     source = ModelSource("wide", wide_model)
     asked = quantization(load_config(source), scheme, torch.float32)
     model = load_weights(source, dtype=torch.float32, device=CPU, quantization=asked)
@@ -210,7 +210,7 @@ def wide_logits(model: Any) -> Tensor:
         (Scheme.int8, {"targets": "attention", "meta": "full"}),
     ],
 )
-def test_merged_equals_unmerged_on_quantised_weights_and_on_the_original_ones(
+def test_merged_equals_unmerged_on_quantized_weights_and_on_the_original_ones(
     scheme: Scheme, settings: dict[str, Any], wide_model: Path, tmp_path: Path
 ) -> None:
     adapted, source = qlora(wide_model, tmp_path, scheme, **settings)
@@ -223,7 +223,7 @@ def test_merged_equals_unmerged_on_quantised_weights_and_on_the_original_ones(
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_rounded_weights_are_what_transformers_quantises_and_dequantises(scheme: Scheme, wide_model: Path) -> None:
+def test_rounded_weights_are_what_transformers_quantizes_and_dequantizes(scheme: Scheme, wide_model: Path) -> None:
     source, dtype = ModelSource("wide", wide_model), torch.bfloat16
     config = load_config(source)
     asked = quantization(config, scheme, dtype)
@@ -238,22 +238,22 @@ def test_rounded_weights_are_what_transformers_quantises_and_dequantises(scheme:
 
 def test_what_an_adapter_may_be_folded_into(wide_model: Path, finished_run: Path, tmp_path: Path) -> None:
     _, source = qlora(wide_model, tmp_path / "mine", Scheme.nf4)
-    base = quantised_base(source)
+    base = quantized_base(source)
     assert base is not None
     assert (base.scheme, base.dtype, base.only) == (Scheme.nf4, torch.float32, False)
-    assert folding_note(source) == "mine: folded into the weights it was trained on, nf4 dequantised"
+    assert folding_note(source) == "mine: folded into the weights it was trained on, nf4 dequantized"
     alone = resolve_model(str(tmp_path / "mine"))  # without its run, which would say so
     for plain in (alone, resolve_model(str(finished_run))):
-        assert quantised_base(plain) is folding_note(plain) is None
+        assert quantized_base(plain) is folding_note(plain) is None
         check_onto(plain, Onto.original)
-        with pytest.raises(ConfigError, match=r"--onto dequantised: nothing says that .* was trained on quantised wei"):
-            check_onto(plain, Onto.dequantised)
+        with pytest.raises(ConfigError, match=r"--onto dequantized: nothing says that .* was trained on quantized wei"):
+            check_onto(plain, Onto.dequantized)
     wide, stored = ModelSource("wide", wide_model), tmp_path / "stored"
     asked = quantization(load_config(wide), Scheme.int8, torch.float32)
     load_weights(wide, dtype=torch.float32, device=CPU, quantization=asked).save_pretrained(stored)
     upon = replace(source, base=str(stored), quantized="int8")
-    check_onto(upon, Onto.dequantised)
+    check_onto(upon, Onto.dequantized)
     with pytest.raises(ConfigError, match=r"--onto original: .*stored is stored in int8, and has no other weights"):
         check_onto(upon, Onto.original)
     with pytest.raises(CheckpointError, match=r"The run\.json of mine cannot be understood: 'nf5' is not"):
-        quantised_base(replace(source, quantized="nf5"))
+        quantized_base(replace(source, quantized="nf5"))

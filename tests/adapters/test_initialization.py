@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from hymba_tune.adapters import base_of, open_model, quantised_base
+from hymba_tune.adapters import base_of, open_model, quantized_base
 from hymba_tune.errors import CheckpointError
 from hymba_tune.registry import ModelSource
 from hymba_tune.schemes import quantization
@@ -120,4 +120,4 @@ def test_initialization_that_changes_quantized_weights_is_refused(
     stored = quantization(tiny_model().config, "int8", torch.float32)  # type: ignore[arg-type]
     monkeypatch.setattr("hymba_tune.adapters.folding.stored_quantization", lambda _: stored)
     with pytest.raises(CheckpointError, match=r"init_lora_weights, pissa, changes the weights.*are quantized"):
-        quantised_base(source)
+        quantized_base(source)

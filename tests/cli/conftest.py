@@ -26,8 +26,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, said.out, said.err)
+        return Result(ended.value.code, output.out, output.err)
 
     return call

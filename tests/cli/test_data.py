@@ -1,4 +1,4 @@
-"""`hymba-tune data`, as a person types it."""
+"""`hymba-tune data` from the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bad(good: str) -> str:
     return "bad.jsonl"
 
 
-def test_good_data_is_called_so(command: Command, good: str) -> None:
+def test_check_of_good_data_exits_with_zero(command: Command, good: str) -> None:
     result = command("data", "check", good, *NANO)
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith(" Can be trained on as it is.\n")
@@ -44,7 +44,7 @@ def test_good_data_is_called_so(command: Command, good: str) -> None:
     assert " train   hymba-tune sft --data good.jsonl --model hymba-nano --max-length 2048" in result.out
 
 
-def test_bad_data_ends_with_two_and_says_what_to_mend(command: Command, bad: str) -> None:
+def test_check_of_bad_data_exits_with_two_and_lists_problems(command: Command, bad: str) -> None:
     result = command("data", "check", bad, *NANO, "--html", "page.html")
     assert result.code == 2
     assert "Cannot be trained on yet: 2 of 42 rows would stop a run." in result.out
@@ -59,11 +59,11 @@ def test_bad_data_ends_with_two_and_says_what_to_mend(command: Command, bad: str
     assert "\x1b" not in result.out
 
 
-def test_findings_are_json(command: Command, bad: str) -> None:
+def test_check_prints_json(command: Command, bad: str) -> None:
     result = command("data", "check", bad, *NANO, "--json")
     assert result.code == 2
-    told = json.loads(result.out)
-    assert (told["rows"], told["bad_rows"], told["duplicates"]["rows"]) == (42, 2, 20)
+    facts = json.loads(result.out)
+    assert (facts["rows"], facts["bad_rows"], facts["duplicates"]["rows"]) == (42, 2, 20)
 
 
 def test_page_that_cannot_be_written_is_refused_at_once(command: Command, good: str) -> None:
@@ -73,17 +73,17 @@ def test_page_that_cannot_be_written_is_refused_at_once(command: Command, good: 
 
 
 @pytest.mark.parametrize("verb", ["check", "preview"])
-def test_files_that_are_missing(verb: str, command: Command) -> None:
+def test_missing_files_argument_is_refused(verb: str, command: Command) -> None:
     result = command("data", verb, *NANO)
     assert result.code == 2
     assert result.err.startswith("FILES are missing.")
 
 
-def test_preview_marks_what_is_learned(command: Command, good: str, bad: str) -> None:
+def test_preview_marks_text_with_loss(command: Command, good: str, bad: str) -> None:
     result = command("data", "preview", good, "-n", 1, *NANO)
     assert result.code == 0
     assert "Count to 0.\n<extra_id_1>Assistant\n[0</s>]\n" in result.out
-    assert " learned " in result.out
+    assert " loss on " in result.out
     assert "good.jsonl, line 2" not in result.out
     result = command("data", "preview", bad, "--skip", 40, "--max-length", 8, *NANO)
     assert 'bad.jsonl, line 41\n cannot be used: message 2 has role "bot"' in result.out
@@ -97,7 +97,7 @@ def test_preview_marks_what_is_learned(command: Command, good: str, bad: str) ->
 def test_preview_marks_the_answers_of_pairs(command: Command) -> None:
     Path("pairs.jsonl").write_text('{"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}\n')
     result = command("data", "preview", "pairs.jsonl", *NANO)
-    assert "Is it?\n<extra_id_1>Assistant\nchosen [Yes.</s>]\nrejected [No.</s>]\n compared " in result.out
+    assert "Is it?\n<extra_id_1>Assistant\nchosen [Yes.</s>]\nrejected [No.</s>]\n loss on " in result.out
 
 
 def test_preview_is_bright_and_dim_on_a_terminal(command: Command, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_preview_is_bright_and_dim_on_a_terminal(command: Command, good: str, mo
     assert "\x1b[2m<s>" in result.out
 
 
-def test_convert_split_and_train_on_it(command: Command, bad: str) -> None:
+def test_converted_and_split_data_passes_the_check(command: Command, bad: str) -> None:
     refused = command("data", "convert", bad, "--to", "alpaca", "--out", "a.csv")
     assert refused.code == 2
     assert 'Cannot use bad.jsonl, line 41: message 2 has role "bot".' in refused.err
@@ -134,7 +134,7 @@ def test_convert_split_and_train_on_it(command: Command, bad: str) -> None:
     assert "1 row could not be read and was left out" in skipped.out
 
 
-def test_wrong_words_get_an_answer(command: Command, good: str) -> None:
+def test_wrong_arguments_get_a_message(command: Command, good: str) -> None:
     result = command("data", "convert", good, "--to", "chatml", "--out", "a.jsonl")
     assert result.code == 2
     assert "chatml" in result.err
@@ -151,10 +151,10 @@ def test_clear_empties_the_cache(command: Command, monkeypatch: pytest.MonkeyPat
     (cache_folder("targets") / "key").mkdir()
     (cache_folder("targets") / "key" / "00000.arrow").write_bytes(bytes(2**20))
     (cache_folder("pairs") / "key.safetensors").write_bytes(bytes(2**21))
-    told = command("data", "clear", "pairs").out
-    assert told == f" tables of two tokenizers: 1 entry, 2.0 MB removed from {cache_folder('pairs')}\n"
+    cleared = command("data", "clear", "pairs").out
+    assert cleared == f" tables of tokenizer pairs: 1 entry, 2.0 MB removed from {cache_folder('pairs')}\n"
     assert command("data", "clear").out == (
         f" encoded data: 1 entry, 0.0 MB removed from {cache_folder()}\n"
-        f" what teachers give the next tokens: 1 entry, 1.0 MB removed from {cache_folder('targets')}\n"
+        f" teacher targets: 1 entry, 1.0 MB removed from {cache_folder('targets')}\n"
     )
     assert not [path for kind in tmp_path.glob("hymba-tune/*") for path in kind.iterdir()]

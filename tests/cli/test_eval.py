@@ -9,33 +9,32 @@ import pytest
 
 from hymba_tune.checkpoint import load_weights
 from tests.cli.conftest import Command
-from tests.cli.test_verbs import assert_plain
+from tests.cli.inputs import assert_plain
 
-ASK = ["--dtype", "float32", "--max-rows", 4]
+COMMON = ["--dtype", "float32", "--max-rows", 4]
 
 
-def test_a_run_beside_its_base_is_recorded_in_its_report(
+def test_comparison_of_a_run_with_its_base_is_in_its_report(
     command: Command, finished_run: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished_run, "mine")
     Path("data.jsonl").symlink_to(questions)
-    files = ["--out", "found.json", "--save-answers", "said.jsonl"]
-    asked = ["--data", "data.jsonl", "--answers", "exact", "--max-new-tokens", 6, "--base"]
-    result = command("eval", "mine", *asked, *ASK, *files)
+    files = ["--out", "results.json", "--save-answers", "answers.jsonl"]
+    questions_flags = ["--data", "data.jsonl", "--answers", "exact", "--max-new-tokens", 6, "--base"]
+    result = command("eval", "mine", *questions_flags, *COMMON, *files)
     assert_plain(result)
-    found = json.loads(Path("found.json").read_text())
-    mine, base = found["models"]
+    mine, base = json.loads(Path("results.json").read_text())["models"]
     assert mine["name"] == "mine"
     assert mine["measures"]["loss"] < base["measures"]["loss"]
     assert mine["data"]["rows"] == 4
     assert {"perplexity", "bits_per_byte", "exact_match"} <= mine["measures"].keys()
     assert f"{mine['measures']['loss']:.4f}" in result.out
     assert "change" in result.out
-    said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
-    assert [row["model"] for row in said] == ["mine"] * 4 + [base["name"]] * 4
-    assert said[0]["expected"] == "You see one cats."
-    again = command("eval", "mine", "--data", "data.jsonl", *ASK, "--base")
+    answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in answers] == ["mine"] * 4 + [base["name"]] * 4
+    assert answers[0]["expected"] == "You see one cats."
+    again = command("eval", "mine", "--data", "data.jsonl", *COMMON, "--base")
     assert "bits a byte" in again.out
     assert "right answers" not in again.out
     assert len(json.loads(Path("mine/evaluations.json").read_text())) == 2
@@ -45,40 +44,40 @@ def test_a_run_beside_its_base_is_recorded_in_its_report(
 
 
 def test_results_as_json(command: Command, small_model: Path, questions: Path) -> None:
-    result = command("eval", small_model, "--data", questions, *ASK, "--json")
+    result = command("eval", small_model, "--data", questions, *COMMON, "--json")
     (model,) = json.loads(result.out)["models"]
     assert model["measures"]["loss"] > 1
     assert "exact_match" not in model["measures"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("flags", "message"),
     [
         ([], "Nothing to evaluate on."),
         (["--answers", "gsm8k", "--tasks", "arc_easy"], "--answers and --extract need --data"),
-        (["--data", "demo", "--answers", "exact", "--extract", "x"], "two ways to compare"),
-        (["--data", "demo", "--save-answers", "x.jsonl"], "--save-answers: nothing is asked."),
-        (["--data", "demo", "--base"], "has no adapter, so that it has no base model"),
+        (["--data", "demo", "--answers", "exact", "--extract", "x"], "--answers and --extract cannot be combined"),
+        (["--data", "demo", "--save-answers", "x.jsonl"], "--save-answers needs --answers or --extract."),
+        (["--data", "demo", "--base"], "has no adapter, so it has no base model"),
         (["--data", "demo", "--out", "nowhere/x.json"], "there is no folder nowhere"),
         (["--data", "nothing.jsonl"], "Cannot find nothing.jsonl."),
         (["--data", "demo", "--against", "nobody"], "no such folder"),
-        (["--data", "demo", "--answers", "gsm8k"], "has what is to be compared"),
+        (["--data", "demo", "--answers", "gsm8k"], "contains a part to compare"),
         (["--tasks", "."], "--tasks .: no task in this folder"),
     ],
 )
-def test_mistakes_are_seen_before_the_weights_load(
-    command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], said: str
+def test_mistakes_are_reported_before_the_weights_load(
+    command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(f"{load_weights.__module__}.load_weights", refuse)
-    monkeypatch.setattr("hymba_tune.adapters.opening.load_weights", refuse)
-    result = command("eval", small_model, *words)
+    monkeypatch.setattr(f"{load_weights.__module__}.load_weights", fail)
+    monkeypatch.setattr("hymba_tune.adapters.opening.load_weights", fail)
+    result = command("eval", small_model, *flags)
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
 
 
 def test_tasks_need_lm_eval(command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

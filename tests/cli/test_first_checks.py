@@ -34,7 +34,7 @@ for line in sys.stdin:
 
 TRAINED = ("sft", "dpo", "kto", "distill --teacher hymba-nano", "distill capture --teacher hymba-nano")
 LOADED = ("chat {}", "serve {}", "eval {} --data demo", "quantize {}", "merge {} --out new", "export {}")
-"""Verbs that load a model, and where its name stands."""
+"""Verbs that load a model, and the position of its name."""
 
 MISSING = {
     **{f"{verb} --data nofile.jsonl": "Cannot find nofile.jsonl." for verb in (*TRAINED, "plan")},
@@ -47,7 +47,7 @@ MISSING = {
     "sft --config gone.yaml": "There is no recipe gone.yaml.",
     "plan --config gone.yaml": "There is no recipe gone.yaml.",
     **{f"{verb} --resume gone": "gone is not a run: it has no config.yaml." for verb in TRAINED[:4]},
-    "sft --resume begun": "begun has no whole checkpoint to go on from.",
+    "sft --resume begun": "begun has no complete checkpoint to resume from.",
     "distill --data rows.jsonl": "--teacher is missing.",
     "distill capture --data rows.jsonl": "--teacher is missing.",
     "distill --data rows.jsonl --teacher ./gone": "--teacher ./gone: no such folder",
@@ -123,9 +123,9 @@ def test_what_is_not_there_is_refused_before_torch_is_imported(
     words: str, answers: dict[str, tuple[int, str, bool]]
 ) -> None:
     assert words in answers, "a command line before this one has imported torch"
-    code, said, torch_imported = answers[words]
+    code, message, torch_imported = answers[words]
     assert code == 2
-    assert said.startswith(MISSING[words])
+    assert message.startswith(MISSING[words])
     assert not torch_imported
 
 
@@ -135,8 +135,8 @@ def test_several_processes_are_refused_in_a_sentence_before_torch_is_imported(he
     answers = run_all(lines, here, WORLD_SIZE="2")
     sentence = "hymba-tune runs in a single process, and a launcher such as torchrun has started 2 (WORLD_SIZE)."
     for line in lines:
-        code, said, torch_imported = answers[line]
-        assert (code, said.splitlines()[0], torch_imported) == (2, sentence, False), line
+        code, message, torch_imported = answers[line]
+        assert (code, message.splitlines()[0], torch_imported) == (2, sentence, False), line
     assert list(here.glob("runs")) == []
 
 

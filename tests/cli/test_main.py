@@ -35,18 +35,24 @@ def verbs(app: App, *path: str) -> Iterator[tuple[str, App]]:
 
 def test_every_flag_of_every_verb_stands_in_a_group() -> None:
     """Those of function parameters as well, which no class of settings groups."""
-    found = {
+    groups_by_flag = {
         f"{path} {argument.name}": [group.name for group in argument.parameter.group]
         for path, verb in verbs(app)
         if verb.default_command
         for argument in verb.assemble_argument_collection()
         if argument.index is None and argument.show
     }
-    assert {name: groups for name, groups in found.items() if len(groups) != 1 or groups == ["Parameters"]} == {}
-    sft = [groups[0] for name, groups in found.items() if name.startswith("sft ")]
+    assert {
+        name: groups for name, groups in groups_by_flag.items() if len(groups) != 1 or groups == ["Parameters"]
+    } == {}
+    sft = [groups[0] for name, groups in groups_by_flag.items() if name.startswith("sft ")]
     assert set(sft) == {"Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing"}
     # Settings that a verb changes stay where they are.
-    assert (found["dpo --lr"], found["eval --score"], found["merge --dtype"]) == (["Training"], ["Data"], ["Computing"])
+    assert (groups_by_flag["dpo --lr"], groups_by_flag["eval --score"], groups_by_flag["merge --dtype"]) == (
+        ["Training"],
+        ["Data"],
+        ["Computing"],
+    )
 
 
 def test_help_begins_with_what_is_needed_first(command: Command) -> None:
@@ -62,15 +68,15 @@ def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:
         assert "Try it: hymba-tune sft --model hymba-nano --data demo" in result.out
 
 
-@pytest.mark.parametrize(("own", "kept"), [(None, "64"), ("7", "7")])
-def test_few_kernels_are_kept_unless_told(
-    own: str | None, kept: str, command: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("own", "limit"), [(None, "64"), ("7", "7")])
+def test_few_kernels_are_cached_by_default(
+    own: str | None, limit: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KERNELS, own or "")
     if own is None:
         monkeypatch.delenv(KERNELS)
     assert command("--version").code == 0
-    assert os.environ[KERNELS] == kept
+    assert os.environ[KERNELS] == limit
 
 
 def test_version(command: Command) -> None:
@@ -91,9 +97,9 @@ def test_help_comes_without_importing_torch() -> None:
 
 def test_bitsandbytes_warns_only_where_warnings_go() -> None:
     warn = "import hymba_tune, logging; {} logging.getLogger('bitsandbytes').warning('no kernel')"
-    for first, said in {"": "", "logging.basicConfig();": "WARNING:bitsandbytes:no kernel\n"}.items():
+    for first, warning in {"": "", "logging.basicConfig();": "WARNING:bitsandbytes:no kernel\n"}.items():
         words = [sys.executable, "-c", warn.format(first)]
-        assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stderr == said
+        assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stderr == warning
 
 
 MISTAKES = {
@@ -125,13 +131,16 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
     [
         (["sfft"], 'Did you mean "sft"?'),
         (["sft"], "--data is missing."),
-        (["sft", "my.jsonl"], "has no place for 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl"),
+        (
+            ["sft", "my.jsonl"],
+            "hymba-tune sft: unexpected argument 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl",
+        ),
         (["recipes", "shw", "kto"], "expected   list, show, copy, validate\n  to fix     hymba-tune recipes show"),
         (["distill", "captre"], "to fix     hymba-tune distill capture"),
         (["distill", "my.jsonl"], "to fix     hymba-tune distill --data my.jsonl"),
         (["distill", "--data", "demo"], "--teacher is missing."),
-        (["distill", "--loss", "jsd"], "loss: jsd compares whole vocabularies, which no cache holds; add --online"),
-        (["doctor", "x"], "hymba-tune doctor has no place for 'x'.\n  to fix     hymba-tune doctor --help"),
+        (["distill", "--loss", "jsd"], "loss: jsd needs the whole vocabulary, which no cache holds; add --online"),
+        (["doctor", "x"], "hymba-tune doctor: unexpected argument 'x'.\n  to fix     hymba-tune doctor --help"),
         (["merge", "runs/x"], "--out requires an argument"),
         (["chat", "--top-p", "2"], "--top-p 2: must be at most 1."),
         (["chat", "no-such-model"], "--model no-such-model: no such folder"),
@@ -170,7 +179,7 @@ def test_stopped_run_says_how_to_go_on(command: Command, monkeypatch: pytest.Mon
     monkeypatch.setattr("hymba_tune.train.sft.run_sft", interrupt)
     result = command("sft", "--data", "demo")
     assert result.code == 130
-    assert "to go on: hymba-tune sft --resume runs/mine" in result.out
+    assert "to resume: hymba-tune sft --resume runs/mine" in result.out
 
 
 def test_words_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,3 +195,11 @@ def test_offline_user_is_offered_the_packaged_model(command: Command, tmp_path: 
     assert "Cannot reach the Hub for nvidia/Hymba-1.5B-Base" in result.err
     assert "--model hymba-nano" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_libraries_are_told_to_send_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_TELEMETRY"}
+    monkeypatch.setattr(os, "environ", clean)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert clean["HF_HUB_DISABLE_TELEMETRY"] == "1"

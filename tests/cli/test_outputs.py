@@ -1,4 +1,4 @@
-"""No command overwrites what it reads, nor anything that exists unless it is told to."""
+"""No command overwrites what it reads, nor anything that exists without --overwrite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command
-from tests.report.made import made_run
+from tests.report.inputs import write_run
 
 ANSWER = ["--answers", "exact", "--max-new-tokens", "2", "--max-rows", "1", "--dtype", "float32", "--max-length", "64"]
 COMMANDS = {
@@ -36,7 +36,7 @@ COMMANDS = {
     "report --out": ["report", "one", "two", "--out", "OUT"],
 }
 OUTPUTS = {"data split --out": "train.jsonl", "recipes copy": "data.yaml", "report --out": "two/metrics.jsonl"}
-"""What a command reads and is told to write, where that is not data.jsonl."""
+"""The input and the output of a command, where they are not data.jsonl."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_model: Path, qu
     Path("mix.yaml").write_text("- {path: data.jsonl}\n")
     Path("data.yaml").write_text("steps: 1\n")
     for name in ("one", "two"):
-        made_run(Path(name), [3.0], [4.0])
+        write_run(Path(name), [3.0], [4.0])
 
 
 def contents() -> dict[str, bytes]:

@@ -28,17 +28,17 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_plan_needs_no_weights_and_what_it_proposes_fits(released: str) -> None:
-    made = plan(SFTConfig(model=released, gradient_checkpointing=True, max_length=256, batch_size=64))
-    assert 2.5e9 < made.parts.weights < 3.5e9
-    assert made.tokens_per_step == 64 * 256
-    assert len({verdict.needs for verdict in made.gpus}) == 1
-    assert (made.gpus[0].fits, made.gpus[0].change) == (False, "--batch-size 32 --grad-accum 2")
-    assert (made.gpus[-1].fits, made.gpus[-1].change) == (True, "")
+    planned = plan(SFTConfig(model=released, gradient_checkpointing=True, max_length=256, batch_size=64))
+    assert 2.5e9 < planned.parts.weights < 3.5e9
+    assert planned.tokens_per_step == 64 * 256
+    assert len({verdict.needs for verdict in planned.gpus}) == 1
+    assert (planned.gpus[0].fits, planned.gpus[0].change) == (False, "--batch-size 32 --grad-accum 2")
+    assert (planned.gpus[-1].fits, planned.gpus[-1].change) == (True, "")
 
 
 def test_every_weight_in_little_memory_cannot_be_helped(released: str) -> None:
-    made = plan(SFTConfig(model=released, method="full", max_length=256, batch_size=1))
-    assert made.gpus[0].change is None
+    planned = plan(SFTConfig(model=released, method="full", max_length=256, batch_size=1))
+    assert planned.gpus[0].change is None
 
 
 def test_operations_of_a_step_are_those_of_its_products() -> None:
@@ -54,8 +54,8 @@ def test_plan_as_a_table_and_as_json(command: Command) -> None:
     shown = command(*words)
     assert shown.code == 0
     assert "8 GB (RTX 4060)" in shown.out
-    said = json.loads(command(*words, "--json").out)
-    assert [gpu["has"] >> 30 for gpu in said["gpus"]] == [8, 12, 16, 24, 48, 80]
+    planned = json.loads(command(*words, "--json").out)
+    assert [gpu["has"] >> 30 for gpu in planned["gpus"]] == [8, 12, 16, 24, 48, 80]
 
 
 def test_plan_tells_how_long_steps_take(command: Command) -> None:
@@ -68,18 +68,18 @@ def test_plan_tells_how_long_steps_take(command: Command) -> None:
 
 
 def test_plan_tells_how_long_its_data_takes(small_model: Path, questions: Path) -> None:
-    def length(**given: Any) -> Length:
-        made = plan(SFTConfig(model=str(small_model), data=[str(questions)], batch_size=4, **given))
-        assert made.length
-        assert made.here.seconds == pytest.approx(made.length.tokens / made.here.tokens_per_s)
-        return made.length
+    def length(**changes: Any) -> Length:
+        planned = plan(SFTConfig(model=str(small_model), data=[str(questions)], batch_size=4, **changes))
+        assert planned.length
+        assert planned.here.seconds == pytest.approx(planned.length.tokens / planned.here.tokens_per_s)
+        return planned.length
 
     tokenizer = with_chat_template(load_tokenizer(small_model), None)
-    found = check_sources(open_sources([str(questions)]), tokenizer, max_length=2048)
+    checked = check_sources(open_sources([str(questions)]), tokenizer, max_length=2048)
     whole = length(eval_split=0)
-    assert whole == Length(math.ceil(found.rows / 4), found.tokens)
+    assert whole == Length(math.ceil(checked.rows / 4), checked.tokens)
     assert length(eval_split=0.5, epochs=2).tokens == whole.tokens
-    assert length(eval_split=0, steps=3).tokens == pytest.approx(12 * found.tokens / found.rows, abs=1)
+    assert length(eval_split=0, steps=3).tokens == pytest.approx(12 * checked.tokens / checked.rows, abs=1)
     assert length(eval_split=0, weights=[2]).tokens == 2 * whole.tokens
     assert length(eval_split=0, packing=True, max_length=512).steps < whole.steps
     assert plan(SFTConfig(model=str(small_model))).length is None
@@ -88,7 +88,7 @@ def test_plan_tells_how_long_its_data_takes(small_model: Path, questions: Path) 
 def test_plan_of_data_that_cannot_be_used(small_model: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "bad.jsonl").write_text("no\n")
     (tmp_path / "empty.jsonl").touch()
-    for name, message in {"bad": "Nothing to learn in", "empty": "it has no rows"}.items():
+    for name, message in {"bad": "Nothing to train on in", "empty": "it has no rows"}.items():
         failed = command("plan", "--model", small_model, "--data", tmp_path / f"{name}.jsonl")
         assert failed.code == 2
         assert message in failed.err
@@ -122,7 +122,7 @@ def test_dry_run_leaves_nothing(small_model: Path, questions: Path, tmp_path: Pa
     assert list(out.iterdir()) == []
 
 
-def test_run_records_memory_foreseen_and_measured(finished_run: Path) -> None:
+def test_run_records_estimated_and_measured_memory(finished_run: Path) -> None:
     memory = json.loads((finished_run / "run.json").read_text())["memory"]
     assert memory["predicted_bytes"] > sum(memory["parts"].values())
     assert memory["measured_bytes"] > 2**28
@@ -132,14 +132,14 @@ def test_run_too_large_for_the_machine_says_so(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hymba_tune.cli.screen import RichScreen
-    from hymba_tune.train import foresight
+    from hymba_tune.train import memory_estimate
 
-    said: dict[str, str] = {}
+    banner: dict[str, str] = {}
 
     class Seeing(RichScreen):
         def banner(self, lines: dict[str, str]) -> None:
-            said.update(lines)
+            banner.update(lines)
 
-    monkeypatch.setattr(foresight, "device_memory", lambda _: 2**20)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda _: 2**20)
     assert run(settings(small_model, questions, tmp_path / "out", dry_run=True), Seeing()) is None
-    assert "may run out: --batch-size 2 --grad-accum 2" in said["memory"]
+    assert "may run out: --batch-size 2 --grad-accum 2" in banner["memory"]

@@ -41,7 +41,7 @@ def test_recipe_copied_where_nothing_can_be(tmp_path: Path, command: Command) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnk: 4", "did you mean 'rank'?"),
+        ("rnk: 4", "did you mean rank?"),
         ("rank: 0", "--rank 0: must be at least 1 (common: 8 to 64)"),
         ("verb: chat", "verb is 'chat', expected one of sft"),
     ],

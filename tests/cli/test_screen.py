@@ -5,14 +5,14 @@ from rich.cells import cell_len
 
 from hymba_tune.cli import screen as screens
 from hymba_tune.cli.screen import RichScreen
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 
 def test_table_fits_60_columns(capsys: pytest.CaptureFixture[str]) -> None:
     screen = RichScreen()
-    row = Row(99_999, 12.345, None, 2e-4, 1.0, 123_456.0, 139 * 2**30)
+    row = MetricsRow(99_999, 12.345, None, 2e-4, 1.0, 123_456.0, 139 * 2**30)
     screen.row(row, total_steps=99_999, seconds_left=86_400)
-    screen.row(Row(99_999, eval_loss=12.345), total_steps=99_999, seconds_left=None)
+    screen.row(MetricsRow(99_999, eval_loss=12.345), total_steps=99_999, seconds_left=None)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert max(map(cell_len, lines)) <= 60
@@ -20,7 +20,7 @@ def test_table_fits_60_columns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_columns_stand_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     screen = RichScreen()
-    screen.row(Row(3, 1.5, 1.25, 2e-4, 1.0, 1234.4, 2**30), total_steps=9, seconds_left=59.6)
+    screen.row(MetricsRow(3, 1.5, 1.25, 2e-4, 1.0, 1234.4, 2**30), total_steps=9, seconds_left=59.6)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["step", "loss", "eval", "lr", "tok/s", "mem", "left"]
     assert row.split() == ["3/9", "1.500", "1.250", "2.0e-04", "1,234", "1.0", "GB", "60", "s"]
@@ -29,9 +29,11 @@ def test_columns_stand_under_their_names(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_preferences_have_columns_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     screen = RichScreen()
-    row = Row(99_999, loss=12.345, tokens_per_s=123_456.0, margin=-12.3456, accuracy=1.0, chosen_reward=1.0)
+    row = MetricsRow(99_999, loss=12.345, tokens_per_s=123_456.0, margin=-12.3456, accuracy=1.0, chosen_reward=1.0)
     screen.row(row, total_steps=99_999, seconds_left=86_400)
-    screen.row(Row(99_999, eval_loss=0.5, eval_margin=1.5, eval_accuracy=0.625), total_steps=99_999, seconds_left=None)
+    screen.row(
+        MetricsRow(99_999, eval_loss=0.5, eval_margin=1.5, eval_accuracy=0.625), total_steps=99_999, seconds_left=None
+    )
     header, trained, evaluated = capsys.readouterr().out.splitlines()
     assert header.split() == ["step", "loss", "eval", "margin", "acc", "tok/s", "left"]
     assert trained.split()[1:4] == ["12.345", "-12.346", "100%"]
@@ -41,14 +43,14 @@ def test_preferences_have_columns_of_their_own(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(("seconds", "words"), [(59, "59 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")])
 def test_time_to_go(seconds: float, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    RichScreen().row(Row(1, loss=1.0), total_steps=9, seconds_left=seconds)
+    RichScreen().row(MetricsRow(1, loss=1.0), total_steps=9, seconds_left=seconds)
     assert capsys.readouterr().out.rstrip().endswith(words)
 
 
 def test_evaluations_say_whether_it_got_better(capsys: pytest.CaptureFixture[str]) -> None:
     screen = RichScreen()
     for step, loss in enumerate((2.0, 1.5, 1.75)):
-        screen.row(Row(step, eval_loss=loss), total_steps=9, seconds_left=None)
+        screen.row(MetricsRow(step, eval_loss=loss), total_steps=9, seconds_left=None)
     assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["2.000"],
         ["1.500", "▼"],
@@ -62,17 +64,17 @@ def test_losses_of_several_sources_stand_below_their_mean(capsys: pytest.Capture
     names = [f"source number {i}.jsonl" for i in range(4)]
     for step, loss in enumerate((2.0, 1.5)):
         more = {f"eval_loss/{name}": loss + i for i, name in enumerate(names)}
-        screen.row(Row(step, eval_loss=loss, more=more), total_steps=9, seconds_left=None)
+        screen.row(MetricsRow(step, eval_loss=loss, more=more), total_steps=9, seconds_left=None)
     lines = capsys.readouterr().out.splitlines()
     below = [line for line in lines if "source" in line]
     assert max(map(cell_len, below)) <= 80
-    said = " · ".join(line.strip(" ·") for line in below).split(" · ")
-    assert said == [f"{name} {i + 2:.3f}" for i, name in enumerate(names)] + [
+    items = " · ".join(line.strip(" ·") for line in below).split(" · ")
+    assert items == [f"{name} {i + 2:.3f}" for i, name in enumerate(names)] + [
         f"{name} {i + 1.5:.3f} ▼" for i, name in enumerate(names)
     ]
 
 
-def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_banner_folds_long_lines_next_to_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
     RichScreen().banner({"data": "word " * 40, "run": "runs/[mine]"})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -81,7 +83,7 @@ def test_banner_folds_long_lines_beside_their_labels(capsys: pytest.CaptureFixtu
     assert " run   runs/[mine]" in [line.rstrip() for line in lines]
 
 
-def test_what_takes_long_is_told_where_nothing_can_turn(
+def test_long_work_is_printed_where_no_spinner_can_turn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter((0.0, 1.0, 10.0, 15.2))

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.cells import cell_len
 
 from hymba_tune.generate import Chat
-from tests.cli.conftest import Command, Result
+from tests.cli.conftest import Command
+from tests.cli.inputs import assert_plain
 from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 
@@ -19,15 +19,6 @@ from tests.runs import ANSWER_TOKENS
 def _short_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS)
     monkeypatch.chdir(tmp_path)
-
-
-def assert_plain(result: Result, columns: int = 80) -> None:
-    """Success, and text that reads well in a file."""
-    assert result.code == 0, result.err
-    assert not result.err
-    assert "\x1b" not in result.out
-    assert "\r" not in result.out
-    assert max(map(cell_len, result.out.splitlines())) <= columns
 
 
 def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Path, tmp_path: Path) -> None:
@@ -55,16 +46,16 @@ def test_sft_chat_merge_chat(command: Command, small_model: Path, questions: Pat
         "--dtype",
         "float32",
     ]
-    said = command("chat", "runs/mine", *ask)
-    assert_plain(said)
-    assert said.out.strip()
+    answer = command("chat", "runs/mine", *ask)
+    assert_plain(answer)
+    assert answer.out.strip()
 
     merged = command("merge", "runs/mine", "--out", "mine-merged", "--dtype", "float32")
     assert_plain(merged)
     assert "hymba-tune chat mine-merged" in merged.out
-    assert command("chat", "mine-merged", *ask) == said
-    assert command("chat", "small", *ask) != said
-    assert command("chat", "--model", "mine-merged", *ask) == said
+    assert command("chat", "mine-merged", *ask) == answer
+    assert command("chat", "small", *ask) != answer
+    assert command("chat", "--model", "mine-merged", *ask) == answer
 
     again = command("merge", "runs/mine", "--out", "mine-merged")
     assert again.code == 2
@@ -84,7 +75,7 @@ def test_sft_then_dpo_then_chat(command: Command, finished_run: Path, tmp_path: 
     assert " start      sft: its adapter is merged in, a new one trained" in trained.out
     assert "computed with the new adapter off · sigmoid" in trained.out
     assert "step   loss     eval  margin   acc" in trained.out
-    assert "better answer preferred in" in trained.out
+    assert "held-out pairs ranked correctly" in trained.out
     assert_plain(command("chat", "runs/dpo", "--prompt", "Hello", "--max-new-tokens", 4, "--dtype", "float32"))
     assert_plain(command("dpo", "--resume", "runs/dpo", "--steps", 3))
     refused = command("sft", "--resume", "runs/dpo")
@@ -109,7 +100,7 @@ def test_run_without_held_out_data_or_conversations_still_reports(
     assert "4 texts" in result.out
     assert "none held out" in result.out
     assert "held-out loss" not in result.out
-    assert "everything is in run" in result.out
+    assert "run directory        run" in result.out
 
 
 @pytest.fixture
@@ -128,63 +119,65 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the model was told."""
-    told: list[str] = []
+def received(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that the model receives."""
+    prompts: list[str] = []
 
     def ask(_: Chat, text: str, on_text: Callable[[str], None]) -> str:
-        told.append(text)
-        for piece in ("You said: ", text, f" [{len(told)}]"):
-            on_text(piece)
+        prompts.append(text)
+        for part in ("You said: ", text, f" [{len(prompts)}]"):
+            on_text(part)
         return ""
 
-    monkeypatch.setattr(Chat, "ask", ask)
-    monkeypatch.setattr(Chat, "reset", lambda _: told.append("reset"))
-    return told
+    monkeypatch.setattr(Chat, "reply", ask)
+    monkeypatch.setattr(Chat, "reset", lambda _: prompts.append("reset"))
+    return prompts
 
 
-def test_chat_goes_on_until_quit(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+def test_chat_continues_until_quit(command: Command, small_model: Path, typed: list[str], received: list[str]) -> None:
     Path("small").symlink_to(small_model)
     typed += ["hello", "", "  ", "[red]what?[/red]", "/reset", "/what", "again", "/quit", "never"]
     result = command("chat", "small", "--dtype", "float32")
     assert_plain(result)
-    assert heard == ["hello", "[red]what?[/red]", "reset", "again"]
+    assert received == ["hello", "[red]what?[/red]", "reset", "again"]
     assert "You said: [red]what?[/red] [2]\n" in result.out
-    assert result.out.startswith(" small · /help for what can be done, /quit or Ctrl-D to end\n")
-    assert " There is no /what here.\n" in result.out
+    assert result.out.startswith(" small · /help lists commands, /quit or Ctrl-D quits\n")
+    assert " Unknown command /what." in result.out
     assert typed == ["never"]
 
 
-def test_two_models_are_asked_the_same(
-    command: Command, small_model: Path, typed: list[str], heard: list[str], tmp_path: Path
+def test_two_models_receive_the_same_prompts(
+    command: Command, small_model: Path, typed: list[str], received: list[str], tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).symlink_to(small_model)
     typed += ["hello"]
     result = command("chat", "one", "--against", "two", "--dtype", "float32")
     assert_plain(result)
-    assert heard == ["hello", "hello"]
+    assert received == ["hello", "hello"]
     assert " one\nYou said: hello [1]\n two\nYou said: hello [2]\n" in result.out
 
 
 def test_chat_answers_a_file(command: Command, small_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "asked.jsonl").write_text('{"question": "One?"}\n{"question": "Two?", "id": 7}\n')
-    words = ["--from", "asked.jsonl", "--to", "said.jsonl", "--map", "prompt=question", "--max-new-tokens", 4]
+    (tmp_path / "questions.jsonl").write_text('{"question": "One?"}\n{"question": "Two?", "id": 7}\n')
+    words = ["--from", "questions.jsonl", "--to", "answers.jsonl", "--map", "prompt=question", "--max-new-tokens", 4]
     result = command("chat", small_model, "--dtype", "float32", *words)
     assert_plain(result)
-    assert result.out.endswith(" 2 answers → said.jsonl\n")
-    rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert result.out.endswith(" 2 answers → answers.jsonl\n")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["question"] for row in rows] == ["One?", "Two?"]
     assert rows[1].keys() == {"question", "id", "model_answer"}
     again = command("chat", small_model, *words)
     assert again.code == 2
-    assert "--to said.jsonl exists." in again.err
+    assert "--to answers.jsonl exists." in again.err
 
 
-def test_chat_ends_at_the_end_of_input(command: Command, small_model: Path, typed: list[str], heard: list[str]) -> None:
+def test_chat_ends_at_the_end_of_input(
+    command: Command, small_model: Path, typed: list[str], received: list[str]
+) -> None:
     typed += ["hello"]
     assert command("chat", small_model, "--dtype", "float32").code == 0
-    assert heard == ["hello"]
+    assert received == ["hello"]
 
 
 def test_chat_prints_an_answer_in_lines_as_it_was_written(
@@ -192,5 +185,5 @@ def test_chat_prints_an_answer_in_lines_as_it_was_written(
 ) -> None:
     text = "one " * 60 + "[bold]\n    :smile: two"
 
-    monkeypatch.setattr(Chat, "ask", lambda _, __, on_text: on_text(text))
+    monkeypatch.setattr(Chat, "reply", lambda _, __, on_text: on_text(text))
     assert command("chat", small_model, "--prompt", "x").out == text + "\n"

@@ -12,7 +12,7 @@ from tests.data.small_tokenizers import BUILDERS
 
 @pytest.fixture(scope="session")
 def hymba() -> PreTrainedTokenizerFast:
-    """Small, and of the released one's kind."""
+    """A small tokenizer of the same type as the released one."""
     return BUILDERS["hymba"]()
 
 

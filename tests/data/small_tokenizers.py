@@ -50,16 +50,16 @@ def sentencepiece_like(template: str | None, *, add_bos: bool = True, add_eos: b
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # as SentencePiece: no piece crosses words
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # as SentencePiece: no token crosses words
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    learned = json.loads(trained.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [piece for piece in learned["vocab"] if piece != "\n"]
-    merges = [tuple(pair) for pair in learned["merges"] if "\n" not in "".join(pair)]
-    known = {piece for piece in pieces if "\n" not in piece}
+    model = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [token for token in model["vocab"] if token != "\n"]
+    merges = [tuple(pair) for pair in model["merges"] if "\n" not in "".join(pair)]
+    known = {token for token in tokens if "\n" not in token}
     tokenizer = Tokenizer(
         models.BPE(
-            {piece: index for index, piece in enumerate(p for p in pieces if p in known)},
+            {token: index for index, token in enumerate(p for p in tokens if p in known)},
             merges,
             unk_token="<unk>",
             fuse_unk=True,

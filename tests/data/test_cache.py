@@ -20,8 +20,9 @@ from hymba_tune.data import (
     with_chat_template,
 )
 from hymba_tune.data import cache as data_cache
-from hymba_tune.data.cache import clear, keep
+from hymba_tune.data.cache import clear, store
 from hymba_tune.errors import DataError
+from tests.data.inputs import numbered
 from tests.preferences import save_pairs
 
 ROWS = [{"prompt": f"Count to {number}.", "completion": str(number)} for number in range(5)]
@@ -41,7 +42,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry each time that rows are tokenised."""
+    """The number of texts of each call of the tokenizer."""
     calls: list[int] = []
     from hymba_tune.data import encoding
 
@@ -57,7 +58,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_same_data_is_encoded_once(file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]) -> None:
     first, report = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
-    os.utime(file, (1, 1))  # what counts is what it holds
+    os.utime(file, (1, 1))  # only the content counts, not the time
     second, again = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
     assert encoded == [5]
     assert first.to_list() == second.to_list()
@@ -65,7 +66,7 @@ def test_same_data_is_encoded_once(file: Path, cache: Path, hymba: PreTrainedTok
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_decides_the_rows_decides_the_entry(
+def test_everything_that_affects_the_rows_affects_the_key(
     file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]
 ) -> None:
     def build(tokenizer: PreTrainedTokenizerFast = hymba, weight: float = 1.0, cap: int = 9, **changes: object) -> None:
@@ -103,7 +104,8 @@ def test_preferences_are_encoded_once(
         settings: dict[str, object] = {"paired": paired, "max_length": 100, "on_bad_row": OnBadRow.skip, **changes}
         return build_preferences(open_sources([str(path)]), hymba, cache_dir=cache, **settings)  # type: ignore[arg-type]
 
-    (first, report), (second, again) = build(), build()
+    first, report = build()
+    second, again = build()
     assert encoded == [10]
     assert first.to_list() == second.to_list()
     assert report.counts() == again.counts()
@@ -114,14 +116,12 @@ def test_preferences_are_encoded_once(
 
 
 def test_rows_without_a_digest_are_encoded_each_time(cache: Path, hymba: PreTrainedTokenizerFast) -> None:
-    from tests.data.test_dataset import numbered
-
     reports = [build_dataset([numbered(5)], hymba, max_length=64, cache_dir=cache)[1] for _ in range(2)]
     assert [entry.name for entry in cache.iterdir()] == [reports[0].fingerprint]
     assert reports[0] == reports[1]
 
 
-def test_dropped_rows_are_listed_from_the_cache_under_the_files_own_names(
+def test_dropped_rows_are_listed_from_the_cache_under_the_name_of_the_file(
     file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int], tmp_path: Path
 ) -> None:
     file.write_text(file.read_text() + '{"prompt": "x"}\n')
@@ -134,31 +134,33 @@ def test_dropped_rows_are_listed_from_the_cache_under_the_files_own_names(
 
     assert [listed(file), listed(file)] == [str(file)] * 2
     assert encoded == [5]
-    other = file.rename(file.with_name("b.jsonl"))
-    assert listed(other) == str(other)
+    renamed = file.rename(file.with_name("b.jsonl"))
+    assert listed(renamed) == str(renamed)
 
 
-@pytest.mark.parametrize("torn", ["report.json", "rows.arrow"])
-def test_torn_entry_is_made_anew(
-    torn: str, file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]
+@pytest.mark.parametrize("damaged", ["report.json", "rows.arrow"])
+def test_damaged_entry_is_encoded_again(
+    damaged: str, file: Path, cache: Path, hymba: PreTrainedTokenizerFast, encoded: list[int]
 ) -> None:
     first, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
     rows = first.to_list()
     (entry,) = cache.iterdir()
-    (entry / torn).write_bytes(b"{")
+    (entry / damaged).write_bytes(b"{")
     for _ in range(2):
         second, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
         assert second.to_list() == rows
     assert encoded == [5, 5]
 
 
-def test_unwritable_cache_does_without(file: Path, hymba: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_unwritable_cache_is_replaced_by_a_temporary_folder(
+    file: Path, hymba: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     (tmp_path / "blocked").touch()
     dataset, _ = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=tmp_path / "blocked")
     assert len(dataset) == 5
 
 
-def test_full_disk_is_said_and_leaves_nothing(
+def test_full_disk_is_an_error_and_leaves_nothing(
     file: Path, cache: Path, hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -170,14 +172,14 @@ def test_full_disk_is_said_and_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
-def test_entry_of_a_faster_process_is_taken(tmp_path: Path) -> None:
+def test_entry_that_another_process_stored_first_is_used(tmp_path: Path) -> None:
     for name, content in {"entry": "theirs", "mine": "mine"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows").write_text(content)
-    assert (keep(tmp_path / "mine", tmp_path, "entry") / "rows").read_text() == "theirs"
+    assert (store(tmp_path / "mine", tmp_path, "entry") / "rows").read_text() == "theirs"
 
 
-def test_entries_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_entries_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_cache, "LIMIT_BYTES", 25)
     for age, name in enumerate(["newest", "older", "oldest", "unfinished-old"]):
         (tmp_path / name).mkdir()
@@ -185,13 +187,13 @@ def test_entries_used_longest_ago_go_first(tmp_path: Path, monkeypatch: pytest.M
         os.utime(tmp_path / name, (1000.0 - age, 1000.0 - age))
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "rows").write_bytes(b"x" * 10)
-    keep(tmp_path / "new", tmp_path, "mine")
+    store(tmp_path / "new", tmp_path, "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "newest"]
     assert clear(tmp_path) == (2, 20)
     assert clear(tmp_path / "no such folder") == (0, 0)
 
 
-def test_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/there")
     assert cache_folder() == Path("/there/hymba-tune/data")
     monkeypatch.delenv("XDG_CACHE_HOME")

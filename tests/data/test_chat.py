@@ -43,7 +43,7 @@ CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 def learned_runs(row: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """What is learned, as text, an entry for each unbroken run of learned tokens."""
+    """The text of each unbroken run of tokens with loss."""
     runs: list[list[int]] = [[]]
     for label in row.labels:
         if label != IGNORED:
@@ -55,7 +55,7 @@ def learned_runs(row: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 @settings(max_examples=40, deadline=None)
 @given(questions=st.lists(WORDS, min_size=2, max_size=2), answers=st.lists(ANSWERS, min_size=2, max_size=2))
-def test_learned_tokens_spell_the_answers_and_their_ends(
+def test_loss_covers_the_answers_and_their_end_of_sequence(
     any_tokenizer: PreTrainedTokenizerFast, questions: list[str], answers: list[str]
 ) -> None:
     messages = turns(questions[0], answers[0], questions[1], answers[1])
@@ -67,14 +67,14 @@ def test_learned_tokens_spell_the_answers_and_their_ends(
 
 @settings(max_examples=25, deadline=None)
 @given(question=WORDS, answer=ANSWERS)
-def test_learned_tokens_of_the_released_tokenizer_spell_the_answers(
+def test_loss_covers_the_answers_with_the_released_tokenizer(
     released: PreTrainedTokenizerFast, question: str, answer: str
 ) -> None:
     (row,) = encode(Conversation(turns(question, answer)), released, ENOUGH)
     assert learned_runs(row, released) == [answer + "</s>"]
 
 
-def test_labels_are_those_of_generation_markers(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_labels_equal_those_of_generation_markers(any_tokenizer: PreTrainedTokenizerFast) -> None:
     marked = any_tokenizer.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in TWO_ANSWERS],
         return_dict=True,
@@ -85,13 +85,13 @@ def test_labels_are_those_of_generation_markers(any_tokenizer: PreTrainedTokeniz
     assert [int(label != IGNORED) for label in row.labels] == marked["assistant_masks"]
 
 
-def test_offsets_that_leave_out_white_space_change_nothing() -> None:
+def test_offsets_without_white_space_give_the_same_labels() -> None:
     trimmed, whole = (byte_level(CHATML, CHATML_TOKENS, "<|im_end|>", trim_offsets=trim) for trim in (True, False))
     assert encode(Conversation(TWO_ANSWERS), trimmed, ENOUGH) == encode(Conversation(TWO_ANSWERS), whole, ENOUGH)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, HYMBA_TEMPLATE])
-def test_markers_are_not_needed(template: str) -> None:
+def test_templates_without_generation_markers_work(template: str) -> None:
     conversation = Conversation(TWO_ANSWERS)
     plain = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     with_markers, without = sentencepiece_like(template), sentencepiece_like(without_markers(plain))
@@ -99,8 +99,8 @@ def test_markers_are_not_needed(template: str) -> None:
     assert encode(conversation, with_markers, ENOUGH) == encode(conversation, without, ENOUGH)
 
 
-def test_end_of_sequence_follows_an_answer_where_the_template_writes_none() -> None:
-    # Neither an end of its own after the answer, nor a prompt for the next one.
+def test_end_of_sequence_is_added_if_the_template_has_none() -> None:
+    # This template neither ends an answer nor has a generation prompt.
     template = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     tokenizer = sentencepiece_like(template)
     (row,) = encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), tokenizer, ENOUGH)
@@ -109,28 +109,28 @@ def test_end_of_sequence_follows_an_answer_where_the_template_writes_none() -> N
     assert prompt == "user: Hi\nassistant: Hello</s>\nuser: Bye\nassistant: "
 
 
-def test_end_of_sequence_that_the_template_writes_is_not_doubled() -> None:
+def test_end_of_sequence_of_the_template_is_not_doubled() -> None:
     tokenizer = sentencepiece_like(MISTRAL.replace("| trim + eos_token", "| trim + ' ' + eos_token"))
     (row,) = encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), tokenizer, ENOUGH)
     assert learned_runs(row, tokenizer) == ["Hello </s>", "So long </s>"]
     assert row.input_ids.count(tokenizer.eos_token_id) == 2
 
 
-def test_end_of_sequence_that_the_data_brings_along_is_not_doubled(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_of_sequence_in_the_data_is_not_doubled(any_tokenizer: PreTrainedTokenizerFast) -> None:
     eos = any_tokenizer.eos_token
     bare, ended = turns("Hi", "Hello", "Bye", "So long"), turns("Hi", f"Hello{eos}", "Bye", f"So long {eos}\n")
     assert encode(Conversation(ended), any_tokenizer, ENOUGH)[0].labels.count(any_tokenizer.eos_token_id) == 2
     assert render_prompt(Conversation(ended[:3]), any_tokenizer) == render_prompt(Conversation(bare[:3]), any_tokenizer)
 
 
-def test_answers_that_repeat_other_text_are_told_apart(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answers_that_repeat_other_text_are_located(any_tokenizer: PreTrainedTokenizerFast) -> None:
     messages = turns("user", "assistant", "assistant", "user", "a", "a")
     (row,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
     eos = any_tokenizer.eos_token
     assert [run.strip() for run in learned_runs(row, any_tokenizer)] == [f"assistant{eos}", f"user{eos}", f"a{eos}"]
 
 
-def test_answers_that_are_only_read_stand_in_the_text_and_not_in_the_labels(
+def test_answers_of_weight_zero_are_in_the_text_without_labels(
     any_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     messages = turns("Hi", "Hello", "Bye", "So long")
@@ -141,25 +141,25 @@ def test_answers_that_are_only_read_stand_in_the_text_and_not_in_the_labels(
     assert [run.strip() for run in learned_runs(row, any_tokenizer)] == ["So long" + any_tokenizer.eos_token]
 
 
-def test_weights_are_those_of_the_answer_that_a_token_is_of(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_loss_weight_of_a_token_is_that_of_its_answer(any_tokenizer: PreTrainedTokenizerFast) -> None:
     messages = turns("Hi", "Hello you", "Bye", "So long", "?", "!!")
     weighted = (messages[0], replace(messages[1], weight=0.25), *messages[2:5], replace(messages[5], weight=0.5))
     (plain,) = encode(Conversation(messages), any_tokenizer, ENOUGH)
     (row,) = encode(Conversation(weighted), any_tokenizer, ENOUGH)
     assert replace(row, loss_weights=None) == plain
     assert row.loss_weights is not None
-    said: dict[float, list[int]] = {}
+    labels_of: dict[float, list[int]] = {}
     for weight, label in zip(row.loss_weights, row.labels, strict=True):
         if label != IGNORED:
-            said.setdefault(weight, []).append(label)
-    texts = {weight: any_tokenizer.decode(ids).strip() for weight, ids in said.items()}
+            labels_of.setdefault(weight, []).append(label)
+    texts = {weight: any_tokenizer.decode(ids).strip() for weight, ids in labels_of.items()}
     eos = any_tokenizer.eos_token
     assert texts == {0.25: f"Hello you{eos}", 1.0: f"So long{eos}", 0.5: f"!!{eos}"}
     (cut,) = encode(Conversation(weighted), any_tokenizer, len(row.labels) - 2)
     assert cut.loss_weights == row.loss_weights[:-2]
 
 
-def test_learning_the_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
+def test_learn_last_covers_only_the_last_answer(hymba: PreTrainedTokenizerFast) -> None:
     conversation = Conversation(turns("Hi", "Hello", "Bye", "So long", "?"))
     whole, last = (render(conversation, hymba, learn) for learn in (Learn.all, Learn.last))
     assert last == replace(whole, learned=whole.learned[-1:])
@@ -169,7 +169,7 @@ def test_learning_the_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
         render(unlearned, hymba, Learn.last)
 
 
-def test_messages_after_the_last_answer_are_not_learned(hymba: PreTrainedTokenizerFast) -> None:
+def test_messages_after_the_last_answer_have_no_loss(hymba: PreTrainedTokenizerFast) -> None:
     (row,) = encode(Conversation(turns("Hi", "Hello", "And this?")), hymba, ENOUGH)
     assert learned_runs(row, hymba) == ["Hello</s>"]
 
@@ -189,7 +189,7 @@ def test_beginning_of_sequence_comes_once(template: str, *, add_bos: bool, add_e
     assert prompt.count(tokenizer.eos_token_id) == 0
 
 
-def test_prompt_is_what_training_shows(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompt_equals_the_text_of_training(any_tokenizer: PreTrainedTokenizerFast) -> None:
     (row,) = encode(Conversation(TWO_ANSWERS), any_tokenizer, ENOUGH)
     first_learned = next(index for index, label in enumerate(row.labels) if label != IGNORED)
     assert encode_prompt(Conversation(TWO_ANSWERS[:2]), any_tokenizer) == row.input_ids[:first_learned]
@@ -200,7 +200,7 @@ def test_prompt_is_what_training_shows(any_tokenizer: PreTrainedTokenizerFast) -
     )
 
 
-def test_template_that_opens_the_last_answer_in_its_own_way_is_followed() -> None:
+def test_prompt_follows_a_template_that_opens_the_last_answer_differently() -> None:
     # As models that think do: the last answer has an empty thought before it, earlier ones have none.
     thought = "{% generation %}{{ '<think></think>' if loop.last else '' }}"
     template = CHATML.replace("{% generation %}", thought)
@@ -214,7 +214,7 @@ def test_template_that_changes_answers_is_refused() -> None:
     tokenizer = sentencepiece_like(MISTRAL.replace("message.content | trim", "message.content | upper"))
     with pytest.raises(DataError, match="rewrites the conversation around message 2, an answer") as refusal:
         encode(Conversation(turns("Hi", "Hello")), tokenizer, ENOUGH)
-    assert "take chat_template out of the tokenizer" in str(refusal.value)
+    assert "remove chat_template from the tokenizer" in str(refusal.value)
 
 
 def test_template_that_moves_messages_is_refused() -> None:
@@ -223,20 +223,20 @@ def test_template_that_moves_messages_is_refused() -> None:
         encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), sentencepiece_like(reversed_history), ENOUGH)
 
 
-def test_refusal_of_the_template_is_passed_on() -> None:
+def test_error_of_the_template_is_part_of_the_message() -> None:
     messages = (Message("user", "Hi"), Message("tool", "{}"), Message("assistant", "Hello"))
     with pytest.raises(DataError, match=r"refuses the conversation \(Only user and assistant turns, please\)"):
         encode(Conversation(messages), sentencepiece_like(MISTRAL), ENOUGH)
 
 
-def test_tokenizer_without_an_end_is_refused() -> None:
+def test_tokenizer_without_end_of_sequence_is_refused() -> None:
     tokenizer = sentencepiece_like(HYMBA_TEMPLATE)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encode(Text("Hi"), tokenizer, ENOUGH)
 
 
-def test_cut_conversation_keeps_the_beginning_and_no_end(hymba: PreTrainedTokenizerFast) -> None:
+def test_cut_conversation_keeps_its_beginning(hymba: PreTrainedTokenizerFast) -> None:
     conversation = Conversation(turns("Hi", "Hello " * 50))
     (whole,) = encode(conversation, hymba, ENOUGH)
     (cut,) = encode(conversation, hymba, len(whole.input_ids) - 20)
@@ -258,19 +258,19 @@ def test_conversation_whose_answer_is_cut_off_gives_no_row(hymba: PreTrainedToke
 def test_long_text_loses_no_token(hymba: PreTrainedTokenizerFast, text: str, max_length: int) -> None:
     assume(not text.startswith(hymba.bos_token) and not text.endswith(hymba.eos_token))  # it then gets no second ones
     (whole,) = encode(Text(text), hymba, ENOUGH)
-    pieces = encode(Text(text), hymba, max_length)
+    rows = encode(Text(text), hymba, max_length)
     assert whole.input_ids == [*hymba(text).input_ids, hymba.eos_token_id]
-    assert [token for piece in pieces for token in piece.input_ids] == whole.input_ids
-    for piece in pieces:
-        assert 2 <= len(piece.input_ids) <= max_length
-        assert piece.labels == [IGNORED, *piece.input_ids[1:]]
+    assert [token for row in rows for token in row.input_ids] == whole.input_ids
+    for row in rows:
+        assert 2 <= len(row.input_ids) <= max_length
+        assert row.labels == [IGNORED, *row.input_ids[1:]]
 
 
-def test_text_that_has_its_own_marks_gets_no_second_ones(hymba: PreTrainedTokenizerFast) -> None:
+def test_text_with_special_tokens_gets_no_second_ones(hymba: PreTrainedTokenizerFast) -> None:
     assert encode(Text("<s>Hello</s>"), hymba, ENOUGH) == encode(Text("Hello"), hymba, ENOUGH)
 
 
-def test_prompts_of_gsm8k_are_what_training_shows(shared: Path, released: PreTrainedTokenizerFast) -> None:
+def test_prompts_of_gsm8k_equal_the_texts_of_training(shared: Path, released: PreTrainedTokenizerFast) -> None:
     lines = (shared / "data" / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:50]
     for row in map(json.loads, lines):
         prompt = encode_prompt(Conversation(turns(row["question"])), released)
@@ -292,7 +292,7 @@ class TestHymbaTemplate:
     @pytest.mark.parametrize("tools", [0, 1, 2])
     @pytest.mark.parametrize("contexts", [0, 1, 2])
     @pytest.mark.parametrize("first_message", [0, 1])
-    def test_writes_what_the_released_one_does(
+    def test_renders_as_the_released_template(
         self, released: PreTrainedTokenizerFast, tools: int, contexts: int, first_message: int
     ) -> None:
         arguments = {
@@ -307,7 +307,9 @@ class TestHymbaTemplate:
         assert corrected.count("</s>") == 2
         assert corrected.replace("<s>", "").replace("</s>", "") == released.apply_chat_template(**arguments)
 
-    def test_trains_as_the_released_one_with_ends_put_in(self, released: PreTrainedTokenizerFast) -> None:
+    def test_encodes_as_the_released_template_with_end_of_sequence_added(
+        self, released: PreTrainedTokenizerFast
+    ) -> None:
         assert encode(self.full, released, ENOUGH) == encode(self.full, with_chat_template(released), ENOUGH)
 
     def test_begins_with_the_ids_of_the_released_tokenizer(self, released: PreTrainedTokenizerFast) -> None:
@@ -316,7 +318,7 @@ class TestHymbaTemplate:
             encode_prompt(prompt, with_chat_template(released)) == released(render_prompt(prompt, released)).input_ids
         )
 
-    def test_replaces_the_released_one_and_survives_saving(
+    def test_replaces_the_released_template_and_survives_saving(
         self, released: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         before = released.chat_template
@@ -326,10 +328,10 @@ class TestHymbaTemplate:
         again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
         assert encode(self.full, again, ENOUGH) == encode(self.full, corrected, ENOUGH)
 
-    def test_is_given_to_a_tokenizer_that_has_none(self) -> None:
+    def test_is_set_on_a_tokenizer_without_a_template(self) -> None:
         assert with_chat_template(sentencepiece_like(None)).chat_template == HYMBA_TEMPLATE
 
     @pytest.mark.parametrize("template", [CHATML, MISTRAL, HYMBA_TEMPLATE, "{{ raise_exception('never') }}"])
-    def test_leaves_other_templates_alone(self, template: str) -> None:
+    def test_other_templates_are_kept(self, template: str) -> None:
         tokenizer = sentencepiece_like(template)
         assert with_chat_template(tokenizer) is tokenizer

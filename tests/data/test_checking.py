@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from hymba_tune.config import Learn, OnBadRow
 from hymba_tune.data import Source, build_dataset, open_source
 from hymba_tune.data.check_counts import Check, FileCheck, Lengths
-from hymba_tune.data.check_facts import facts, histogram, mends, next_commands, overview, verdict
+from hymba_tune.data.check_facts import facts, histogram, next_commands, overview, problems, verdict
 from hymba_tune.data.check_page import check_page
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import ConfigError, DataError
 from tests.browser import DESK, PHONE, Browser
-from tests.data.test_dataset import source
+from tests.data.inputs import source
 
-USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, ANSWER]}
 BOT = {"messages": [USER, {"role": "bot", "content": "Hello"}]}
 LONG = {"prompt": "Hi", "completion": "word " * 100}
@@ -30,50 +31,49 @@ def check(rows: Sequence[object], tokenizer: PreTrainedTokenizerFast, max_length
     return check_sources([source(rows)], tokenizer, max_length=max_length)
 
 
-def test_counts_are_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
+def test_counts_equal_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
     rows = [GOOD, LONG, LATE, TEXT, BOT, {"prompt": "a", "completion": ""}]
-    found = check(rows, hymba)
+    result = check(rows, hymba)
     _, report = build_dataset([source(rows)], hymba, max_length=64, on_bad_row=OnBadRow.skip)
     same = ("rows", "bad_rows", "too_long", "tokens", "learned")
-    assert [getattr(found, name) for name in same] == [getattr(report, name) for name in same]
-    assert found.cut + found.continued == report.cut == 2
-    assert found.continued == 1
-    (whole,) = (check([LONG], hymba, 10_000).tokens,)
-    assert found.tokens_lost == whole - 64
-    assert sum(found.lengths.rows.values()) == 4
+    assert [getattr(result, name) for name in same] == [getattr(report, name) for name in same]
+    assert result.cut + result.continued == report.cut == 2
+    assert result.continued == 1
+    assert result.tokens_lost == check([LONG], hymba, 10_000).tokens - 64
+    assert sum(result.lengths.rows.values()) == 4
 
 
-def test_last_answer_only(hymba: PreTrainedTokenizerFast) -> None:
+def test_learn_last_counts_only_the_last_answer(hymba: PreTrainedTokenizerFast) -> None:
     rows = [{"messages": [USER, ANSWER, USER, ANSWER]}]
     every, last = (check_sources([source(rows)], hymba, max_length=99, learn=learn) for learn in Learn)
     assert every.learned == 2 * last.learned
 
 
 def test_bad_rows_are_counted_by_kind_with_the_first_places(hymba: PreTrainedTokenizerFast) -> None:
-    talk = [{"messages": [USER] * turns + [BOT["messages"][1]]} for turns in (1, 2, 3, 4)]
-    found = check([*talk, GOOD, {"prompt": "a", "completion": " "}, 7], hymba)
-    assert [(problem.what, problem.rows) for problem in found.problems.values()] == [
+    unknown_role = [{"messages": [USER] * turns + [BOT["messages"][1]]} for turns in (1, 2, 3, 4)]
+    result = check([*unknown_role, GOOD, {"prompt": "a", "completion": " "}, 7], hymba)
+    assert [(problem.what, problem.rows) for problem in result.problems.values()] == [
         ('message N has role "bot"', 4),
         ('"completion" is an empty answer', 1),
         ("the row is a number", 1),
     ]
-    bots = found.problems['message N has role "bot"']
+    bots = result.problems['message N has role "bot"']
     assert bots.examples == [f'support.jsonl, line {n}: message {n + 1} has role "bot"' for n in (1, 2, 3)]
     assert bots.fix == "rename the role, or --map role.bot=assistant"
-    assert verdict(found) == "Cannot be trained on yet: 6 of 7 rows would stop a run."
-    assert not found.usable
-    assert found.files[0].formats == {"messages": 5, "prompt and completion": 1, "unreadable": 1}
+    assert verdict(result) == "Cannot be trained on yet: 6 of 7 rows would stop a run."
+    assert not result.usable
+    assert result.files[0].formats == {"messages": 5, "prompt and completion": 1, "unreadable": 1}
 
 
-def test_kinds_have_a_bound(hymba: PreTrainedTokenizerFast) -> None:
+def test_kinds_of_findings_have_a_bound(hymba: PreTrainedTokenizerFast) -> None:
     rows = [
         {"messages": [USER, {"role": f"bot{chr(97 + n % 26)}{chr(97 + n // 26)}", "content": "x"}]} for n in range(99)
     ]
     rows += [{**GOOD, f"column {n}": 1} for n in range(99)]
-    found = check(rows, hymba)
-    assert len(found.problems) == 41
-    assert found.problems["something else"].rows == 59
-    assert len(found.hidden) == 41
+    result = check(rows, hymba)
+    assert len(result.problems) == 41
+    assert result.problems["something else"].rows == 59
+    assert len(result.hidden) == 41
 
 
 def test_repeated_rows_and_other_answers(hymba: PreTrainedTokenizerFast) -> None:
@@ -86,62 +86,62 @@ def test_repeated_rows_and_other_answers(hymba: PreTrainedTokenizerFast) -> None
         {"text": "How many?"},
         {"prompt": "How many?", "completion": "Two.", "system": "Be brief."},
     ]
-    found = check(rows, hymba).duplicates
-    assert (found.rows, found.other_answers) == (2, 1)
-    assert found.examples == [
+    result = check(rows, hymba).duplicates
+    assert (result.rows, result.other_answers) == (2, 1)
+    assert result.examples == [
         ("support.jsonl, line 3", "support.jsonl, line 1"),
         ("support.jsonl, line 5", "support.jsonl, line 2"),
     ]
 
 
 def test_repeats_are_named_across_files(hymba: PreTrainedTokenizerFast) -> None:
-    found = check_sources([source([LATE, GOOD], "a"), source([TEXT, GOOD], "b")], hymba, max_length=64)
-    assert found.duplicates.examples == [("b, line 2", "a, line 2")]
+    result = check_sources([source([LATE, GOOD], "a"), source([TEXT, GOOD], "b")], hymba, max_length=64)
+    assert result.duplicates.examples == [("b, line 2", "a, line 2")]
 
 
-def test_what_is_odd_is_noted_and_stops_nothing(hymba: PreTrainedTokenizerFast) -> None:
+def test_oddities_are_noted_and_do_not_make_data_unusable(hymba: PreTrainedTokenizerFast) -> None:
     rows = [
         {"messages": [USER, USER, ANSWER, ANSWER]},
         {"messages": [{**USER, "content": " "}, ANSWER, USER]},
         {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "reasoning": "…"}], "id": 3, "source": "x"},
     ]
-    found = check(rows, hymba)
-    assert {note.what: (note.rows, note.examples) for note in found.notes.values()} == {
+    result = check(rows, hymba)
+    assert {note.what: (note.rows, note.examples) for note in result.notes.values()} == {
         "two messages from the user in a row": (1, ["support.jsonl, line 1"]),
         "two answers in a row": (1, ["support.jsonl, line 1"]),
-        "the last message is no answer, so nothing is learned from it": (1, ["support.jsonl, line 2"]),
+        "the last message is not an answer, so it has no loss": (1, ["support.jsonl, line 2"]),
         "an empty message from the user": (1, ["support.jsonl, line 2"]),
     }
-    assert found.hidden == {"id": 1, "source": 1, "messages[].name": 1, "messages[].reasoning": 1}
-    label, keys = overview(found)[-1]
+    assert result.hidden == {"id": 1, "source": 1, "messages[].name": 1, "messages[].reasoning": 1}
+    label, keys = overview(result)[-1]
     assert label == "not shown"
     assert {"id (1)", "messages[].name (1)"} <= set(keys.split(", "))
-    assert found.usable
+    assert result.usable
 
 
-def test_file_that_cannot_be_read_does_not_keep_the_others_from_it(
+def test_file_that_cannot_be_read_does_not_stop_the_check_of_others(
     hymba: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
-    found = check_sources([open_source(str(tmp_path / "empty.jsonl")), source([GOOD])], hymba, max_length=64)
-    assert found.rows == 1
-    assert not found.usable
-    assert verdict(found) == f"Cannot be trained on yet: {tmp_path}/empty.jsonl cannot be used."
-    assert mends(found)[0].what == f"Cannot use {tmp_path}/empty.jsonl: it has no rows."
-    assert next_commands(found, ["a"], "m", [], 64) == []
+    result = check_sources([open_source(str(tmp_path / "empty.jsonl")), source([GOOD])], hymba, max_length=64)
+    assert result.rows == 1
+    assert not result.usable
+    assert verdict(result) == f"Cannot be trained on yet: {tmp_path}/empty.jsonl cannot be used."
+    assert problems(result)[0].what == f"Cannot use {tmp_path}/empty.jsonl: it has no rows."
+    assert next_commands(result, ["a"], "m", [], 64) == []
 
 
-def test_judged_answers_may_be_learned_from_in_two_ways(hymba: PreTrainedTokenizerFast) -> None:
-    judged = {"prompt": "a", "completion": "b", "label": True}
-    ways = dict(next_commands(check([judged], hymba), ["a"], "m", [], 64))
-    assert ways["train"].replace("sft", "kto") == ways["judged"]
-    assert "judged" not in dict(next_commands(check([GOOD], hymba), ["a"], "m", [], 64))
+def test_answers_with_labels_can_be_trained_on_with_sft_and_kto(hymba: PreTrainedTokenizerFast) -> None:
+    labeled = {"prompt": "a", "completion": "b", "label": True}
+    commands = dict(next_commands(check([labeled], hymba), ["a"], "m", [], 64))
+    assert commands["train"].replace("sft", "kto") == commands["kto"]
+    assert "kto" not in dict(next_commands(check([GOOD], hymba), ["a"], "m", [], 64))
 
 
-def test_nothing_left_to_learn_is_not_usable(hymba: PreTrainedTokenizerFast) -> None:
-    found = check([LATE], hymba)
-    assert verdict(found) == "Cannot be trained on: nothing is left to learn at --max-length 64."
-    assert not found.usable
+def test_data_without_an_answer_within_max_length_is_not_usable(hymba: PreTrainedTokenizerFast) -> None:
+    result = check([LATE], hymba)
+    assert verdict(result) == "Cannot be trained on: no answer begins within --max-length 64."
+    assert not result.usable
 
 
 def test_wrong_mapping_is_refused(hymba: PreTrainedTokenizerFast) -> None:
@@ -149,14 +149,14 @@ def test_wrong_mapping_is_refused(hymba: PreTrainedTokenizerFast) -> None:
         check_sources([source([GOOD])], hymba, max_length=64, mapping={"promt": "x"})
 
 
-def test_longer_rows_are_advised_within_reason(hymba: PreTrainedTokenizerFast) -> None:
-    found = check([LONG, LATE], hymba)
-    longest = max(found.lengths.rows)
-    fixes = [mend.fix for mend in mends(found)]
-    assert f"--max-length {-(-longest // 64) * 64} holds 99% of the rows whole" in fixes
-    found.lengths = Lengths()
-    found.lengths.rows.update({100_000: 9, 10: 1})
-    assert "shorten them, or a larger --max-length" in [mend.fix for mend in mends(found)]
+def test_larger_max_length_is_proposed_within_reason(hymba: PreTrainedTokenizerFast) -> None:
+    result = check([LONG, LATE], hymba)
+    longest = max(result.lengths.rows)
+    fixes = [problem.fix for problem in problems(result)]
+    assert f"--max-length {-(-longest // 64) * 64} fits 99% of the rows" in fixes
+    result.lengths = Lengths()
+    result.lengths.rows.update({100_000: 9, 10: 1})
+    assert "shorten them, or use a larger --max-length" in [problem.fix for problem in problems(result)]
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_quantiles_are_lengths_that_occur() -> None:
     assert Lengths().quantile(0.5) == 0
 
 
-def test_facts_are_json(hymba: PreTrainedTokenizerFast) -> None:
-    told = json.loads(json.dumps(facts(check([GOOD, GOOD, BOT, LONG], hymba))))
-    assert told["usable"] is False
-    assert told["problems"][0]["rows"] == 1
-    assert told["duplicates"]["rows"] == 1
-    assert told["at_max_length"] == {"max_length": 64, "too_long": 0, "cut": 1, "continued": 0}
-    assert told["tokens"]["learned_share"] == told["tokens"]["learned"] / told["tokens"]["kept"]
-    assert sum(bar["rows"] for bar in told["lengths"]["histogram"]) == 3
+def test_facts_are_values_for_json(hymba: PreTrainedTokenizerFast) -> None:
+    data = json.loads(json.dumps(facts(check([GOOD, GOOD, BOT, LONG], hymba))))
+    assert data["usable"] is False
+    assert data["problems"][0]["rows"] == 1
+    assert data["duplicates"]["rows"] == 1
+    assert data["at_max_length"] == {"max_length": 64, "too_long": 0, "cut": 1, "continued": 0}
+    assert data["tokens"]["learned_share"] == data["tokens"]["learned"] / data["tokens"]["kept"]
+    assert sum(bar["rows"] for bar in data["lengths"]["histogram"]) == 3
 
 
 def test_memory_grows_by_the_hashes_only(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,30 +216,30 @@ class TestPage:
     """The page of a check, as a browser shows it."""
 
     @pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
-    def test_says_it_all(
+    def test_shows_the_whole_check(
         self, width: int, dark: bool, browser: Browser, hymba: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         rows = [GOOD, GOOD, LONG, LATE, TEXT, {"prompt": "<script>x()</script>", "kompletion": "<b>"}, BOT]
-        found = check(rows, hymba)
+        result = check(rows, hymba)
         page = tmp_path / "page.html"
-        page.write_text(check_page(found, model="m", commands=[("train", "hymba-tune sft --data x")]))
+        page.write_text(check_page(result, model="m", commands=[("train", "hymba-tune sft --data x")]))
         seen = browser.look(page, width, dark=dark)
         assert not seen.complaints
         assert not seen.requests
         assert not seen.over
         assert [plot.title for plot in seen.plots] == [
-            "How long rows are",
-            "What becomes of rows",
-            "What becomes of tokens",
+            "Row lengths",
+            "Use of rows",
+            "Use of tokens",
         ]
         assert not [plot for plot in seen.plots if plot.clipped or plot.meet or not plot.paths]
         assert "Cannot be trained on yet: 2 of 7 rows would stop a run." in seen.text
         assert 'it has no "completion" (but prompt, kompletion)' in seen.text
         assert "hymba-tune sft --data x" in seen.text
 
-    def test_stands_without_any_row(self, browser: Browser, tmp_path: Path) -> None:
-        found = Check(64, files=[FileCheck("<a>", problem=DataError("It is broken."))])
-        (tmp_path / "page.html").write_text(check_page(found, model="m", commands=[]))
+    def test_renders_without_any_row(self, browser: Browser, tmp_path: Path) -> None:
+        result = Check(64, files=[FileCheck("<a>", problem=DataError("It is broken."))])
+        (tmp_path / "page.html").write_text(check_page(result, model="m", commands=[]))
         seen = browser.look(tmp_path / "page.html")
         assert not seen.complaints
         assert not seen.plots

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.data.check_counts import Check
-from hymba_tune.data.check_facts import facts, mends, next_commands, overview
+from hymba_tune.data.check_facts import facts, next_commands, overview, problems
 from hymba_tune.data.check_page import check_page
 from hymba_tune.data.checking import check_sources
 from hymba_tune.data.preference_dataset import build_preferences
-from tests.data.test_dataset import source
+from tests.data.inputs import source
 
 LONGER = {"prompt": "Hi", "chosen": "Hello to you all, and welcome", "rejected": "No"}
 TIE = {"prompt": "Bye", "chosen": "Well", "rejected": "So long", "score_chosen": 3, "score_rejected": 3}
@@ -20,34 +20,34 @@ def check(rows: Sequence[object], tokenizer: PreTrainedTokenizerFast, max_length
     return check_sources([source(rows)], tokenizer, max_length=max_length)
 
 
-def test_counts_are_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
+def test_counts_equal_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
     rows = [LONGER, TIE, {**TIE, "prompt": "word " * 100}, {**LONGER, "chosen": "word " * 100}]
-    found = check(rows, hymba)
+    result = check(rows, hymba)
     _, report = build_preferences([source(rows)], hymba, paired=True, max_length=64)
     same = ("rows", "bad_rows", "too_long", "cut", "tokens", "learned")
-    assert [getattr(found, name) for name in same] == [getattr(report, name) for name in same]
-    assert found.usable
+    assert [getattr(result, name) for name in same] == [getattr(report, name) for name in same]
+    assert result.usable
 
 
-def test_ties_identical_pairs_and_length_bias_are_told(hymba: PreTrainedTokenizerFast) -> None:
-    found = check([LONGER, {**LONGER, "prompt": "Hey"}, {**LONGER, "prompt": "Ho"}, TIE, SAME, LONGER], hymba)
-    pairs = facts(found)["preferences"]
+def test_ties_identical_pairs_and_length_bias_are_reported(hymba: PreTrainedTokenizerFast) -> None:
+    result = check([LONGER, {**LONGER, "prompt": "Hey"}, {**LONGER, "prompt": "Ho"}, TIE, SAME, LONGER], hymba)
+    pairs = facts(result)["preferences"]
     assert (pairs["rows"], pairs["ties"], pairs["identical"]) == (5, 1, 1)
     assert (pairs["chosen_longer"], pairs["rejected_longer"], pairs["chosen_longer_share"]) == (4, 1, 0.8)
-    assert found.duplicates.examples == [("support.jsonl, line 6", "support.jsonl, line 1")]
-    told = [mend.what for mend in mends(found)]
-    assert '1 row: "chosen" and "rejected" are the same' in told
-    assert "1 pair: both answers have one score" in told
-    assert "the better answer is the longer one in 80% of the pairs" in told
-    assert ("preferences", "5 pairs, 1 ties, 1 identical; chosen longer in 80%") in overview(found)
-    assert found.files[0].formats == {"chosen and rejected": 6}
-    assert next_commands(found, ["a"], "m", [], 64)[0][1].startswith("hymba-tune dpo --data a --model m")
-    assert "The chosen answer is longer in 80 % of the pairs." in check_page(found, model="m", commands=[])
+    assert result.duplicates.examples == [("support.jsonl, line 6", "support.jsonl, line 1")]
+    whats = [problem.what for problem in problems(result)]
+    assert '1 row: "chosen" and "rejected" are the same' in whats
+    assert "1 pair: both answers have the same score" in whats
+    assert "the better answer is the longer one in 80% of the pairs" in whats
+    assert ("preferences", "5 pairs, 1 ties, 1 identical; chosen longer in 80%") in overview(result)
+    assert result.files[0].formats == {"chosen and rejected": 6}
+    assert next_commands(result, ["a"], "m", [], 64)[0][1].startswith("hymba-tune dpo --data a --model m")
+    assert "The chosen answer is longer in 80 % of the pairs." in check_page(result, model="m", commands=[])
 
 
-def test_pairs_under_other_names_are_recognised(hymba: PreTrainedTokenizerFast) -> None:
+def test_pairs_under_other_names_are_recognized(hymba: PreTrainedTokenizerFast) -> None:
     rows = [{"q": "Hi", "good": "Hello", "bad": "No"}]
     mapping = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    found = check_sources([source(rows)], hymba, max_length=64, mapping=mapping)
-    assert found.pairs is not None
-    assert found.pairs.rows == 1
+    result = check_sources([source(rows)], hymba, max_length=64, mapping=mapping)
+    assert result.pairs is not None
+    assert result.pairs.rows == 1

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from hymba_tune.config import OnBadRow
 from hymba_tune.data import (
     Conversation,
-    Place,
-    Row,
     RowError,
-    Source,
     Text,
     build_dataset,
     encode,
@@ -22,6 +18,7 @@ from hymba_tune.data import (
     sample_prompts,
 )
 from hymba_tune.errors import ConfigError, DataError
+from tests.data.inputs import source
 from tests.data.small_tokenizers import turns
 
 GOOD = {"prompt": "Hi", "completion": "Hello"}
@@ -29,15 +26,7 @@ EMPTY = {"prompt": "Hi", "completion": ""}
 LONG = {"prompt": "word " * 200, "completion": "Hello"}
 
 
-def source(rows: Sequence[object], name: str = "support.jsonl") -> Source:
-    return Source(name, lambda: iter(Row(Place(name, number), row) for number, row in enumerate(rows, start=1)))
-
-
-def numbered(count: int) -> Source:
-    return source([{"prompt": f"Count to {number}.", "completion": str(number)} for number in range(count)])
-
-
-def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> None:
+def test_rows_equal_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> None:
     sources = [source([GOOD, {"text": "one two three " * 30}]), source([{"prompt": "Bye", "completion": "So " * 60}])]
     dataset, report = build_dataset(sources, hymba, max_length=50)
     examples = [Conversation(turns("Hi", "Hello")), Text("one two three " * 30), Conversation(turns("Bye", "So " * 60))]
@@ -52,17 +41,17 @@ def test_rows_are_those_of_encode_in_order(hymba: PreTrainedTokenizerFast) -> No
     assert report.learned == sum(row.learned for row in expected)
 
 
-def test_weights_are_kept_where_a_row_has_some(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
-    """And found again; rows without are what they are elsewhere."""
+def test_rows_of_weighted_answers_have_loss_weights(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+    """They survive the cache, and rows without weights are encoded as in data without any."""
 
-    def said(weight: float) -> dict[str, object]:
+    def weighted(weight: float) -> dict[str, object]:
         return {
             "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "weight": weight}]
         }
 
-    plain, plain_report = build_dataset([source([GOOD, said(1)])], hymba, max_length=50)
+    plain, plain_report = build_dataset([source([GOOD, weighted(1)])], hymba, max_length=50)
     assert (plain.column_names, plain_report.weighted) == (["input_ids", "labels", "place"], 0)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, said(0.25))))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, weighted(0.25))))
     for _ in range(2):
         rows, report = build_dataset(
             [open_source(str(tmp_path / "a.jsonl"))], hymba, max_length=50, cache_dir=tmp_path / "cache"
@@ -88,7 +77,7 @@ def test_batching_changes_nothing(hymba: PreTrainedTokenizerFast, monkeypatch: p
     assert seen[-1] == 50
 
 
-def test_fingerprint_is_of_the_tokens(hymba: PreTrainedTokenizerFast) -> None:
+def test_fingerprint_depends_on_the_tokens_alone(hymba: PreTrainedTokenizerFast) -> None:
     def fingerprint(*rows: object, max_length: int = 64) -> str:
         return build_dataset([source(rows)], hymba, max_length=max_length)[1].fingerprint
 
@@ -117,7 +106,9 @@ def test_bad_row_stops_with_its_place_and_how_many_there_are(hymba: PreTrainedTo
     ]
 
 
-def test_looking_ahead_for_bad_rows_ends(hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_rows_are_searched_for_more_bad_ones(
+    hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hymba_tune.data.building.LOOK_AHEAD", 2)
     with pytest.raises(RowError, match=r"\(2 such rows among 2 rows\)"):
         build_dataset([source([EMPTY, EMPTY, GOOD, EMPTY])], hymba, max_length=64)
@@ -160,7 +151,7 @@ def test_too_long_rows_do_not_stop(hymba: PreTrainedTokenizerFast) -> None:
     assert (report.too_long, report.conversations) == (1, 1)
 
 
-def test_nothing_to_learn_is_refused(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+def test_data_without_a_usable_row_is_refused(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"of 2 rows, 2 are too long and 0 bad(.|\n)*a larger --max-length"):
         build_dataset([source([LONG, LONG])], hymba, max_length=64, cache_dir=tmp_path)
     with pytest.raises(
@@ -175,11 +166,11 @@ def test_wrong_mapping_is_refused_before_any_row_is_read(hymba: PreTrainedTokeni
         build_dataset([source([])], hymba, max_length=64, mapping={"promt": "question"})
 
 
-def test_samples_are_prompts_with_their_answers() -> None:
-    talk = [
+def test_samples_are_prompts_and_reference_answers() -> None:
+    messages = [
         {"role": message.role, "content": message.content} for message in turns("Hi", "Hello", "Bye", "So long", "?")
     ]
-    rows = [{"messages": talk, "contexts": ["c"]}, EMPTY, {"text": "x"}, {"q": "1", "a": "2"}, GOOD]
+    rows = [{"messages": messages, "contexts": ["c"]}, EMPTY, {"text": "x"}, {"q": "1", "a": "2"}, GOOD]
     samples = sample_prompts([source(rows), source([GOOD])], 2)
     assert samples == [
         (Conversation(turns("Hi", "Hello", "Bye"), contexts=("c",)), "So long"),

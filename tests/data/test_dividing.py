@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from hymba_tune.config import OnBadRow
-from hymba_tune.data import Place, Row, RowError, Source
+from hymba_tune.data import RowError, RowLocation, Source, SourceRow
 from hymba_tune.data.dividing import divide
 from hymba_tune.errors import ConfigError, DataError
-from tests.data.test_dataset import numbered, source
+from tests.data.inputs import numbered, source
 
 
 def parts(folder: Path) -> tuple[list[Any], list[Any]]:
@@ -21,7 +21,7 @@ def parts(folder: Path) -> tuple[list[Any], list[Any]]:
     return train, held_out
 
 
-def test_rows_go_as_they_are_and_in_order(tmp_path: Path) -> None:
+def test_rows_are_unchanged_and_in_order(tmp_path: Path) -> None:
     done = divide([numbered(200)], 0.1, tmp_path / "new" / "out")
     train, held_out = parts(tmp_path / "new" / "out")
     assert (done.train, done.held_out) == (len(train), len(held_out)) == (180, 20)
@@ -30,14 +30,14 @@ def test_rows_go_as_they_are_and_in_order(tmp_path: Path) -> None:
     assert sorted(map(str, train + held_out)) == sorted(map(str, order))
 
 
-def test_seed_decides(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_division(tmp_path: Path) -> None:
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         divide([numbered(60)], 0.3, tmp_path / name, seed=seed)
     first, again, other = (parts(tmp_path / name)[1] for name in "abc")
     assert first == again != other
 
 
-def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
+def test_rows_with_the_same_prompt_stay_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"Count to {n}!", "completion": str(a)} for n in range(40) for a in range(3)]
     rows += [{"instruction": f"count  to {n}", "output": "x"} for n in range(40)]
     divide([source(rows)], 0.25, tmp_path)
@@ -50,7 +50,7 @@ def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
     assert len(held_out) == 40
 
 
-def test_rows_of_other_formats_are_kept_apart_by_their_prompt(tmp_path: Path) -> None:
+def test_rows_of_unknown_formats_are_grouped_by_their_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{n}", "chosen": f"{a}", "rejected": "x"} for n in range(20) for a in range(2)]
     divide([source([*rows, *({"anything": n} for n in range(20))])], 0.5, tmp_path)
     train, held_out = parts(tmp_path)
@@ -59,8 +59,8 @@ def test_rows_of_other_formats_are_kept_apart_by_their_prompt(tmp_path: Path) ->
     assert len(train) + len(held_out) == 60
 
 
-def test_half_characters_stay_as_they_are(tmp_path: Path) -> None:
-    """Splitting looks at no texts: what is wrong in a row is said where it is trained on."""
+def test_half_characters_are_unchanged(tmp_path: Path) -> None:
+    """Splitting does not check texts; training and `data check` do."""
     rows = [{"prompt": f"{number} \ud83d", "completion": "🙂"} for number in range(10)]
     divide([source(rows)], 0.5, tmp_path)
     train, held_out = parts(tmp_path)
@@ -73,7 +73,7 @@ def test_both_sides_have_a_row(tmp_path: Path) -> None:
         assert min(done.train, done.held_out) == 1
 
 
-def test_mapping_says_where_prompts_stand(tmp_path: Path) -> None:
+def test_mapping_names_the_column_of_prompts(tmp_path: Path) -> None:
     rows = [{"q": f"{n % 10}", "a": f"{n}"} for n in range(40)]
     divide([source(rows)], 0.5, tmp_path, mapping={"prompt": "q", "completion": "a"})
     train, held_out = parts(tmp_path)
@@ -82,7 +82,7 @@ def test_mapping_says_where_prompts_stand(tmp_path: Path) -> None:
 
 def test_unreadable_row_stops_or_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hymba_tune.data.dividing.PROGRESS_ROWS", 2)
-    bad = Row(Place("a.jsonl", 1), error=DataError("not JSON"))
+    bad = SourceRow(RowLocation("a.jsonl", 1), error=DataError("not JSON"))
     rows = Source("a.jsonl", lambda: iter([bad, *numbered(9)]))
     for out in (tmp_path, tmp_path / "new"):
         with pytest.raises(RowError, match=r"a\.jsonl, line 1: not JSON"):
@@ -94,12 +94,12 @@ def test_unreadable_row_stops_or_is_left_out(tmp_path: Path, monkeypatch: pytest
     assert seen == [2, 4, 6, 8, 10]
 
 
-def test_one_prompt_cannot_be_divided(tmp_path: Path) -> None:
+def test_data_with_a_single_prompt_cannot_be_divided(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot divide support\.jsonl: all rows have the same prompt"):
         divide([source([{"prompt": "a", "completion": str(n)} for n in range(5)])], 0.5, tmp_path)
 
 
-def test_parts_that_exist_are_not_overwritten(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").touch()
     with pytest.raises(ConfigError, match=r"--out .*eval\.jsonl exists\.\n.*--overwrite"):
         divide([numbered(5)], 0.5, tmp_path)
@@ -108,7 +108,7 @@ def test_parts_that_exist_are_not_overwritten(tmp_path: Path) -> None:
     assert parts(tmp_path)[1]
 
 
-def test_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out .*file/out cannot be written: Not a directory"):
         divide([numbered(5)], 0.5, tmp_path / "file" / "out")

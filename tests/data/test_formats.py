@@ -53,7 +53,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-WAYS: dict[str, tuple[str, Callable[[Path, Pairs], object]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Path, Pairs], object]]] = {
     "messages": ("a.jsonl", lambda path, pairs: path.write_bytes(lines(messages(pairs)))),
     "messages, gzip": ("a.jsonl.gz", lambda path, pairs: path.write_bytes(gzip.compress(lines(messages(pairs))))),
     "messages, JSON": ("a.json", lambda path, pairs: path.write_text(json.dumps(messages(pairs)))),
@@ -92,29 +92,29 @@ WAYS: dict[str, tuple[str, Callable[[Path, Pairs], object]]] = {
 }
 
 
-def fingerprint(way: str, folder: Path, pairs: Pairs, tokenizer: PreTrainedTokenizerFast) -> str:
-    name, write = WAYS[way]
+def fingerprint(form: str, folder: Path, pairs: Pairs, tokenizer: PreTrainedTokenizerFast) -> str:
+    name, write = WRITERS[form]
     write(folder / name, pairs)
-    mapping = {"prompt": "question", "completion": "answer"} if way == "mapped" else {}
+    mapping = {"prompt": "question", "completion": "answer"} if form == "mapped" else {}
     _, report = build_dataset([open_source(str(folder / name))], tokenizer, max_length=2048, mapping=mapping)
     assert report.conversations == len(pairs)
     return report.fingerprint
 
 
-@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize("form", list(WRITERS)[1:])
 def test_same_data_in_every_format_gives_the_same_rows(
-    way: str, tmp_path: Path, hymba: PreTrainedTokenizerFast
+    form: str, tmp_path: Path, hymba: PreTrainedTokenizerFast
 ) -> None:
-    assert fingerprint(way, tmp_path, PAIRS, hymba) == fingerprint("messages", tmp_path, PAIRS, hymba)
+    assert fingerprint(form, tmp_path, PAIRS, hymba) == fingerprint("messages", tmp_path, PAIRS, hymba)
 
 
-@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize("form", list(WRITERS)[1:])
 def test_gsm8k_in_every_format_gives_the_same_rows(
-    way: str, tmp_path: Path, shared: Path, released: PreTrainedTokenizerFast
+    form: str, tmp_path: Path, shared: Path, released: PreTrainedTokenizerFast
 ) -> None:
     raw = (shared / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:50]
     pairs = [(row["question"], row["answer"]) for row in map(json.loads, raw)]
-    assert fingerprint(way, tmp_path, pairs, released) == fingerprint("messages", tmp_path, pairs, released)
+    assert fingerprint(form, tmp_path, pairs, released) == fingerprint("messages", tmp_path, pairs, released)
 
 
 def test_alpaca_input_follows_the_instruction() -> None:
@@ -122,17 +122,17 @@ def test_alpaca_input_follows_the_instruction() -> None:
     assert parse(row) == Conversation(turns("Add.\n\n1 and 2", "3"))
 
 
-def test_text_is_text() -> None:
+def test_text_column_is_plain_text() -> None:
     assert parse({"text": "Once upon a time", "id": 7}) == Text("Once upon a time")
 
 
 def test_fuller_format_wins() -> None:
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    assert parse({"prompt": "Hi", "completion": "?", "messages": talk}) == Conversation(turns("Hi", "Hello"))
+    items = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert parse({"prompt": "Hi", "completion": "?", "messages": items}) == Conversation(turns("Hi", "Hello"))
     assert parse({"prompt": "Hi", "completion": "Hello", "messages": None}) == Conversation(turns("Hi", "Hello"))
 
 
-def test_tools_contexts_and_system_are_kept() -> None:
+def test_tools_contexts_and_system_are_read() -> None:
     row = {
         "conversations": [
             {"from": "human", "value": "Sum?"},
@@ -151,13 +151,13 @@ def test_tools_contexts_and_system_are_kept() -> None:
 
 
 def test_system_message_of_the_conversation_goes_before_the_column() -> None:
-    talk = [{"role": message.role, "content": message.content} for message in turns("Hi", "Hello", system="own")]
-    assert parse({"messages": talk, "system": "column"}) == Conversation(turns("Hi", "Hello", system="own"))
+    items = [{"role": message.role, "content": message.content} for message in turns("Hi", "Hello", system="own")]
+    assert parse({"messages": items, "system": "column"}) == Conversation(turns("Hi", "Hello", system="own"))
 
 
 def test_last_message_may_be_from_the_user() -> None:
-    talk = [{"role": message.role, "content": message.content} for message in turns("Hi", "Hello", "Bye")]
-    assert parse({"messages": talk}) == Conversation(turns("Hi", "Hello", "Bye"))
+    items = [{"role": message.role, "content": message.content} for message in turns("Hi", "Hello", "Bye")]
+    assert parse({"messages": items}) == Conversation(turns("Hi", "Hello", "Bye"))
 
 
 def test_mapped_columns_decide_the_format() -> None:
@@ -169,9 +169,9 @@ def test_mapped_columns_decide_the_format() -> None:
 
 
 def test_mapped_roles_are_renamed() -> None:
-    talk = [{"role": "customer", "content": "Hi"}, {"role": "bot", "content": "Hello"}]
+    items = [{"role": "customer", "content": "Hi"}, {"role": "bot", "content": "Hello"}]
     names = Names.parse({"role.bot": "assistant", "role.customer": "user"})
-    assert parse({"messages": talk}, names) == Conversation(turns("Hi", "Hello"))
+    assert parse({"messages": items}, names) == Conversation(turns("Hi", "Hello"))
 
 
 def test_parts_of_a_content_are_one_text() -> None:
@@ -180,17 +180,18 @@ def test_parts_of_a_content_are_one_text() -> None:
 
 
 def test_tool_calls_are_written_as_hymba_writes_them() -> None:
-    written = '<toolcall> {"name": "add", "arguments": {"a": 1, "b": null}} </toolcall>'
-    alone, beside = {**ANSWER, "content": None, "tool_calls": [CALL]}, {**ANSWER, "tool_calls": [CALL, CALL]}
-    assert parse(chat(USER, alone)) == Conversation(turns("Hi", written))
-    assert parse(chat(USER, beside)) == Conversation(turns("Hi", f"Hello\n{written}\n{written}"))
+    hymba_call = '<toolcall> {"name": "add", "arguments": {"a": 1, "b": null}} </toolcall>'
+    without_content = {**ANSWER, "content": None, "tool_calls": [CALL]}
+    with_content = {**ANSWER, "tool_calls": [CALL, CALL]}
+    assert parse(chat(USER, without_content)) == Conversation(turns("Hi", hymba_call))
+    assert parse(chat(USER, with_content)) == Conversation(turns("Hi", f"Hello\n{hymba_call}\n{hymba_call}"))
     bare = {**ANSWER, "content": "", "tool_calls": [{"name": "now"}]}
     assert parse(chat(USER, bare)) == Conversation(
         turns("Hi", '<toolcall> {"name": "now", "arguments": {}} </toolcall>')
     )
 
 
-def test_weight_says_which_answers_are_learned() -> None:
+def test_weights_of_answers_are_read() -> None:
     row = chat(
         {**USER, "weight": 0}, {**ANSWER, "weight": 0.0}, USER, {**ANSWER, "weight": 1}, {**ANSWER, "weight": 0.3}
     )
@@ -198,7 +199,7 @@ def test_weight_says_which_answers_are_learned() -> None:
     assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello"), last))
 
 
-def test_answers_in_a_prompt_are_read_only() -> None:
+def test_answers_in_a_prompt_have_no_loss() -> None:
     row = {"prompt": [USER, ANSWER, USER], "completion": "Hello"}
     first = Message("assistant", "Hello", weight=0.0)
     assert parse(row) == Conversation((Message("user", "Hi"), first, *turns("Hi", "Hello")))
@@ -216,13 +217,13 @@ BAD_ROWS = {
     "a list": ([USER], "the row is a list"),
     "no known column": (
         {"question": "Hi", "answer": "Hello"},
-        r"fit no format \(question, answer\)(.|\n)*--map prompt=question --map completion=answer",
+        r"match no format \(question, answer\)(.|\n)*--map prompt=question --map completion=answer",
     ),
     "other columns": ({"a": "x", "b": "y"}, "--map prompt=COLUMN --map completion=COLUMN"),
     "one other column": ({"body": "x"}, "--map text=body"),
     "messages by another name": ({"dialog": [USER, ANSWER]}, "--map messages=dialog"),
-    "no column": ({}, r"fit no format \(it has none\)"),
-    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"\n  to fix     hymba-tune dpo learns from pairs"),
+    "no column": ({}, r"match no format \(it has none\)"),
+    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"\n  to fix     hymba-tune dpo trains on pairs"),
     "half a format": ({"prompt": "Hi", "response": "Hello"}, r'it has no "completion"(.|\n)*--map completion=response'),
     "null": ({"prompt": "Hi", "completion": None}, r'it has no "completion" \(but prompt\)'),
     "Alpaca without instruction": ({"input": "Hi", "output": "Hello"}, "--map prompt=input --map completion=output"),
@@ -254,7 +255,7 @@ BAD_ROWS = {
     ),
     "weight above 1": (
         chat(USER, {**ANSWER, "weight": 1.5}),
-        r"message 2 has weight 1\.5\n *expected +a number from 0 \(read, not learned\) to 1(.|\n)*the largest one",
+        r"message 2 has weight 1\.5\n *expected +a number from 0 \(no loss on the answer\) to 1(.|\n)*the largest one",
     ),
     "weight below 0": (chat(USER, {**ANSWER, "weight": -0.5}), r"message 2 has weight -0\.5"),
     "weight that is no number": (chat(USER, {**ANSWER, "weight": float("nan")}), "message 2 has weight nan"),
@@ -263,8 +264,8 @@ BAD_ROWS = {
         r"message 2 has weight 1\n *expected +a number",
     ),
     "weight of a question": (chat({**USER, "weight": 1}, ANSWER), "message 1 has weight 1, but is from the user"),
-    "nothing learned": (chat(USER, {**ANSWER, "weight": 0}), "none of its answers is learned"),
-    "answer in the prompt only": ({"prompt": [USER, ANSWER], "completion": [USER]}, "none of its answers is learned"),
+    "no answer with weight": (chat(USER, {**ANSWER, "weight": 0}), "all its answers have weight 0"),
+    "answer in the prompt only": ({"prompt": [USER, ANSWER], "completion": [USER]}, "all its answers have weight 0"),
     "role as a number": (chat({"role": 1, "content": "Hi"}, ANSWER), "the role of message 1 is a number"),
     "unknown role": (
         chat(USER, {"role": "bot", "content": "Hello"}),
@@ -304,7 +305,7 @@ def test_bad_row_says_what_is_wrong_and_what_to_do(case: str) -> None:
         parse(row)
 
 
-def test_users_own_names_stand_in_the_message() -> None:
+def test_error_names_the_users_own_columns() -> None:
     names = Names.parse({"prompt": "question", "completion": "answer"})
     with pytest.raises(DataError, match='"answer" is an empty answer'):
         parse({"question": "Hi", "answer": ""}, names)
@@ -312,22 +313,24 @@ def test_users_own_names_stand_in_the_message() -> None:
         parse({"question": "Hi", "answer": None}, names)
 
 
-def test_mapped_column_that_is_not_there_suggests_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"--map prompt=qestion names no column(.|\n)*--map prompt=question"):
+def test_missing_mapped_column_suggests_the_nearest() -> None:
+    with pytest.raises(
+        DataError, match=r"--map prompt=qestion: it has no column \"qestion\"(.|\n)*--map prompt=question"
+    ):
         parse({"question": "Hi", "answer": "Hello"}, Names.parse({"prompt": "qestion"}))
 
 
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"promt": "question"}, r'--map promt=question: "promt" is not known(.|\n)*did you mean "prompt"\?'),
+        ({"promt": "question"}, r'--map promt=question: "promt" is not known(.|\n)*did you mean prompt\?'),
         (
             {"role.bot": "asistant"},
-            r'--map role\.bot=asistant: "asistant" is not known(.|\n)*did you mean "assistant"\?',
+            r'--map role\.bot=asistant: "asistant" is not known(.|\n)*did you mean assistant\?',
         ),
         ({"zzz": "question"}, "one of: messages, system, tools"),
     ],
 )
-def test_mapping_to_nothing_known_is_refused(mapping: dict[str, str], message: str) -> None:
+def test_mapping_of_an_unknown_name_is_refused(mapping: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Names.parse(mapping)

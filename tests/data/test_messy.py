@@ -1,4 +1,4 @@
-"""Files as they come: each trains, or says what is wrong with it."""
+"""Files with real-world defects: each can be trained on, or gives an error that names the defect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BAD = {
     b'{"messages": [': "not JSON at column 15",
     b"<html>": "not JSON at column 1",
     answer(""): "is an empty answer",
-    b'{"question": "x", "answer": "y"}': "fit no format",
+    b'{"question": "x", "answer": "y"}': "match no format",
     json.dumps({"messages": TALK["messages"][::-1]}).encode(): "it begins with an answer",
     b'{"prompt": "\\ud83d", "completion": "y"}': "has half a character",
     b'{"prompt": "\xe9", "completion": "y"}': "is not UTF-8",
@@ -47,21 +47,21 @@ BAD = {
     b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}": "JSON that cannot be read",
     b"[1, 2]": "the row is a list",
 }
-"""Bad lines, and what is said of each."""
+"""Bad lines and their errors."""
 
 
-def test_messy_file_says_what_is_wrong_with_each_line_and_trains_on_the_rest(
+def test_each_bad_line_of_a_file_has_its_error_and_the_rest_is_encoded(
     nano: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hymba_tune.data.check_counts.EXAMPLES", 9)
     odd = [answer("a\u0000b\u001b[31m"), answer("\ufeff\u200b zero width"), answer("\\ud83d as text")]
     path = tmp_path / "messy.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([GOOD, b"", *BAD, b"  ", *odd, GOOD]) + b"\r\n")
-    found = check_sources([open_source(str(path))], nano, max_length=256)
-    said = [example for problem in found.problems.values() for example in problem.examples]
+    result = check_sources([open_source(str(path))], nano, max_length=256)
+    examples = [example for problem in result.problems.values() for example in problem.examples]
     for number, message in enumerate(BAD.values(), start=3):
-        assert [text for text in said if text.startswith(f"{path}, line {number}: ") and message in text], message
-    assert (found.rows, found.bad_rows) == (5 + len(BAD), len(BAD))
+        assert [text for text in examples if text.startswith(f"{path}, line {number}: ") and message in text], message
+    assert (result.rows, result.bad_rows) == (5 + len(BAD), len(BAD))
     dataset, report = build_dataset([open_source(str(path))], nano, max_length=256, on_bad_row=OnBadRow.skip)
     assert (len(dataset), report.bad_rows) == (5, len(BAD))
     assert nano.decode(dataset[0]["input_ids"]).rstrip().endswith("Hello 👩‍👩‍👧</s>")
@@ -71,7 +71,7 @@ def test_messy_file_says_what_is_wrong_with_each_line_and_trains_on_the_rest(
         build_dataset([open_source(str(path))], nano, max_length=256)
 
 
-def test_row_of_two_megabytes_loses_nothing(hymba: PreTrainedTokenizerFast) -> None:
+def test_row_of_two_megabytes_loses_no_token(hymba: PreTrainedTokenizerFast) -> None:
     rows = encode(Text("answer " * 280_000 + "😀" * 10_000), hymba, 2048)
     assert {len(row.input_ids) for row in rows[:-1]} == {2048}
     ids = [token for row in rows for token in row.input_ids]
@@ -93,18 +93,18 @@ def zipped() -> bytes:
         (
             "cut.jsonl.gz",
             gzip.compress(GOOD * 99)[:-9],
-            r"Cannot read .*cut\.jsonl\.gz: (.|\n)*see that the file is whole",
+            r"Cannot read .*cut\.jsonl\.gz: (.|\n)*check that the file is complete",
         ),
         ("zip.jsonl", zipped(), r"Cannot read .*zip\.jsonl: it is a zip archive"),
         ("zip.jsonl.gz", zipped(), "it is a zip archive"),
         ("a.jsonl", b"\xfd7zXZ\x00\x00", "it is xz"),
         ("a.jsonl", b"BZh91AY", "it is bzip2"),
         ("a.jsonl.gz", b"\x28\xb5\x2f\xfd\x04", "it is Zstandard"),
-        ("a.csv", b"PAR1\x15\x04", r"it is Parquet(.|\n)*read under that name"),
+        ("a.csv", b"PAR1\x15\x04", r"it is Parquet(.|\n)*name a Parquet file \.parquet"),
         ("a.parquet", GOOD, r"Cannot read .*a\.parquet"),
     ],
 )
-def test_file_that_is_something_else_says_so(
+def test_file_of_another_type_is_named(
     name: str, content: bytes, message: str, nano: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -112,7 +112,7 @@ def test_file_that_is_something_else_says_so(
         build_dataset([open_source(str(tmp_path / name))], nano, max_length=64)
 
 
-def test_text_under_the_name_of_a_gzip_trains(nano: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_text_with_the_ending_gz_is_read(nano: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(GOOD)
     assert len(build_dataset([open_source(str(tmp_path / "a.jsonl.gz"))], nano, max_length=64)[0]) == 1
 
@@ -127,17 +127,17 @@ def test_folder_and_pipe_are_refused_before_they_are_opened(tmp_path: Path) -> N
             open_source(name)
 
 
-def test_file_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
 
-    def refuse(*_: object, **__: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # whoever runs the tests may read everything
+    monkeypatch.setattr(Path, "open", denied)  # root, who may run the tests, can read everything
     source = open_source(str(tmp_path / "a.jsonl"))
     assert source.content is not None
-    with pytest.raises(DataError, match=r"a\.jsonl: you may not\.(.|\n)*chmod u\+r"):
+    with pytest.raises(DataError, match=r"a\.jsonl: permission denied\.(.|\n)*chmod u\+r"):
         list(source)
-    with pytest.raises(DataError, match=r"a\.jsonl: you may not"):
+    with pytest.raises(DataError, match=r"a\.jsonl: permission denied"):
         source.content()
     assert "No such file" in str(unreadable("a", FileNotFoundError(2, "No such file")))

@@ -25,17 +25,17 @@ def files(tmp_path: Path) -> list[str]:
     return [rows_of(tmp_path, "a.jsonl", columns, 200), rows_of(tmp_path, "b.jsonl", columns, 100)]
 
 
-def test_weight_below_one_draws_and_cap_ends(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
-    def kept(seed: int) -> list[str]:
+def test_weight_below_one_draws_rows_and_cap_limits_them(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
+    def texts(seed: int) -> list[str]:
         sources = open_sources(files, [0.25, 1], [200, 30])
         dataset, report = build_dataset(sources, hymba, max_length=64, seed=seed)
         assert [source.kept for source in report.sources] == [len(dataset) - 30, 30]
         assert 30 < report.sources[0].kept < 70
         return [hymba.decode(row["input_ids"]) for row in dataset]
 
-    assert kept(0) == kept(0) != kept(1)
-    assert len(set(kept(0))) == len(kept(0))
-    assert "b prompt 29" in kept(0)[-1]
+    assert texts(0) == texts(0) != texts(1)
+    assert len(set(texts(0))) == len(texts(0))
+    assert "b prompt 29" in texts(0)[-1]
 
 
 def test_weight_above_one_is_part_of_the_fingerprint(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
@@ -47,7 +47,7 @@ def test_weight_above_one_is_part_of_the_fingerprint(files: list[str], hymba: Pr
     assert len(set(prints)) == 3
 
 
-def test_weights_are_those_of_training(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
+def test_weight_above_one_repeats_training_rows_only(files: list[str], hymba: PreTrainedTokenizerFast) -> None:
     options = KeptDataOptions(data=files, weights=[1, 3], caps=[100, 50], eval_split=0.1, max_length=64)
     data = read_training_data(options, hymba, seed=0, prompts=1, working=Screen().working)
     assert data.held_out is not None
@@ -69,22 +69,22 @@ def test_weights_are_those_of_training(files: list[str], hymba: PreTrainedTokeni
         ([], [-5, 1], r"--caps -5 is not above 0"),
     ],
 )
-def test_weights_that_fit_no_sources_are_refused(
+def test_weights_that_do_not_match_the_sources_are_refused(
     weights: list[float], caps: list[int], message: str, files: list[str]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_sources(files, weights, caps)
 
 
-def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
+def test_mix_gives_each_source_its_own_settings(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:
     (tmp_path / "data").mkdir()
     rows_of(tmp_path / "data", "math.jsonl", ("question", "answer"), 100)
     rows_of(tmp_path / "data", "math-test.jsonl", ("question", "answer"), 7)
-    talk = rows_of(tmp_path, "talk.jsonl", ("prompt", "completion"), 20)
+    chats = rows_of(tmp_path, "talk.jsonl", ("prompt", "completion"), 20)
     mix = tmp_path / "data" / "mix.yaml"
     mix.write_text(
         "- path: math.jsonl\n  weight: 2\n  max_rows: 10\n  map: {prompt: question, completion: answer}\n"
-        f"  eval_data: math-test.jsonl\n- path: {talk}\n"
+        f"  eval_data: math-test.jsonl\n- path: {chats}\n"
     )
     options = KeptDataOptions(data=[str(mix)], max_length=64)
     data = read_training_data(options, hymba, seed=0, prompts=1, working=Screen().working)
@@ -94,7 +94,7 @@ def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrained
     assert len(data.held_out) == 7
     assert data.held_out_sources == {"math-test.jsonl": 7}
     assert "math-test question 0" in data.prompts[0][0].messages[0].content
-    with pytest.raises(ConfigError, match=rf"--weights beside {mix}, which is a mix"):
+    with pytest.raises(ConfigError, match=rf"--weights cannot be used with {mix}, which is a mix"):
         open_sources([str(mix)], [1])
 
 
@@ -102,18 +102,18 @@ def test_mix_gives_each_source_what_is_its_own(tmp_path: Path, hymba: PreTrained
     ("content", "error", "message"),
     [
         ("[", DataError, r"Cannot read the mix .*mix\.yaml: "),
-        ("{}", DataError, r"it is no list\.\n *expected +a list of sources"),
+        ("{}", DataError, r"it is not a list\.\n *expected +a list of sources"),
         ("- a.jsonl", DataError, r"mix\.yaml, source 1: it has no path"),
-        ("- {path: a.jsonl, wieght: 1}", DataError, r'there is no "wieght"(.|\n)*did you mean "weight"\?'),
-        ("- {path: a.jsonl, map: question}", DataError, "its map is no mapping"),
+        ("- {path: a.jsonl, wieght: 1}", DataError, r'there is no "wieght"(.|\n)*did you mean weight\?'),
+        ("- {path: a.jsonl, map: question}", DataError, "its map is not a mapping"),
         ("- {path: a.jsonl, map: {promt: question}}", ConfigError, '"promt" is not known'),
         ("- {path: a.jsonl, weight: 0}", ConfigError, "source 1: weight 0 is not above 0"),
-        ("- {path: a.jsonl, weight: heavy}", ConfigError, "source 1: weight 'heavy' is no number"),
-        ("- {path: a.jsonl, max_rows: 1.5}", ConfigError, "source 1: max_rows 1.5 is no whole number"),
+        ("- {path: a.jsonl, weight: heavy}", ConfigError, "source 1: weight 'heavy' is not a number"),
+        ("- {path: a.jsonl, max_rows: 1.5}", ConfigError, "source 1: max_rows 1.5 is not a whole number"),
         ("- {path: c.jsonl}", DataError, r"Cannot find c\.jsonl"),
     ],
 )
-def test_mix_that_cannot_be_used_says_where(
+def test_error_in_a_mix_names_its_source(
     content: str, error: type[Exception], message: str, tmp_path: Path, files: list[str]
 ) -> None:
     del files

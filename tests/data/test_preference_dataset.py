@@ -1,4 +1,4 @@
-"""Compared answers are the tokens of the whole conversation, and every row is accounted for."""
+"""Encoded answers have the tokens of the whole conversation, and every row is counted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(
     return build_preferences(open_sources([str(path)]), tokenizer, **{"paired": True, "max_length": 512} | changes)
 
 
-def test_prompt_and_answer_are_the_tokens_of_the_conversation(
+def test_prompt_and_answer_have_the_tokens_of_the_conversation(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data, _ = build(pairs(), tokenizer, tmp_path)
@@ -52,8 +52,8 @@ def test_prompt_and_answer_are_the_tokens_of_the_conversation(
         pair = parse_pair(source)
         prompt = Conversation(pair.chosen.messages[:-1])
         assert row["prompt_ids"] == encode_prompt(prompt, tokenizer)
-        for side, talk in {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}.items():
-            (whole,) = encode(talk, tokenizer, 512)
+        for side, conversation in {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}.items():
+            (whole,) = encode(conversation, tokenizer, 512)
             both = row["prompt_ids"] + row[side]
             assert both == whole.input_ids[: len(both)]
             assert row[side] == [label for label in whole.labels if label != -100]
@@ -61,8 +61,9 @@ def test_prompt_and_answer_are_the_tokens_of_the_conversation(
 
 
 def test_tokens_across_the_border_belong_to_the_answers() -> None:
-    one, other = Encoded([1, 2, 3, 4], [-100, -100, 3, 4]), Encoded([1, 5, 6, 7, 9], [-100, -100, -100, 7, -100])
-    assert split_answers([one, other]) == ([1], [[2, 3, 4], [5, 6, 7]])
+    chosen = Encoded([1, 2, 3, 4], [-100, -100, 3, 4])
+    rejected = Encoded([1, 5, 6, 7, 9], [-100, -100, -100, 7, -100])
+    assert split_answers([chosen, rejected]) == ([1], [[2, 3, 4], [5, 6, 7]])
 
 
 def test_report_counts_pairs_and_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_report_counts_pairs_and_tokens(tokenizer: PreTrainedTokenizerBase, tmp_
     assert data[3]["place"].endswith("rows.jsonl, line 4")
 
 
-def test_fingerprint_is_of_the_tokens_whatever_the_format(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_fingerprint_is_the_same_in_every_format(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     def hh(row: dict[str, str], side: str) -> str:
         return f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}"
 
@@ -112,7 +113,7 @@ def test_answers_are_cut_to_the_maximum_length(tokenizer: PreTrainedTokenizerBas
     assert report.cut == 1
 
 
-def test_rows_with_nothing_left_to_compare_are_dropped(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_pairs_that_differ_only_past_max_length_are_dropped(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [
         *pairs(1),
         {"prompt": "word " * 40, "chosen": "Yes.", "rejected": "No."},
@@ -125,13 +126,13 @@ def test_rows_with_nothing_left_to_compare_are_dropped(tokenizer: PreTrainedToke
     assert "past --max-length 48" in whats[0]
     assert whats[0].startswith("its answer begins at token")
     assert whats[1] == "its answers differ only past --max-length 48"
-    with pytest.raises(DataError, match=r"Nothing to compare in .*: of 1 rows, 1 are too long(.|\n)*larger --max-len"):
+    with pytest.raises(DataError, match=r"Nothing to train on in .*: of 1 rows, 1 are too long(.|\n)*larger --max-len"):
         build(rows[1:2], tokenizer, tmp_path, max_length=48)
 
 
-def test_judged_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    one = {"prompt": "Is it?", "completion": "Yes.", "label": False}
-    data, report = build([one, *pairs(2)], tokenizer, tmp_path, paired=False)
+def test_unpaired_answers_are_encoded_with_labels(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    single = {"prompt": "Is it?", "completion": "Yes.", "label": False}
+    data, report = build([single, *pairs(2)], tokenizer, tmp_path, paired=False)
     paired, _ = build(pairs(2), tokenizer, tmp_path)
     assert data["label"][:] == [False, True, False, True, False]
     assert data["completion_ids"][1:3] == [paired[0]["chosen_ids"], paired[0]["rejected_ids"]]
@@ -149,18 +150,20 @@ def read(tokenizer: PreTrainedTokenizerBase, *, paired: bool, **options: Any) ->
     )
 
 
-def test_held_out_pairs_and_prompts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_pairs_are_held_out_and_prompts_sampled(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", pairs(20))
     data = read(tokenizer, paired=True, data=[str(path)], eval_split=0.2)
     assert (len(data.train), len(data.held_out)) == (16, 4)
-    assert [(talk.messages[-1].content, answer) for talk, answer in data.prompts] == [
+    assert [(prompt.messages[-1].content, answer) for prompt, answer in data.prompts] == [
         (row["prompt"], row["chosen"]) for row in pairs(2)
     ]
     own = read(tokenizer, paired=True, data=[str(path)], eval_data=[str(path)], eval_max_rows=7)
     assert (len(own.train), len(own.held_out)) == (20, 7)
 
 
-def test_judged_answers_are_mixed_and_good_ones_shown(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_unpaired_answers_are_shuffled_and_good_ones_sampled(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = write(tmp_path / "pairs.jsonl", pairs(20))
     data = read(tokenizer, paired=False, data=[str(path)], eval_split=0)
     labels = data.train["label"][:]
@@ -170,9 +173,7 @@ def test_judged_answers_are_mixed_and_good_ones_shown(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_sources_bring_their_own_held_out_pairs(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, paired: bool
-) -> None:
+def test_held_out_pairs_of_a_source_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, paired: bool) -> None:
     for name, rows in {"a": pairs(8), "b": pairs(4), "a-eval": pairs(12)[8:], "b-eval": pairs(20)[12:]}.items():
         write(tmp_path / f"{name}.jsonl", rows)
     mix = tmp_path / "mix.yaml"

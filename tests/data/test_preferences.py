@@ -7,26 +7,23 @@ from typing import Any
 import pytest
 
 from hymba_tune.data.formats import Conversation, Names
-from hymba_tune.data.messages import Message
-from hymba_tune.data.preferences import FIELDS, IdenticalPairError, Pair, parse_judged, parse_pair
+from hymba_tune.data.preferences import FIELDS, IdenticalPairError, PreferencePair, parse_pair, parse_unpaired
 from hymba_tune.errors import ConfigError, DataError
 
 
-def talk(*said: str, system: str = "") -> Conversation:
-    """What the user and the assistant say in turn."""
-    turns = [Message("system", system)] if system else []
-    turns += [Message(("user", "assistant")[index % 2], text) for index, text in enumerate(said)]
-    return Conversation(tuple(turns))
+def expected(*contents: str, system: str = "") -> list[tuple[str, str]]:
+    """Roles and contents of a conversation of the user and the assistant in turn."""
+    turns = [("system", system)] if system else []
+    return turns + [(("user", "assistant")[index % 2], text) for index, text in enumerate(contents)]
 
 
-def said(conversation: Conversation) -> list[tuple[str, str]]:
-    """Roles and contents alone."""
+def roles_and_contents(conversation: Conversation) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in conversation.messages]
 
 
-def messages(*said: str) -> list[dict[str, str]]:
+def messages(*contents: str) -> list[dict[str, str]]:
     """The same as a data file holds it."""
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
 ASSISTANT = [{"role": "assistant", "content": "Yes."}], [{"role": "assistant", "content": "No."}]
@@ -56,25 +53,25 @@ SAME: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", SAME)
 def test_same_pair_in_every_format(form: str) -> None:
     pair = parse_pair(SAME[form])
-    assert [(role, text.strip()) for role, text in said(pair.chosen)] == said(talk("Is it?", "Yes."))
-    assert [(role, text.strip()) for role, text in said(pair.rejected)] == said(talk("Is it?", "No."))
+    assert [(role, text.strip()) for role, text in roles_and_contents(pair.chosen)] == expected("Is it?", "Yes.")
+    assert [(role, text.strip()) for role, text in roles_and_contents(pair.rejected)] == expected("Is it?", "No.")
     assert not pair.tie
 
 
-def test_turns_of_hh_are_told_apart() -> None:
+def test_turns_of_hh_become_messages() -> None:
     before = "\n\nHuman: One?\n\nAssistant: 1\n\nwith a blank line\n\nHuman: Two?\n\nAssistant:"
     pair = parse_pair({"chosen": f"{before} 2", "rejected": f"{before} 3"})
-    assert said(pair.chosen) == said(talk("One?", "1\n\nwith a blank line", "Two?", "2"))
+    assert roles_and_contents(pair.chosen) == expected("One?", "1\n\nwith a blank line", "Two?", "2")
 
 
-def test_system_prompt_and_other_names() -> None:
+def test_system_prompt_and_mapping_apply() -> None:
     names = Names.parse({"prompt": "question", "chosen": "better", "rejected": "worse"}, FIELDS)
     row = {"system": "Be brief.", "question": "Is it?", "better": "Yes.", "worse": "No."}
-    assert said(parse_pair(row, names).rejected) == said(talk("Is it?", "No.", system="Be brief."))
+    assert roles_and_contents(parse_pair(row, names).rejected) == expected("Is it?", "No.", system="Be brief.")
 
 
-def test_names_that_no_format_has() -> None:
-    with pytest.raises(ConfigError, match=r'--map chose=x: "chose" is not known(.|\n)*did you mean "chosen"'):
+def test_mapping_of_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r'--map chose=x: "chose" is not known(.|\n)*did you mean chosen\?'):
         Names.parse({"chose": "x"}, FIELDS)
 
 
@@ -84,7 +81,7 @@ def test_equal_scores_are_a_tie(scores: tuple[str, str]) -> None:
     assert not parse_pair(SAME["texts"] | dict.fromkeys(scores)).tie
 
 
-def test_identical_answers_are_no_pair() -> None:
+def test_identical_answers_are_refused() -> None:
     with pytest.raises(IdenticalPairError, match='"chosen" and "rejected" are the same'):
         parse_pair({"prompt": "Is it?", "chosen": "Yes.", "rejected": "Yes."})
 
@@ -94,7 +91,7 @@ def test_identical_answers_are_no_pair() -> None:
     {
         "text": ("no row", r"the row is text\n  expected   an object with chosen \+ rejected"),
         "no side": ({"prompt": "a", "chosen": "b"}, r'it has no "rejected" \(but prompt, chosen\)'),
-        "judged": (
+        "single answer with a label": (
             {"prompt": "a", "completion": "b", "label": True},
             r'it has no "chosen" (.|\n)*to fix +hymba-tune kto',
         ),
@@ -109,11 +106,11 @@ def test_identical_answers_are_no_pair() -> None:
         ),
         "prompts differ": (
             {"chosen": messages("a", "b", "c", "d"), "rejected": messages("a", "x", "c", "e")},
-            r"its conversations part at message 2, before their last answers",
+            r"its conversations differ from message 2 on, before their last answers",
         ),
         "lengths differ": (
             {"chosen": messages("a", "b", "c", "d"), "rejected": messages("a", "b")},
-            r"its conversations part at message 1, before|part at message",
+            r"its conversations differ from message 1 on, before",
         ),
         "ends with the user": (
             {"chosen": messages("a", "b", "c"), "rejected": messages("a", "b")},
@@ -121,27 +118,27 @@ def test_identical_answers_are_no_pair() -> None:
         ),
     }.values(),
 )
-def test_row_that_is_no_pair(row: object, message: str) -> None:
+def test_row_that_is_not_a_pair_is_refused(row: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse_pair(row)
 
 
 @pytest.mark.parametrize("label", [True, 1, "true", "True ", "1"])
-def test_label_in_any_notation(label: object) -> None:
-    (judged,) = parse_judged({"prompt": "Is it?", "completion": "Yes.", "label": label})
-    assert said(judged.conversation) == said(talk("Is it?", "Yes."))
-    assert judged.good
+def test_label_is_read_in_every_notation(label: object) -> None:
+    (preference,) = parse_unpaired({"prompt": "Is it?", "completion": "Yes.", "label": label})
+    assert roles_and_contents(preference.conversation) == expected("Is it?", "Yes.")
+    assert preference.good
 
 
-def test_judged_conversation_is_judged_by_its_last_answer() -> None:
-    (judged,) = parse_judged({"messages": messages("a", "b", "c", "d"), "label": 0})
-    assert said(judged.conversation) == said(talk("a", "b", "c", "d"))
-    assert not judged.good
+def test_label_of_a_conversation_belongs_to_its_last_answer() -> None:
+    (preference,) = parse_unpaired({"messages": messages("a", "b", "c", "d"), "label": 0})
+    assert roles_and_contents(preference.conversation) == expected("a", "b", "c", "d")
+    assert not preference.good
 
 
-def test_pair_is_one_good_answer_and_a_bad_one() -> None:
-    pair: Pair = parse_pair(SAME["texts"])
-    good, bad = parse_judged(SAME["texts"])
+def test_pair_gives_a_good_and_a_bad_answer() -> None:
+    pair: PreferencePair = parse_pair(SAME["texts"])
+    good, bad = parse_unpaired(SAME["texts"])
     assert (good.conversation, good.good) == (pair.chosen, True)
     assert (bad.conversation, bad.good) == (pair.rejected, False)
 
@@ -156,6 +153,6 @@ def test_pair_is_one_good_answer_and_a_bad_one() -> None:
         ({"prompt": "a", "completion": "b", "label": [1]}, r'"label" is \[1\]'),
     ],
 )
-def test_row_that_is_no_judgement(row: object, message: str) -> None:
+def test_row_without_a_label_is_refused(row: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        parse_judged(row)
+        parse_unpaired(row)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hymba_tune.data import Row, open_source
+from hymba_tune.data import SourceRow, open_source
 from hymba_tune.errors import DataError
 
 ROWS = [
@@ -24,7 +24,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[SourceRow]:
     return list(open_source(str(path)))
 
 
@@ -36,7 +36,7 @@ def numbers(path: Path) -> list[int]:
     return [row.place.number for row in read(path)]
 
 
-def problem(row: Row) -> str:
+def problem(row: SourceRow) -> str:
     assert row.error is not None
     return row.error.what
 
@@ -53,11 +53,11 @@ def problem(row: Row) -> str:
     ids=["plain", "last line ended", "CRLF", "BOM", "blank lines"],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSONL", "a.jsonl.gz"])
-def test_json_lines_are_read_however_they_are_ended(tmp_path: Path, name: str, content: bytes) -> None:
+def test_json_lines_are_read_with_any_line_ends(tmp_path: Path, name: str, content: bytes) -> None:
     assert values(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)) == ROWS
 
 
-def test_gzip_is_recognised_under_a_plain_name(tmp_path: Path) -> None:
+def test_gzip_is_recognized_under_a_plain_name(tmp_path: Path) -> None:
     assert values(write(tmp_path / "a.jsonl", gzip.compress(b"\n".join(LINES)))) == ROWS
 
 
@@ -95,7 +95,7 @@ def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
     assert str(read(tmp_path / "a.parquet")[-1].place).endswith("a.parquet, row 600")
 
 
-def test_broken_line_is_named_and_the_stream_goes_on(tmp_path: Path) -> None:
+def test_broken_line_has_an_error_and_later_rows_follow(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\n".join([LINES[0], b"", b'{"prompt": "x" "y"}', LINES[1]]))
     rows = read(path)
     assert [row.value for row in rows] == [ROWS[0], None, ROWS[1]]
@@ -125,7 +125,7 @@ def test_other_encoding_is_named_by_its_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_utf_16_is_recognised(tmp_path: Path, name: str) -> None:
+def test_utf_16_is_recognized(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, "\n".join(line.decode() for line in LINES).encode("utf-16"))
     with pytest.raises(DataError, match="it is UTF-16") as refusal:
         read(path)
@@ -133,7 +133,7 @@ def test_utf_16_is_recognised(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_rows_of_two_megabytes_are_read(tmp_path: Path, name: str) -> None:
+def test_rows_of_two_megabytes_can_be_read(tmp_path: Path, name: str) -> None:
     long = "word " * 400_000
     content = {
         "a.jsonl": json.dumps({"text": long}) + "\n" + json.dumps({"text": "x"}),

@@ -46,7 +46,7 @@ def test_name_that_looks_like_a_file_is_not_looked_up_on_the_hub(
         open_source(name)
 
 
-def test_missing_folder_is_said(tmp_path: Path) -> None:
+def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no folder .*/there either"):
         open_source(str(tmp_path / "there" / "a.jsonl"))
 
@@ -63,7 +63,7 @@ def test_folder_names_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.docx", "a", "a.txt.gz", "a.jsonl.zst"])
 def test_unknown_ending_lists_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"its ending is none of the known ones(.|\n)*\.jsonl, .*\.parquet"):
+    with pytest.raises(DataError, match=r"its ending is unknown(.|\n)*\.jsonl, .*\.parquet"):
         open_source(str(tmp_path / name))
 
 
@@ -90,7 +90,7 @@ class TestHub:
             ("openai/gsm8k:main@train[:100]", ("openai/gsm8k", "main", "train[:100]")),
         ],
     )
-    def test_name_says_configuration_and_split(
+    def test_name_holds_configuration_and_split(
         self, name: str, call: tuple[Any, ...], loaded: list[tuple[Any, ...]]
     ) -> None:
         rows = list(open_source(name))

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.distill.outputs import Told
+from hymba_tune.distill.outputs import TokenDistribution
 from tests.data.small_tokenizers import CHATML, MISTRAL, byte_level, sentencepiece_like, without_markers
 
 TURN = "{% for m in messages %}"
@@ -91,6 +91,6 @@ class Saying:
     probs: Tensor
     row: Tensor
 
-    def tell(self, rows: Tensor, temperature: float) -> Told:
+    def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         del temperature
-        return Told(self.probs[rows], self.probs[rows, self.row[rows + 1]].log())
+        return TokenDistribution(self.probs[rows], self.probs[rows, self.row[rows + 1]].log())

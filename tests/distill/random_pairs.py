@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hymba_tune.distill.pair import Pair, Side, make_pair
+from hymba_tune.distill.pair import Side, TokenizerPair, make_pair
 from hymba_tune.distill.spelling import CHARACTER_OF
 from tests.reference.naive_projection import Segment, merge
 
@@ -61,7 +61,7 @@ def sentencepiece(pairs: Merges) -> PreTrainedTokenizerFast:
 class Drawn:
     """A pair, and how its student parts bytes."""
 
-    pair: Pair
+    pair: TokenizerPair
     segment: Segment
     texts: list[str]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +26,7 @@ def random_teacher(teacher: Path, folder: Path) -> dict[str, Any]:
 
 
 def settings(model: Path, teacher: Path, data: Path, out: Path, **changes: Any) -> DistillConfig:
-    """Two steps of LoRA, unless told otherwise."""
+    """Two steps of LoRA, unless changed."""
     usual: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4}
     usual |= {"steps": 2, "log_every": 1, "max_length": 64, "eval_max_rows": 4, "eval_split": 0.2}
     usual |= random_teacher(teacher, out.parent)
@@ -41,3 +41,22 @@ def run(config: DistillConfig, screen: Screen | None = None, *, report: bool = F
         finished = run_distill(config, screen or Screen())
     assert finished is not None or config.dry_run
     return finished  # type: ignore[return-value]
+
+
+class RecordingScreen(Screen):
+    """A screen that records what is shown."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.progress: list[tuple[str, int, int | None]] = []
+
+    @contextmanager
+    def working(self, label: str, total: int | None = None) -> Any:
+        yield lambda done: self.progress.append((label, done, total))
+
+    def banner(self, lines: dict[str, str]) -> None:
+        self.lines |= lines
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -16,7 +16,7 @@ from hymba_tune.config import Learn
 from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, Unaligned, align, align_rows, matched_vocabulary
-from hymba_tune.distill.pair import Pair, Row, make_pair, tokenise
+from hymba_tune.distill.pair import TokenizedRow, TokenizerPair, make_pair, tokenize_examples
 from hymba_tune.distill.spelling import END
 from hymba_tune.errors import ConfigError
 from tests.data.small_tokenizers import CHATML, LLAMA3_TOKENS, byte_level, turns
@@ -28,7 +28,7 @@ PAIRS = [("hymba", "llama3"), ("hymba", "chatml"), ("hymba", "mistral"), ("hymba
 
 
 @cache
-def pair(student: str, teacher: str) -> Pair:
+def pair(student: str, teacher: str) -> TokenizerPair:
     return make_pair(ALL[student], ALL[teacher])
 
 
@@ -36,20 +36,20 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
     return Conversation(turns(*contents, system=system))
 
 
-def rows(example: Example, both: Pair) -> tuple[Row, Row]:
-    (student,), (teacher,) = tokenise([example], both.student), tokenise([example], both.teacher)
-    assert isinstance(student, Row)
-    assert isinstance(teacher, Row)
+def rows(example: Example, both: TokenizerPair) -> tuple[TokenizedRow, TokenizedRow]:
+    (student,), (teacher,) = tokenize_examples([example], both.student), tokenize_examples([example], both.teacher)
+    assert isinstance(student, TokenizedRow)
+    assert isinstance(teacher, TokenizedRow)
     return student, teacher
 
 
-def aligned(example: Example, both: Pair) -> Alignment:
+def aligned(example: Example, both: TokenizerPair) -> Alignment:
     (row,) = align([example], both)
     assert isinstance(row, Alignment), row
     return row
 
 
-def check(example: Example, both: Pair) -> None:
+def check(example: Example, both: TokenizerPair) -> None:
     """The row as the twin has it; its spans spell the answers on both sides."""
     row, (student, teacher) = aligned(example, both), rows(example, both)
     assert (row.student_ids, row.teacher_ids) == (student.ids, teacher.ids)
@@ -161,8 +161,8 @@ def test_template_that_refuses_is_a_reason() -> None:
 def test_answers_written_differently_are_dropped() -> None:
     both = pair("hymba", "llama3")
     (student,), (teacher,) = (
-        tokenise([talk("What?", "yes")], both.student),
-        tokenise([talk("What?", "no")], both.teacher),
+        tokenize_examples([talk("What?", "yes")], both.student),
+        tokenize_examples([talk("What?", "no")], both.teacher),
     )
     (found,) = align_rows([student], [teacher], both)
     assert isinstance(found, Unaligned)
@@ -172,12 +172,12 @@ def test_answers_written_differently_are_dropped() -> None:
 def test_teacher_that_spells_something_else_is_dropped() -> None:
     both = pair("hymba", "llama3")
     (student,), (teacher,) = (
-        tokenise([talk("What?", "yes")], both.student),
-        tokenise([talk("What?", "yes")], both.teacher),
+        tokenize_examples([talk("What?", "yes")], both.student),
+        tokenize_examples([talk("What?", "yes")], both.teacher),
     )
-    assert isinstance(teacher, Row)
+    assert isinstance(teacher, TokenizedRow)
     ids = teacher.ids[: teacher.answers[0].begin] + teacher.ids[:2] + teacher.ids[teacher.answers[0].begin + 2 :]
-    (found,) = align_rows([student], [Row(ids, teacher.answers)], both)
+    (found,) = align_rows([student], [TokenizedRow(ids, teacher.answers)], both)
     assert isinstance(found, Unaligned)
     assert "the teacher's tokens do not spell the answer" in found.what
 
@@ -188,7 +188,7 @@ def test_answers_side_by_side_are_dropped() -> None:
     both = make_pair(byte_level(bare, LLAMA3_TOKENS, "<|eot_id|>"), ALL["llama3"])
     (found,) = align([Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))], both)
     assert isinstance(found, Unaligned)
-    assert "two answers stand side by side" in found.what
+    assert "two answers follow each other" in found.what
 
 
 def test_teacher_sees_its_own_date_and_system_message() -> None:

@@ -10,59 +10,20 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import datasets
 import pytest
 import torch
 
 from hymba_tune.distill import cache
-from hymba_tune.distill.alignment import Alignment
 from hymba_tune.distill.cache import TargetCache, check_key, encode, fill, is_full, key_digest
-from hymba_tune.distill.projection import SparseTarget
-from hymba_tune.distill.rows import COLUMNS
-from hymba_tune.distill.target_maker import Kept, Taught
+from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT
-
-VOCABULARY, K = 32_001, 32
-KEY = {"version": 1, "teacher": "a" * 64, "top_k": K, "vocabulary": VOCABULARY, "temperature": 1.0, "data": "d"}
-
-
-def random_targets(tokens: int, seed: int, top_k: int = K, vocabulary: int = VOCABULARY) -> Targets:
-    """As a teacher's: descending, some of no mass, between them and the bucket all there is."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, 500, generator=generator) * 4
-    probs = logits.softmax(-1).sort(-1, descending=True).values
-    top = probs[:, :top_k]
-    top[:, -1] *= torch.rand(tokens, generator=generator) < 0.5
-    pieces = torch.zeros(tokens, top_k, dtype=torch.int64)
-    for row in pieces:
-        row += torch.randperm(vocabulary, generator=generator)[:top_k]
-    at = 5 + torch.randperm(2 * tokens, generator=generator)[:tokens].sort().values
-    bounds = torch.stack([at, at + 1], 1)
-    sparse = SparseTarget(pieces, top.log(), (1 - top.sum(-1)).clamp(min=0).log())
-    return Targets(at, sparse, bounds, -torch.rand(tokens, generator=generator) * 9)
-
-
-class RandomMaker:
-    """Teaches rows by the number of their first token."""
-
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, Taught]]:
-        for index in reversed(range(len(rows))):
-            number = rows[index].student_ids[0]
-            tokens = number % 7
-            yield index, Taught(random_targets(tokens, number), Kept(tokens, tokens, tokens, tokens / 3, tokens, 0.1))
-
-
-def numbered_rows(count: int) -> datasets.Dataset:
-    columns: dict[str, list[Any]] = {name: [[]] * count for name in (*COLUMNS, "place")}
-    columns |= {"input_ids": [[number] for number in range(count)], "place": [""] * count}
-    return datasets.Dataset.from_dict(columns)
+from tests.distill.random_targets import KEY, RandomMaker, numbered_rows, random_targets
 
 
 def ignore(_: int) -> None:
@@ -78,10 +39,10 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def same(one: Targets, other: Targets, halves: bool) -> bool:
     """Whether these are the same; logarithms in sixteen bits."""
     rounded = [(lambda values: values.half().float()) if halves else lambda values: values][0]
-    pairs = [(one.at, other.at), (one.top.pieces, other.top.pieces), (one.spans, other.spans)]
+    pairs = [(one.at, other.at), (one.top.student_tokens, other.top.student_tokens), (one.spans, other.spans)]
     logs = [
         (one.top.log_probs, other.top.log_probs),
-        (one.top.bucket, other.top.bucket),
+        (one.top.rest_mass, other.top.rest_mass),
         (one.span_log_likelihoods, other.span_log_likelihoods),
     ]
     return all(torch.equal(a, b) for a, b in pairs) and all(torch.equal(rounded(a), rounded(b)) for a, b in logs)
@@ -98,29 +59,29 @@ def test_read_as_written_in_any_order(tmp_path: Path) -> None:
         assert same(made[row], random_targets(row % 7, row), halves=True)
     copy = pickle.loads(pickle.dumps(made))
     assert same(copy[4], made[4], halves=False)
-    assert made.kept.tokens == sum(row % 7 for row in range(13))
+    assert made.stats.tokens == sum(row % 7 for row in range(13))
     with pytest.raises(IndexError, match="row 13 of 13"):
         made[13]
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     targets = random_targets(3, 0, vocabulary=200_000)
-    cache.write_shard(tmp_path / "00000.arrow", [encode(targets, wide=True)], Kept())
+    cache.write_shard(tmp_path / "00000.arrow", [encode(targets, wide=True)], CaptureStats())
     (tmp_path / "key.json").write_text(json.dumps(KEY))
-    (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(Kept())}))
+    (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(CaptureStats())}))
     assert same(TargetCache(tmp_path)[0], targets, halves=True)
-    assert int(targets.top.pieces.max()) > 65536
+    assert int(targets.top.student_tokens.max()) > 65536
 
 
 def test_bytes_a_token(tmp_path: Path) -> None:
-    """Worse than any teacher's: pieces drawn evenly from the whole vocabulary."""
+    """Worse than any teacher's: student_tokens drawn evenly from the whole vocabulary."""
     rows = [encode(random_targets(100, seed), wide=False) for seed in range(16)]
-    cache.write_shard(tmp_path / "it.arrow", rows, Kept())
+    cache.write_shard(tmp_path / "it.arrow", rows, CaptureStats())
     assert (tmp_path / "it.arrow").stat().st_size / 1600 <= 128
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_complete_shards_are_not_computed_again(tmp_path: Path) -> None:
     folder, rows = tmp_path / "it", numbered_rows(13)
     fill(folder, KEY, rows, RandomMaker(), ignore)
     before = contents(folder)
@@ -143,7 +104,7 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from hymba_tune.distill import cache
-from tests.distill.test_cache import KEY, RandomMaker, numbered_rows
+from tests.distill.random_targets import KEY, RandomMaker, numbered_rows
 cache.SHARD, cache.GROUP = 5, 2
 print("ready", flush=True)
 cache.fill(Path(sys.argv[1]), KEY, numbered_rows(60), RandomMaker(), lambda _: time.sleep(0.004))
@@ -199,9 +160,9 @@ def test_another_key_is_refused_by_what_differs(change: dict[str, Any], message:
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="is not a folder of targets"):
         check_key(tmp_path, KEY)
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="is not a folder of targets"):
         check_key(tmp_path / "letter.txt", KEY)
 
 
@@ -222,6 +183,6 @@ def test_damaged_files_are_named(name: str, content: bytes | None, tmp_path: Pat
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(cache, "write_shard", Mock(side_effect=full))
-    with pytest.raises(DataError, match=r"The disk of .*it is full(.|\n)*gone on with"):
+    with pytest.raises(DataError, match=r"The disk of .*it is full(.|\n)*continues from the completed shards"):
         fill(tmp_path / "it", KEY, numbered_rows(3), RandomMaker(), ignore)
     assert not is_full(tmp_path / "it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, namedtuple
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,11 +17,12 @@ from hymba_tune.distill import capture
 from hymba_tune.distill.alignment import AlignmentReport
 from hymba_tune.distill.capture import pair_of, run_capture
 from hymba_tune.distill.preflight import Preflight, check_aligned
-from hymba_tune.distill.target_maker import Kept
-from hymba_tune.distill.teacher import FoundTeacher, find_teacher
+from hymba_tune.distill.target_maker import CaptureStats
+from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.files import locked
 from hymba_tune.train.screen import Screen
+from tests.distill.runs import RecordingScreen
 from tests.distill.teachers import save_teacher
 
 ANY = {"min_teacher_probability": 0.0, "min_end_probability": 0.0}
@@ -39,25 +39,6 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hymba_tune.distill.preflight.SAMPLE_ROWS", 3)
 
 
-class Told(Screen):
-    """Remembers what is shown."""
-
-    def __init__(self) -> None:
-        self.lines: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.progress: list[tuple[str, int, int | None]] = []
-
-    @contextmanager
-    def working(self, label: str, total: int | None = None) -> Any:
-        yield lambda done: self.progress.append((label, done, total))
-
-    def banner(self, lines: dict[str, str]) -> None:
-        self.lines |= lines
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def settings(teacher: Path | str, questions: Path, **changes: Any) -> DistillCaptureConfig:
     usual: dict[str, Any] = {
         "model": "hymba-nano",
@@ -68,27 +49,27 @@ def settings(teacher: Path | str, questions: Path, **changes: Any) -> DistillCap
     return DistillCaptureConfig(**{"teacher": str(teacher), "top_k": 4} | usual | ANY | changes)
 
 
-def test_captured_once_and_found_again_without_the_teacher(
+def test_captured_targets_need_no_teacher_again(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    screen, config = Told(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
+    screen, config = RecordingScreen(), settings(teacher, questions, teacher_cache=tmp_path / "targets")
     first = run_capture(config, screen)
     assert len(first) == 24
-    assert screen.progress[-1] == ("asking the teacher", 24, 24)
+    assert screen.progress[-1] == ("computing the teacher's targets", 24, 24)
     assert screen.lines["aligned"] == "24 of 24 rows, 100.0% of the bytes"
     assert screen.lines["sanity"].startswith("the teacher gives its own next token p = 0.0")
     assert screen.notes == [
         "the teacher is smaller than the student (26.2k parameters to 3.6M): expect little, unless it knows this data "
         "better"
     ]
-    monkeypatch.setattr(FoundTeacher, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
+    monkeypatch.setattr(LocalTeacherSpec, "load", Mock(side_effect=AssertionError("the teacher is loaded")))
     again = run_capture(config, screen)
-    assert torch.equal(again[7].top.pieces, first[7].top.pieces)
-    assert again[7].top.pieces.shape[1] == 4
+    assert torch.equal(again[7].top.student_tokens, first[7].top.student_tokens)
+    assert again[7].top.student_tokens.shape[1] == 4
     assert "it is not loaded" in screen.notes[-1]
 
 
-def test_kept_in_the_users_cache_by_all_that_decides_it(teacher: Path, questions: Path) -> None:
+def test_default_folder_depends_on_everything_that_determines_targets(teacher: Path, questions: Path) -> None:
     one = run_capture(settings(teacher, questions), Screen())
     assert run_capture(settings(teacher, questions), Screen()).folder == one.folder
     assert run_capture(settings(teacher, questions, temperature=2.0), Screen()).folder != one.folder
@@ -146,7 +127,7 @@ def test_targets_are_replaced_on_demand_but_nothing_else(
         patch.setattr(capture, "_inputs", lambda *_: [folder])
         with pytest.raises(ConfigError, match=r"--overwrite --teacher-cache .* would remove .*an input"):
             run_capture(config, Screen())
-    assert run_capture(config, Screen())[0].top.pieces.shape[1] == 5
+    assert run_capture(config, Screen())[0].top.student_tokens.shape[1] == 5
     assert {path.name for path in folder.iterdir()} == before.keys()
     (folder / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"this is not a folder of teacher's targets of hymba-tune: it holds notes"):
@@ -163,7 +144,7 @@ def test_folder_that_another_process_fills_is_refused(teacher: Path, questions: 
     assert not list((tmp_path / "targets").iterdir())
 
 
-def test_small_disk_is_said_before_the_pass(
+def test_small_disk_is_an_error_before_the_pass(
     teacher: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
@@ -180,7 +161,7 @@ def test_unlikely_teacher_is_refused(teacher: Path, questions: Path, tmp_path: P
     assert not (tmp_path / "targets").exists()
 
 
-def test_rows_that_are_not_spelled_alike_are_refused() -> None:
+def test_too_few_aligned_rows_are_refused() -> None:
     lost = AlignmentReport(rows=10, dropped=Counter({"bytes differ": 2, "template": 1}), bytes=900, lost=100)
     check_aligned(lost, 0.7)
     with pytest.raises(TrainingError, match=r"Only 70\.0% (.|\n)*10 rows 2 are dropped \(bytes differ\)(.|\n)*trims"):
@@ -191,7 +172,7 @@ def test_rows_that_are_not_spelled_alike_are_refused() -> None:
     check_aligned(AlignmentReport(), 0.0)
 
 
-def test_what_is_found_in_words() -> None:
+def test_lines_of_the_preflight() -> None:
     aligned = AlignmentReport(
         rows=9412,
         dropped=Counter({"bytes differ": 3}),
@@ -200,15 +181,15 @@ def test_what_is_found_in_words() -> None:
         positions=Counter(shared=801, inside=176, crossing=23),
         matched=992,
     )
-    kept = Kept(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0, ends=4, end=3.7)
+    kept = CaptureStats(places=100, known=98, shared=80, mass=79.6, tokens=50, own=23.0, ends=4, end=3.7)
     assert Preflight(aligned, 0.572, kept, 1_600_000, 118.0, 720.0, "<end>").lines() == {
         "aligned": "9,409 of 9,412 rows, 99.9% of the bytes (3 dropped: bytes differ)",
         "matched": "57.2% of the student's vocabulary, 99.2% of what it writes",
         "tokens": "80.1% at shared boundaries · 17.6% inside a teacher token · 2.3% across two",
-        "kept": "99.5% of the teacher's probability finds a piece · 98.0% of the tokens have a target",
+        "kept": "99.5% of the teacher's probability maps to student tokens · 98.0% of the tokens have a target",
         "sanity": "the teacher gives its own next token p = 0.46 on average",
         "p(end)": "after an answer, the teacher gives its end token <end> p = 0.925 on average",
-        "targets": "1.6M tokens × 118 B = 188.8 MB · about 12 min",
+        "targets": "1.6M tokens × 118 B = 0.18 GB · about 12 min",
     }
 
 

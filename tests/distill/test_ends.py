@@ -15,11 +15,11 @@ from hymba_tune.config import DistillConfig
 from hymba_tune.data import Conversation, Text
 from hymba_tune.distill.alignment import Alignment, AlignmentReport, align
 from hymba_tune.distill.capture import pair_of
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.tables import count_first_pieces
-from hymba_tune.distill.target_maker import Kept, TargetMaker, Taught
+from hymba_tune.distill.tables import count_first_tokens
+from hymba_tune.distill.target_maker import CaptureStats, TargetBatch, TargetMaker
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError
 from tests.data.small_tokenizers import turns
@@ -32,13 +32,15 @@ TALK = Conversation(turns(*SAID))
 TEACHERS = pytest.mark.parametrize("name", ENDS)
 
 
-def taught(pair: Pair, example: Conversation | Text, teacher: Any, folder: Path) -> tuple[Alignment, Taught]:
+def taught(
+    pair: TokenizerPair, example: Conversation | Text, teacher: Any, folder: Path
+) -> tuple[Alignment, TargetBatch]:
     (row,) = align([example], pair)
     assert isinstance(row, Alignment), row
     maker = TargetMaker.of(
         teacher,
         pair,
-        count_first_pieces([row]),
+        count_first_tokens([row]),
         vocabulary=len(pair.student.spelling),
         top_k=8,
         temperature=1.0,
@@ -54,12 +56,12 @@ def knowing(tokenizer: PreTrainedTokenizerBase) -> Knowing:
     return Knowing(tokenizer, messages)
 
 
-def targets_of_end(pair: Pair, row: Alignment, found: Taught) -> list[float]:
+def targets_of_end(pair: TokenizerPair, row: Alignment, found: TargetBatch) -> list[float]:
     """What the student is to give its end token where an answer ends, if it has a target there."""
     at = found.targets.at.tolist()
     places = [index for index, place in enumerate(at) if row.student_ids[place] == pair.student.end]
     top = found.targets.top
-    return [float(top.log_probs[place][top.pieces[place] == pair.student.end].exp().sum()) for place in places]
+    return [float(top.log_probs[place][top.student_tokens[place] == pair.student.end].exp().sum()) for place in places]
 
 
 @TEACHERS
@@ -78,13 +80,13 @@ def test_row_ends_with_the_templates_own_token_once(name: str) -> None:
 
 
 @TEACHERS
-def test_student_is_taught_to_stop(name: str, tmp_path: Path) -> None:
+def test_targets_of_end_tokens_are_end_tokens(name: str, tmp_path: Path) -> None:
     tokenizer, end = ENDS[name]
     pair = make_pair(ALL["hymba"], tokenizer)
     row, found = taught(pair, TALK, knowing(tokenizer), tmp_path)
     assert targets_of_end(pair, row, found) == pytest.approx([0.99, 0.99], abs=0.02)
-    assert (found.kept.ends, found.kept.mean_end) == (2, pytest.approx(0.99))
-    line = Preflight(AlignmentReport(), 1.0, found.kept, 1, 1.0, 1.0, end).lines()["p(end)"]
+    assert (found.stats.ends, found.stats.mean_end) == (2, pytest.approx(0.99))
+    line = Preflight(AlignmentReport(), 1.0, found.stats, 1, 1.0, 1.0, end).lines()["p(end)"]
     assert line == f"after an answer, the teacher gives its end token {end} p = 0.990 on average"
 
 
@@ -94,12 +96,12 @@ def test_end_that_is_not_the_teachers_is_seen(tmp_path: Path) -> None:
     pair = make_pair(ALL["hymba"], tokenizer, teacher_end="<eos>")
     row, found = taught(pair, TALK, knowing(tokenizer), tmp_path)
     assert max(targets_of_end(pair, row, found)) < 0.01
-    preflight = Preflight(AlignmentReport(), 1.0, found.kept, 1, 1.0, 1.0, "<eos>")
+    preflight = Preflight(AlignmentReport(), 1.0, found.stats, 1, 1.0, 1.0, "<eos>")
     floors = {"min_aligned": 0.0, "min_probability": 0.0}
     with pytest.raises(TrainingError, match=r"its end token <eos> a probability of [\de.-]+ on av(.|\n)*--teacher-end"):
         preflight.check(**floors, min_end=0.01)
     preflight.check(**floors, min_end=0.0)
-    Preflight(AlignmentReport(), 1.0, Kept(), 1, 1.0, 1.0, "<eos>").check(**floors, min_end=0.01)
+    Preflight(AlignmentReport(), 1.0, CaptureStats(), 1, 1.0, 1.0, "<eos>").check(**floors, min_end=0.01)
     assert preflight.lines()["p(end)"].endswith(" on average · low: the student learns to go on where the data stops")
 
 
@@ -116,7 +118,7 @@ def test_end_that_is_not_the_teachers_is_seen(tmp_path: Path) -> None:
         (TWO_ENDS, r"writes <\|im_end\|> after an answer within a conversation, and <\|return\|> after the last one"),
     ],
 )
-def test_end_that_cannot_be_told_is_asked_for(template: str, message: str) -> None:
+def test_unknown_end_token_is_an_error(template: str, message: str) -> None:
     tokenizer = qwen_base(template)
     with pytest.raises(ConfigError, match=message + r"(.|\n)*--teacher-end TOKEN(.|\n)*often <\|endoftext\|>"):
         make_pair(ALL["hymba"], tokenizer)
@@ -134,9 +136,9 @@ def test_template_keeps_its_own_end_of_sequence_token() -> None:
     pair = make_pair(ALL["hymba"], qwen_base(template))
     (row,) = align([TALK], pair)
     assert isinstance(row, Alignment)
-    said = pair.teacher.tokenizer.decode(row.teacher_ids)
-    assert said.startswith("Begin.<|endoftext|><|im_start|>user")
-    assert said.endswith("That is all<|im_end|>\n")
+    text = pair.teacher.tokenizer.decode(row.teacher_ids)
+    assert text.startswith("Begin.<|endoftext|><|im_start|>user")
+    assert text.endswith("That is all<|im_end|>\n")
 
 
 def test_given_end_is_written_by_a_template_that_asks_for_one() -> None:
@@ -157,7 +159,7 @@ def test_plain_text_ends_with_the_tokenizers_own_token(name: str, tmp_path: Path
     row, found = taught(pair, Text("The answer is 42."), teacher, tmp_path)
     assert row.teacher_ids[-1] == tokenizer.eos_token_id
     assert row.student_ids[-1] == pair.student.end
-    assert found.kept.ends == 0
+    assert found.stats.ends == 0
     assert {pair.teacher.spelling.tokens[token] for token in pair.teacher.ends} == {END}
 
 

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional
 
 from hymba_tune.distill import losses
-from hymba_tune.distill.projection import SparseTarget, Target
+from hymba_tune.distill.projection import ProjectedTarget, SparseTarget
 from tests.reference import naive_losses as naive
 from tests.tolerances import FLOAT32, FLOAT64
 
@@ -29,8 +29,8 @@ def logits(vocabulary: int = VOCABULARY, tokens: int = TOKENS) -> Tensor:
     return 3 * torch.randn(tokens, vocabulary, dtype=torch.float64)
 
 
-def target(support: int = 7) -> Target:
-    """The first token's has no bucket, the last is not known; supports of any places."""
+def target(support: int = 7) -> ProjectedTarget:
+    """The first token's has no rest_mass, the last is not known; supports of any places."""
     weights = torch.rand(TOKENS, VOCABULARY + 1, dtype=torch.float64)
     for token in range(TOKENS):
         weights[token, torch.randperm(VOCABULARY)[support:]] = 0
@@ -38,7 +38,7 @@ def target(support: int = 7) -> Target:
     weights /= weights.sum(-1, keepdim=True)
     known = torch.arange(TOKENS) < TOKENS - 1
     ones = torch.ones(TOKENS, dtype=torch.float64)
-    return Target(weights[:, :-1], weights[:, -1], ones, known, ones)
+    return ProjectedTarget(weights[:, :-1], weights[:, -1], ones, known, ones)
 
 
 def check(loss: Loss, twin: Loss, student: Tensor, *others: Tensor, **settings: float) -> None:
@@ -93,52 +93,52 @@ def test_teacher_is_a_constant() -> None:
 def test_projection(temperature: float) -> None:
     want = target()
 
-    def loss(student: Tensor, probs: Tensor, bucket: Tensor, temperature: float) -> Tensor:
-        return losses.projection_kl(student, replace(want, probs=probs, bucket=bucket), temperature=temperature)
+    def loss(student: Tensor, probs: Tensor, rest_mass: Tensor, temperature: float) -> Tensor:
+        return losses.projection_kl(student, replace(want, probs=probs, rest_mass=rest_mass), temperature=temperature)
 
-    def twin(student: Tensor, probs: Tensor, bucket: Tensor, known: Tensor) -> Tensor:
-        return naive.projection(student, probs, bucket, temperature) * known
+    def twin(student: Tensor, probs: Tensor, rest_mass: Tensor, known: Tensor) -> Tensor:
+        return naive.projection(student, probs, rest_mass, temperature) * known
 
     student = logits().requires_grad_()
-    found = loss(student, want.probs, want.bucket, temperature)
-    expected = torch.stack([twin(*row) for row in zip(student, want.probs, want.bucket, want.known, strict=True)])
+    found = loss(student, want.probs, want.rest_mass, temperature)
+    expected = torch.stack([twin(*row) for row in zip(student, want.probs, want.rest_mass, want.known, strict=True)])
     FLOAT64.check(found, expected, "values")
     gradient, twins = (torch.autograd.grad(total.sum(), student)[0] for total in (found, expected))
     FLOAT64.check(gradient, twins, "gradient")
-    assert gradcheck(lambda x: loss(x, want.probs, want.bucket, temperature), student)
+    assert gradcheck(lambda x: loss(x, want.probs, want.rest_mass, temperature), student)
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 9, VOCABULARY, 99])
-def test_sparse_projection_is_that_of_its_pieces(k: int) -> None:
-    """What is cut off is in the bucket."""
+def test_sparse_projection_is_that_of_its_tokens(k: int) -> None:
+    """What is cut off is in the rest_mass."""
     whole = target()
     sparse = whole.top(k)
-    probs = torch.zeros_like(whole.probs).scatter(1, sparse.pieces, sparse.log_probs.exp())
-    bucket = sparse.bucket.exp()
-    FLOAT64.check(probs.sum(-1) + bucket, torch.ones_like(bucket))
+    probs = torch.zeros_like(whole.probs).scatter(1, sparse.student_tokens, sparse.log_probs.exp())
+    rest_mass = sparse.rest_mass.exp()
+    FLOAT64.check(probs.sum(-1) + rest_mass, torch.ones_like(rest_mass))
     student = logits().requires_grad_()
     found = losses.sparse_projection_kl(student, sparse, temperature=2.0)
-    rows = zip(student, probs, bucket, strict=True)
+    rows = zip(student, probs, rest_mass, strict=True)
     expected = torch.stack([naive.projection(*row, temperature=2.0) for row in rows])
     FLOAT64.check(found, expected, "values")
     gradient, twins = (torch.autograd.grad(total.sum(), student)[0] for total in (found, expected))
     FLOAT64.check(gradient, twins, "gradient")
 
 
-def test_all_pieces_kept_is_the_whole_target() -> None:
+def test_top_k_of_the_whole_vocabulary_is_the_whole_target() -> None:
     student, whole = logits(), target()
     dense = losses.projection_kl(student, whole)
     sparse = losses.sparse_projection_kl(student, whole.top(7))
     FLOAT64.check(torch.where(whole.known, sparse, 0), dense)
 
 
-def test_full_support_leaves_nothing_to_a_bucket() -> None:
+def test_full_support_leaves_no_rest_mass() -> None:
     """Log zero stays out of values and gradients."""
-    student, pieces = logits().requires_grad_(), torch.arange(VOCABULARY).expand(TOKENS, -1)
+    student, student_tokens = logits().requires_grad_(), torch.arange(VOCABULARY).expand(TOKENS, -1)
     probs = logits().softmax(-1)
     ones = torch.ones(TOKENS)
-    full = Target(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
-    left_over = SparseTarget(pieces, probs.log(), torch.full((TOKENS,), -30.0))
+    full = ProjectedTarget(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
+    left_over = SparseTarget(student_tokens, probs.log(), torch.full((TOKENS,), -30.0))
     for found in (losses.projection_kl(student, full), losses.sparse_projection_kl(student, left_over)):
         FLOAT64.check(found, losses.forward_kl(student, probs.log()))
         assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()

@@ -36,10 +36,10 @@ def labels() -> Tensor:
 
 
 def make_targets(at: list[int], spans: list[list[int]]) -> Targets:
-    pieces = torch.stack([torch.randperm(VOCABULARY)[:K] for _ in at])
+    student_tokens = torch.stack([torch.randperm(VOCABULARY)[:K] for _ in at])
     shares = torch.rand(len(at), K + 1, dtype=torch.float64)
     shares /= shares.sum(-1, keepdim=True)
-    top = SparseTarget(pieces, shares[:, :-1].log(), shares[:, -1].log())
+    top = SparseTarget(student_tokens, shares[:, :-1].log(), shares[:, -1].log())
     return Targets(torch.tensor(at), top, torch.tensor(spans), -3 * torch.rand(len(spans), dtype=torch.float64))
 
 

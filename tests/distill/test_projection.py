@@ -14,17 +14,17 @@ from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.distill.alignment import Alignment, align
 from hymba_tune.distill.chunks import Head, chunked_loss
 from hymba_tune.distill.losses import cross_entropy, mix, projection_kl
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.projection import Places, Projection, find_places
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.tables import Tables, build_tables, count_first_pieces
+from hymba_tune.distill.tables import Tables, build_tables, count_first_tokens
 from tests.distill.random_pairs import Drawn, drawn
 from tests.distill.tokenizers import ALL
 from tests.reference import naive_projection as naive
 from tests.tolerances import FLOAT32, FLOAT64
 
 
-def aligned(texts: list[str], pair: Pair) -> list[Alignment]:
+def aligned(texts: list[str], pair: TokenizerPair) -> list[Alignment]:
     talks = [Conversation((Message("user", ""), Message("assistant", text))) for text in texts]
     rows = align([*map(Text, texts), *talks], pair)
     assert all(isinstance(row, Alignment) for row in rows), rows
@@ -35,8 +35,10 @@ def random_probs(rows: int, vocabulary: int, dtype: torch.dtype = torch.float64)
     return torch.randn(rows, vocabulary, dtype=torch.float64).mul(2).softmax(-1).to(dtype)
 
 
-def naive_first(pair: Pair, rows: list[Alignment], segment: naive.Segment) -> Callable[[int], dict[int, float]]:
-    """Shares of first pieces: once alone, and as often as the rows have them."""
+def naive_first(
+    pair: TokenizerPair, rows: list[Alignment], segment: naive.Segment
+) -> Callable[[int], dict[int, float]]:
+    """Shares of first tokens: once alone, and as often as the rows have them."""
     seen: dict[int, Counter[int]] = {}
     for row in rows:
         for student, teacher, spelled in zip(row.student, row.teacher, row.spelled, strict=True):
@@ -48,11 +50,15 @@ def naive_first(pair: Pair, rows: list[Alignment], segment: naive.Segment) -> Ca
         spelled, counts = pair.teacher.spelling.tokens[token], Counter(seen.get(token, {}))
         if spelled == END:
             counts[pair.student.tokenizer.eos_token_id] += 1
-        elif token not in special and (pieces := segment(spelled)):
-            counts[pieces[0]] += 1
-        return {piece: count / counts.total() for piece, count in counts.items()}
+        elif token not in special and (student_tokens := segment(spelled)):
+            counts[student_tokens[0]] += 1
+        return {student_token: count / counts.total() for student_token, count in counts.items()}
 
     return first
+
+
+def float64(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def segment_of(one: Drawn) -> naive.Segment:
@@ -67,7 +73,7 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
     assume(one.pair.student.spelling != one.pair.teacher.spelling)  # then special tokens count as well
     rows, tables = aligned(one.texts, one.pair), build_tables(one.pair)
     vocabulary, segment = len(one.pair.student.spelling), segment_of(one)
-    projection = Projection(tables, count_first_pieces(rows), vocabulary=vocabulary, dtype=torch.float64)
+    projection = Projection(tables, count_first_tokens(rows), vocabulary=vocabulary, dtype=torch.float64)
     first = naive_first(one.pair, rows, segment)
     teacher, spell = one.pair.teacher.spelling.tokens, one.pair.student.spelling.tokens.__getitem__
     for row in rows:
@@ -78,27 +84,29 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
         for place, (at, spelled) in enumerate(zip(row.teacher.tolist(), row.spelled.tolist(), strict=True)):
             before = None if row.first[place] or at < 2 else probs[at - 2].tolist()
             u, previous = teacher[row.teacher_ids[at]][:spelled], row.teacher_ids[at - 1]
-            mass, bucket = naive.mass(teacher, probs[at - 1].tolist(), before, previous, u, first, segment, spell)
+            mass, rest_mass = naive.mass(teacher, probs[at - 1].tolist(), before, previous, u, first, segment, spell)
             expected = torch.zeros(vocabulary, dtype=torch.float64)
             expected[list(mass)] = torch.tensor(list(mass.values()), dtype=torch.float64)
-            total = sum(mass.values()) + bucket
-            FLOAT64.check(target.mass[place], torch.tensor(total, dtype=torch.float64), "mass")
+            total = sum(mass.values()) + rest_mass
+            FLOAT64.check(target.mass[place], float64(total), "mass")
             alone, rest = naive.mass(teacher, probs[at - 1].tolist(), None, previous, u, first, segment, spell)
-            FLOAT64.check(target.kept[place], torch.tensor(sum(alone.values()) + rest, dtype=torch.float64), "kept")
-            piece = row.student_ids[row.student[place]]
-            assert target.known[place] == (total > 1e-6 and (mass.get(piece, 0) > 0 or not row.crossing[place]))
+            FLOAT64.check(target.coverage[place], float64(sum(alone.values()) + rest), "coverage")
+            student_token = row.student_ids[row.student[place]]
+            assert target.known[place] == (total > 1e-6 and (mass.get(student_token, 0) > 0 or not row.crossing[place]))
             if total:
                 FLOAT64.check(target.probs[place], expected / total, "probabilities")
-                FLOAT64.check(target.bucket[place], torch.tensor(bucket / total, dtype=torch.float64), "bucket")
+                FLOAT64.check(target.rest_mass[place], float64(rest_mass / total), "rest_mass")
 
 
-def projection_of(pair: Pair, rows: list[Alignment], dtype: torch.dtype = torch.float64) -> tuple[Projection, Tables]:
+def projection_of(
+    pair: TokenizerPair, rows: list[Alignment], dtype: torch.dtype = torch.float64
+) -> tuple[Projection, Tables]:
     tables = build_tables(pair)
     vocabulary = len(pair.student.spelling)
-    return Projection(tables, count_first_pieces(rows), vocabulary=vocabulary, dtype=dtype), tables
+    return Projection(tables, count_first_tokens(rows), vocabulary=vocabulary, dtype=dtype), tables
 
 
-def talk(text: str, pair: Pair) -> Alignment:
+def talk(text: str, pair: TokenizerPair) -> Alignment:
     (row,) = align([Conversation((Message("user", "What?"), Message("assistant", text)))], pair)
     assert isinstance(row, Alignment), row
     return row
@@ -117,7 +125,7 @@ def test_same_tokenizer_is_the_identity(name: str) -> None:
     places = find_places(row, tables)
     target = projection(probs, places)
     FLOAT64.check(target.probs, probs[row.teacher - 1])
-    assert not target.bucket.any()
+    assert not target.rest_mass.any()
     assert target.known.all()
 
 
@@ -135,8 +143,8 @@ Sample = tuple[Alignment, Projection, Places, Tensor]
 def test_target_sums_to_one(sample: Sample) -> None:
     _, projection, places, probs = sample
     target = projection(probs, places)
-    FLOAT64.check(target.probs.sum(-1) + target.bucket, torch.ones(len(places), dtype=torch.float64))
-    assert target.bucket.any()
+    FLOAT64.check(target.probs.sum(-1) + target.rest_mass, torch.ones(len(places), dtype=torch.float64))
+    assert target.rest_mass.any()
     assert target.known.any()
 
 
@@ -146,7 +154,7 @@ def test_chunks_of_places_are_the_whole(sample: Sample) -> None:
         projection(probs, places),
         [projection(probs, places[at : at + 7]) for at in range(0, len(places), 7)],
     )
-    for name in ("probs", "bucket", "mass"):
+    for name in ("probs", "rest_mass", "mass"):
         FLOAT64.check(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), name)
 
 
@@ -166,7 +174,7 @@ def test_from_hidden_states_as_from_probabilities(sample: Sample, temperature: f
         found = projection.from_head(Head(hidden, weight), places[chunk], temperature=temperature)
         expected = projection(probs, places[chunk])
         FLOAT64.check(found.probs, expected.probs, "probabilities")
-        FLOAT64.check(found.bucket, expected.bucket, "bucket")
+        FLOAT64.check(found.rest_mass, expected.rest_mass, "rest_mass")
 
 
 def test_float32_is_enough(sample: Sample) -> None:
@@ -175,32 +183,32 @@ def test_float32_is_enough(sample: Sample) -> None:
     projection, _ = projection_of(pair, [row], torch.float32)
     found, expected = projection(probs.float(), places), exact(probs, places)
     FLOAT32.check(found.probs, expected.probs, "probabilities")
-    FLOAT32.check(found.bucket, expected.bucket, "bucket")
+    FLOAT32.check(found.rest_mass, expected.rest_mass, "rest_mass")
 
 
-def test_what_a_server_does_not_tell_is_in_the_bucket(sample: Sample) -> None:
+def test_mass_outside_a_servers_top_k_is_rest_mass(sample: Sample) -> None:
     _, projection, places, probs = sample
-    told = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
-    told = told.scatter(1, places.previous[:, None].new_zeros(len(told), 1), 0.0)
-    cut = 1 - told.sum(-1)
-    without, target = projection(told, places), projection(told, places, cut)
-    earlier = torch.where(places.before >= 0, told[places.before, places.previous], 1.0)
+    top = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
+    top = top.scatter(1, places.previous[:, None].new_zeros(len(top), 1), 0.0)
+    cut = 1 - top.sum(-1)
+    without, target = projection(top, places), projection(top, places, cut)
+    earlier = torch.where(places.before >= 0, top[places.before, places.previous], 1.0)
     FLOAT64.check(target.mass, without.mass + earlier * cut[places.now])
-    FLOAT64.check(target.bucket * target.mass, without.bucket * without.mass + earlier * cut[places.now])
+    FLOAT64.check(target.rest_mass * target.mass, without.rest_mass * without.mass + earlier * cut[places.now])
 
 
-def test_bucket_beside_a_full_support_is_left_out() -> None:
-    """There is no piece that it could stand for."""
+def test_full_support_has_no_rest_mass() -> None:
+    """There is no token outside the support."""
     pair = make_pair(ALL["llama3"], ALL["llama3"])
     row = talk("yes", pair)
     projection, tables = projection_of(pair, [row])
     probs = random_probs(len(row.teacher_ids), len(pair.teacher.spelling))
     target = projection(probs, find_places(row, tables), torch.full((len(probs),), 0.5, dtype=torch.float64))
-    assert not target.bucket.any()
+    assert not target.rest_mass.any()
     FLOAT64.check(target.probs, probs[row.teacher - 1])
 
 
-def test_nothing_is_known_of_what_no_token_says(sample: Sample) -> None:
+def test_no_target_where_no_token_matches(sample: Sample) -> None:
     _, projection, places, probs = sample
     target = projection(torch.zeros_like(probs), places)
     assert not target.known.any()
@@ -208,12 +216,12 @@ def test_nothing_is_known_of_what_no_token_says(sample: Sample) -> None:
     assert target.probs.isfinite().all()
 
 
-def test_top_pieces_and_the_rest(sample: Sample) -> None:
+def test_top_tokens_and_rest_mass(sample: Sample) -> None:
     _, projection, places, probs = sample
     whole = projection(probs, places)
     top = whole.top(3)
-    assert torch.equal(top.pieces, whole.probs.topk(3).indices)
-    FLOAT64.check(top.log_probs.exp().sum(-1) + top.bucket.exp(), torch.ones(len(places), dtype=torch.float64))
+    assert torch.equal(top.student_tokens, whole.probs.topk(3).indices)
+    FLOAT64.check(top.log_probs.exp().sum(-1) + top.rest_mass.exp(), torch.ones(len(places), dtype=torch.float64))
 
 
 def test_learned_in_chunks_as_at_once(sample: Sample) -> None:
@@ -228,7 +236,7 @@ def test_learned_in_chunks_as_at_once(sample: Sample) -> None:
     def loss(logits: Tensor, rows: slice) -> Tensor:
         target = projection.from_head(teacher, places[rows], temperature=2.0)
         taught = projection_kl(logits, target, temperature=2.0)
-        return mix(cross_entropy(logits, places.piece[rows]), taught, target.known, alpha=0.7)
+        return mix(cross_entropy(logits, places.student_token[rows]), taught, target.known, alpha=0.7)
 
     whole, total = loss(student.logits(slice(None)), slice(None)).sum(), chunked_loss(student, loss, rows=7)
     FLOAT64.check(total, whole)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -15,40 +12,23 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.data import Conversation, Message
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.errors import DataError
+from tests.distill.inputs import ANSWERS, QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
 
-QUESTION = "What is the answer to the question?"
-ANSWERS = ["The answer is 42.", "  indented,\n\n and  so on: 1,234", "naïve 🙂 中文", "It is half of 48, which is 24."]
 
-
-@contextmanager
-def quiet(label: str) -> Iterator[Callable[[int], None]]:
-    del label
-    yield lambda _: None
-
-
-def pair_of(student: str = "hymba", teacher: str = "llama3") -> Pair:
+def pair_of(student: str = "hymba", teacher: str = "llama3") -> TokenizerPair:
     return make_pair(ALL[student], ALL[teacher])
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def talks(path: Path) -> str:
-    return write(path, [{"prompt": QUESTION, "completion": answer} for answer in ANSWERS])
-
-
-def read(data: str, pair: Pair, *, context: int | None = None, **changes: Any) -> AlignedData:
+def read(data: str, pair: TokenizerPair, *, context: int | None = None, **changes: Any) -> AlignedData:
     options = SFTConfig.model_validate({"data": [data], "eval_split": 0, "cache": False, **changes})
     return read_rows(options, pair, context=context, seed=0, prompts=1, working=quiet)
 
 
-def whole(example: Example, pair: Pair) -> Alignment:
+def whole(example: Example, pair: TokenizerPair) -> Alignment:
     (row,) = align([example], pair)
     assert isinstance(row, Alignment)
     return row
@@ -77,9 +57,9 @@ def test_conversation_is_aligned_as_its_example(tmp_path: Path) -> None:
 
 
 def test_weight_between_nought_and_one_is_refused(tmp_path: Path) -> None:
-    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0], "weight": 0.5}]
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0], "weight": 0.5}]
     with pytest.raises(DataError, match=r"The first, .*, line 1: one of its answers has weight 0\.5"):
-        read(write(tmp_path / "a.jsonl", [{"messages": said}]), pair_of())
+        read(write(tmp_path / "a.jsonl", [{"messages": messages}]), pair_of())
 
 
 def test_cut_conversation_keeps_what_comes_before_the_cut(tmp_path: Path) -> None:
@@ -144,15 +124,15 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> N
     assert 0 < len(data.rows) < len(ANSWERS)
     assert data.report.bad_rows == len(ANSWERS) - len(data.rows)
     assert data.report.dropped_file is not None
-    assert f"the teacher can read {context} tokens, and this takes" in data.report.dropped_file.read_text()
+    assert f"the teacher's context is {context} tokens, and this row takes" in data.report.dropped_file.read_text()
     data = read(write(tmp_path / "b.jsonl", [{"text": "as ▁ it is"}, {"text": "as it is"}]), pair_of())
     assert data.report.dropped_file is not None
     assert "not aligned (bytes differ)" in data.report.dropped_file.read_text()
     assert len(data.rows) == 1
 
 
-def test_nothing_left_says_why(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the teacher can read 3 tokens(.|\n)*both tokenizers spell"):
+def test_no_rows_left_names_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the teacher's context is 3 tokens(.|\n)*both tokenizers spell"):
         read(talks(tmp_path / "a.jsonl"), pair_of(), context=3)
 
 

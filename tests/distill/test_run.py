@@ -44,7 +44,9 @@ def alike(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ask(small_model: Path, teacher: Path, alike: Path, questions: Path, tmp_path: Path) -> Callable[..., DistillConfig]:
+def configure(
+    small_model: Path, teacher: Path, alike: Path, questions: Path, tmp_path: Path
+) -> Callable[..., DistillConfig]:
     def make(out: str = "out", **changes: Any) -> DistillConfig:
         chosen = alike if changes.get("teacher") == "alike" else teacher
         changes = {"answer_tokens": 5} | {name: value for name, value in changes.items() if name != "teacher"}
@@ -53,14 +55,14 @@ def ask(small_model: Path, teacher: Path, alike: Path, questions: Path, tmp_path
     return make
 
 
-def test_run_measures_the_data_and_the_teacher(ask: Callable[..., DistillConfig]) -> None:
+def test_run_measures_the_data_and_the_teacher(configure: Callable[..., DistillConfig]) -> None:
     lines: dict[str, str] = {}
 
     class Reading(Screen):
         def banner(self, given: dict[str, str]) -> None:
             lines.update(given)
 
-    finished = run(ask(steps=12, eval_every=6, lr=2e-2), Reading())
+    finished = run(configure(steps=12, eval_every=6, lr=2e-2), Reading())
     assert (finished.adapter / "adapter_model.safetensors").is_file()
     first, *_, last = finished.evaluations()
     assert last.eval_loss is not None
@@ -79,8 +81,8 @@ def test_run_measures_the_data_and_the_teacher(ask: Callable[..., DistillConfig]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_uninterrupted(kind: str, ask: Callable[..., DistillConfig], tmp_path: Path) -> None:
-    whole = run(ask("whole", **({"steps": 5, "save_every": 3, "eval_every": 3} | KINDS[kind])))
+def test_resumed_equals_uninterrupted(kind: str, configure: Callable[..., DistillConfig], tmp_path: Path) -> None:
+    whole = run(configure("whole", **({"steps": 5, "save_every": 3, "eval_every": 3} | KINDS[kind])))
     killed = Path(shutil.copytree(whole.path, tmp_path / "killed"))
     for folder in ("adapter", "model"):
         shutil.rmtree(killed / folder, ignore_errors=True)
@@ -89,12 +91,12 @@ def test_resumed_equals_uninterrupted(kind: str, ask: Callable[..., DistillConfi
     finished = run(resume_config(DistillConfig(resume=killed)))
     result = "model" if whole.model.is_dir() else "adapter"
     assert same_tensors(finished.path / result, whole.path / result)
-    said = [[(row.step, row.loss, row.eval_loss, row.more) for row in one.rows()] for one in (finished, whole)]
-    assert said[0] == said[1]
+    logged = [[(row.step, row.loss, row.eval_loss, row.more) for row in one.rows()] for one in (finished, whole)]
+    assert logged[0] == logged[1]
 
 
-def test_projections_of_hidden_states_are_no_part_of_the_result(ask: Callable[..., DistillConfig]) -> None:
-    finished = run(ask(teacher="alike", loss=["ce"], match_hidden="mse", steps=8, eval_every=4, match_weight=0.2))
+def test_projections_of_hidden_states_are_no_part_of_the_result(configure: Callable[..., DistillConfig]) -> None:
+    finished = run(configure(teacher="alike", loss=["ce"], match_hidden="mse", steps=8, eval_every=4, match_weight=0.2))
     first, *_, last = finished.evaluations()
     assert last.more["eval_hidden_states"] < first.more["eval_hidden_states"]
     assert last.more.keys() == {"eval_hidden_states", "eval_bits_per_byte"}
@@ -104,33 +106,35 @@ def test_projections_of_hidden_states_are_no_part_of_the_result(ask: Callable[..
     assert groups[-1]["parameters"] == 3 * 32 * 24
 
 
-def test_teacher_that_stays_is_foreseen(ask: Callable[..., DistillConfig], teacher: Path) -> None:
+def test_memory_of_an_online_teacher_is_estimated(configure: Callable[..., DistillConfig], teacher: Path) -> None:
     size = sum(tensor.nbytes for tensor in tensors(teacher).values())
-    assert plan(ask(online=True)).parts.beside == size
-    assert plan(ask()).parts.beside == 0
-    parts = [run(ask(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
-    assert parts[0]["beside"] - parts[1]["beside"] == size
+    assert plan(configure(online=True)).parts.extra_bytes == size
+    assert plan(configure()).parts.extra_bytes == 0
+    parts = [run(configure(str(online), online=online)).facts()["memory"]["parts"] for online in (True, False)]
+    assert parts[0]["extra_bytes"] - parts[1]["extra_bytes"] == size
 
 
-def test_comparing_hidden_states_is_foreseen(ask: Callable[..., DistillConfig], alike: Path) -> None:
+def test_memory_of_the_hidden_state_loss_is_estimated(configure: Callable[..., DistillConfig], alike: Path) -> None:
     """The states of a batch of 4 × 64 tokens, both sides' for the gradients, and 3 maps with theirs and moments."""
     kept = sum(tensor.nbytes for tensor in tensors(alike).values())
     states, maps = 256 * (3 * 24 * 4 + 3 * 4 * (32 + 2 * 24)), 3 * 32 * 24 * 16
-    assert plan(ask(teacher="alike", loss=["ce"], match_hidden="mse")).parts.beside == kept + states + maps
+    assert plan(configure(teacher="alike", loss=["ce"], match_hidden="mse")).parts.extra_bytes == kept + states + maps
 
 
-def test_quantised_student_learns_the_same_from_targets_as_from_the_teacher(ask: Callable[..., DistillConfig]) -> None:
+def test_quantized_student_learns_the_same_from_targets_as_from_the_teacher(
+    configure: Callable[..., DistillConfig],
+) -> None:
     losses = []
     for online in (False, True):
-        finished = run(ask(str(online), quantize="int8", online=online))
+        finished = run(configure(str(online), quantize="int8", online=online))
         assert finished.facts()["quantized"] == "int8"
         losses.append([row.loss for row in finished.rows() if row.loss is not None])
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # sixteen bits a probability
 
 
-def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:
-    config = ask(dry_run=True, loss=["alm"])
+def test_dry_run_leaves_nothing(configure: Callable[..., DistillConfig]) -> None:
+    config = configure(dry_run=True, loss=["alm"])
     run(config)
     assert config.out is not None
     assert not config.out.exists()
@@ -144,16 +148,16 @@ def test_dry_run_leaves_nothing(ask: Callable[..., DistillConfig]) -> None:
         ({"teacher_end": "<nothing>"}, "The teacher's tokenizer has no token '<nothing>' to end an answer with"),
     ],
 )
-def test_teacher_that_cannot_teach_so_is_refused(
-    changes: dict[str, Any], message: str, ask: Callable[..., DistillConfig]
+def test_teacher_that_does_not_fit_the_losses_is_refused(
+    changes: dict[str, Any], message: str, configure: Callable[..., DistillConfig]
 ) -> None:
-    config = ask(**changes)
+    config = configure(**changes)
     with pytest.raises(ConfigError, match=message):
         run(config)
     assert config.out is not None
     assert not config.out.exists()
 
 
-def test_missing_teacher_is_asked_for(ask: Callable[..., DistillConfig]) -> None:
+def test_missing_teacher_is_an_error(configure: Callable[..., DistillConfig]) -> None:
     with pytest.raises(ConfigError, match="--teacher is missing"):
-        run(ask().model_copy(update={"teacher": ""}))
+        run(configure().model_copy(update={"teacher": ""}))

@@ -1,4 +1,4 @@
-"""A teacher behind a small local server that speaks as vLLM's does, and the ways in which such a server goes wrong."""
+"""A teacher behind a small local server that answers as vLLM's does, and the failures of such a server."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from hymba_tune.distill.capture import run_capture
 from hymba_tune.distill.server import KEY_VARIABLE, ServedTeacher, find_server, request
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.inputs import check_inputs
-from tests.distill.runs import run
+from tests.distill.runs import RecordingScreen, run
 from tests.distill.teachers import random_model, tokenizer_size
-from tests.distill.test_capture import Told
 from tests.distill.tokenizers import ALL
 from tests.tolerances import FLOAT32
 
@@ -33,7 +32,7 @@ Answer = Callable[[dict[str, Any]], Any]
 
 
 class Server:
-    """Answers with the log-probabilities of a random model, as vLLM's does unless it is told otherwise."""
+    """Answers with the log-probabilities of a random model, as vLLM's does unless a test sets another answer."""
 
     def __init__(self) -> None:
         self.model = random_model("llama", SIZE + 2)
@@ -41,7 +40,7 @@ class Server:
         self.answer: Answer = self.prompt_logprobs
         self.failures: list[int] = []
         self.keys: list[str | None] = []
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.address = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
@@ -66,8 +65,8 @@ class Server:
         for index, prompt in enumerate(body["prompt"]):
             places: list[Any] = [None]
             for token, own, likeliest in self.likeliest(prompt, body["prompt_logprobs"]):
-                told = {str(other): {"logprob": value, "rank": 1} for other, value in likeliest.items()}
-                places.append(told | {str(token): {"logprob": own, "rank": 9}})
+                top = {str(other): {"logprob": value, "rank": 1} for other, value in likeliest.items()}
+                places.append(top | {str(token): {"logprob": own, "rank": 9}})
             choices.append({"index": index, "text": " a", "prompt_logprobs": places})
         return {"choices": choices[::-1]}
 
@@ -95,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server_of.asked.append(body)
+        self.server_of.requests.append(body)
         if self.server_of.failures:
             code = self.server_of.failures.pop(0)
             self._say(code, {"error": f"no: {self.headers['Authorization']}, logprobs"}, self.server_of.address)
@@ -125,39 +124,39 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     running.close()
 
 
-def found(server: Server) -> ServedTeacher:
+def connect(server: Server) -> ServedTeacher:
     return find_server(server.address, TOKENIZER, K)
 
 
 @pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
-def test_what_is_told_is_what_the_model_says(way: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_k_is_the_models(way: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "BATCH_TOKENS", 12)
     server.answer = getattr(server, way)
-    teacher = found(server)
+    teacher = connect(server)
     assert (teacher.name, teacher.context) == (f"llama at {server.address}", 200)
     outputs = dict(teacher.load(torch.device("cpu"), torch.float32).outputs(ROWS))
     assert sorted(outputs) == [0, 1, 2, 3]
-    assert len(server.asked) == {"prompt_logprobs": 3, "echo": 4}[way]  # it is asked the other way once
+    assert len(server.requests) == {"prompt_logprobs": 3, "echo": 4}[way]  # the other way is tried once
     for index, row in enumerate(ROWS):
         log_probs = server.model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
-        told = outputs[index].tell(torch.arange(len(row) - 1), 1.0)
+        top = outputs[index].probabilities(torch.arange(len(row) - 1), 1.0)
         following = torch.tensor(row[1:], dtype=torch.int64)[:, None]
-        FLOAT32.check(told.own, log_probs.gather(1, following).squeeze(1), "its own tokens")
+        FLOAT32.check(top.own, log_probs.gather(1, following).squeeze(1), "its own tokens")
         known = torch.zeros_like(log_probs).scatter(1, log_probs.topk(K).indices, 1).scatter(1, following, 1)
         expected = (log_probs.exp() * known)[:, :SIZE]  # the output layer's padding is no token
-        FLOAT32.check(told.probs, expected, "likeliest tokens")
-        assert told.cut is not None
-        FLOAT32.check(told.cut, 1 - expected.sum(-1), "what is not told")
+        FLOAT32.check(top.probs, expected, "likeliest tokens")
+        assert top.cut is not None
+        FLOAT32.check(top.cut, 1 - expected.sum(-1), "mass outside the top-k")
 
 
 def test_temperature_is_that_of_the_server(server: Server) -> None:
-    ((_, outputs),) = found(server).outputs([[1, 2]])
+    ((_, outputs),) = connect(server).outputs([[1, 2]])
     with pytest.raises(ValueError, match=r"temperature is 2\.0; a server's probabilities are those at 1"):
-        outputs.tell(torch.tensor([0]), 2.0)
+        outputs.probabilities(torch.tensor([0]), 2.0)
 
 
-def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, questions: Path, tmp_path: Path) -> None:
-    """Those that ended; and it tells how likely their tokens are."""
+def test_trains_on_answers_of_the_server(server: Server, small_model: Path, questions: Path, tmp_path: Path) -> None:
+    """Only answers that ended; the server returns the likelihoods of their tokens."""
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     unended = []
 
@@ -188,15 +187,27 @@ def test_answers_that_it_writes_are_learned(server: Server, small_model: Path, q
         out=tmp_path / "out",
     )
     finished = run(config)
-    first = server.asked[0]
+    first = server.requests[0]
     assert (first["max_tokens"], first["temperature"], first["stop"]) == (256, 1.0, ["<|eot_id|>"])
     assert finished.facts()["data"]["rows"] == 24 - len(unended)
     assert json.loads((finished.path / "samples.json").read_text())[0]["reference"] == "So."
-    assert finished.facts()["described"]["bias"].startswith("a server tells its 5 likeliest")
+    assert finished.facts()["described"]["bias"].startswith("a server returns its top 5 tokens")
     for wrong in ([{"finish_reason": "stop"}], [{"text": "a"}, {"text": "b"}]):
         server.answer = lambda _, choices=wrong: {"choices": choices}  # type: ignore[misc]
         with pytest.raises(TrainingError, match=r"cannot be used: (it has no text|1 prompts were sent)"):
-            found(server).write([[1]], ends=[1], max_new_tokens=2, temperature=0, seed=0)
+            connect(server).generate([[1]], ends=[1], max_new_tokens=2, temperature=0, seed=0, decode=unused)
+
+
+def unused(_: list[int]) -> str | None:
+    raise AssertionError("a server returns text; nothing is decoded")
+
+
+def test_whole_vocabulary_and_hidden_states_need_a_local_teacher(server: Server) -> None:
+    teacher = connect(server)
+    with pytest.raises(ConfigError, match=r"behind a server, which does not return probabilities over the whole voc"):
+        teacher.full_vocabulary([[1, 2]])
+    with pytest.raises(ConfigError, match=r"does not return hidden states(.|\n)*--teacher with a Hub id or a folder"):
+        teacher.hidden_states([[1, 2]], [torch.tensor([0])])
 
 
 def test_end_that_a_server_does_not_know_is_named(server: Server) -> None:
@@ -205,25 +216,26 @@ def test_end_that_a_server_does_not_know_is_named(server: Server) -> None:
     server.answer = lambda _: {
         "choices": [{"index": index, "text": text, "finish_reason": "stop"} for index, text in enumerate(texts)]
     }
-    teacher, how = found(server), {"max_new_tokens": 2, "temperature": 0, "seed": 0}
+    teacher = connect(server)
+    options: dict[str, Any] = {"max_new_tokens": 2, "temperature": 0, "seed": 0, "decode": unused}
     end, own = TOKENIZER.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>"])
-    assert teacher.write([[1]] * 3, ends=[end, own], **how) == ["So.", None, "So."]
-    assert server.asked[-1]["stop_token_ids"] == [end, own]
-    assert server.asked[-1]["stop"] == ["<|begin_of_text|>", "<|eot_id|>"]
-    teacher.write([[1]] * 3, ends=[own], **how)
-    assert "stop_token_ids" not in server.asked[-1]
+    assert teacher.generate([[1]] * 3, ends=[end, own], **options) == ["So.", None, "So."]
+    assert server.requests[-1]["stop_token_ids"] == [end, own]
+    assert server.requests[-1]["stop"] == ["<|begin_of_text|>", "<|eot_id|>"]
+    teacher.generate([[1]] * 3, ends=[own], **options)
+    assert "stop_token_ids" not in server.requests[-1]
 
 
-def test_captured_with_its_bias_said(server: Server, questions: Path, tmp_path: Path) -> None:
+def test_capture_shows_the_bias(server: Server, questions: Path, tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     config = settings(server, questions, tmp_path)
-    screen = Told()
+    screen = RecordingScreen()
     targets = run_capture(config, screen)
     assert len(targets) == 24
-    assert screen.lines["bias"].startswith("a server tells its 5 likeliest tokens: the untold mass counts as any other")
+    assert screen.lines["bias"].startswith("a server returns its top 5 tokens: the remaining mass counts as any token")
     top = targets[0].top
-    assert float((top.log_probs.exp().sum(-1) + top.bucket.exp() - 1).abs().max()) < 0.01
-    assert len(run_capture(config, Told())) == 24
+    assert float((top.log_probs.exp().sum(-1) + top.rest_mass.exp() - 1).abs().max()) < 0.01
+    assert len(run_capture(config, RecordingScreen())) == 24
 
 
 def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> DistillCaptureConfig:
@@ -257,7 +269,7 @@ def test_what_a_server_cannot_do(changes: dict[str, Any], message: str, server: 
 def test_one_of_several_models_is_named(server: Server) -> None:
     server.models = {"data": [{"id": "llama"}, {"id": "other"}]}
     with pytest.raises(ConfigError, match=r"the server has llama, other\.(.|\n)*#llama"):
-        found(server)
+        connect(server)
     teacher = find_server(f"{server.address}/#other", TOKENIZER, K)
     assert teacher.name == f"other at {server.address}"
     assert teacher.fingerprint != find_server(f"{server.address}#llama", TOKENIZER, K).fingerprint
@@ -269,61 +281,64 @@ def test_one_of_several_models_is_named(server: Server) -> None:
 def test_server_that_is_something_else(models: Any, server: Server) -> None:
     server.models = models
     with pytest.raises(TrainingError, match=r"answer cannot be used: it (lists no models|is not JSON)"):
-        found(server)
+        connect(server)
 
 
 def ask(server: Server) -> None:
-    list(found(server).outputs([[1, 2, 3]]))
+    list(connect(server).outputs([[1, 2, 3]]))
 
 
-def told(*places: Any) -> Answer:
+def logprobs(*places: Any) -> Answer:
     return lambda _: {"choices": [{"index": 0, "prompt_logprobs": [None, *places]}]}
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda _: {"choices": []}, "1 prompts were sent, and not as many answered"),
+        (lambda _: {"choices": []}, "1 prompts were sent, and the number of choices is another"),
         (lambda _: {"choices": [{"index": 0}]}, "neither has prompt_logprobs nor echoes tokens as their ids"),
         (
             lambda _: {"choices": [{"logprobs": {"tokens": ["a", " b", "c"], "top_logprobs": [None, {" b": -1}, {}]}}]},
             "neither has prompt_logprobs nor echoes tokens as their ids",
         ),
-        (told({"2": -1.0}, {"3": -1.0}), "prompt_logprobs are of another form"),
-        (told({"2": {"logprob": -1.0}}), "about other tokens than were sent"),
-        (told({"2": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}), "about other tokens than were sent"),
-        (told({"2": {"logprob": 0.5}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
-        (told({"2": {"logprob": float("nan")}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
-        (told({"2": {"logprob": -0.1}, "5": {"logprob": -0.1}}, {"3": {"logprob": -1.0}}), "come to more than 1"),
+        (logprobs({"2": -1.0}, {"3": -1.0}), "prompt_logprobs have another form"),
+        (logprobs({"2": {"logprob": -1.0}}), "about other tokens than were sent"),
+        (logprobs({"2": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}), "about other tokens than were sent"),
+        (logprobs({"2": {"logprob": 0.5}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
+        (logprobs({"2": {"logprob": float("nan")}}, {"3": {"logprob": -1.0}}), "log-probabilities above 0"),
+        (
+            logprobs({"2": {"logprob": -0.1}, "5": {"logprob": -0.1}}, {"3": {"logprob": -1.0}}),
+            "sum to more than 1",
+        ),
         (lambda _: b"{", "it is not JSON"),
         (lambda _: [1], "it is not JSON"),
     ],
 )
-def test_wrong_answers_are_not_learned_from(answer: Answer, message: str, server: Server) -> None:
+def test_invalid_answers_raise(answer: Answer, message: str, server: Server) -> None:
     server.answer = answer
     with pytest.raises(TrainingError, match=rf"The server's answer cannot be used: .*{message}"):
         ask(server)
 
 
 @pytest.mark.parametrize("codes", [[503], [429, 500]])
-def test_busy_server_is_asked_again(codes: list[int], server: Server) -> None:
+def test_busy_server_is_retried(codes: list[int], server: Server) -> None:
     server.failures = [*codes]
     ask(server)
-    assert len(server.asked) == len(codes) + 1
+    assert len(server.requests) == len(codes) + 1
 
 
 def test_server_that_stays_busy(server: Server) -> None:
     server.failures = [503] * 9
     with pytest.raises(TrainingError, match="answers 503"):
         ask(server)
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 def test_too_many_log_probabilities(server: Server) -> None:
     server.failures = [400]
     with pytest.raises(TrainingError, match=r"answers 400: (.|\n)*higher --max-logprobs, or a lower --top-k"):
         ask(server)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("code", [401, 403])
@@ -342,7 +357,7 @@ def test_key_that_is_wanted_or_wrong_is_never_shown(code: int, server: Server, m
     for error in (refused.value, echoed.value):
         assert SECRET not in str(error)
         assert error.__cause__ is None
-    assert SECRET not in repr(found(server))
+    assert SECRET not in repr(connect(server))
 
 
 def test_key_does_not_follow_to_another_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +369,7 @@ def test_key_does_not_follow_to_another_address(server: Server, monkeypatch: pyt
 
 def test_no_server(server: Server) -> None:
     server.close()
-    with pytest.raises(TrainingError, match=r"does not answer: .*refused(.|\n)*what was captured is kept"):
+    with pytest.raises(TrainingError, match=r"does not answer: .*refused(.|\n)*captured targets are kept"):
         request(f"{server.address}/models")
 
 

@@ -61,7 +61,7 @@ def plain(decoder: object, pre_tokenizer: object = None) -> PreTrainedTokenizerB
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_without_a_decoder_the_pre_tokenizer_says_it() -> None:
+def test_without_a_decoder_the_pre_tokenizer_determines_spelling() -> None:
     byte_level = read_spelling(plain(None, pre_tokenizers.ByteLevel()))
     assert byte_level.tokens == (b"a", b" ", "▁".encode(), b"\xe9")  # ▁ is none of GPT-2's alphabet
     pieces = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace()])
@@ -75,16 +75,16 @@ def test_ids_without_a_token_spell_nothing() -> None:
 
 
 def test_wordpiece_is_refused() -> None:
-    with pytest.raises(DataError, match="cannot be aligned: its tokens leave out the spaces"):
+    with pytest.raises(DataError, match="cannot be aligned: its tokens omit the spaces"):
         read_spelling(wordpiece())
 
 
 @pytest.mark.parametrize(
     ("decoder", "reason"),
     [
-        (decoders.BPEDecoder(), "which white space follows a word"),
+        (decoders.BPEDecoder(), "the white space after a word"),
         (decoders.Sequence([decoders.Fuse(), decoders.CTC()]), "spell sounds"),
-        (None, "no decoder that says"),
+        (None, "it has no decoder, so"),
     ],
 )
 def test_decoders_that_lose_bytes_are_refused(decoder: object, reason: str) -> None:
@@ -93,10 +93,10 @@ def test_decoders_that_lose_bytes_are_refused(decoder: object, reason: str) -> N
 
 
 def test_marks_at_the_ends_of_words_are_refused() -> None:
-    """As CLIP's, whose decoder does not say so."""
+    """As CLIP's, whose decoder does not show it."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     tokenizer.decoder = decoders.ByteLevel()
-    with pytest.raises(DataError, match="which white space follows a word"):
+    with pytest.raises(DataError, match="the white space after a word"):
         read_spelling(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""What two vocabularies say about each other: against the twin's segmentation, and kept on disk."""
+"""Tables of two vocabularies: against the twin's segmentation, and cached on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hymba_tune.distill import tables as module
 from hymba_tune.distill.alignment import Alignment, align
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.segments import Segmenter
-from hymba_tune.distill.tables import NOWHERE, Tables, build_tables, count_first_pieces, open_tables, pair_key
+from hymba_tune.distill.tables import NOWHERE, Tables, build_tables, count_first_tokens, open_tables, pair_key
 from tests.data.small_tokenizers import LLAMA3, LLAMA3_TOKENS, byte_level
 from tests.distill.random_pairs import Drawn, drawn
 from tests.distill.tokenizers import ALL
@@ -29,7 +29,7 @@ def same(one: Tables, other: Tables) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(one=drawn())
-def test_tokens_are_parted_as_the_student_does(one: Drawn) -> None:
+def test_tokens_are_segmented_as_the_student_does(one: Drawn) -> None:
     spelled = [token for token in one.pair.teacher.spelling.tokens if token]
     assert list(Segmenter(one.pair.student)(spelled)) == [one.segment(token) for token in spelled]
 
@@ -38,9 +38,9 @@ def test_tokens_are_parted_as_the_student_does(one: Drawn) -> None:
 def test_no_space_of_the_tokenizers_own(name: str) -> None:
     side = make_pair(ALL[name], ALL["llama3"]).student
     texts = [b"the", b" the", b"  the", b"42", "naïve".encode()]
-    for text, pieces in zip(texts, Segmenter(side)(texts), strict=True):
-        assert pieces is not None
-        assert side.spelling.spell(pieces) == text
+    for text, student_tokens in zip(texts, Segmenter(side)(texts), strict=True):
+        assert student_tokens is not None
+        assert side.spelling.spell(student_tokens) == text
     (alone,) = Segmenter(side)([b" the"])
     in_text = side.tokenizer("x the", add_special_tokens=False)["input_ids"]
     assert alone is not None
@@ -49,11 +49,11 @@ def test_no_space_of_the_tokenizers_own(name: str) -> None:
 
 def test_bytes_that_are_no_text_become_byte_tokens() -> None:
     side = HYMBA_LLAMA.student
-    (pieces,) = Segmenter(side)([b" \xf0\x9f"])
-    assert side.tokenizer.convert_ids_to_tokens(pieces) == ["▁", "<0xF0>", "<0x9F>"]
+    (student_tokens,) = Segmenter(side)([b" \xf0\x9f"])
+    assert side.tokenizer.convert_ids_to_tokens(student_tokens) == ["▁", "<0xF0>", "<0x9F>"]
 
 
-def test_what_the_student_cannot_write_has_no_pieces() -> None:
+def test_token_that_the_student_cannot_write_has_no_tokens() -> None:
     """Without tokens for bytes, and for nothing at all."""
     import copy
 
@@ -89,9 +89,9 @@ def test_walks_lead_where_the_bytes_do() -> None:
 
 def test_counts_are_of_shared_boundaries() -> None:
     rows = [row for row in align([Text("the the answer"), Text("42")], HYMBA_LLAMA) if isinstance(row, Alignment)]
-    seen = count_first_pieces(rows)
+    seen = count_first_tokens(rows)
     assert seen.counts.sum() == sum((row.spelled == 0).sum() for row in rows)
-    twice = count_first_pieces([*rows, *rows])
+    twice = count_first_tokens([*rows, *rows])
     assert (twice.counts == 2 * seen.counts).all()
     assert (twice.tokens == seen.tokens).all()
 

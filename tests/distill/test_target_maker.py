@@ -11,10 +11,10 @@ from torch import Tensor
 from hymba_tune.data import Conversation, Message
 from hymba_tune.distill import chunks
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.projection import Projection, find_places
-from hymba_tune.distill.tables import build_tables, count_first_pieces
-from hymba_tune.distill.target_maker import Kept, TargetMaker, Taught
+from hymba_tune.distill.tables import build_tables, count_first_tokens
+from hymba_tune.distill.target_maker import CaptureStats, TargetBatch, TargetMaker
 from hymba_tune.distill.teacher import ModelTeacher
 from tests.distill.teachers import random_model, tokenizer_size
 from tests.distill.tokenizers import ALL
@@ -24,19 +24,21 @@ TEXTS = ["Natalia sold 48 clips in April, naïve 🙂.", "The answer is 42\n\n  
 PAIRS = [("hymba", "llama3"), ("llama3", "hymba"), ("llama3", "llama3"), ("unigram", "chatml")]
 
 
-def aligned(pair: Pair) -> list[Alignment]:
+def aligned(pair: TokenizerPair) -> list[Alignment]:
     talks = [Conversation((Message("user", "What?"), Message("assistant", text))) for text in TEXTS]
     rows = align(talks, pair)
     assert all(isinstance(row, Alignment) for row in rows), rows
     return [row for row in rows if isinstance(row, Alignment)]
 
 
-def taught(pair: Pair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0) -> list[Taught]:
+def taught(
+    pair: TokenizerPair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0
+) -> list[TargetBatch]:
     teacher = pair.teacher.tokenizer
     maker = TargetMaker.of(
         ModelTeacher(random_model("llama", tokenizer_size(teacher) + 2), teacher, "it"),
         pair,
-        count_first_pieces(rows),
+        count_first_tokens(rows),
         vocabulary=len(pair.student.spelling) + 3,
         top_k=top_k,
         temperature=temperature,
@@ -47,7 +49,7 @@ def taught(pair: Pair, rows: list[Alignment], folder: Path, *, top_k: int, tempe
     return [found[index] for index in range(len(rows))]
 
 
-def logits_of(pair: Pair, row: Alignment) -> Tensor:
+def logits_of(pair: TokenizerPair, row: Alignment) -> Tensor:
     size = tokenizer_size(pair.teacher.tokenizer)
     return random_model("llama", size + 2)(input_ids=torch.tensor([row.teacher_ids])).logits[0, :, :size]
 
@@ -60,16 +62,16 @@ def test_targets_are_the_whole_projection_cut(
     pair = make_pair(*(ALL[name] for name in names))
     rows, tables, vocabulary = aligned(pair), build_tables(pair), len(pair.student.spelling) + 3
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 4 * (len(tables.first) + vocabulary))  # a row takes several chunks
-    projection = Projection(tables, count_first_pieces(rows), vocabulary=vocabulary)
+    projection = Projection(tables, count_first_tokens(rows), vocabulary=vocabulary)
     for row, one in zip(rows, taught(pair, rows, tmp_path, top_k=4, temperature=temperature), strict=True):
         whole = projection((logits_of(pair, row) / temperature).softmax(-1), find_places(row, tables))
-        expected = torch.cat([whole.probs, whole.bucket[:, None]], 1)[whole.known]
+        expected = torch.cat([whole.probs, whole.rest_mass[:, None]], 1)[whole.known]
         got, top = torch.zeros_like(expected), one.targets.top
-        got.scatter_(1, top.pieces, top.log_probs.exp())
+        got.scatter_(1, top.student_tokens, top.log_probs.exp())
         assert one.targets.at.tolist() == row.student[whole.known.numpy()].tolist()
-        FLOAT32.check(top.log_probs.exp(), expected[:, :-1].topk(4).values, "likeliest pieces")
-        FLOAT32.check(top.bucket.exp(), 1 - got.sum(-1), "bucket")
-        FLOAT32.check(got[:, :-1], torch.where(got[:, :-1] > 0, expected[:, :-1], 0), "which pieces")
+        FLOAT32.check(top.log_probs.exp(), expected[:, :-1].topk(4).values, "most likely tokens")
+        FLOAT32.check(top.rest_mass.exp(), 1 - got.sum(-1), "rest_mass")
+        FLOAT32.check(got[:, :-1], torch.where(got[:, :-1] > 0, expected[:, :-1], 0), "which tokens")
 
 
 @pytest.mark.parametrize("names", PAIRS)
@@ -83,8 +85,8 @@ def test_spans_are_as_likely_as_the_teachers_tokens(names: tuple[str, str], tmp_
         FLOAT32.check(one.targets.span_log_likelihoods, torch.stack(sums), "spans")
         assert one.targets.spans.tolist() == row.spans[:, :2].tolist()
         answer = torch.cat([own[begin - 1 : end - 1] for *_, begin, end in row.spans.tolist()])
-        assert one.kept.tokens == len(answer)
-        FLOAT32.check(torch.tensor(one.kept.own), answer.exp().sum().float(), "probability of its own tokens")
+        assert one.stats.tokens == len(answer)
+        FLOAT32.check(torch.tensor(one.stats.own), answer.exp().sum().float(), "probability of its own tokens")
 
 
 def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path) -> None:
@@ -93,17 +95,17 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
     for row, one in zip(rows, taught(pair, rows, tmp_path, top_k=8), strict=True):
         likeliest = logits_of(pair, row).log_softmax(-1)[torch.from_numpy(row.student) - 1].topk(8)
         assert one.targets.at.tolist() == row.student.tolist()
-        assert torch.equal(one.targets.top.pieces, likeliest.indices)
+        assert torch.equal(one.targets.top.student_tokens, likeliest.indices)
         FLOAT32.check(one.targets.top.log_probs, likeliest.values)
-        FLOAT32.check(one.targets.top.bucket.exp(), 1 - likeliest.values.exp().sum(-1))
-        assert one.kept.known == one.kept.shared == one.kept.places == len(row.student)
-        assert one.kept.mass == pytest.approx(one.kept.places, rel=1e-4)
+        FLOAT32.check(one.targets.top.rest_mass.exp(), 1 - likeliest.values.exp().sum(-1))
+        assert one.stats.known == one.stats.shared == one.stats.places == len(row.student)
+        assert one.stats.mass == pytest.approx(one.stats.places, rel=1e-4)
 
 
-def test_what_a_pass_shows_is_summed() -> None:
-    kept = Kept(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0, ends=1, end=0.5)
-    kept.add(Kept(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0, ends=1, end=0.75))
+def test_statistics_of_rows_are_summed() -> None:
+    kept = CaptureStats(places=30, known=29, shared=10, mass=6.0, tokens=4, own=1.0, ends=1, end=0.5)
+    kept.add(CaptureStats(places=30, known=30, shared=10, mass=10.0, tokens=4, own=3.0, ends=1, end=0.75))
     sums = {"places": 60, "known": 59, "shared": 20, "mass": 16.0, "tokens": 8, "own": 4.0, "ends": 2, "end": 1.25}
     assert vars(kept) == sums
     assert (kept.mean_mass, kept.mean_own, kept.mean_end) == (0.8, 0.5, 0.625)
-    assert (Kept().mean_mass, Kept().mean_own, Kept().mean_end) == (0.0, 0.0, 0.0)
+    assert (CaptureStats().mean_mass, CaptureStats().mean_own, CaptureStats().mean_end) == (0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Teachers of many families: found without their weights, read in batches, refused if their logits are not theirs."""
+"""Teachers of many families: looked up without their weights, read in batches, refused if their logits differ."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def own_log_probs(model: PreTrainedModel, row: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "hymba", "cohere", "granite"])
-def test_teacher_says_what_the_model_says(
+def test_outputs_are_the_models_probabilities(
     family: str, padding: int, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the batch, and as if a padded output layer were no larger than the tokenizer."""
@@ -51,10 +51,10 @@ def test_teacher_says_what_the_model_says(
         expected = own_log_probs(model, row)
         at = torch.arange(len(row) - 1)
         for temperature in (1.0, 2.0):
-            told = outputs[index].tell(at, temperature)
-            FLOAT32.check(told.probs, (expected[:-1] / temperature).softmax(-1), f"row {index}")
-            assert told.cut is None
-            FLOAT32.check(told.own, expected[at, torch.tensor(row[1:], dtype=torch.int64)], "its own tokens")
+            distribution = outputs[index].probabilities(at, temperature)
+            FLOAT32.check(distribution.probs, (expected[:-1] / temperature).softmax(-1), f"row {index}")
+            assert distribution.cut is None
+            FLOAT32.check(distribution.own, expected[at, torch.tensor(row[1:], dtype=torch.int64)], "its own tokens")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi"])
@@ -83,7 +83,7 @@ def test_batches_hold_every_row_once_and_few_tokens() -> None:
     assert not list(batches([], 30))
 
 
-def test_found_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_teacher(tmp_path, padding=3)
     load = Mock(side_effect=AssertionError("weights are loaded"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
@@ -94,23 +94,23 @@ def test_found_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(found.fingerprint) == 64
 
 
-def test_found_and_loaded_is_the_same_teacher(tmp_path: Path, rows: list[list[int]]) -> None:
+def test_loaded_teacher_is_the_one_looked_up(tmp_path: Path, rows: list[list[int]]) -> None:
     model = random_model("llama", SIZE + 3)
     teacher = find_teacher(str(save_teacher(tmp_path, padding=3))).load(CPU, torch.float32)
     for index, outputs in teacher.outputs(rows):
         at = torch.arange(len(rows[index]) - 1)
-        FLOAT32.check(outputs.tell(at, 1.0).probs, own_log_probs(model, rows[index])[:-1].exp())
+        FLOAT32.check(outputs.probabilities(at, 1.0).probs, own_log_probs(model, rows[index])[:-1].exp())
 
 
 def test_packaged_model_can_teach() -> None:
     found = find_teacher("hymba-nano")
     ((_, outputs),) = found.load(CPU, torch.float32).outputs([found.tokenizer("def f(x): return x")["input_ids"]])
-    told = outputs.tell(torch.arange(3), 1.0)
-    assert told.probs.shape == (3, len(found.tokenizer))
+    distribution = outputs.probabilities(torch.arange(3), 1.0)
+    assert distribution.probs.shape == (3, len(found.tokenizer))
 
 
 @pytest.mark.parametrize(("scheme", "distance"), [("int8", 0.3), ("nf4", 0.8), ("fp4", 1.2)])
-def test_quantised_teacher_says_nearly_the_same(
+def test_quantized_teacher_is_close_to_the_original(
     scheme: Scheme, distance: float, tmp_path: Path, rows: list[list[int]]
 ) -> None:
     """Of the 2 that two distributions can be apart; random weights leave much to rounding."""
@@ -118,7 +118,7 @@ def test_quantised_teacher_says_nearly_the_same(
     exact = dict(find_teacher(str(tmp_path)).load(CPU, torch.float32).outputs(rows))
     for index, outputs in found.load(CPU, torch.float32).outputs(rows):
         at = torch.arange(len(rows[index]) - 1)
-        theirs, ours = exact[index].tell(at, 1.0).probs, outputs.tell(at, 1.0).probs
+        theirs, ours = exact[index].probabilities(at, 1.0).probs, outputs.probabilities(at, 1.0).probs
         assert 0 < (theirs - ours).abs().sum(-1).mean() < distance or not len(at)
 
 
@@ -183,8 +183,8 @@ def test_weights_cut_short_are_seen_before_they_are_loaded(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "t5"}, r"is a t5 model, which does not go on with a text"),
-        ({"model_type": "siglip"}, r"is a siglip model, which does not go on with a text"),
+        ({"model_type": "t5"}, r"is a t5 model, which does not generate text"),
+        ({"model_type": "siglip"}, r"is a siglip model, which does not generate text"),
         ({"model_type": "new-one"}, r"config\.json of the teacher .* cannot be used"),
     ],
 )
@@ -201,34 +201,35 @@ def test_adapter_of_another_family(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
     )
-    with pytest.raises(CheckpointError, match=r"is an adapter of a llama model(.|\n)*merge it into its base"):
+    with pytest.raises(CheckpointError, match=r"is an adapter of a llama model(.|\n)*merge it into its base model"):
         find_teacher(str(adapter))
 
 
-def test_a_hymba_is_quantised_as_a_student_is() -> None:
-    whole, quantised = (
+def test_a_hymba_is_quantized_as_a_student_is() -> None:
+    whole, quantized = (
         find_teacher("hymba-nano", scheme).load(torch.device("cpu"), torch.float32) for scheme in (None, Scheme.int8)
     )
-    ours, theirs = quantised.model.state_dict(), whole.model.state_dict()
+    ours, theirs = quantized.model.state_dict(), whole.model.state_dict()
     name = "model.layers.0.mamba.in_proj.weight"
     assert (ours[name].dtype, theirs[name].dtype) == (torch.int8, torch.float32)
-    told = [
-        next(iter(teacher.outputs([[1, 300, 301]])))[1].tell(torch.tensor([1]), 1.0) for teacher in (whole, quantised)
+    distribution = [
+        next(iter(teacher.outputs([[1, 300, 301]])))[1].probabilities(torch.tensor([1]), 1.0)
+        for teacher in (whole, quantized)
     ]
-    assert 0 < float((told[0].probs - told[1].probs).abs().sum()) < 0.2
+    assert 0 < float((distribution[0].probs - distribution[1].probs).abs().sum()) < 0.2
 
 
-def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     settings = {"peft_type": "LORA", "base_model_name_or_path": "hymba-nano"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="is an adapter, which has to be folded in first"):
+    with pytest.raises(ConfigError, match="is an adapter, which must be merged first"):
         find_teacher(str(tmp_path / "adapter"), Scheme.nf4)
     stored = Path(shutil.copytree(resolve_model("hymba-nano").folder, tmp_path / "stored"))
     config = json.loads((stored / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (stored / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is quantised already"):
+    with pytest.raises(ConfigError, match="is quantized already"):
         find_teacher(str(stored), Scheme.nf4)
 
 
@@ -239,7 +240,7 @@ def test_aliases(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find_teacher(name).name == download.call_args.args[0] == TEACHERS[name.lower()]
 
 
-def test_gated_teacher_says_what_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_teacher_names_the_page_of_its_license(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "snapshot_download", Mock(side_effect=GatedRepoError("401", response=Mock())))
     with pytest.raises(HubError, match=r"ask for access at https://huggingface\.co/meta-llama/Llama-3\.2-3B, .*login"):
         find_teacher("llama-3.2-3b")

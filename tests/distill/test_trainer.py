@@ -16,26 +16,26 @@ from torch import Tensor
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.distill import Stage
-from hymba_tune.distill.lessons import Lessons, OnlineTeacher, Shape
-from hymba_tune.distill.matching import HiddenMatch, Layers
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
+from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.run import token_bytes
-from hymba_tune.distill.tables import count_first_pieces
+from hymba_tune.distill.tables import count_first_tokens
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distill.teacher import ModelTeacher, find_teacher
+from hymba_tune.distill.teacher_signals import LossParameters, OnlineTeacher, RowSpan, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
 from hymba_tune.registry import resolve_model
+from tests.distill.inputs import quiet
 from tests.distill.teachers import random_model, save_teacher
-from tests.distill.test_rows import quiet
 from tests.runs import one_plain_step
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 CPU = torch.device("cpu")
 ALPHA, TEMPERATURE, TAU, BETA, TOP_K, ROWS = 0.6, 2.0, 10.0, 0.3, 8, 6
 LOSSES: dict[str, dict[str, float]] = {"ce": {"ce": 1.0}, "projection": {"projection": 1.0}, "alm": {"alm": 1.0}}
-LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "beside": {"projection": 0.8, "alm": 0.5}}
+LOSSES |= {"mix": {"kl": 0.8, "alm": 0.5}, "projection and alm": {"projection": 0.8, "alm": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelTeacher:
 
 
 @pytest.fixture(scope="module")
-def pair(small_model: Path, teacher: ModelTeacher) -> Pair:
+def pair(small_model: Path, teacher: ModelTeacher) -> TokenizerPair:
     return make_pair(load_tokenizer(small_model), teacher.tokenizer)
 
 
@@ -63,18 +63,20 @@ def options(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> SFTCon
 
 
 @pytest.fixture(scope="module")
-def data(options: SFTConfig, pair: Pair) -> AlignedData:
+def data(options: SFTConfig, pair: TokenizerPair) -> AlignedData:
     return read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet)
 
 
 @pytest.fixture(scope="module")
-def made(data: AlignedData, pair: Pair, teacher: ModelTeacher, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def made(
+    data: AlignedData, pair: TokenizerPair, teacher: ModelTeacher, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Targets, and what made them."""
     rows = list(map(alignment, data.rows))
     maker = TargetMaker.of(
         teacher,
         pair,
-        count_first_pieces(rows),
+        count_first_tokens(rows),
         vocabulary=4096,
         top_k=TOP_K,
         temperature=TEMPERATURE,
@@ -92,23 +94,22 @@ def targets(made: tuple[list[Targets], TargetMaker]) -> list[Targets]:
 
 @pytest.fixture
 def trainer(
-    small_model: Path, data: AlignedData, pair: Pair, targets: Sequence[Targets], tmp_path: Path
+    small_model: Path, data: AlignedData, pair: TokenizerPair, targets: Sequence[Targets], tmp_path: Path
 ) -> Callable[..., DistillTrainer]:
     def make(
         *,
         losses: dict[str, float],
         batch_size: int = ROWS,
         grad_accum: int = 1,
-        lessons: Lessons | None = None,
-        match: HiddenMatch | None = None,
+        signals: TeacherSignals | None = None,
+        hidden_loss: HiddenStateLoss | None = None,
         **changes: Any,
     ) -> DistillTrainer:
         return DistillTrainer(
-            lessons=lessons or Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, targets),
+            signals=signals or TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, targets),
             stages=[Stage(1.0, losses, ALPHA, 0.0)],
             token_bytes=token_bytes(pair.student),
-            match=match,
-            match_weight=0.5,
+            hidden_loss=hidden_loss,
             model=load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU),
             args=one_plain_step(tmp_path, batch_size=batch_size, grad_accum=grad_accum, **changes),
             train_dataset=data.train,
@@ -119,14 +120,14 @@ def trainer(
     return make
 
 
-def sparse_kl(log_probs: Tensor, pieces: Tensor, told: Tensor, bucket: Tensor) -> Tensor:
+def sparse_kl(log_probs: Tensor, student_tokens: Tensor, target: Tensor, rest_mass: Tensor) -> Tensor:
     """One token's divergence from its target, term by term."""
-    kept = [(int(piece), value) for piece, value in zip(pieces, told, strict=True) if value > -math.inf]
-    total = sum(value.exp() * (value - log_probs[piece]) for piece, value in kept)
+    kept = [(int(token), value) for token, value in zip(student_tokens, target, strict=True) if value > -math.inf]
+    total = sum(value.exp() * (value - log_probs[token]) for token, value in kept)
     others = torch.ones(len(log_probs), dtype=torch.bool)
-    others[[piece for piece, _ in kept]] = False
-    if bucket > -math.inf:
-        total = total + bucket.exp() * (bucket - log_probs[others].exp().sum().log())
+    others[[token for token, _ in kept]] = False
+    if rest_mass > -math.inf:
+        total = total + rest_mass.exp() * (rest_mass - log_probs[others].exp().sum().log())
     return torch.as_tensor(total)
 
 
@@ -192,7 +193,7 @@ def test_first_step_is_that_of_a_plain_loop(
     before = {name: parameter.detach().clone() for name, parameter in fit.model.named_parameters()}
     sums = loop(fit.model, data, targets, LOSSES[losses])
     count = sums["tokens"]
-    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # beside projection, of the tokens that it says nothing of
+    assert (sums["alm"] > 0) == ("alm" in LOSSES[losses])  # with projection, only of tokens without a projected target
     (sums["total"] / count).backward()
     gradients = {name: parameter.grad for name, parameter in fit.model.named_parameters() if parameter.grad is not None}
     fit.model.zero_grad()
@@ -211,7 +212,7 @@ def test_evaluation_is_of_all_learned_tokens(
     layout: str,
     trainer: Callable[..., DistillTrainer],
     data: AlignedData,
-    pair: Pair,
+    pair: TokenizerPair,
     targets: Sequence[Targets],
 ) -> None:
     fit = trainer(losses=LOSSES["mix"], **LAYOUTS[layout])
@@ -232,13 +233,15 @@ def test_evaluation_is_of_all_learned_tokens(
     assert fit.stage.losses == LOSSES["mix"]
 
 
-def test_teacher_beside_the_student_says_what_it_left(
+def test_online_teacher_equals_its_cached_targets(
     trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
     """Asked now, or from its targets: the same terms."""
-    shape = Shape(TEMPERATURE, TAU, BETA)
-    kept = trainer(losses=LOSSES["beside"])
-    online = trainer(losses=LOSSES["beside"], lessons=Lessons(shape, CPU, None, OnlineTeacher(made[1], data.rows)))
+    shape = LossParameters(TEMPERATURE, TAU, BETA)
+    kept = trainer(losses=LOSSES["projection and alm"])
+    online = trainer(
+        losses=LOSSES["projection and alm"], signals=TeacherSignals(shape, CPU, None, OnlineTeacher(made[1], data.rows))
+    )
     found, known = online.evaluate(), kept.evaluate()
     names = [name for name in known if name.startswith(("eval_loss", "eval_more"))]
     assert len(names) == 4
@@ -246,12 +249,12 @@ def test_teacher_beside_the_student_says_what_it_left(
 
 
 @pytest.mark.parametrize("loss", ["projection", "uld", "alm"])
-def test_own_answers_are_judged_by_the_teacher_alone(
+def test_rollouts_have_the_teachers_loss_only(
     loss: str, trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
-    """No cross-entropy on what the student wrote, not even where the teacher has nothing to say."""
-    lessons = Lessons(Shape(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
-    fit = trainer(losses={loss: 1.0}, lessons=lessons)
+    """No cross-entropy on rollouts, not even where the teacher has no term."""
+    signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU, None, OnlineTeacher(made[1], data.rows))
+    fit = trainer(losses={loss: 1.0}, signals=signals)
     rows = [{name: data.rows[number][name] for name in ("input_ids", "labels", "row")} for number in (0, 1)]
     known = fit._losses(fit.model, fit.data_collator(rows))
     fit._own = [alignment(data.rows[1])]
@@ -266,17 +269,25 @@ def test_own_answers_are_judged_by_the_teacher_alone(
     assert mixed.tokens - alone.tokens == (shared if loss == "uld" else len(fit._own[0].student))
 
 
-@pytest.fixture
-def beside(options: SFTConfig, alike: ModelTeacher, tmp_path: Path) -> Callable[[float], tuple[Dataset, Lessons]]:
-    """Rows that both sides read with one tokenizer, and the teacher beside the student, at a temperature."""
+def test_losses_of_the_teacher_in_memory_need_it() -> None:
+    signals = TeacherSignals(LossParameters(TEMPERATURE, TAU, BETA), CPU)
+    with pytest.raises(ValueError, match="uld: these losses need the teacher in memory"):
+        signals.terms([RowSpan(0, 0)], Stage(1.0, {"uld": 1.0}, ALPHA, 0.0))
 
-    def make(temperature: float) -> tuple[Dataset, Lessons]:
+
+@pytest.fixture
+def one_tokenizer(
+    options: SFTConfig, alike: ModelTeacher, tmp_path: Path
+) -> Callable[[float], tuple[Dataset, TeacherSignals]]:
+    """Rows that both sides read with one tokenizer, and the teacher in memory, at a temperature."""
+
+    def make(temperature: float) -> tuple[Dataset, TeacherSignals]:
         pair = make_pair(alike.tokenizer, alike.tokenizer)
         rows = read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet).rows
         maker = TargetMaker.of(
             alike, pair, None, vocabulary=4096, top_k=4, temperature=temperature, device=CPU, tables_dir=tmp_path
         )
-        return rows, Lessons(Shape(temperature, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
+        return rows, TeacherSignals(LossParameters(temperature, TAU, BETA), CPU, None, OnlineTeacher(maker, rows))
 
     return make
 
@@ -309,11 +320,13 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("losses", [["kl"], ["reverse-kl"], ["jsd"], ["uld"], ["kl", "uld"]], ids="+".join)
 def test_whole_vocabularies_are_compared(
-    losses: list[str], trainer: Callable[..., DistillTrainer], beside: Callable[[float], tuple[Dataset, Lessons]]
+    losses: list[str],
+    trainer: Callable[..., DistillTrainer],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
 ) -> None:
     """With one tokenizer every learned token has the teacher's at the same place."""
-    rows, lessons = beside(TEMPERATURE)
-    fit = trainer(losses=dict.fromkeys(losses, 0.5), lessons=lessons)
+    rows, signals = one_tokenizer(TEMPERATURE)
+    fit = trainer(losses=dict.fromkeys(losses, 0.5), signals=signals)
     total, count, model = torch.zeros(()), 0, fit.model
     teacher = random_model("llama", 4096)
     for row in rows:
@@ -334,17 +347,19 @@ def test_whole_vocabularies_are_compared(
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
-def test_hidden_states_are_drawn_to_the_teachers(
+def test_hidden_state_loss_is_that_of_a_plain_loop(
     kind: Any,
     trainer: Callable[..., DistillTrainer],
-    beside: Callable[[float], tuple[Dataset, Lessons]],
+    one_tokenizer: Callable[[float], tuple[Dataset, TeacherSignals]],
     alike: ModelTeacher,
 ) -> None:
     """Layer by layer, each token's state that predicts it; against a loop over rows."""
     match = HiddenMatch(Layers(32, 3), Layers(24, 2), kind)
     assert match.layers == [(1, 1), (2, 1), (3, 2)]
-    rows, lessons = beside(1.0)
-    fit = trainer(losses=LOSSES["ce"], lessons=lessons, match=match)
+    rows, signals = one_tokenizer(1.0)
+    assert signals.online is not None
+    hidden_loss = HiddenStateLoss(match, signals.online, 0.5)
+    fit = trainer(losses=LOSSES["ce"], signals=signals, hidden_loss=hidden_loss)
     batch = fit.data_collator([{name: row[name] for name in ("input_ids", "labels", "row")} for row in rows])
     found = fit._losses(fit.model, batch)
     total, distance = torch.zeros(()), torch.zeros(())

@@ -1,4 +1,4 @@
-"""Small tokenizers beside those of the data's tests."""
+"""Small tokenizers in addition to those of the data's tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, against lm-eval's own model class for transformers."""
+"""lm-eval tasks, compared with lm-eval's own model class for transformers."""
 
 from __future__ import annotations
 
@@ -45,49 +45,49 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 def pair(small_model: Path) -> tuple[HymbaLM, Any]:
     model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu")).eval()
     tokenizer = with_chat_template(load_tokenizer(small_model))
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3, max_length=LIMIT)
+    reference = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=3, max_length=LIMIT)
     ours = HymbaLM(model, tokenizer, batch_size=4)
     ours.max_length = LIMIT
-    return ours, theirs
+    return ours, reference
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]  # type: ignore[arg-type]
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]  # type: ignore[arg-type]
 
 
-def test_log_likelihoods_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
-    """Also of what is too long, and of what has no context."""
-    asked = requests("loglikelihood", [*PAIRS, ("word " * 90, " end")])
-    ours, theirs = (lm.loglikelihood(asked, disable_tqdm=True) for lm in pair)
-    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+def test_log_likelihoods_equal_those_of_lm_eval(pair: tuple[HymbaLM, Any]) -> None:
+    """Also of texts that are too long, and of texts without context."""
+    instances = requests("loglikelihood", [*PAIRS, ("word " * 90, " end")])
+    ours, reference = (lm.loglikelihood(instances, disable_tqdm=True) for lm in pair)
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in reference], rel=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in reference]
 
 
-def test_whole_texts_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
-    asked = requests("loglikelihood_rolling", [("a short text",), ("one two three " * 40,)])
-    ours, theirs = (lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in pair)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+def test_rolling_log_likelihoods_equal_those_of_lm_eval(pair: tuple[HymbaLM, Any]) -> None:
+    instances = requests("loglikelihood_rolling", [("a short text",), ("one two three " * 40,)])
+    ours, reference = (lm.loglikelihood_rolling(instances, disable_tqdm=True) for lm in pair)
+    assert ours == pytest.approx(reference, rel=1e-5)
 
 
-def test_answers_equal_theirs(pair: tuple[HymbaLM, Any]) -> None:
+def test_generated_answers_equal_those_of_lm_eval(pair: tuple[HymbaLM, Any]) -> None:
     free = {"until": [], "max_gen_toks": 8}
     first = pair[1].generate_until(requests("generate_until", [(PAIRS[0][0], free)]), disable_tqdm=True)[0]
     stop = {"until": [first[3:5]], "max_gen_toks": 8, "do_sample": False}
-    asked = requests("generate_until", [(PAIRS[0][0], free), ("Two", free), (PAIRS[0][0], stop)])
-    ours, theirs = (lm.generate_until(asked, disable_tqdm=True) for lm in pair)
-    assert ours == theirs
+    instances = requests("generate_until", [(PAIRS[0][0], free), ("Two", free), (PAIRS[0][0], stop)])
+    ours, reference = (lm.generate_until(instances, disable_tqdm=True) for lm in pair)
+    assert ours == reference
     assert ours[2] == first[: first.find(first[3:5])]
 
 
-def test_answers_longer_than_the_model_are_refused(pair: tuple[HymbaLM, Any]) -> None:
-    asked = requests("generate_until", [("Two", {"until": [], "max_gen_toks": LIMIT})])
-    with pytest.raises(ConfigError, match="A task asks for answers of 64 tokens; the model reads 64"):
-        pair[0].generate_until(asked)
+def test_answers_longer_than_the_context_are_rejected(pair: tuple[HymbaLM, Any]) -> None:
+    instances = requests("generate_until", [("Two", {"until": [], "max_gen_toks": LIMIT})])
+    with pytest.raises(ConfigError, match="A task needs answers of 64 tokens; the model's context has 64"):
+        pair[0].generate_until(instances)
 
 
-def test_chat_template_equals_theirs(pair: tuple[HymbaLM, Any]) -> None:
-    talk = [{"role": "user", "content": "Two?"}]
-    assert pair[0].apply_chat_template(talk) == pair[1].apply_chat_template(talk)
+def test_rendered_chats_equal_those_of_lm_eval(pair: tuple[HymbaLM, Any]) -> None:
+    chat = [{"role": "user", "content": "Two?"}]
+    assert pair[0].apply_chat_template(chat) == pair[1].apply_chat_template(chat)
 
 
 @pytest.fixture
@@ -96,7 +96,8 @@ def tasks(tmp_path: Path) -> Path:
         {"question": f"I see {n} cats.", "choices": [" one", " two", " three"], "answer": i}
         for i, n in enumerate("ABC")
     ]
-    data, folder = tmp_path / "test.jsonl", tmp_path / "tasks"
+    data = tmp_path / "test.jsonl"
+    folder = tmp_path / "tasks"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder.mkdir()
     (folder / "animals.yaml").write_text(CHOICES.format(data=data))
@@ -107,28 +108,28 @@ def test_a_folder_of_tasks_runs_offline(pair: tuple[HymbaLM, Any], tasks: Path) 
     names, manager = find_tasks([str(tasks)])
     assert names == ["animals"]
     settings: dict[str, Any] = {"fewshot": 0, "limit": 2, "as_chat": False}
-    ours, theirs = (run_tasks(lm, names, manager, **settings)["animals"] for lm in pair)
+    ours, reference = (run_tasks(lm, names, manager, **settings)["animals"] for lm in pair)
     assert ours.keys() >= {"acc", "acc_stderr", "acc_norm"}
-    assert ours == theirs
+    assert ours == reference
     assert run_tasks(pair[0], names, manager, fewshot=1, limit=None, as_chat=True)["animals"].keys() == ours.keys()
 
 
-def test_standard_errors_stand_beside_their_measures() -> None:
-    given = {"acc,none": 0.5, "acc_stderr,none": 0.1, "match,strict": 1, "match_stderr,strict": 0.2, "alias": "x"}
-    found = {"acc": 0.5, "acc_stderr": 0.1, "match strict": 1.0, "match strict_stderr": 0.2}
-    assert _measures(given | {"bleu_stderr,none": "N/A"}) == found
+def test_standard_errors_are_named_after_their_metrics() -> None:
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "match,strict": 1, "match_stderr,strict": 0.2, "alias": "x"}
+    measures = {"acc": 0.5, "acc_stderr": 0.1, "match strict": 1.0, "match strict_stderr": 0.2}
+    assert _measures(values | {"bleu_stderr,none": "N/A"}) == measures
 
 
 def test_tasks_by_name(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own would take seconds to list."""
-    listed = functools.partial(TaskManager, include_path=str(tasks), include_defaults=False)
-    monkeypatch.setattr("hymba_tune.evaluate.harness.TaskManager", lambda **_: listed())
+    """With a small task manager: listing all of lm-eval's tasks takes seconds."""
+    small_manager = functools.partial(TaskManager, include_path=str(tasks), include_defaults=False)
+    monkeypatch.setattr("hymba_tune.evaluate.harness.TaskManager", lambda **_: small_manager())
     assert find_tasks(["animals"])[0] == ["animals"]
-    with pytest.raises(ConfigError, match="--tasks animal: no such task, and no such folder"):
+    with pytest.raises(ConfigError, match="--tasks animal: there is no such task or folder"):
         find_tasks(["animal"])
 
 
-def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
+def test_folders_without_tasks_and_broken_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no task in this folder"):
         find_tasks([str(tmp_path)])
     (tmp_path / "torn.yaml").write_text("task: [")
@@ -136,7 +137,7 @@ def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
         find_tasks([str(tmp_path)])
 
 
-def test_tasks_without_their_data_are_refused(tasks: Path, tmp_path: Path) -> None:
+def test_tasks_without_their_data_are_rejected(tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(DataError, match="lm-eval cannot run animals"):
         find_tasks([str(tasks)])

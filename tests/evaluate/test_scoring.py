@@ -14,7 +14,7 @@ from hymba_tune.data import Conversation, Message, RowError, Text
 from hymba_tune.data.chat import render, tokenize
 from hymba_tune.errors import DataError
 from hymba_tune.evaluate.scoring import TextScore, score_rows
-from hymba_tune.evaluate.texts import Texts, spelled_bytes
+from hymba_tune.evaluate.texts import ScoringTexts, spelled_bytes
 from tests.runs import SMALL
 from tests.tiny import tiny_model
 
@@ -47,15 +47,16 @@ def texts(tokenizer: Any, tmp_path: Path) -> Any:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def make(**changes: Any) -> Texts:
-        return Texts.named(EvalConfig(data=[str(path)], **{"max_length": 40} | changes), tokenizer)
+    def make(**changes: Any) -> ScoringTexts:
+        return ScoringTexts.named(EvalConfig(data=[str(path)], **{"max_length": 40} | changes), tokenizer)
 
     return make
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_score_is_the_sum_over_all_tokens(texts: Any, model: Any, batch_size: int) -> None:
-    nats, tokens, right = 0.0, 0, 0
+    nats = 0.0
+    tokens = right = 0
     for row in texts().rows():
         logits = model(torch.tensor([row.encoded.input_ids])).logits[0].detach().log_softmax(-1)
         for place, label in enumerate(row.encoded.labels):
@@ -70,8 +71,8 @@ def test_score_is_the_sum_over_all_tokens(texts: Any, model: Any, batch_size: in
     assert score.spelled == texts().count().spelled
 
 
-def test_bytes_are_those_of_the_answers(texts: Any) -> None:
-    """White space in front of an answer is part of it; end tokens are not."""
+def test_bytes_of_answers_are_counted(texts: Any) -> None:
+    """White space in front of an answer is part of it, its end token is not."""
     counts = texts(max_rows=1, max_length=2048).count()
     assert counts.spelled == len("You see two cats.")
     assert texts(max_length=2048, learn="last").count().spelled == sum(
@@ -80,20 +81,21 @@ def test_bytes_are_those_of_the_answers(texts: Any) -> None:
 
 
 def test_a_long_text_is_scored_in_parts_and_no_byte_is_counted_twice(texts: Any) -> None:
-    whole, parts = texts(max_length=2048).count(), texts(max_length=16).count()
+    whole = texts(max_length=2048).count()
+    parts = texts(max_length=16).count()
     assert parts.parts > whole.parts
-    assert parts.spelled < whole.spelled  # the first token of a part is predicted from nothing
+    assert parts.spelled < whole.spelled  # nothing predicts the first token of a part
     assert parts.rows == whole.rows == len(ROWS)
 
 
 @pytest.mark.parametrize("text", ["a☃b", " two  spaces", "漢字\n🙂\t", "éé", "x"])
-def test_every_byte_is_spelled_once(text: str, tokenizer: Any) -> None:
+def test_every_byte_is_counted_once(text: str, tokenizer: Any) -> None:
     rendered = render(Text(text), tokenizer)
     (encoded,) = tokenize([rendered], tokenizer)
     assert sum(spelled_bytes(rendered, encoded, tokenizer)) == len(text.encode())
 
 
-def test_bytes_stand_with_their_tokens(tokenizer: Any) -> None:
+def test_bytes_are_counted_for_their_tokens(tokenizer: Any) -> None:
     rendered = render(Conversation((Message("user", "Hé"), Message("assistant", "two cats"))), tokenizer)
     (encoded,) = tokenize([rendered], tokenizer)
     sizes = spelled_bytes(rendered, encoded, tokenizer)
@@ -116,13 +118,13 @@ def test_bad_rows_stop_or_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(RowError, match=r"bad.jsonl, line 2: it has no \"completion\""):
-        Texts.named(EvalConfig(data=[str(path)]), tokenizer).count()
-    counts = Texts.named(EvalConfig(data=[str(path)], on_bad_row="skip"), tokenizer).count()
+        ScoringTexts.named(EvalConfig(data=[str(path)]), tokenizer).count()
+    counts = ScoringTexts.named(EvalConfig(data=[str(path)], on_bad_row="skip"), tokenizer).count()
     assert (counts.rows, counts.bad_rows, counts.parts) == (2, 1, 1)
 
 
-def test_nothing_to_score_is_said(tokenizer: Any, tmp_path: Path) -> None:
+def test_data_without_tokens_to_score_is_rejected(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "many words " * 40, "completion": "b"}) + "\n")
     with pytest.raises(DataError, match=r"Nothing to score in .*long.jsonl: 1 rows, 0 of them bad"):
-        Texts.named(EvalConfig(data=[str(path)], max_length=16), tokenizer).count()
+        ScoringTexts.named(EvalConfig(data=[str(path)], max_length=16), tokenizer).count()

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,7 @@ import pytest
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import locked, locks
-
-HOLDER = """
-import sys
-from pathlib import Path
-from hymba_tune.files import locked
-with locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def hold(path: Path) -> subprocess.Popen[str]:
-    """A process that holds a lock."""
-    words = [sys.executable, "-c", HOLDER, str(path)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    return process
+from tests.files.inputs import hold
 
 
 def test_second_process_is_refused_and_a_dead_one_keeps_no_lock(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from tests.tiny import random_texts, tiny_model
 
 
 def test_live_bytes_count_what_lives() -> None:
-    given = torch.ones(100)
+    tensor = torch.ones(100)
     with LiveBytes() as memory:
-        one = given + 1
+        one = tensor + 1
         two = one * 2
         del one
         view = two[:10]
-        seen = given.view(10, 10)
+        seen = tensor.view(10, 10)
     assert (memory.live, memory.peak) == (400, 800)
     del view, two, seen
     assert memory.live == 0
@@ -28,17 +28,17 @@ def test_saved_tensors_are_counted_until_the_backward() -> None:
         total = (x.exp() * 2).sum()
         assert memory.live >= 4000
         total.backward()
-    assert memory.live < 4000 + 4000 + 100  # x's gradient, and what `total` holds
+    assert memory.live < 4000 + 4000 + 100  # x's gradient, and the tensors that `total` holds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_left_of_tensors_without_memory(dtype: torch.dtype) -> None:
-    """Masks and borders of layouts are kept between calls: those of tensors without memory must not be."""
+    """Masks and borders of layouts are cached between calls: those of fake tensors must not be."""
     model, (text,) = tiny_model(), random_texts([20])
 
     def loss() -> Tensor:
-        made: Tensor = model(input_ids=text[None], labels=text[None]).loss
-        return made
+        loss: Tensor = model(input_ids=text[None], labels=text[None]).loss
+        return loss
 
     before = use_kernels(scan="torch")
     try:

@@ -23,14 +23,14 @@ def adapted(dtype: torch.dtype) -> Any:
     return add_adapter(model, config, ["all"])
 
 
-def foreseen(model: Any, dtype: torch.dtype, *, checkpointing: bool, batch: Batch | None = None) -> Footprint:
+def estimated(model: Any, dtype: torch.dtype, *, checkpointing: bool, batch: Batch | None = None) -> Footprint:
     memory = StepMemory(model, dtype=dtype, own_kernels=True)
     batch = batch or Batch.full(TEXTS, LENGTH)
     return memory.of(batch, checkpointing=checkpointing, accumulates=False, optimizer="sgd")
 
 
 def counted(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> int:
-    """Bytes beside the weights at the peak of a real step."""
+    """Bytes in addition to the weights at the peak of a real step."""
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -52,9 +52,9 @@ def counted(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> int:
         (torch.bfloat16, "lora", False),
     ],
 )
-def test_foreseen_is_what_a_real_step_takes(dtype: torch.dtype, method: str, checkpointing: bool) -> None:
+def test_estimate_is_that_of_a_real_step(dtype: torch.dtype, method: str, checkpointing: bool) -> None:
     model = adapted(dtype) if method == "lora" else tiny_model(**SHAPE)
-    step = foreseen(model, dtype, checkpointing=checkpointing)
+    step = estimated(model, dtype, checkpointing=checkpointing)
     expected = step.total - step.weights - step.adapter - step.optimizer
     assert counted(model, dtype, checkpointing=checkpointing) == pytest.approx(expected, rel=0.2)
 
@@ -64,7 +64,7 @@ def test_any_way_to_compute_is_counted(operation: str, backend: str) -> None:
     before = use_kernels(**{operation: backend})
     try:
         model = tiny_model(**SHAPE)
-        step = foreseen(model, torch.float32, checkpointing=False)
+        step = estimated(model, torch.float32, checkpointing=False)
         expected = step.total - step.weights - step.optimizer
         assert counted(model, torch.float32, checkpointing=False) == pytest.approx(expected, rel=0.25)
     finally:
@@ -87,8 +87,8 @@ def test_parts_follow_the_settings() -> None:
 
 def test_padding_takes_little_and_longer_texts_more() -> None:
     model = tiny_model(**SHAPE, sliding_window=64)
-    plain = foreseen(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 256)).total
-    padded = foreseen(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 512)).total
-    longer = foreseen(model, torch.float32, checkpointing=True, batch=Batch(256, 256, 256, 256)).total
+    plain = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 256)).total
+    padded = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 512)).total
+    longer = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 256, 256, 256)).total
     assert plain < padded < 1.3 * plain
     assert longer >= plain

@@ -37,19 +37,18 @@ def chat(small_model: Path) -> Callable[..., Chat]:
     return make
 
 
-class Scripted:
-    """A model that answers with given tokens, and remembers what it was asked."""
+class ScriptedModel:
+    """A model whose answer is a fixed list of tokens."""
 
     device, training = torch.device("cpu"), False
 
     def __init__(self, ids: list[int]) -> None:
-        self.ids, self.asked = ids, {}
+        self.ids = ids
 
     def eval(self) -> None: ...
     def train(self, mode: bool) -> None: ...
 
-    def generate(self, *, input_ids: torch.Tensor, streamer: Any, **asked: Any) -> torch.Tensor:
-        self.asked = asked
+    def generate(self, *, input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
         if streamer:
             streamer.put(input_ids)
             for token in self.ids:
@@ -62,36 +61,36 @@ class Scripted:
     "text",
     ["def f(x):\n    if x:\n        return 1\n", "  a  b ", "naïve ☃☃ 漢字", "one\n\n two", "", " ", "x\u00e9"],
 )
-def test_pieces_are_the_answer_and_the_answer_is_what_was_written(text: str, tokenizer: Any) -> None:
-    """Also what TextStreamer loses: spaces that begin a line."""
+def test_streamed_parts_join_to_the_answer_and_keep_all_generated_text(text: str, tokenizer: Any) -> None:
+    """Also the spaces at the beginning of a line, which TextStreamer loses."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces: list[str] = []
-    said = answer(
-        Scripted([*ids, tokenizer.eos_token_id]),
+    parts: list[str] = []
+    output = answer(
+        ScriptedModel([*ids, tokenizer.eos_token_id]),
         tokenizer,
         QUESTION,
         max_new_tokens=99,
         temperature=0,
-        on_text=pieces.append,
+        on_text=parts.append,
     )
-    assert said == text.strip()
-    assert "".join(pieces) == said
-    assert all(pieces)
-    assert "\ufffd" not in "".join(pieces)
+    assert output == text.strip()
+    assert "".join(parts) == output
+    assert all(parts)
+    assert "\ufffd" not in "".join(parts)
 
 
-def test_pieces_come_while_the_answer_is_written(tokenizer: Any) -> None:
+def test_parts_are_streamed_during_generation(tokenizer: Any) -> None:
     ids = tokenizer("one two three four", add_special_tokens=False)["input_ids"]
-    pieces: list[str] = []
-    answer(Scripted(ids), tokenizer, QUESTION, max_new_tokens=9, temperature=0, on_text=pieces.append)
-    assert len(pieces) > 3
+    parts: list[str] = []
+    answer(ScriptedModel(ids), tokenizer, QUESTION, max_new_tokens=9, temperature=0, on_text=parts.append)
+    assert len(parts) > 3
 
 
-def test_bytes_that_are_no_character_come_at_the_end(tokenizer: Any) -> None:
+def test_bytes_of_an_incomplete_character_are_sent_at_the_end(tokenizer: Any) -> None:
     ids = [*tokenizer("ok", add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids("<0xE2>")]
-    pieces: list[str] = []
-    said = answer(Scripted(ids), tokenizer, QUESTION, max_new_tokens=9, temperature=0, on_text=pieces.append)
-    assert said == "".join(pieces) == "ok\ufffd"
+    parts: list[str] = []
+    output = answer(ScriptedModel(ids), tokenizer, QUESTION, max_new_tokens=9, temperature=0, on_text=parts.append)
+    assert output == "".join(parts) == "ok\ufffd"
 
 
 def test_greedy_answers_are_the_likeliest_tokens(model: Any, tokenizer: Any) -> None:
@@ -99,12 +98,12 @@ def test_greedy_answers_are_the_likeliest_tokens(model: Any, tokenizer: Any) -> 
     start = len(ids)
     for _ in range(8):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    said = answer(model, tokenizer, QUESTION, max_new_tokens=8, temperature=0)
-    assert said == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert said
+    output = answer(model, tokenizer, QUESTION, max_new_tokens=8, temperature=0)
+    assert output == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert output
 
 
-def test_model_is_left_in_its_mode(model: Any, tokenizer: Any) -> None:
+def test_model_keeps_its_training_or_evaluation_mode(model: Any, tokenizer: Any) -> None:
     for mode in (True, False):
         model.train(mode)
         answer(model, tokenizer, QUESTION, max_new_tokens=1, temperature=0)
@@ -119,95 +118,98 @@ def test_answer_ends_with_the_end_token(model: Any, tokenizer: Any) -> None:
     assert answer(model, ending, QUESTION, max_new_tokens=8, temperature=0) == likeliest
 
 
-def test_sampling_takes_from_all_tokens(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not from the 50 likeliest, which transformers would do of itself."""
+def test_sampling_uses_the_whole_vocabulary(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the 50 likeliest tokens, which is the default of transformers."""
     ids = encode_prompt(QUESTION, tokenizer)
     ranks = model.eval()(torch.tensor([ids])).logits[0, -1].argsort(descending=True).tolist()
-    generate, written = model.generate, []
-    monkeypatch.setattr(model, "generate", lambda **options: written.append(generate(**options)) or written[-1])
+    generate = model.generate
+    outputs: list[torch.Tensor] = []
+    monkeypatch.setattr(model, "generate", lambda **options: outputs.append(generate(**options)) or outputs[-1])
     for _ in range(8):
         answer(model, tokenizer, QUESTION, max_new_tokens=1, temperature=100.0)
-    assert max(ranks.index(int(row[0, len(ids)])) for row in written) > 50
+    assert max(ranks.index(int(row[0, len(ids)])) for row in outputs) > 50
 
 
-def test_chat_keeps_what_was_said(chat: Callable[..., Chat], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[tuple[str, str]]] = []
+def test_chat_passes_the_whole_conversation_to_the_model(
+    chat: Callable[..., Chat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations: list[list[tuple[str, str]]] = []
 
-    def record(*given: Any, **_: Any) -> str:
-        seen.append([(message.role, message.content) for message in given[2].messages])
-        return f"answer {len(seen)}"
+    def record(_: Any, __: Any, conversation: Conversation, **___: Any) -> str:
+        conversations.append([(message.role, message.content) for message in conversation.messages])
+        return f"answer {len(conversations)}"
 
     monkeypatch.setattr("hymba_tune.generate.chat.answer", record)
-    talk = chat(system="Be brief.")
-    talk.ask("one")
-    talk.ask("two")
+    session = chat(system="Be brief.")
+    session.reply("one")
+    session.reply("two")
     first = [("system", "Be brief."), ("user", "one")]
-    assert seen == [first, [*first, ("assistant", "answer 1"), ("user", "two")]]
-    talk.reset()
-    talk.ask("three")
-    assert seen[-1] == [("system", "Be brief."), ("user", "three")]
+    assert conversations == [first, [*first, ("assistant", "answer 1"), ("user", "two")]]
+    session.reset()
+    session.reply("three")
+    assert conversations[-1] == [("system", "Be brief."), ("user", "three")]
 
 
 def test_interrupted_answer_leaves_the_conversation_as_it_was(chat: Callable[..., Chat]) -> None:
-    talk = chat(temperature=0)
-    expected = chat(temperature=0).ask("two")
+    session = chat(temperature=0)
+    expected = chat(temperature=0).reply("two")
 
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        talk.ask("one", interrupt)
-    assert talk.ask("two") == expected
+        session.reply("one", interrupt)
+    assert session.reply("two") == expected
 
 
 def test_chat_streams_its_answer(chat: Callable[..., Chat]) -> None:
-    pieces: list[str] = []
-    assert chat(seed=1).ask("one", pieces.append) == "".join(pieces) != ""
+    parts: list[str] = []
+    assert chat(seed=1).reply("one", parts.append) == "".join(parts) != ""
 
 
 def test_greedy_chat_repeats_itself(chat: Callable[..., Chat]) -> None:
-    assert chat(temperature=0).ask("one") == chat(temperature=0).ask("one")
+    assert chat(temperature=0).reply("one") == chat(temperature=0).reply("one")
 
 
 def test_seed_makes_sampled_answers_repeat(chat: Callable[..., Chat]) -> None:
-    answers = [chat(seed=seed, temperature=2).ask("one") for seed in (3, 3, 4)]
+    answers = [chat(seed=seed, temperature=2).reply("one") for seed in (3, 3, 4)]
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_chat_is_called_by_its_run(chat: Callable[..., Chat], finished_run: Path) -> None:
+def test_chat_is_named_after_its_run(chat: Callable[..., Chat], finished_run: Path) -> None:
     assert chat(model=str(finished_run)).name == "finished"
 
 
-def test_chat_takes_the_kernels_it_is_told(chat: Callable[..., Chat]) -> None:
-    assert chat(kernels=["scan=reference"], temperature=0).ask("Hello") == chat(temperature=0).ask("Hello")
+def test_chat_uses_the_kernels_of_its_settings(chat: Callable[..., Chat]) -> None:
+    assert chat(kernels=["scan=reference"], temperature=0).reply("Hello") == chat(temperature=0).reply("Hello")
     with pytest.raises(ConfigError, match="--kernels: the scan backend triton cannot be used"):
         chat(kernels=["scan=triton"])
 
 
-def test_chat_says_once_that_a_text_is_too_long(small_model: Path) -> None:
+def test_chat_warns_only_once_about_a_text_that_is_too_long(small_model: Path) -> None:
     notes: list[str] = []
     settings: dict[str, Any] = {"model": str(small_model), "dtype": "float32", "max_new_tokens": 1}
-    talk = Chat(ChatConfig(**settings), notes.append)
-    talk.ask("word")
+    session = Chat(ChatConfig(**settings), notes.append)
+    session.reply("word")
     assert not notes
-    talk.ask("word " * 600)
-    talk.ask("word")
+    session.reply("word " * 600)
+    session.reply("word")
     assert len(notes) == 1
     assert "more than the 512 the model was made for; expect worse answers" in notes[0]
 
 
-def test_strict_chat_refuses_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:
-    talk = chat(strict_length=True, max_new_tokens=500)
+def test_strict_chat_rejects_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:
+    session = chat(strict_length=True, max_new_tokens=500)
     with pytest.raises(ConfigError, match=r"--strict-length: 5\d\d tokens are more than the 512 the model"):
-        talk.ask("Hello, how many legs have three cats, if all of them are here?")
-    assert chat(strict_length=True).ask("Hello")
+        session.reply("Hello, how many legs have three cats, if all of them are here?")
+    assert chat(strict_length=True).reply("Hello")
 
 
-def test_several_prompts_are_gone_on_with_as_each_alone(model: Any, tokenizer: Any) -> None:
+def test_batched_continuations_equal_those_of_each_prompt_alone(model: Any, tokenizer: Any) -> None:
     prompts = [tokenizer(text)["input_ids"] for text in ("I see", "What do you see here, if anything?", "Two cats")]
     settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0}
-    together = write(model, prompts, ends=[tokenizer.eos_token_id], **settings)
-    assert together == [write(model, [prompt], ends=[tokenizer.eos_token_id], **settings)[0] for prompt in prompts]
-    end = together[0][3]
+    batched = write(model, prompts, ends=[tokenizer.eos_token_id], **settings)
+    assert batched == [write(model, [prompt], ends=[tokenizer.eos_token_id], **settings)[0] for prompt in prompts]
+    end = batched[0][3]
     for ends in ([end], [4095, end]):
-        assert write(model, prompts[:1], ends=ends, **settings) == [together[0][: together[0].index(end) + 1]]
+        assert write(model, prompts[:1], ends=ends, **settings) == [batched[0][: batched[0].index(end) + 1]]

@@ -15,7 +15,7 @@ from hymba_tune.data.formats import Names
 from hymba_tune.data.prompts import parse_prompt
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import locked
-from hymba_tune.generate import FoundModel, answer_file
+from hymba_tune.generate import LoadableModel, answer_file
 from hymba_tune.generate.decoding import Decoder
 
 
@@ -27,23 +27,24 @@ def working(_: str) -> Iterator[Any]:
 @pytest.fixture
 def files(small_model: Path, tmp_path: Path) -> Any:
     rows = [{"prompt": f"Question {i}?" + " Really?" * (i % 3)} for i in range(7)]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(**changes: Any) -> ChatConfig:
         usual: dict[str, Any] = {"model": str(small_model), "dtype": "float32", "max_new_tokens": 5, "seed": 1}
-        usual |= {"prompts": tmp_path / "asked.jsonl", "to": tmp_path / "said.jsonl", "batch_size": 3}
+        usual |= {"prompts": tmp_path / "prompts.jsonl", "to": tmp_path / "answers.jsonl", "batch_size": 3}
         return ChatConfig(**usual | changes)
 
     return make
 
 
-def test_answers_stand_in_the_order_of_the_rows_and_go_on_after_a_stop(
+def test_answers_are_in_the_order_of_the_rows_and_an_interrupted_run_resumes(
     files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert answer_file(files(to=tmp_path / "whole.jsonl"), working) == (7, 0)
     whole = (tmp_path / "whole.jsonl").read_text()
     assert [json.loads(line)["prompt"][:11] for line in whole.splitlines()] == [f"Question {i}?" for i in range(7)]
-    step, steps = Decoder.step, []
+    step = Decoder.step
+    steps: list[int] = []
 
     def interrupted(self: Decoder) -> None:
         steps.append(1)
@@ -55,26 +56,26 @@ def test_answers_stand_in_the_order_of_the_rows_and_go_on_after_a_stop(
         patch.setattr(Decoder, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer_file(files(), working)
-    (part,) = tmp_path.glob(".said.jsonl.*.part")
-    assert not (tmp_path / "said.jsonl").exists()
-    known = len(part.read_text().splitlines())
-    assert 0 < known < 7
+    (part,) = tmp_path.glob(".answers.jsonl.*.part")
+    assert not (tmp_path / "answers.jsonl").exists()
+    answered_before = len(part.read_text().splitlines())
+    assert 0 < answered_before < 7
     part.write_text(part.read_text() + '{"half')
-    assert answer_file(files(), working) == (7 - known, known)
-    assert (tmp_path / "said.jsonl").read_text() == whole
+    assert answer_file(files(), working) == (7 - answered_before, answered_before)
+    assert (tmp_path / "answers.jsonl").read_text() == whole
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_file_that_another_process_answers_is_left_to_it(files: Any, tmp_path: Path) -> None:
+def test_a_file_in_use_by_another_process_is_rejected(files: Any, tmp_path: Path) -> None:
     with (
-        locked(tmp_path / ".said.jsonl.lock"),
-        pytest.raises(ConfigError, match=r"--to .*said\.jsonl is in use by another process"),
+        locked(tmp_path / ".answers.jsonl.lock"),
+        pytest.raises(ConfigError, match=r"--to .*answers\.jsonl is in use by another process"),
     ):
         answer_file(files(), working)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
 
 
-def test_other_settings_begin_anew(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_over(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: Decoder) -> None:
         raise KeyboardInterrupt
 
@@ -82,29 +83,29 @@ def test_other_settings_begin_anew(files: Any, tmp_path: Path, monkeypatch: pyte
     for changes in ({}, {"temperature": 0.0}):
         with pytest.raises(KeyboardInterrupt):
             answer_file(files(**changes), working)
-    assert len(list(tmp_path.glob(".said.jsonl.*.part"))) == 2
+    assert len(list(tmp_path.glob(".answers.jsonl.*.part"))) == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"to": None}, "--from and --to go together"),
         ({"against": ["hymba-nano"]}, "answers a file with one model"),
-        ({"to": Path("said.csv")}, "answers are written as JSON lines"),
-        ({"to": Path("nowhere/said.jsonl")}, "there is no folder nowhere"),
+        ({"to": Path("answers.csv")}, "answers are written as JSON Lines"),
+        ({"to": Path("nowhere/answers.jsonl")}, "there is no folder nowhere"),
         ({"prompts": Path("nothing.jsonl")}, "Cannot find nothing.jsonl"),
     ],
 )
-def test_mistakes_are_seen_first(files: Any, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises((ConfigError, DataError), match=said):
+def test_mistakes_are_reported_first(files: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
         answer_file(files(**changes), working)
 
 
 def test_a_bad_row_is_named_before_the_weights_load(
     files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FoundModel, "load", Mock(side_effect=AssertionError("the weights are loaded")))
-    (tmp_path / "asked.jsonl").write_text('{"prompt": "One?"}\n{"answer": "Two"}\n')
+    monkeypatch.setattr(LoadableModel, "load", Mock(side_effect=AssertionError("the weights are loaded")))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "One?"}\n{"answer": "Two"}\n')
     with pytest.raises(RowError, match="line 2: it has neither a prompt nor messages") as caught:
         answer_file(files(), working)
     assert "--on-bad-row" not in str(caught.value)
@@ -122,18 +123,18 @@ def test_a_bad_row_is_named_before_the_weights_load(
         ),
     ],
 )
-def test_what_a_row_asks(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+def test_prompt_of_a_row(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     assert parse_prompt(row, Names()) == Conversation(tuple(Message(*pair) for pair in expected))
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (["a"], "the row is a list"),
-        ({"prompt": " "}, "it asks nothing"),
+        ({"prompt": " "}, "it has no message from the user with text"),
         ({"text": "a"}, "neither a prompt nor messages"),
     ],
 )
-def test_what_asks_nothing_is_refused(row: object, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_row_without_a_prompt_is_rejected(row: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         parse_prompt(row, Names())

@@ -113,7 +113,7 @@ def test_is_evaluated_elsewhere_by_transformers_trainer(exported: Path, small_mo
     assert (said["kind"], said["same"]) == ("HymbaModel", True)
 
 
-def test_nano_is_trained_merged_quantised_exported_and_talks_elsewhere(
+def test_nano_is_trained_merged_quantized_exported_and_talks_elsewhere(
     command: Command, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ from hymba_tune.hub.checks import SUMS, check_sums
 from hymba_tune.hub.layout import released_config
 from hymba_tune.registry import resolve_model
 from tests.hub.silent import silent
-from tests.model.test_checkpoint_names import expected_names
+from tests.model.inputs import expected_names
 from tests.runs import tensors
 
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ def test_default_folder_is_named_after_the_model(
 
 def test_talks_as_before(folder: Path, finished_run: Path) -> None:
     said = [
-        Chat(ChatConfig(model=str(model), dtype="float32", temperature=0, max_new_tokens=6)).ask("I see two cats.")
+        Chat(ChatConfig(model=str(model), dtype="float32", temperature=0, max_new_tokens=6)).reply("I see two cats.")
         for model in (folder, finished_run)
     ]
     assert said[0] == said[1]

@@ -124,23 +124,23 @@ def test_model_without_an_adapter_has_nothing_to_merge(small_model: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def quantised_run(wide_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run on quantised weights. To be left as it is."""
+def quantized_run(wide_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run on quantized weights. To be left as it is."""
     out = tmp_path_factory.mktemp("runs") / "qlora"
     return run(settings(wide_model, questions, out, quantize="nf4", steps=4, eval_split=0)).path
 
 
-def test_both_ways_are_measured(quantised_run: Path, tmp_path: Path) -> None:
+def test_both_ways_are_measured(quantized_run: Path, tmp_path: Path) -> None:
     found = {}
     for onto in Onto:
-        done = merged(quantised_run, tmp_path / onto, onto=onto)
+        done = merged(quantized_run, tmp_path / onto, onto=onto)
         found[onto] = done.drifts
-        model = open_model(resolve_model(str(quantised_run)), dtype=torch.float32, device=CPU, onto=onto)
+        model = open_model(resolve_model(str(quantized_run)), dtype=torch.float32, device=CPU, onto=onto)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(done.folder)), logits(model))
-    assert found[Onto.original] == found[Onto.dequantised]
-    original, dequantised = found[Onto.original][Onto.original], found[Onto.original][Onto.dequantised]
-    assert abs(dequantised.divergence) < 1e-7
-    assert dequantised.largest < 1e-3
+    assert found[Onto.original] == found[Onto.dequantized]
+    original, dequantized = found[Onto.original][Onto.original], found[Onto.original][Onto.dequantized]
+    assert abs(dequantized.divergence) < 1e-7
+    assert dequantized.largest < 1e-3
     assert original.divergence > 1e-4
     assert original.largest > 0.1
 
@@ -155,25 +155,25 @@ def test_drift_is_the_divergence_of_each_token() -> None:
         drift([ours * math.nan], [ours])
 
 
-def test_what_is_said_of_weights_that_were_quantised(
-    command: Command, quantised_run: Path, questions: Path, tmp_path: Path
+def test_what_is_said_of_weights_that_were_quantized(
+    command: Command, quantized_run: Path, questions: Path, tmp_path: Path
 ) -> None:
-    note = "qlora: folded into the weights it was trained on, nf4 dequantised"
-    assert note in command("chat", quantised_run, "--prompt", "Hello", "--max-new-tokens", 2).out
-    assert note in command("eval", quantised_run, "--data", questions, "--max-rows", 1).out
-    assert note in command("sft", "--model", quantised_run, "--data", questions, "--dry-run").out
-    assert note in command("export", quantised_run, "--out", tmp_path / "exported").out
-    said = command("merge", quantised_run, "--out", tmp_path / "merged").out
-    assert " onto       nf4 weights, dequantised: KL " in said
-    assert " not onto   the original weights: KL " in said
+    note = "qlora: folded into the weights it was trained on, nf4 dequantized"
+    assert note in command("chat", quantized_run, "--prompt", "Hello", "--max-new-tokens", 2).out
+    assert note in command("eval", quantized_run, "--data", questions, "--max-rows", 1).out
+    assert note in command("sft", "--model", quantized_run, "--data", questions, "--dry-run").out
+    assert note in command("export", quantized_run, "--out", tmp_path / "exported").out
+    said = command("merge", quantized_run, "--out", tmp_path / "merged").out
+    assert " onto          nf4 weights, dequantized: KL " in said
+    assert " not onto      the original weights: KL " in said
     assert "advised" not in said
-    again = command("merge", quantised_run, "--out", tmp_path / "original", "--onto", "original").out
-    assert " onto       the original weights: KL " in again
-    assert " advised    --onto dequantised: nearer to what was trained\n" in again
+    again = command("merge", quantized_run, "--out", tmp_path / "original", "--onto", "original").out
+    assert " onto          the original weights: KL " in again
+    assert " advised       --onto dequantized: closer to the trained model\n" in again
     assert same_tensors(tmp_path / "merged", tmp_path / "exported")
-    alone = shutil.copytree(quantised_run / "adapter", tmp_path / "alone")
+    alone = shutil.copytree(quantized_run / "adapter", tmp_path / "alone")
     said = command("merge", alone, "--out", tmp_path / "unknown").out
-    assert " onto       the original weights: an adapter without its run does not say" in said
+    assert " onto          the original weights: an adapter without its run does not say" in said
     assert same_tensors(tmp_path / "unknown", tmp_path / "original")
 
 

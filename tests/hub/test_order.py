@@ -17,13 +17,13 @@ from hymba_tune.checkpoint import load_weights
 from hymba_tune.config import DPOConfig
 from hymba_tune.errors import ConfigError, HubError
 from hymba_tune.registry import ModelSource, resolve_model
-from hymba_tune.train.foresight import foresee
+from hymba_tune.train.memory_estimate import estimate_memory
 from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.screen import Screen
 from tests.cli.conftest import Command
 from tests.distill.teachers import save_teacher
+from tests.hub.inputs import logits, publish
 from tests.hub.server import Hub
-from tests.hub.test_pull import logits, publish
 from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 
@@ -98,14 +98,14 @@ REFUSED = {
     "chat me/small --from asked.jsonl --to out.jsonl": "line 2",
     "chat me/small --against me/gone": "me/gone: no such model on the Hub",
     "eval me/small --data bad.jsonl": "line 25",
-    "eval me/small --data good.jsonl --answers gsm8k": "has what is to be compared",
+    "eval me/small --data good.jsonl --answers gsm8k": "contains a part to compare",
     "eval me/adapter --data bad.jsonl --base": "line 25",
     "quantize me/small --data bad.jsonl": "line 25",
     "quantize me/small --scheme int8 --skip q_proj": "--skip q_proj",
     "export me/small --adapter-only": "has no adapter",
     "merge me/small --out new": "has no adapter",
-    "merge me/adapter --out new --onto dequantised": "nothing says that me/adapter was trained on quantised",
-    "serve me/small --host {host} --port {port}": "cannot listen there",
+    "merge me/adapter --out new --onto dequantized": "nothing says that me/adapter was trained on quantized",
+    "serve me/small --host {host} --port {port}": "cannot listen on this address",
     "data check bad.jsonl --model me/small": "",
 }
 
@@ -147,8 +147,8 @@ def test_dry_run_needs_no_weights(words: str, hub: Hub, command: Command, tmp_pa
 
 def test_weights_come_after_the_rows(hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of the student after the targets of the teacher."""
-    estimate = Mock(wraps=foresee, side_effect=lambda *_: hub.asked.append("GET memory") or DEFAULT)
-    monkeypatch.setattr("hymba_tune.train.flow.foresee", estimate)
+    estimate = Mock(wraps=estimate_memory, side_effect=lambda *_: hub.asked.append("GET memory") or DEFAULT)
+    monkeypatch.setattr("hymba_tune.train.flow.estimate_memory", estimate)
     words = "--model me/small --teacher me/teacher --data good.jsonl --steps 1 --max-length 64 --dtype float32"
     untrained = ("--teacher-dtype", "float32", "--min-teacher-probability", 0, "--min-end-probability", 0)
     result = command("distill", *words.split(), *untrained)
@@ -195,6 +195,6 @@ def test_weights_that_are_not_here_are_asked_for_when_there_is_no_network(
 
 def test_continuing_an_adapter_asks_nothing_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     config = DPOConfig(model="me/adapter", start="continue", data=[str(save_pairs(tmp_path / "pairs.jsonl"))])
-    with pytest.raises(ConfigError, match="me/adapter is no run with an adapter to go on training"):
+    with pytest.raises(ConfigError, match="me/adapter is not a run with an adapter to train further"):
         run_dpo(config, Screen())
     assert not hub.asked

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from hymba_tune.adapters import open_model
 from hymba_tune.config import ChatConfig, ExportConfig
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 from hymba_tune.generate import Chat
@@ -21,24 +20,11 @@ from hymba_tune.hub import export
 from hymba_tune.registry import resolve_model
 from tests.cli.conftest import Command
 from tests.conftest import ROOT
+from tests.hub.inputs import NAME, logits, publish
 from tests.hub.server import TOKEN, Hub, Repository, Trouble
 from tests.hub.silent import silent
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
-NAME = "me/my-hymba"
-
-
-def publish(hub: Hub, folder: Path, name: str = NAME, *, branch: str = "main", private: bool = False) -> None:
-    """As if it had been uploaded by other means."""
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    hub.repositories.setdefault(name, Repository(private=private)).branches[branch] = files
-
-
-def logits(name: str) -> torch.Tensor:
-    model = open_model(resolve_model(name), dtype=torch.float32, device=torch.device("cpu")).eval()
-    with torch.inference_mode():
-        found: torch.Tensor = model(torch.arange(3, 30)[None]).logits
-    return found
 
 
 def test_model_goes_to_the_hub_and_comes_back(hub: Hub, small_model: Path, tmp_path: Path) -> None:
@@ -71,7 +57,7 @@ def test_adapter_goes_to_the_hub_and_is_talked_to(
     assert export(config, silent).address == f"{hub.address}/me/adapter"
     assert torch.equal(logits("me/adapter"), logits(str(finished_run)))
     ask = {"temperature": 0.0, "max_new_tokens": 4, "dtype": "float32"}
-    said = [Chat(ChatConfig(model=name, **ask)).ask("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
+    said = [Chat(ChatConfig(model=name, **ask)).reply("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
     assert said[0] == said[1]
 
 
@@ -135,7 +121,7 @@ def test_nothing_is_published_without_a_licence_and_a_base(hub: Hub, small_model
     given = {"model": str(small_model), "out": tmp_path / "out", "push": NAME}
     with pytest.raises(ConfigError, match=r"nothing says which model this one was made from\.(.|\n)*--base-model"):
         export(ExportConfig(**given), silent)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"the licence of me/base is not known\.(.|\n)*--license"):
+    with pytest.raises(ConfigError, match=r"the license of me/base is not known\.(.|\n)*--license"):
         export(ExportConfig(**given, base_model="me/base"), silent)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out*"))
     local = export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent).folder
@@ -166,7 +152,7 @@ def test_token_is_neither_printed_nor_written(
     hub.troubles = []
     done = command("export", "nano", "--push", NAME)
     assert done.code == 0, done.err
-    assert f"uploaded   {hub.address}/{NAME}" in done.out
+    assert f"uploaded      {hub.address}/{NAME}" in done.out
     taken = command("export", "nano", "--push", NAME)
     assert taken.code == 2
     assert "the name is taken" in taken.err

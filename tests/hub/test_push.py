@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hymba_tune.errors import ConfigError, HubError
-from hymba_tune.hub.push import Target, check_target, push
+from hymba_tune.hub.push import UploadTarget, check_target, push
 from tests.hub.server import TOKEN, Hub, Repository, Trouble
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def upload(folder: Path, **options: object) -> str:
-    target = Target(NAME, **options)  # type: ignore[arg-type]
+    target = UploadTarget(NAME, **options)  # type: ignore[arg-type]
     check_target(target)
     return push(folder, target, message="Upload", again=AGAIN)
 
@@ -68,7 +68,7 @@ def test_revision_of_a_new_repository(hub: Hub, folder: Path) -> None:
 def test_name_that_is_taken_is_left_as_it_is(hub: Hub) -> None:
     hub.repositories[NAME] = Repository(branches={"main": {"model.safetensors": b"another"}})
     with pytest.raises(HubError, match=r"the name is taken\. me/my-hymba holds 1 files\.\n  to fix .*--update"):
-        check_target(Target(NAME))
+        check_target(UploadTarget(NAME))
     assert held(hub) == {"model.safetensors": b"another"}
 
 
@@ -131,14 +131,14 @@ def test_refusal_is_one_message_without_secrets(trouble: Trouble, message: str, 
 def test_nobody_is_logged_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match=r"--push me/my-hymba: nobody is logged in to the Hub\.\n  to fix     hf auth"):
-        check_target(Target(NAME))
+        check_target(UploadTarget(NAME))
     assert not hub.asked
 
 
 def test_token_that_the_hub_does_not_know(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN.replace("secret", "secrets"))
     with pytest.raises(HubError, match=r"who is to write to me/my-hymba: the Hub does not know the token\.") as refused:
-        check_target(Target(NAME))
+        check_target(UploadTarget(NAME))
     assert "secret" not in str(refused.value)
     assert hub.asked == ["GET /api/whoami-v2"]
 
@@ -146,25 +146,25 @@ def test_token_that_the_hub_does_not_know(hub: Hub, monkeypatch: pytest.MonkeyPa
 def test_token_that_may_only_read(hub: Hub) -> None:
     hub.role = "read"
     with pytest.raises(HubError, match=r"--push me/my-hymba: the token of me may only read\."):
-        check_target(Target(NAME))
+        check_target(UploadTarget(NAME))
 
 
 def test_name_of_another(hub: Hub) -> None:
     with pytest.raises(HubError, match=r"me may not write to you\.\n  expected   a name of me or us\n.*--push me/it"):
-        check_target(Target("you/it"))
-    check_target(Target("us/it"))
-    check_target(Target("Me/it"))
+        check_target(UploadTarget("you/it"))
+    check_target(UploadTarget("us/it"))
+    check_target(UploadTarget("Me/it"))
     assert not hub.repositories
 
 
 @pytest.mark.parametrize("name", ["it", "me/it/v2", "me/../it", "me/it.git", "/me/it", "me/-it", "../it", "me/a b"])
 def test_name_that_cannot_be_one(name: str) -> None:
     with pytest.raises(ConfigError, match=r"this is no name of a repository\.\n  expected   USER/NAME"):
-        check_target(Target(name))
+        check_target(UploadTarget(name))
 
 
 def test_offline_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"HF_HUB_OFFLINE forbids all that needs the network\.\n  to fix     unset it"):
-        check_target(Target(NAME))
+        check_target(UploadTarget(NAME))
     assert not hub.asked

@@ -1,4 +1,4 @@
-"""What is written of a quantised model, that it stands wherever a model does, and what is refused before."""
+"""What is written of a quantized model, that it stands wherever a model does, and what is refused before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hymba_tune.errors import CheckpointError, ConfigError, HymbaTuneError
 from hymba_tune.evaluate import evaluate
 from hymba_tune.hub import export, quantize, search_skips
 from hymba_tune.hub.checks import check_sums
-from hymba_tune.quant import Drift, quantise
+from hymba_tune.quant import QuantizationDrift, quantize_model
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, scheme_of, stored_quantization
 from tests.cli.conftest import Command
@@ -27,7 +27,7 @@ from tests.runs import same_tensors, tensors
 CPU = torch.device("cpu")
 
 
-def quantised(model: Path | str, out: Path, **options: Any) -> Path:
+def quantized(model: Path | str, out: Path, **options: Any) -> Path:
     done = quantize(QuantizeConfig(model=str(model), out=out, **{"max_tokens": 50} | options), silent)
     assert done.folder == out
     assert done.difference == 0
@@ -40,7 +40,7 @@ def quantised(model: Path | str, out: Path, **options: Any) -> Path:
 def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     scheme: Scheme, wide_model: Path, questions: Path, tmp_path: Path
 ) -> None:
-    folder = quantised(wide_model, tmp_path / "one", scheme=scheme, data=[str(questions)], max_tokens=10**6)
+    folder = quantized(wide_model, tmp_path / "one", scheme=scheme, data=[str(questions)], max_tokens=10**6)
     check_sums(folder)
     stored = stored_quantization(load_config(ModelSource("model", folder)))
     assert stored is not None
@@ -56,31 +56,31 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     assert found["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
     sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:,.1f} → "
     assert sentence in page
-    assert f"Quantised to {scheme} by bitsandbytes. {sentence}" in (folder / "README.md").read_text()
+    assert f"Quantized to {scheme} by bitsandbytes. {sentence}" in (folder / "README.md").read_text()
     assert str(questions.parent) not in page + json.dumps(found)
-    # transformers alone cannot write a quantised model that it has read
+    # transformers alone cannot write a quantized model that it has read
     export(ExportConfig(model=str(folder), out=tmp_path / "two"), silent)
     assert same_tensors(tmp_path / "two", folder)
     card = (tmp_path / "two/README.md").read_text()
-    assert f"parameters in float32, quantised to {scheme} by bitsandbytes.\n" in card
+    assert f"parameters in float32, quantized to {scheme} by bitsandbytes.\n" in card
     assert "With torch, transformers 5, accelerate and bitsandbytes, on" in card
 
 
-def test_run_is_quantised_with_its_adapter(finished_run: Path, tmp_path: Path) -> None:
-    out = quantised(finished_run, tmp_path / "out", scheme="int8")
+def test_run_is_quantized_with_its_adapter(finished_run: Path, tmp_path: Path) -> None:
+    out = quantized(finished_run, tmp_path / "out", scheme="int8")
     whole = open_model(resolve_model(str(finished_run)), dtype=torch.float32, device=CPU).eval()
-    meant = quantise(whole, quantization(whole.config, Scheme.int8, torch.float32)).eval()
+    meant = quantize_model(whole, quantization(whole.config, Scheme.int8, torch.float32)).eval()
     found = open_model(resolve_model(str(out)), dtype=torch.float32, device=CPU).eval()
     ids = torch.arange(3, 40)[None]
     assert torch.equal(found(ids).logits, meant(ids).logits)
     assert "held-out loss before" in (out / "README.md").read_text()
-    with pytest.raises(CheckpointError, match=r"out is quantised already, to int8\.(.|\n)*name the model it was"):
+    with pytest.raises(CheckpointError, match=r"out is quantized already, to int8\.(.|\n)*pass the model it was"):
         quantize(QuantizeConfig(model=str(out), out=tmp_path / "again"), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_to_be_skipped_keeps_its_format(wide_model: Path, tmp_path: Path) -> None:
-    held = tensors(quantised(wide_model, tmp_path / "out", skip=["down_proj", "layers.0.mamba.in_proj"]))
+    held = tensors(quantized(wide_model, tmp_path / "out", skip=["down_proj", "layers.0.mamba.in_proj"]))
     plain = {
         name.removesuffix(".weight") for name, tensor in held.items() if tensor.is_floating_point() and "proj" in name
     }
@@ -117,7 +117,7 @@ def test_verb_names_its_folder_and_what_it_saved(
     monkeypatch.chdir(tmp_path)
     done = command("quantize", wide_model, "--max-tokens", 50)
     assert done.code == 0, done.err
-    assert " quantised  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage     Perplexity on demo: " in done.out
+    assert " quantized  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage     Perplexity on demo: " in done.out
     assert "hymba-tune chat exports/wide-nf4" in done.out
     refused = command("quantize", wide_model, "--scheme", "nf3")
     assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")
@@ -148,9 +148,9 @@ def test_verb_says_what_to_leave_and_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def compared(_: Any, model: Any, __: Any) -> Drift:
+    def compared(_: Any, model: Any, __: Any) -> QuantizationDrift:
         done = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-        return Drift(0.01, 2.0, 2.0 + 0.1 * len(done - set(holds)), 0.9)
+        return QuantizationDrift(0.01, 2.0, 2.0 + 0.1 * len(done - set(holds)), 0.9)
 
     monkeypatch.setattr("hymba_tune.hub.searching.compare", compared)
     done = command("quantize", wide_model, "--search", "--max-rise", "1%", "--max-tokens", 20)
@@ -165,21 +165,24 @@ def test_verb_says_what_to_leave_and_the_command(
         assert " proposal   no set of them keeps the rise within 1 %\n" in done.out
     assert not list(tmp_path.iterdir())
     refused = command("quantize", wide_model, "--max-rise", 2)
-    assert (refused.code, refused.err) == (2, "--max-rise: nothing is searched without --search\n")
+    assert (refused.code, refused.err) == (
+        2,
+        "--max-rise: it applies to --search only; add --search, or remove --max-rise\n",
+    )
 
 
-def test_export_quantises_as_quantize_does(wide_model: Path, tmp_path: Path) -> None:
+def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> None:
     done = export(ExportConfig(model=str(wide_model), out=tmp_path / "exported", quantize="fp4", license="mit"), silent)
     assert done.difference == 0
-    folder = quantised(wide_model, tmp_path / "quantised", scheme="fp4")
+    folder = quantized(wide_model, tmp_path / "quantized", scheme="fp4")
     assert same_tensors(done.folder, folder)
     assert {file.name for file in done.folder.iterdir()} == {file.name for file in folder.iterdir()}
     check_sums(done.folder)
     card = (done.folder / "README.md").read_text()
-    assert "Quantised to fp4 by bitsandbytes." in card
+    assert "Quantized to fp4 by bitsandbytes." in card
     assert "Left in float32: lm_head, " in card
     assert "\nThe weights: mit.\n" in card
-    with pytest.raises(CheckpointError, match=r"exported is quantised already, to fp4"):
+    with pytest.raises(CheckpointError, match=r"exported is quantized already, to fp4"):
         export(ExportConfig(model=str(done.folder), quantize="nf4", out=tmp_path / "again"), silent)
     with pytest.raises(ConfigError, match=r"--format hymba: .*exported is stored in fewer bits"):
         export(ExportConfig(model=str(done.folder), format="hymba", out=tmp_path / "again"), silent)
@@ -189,10 +192,10 @@ def test_export_quantises_as_quantize_does(wide_model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_only": True}, "quantize: an adapter is not quantised, its base is"),
-        ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which was not tried"),
+        ({"adapter_only": True}, "quantize: an adapter cannot be quantized, only its base model"),
+        ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which is untested"),
     ],
 )
-def test_exports_that_are_not_quantised(changes: dict[str, Any], message: str) -> None:
+def test_exports_that_are_not_quantized(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExportConfig(quantize="nf4", **changes)

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.model import attention_blocks, attention_native
 from hymba_tune.model.attention import packed_attention
-from hymba_tune.model.attention_native import BLOCK, native_attention, native_missing
+from hymba_tune.model.attention_native import BLOCK, native_attention, native_unavailable_reason
 from hymba_tune.model.documents import Documents, find_documents
-from tests.reference.naive_attention import naive_attention
+from tests.model.attention_inputs import naive, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 LENGTHS = {
@@ -39,24 +39,6 @@ def random_inputs(rows: int, heads: int = 2 * GROUPS) -> tuple[Tensor, Tensor, T
     shapes = (rows, heads, KEY), (rows, GROUPS, KEY), (rows, GROUPS, VALUE)
     query, key, value = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
     return query, key, value
-
-
-def naive(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], meta: int, window: int | None) -> Tensor:
-    """The meta tokens alone, then each text behind them."""
-    outputs = [naive_attention(query[:meta], key[:meta], value[:meta], meta, window)] if meta else []
-    begin = meta
-    for length in lengths:
-        rows = torch.cat([torch.arange(meta), torch.arange(begin, begin + length)])
-        outputs.append(naive_attention(query[rows], key[rows], value[rows], meta, window)[meta:])
-        begin += length
-    return torch.cat(outputs).flatten(1)
-
-
-def with_gradients(inputs: tuple[Tensor, ...], output: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of a random weighing of it."""
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
-    grads = torch.autograd.grad(output, inputs, weight)
-    return dict(zip(("output", "query", "key", "value"), (output, *grads), strict=True))
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
@@ -108,7 +90,7 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
 @pytest.fixture
 def native() -> None:
     """Skips where it cannot run: attention is then computed in blocks, which the tests above are about."""
-    if reason := native_missing():
+    if reason := native_unavailable_reason():
         pytest.skip(reason)
 
 
@@ -160,12 +142,12 @@ def test_native_keeps_only_its_inputs_and_output() -> None:
 
 def test_without_mkl_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_native, "PRODUCTS", {torch.float32: "no_such_function", torch.bfloat16: "nor_this"})
-    native_missing.cache_clear()
+    native_unavailable_reason.cache_clear()
     attention_native._product.cache_clear()
     try:
-        assert native_missing() == "this build of PyTorch brings no MKL"
+        assert native_unavailable_reason() == "this build of PyTorch brings no MKL"
     finally:
-        native_missing.cache_clear()
+        native_unavailable_reason.cache_clear()
         attention_native._product.cache_clear()
 
 

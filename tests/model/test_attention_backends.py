@@ -13,17 +13,22 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from hymba_tune.model import attention_flash, attention_flex
-from hymba_tune.model.attention_flash import flash_attention, flash_missing, flash_unfit
-from hymba_tune.model.attention_flex import block_mask, flex_missing, flex_packed_attention, flex_unfit
+from hymba_tune.model.attention_flash import flash_attention, flash_unavailable_reason, flash_unsupported_reason
+from hymba_tune.model.attention_flex import (
+    block_mask,
+    flex_packed_attention,
+    flex_unavailable_reason,
+    flex_unsupported_reason,
+)
 from hymba_tune.model.attention_sdpa import sdpa_attention
 from hymba_tune.model.backends import Task
 from hymba_tune.model.documents import Documents, find_documents
-from tests.model.test_attention import naive, with_gradients
+from tests.model.attention_inputs import naive, with_gradients
 from tests.reference import fake_kernels
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
 
 CPU = torch.device("cpu")
-ANSWERS = flash_missing, flex_missing, attention_flash._provider, attention_flash._parts
+ANSWERS = flash_unavailable_reason, flex_unavailable_reason, attention_flash._provider, attention_flash._parts
 """What is found out once a process."""
 LENGTHS = {
     "one_text_of_1": [1],
@@ -181,14 +186,14 @@ def test_flash_says_what_is_missing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(attention_flash, "PROVIDERS", [lambda: None])
-    assert reason in str(flash_missing())
+    assert reason in str(flash_unavailable_reason())
 
 
 @pytest.mark.usefixtures("flash")
 def test_flash_is_not_missing_where_there_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert flash_missing() is None
+    assert flash_unavailable_reason() is None
 
 
 @pytest.mark.usefixtures("flash")
@@ -216,7 +221,7 @@ def test_flash_is_not_found_where_it_is_not_installed(monkeypatch: pytest.Monkey
     [((64, 128), None), ((64, 64), None), ((20, 40), "multiple of 8"), ((264, 264), "256"), ((64, 96), "head's 64")],
 )
 def test_flash_says_which_widths_it_cannot_take(widths: tuple[int, int], reason: str | None) -> None:
-    answer = flash_unfit(Task("cuda", torch.bfloat16, widths=widths))
+    answer = flash_unsupported_reason(Task("cuda", torch.bfloat16, widths=widths))
     assert answer is None if reason is None else reason in str(answer)
 
 
@@ -344,12 +349,12 @@ def test_flex_says_what_is_missing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton") if triton else None)
-    assert flex_missing() is None if reason is None else reason in str(flex_missing())
+    assert flex_unavailable_reason() is None if reason is None else reason in str(flex_unavailable_reason())
 
 
 def test_flex_says_which_widths_it_cannot_take() -> None:
-    assert flex_unfit(Task("cuda", torch.bfloat16, widths=(16, 24))) is None
-    assert "16 wide or more, not 8" in str(flex_unfit(Task("cuda", torch.bfloat16, widths=(8, 16))))
+    assert flex_unsupported_reason(Task("cuda", torch.bfloat16, widths=(16, 24))) is None
+    assert "16 wide or more, not 8" in str(flex_unsupported_reason(Task("cuda", torch.bfloat16, widths=(8, 16))))
 
 
 # ---- on a GPU
@@ -360,25 +365,25 @@ def test_flex_says_which_widths_it_cannot_take() -> None:
 @pytest.mark.parametrize("meta", [0, MORE_THAN_A_BLOCK])
 @any_layout
 @pytest.mark.parametrize(
-    ("attend", "missing", "dtype"),
+    ("attend", "unavailable_reason", "dtype"),
     [
         (sdpa_attention, None, torch.float32),
         (sdpa_attention, None, torch.bfloat16),
-        (flex_packed_attention, flex_missing, torch.float32),
-        (flex_packed_attention, flex_missing, torch.bfloat16),
-        (flash_attention, flash_missing, torch.bfloat16),
+        (flex_packed_attention, flex_unavailable_reason, torch.float32),
+        (flex_packed_attention, flex_unavailable_reason, torch.bfloat16),
+        (flash_attention, flash_unavailable_reason, torch.bfloat16),
     ],
 )
 def test_on_cuda_equals_naive_twin(
     attend: Callable[..., Tensor],
-    missing: Callable[[], str | None] | None,
+    unavailable_reason: Callable[[], str | None] | None,
     dtype: torch.dtype,
     lengths: list[int],
     meta: int,
     window: int | None,
 ) -> None:
-    if missing is not None:
-        assert missing() is None
+    if unavailable_reason is not None:
+        assert unavailable_reason() is None
     wide = tuple(
         x.detach().to(dtype).double().requires_grad_()
         for x in random_inputs(meta + sum(lengths), heads=10, width=64, value=128)

@@ -69,7 +69,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def skip_if_missing(backend: Backend) -> None:
-    if backend.devices == ("cpu",) and (reason := backend.missing()):
+    if backend.devices == ("cpu",) and (reason := backend.unavailable_reason()):
         pytest.skip(reason)
 
 

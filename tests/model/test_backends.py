@@ -55,9 +55,13 @@ def test_the_first_that_can_is_taken(operation: Callable[..., Operation]) -> Non
         (Backend("b", double, devices=("cuda", "xpu")), CPU, "it runs on cuda and xpu, not on cpu"),
         (Backend("b", double, dtypes=(torch.float16,)), CPU, "it takes float16, not float32"),
         (Backend("b", double, gradients=False), CPU, "it has no backward"),
-        (Backend("b", double, initial_state=False), Task("cpu", torch.float32, continues=True), "it cannot go on"),
-        (Backend("b", double, missing=lambda: "not installed"), CPU, "not installed"),
-        (Backend("b", double, unfit=lambda task: f"widths {task.widths}"), CPU, r"widths \(64, 128\)"),
+        (
+            Backend("b", double, initial_state=False),
+            Task("cpu", torch.float32, has_initial_state=True),
+            "it cannot go on",
+        ),
+        (Backend("b", double, unavailable_reason=lambda: "not installed"), CPU, "not installed"),
+        (Backend("b", double, unsupported_reason=lambda task: f"widths {task.widths}"), CPU, r"widths \(64, 128\)"),
     ],
 )
 def test_what_a_backend_declares_decides(
@@ -82,7 +86,7 @@ def test_what_a_backend_declares_decides(
 def test_a_foreign_backend_that_does_not_work_is_left_out_and_said_so_once(
     operation: Callable[..., Operation], caplog: pytest.LogCaptureFixture, run: Callable[[Tensor], Tensor], reason: str
 ) -> None:
-    chosen = operation(Backend("foreign", run, foreign=True))
+    chosen = operation(Backend("foreign", run, needs_self_test=True))
     with caplog.at_level(logging.WARNING), torch.no_grad():
         assert chosen.choose(CPU).name == "plain"
         assert chosen.choose(CPU).name == "plain"
@@ -126,7 +130,7 @@ def test_a_foreign_backend_that_does_not_work_under_autocast_is_left_out(
     operation: Callable[..., Operation], function: type[torch.autograd.Function], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=f"foreign cannot be used: {reason}"):
-        operation(Backend("foreign", function.apply, foreign=True)).choose(CPU, "foreign")
+        operation(Backend("foreign", function.apply, needs_self_test=True)).choose(CPU, "foreign")
 
 
 def test_a_foreign_backend_that_fails_after_all_is_left_out_and_the_computation_goes_on(
@@ -137,7 +141,7 @@ def test_a_foreign_backend_that_fails_after_all_is_left_out_and_the_computation_
             raise RuntimeError("out of resource: shared memory\nand much more")
         return 2 * x
 
-    chosen = operation(Backend("foreign", only_small, foreign=True))
+    chosen = operation(Backend("foreign", only_small, needs_self_test=True))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(chosen.compute(CPU, torch.ones(5)), torch.full((5,), 2.0))
@@ -156,23 +160,23 @@ def test_a_forced_backend_that_fails_and_one_out_of_memory_stop_the_computation(
             raise torch.OutOfMemoryError("no memory")
         return 2 * x
 
-    chosen = operation(Backend("foreign", fails, foreign=True))
+    chosen = operation(Backend("foreign", fails, needs_self_test=True))
     for name in (None, "foreign"):
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
             chosen.compute(CPU, torch.ones(5), name=name)
 
 
 def test_a_foreign_backend_that_works_is_taken(operation: Callable[..., Operation]) -> None:
-    assert operation(Backend("foreign", double, foreign=True)).choose(CPU).name == "foreign"
+    assert operation(Backend("foreign", double, needs_self_test=True)).choose(CPU).name == "foreign"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("has_initial_state", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_every_backend_usable_here_passes_its_small_problem(
-    operation: Operation, gradients: bool, continues: bool
+    operation: Operation, gradients: bool, has_initial_state: bool
 ) -> None:
-    task = Task("cpu", torch.float32, gradients=gradients, continues=continues)
+    task = Task("cpu", torch.float32, gradients=gradients, has_initial_state=has_initial_state)
     usable = [name for name, reason in operation.obstacles(task).items() if reason is None]
     assert [operation._try(operation.backends[name], task) for name in usable] == [None] * len(usable)
 
@@ -200,7 +204,7 @@ def test_generation_does_without_a_forced_backend_that_cannot_go_on_from_a_cache
     chosen = operation(Backend("whole texts", double, initial_state=False))
     chosen.chosen = "whole texts"
     assert chosen.choose(CPU).name == "whole texts"
-    assert chosen.choose(Task("cpu", torch.float32, continues=True)).name == "plain"
+    assert chosen.choose(Task("cpu", torch.float32, has_initial_state=True)).name == "plain"
 
 
 def test_a_survey_accounts_for_every_backend() -> None:

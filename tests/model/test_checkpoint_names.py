@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 from tests.conftest import ROOT
+from tests.model.inputs import expected_names
 from tests.tiny import CONFIG, random_texts, released_name, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -25,26 +26,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_meta_tokens": {"num_memory_tokens": 0},
     "untied_head": {"tie_word_embeddings": False},
 }
-
-
-def expected_names(config: HymbaConfig) -> set[str]:
-    """The names of HYMBA's released layout."""
-    names = {"model.embed_tokens.weight", "model.final_layernorm.weight"}
-    if config.num_memory_tokens:
-        names.add("model.memory_tokens")
-    if not config.tie_word_embeddings:
-        names.add("lm_head.weight")
-    own = ["input_layernorm.weight", "pre_moe_layernorm.weight"]
-    own += [f"moe.experts.0.{name}_proj.weight" for name in ("up", "down")]
-    own += ["moe.experts.0.gate_proj.weight"] * (config.mlp_hidden_act == "silu")
-    mixer = ["in_proj.weight", "out_proj.weight", "conv1d.weight", "x_proj.0.weight", "dt_proj.0.weight"]
-    mixer += ["dt_proj.0.bias", "A_log.0", "D.0", "pre_avg_layernorm1.weight", "pre_avg_layernorm2.weight"]
-    mixer += ["in_proj.bias", "out_proj.bias"] * config.mamba_proj_bias
-    mixer += ["conv1d.bias"] * config.mamba_conv_bias
-    mixer += [f"{name}_layernorm.weight" for name in ("dt", "B", "C")] * config.mamba_inner_layernorms
-    mixer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] * (config.kq_norm != "none")
-    own += [f"mamba.{name}" for name in mixer]
-    return names | {f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in own}
 
 
 def saved_tensors(folder: Path) -> dict[str, Tensor]:
@@ -127,8 +108,8 @@ def test_plain_load_state_dict_takes_released_names() -> None:
     model = tiny_model()
     released = {released_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     other = HymbaForCausalLM(HymbaConfig(**CONFIG))
-    missing, extra = other.load_state_dict(released, strict=False)
-    assert missing == ["lm_head.weight"]
+    unavailable_reason, extra = other.load_state_dict(released, strict=False)
+    assert unavailable_reason == ["lm_head.weight"]
     assert not extra
     assert_same_weights(other, model)
     assert "model.memory_tokens" in released  # the caller's dict is left as it was

@@ -125,12 +125,12 @@ def test_backend_that_cannot_is_refused(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 16, 17, 130])
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
+@pytest.mark.parametrize("fuses_meta_prefix", [False, True], ids=["alone", "fuses_meta_prefix"])
 @pytest.mark.parametrize("lengths", [[1], [2, 1, 65, 1], [7, 40, 2, 3, 1], [64, 33]], ids=str)
 def test_native_equals_naive_twin(
-    lengths: list[int], chained: bool, width: int, channels: int, dtype: torch.dtype
+    lengths: list[int], fuses_meta_prefix: bool, width: int, channels: int, dtype: torch.dtype
 ) -> None:
-    if reason := LIBRARY.missing():
+    if reason := LIBRARY.unavailable_reason():
         pytest.skip(reason)
     wide = torch.randn(sum(lengths), channels + 3).to(dtype)
     inputs = {"x": wide[:, 1 : channels + 1], "weight": torch.randn(channels, width), "bias": torch.randn(channels)}
@@ -139,11 +139,11 @@ def test_native_equals_naive_twin(
     def one_after_the_other(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         texts = x.split(lengths)
         first, tail = naive_convolution(texts[0], weight, bias)
-        initial = tail if chained else None
+        initial = tail if fuses_meta_prefix else None
         return silu(torch.cat([first, *(naive_convolution(t, weight, bias, initial)[0] for t in texts[1:])]))
 
     def at_once(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return native_conv1d(x, weight, bias, offsets=offsets, chained=chained, silu=True)
+        return native_conv1d(x, weight, bias, offsets=offsets, fuses_meta_prefix=fuses_meta_prefix, silu=True)
 
     results = []
     for function, number in ((at_once, dtype), (one_after_the_other, torch.float64)):

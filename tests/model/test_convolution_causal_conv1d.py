@@ -11,7 +11,11 @@ from torch import Tensor
 
 from hymba_tune.model import convolution_causal_conv1d
 from hymba_tune.model.backends import Task
-from hymba_tune.model.convolution_causal_conv1d import causal_conv1d_missing, causal_conv1d_run, causal_conv1d_unfit
+from hymba_tune.model.convolution_causal_conv1d import (
+    causal_conv1d_run,
+    causal_conv1d_unavailable_reason,
+    causal_conv1d_unsupported_reason,
+)
 from tests.reference import fake_kernels
 from tests.reference.naive_convolution import naive_convolution
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -19,9 +23,9 @@ from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    causal_conv1d_missing.cache_clear()
+    causal_conv1d_unavailable_reason.cache_clear()
     yield
-    causal_conv1d_missing.cache_clear()
+    causal_conv1d_unavailable_reason.cache_clear()
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     (module,) = fake_kernels.causal_conv1d_modules()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(convolution_causal_conv1d, "hub_kernel", {"causal-conv1d": module}.get)
-    assert causal_conv1d_missing() is None
+    assert causal_conv1d_unavailable_reason() is None
     inputs = random_inputs(9)
     FLOAT64.check(causal_conv1d_run(**inputs), naive_convolution(**inputs)[0])
 
@@ -97,8 +101,11 @@ def test_bias_is_given_in_the_type_of_the_weight() -> None:
 
 @pytest.mark.parametrize("width", [1, 5])
 def test_takes_no_other_widths(width: int) -> None:
-    assert causal_conv1d_unfit(Task("cuda", torch.float32, taps=width)) == f"it takes widths from 2 to 4, not {width}"
-    assert causal_conv1d_unfit(Task("cuda", torch.float32, taps=4)) is None
+    assert (
+        causal_conv1d_unsupported_reason(Task("cuda", torch.float32, taps=width))
+        == f"it takes widths from 2 to 4, not {width}"
+    )
+    assert causal_conv1d_unsupported_reason(Task("cuda", torch.float32, taps=4)) is None
 
 
 def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +116,7 @@ def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("_installed")
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert causal_conv1d_missing() is None
+    assert causal_conv1d_unavailable_reason() is None
     reasons = {
         ModuleNotFoundError("No module named 'causal_conv1d'", name="causal_conv1d"): "not installed",
         ModuleNotFoundError("No module named 'causal_conv1d_cuda'", name="causal_conv1d_cuda"): "without its kernels",
@@ -117,7 +124,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     original = __import__
     for error, reason in reasons.items():
-        causal_conv1d_missing.cache_clear()
+        causal_conv1d_unavailable_reason.cache_clear()
 
         def importing(name: str, *arguments: object, error: Exception = error) -> object:
             if name == "causal_conv1d":
@@ -125,17 +132,17 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
             return original(name, *arguments)
 
         monkeypatch.setattr("builtins.__import__", importing)
-        assert reason in str(causal_conv1d_missing())
-    causal_conv1d_missing.cache_clear()
+        assert reason in str(causal_conv1d_unavailable_reason())
+    causal_conv1d_unavailable_reason.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert causal_conv1d_missing() == "no CUDA device"
+    assert causal_conv1d_unavailable_reason() == "no CUDA device"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [16, 5])
 @pytest.mark.parametrize("tokens", [1, 7, 65])
 def test_on_cuda_equals_naive_twin(tokens: int, channels: int) -> None:
-    assert causal_conv1d_missing() is None
+    assert causal_conv1d_unavailable_reason() is None
     wide = {name: x.detach().float().double().requires_grad_() for name, x in random_inputs(tokens, channels).items()}
     expected = with_gradients(wide, naive_convolution(**wide)[0])
     narrow = {name: x.detach().float().cuda().requires_grad_() for name, x in wide.items()}

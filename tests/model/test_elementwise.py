@@ -93,7 +93,7 @@ def test_only_the_inputs_are_kept() -> None:
 def kernels(request: pytest.FixtureRequest) -> Elementwise:
     """Each way to compute."""
     backend = ELEMENTWISE.backends[request.param]
-    if reason := backend.missing():
+    if reason := backend.unavailable_reason():
         pytest.skip(reason)
     kernels: Elementwise = backend.run
     return kernels

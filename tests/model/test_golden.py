@@ -31,8 +31,8 @@ class Golden:
         self.ids, self.labels = self.tensors["input_ids"], self.tensors["labels"]
         self.weights, self.gradients = self.named("weight."), self.named("grad.")
         self.model = HymbaForCausalLM(self.config).eval()
-        missing, extra = self.model.load_state_dict(self.weights, strict=False)
-        assert set(missing) <= {"lm_head.weight"}
+        unavailable_reason, extra = self.model.load_state_dict(self.weights, strict=False)
+        assert set(unavailable_reason) <= {"lm_head.weight"}
         assert not extra
 
     def named(self, prefix: str) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def documents(tokens: int) -> Documents:
 @pytest.fixture
 def native_code() -> None:
     """Skips where there is no compiler, which other tests here do without."""
-    if reason := LIBRARY.missing():
+    if reason := LIBRARY.unavailable_reason():
         pytest.skip(reason)
 
 
@@ -50,7 +50,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 @pytest.mark.usefixtures("cache_folder")
 def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    reason = LIBRARY.missing()
+    reason = LIBRARY.unavailable_reason()
     assert reason == ("no C++ compiler: no-such-compiler was not found; install g++ or clang++, or name one in $CXX")
     assert selective_scan(*SCANNED, backend="auto")[0].equal(selective_scan(*SCANNED, backend="torch")[0])
     with pytest.raises(ValueError, match=r"native cannot be used: no C\+\+ compiler: no-such-compiler"):
@@ -110,20 +110,20 @@ def test_a_compiler_that_fails_is_reported(
 
 @pytest.mark.usefixtures("native_code")
 def test_compiled_once_and_kept(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LIBRARY.missing() is None
+    assert LIBRARY.unavailable_reason() is None
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
     LIBRARY.load.cache_clear()
     asked: list[list[str]] = []
     output = native._output
     monkeypatch.setattr(native, "_output", lambda command: asked.append(command) or output(command))
-    assert LIBRARY.missing() is None
+    assert LIBRARY.unavailable_reason() is None
     assert ["-E" in command for command in asked] == [True]  # only what the compiler and the CPU are
 
 
 @pytest.mark.usefixtures("native_code")
 def test_another_constant_is_another_library(cache_folder: Path) -> None:
     for chunk in (8, 16):
-        assert Library("scan", SOURCE, CHUNK=chunk, GROUP=64).missing() is None
+        assert Library("scan", SOURCE, CHUNK=chunk, GROUP=64).unavailable_reason() is None
     assert len(list(cache_folder.iterdir())) == 2
 
 
@@ -134,13 +134,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert LIBRARY.missing() is None
+    assert LIBRARY.unavailable_reason() is None
     assert not cache_folder.exists()
 
 
 @pytest.mark.usefixtures("native_code")
 def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
-    code = "from hymba_tune.model.scan_native import LIBRARY; raise SystemExit(LIBRARY.missing())"
+    code = "from hymba_tune.model.scan_native import LIBRARY; raise SystemExit(LIBRARY.unavailable_reason())"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 import hymba_tune.model.scan_torch as scan_torch
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_native import LIBRARY
-from tests.reference.naive_scan import naive_scan
+from tests.model.scan_inputs import WITHOUT, naive, random_inputs, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 LENGTHS = {
@@ -21,59 +19,12 @@ LENGTHS = {
     "texts_of_1": [1, 1, 1],
     "many_texts": [1, 7, 65, 1, 16, 17, 33],
 }
-CHANNELS, STATE = 5, 3
-EVERYTHING = ("D", "z", "dt_bias", "initial")
-WITHOUT = {
-    "everything": (),
-    "no_initial_state": ("initial",),
-    "no_gate": ("z",),
-    "no_skip": ("D",),
-    "no_bias": ("dt_bias",),
-    "bare": EVERYTHING,
-}
-
-
-def random_inputs(lengths: list[int], *, without: tuple[str, ...] = (), shared: bool = False) -> dict[str, Tensor]:
-    """Float64 leaves; ``shared`` gives every text the same initial state."""
-    tokens = sum(lengths)
-    inputs = {
-        "u": torch.randn(tokens, CHANNELS),
-        "dt": torch.randn(tokens, CHANNELS),
-        "A": -torch.rand(CHANNELS, STATE) - 0.1,
-        "B": torch.randn(tokens, STATE),
-        "C": torch.randn(tokens, STATE),
-        "D": torch.randn(CHANNELS),
-        "z": torch.randn(tokens, CHANNELS),
-        "dt_bias": torch.randn(CHANNELS),
-        "initial": torch.randn(CHANNELS, STATE) if shared else torch.randn(len(lengths), CHANNELS, STATE),
-    }
-    return {name: x.double().requires_grad_() for name, x in inputs.items() if name not in without}
 
 
 def scan(inputs: dict[str, Tensor], lengths: list[int], backend: str = "auto") -> tuple[Tensor, Tensor]:
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     given = {name: x for name, x in inputs.items() if name != "initial"}
     return selective_scan(**given, initial_state=inputs.get("initial"), cu_seqlens=offsets, backend=backend)
-
-
-def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
-    outputs, finals = [], []
-    for text, (begin, end) in enumerate(pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist())):
-        own = {name: x[begin:end] if name in ("u", "dt", "B", "C", "z") else x for name, x in inputs.items()}
-        if "initial" in own and own["initial"].ndim == 3:
-            own["initial"] = own["initial"][text]
-        y, final = naive_scan(**own)
-        outputs.append(y)
-        finals.append(final)
-    return torch.cat(outputs), torch.stack(finals)
-
-
-def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a random weighing of them."""
-    generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-    grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
-    return dict(zip(("y", "final state", *inputs), (*outputs, *grads), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -95,7 +46,7 @@ def test_one_initial_state_for_every_text(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "native", "torch", "reference"])
 def test_float32_is_close_to_float64(backend: str) -> None:
-    if backend == "native" and LIBRARY.missing():  # `doctor` says why; "auto" then takes another
+    if backend == "native" and LIBRARY.unavailable_reason():  # `doctor` says why; "auto" then takes another
         backend = "auto"
     lengths = LENGTHS["many_texts"]
     wide = random_inputs(lengths)

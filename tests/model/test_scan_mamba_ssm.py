@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hymba_tune.model import scan_mamba_ssm
 from hymba_tune.model.scan_inputs import ScanInputs
-from hymba_tune.model.scan_mamba_ssm import mamba_ssm_missing, mamba_ssm_scan
+from hymba_tune.model.scan_mamba_ssm import mamba_ssm_scan, mamba_ssm_unavailable_reason
 from tests.reference import fake_kernels
 from tests.reference.naive_scan import naive_scan
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -30,9 +30,9 @@ CHANNELS, STATES = 5, 3
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    mamba_ssm_missing.cache_clear()
+    mamba_ssm_unavailable_reason.cache_clear()
     yield
-    mamba_ssm_missing.cache_clear()
+    mamba_ssm_unavailable_reason.cache_clear()
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(ops=SimpleNamespace(selective_scan_interface=interface))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(scan_mamba_ssm, "hub_kernel", {"mamba-ssm": found}.get)
-    assert mamba_ssm_missing() is None
+    assert mamba_ssm_unavailable_reason() is None
     lengths = [7, 1, 20]
     inputs = random_inputs(lengths)
     FLOAT64.check_all(with_gradients(inputs, scan(inputs, lengths)), with_gradients(inputs, naive(inputs, lengths)))
@@ -117,7 +117,7 @@ def test_bfloat16_inputs_and_float32_time_steps() -> None:
 
 @pytest.mark.usefixtures("_installed")
 def test_nothing_is_missing_where_it_is_installed() -> None:
-    assert mamba_ssm_missing() is None
+    assert mamba_ssm_unavailable_reason() is None
 
 
 @pytest.mark.usefixtures("_installed")
@@ -128,12 +128,12 @@ def test_nothing_is_missing_where_it_is_installed() -> None:
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, absent: str, reason: str) -> None:
     for name in [name for name in sys.modules if name == absent or name.startswith(f"{absent}.")]:
         monkeypatch.delitem(sys.modules, name)
-    assert reason in str(mamba_ssm_missing())
+    assert reason in str(mamba_ssm_unavailable_reason())
 
 
 def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert mamba_ssm_missing() == "no CUDA device"
+    assert mamba_ssm_unavailable_reason() == "no CUDA device"
 
 
 @pytest.mark.usefixtures("_installed")
@@ -153,7 +153,7 @@ def test_says_that_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: I
         return original(name, *arguments)
 
     monkeypatch.setattr("builtins.__import__", importing)
-    assert mamba_ssm_missing() == f"installed, but cannot be loaded: {error}"
+    assert mamba_ssm_unavailable_reason() == f"installed, but cannot be loaded: {error}"
 
 
 def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_on_cuda_equals_naive_twin(lengths: list[int]) -> None:
-    assert mamba_ssm_missing() is None
+    assert mamba_ssm_unavailable_reason() is None
     wide = {name: x.detach().float().double().requires_grad_() for name, x in random_inputs(lengths).items()}
     expected = with_gradients(wide, naive(wide, lengths))
     narrow = {name: x.detach().float().cuda().requires_grad_() for name, x in wide.items()}

@@ -22,7 +22,7 @@ OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 @pytest.fixture
 def native() -> None:
     """Skips where there is no compiler: the scan then takes another way, which the tests of the fallback check."""
-    if reason := LIBRARY.missing():
+    if reason := LIBRARY.unavailable_reason():
         pytest.skip(reason)
 
 
@@ -237,9 +237,9 @@ def test_what_native_cannot_take_is_refused_when_forced() -> None:
 def test_chained_texts_go_on_from_the_first(lengths: list[int]) -> None:
     inputs = random_inputs(lengths, without=("initial_state", "dt_bias"))
 
-    def chained() -> tuple[Tensor, Tensor]:
+    def fuses_meta_prefix() -> tuple[Tensor, Tensor]:
         offsets = tuple(torch.tensor([0, *lengths]).cumsum(0).tolist())
-        return native_scan(ScanInputs(**leaves, dt_bias=None, state=None, offsets=offsets, chained=True))
+        return native_scan(ScanInputs(**leaves, dt_bias=None, state=None, offsets=offsets, fuses_meta_prefix=True))
 
     def one_after_the_other() -> tuple[Tensor, Tensor]:
         rows = [lengths[0], sum(lengths[1:])]
@@ -251,7 +251,7 @@ def test_chained_texts_go_on_from_the_first(lengths: list[int]) -> None:
         return torch.cat([y, after]), torch.cat([state, states])
 
     results = []
-    for run, dtype in ((chained, torch.float32), (one_after_the_other, torch.float64)):
+    for run, dtype in ((fuses_meta_prefix, torch.float32), (one_after_the_other, torch.float64)):
         leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
         outputs = run()
         weights = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype) for x in outputs]

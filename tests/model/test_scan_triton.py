@@ -17,10 +17,9 @@ from torch import Tensor
 from hymba_tune.model import scan_triton, scan_triton_kernels
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
-from hymba_tune.model.scan_triton import triton_missing, triton_scan
+from hymba_tune.model.scan_triton import triton_scan, triton_unavailable_reason
 from tests.conftest import ROOT
-from tests.model import test_scan
-from tests.model.test_scan import WITHOUT, naive, random_inputs, with_gradients
+from tests.model.scan_inputs import WITHOUT, naive, random_inputs, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +30,7 @@ LENGTHS = [1, 0, 5]
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that a few tokens and channels fill several; skips where Triton is not installed."""
-    if reason := triton_missing():
+    if reason := triton_unavailable_reason():
         pytest.skip(reason)
     sizes = {"CHUNK": 4, "STATES": 16, "GRADIENT_STATES": 8, "GROUP": 4, "CARRIED": 2, "CARRYING": 4}
     for name, size in sizes.items():
@@ -80,10 +79,8 @@ def test_equals_naive_twin(without: tuple[str, ...]) -> None:
     [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 32)],
 )
 def test_sizes(tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_scan, "CHANNELS", channels)
-    monkeypatch.setattr(test_scan, "STATE", states)
     monkeypatch.setattr(scan_triton, "CHUNK", chunk)
-    inputs = leaves(random_inputs([tokens]))
+    inputs = leaves(random_inputs([tokens], channels=channels, states=states))
     check(with_gradients(inputs, scan(inputs, [tokens])), expected(inputs, [tokens]))
 
 
@@ -194,9 +191,9 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(scan_triton, "INSTALLED", True)
-    assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_missing())
+    assert "no CUDA or ROCm device was found; with TRITON_INTERPRET=1" in str(triton_unavailable_reason())
     monkeypatch.setattr(scan_triton, "INSTALLED", False)
-    assert triton_missing() == "triton is not installed; pip install triton"
+    assert triton_unavailable_reason() == "triton is not installed; pip install triton"
 
 
 def test_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,10 +262,8 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments: list[str], 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[8192], [0, 1, 127, *[128] * 61]], ids=["one long text", "64 texts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_scan, "CHANNELS", 3200)
-    monkeypatch.setattr(test_scan, "STATE", 16)
-    inputs = random_inputs(lengths)
+def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int]) -> None:
+    inputs = random_inputs(lengths, channels=3200, states=16)
     narrow = leaves(inputs) | leaves({name: inputs[name] for name in ("u", "B", "C", "z")}, dtype)
     given = {name: x for name, x in narrow.items() if name != "initial"}
     wanted = selective_scan(

@@ -7,8 +7,8 @@ import pytest
 from jinja2 import UndefinedError
 from matplotlib.axes import Axes
 
-from hymba_tune.pages import LIGHT, Plot, duration, gigabytes, plot, render, share
-from tests.browser import DESK, PHONE, Browser, Seen
+from hymba_tune.pages import LIGHT, Plot, plot, render
+from tests.browser import DESK, PHONE, Browser, Page
 
 TEMPLATE = """
 {% extends "base.html.j2" %}
@@ -32,7 +32,7 @@ def rising(axes: Axes) -> None:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page made by a package of its own."""
+    """A page of a template in another package."""
     (tmp_path / "some_room").mkdir()
     (tmp_path / "some_room" / "__init__.py").touch()
     (tmp_path / "some_room" / "some.html.j2").write_text(TEMPLATE)
@@ -43,7 +43,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (DESK, True)])
-def test_page_holds_in_a_browser(browser: Browser, page: Path, width: int, dark: bool) -> None:
+def test_page_fits_in_a_browser_without_requests_or_errors(
+    browser: Browser, page: Path, width: int, dark: bool
+) -> None:
     seen = browser.look(page, width, dark=dark)
     assert not seen.complaints
     assert not seen.requests
@@ -61,41 +63,28 @@ def test_page_holds_in_a_browser(browser: Browser, page: Path, width: int, dark:
         assert drawn.smallest > 9
 
 
-def test_browser_notices_what_is_wrong(browser: Browser, tmp_path: Path) -> None:
+def test_browser_reports_errors_requests_and_overflow(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         '<p style="width: 500px">wide</p><img src="http://localhost:9/x.png"><script>missing()</script>'
     )
-    seen: Seen = browser.look(tmp_path / "page.html", PHONE)
+    seen: Page = browser.look(tmp_path / "page.html", PHONE)
     assert any("missing is not defined" in complaint for complaint in seen.complaints)
     assert seen.requests == ["http://localhost:9/x.png"]
     assert seen.over
     assert seen.width > PHONE
 
 
-def test_plot_is_xml_in_the_colours_of_the_page() -> None:
+def test_plot_is_xml_in_the_colors_of_the_page() -> None:
     drawn: Plot = plot("Loss", "It rises.", rising)
     root = ET.fromstring(drawn.svg)
     text = [element.text for element in root.iter("text")]
     assert {"step", "nats a token", "loss $x$"} <= set(text)
     assert "var(--first)" in drawn.svg
-    assert not [colour for colour in LIGHT.values() if colour in drawn.svg]
+    assert not [color for color in LIGHT.values() if color in drawn.svg]
     assert plot("Loss", "It rises.", rising) == drawn
 
 
-def test_a_fact_that_is_missing_is_an_error(page: Path) -> None:
+def test_missing_variable_is_an_error(page: Path) -> None:
     assert page.is_file()
     with pytest.raises(UndefinedError, match="'plots' is undefined"):
         render("some_room", "some.html.j2", name="x")
-
-
-def test_numbers_read_well() -> None:
-    assert [duration(seconds) for seconds in (0.4, 89, 600, 9000)] == ["0 s", "89 s", "10 min", "2.5 h"]
-    assert [gigabytes(count) for count in (2**29, 9 * 2**30, 13 * 2**19)] == ["0.50 GB", "9.0 GB", "6.5 MB"]
-    assert [share(*pair) for pair in ((0, 7), (1, 1000), (3, 8), (999, 1000), (5, 5), (0, 0))] == [
-        "0 %",
-        "< 1 %",
-        "38 %",
-        "> 99 %",
-        "100 %",
-        "0 %",
-    ]

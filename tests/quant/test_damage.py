@@ -13,9 +13,9 @@ from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import Scheme
 from hymba_tune.data import Encoded, open_sources
 from hymba_tune.data.dataset import IGNORED
-from hymba_tune.evaluate.texts import TextCounts, Texts
-from hymba_tune.quant import Damage, compare, damage_page, quantise, refer, weight_errors
-from hymba_tune.quant.damage import Drift, KindError
+from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
+from hymba_tune.quant import Damage, compare, damage_page, quantize_model, refer, weight_errors
+from hymba_tune.quant.damage import KindError, QuantizationDrift
 from hymba_tune.registry import ModelSource
 from hymba_tune.schemes import quantization, reasons
 from tests.browser import DESK, PHONE, Browser
@@ -36,7 +36,7 @@ def model(wide_model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def made(model: Any) -> dict[Scheme, Any]:
-    return {each: quantise(model, quantization(model.config, each, torch.float32)).eval() for each in Scheme}
+    return {each: quantize_model(model, quantization(model.config, each, torch.float32)).eval() for each in Scheme}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def rows() -> list[Encoded]:
     return [Encoded(ids, [IGNORED] * (len(ids) // 3) + ids[len(ids) // 3 :]) for ids in texts]
 
 
-def naive(model: Any, made: Any, rows: list[Encoded]) -> Drift:
+def naive(model: Any, made: Any, rows: list[Encoded]) -> QuantizationDrift:
     """A row at a time, all logits at once, a token after the other."""
     kl, before, after, same = [], [], [], []
     for row in rows:
@@ -57,7 +57,7 @@ def naive(model: Any, made: Any, rows: list[Encoded]) -> Drift:
                 before.append(-p[place - 1, label])
                 after.append(-q[place - 1, label])
                 same.append(float(p[place - 1].argmax() == q[place - 1].argmax()))
-    return Drift(*(float(sum(each) / len(each)) for each in (kl, before, after, same)))
+    return QuantizationDrift(*(float(sum(each) / len(each)) for each in (kl, before, after, same)))
 
 
 @pytest.mark.parametrize("scheme", [Scheme.nf4, Scheme.fp4])
@@ -81,11 +81,11 @@ def test_a_model_does_not_drift_from_itself(model: Any, rows: list[Encoded]) -> 
     assert found.perplexity_before == found.perplexity_after == pytest.approx(math.exp(found.loss_before))
 
 
-def test_weights_are_off_as_the_dequantised_model_says(model: Any, made: dict[Scheme, Any]) -> None:
+def test_weight_errors_are_those_of_the_dequantized_model(model: Any, made: dict[Scheme, Any]) -> None:
     for scheme in Scheme:
         errors = weight_errors(model, made[scheme])
         assert errors.keys() == {"in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
-        again = quantise(model, quantization(model.config, scheme, torch.float32)).dequantize(torch.float32)
+        again = quantize_model(model, quantization(model.config, scheme, torch.float32)).dequantize(torch.float32)
         for kind, error in errors.items():
             pairs = [
                 (held, again.state_dict()[name])
@@ -103,14 +103,14 @@ def test_weights_are_off_as_the_dequantised_model_says(model: Any, made: dict[Sc
 
 
 def test_everything_that_is_kept_has_a_reason(model: Any, small_model: Path) -> None:
-    asked = quantization(model.config, Scheme.nf4, torch.float32, ["down_proj"])
-    said = reasons(model.config, asked, ["down_proj"])
-    assert said["down_proj"] == "was to be left (--skip)"
-    assert {"lm_head", "embed_tokens", "memory_tokens", "x_proj.0", "dt_proj.0", "conv1d", "A_log.0"} <= said.keys()
+    config = quantization(model.config, Scheme.nf4, torch.float32, ["down_proj"])
+    why = reasons(model.config, config, ["down_proj"])
+    assert why["down_proj"] == "was to be left (--skip)"
+    assert {"lm_head", "embed_tokens", "memory_tokens", "x_proj.0", "dt_proj.0", "conv1d", "A_log.0"} <= why.keys()
     small = load_weights(ModelSource("model", small_model), dtype=torch.float32, device=CPU).config
-    said = reasons(small, quantization(small, Scheme.nf4, torch.float32))
-    assert said["gate_proj"] == "is 48 × 32: no multiple of 32 rows and 64 columns"
-    assert said["lm_head"] == "shares its weight with the embeddings"
+    why = reasons(small, quantization(small, Scheme.nf4, torch.float32))
+    assert why["gate_proj"] == "is 48 × 32: no multiple of 32 rows and 64 columns"
+    assert why["lm_head"] == "shares its weight with the embeddings"
 
 
 def test_a_sample_takes_from_every_source(small_model: Path, tmp_path: Path) -> None:
@@ -120,18 +120,18 @@ def test_a_sample_takes_from_every_source(small_model: Path, tmp_path: Path) -> 
     (tmp_path / "many.jsonl").write_text(line * 500)
     tokenizer = load_tokenizer(small_model)
     paths = [str(tmp_path / name) for name in ("one.jsonl", "many.jsonl", "two.jsonl")]
-    rows, counts = Texts(open_sources(paths), tokenizer, 64).sample(120)
-    few = Texts(open_sources([paths[0]]), tokenizer, 64).count().tokens
+    rows, counts = ScoringTexts(open_sources(paths), tokenizer, 64).sample(120)
+    few = ScoringTexts(open_sources([paths[0]]), tokenizer, 64).count().tokens
     assert 80 + few <= counts.tokens < 90 + few
     assert counts.tokens == sum(row.encoded.learned for row in rows)
     assert counts.parts == len(rows)
-    whole, all_counts = Texts(open_sources(paths[::2]), tokenizer, 64).sample(10**6)
+    whole, all_counts = ScoringTexts(open_sources(paths[::2]), tokenizer, 64).sample(10**6)
     assert len(whole) == 2
-    assert all_counts.fingerprint == Texts(open_sources(paths[::2]), tokenizer, 64).count().fingerprint
+    assert all_counts.fingerprint == ScoringTexts(open_sources(paths[::2]), tokenizer, 64).count().fingerprint
 
 
 @pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
-def test_page_says_it_all(width: int, dark: bool, browser: Browser, tmp_path: Path) -> None:
+def test_page_shows_all_figures(width: int, dark: bool, browser: Browser, tmp_path: Path) -> None:
     kinds = {
         name: KindError(3, 10**6, 2 * 10**6, 10**6, error) for name, error in (("in_proj", 0.09), ("down_proj", 0.1))
     }
@@ -141,7 +141,7 @@ def test_page_says_it_all(width: int, dark: bool, browser: Browser, tmp_path: Pa
         dtype="bfloat16",
         kept={"lm_head": "shares its weight with the embeddings"},
         kinds=kinds,
-        drift=Drift(0.0123, 2.0, 2.01, 0.953),
+        drift=QuantizationDrift(0.0123, 2.0, 2.01, 0.953),
         data=["words.jsonl"],
         texts=TextCounts(rows=3, tokens=8192),
         weight_bytes=(3 * 2**30, 2**30),
@@ -153,5 +153,5 @@ def test_page_says_it_all(width: int, dark: bool, browser: Browser, tmp_path: Pa
     assert not [*seen.complaints, *seen.requests, *seen.over]
     assert [plot.title for plot in seen.plots] == ["How far the weights moved, by kind of module"]
     assert not [plot for plot in seen.plots if plot.clipped or plot.meet or not plot.paths]
-    for said in ("<b>mine</b>", "7.389 → 7.463 (+1.01 %)", "0.0123", "95.3 %", "3.0 GB before", "shares its weight"):
-        assert said in seen.text
+    for text in ("<b>mine</b>", "7.389 → 7.463 (+1.01 %)", "0.0123", "95.3 %", "3.0 GB before", "shares its weight"):
+        assert text in seen.text

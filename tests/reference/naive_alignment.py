@@ -41,23 +41,23 @@ def both_owners(
 def positions(student: list[bytes], teacher: list[bytes], answer: bytes) -> list[Position]:
     """Every token of the student's that has a byte of the answer."""
     ours, theirs = both_owners(student, teacher, answer)
-    found = []
+    result = []
     for byte, (index, _) in enumerate(ours):
         if byte and ours[byte - 1][0] == index:
             continue
         last = max(place for place, (owner, _) in enumerate(ours) if owner == index)
         token, spelled = theirs[byte]
-        found.append(Position(index, token, spelled, token == theirs[0][0], theirs[last][0] != token))
-    return found
+        result.append(Position(index, token, spelled, token == theirs[0][0], theirs[last][0] != token))
+    return result
 
 
 def spans(student: list[bytes], teacher: list[bytes], answer: bytes) -> list[tuple[int, int, int, int]]:
     """The smallest spans that both bound: ``[begin, end)`` of the student's tokens and of the teacher's."""
     ours, theirs = both_owners(student, teacher, answer)
-    found, begin = [], 0
+    result, begin = [], 0
     for end in range(1, len(ours) + 1):
         if end < len(ours) and (ours[end - 1][0] == ours[end][0] or theirs[end - 1][0] == theirs[end][0]):
             continue
-        found.append((ours[begin][0], ours[end - 1][0] + 1, theirs[begin][0], theirs[end - 1][0] + 1))
+        result.append((ours[begin][0], ours[end - 1][0] + 1, theirs[begin][0], theirs[end - 1][0] + 1))
         begin = end
-    return found
+    return result

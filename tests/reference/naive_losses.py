@@ -29,8 +29,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float, temperature: f
     return temperature**2 * (beta * kl(p, m) + (1 - beta) * kl(q, m))
 
 
-def projection(student: Tensor, probs: Tensor, bucket: Tensor, temperature: float) -> Tensor:
-    """The bucket is one outcome: any token that the target gives nothing."""
+def projection(student: Tensor, probs: Tensor, rest_mass: Tensor, temperature: float) -> Tensor:
+    """The rest_mass is one outcome: any token that the target gives nothing."""
     q = softmax(student, temperature)
     total = torch.zeros((), dtype=student.dtype)
     outside = torch.zeros((), dtype=student.dtype)
@@ -39,8 +39,8 @@ def projection(student: Tensor, probs: Tensor, bucket: Tensor, temperature: floa
             total = total + target * (target.log() - ours.log())
         else:
             outside = outside + ours
-    if bucket > 0:
-        total = total + bucket * (bucket.log() - outside.log())
+    if rest_mass > 0:
+        total = total + rest_mass * (rest_mass.log() - outside.log())
     return temperature**2 * total
 
 

@@ -1,4 +1,4 @@
-"""The projected target of one place, enumerated over the teacher's whole vocabulary as the formula stands."""
+"""The projected target of one place, enumerated over the teacher's whole vocabulary by the formula."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def merge(text: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[str]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
-def piece_after(token: bytes, beginning: bytes, segment: Segment, spell: Spell) -> int | None:
-    """The piece of a token's segmentation that begins right after this beginning of it, if one does."""
-    pieces = segment(token)
-    if not token.startswith(beginning) or pieces is None:
+def student_token_after(token: bytes, beginning: bytes, segment: Segment, spell: Spell) -> int | None:
+    """The student_token of a token's segmentation that begins right after this beginning of it, if one does."""
+    student_tokens = segment(token)
+    if not token.startswith(beginning) or student_tokens is None:
         return None
     at = b""
-    for piece in pieces:
+    for student_token in student_tokens:
         if at == beginning:
-            return piece
-        at += spell(piece)
+            return student_token
+        at += spell(student_token)
     return None
 
 
@@ -44,7 +44,7 @@ def mass(
     segment: Segment,
     spell: Spell,
 ) -> tuple[dict[int, float], float]:
-    """Mass by piece, and the bucket's.
+    """Mass by student_token, and the rest_mass's.
 
     Args:
         vocabulary: What the teacher's tokens spell.
@@ -52,27 +52,27 @@ def mass(
         before: Those one token earlier; None at an answer's first.
         previous: The token there.
         u: Bytes of the token at ``now`` that the student has spelled.
-        first: Of a token's first piece, the shares.
-        segment: The student's pieces of some bytes, or None.
-        spell: Bytes of a piece.
+        first: Of a token's first student_token, the shares.
+        segment: The student's student_tokens of some bytes, or None.
+        spell: Bytes of a student_token.
     """
-    found: dict[int, float] = {}
-    bucket = 0.0
+    mass_of: dict[int, float] = {}
+    rest_mass = 0.0
     earlier = 1.0 if before is None else before[previous]
     for token, bytes_ in enumerate(vocabulary):
         if not u:
-            for piece, share in first(token).items():
-                found[piece] = found.get(piece, 0) + earlier * now[token] * share
-        elif (piece := piece_after(bytes_, u, segment, spell)) is not None:
-            found[piece] = found.get(piece, 0) + earlier * now[token]
+            for student_token, share in first(token).items():
+                mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token] * share
+        elif (student_token := student_token_after(bytes_, u, segment, spell)) is not None:
+            mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token]
         elif bytes_ == u and segment(u) is not None:
-            bucket += earlier * now[token]
+            rest_mass += earlier * now[token]
     if before is None:
-        return found, bucket
+        return mass_of, rest_mass
     v = vocabulary[previous] + u
     for token, bytes_ in enumerate(vocabulary):
-        if bytes_ != v and (piece := piece_after(bytes_, v, segment, spell)) is not None:
-            found[piece] = found.get(piece, 0) + before[token]
+        if bytes_ != v and (student_token := student_token_after(bytes_, v, segment, spell)) is not None:
+            mass_of[student_token] = mass_of.get(student_token, 0) + before[token]
         elif u and bytes_ == v and segment(v) is not None:
-            bucket += before[token]
-    return found, bucket
+            rest_mass += before[token]
+    return mass_of, rest_mass

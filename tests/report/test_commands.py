@@ -11,7 +11,7 @@ from hymba_tune.cli.main import app
 from hymba_tune.config import DPOConfig, SFTConfig, TrainingConfig
 from hymba_tune.report import RunRecord
 from hymba_tune.report.commands import next_commands, repeat
-from tests.report.made import made_run
+from tests.report.inputs import write_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -28,20 +28,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_repeating_asks_for_the_same_settings(name: str, tmp_path: Path) -> None:
-    asked = SFTConfig.model_validate({"model": "hymba-nano", "data": ["demo"], **SETTINGS[name]})
-    written = asked.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
-    run = made_run(tmp_path / "run", settings=written)
+    config = SFTConfig.model_validate({"model": "hymba-nano", "data": ["demo"], **SETTINGS[name]})
+    written = config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
+    run = write_run(tmp_path / "run", settings=written)
     _, bound, _ = app.parse_args(shlex.split(repeat(RunRecord.read(run)))[1:])
-    assert bound.arguments["flags"] == asked
+    assert bound.arguments["flags"] == config
 
 
 def test_repeating_a_run_of_preferences_asks_for_the_same_settings(tmp_path: Path) -> None:
-    asked = DPOConfig(model="hymba-nano", data=["pairs.jsonl"], beta=0.3, rank=8)
-    written = {"verb": "dpo", **asked.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)}
-    said = repeat(RunRecord.read(made_run(tmp_path / "run", settings=written)))
-    assert said == "hymba-tune dpo --model hymba-nano --data pairs.jsonl --rank 8 --beta 0.3"
-    _, bound, _ = app.parse_args(shlex.split(said)[1:])
-    assert bound.arguments["flags"] == asked
+    config = DPOConfig(model="hymba-nano", data=["pairs.jsonl"], beta=0.3, rank=8)
+    written = {"verb": "dpo", **config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)}
+    line = repeat(RunRecord.read(write_run(tmp_path / "run", settings=written)))
+    assert line == "hymba-tune dpo --model hymba-nano --data pairs.jsonl --rank 8 --beta 0.3"
+    _, bound, _ = app.parse_args(shlex.split(line)[1:])
+    assert bound.arguments["flags"] == config
 
 
 def test_defaults_are_not_repeated(finished_run: Path, small_model: Path, questions: Path) -> None:
@@ -56,21 +56,21 @@ def test_defaults_are_not_repeated(finished_run: Path, small_model: Path, questi
 
 
 def test_a_switch_that_is_off_is_said(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "run", settings={"verb": "distant", "packing": False})
+    run = write_run(tmp_path / "run", settings={"verb": "distant", "packing": False})
     assert repeat(RunRecord.read(run)) == "hymba-tune distant --model hymba-nano --data demo --no-packing"
 
 
 def test_next_commands_are_those_that_can_be_done(finished_run: Path, tmp_path: Path) -> None:
-    assert next_commands(RunRecord.read(made_run(tmp_path / "begun"))) == {}
+    assert next_commands(RunRecord.read(write_run(tmp_path / "begun"))) == {}
     assert next_commands(RunRecord.read(finished_run)) == {
-        "go on with it": f"hymba-tune sft --resume {finished_run}",
-        "talk to it": f"hymba-tune chat {finished_run}",
-        "make one model of it": f"hymba-tune merge {finished_run} --out finished-merged",
+        "resume it": f"hymba-tune sft --resume {finished_run}",
+        "chat with it": f"hymba-tune chat {finished_run}",
+        "merge it into one model": f"hymba-tune merge {finished_run} --out finished-merged",
     }
 
 
 def test_settings_of_the_run_are_read_without_its_verb(finished_run: Path) -> None:
     record = RunRecord.read(finished_run)
-    assert record.verb == "sft"
+    assert record.verb.name == "sft"
     assert TrainingConfig.of("sft").model_validate(record.settings)
     assert "verb" in yaml.safe_load((finished_run / "config.yaml").read_text())

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from hymba_tune.report import RunRecord, Verdict, judge
-from tests.report.made import made_run
+from tests.report.inputs import write_run
 
 
 def judged(path: Path, losses: list[float], evaluations: list[float], verb: str = "sft") -> Verdict:
-    return judge(RunRecord.read(made_run(path / "run", losses, evaluations, settings={"verb": verb})))
+    return judge(RunRecord.read(write_run(path / "run", losses, evaluations, settings={"verb": verb})))
 
 
 def test_better(tmp_path: Path) -> None:
@@ -40,29 +40,29 @@ def test_a_last_evaluation_hardly_above_the_best_is_no_rise(tmp_path: Path) -> N
     assert not judged(tmp_path, [1.0], [2.0, 1.0, 1.01]).notes
 
 
-def test_answers_judged_one_by_one_are_told_without_chance(tmp_path: Path) -> None:
+def test_accuracy_of_labeled_answers_is_shown_without_chance(tmp_path: Path) -> None:
     columns = {"eval_accuracy": [0.5, 0.78], "eval_margin": [0.1, 0.4]}
-    run = made_run(tmp_path / "run", [0.6], [0.5, 0.4], settings={"verb": "kto"}, columns=columns)
+    run = write_run(tmp_path / "run", [0.6], [0.5, 0.4], settings={"verb": "kto"}, columns=columns)
     verdict = judge(RunRecord.read(run))
-    assert verdict.sentence.endswith("; 78 % of the answers told right.")
-    assert ("answers told right", "78 %", "50 % before") in verdict.figures
+    assert verdict.sentence.endswith("; 78 % of the answers classified correctly.")
+    assert ("answers classified correctly", "78 %", "50 % before") in verdict.figures
 
 
-def test_source_that_got_worse_beside_the_others_is_named(tmp_path: Path) -> None:
+def test_source_that_got_worse_is_named(tmp_path: Path) -> None:
     columns = {"eval_loss/a.jsonl": [5.0, 1.0, 1.5], "eval_loss/b.jsonl": [2.0, 2.5, 1.0]}
-    run = made_run(tmp_path / "run", [1.0], [3.0, 1.7, 1.71], columns=columns)
-    assert judge(RunRecord.read(run)).notes == ["Not on every source: the held-out loss rose on b.jsonl 2.000 → 2.500."]
+    run = write_run(tmp_path / "run", [1.0], [3.0, 1.7, 1.71], columns=columns)
+    assert judge(RunRecord.read(run)).notes == ["The held-out loss rose on some sources: b.jsonl 2.000 → 2.500."]
 
 
-def test_preferences_are_told_by_their_pairs(tmp_path: Path) -> None:
+def test_preference_runs_report_their_pairs(tmp_path: Path) -> None:
     columns = {"eval_accuracy": [0.0, 0.78], "eval_margin": [0.0, 0.4]}
-    run = made_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
+    run = write_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
     verdict = judge(RunRecord.read(run))
     assert verdict.sentence == (
-        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked right."
+        "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked correctly."
     )
     assert verdict.figures[3:] == [
-        ("pairs ranked right", "78 %", "50 % by chance"),
+        ("pairs ranked correctly", "78 %", "50 % by chance"),
         ("margin of rewards", "0.400", "0.000 before"),
     ]
 
@@ -80,5 +80,5 @@ def test_without_evaluations_before_and_after_nothing_is_claimed(
 ) -> None:
     verdict = judged(tmp_path, [2.0, 1.0], evaluations)
     assert verdict.better is None
-    assert verdict.sentence.startswith(f"Whether it got better cannot be told {why}.")
+    assert verdict.sentence.startswith(f"Whether it got better is unknown {why}.")
     assert how in verdict.notes[0]

@@ -17,7 +17,7 @@ from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.runs import run, settings
-from tests.train.test_resume import Pressing
+from tests.train.inputs import Pressing
 
 
 def save_answered(path: Path, answers: Sequence[str]) -> Path:
@@ -78,7 +78,11 @@ def test_run_that_was_stopped_keeps_the_count_before_it(small_model: Path, quest
     ("changes", "error", "message"),
     [
         ({"answers": "exact"}, ConfigError, r"--answers: .*no held-out data is given\.(.|\n)*data split"),
-        ({"answers": "gsm8k", "eval_data": True}, DataError, r"No answer in .*questions\.jsonl has what is to be comp"),
+        (
+            {"answers": "gsm8k", "eval_data": True},
+            DataError,
+            r"No answer in .*questions\.jsonl contains a part to compare",
+        ),
     ],
 )
 def test_what_cannot_be_counted_is_refused_before_the_weights_load(

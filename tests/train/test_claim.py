@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time works in it, and nothing in it is lost to a run that fails or is dry."""
+"""A run's folder: one process at a time works in it, and a failed or dry run leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hymba_tune.train.claim import claimed
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from tests.cli.conftest import Command, command  # noqa: F401 (a fixture)
-from tests.files.test_locks import hold
+from tests.files.inputs import hold
 from tests.runs import run, settings
 
 

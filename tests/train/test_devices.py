@@ -1,4 +1,4 @@
-"""A trainer computes on one device, its model's, however many GPUs are visible. The GPUs here are make-believe."""
+"""A trainer computes on one device, its model's, however many GPUs are visible. The GPUs here are mocked."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Two GPUs, as far as libraries ask for them, and which of them are made the current one."""
-    made: list[torch.device] = []
+    """Two mocked GPUs, and the list of those that were made the current device."""
+    devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append(torch.device(device)))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "make-believe")
     monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: True)
-    return made
+    return devices
 
 
 def trainer(model: PreTrainedModel, small_model: Path, folder: Path, **changes: Any) -> HymbaTrainer:
@@ -48,13 +48,13 @@ def test_gpu_of_the_model_is_the_trainers_only_one(
     model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=CPU)
     monkeypatch.setattr(type(model), "device", PropertyMock(return_value=torch.device(name)))
     monkeypatch.setattr(Trainer, "_move_model_to_device", lambda *_: None)
-    made = trainer(model, small_model, tmp_path, use_cpu=False)
-    assert made.args.n_gpu == 1
-    assert made.args.parallel_mode is ParallelMode.NOT_PARALLEL
-    assert made.args.train_batch_size == 4
-    assert str(made.args.device) == str(made.accelerator.device) == name
+    built = trainer(model, small_model, tmp_path, use_cpu=False)
+    assert built.args.n_gpu == 1
+    assert built.args.parallel_mode is ParallelMode.NOT_PARALLEL
+    assert built.args.train_batch_size == 4
+    assert str(built.args.device) == str(built.accelerator.device) == name
     assert str(current[-1]) == name
-    assert made._wrap_model(model) is model
+    assert built._wrap_model(model) is model
 
 
 @pytest.mark.usefixtures("current")

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import TrainingError
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run, settings
 
 
 class Breaking(Screen):
-    """Raises an error, or presses Ctrl-C, at a step's row; remembers what it was told."""
+    """Raises an error, or presses Ctrl-C, at a step's row; records the notes."""
 
     def __init__(self, step: int = 0, error: Exception | None = None) -> None:
         self._step, self._error = step, error
         self.notes: list[str] = []
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         del total_steps, seconds_left
         if row.step == self._step and row.loss is not None:
             if self._error is not None:
@@ -43,7 +43,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return facts["ended"], updates, (path / "report.html").read_text()
 
 
-def test_finished_run_says_how_far_each_part_moved(finished_run: Path) -> None:
+def test_finished_run_records_how_far_each_part_moved(finished_run: Path) -> None:
     ended, updates, page = read(finished_run)
     assert ended == {"how": "finished", "what": ""}
     assert "finished at step 30" in page
@@ -57,8 +57,8 @@ def test_interrupted_run_has_a_report(small_model: Path, questions: Path, tmp_pa
         run(settings(small_model, questions, tmp_path / "out", steps=9, save_every=9), Breaking(2), report=True)
     ended, updates, page = read(tmp_path / "out")
     assert ended["how"] == "interrupted"
-    assert "stopped by hand at step" in page
-    assert "The run ended before it was asked again." in page
+    assert "interrupted at step" in page
+    assert "The run ended before this prompt was answered again." in page
     assert f"hymba-tune sft --resume {tmp_path / 'out'}" in page
     assert updates["parts"]
 
@@ -92,7 +92,7 @@ def test_report_that_fails_loses_nothing(
     assert "no space left" in (finished.path / "log.txt").read_text()
 
 
-def test_full_training_is_measured_only_against_weights_that_are_there(
+def test_full_training_is_measured_only_against_weights_that_are_saved(
     small_model: Path, questions: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"method": "full", "lr": 1e-3}
@@ -101,5 +101,5 @@ def test_full_training_is_measured_only_against_weights_that_are_there(
     assert {part["part"] for part in updates["parts"]} >= {"q", "conv1d", "A_log", "embed_tokens", "memory_tokens"}
     on_top = run(settings(finished_run, questions, tmp_path / "on-top", **changes), report=True)
     _, updates, page = read(on_top.path)
-    assert updates == {"absent": "not measured: the weights it began with, an adapter folded in, are not kept"}
-    assert "an adapter folded in, are not kept" in page
+    assert updates == {"absent": "not measured: the initial weights, with the first adapter merged, are not saved"}
+    assert "with the first adapter merged, are not saved" in page

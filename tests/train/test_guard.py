@@ -1,4 +1,4 @@
-"""A run stops before a step that would break its weights, and says which rows did it."""
+"""A run stops before a step that would break its weights, and names the rows of that step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.guard import FEWEST_STEPS, listed
-from hymba_tune.train.preference_trainers import JudgedTrainer, PairTrainer
+from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
@@ -48,7 +48,7 @@ def break_losses(monkeypatch: pytest.MonkeyPatch, of: Callable[[HymbaTrainer, di
 
 
 @pytest.mark.parametrize(("factor", "changes"), [(float("nan"), {}), (float("inf"), {"grad_accum": 3})])
-def test_loss_that_is_no_number_stops_before_the_step(
+def test_loss_that_is_not_finite_stops_before_the_step(
     factor: float,
     changes: dict[str, Any],
     small_model: Path,
@@ -73,9 +73,9 @@ def test_loss_that_is_no_number_stops_before_the_step(
     message = str(error.value)
     assert re.search(r"questions\.jsonl, line \d+, \d+\.\n", message)
     checkpoint = tmp_path / "out/checkpoints/checkpoint-3"
-    assert f"--model {checkpoint} goes on from the last good weights with --lr 0.005" in message
+    assert f"--model {checkpoint} starts from the last good weights with --lr 0.005" in message
     assert Run(tmp_path / "out").newest_checkpoint() == checkpoint
-    # What it offers works.
+    # The command in the message works.
     monkeypatch.undo()
     finished = run(settings(checkpoint, data, tmp_path / "anew", eval_split=0, lr=0.005))
     assert finished.adapter.is_dir()
@@ -117,7 +117,7 @@ def test_infinite_gradient_stops(
     assert Run(tmp_path / "out").last_checkpoint().name == "checkpoint-2"
 
 
-def test_jump_of_the_loss_stops_and_can_be_passed(
+def test_jump_of_the_loss_stops_and_can_be_allowed(
     small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     high = FEWEST_STEPS + 2
@@ -129,7 +129,7 @@ def test_jump_of_the_loss_stops_and_can_be_passed(
         run(settings(small_model, data, tmp_path / "out", **changes))
     assert "at most 5 times the usual loss" in str(error.value)
     assert f"--resume {tmp_path / 'out'} --max-loss-spike 10" in str(error.value)
-    # The losses before the checkpoint count after it as well: it stops again, until told not to.
+    # The losses before the checkpoint count after it as well: it stops again, unless a larger jump is allowed.
     with pytest.raises(TrainingError, match=rf"jumped .* at step {high}, from .* \(the median of {high - 1} steps\)"):
         run(resume_config(SFTConfig(resume=tmp_path / "out")))
     finished = run(resume_config(SFTConfig(resume=tmp_path / "out", max_loss_spike=1e6)))
@@ -137,7 +137,7 @@ def test_jump_of_the_loss_stops_and_can_be_passed(
     assert finished.facts()["steps"] == high + 1
 
 
-def test_evaluation_that_is_no_number_stops_before_its_weights_are_saved(
+def test_evaluation_that_is_not_finite_stops_before_its_weights_are_saved(
     small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = HymbaTrainer.evaluation_loop
@@ -154,7 +154,7 @@ def test_evaluation_that_is_no_number_stops_before_its_weights_are_saved(
     assert Run(tmp_path / "out").last_checkpoint().name == "checkpoint-1"
 
 
-def test_places_say_what_they_share_once() -> None:
+def test_places_are_grouped_by_file() -> None:
     places = ["a.jsonl, line 3", "b c.csv, row 1", "a.jsonl, line 18"]
     assert listed(places) == "a.jsonl, line 3, 18; b c.csv, row 1"
 
@@ -167,19 +167,19 @@ def test_guard_changes_no_number(small_model: Path, data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("verb", ["dpo", "kto"])
-def test_preferences_are_watched_as_well(
+def test_preference_trainers_are_guarded_too(
     verb: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their batches hold each prompt with its answers: the rows named are those that were judged."""
-    kind, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (JudgedTrainer, kto, save_judged)
+    """Their batches hold each prompt with its answers: the named rows are those of the batch."""
+    trainer, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (UnpairedTrainer, kto, save_judged)
     data = save(tmp_path / "rows.jsonl")
-    loss_of = kind.compute_loss
+    loss_of = trainer.compute_loss
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = loss_of(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 1 and torch.is_grad_enabled() else loss
 
-    monkeypatch.setattr(kind, "compute_loss", compute_loss)
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
     with pytest.raises(TrainingError, match=r"The loss is nan at step 2\. Its rows: .*rows\.jsonl, line \d+") as error:
         train(finished_run, data, tmp_path / "out", steps=3, save_every=1, batch_size=2, eval_split=0)
     lines = re.search(r"rows\.jsonl, line ([\d, ]+)\.", str(error.value))

@@ -1,4 +1,4 @@
-"""What a machine runs out of is foreseen, or survived and explained."""
+"""Limits of disk and memory are checked before a run, or handled within it with an explanation."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_disk_too_small_is_refused_before_weights_are_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
     with pytest.raises(
         ConfigError,
-        match=r"its disk has 1 MB free\.\n  expected   3\d MB for checkpoints (.|\n)*free 3\d MB, or",
+        match=r"its disk has 1\.0 MB free\.\n  expected   3\d\.\d MB for the checkpoints (.|\n)*free 3\d\.\d MB, or",
     ):
         run(settings(small_model, questions, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoints_that_are_there_count_as_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_checkpoints_count_as_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 100, 100))  # type: ignore[attr-defined]
     (tmp_path / "checkpoints/checkpoint-1").mkdir(parents=True)
     (tmp_path / "checkpoints/checkpoint-1/weights").write_bytes(b"0" * 50)
@@ -72,7 +72,7 @@ def test_checkpoints_that_are_there_count_as_space(tmp_path: Path, monkeypatch: 
 def test_disk_that_fills_leaves_the_last_whole_checkpoint(
     file: str, small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full is written to as a full disk is."""
+    """Writing to /dev/full fails as on a full disk."""
     save = HymbaTrainer.save_model
 
     def save_model(self: HymbaTrainer, output_dir: str, **kwargs: Any) -> None:
@@ -90,7 +90,9 @@ def test_disk_that_fills_leaves_the_last_whole_checkpoint(
     assert run(resume_config(SFTConfig(resume=out))).facts()["steps"] == 4
 
 
-def test_full_disks_are_told_by_what_libraries_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disks_are_recognized_by_the_messages_of_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hymba_tune.train.limits._free", lambda _: 0)
     full = [
         OSError(errno.ENOSPC, "No space left on device"),
@@ -105,7 +107,7 @@ def test_full_disks_are_told_by_what_libraries_say(tmp_path: Path, monkeypatch: 
     assert not is_disk_full(full[2], tmp_path)
 
 
-def test_allocation_that_fails_is_told_from_other_errors() -> None:
+def test_out_of_memory_is_distinguished_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     assert is_out_of_memory(error.value)
@@ -118,12 +120,12 @@ def test_out_of_memory_says_what_to_lower(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HymbaTrainer, "compute_loss", lambda *_, **__: torch.empty(2**60))
-    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had taken \d\.\d GB") as error:
+    with pytest.raises(TrainingError, match=r"Out of memory on cpu: the run had used \d\.\d+ GB") as error:
         run(settings(small_model, questions, tmp_path / "out", eval_split=0, method="full"))
     message = str(error.value)
     assert "room for 4 × 2,048 tokens at a time" in message
     for advice in ("--batch-size 2 --grad-accum 2", "--gradient-checkpointing", "--method lora"):
-        assert re.search(rf"{advice} \(about \d\.\d GB instead of \d\.\d, ", message)
+        assert re.search(rf"{advice} \(about \d\.\d+ GB instead of \d\.\d+ GB, ", message)
     assert "--max-length" not in message  # no row is so long that it would help
     assert not (tmp_path / "out").exists()
 
@@ -138,7 +140,7 @@ def test_what_is_on_already_is_not_advised(tmp_path: Path) -> None:
 
 
 def test_advice_says_what_each_change_would_take() -> None:
-    """As foretold for the settings with that change, and no other."""
+    """The estimate is that of the settings with this change alone."""
 
     def needs(config: SFTConfig) -> int:
         rows = min(config.max_length, 1024)
@@ -146,8 +148,8 @@ def test_advice_says_what_each_change_would_take() -> None:
 
     config = SFTConfig(batch_size=4, grad_accum=3, max_length=2048)
     assert memory_advice(config, needs) == [
-        "--batch-size 2 --grad-accum 6 (about 2.0 GB instead of 4.0, the same steps)",
-        "--gradient-checkpointing (about 0.5 GB instead of 4.0, a third more time)",
+        "--batch-size 2 --grad-accum 6 (about 2.0 GB instead of 4.0 GB, the same steps)",
+        "--gradient-checkpointing (about 0.50 GB instead of 4.0 GB, a third more time)",
     ]  # there are no rows that half of --max-length would cut
 
 

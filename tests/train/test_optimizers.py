@@ -1,4 +1,4 @@
-"""Which parameter learns at which rate, and how rates fall."""
+"""The learning rate of each parameter, and the schedules."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def members(model: torch.nn.Module, rates: Rates) -> dict[str, set[str]]:
     """The names of the parameters of each group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, rates, weight_decay=0.1, decayed=names.values())
-    found = {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
-    assert sum(len(group["params"]) for group in groups) == len(set().union(*found.values()))
-    assert set().union(*found.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
-    return found
+    parameters = {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert sum(len(group["params"]) for group in groups) == len(set().union(*parameters.values()))
+    assert set().union(*parameters.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
+    return parameters
 
 
-def test_without_rates_of_their_own_all_are_one_group() -> None:
+def test_without_separate_rates_all_parameters_are_one_group() -> None:
     assert members(adapted_model(), Rates(1.0)).keys() == {"all others"}
 
 
@@ -58,7 +58,7 @@ def test_groups_of_an_adapter_are_exact() -> None:
     }
 
 
-def test_whole_meta_tokens_are_theirs() -> None:
+def test_fully_trained_meta_tokens_have_their_rate() -> None:
     groups = members(adapted_model(meta="full"), Rates(1.0, meta=2.0))
     assert groups["meta tokens"] == {f"{BASE}memory_tokens.modules_to_save.default.weight"}
 
@@ -71,12 +71,12 @@ def test_magnitudes_of_dora_keep_the_rate_of_a() -> None:
 
 def test_groups_of_full_training_are_exact() -> None:
     groups = members(tiny_model(), Rates(1.0, meta=2.0, ssm=3.0, loraplus=16.0))
-    assert groups.keys() == {"all others", "ssm", "meta tokens"}  # there are no factors to tell apart
+    assert groups.keys() == {"all others", "ssm", "meta tokens"}  # there are no LoRA matrices
     assert groups["meta tokens"] == {"model.memory_tokens.weight"}
     assert groups["ssm"] == {f"model.layers.{layer}.mamba.{name}" for layer in range(4) for name in INSIDE_SSM}
 
 
-def test_decay_is_for_those_named() -> None:
+def test_weight_decay_applies_to_the_named_parameters() -> None:
     model = tiny_model()
     groups = parameter_groups(model, Rates(1.0, ssm=2.0), weight_decay=0.1, decayed=["model.embed_tokens.weight"])
     assert [(group["name"], group["weight_decay"]) for group in groups] == [
@@ -118,7 +118,7 @@ def test_every_schedule_warms_up_to_its_peak(name: str) -> None:
     assert max(rates) == 1.0
 
 
-def test_schedules_fall_as_they_say() -> None:
+def test_schedules_fall_as_documented() -> None:
     assert set(rates_of("constant")[10:]) == {1.0}
     assert rates_of("linear")[55] == pytest.approx(0.5)
     assert rates_of("cosine")[55] == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Settings of training do what they say, in whole runs."""
+"""Training settings have their documented effect, in complete runs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_every_optimizer_trains(optimizer: str, small_model: Path, questions: Pa
     losses = [row.loss for row in finished.rows() if row.loss is not None]
     assert losses[-1] < losses[0]
     assert finished.facts()["optimizer"]["name"] == optimizer
-    assert banner.lines["optimiser"].startswith(optimizer)
-    assert ("not paged: there is no GPU" in banner.lines["optimiser"]) is optimizer.startswith("paged")
+    assert banner.lines["optimizer"].startswith(optimizer)
+    assert ("not paged: there is no GPU" in banner.lines["optimizer"]) is optimizer.startswith("paged")
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw8bit", "method": "full"}, {"neftune_alpha": 10.0}])
@@ -186,17 +186,22 @@ def test_packing_says_how_full_its_rows_are(small_model: Path, questions: Path, 
 
 
 def test_activation_offload_needs_a_gpu(small_model: Path, questions: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--activation-offload moves activations off a GPU, and this run is on cpu"):
+    with pytest.raises(
+        ConfigError, match=r"--activation-offload moves activations from a GPU to the CPU, and this run is on cpu"
+    ):
         run(settings(small_model, questions, tmp_path / "out", activation_offload=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr_schedule": "linear", "lr_min": 0.1}, "lr_min: linear has no lowest rate; cosine and wsd have"),
+        (
+            {"lr_schedule": "linear", "lr_min": 0.1},
+            "lr_min: linear has no lowest rate; use --lr-schedule cosine or wsd",
+        ),
         ({"method": "full", "loraplus_ratio": 4}, "loraplus_ratio: --method full has no factors"),
         ({"meta_tokens": "frozen", "lr_meta": 1e-3}, "lr_meta: the meta tokens are not trained"),
-        ({"targets": ["mlp"], "lr_ssm": 1e-3}, "lr_ssm: nothing inside the SSM is among the targets: mlp"),
+        ({"targets": ["mlp"], "lr_ssm": 1e-3}, "lr_ssm: the targets have no module of the SSM: mlp"),
     ],
 )
 def test_rates_that_nothing_would_take_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -227,7 +232,7 @@ def test_modules_that_stop_moving_are_seen_after_resuming(
     small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    # SGD: AdamW would go on moving what has no gradient by its moments.
+    # SGD: AdamW would still move parameters without a gradient, by their moments.
     run(settings(small_model, questions, out, steps=2, save_every=2, optimizer="sgd", lr_schedule="constant"))
 
     def stops_gradients(self: HymbaMLP, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A dry run says of a run what the run says of itself, without its weights."""
+"""A dry run shows what the run itself shows, without loading weights."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_dry_run_says_what_the_run_says(
 def test_dry_run_of_a_continued_adapter(finished_run: Path, tmp_path: Path) -> None:
     """Its reference is not computed either."""
     dry, real = Banner(), Banner()
-    given: dict[str, Any] = {"model": str(finished_run), "data": [str(save_pairs(tmp_path / "pairs.jsonl"))]}
-    given |= {"start": "continue", "steps": 1, "dtype": "float32", "out": tmp_path / "out", "max_length": 64}
-    assert run_dpo(DPOConfig(**given, dry_run=True), dry) is None
+    values: dict[str, Any] = {"model": str(finished_run), "data": [str(save_pairs(tmp_path / "pairs.jsonl"))]}
+    values |= {"start": "continue", "steps": 1, "dtype": "float32", "out": tmp_path / "out", "max_length": 64}
+    assert run_dpo(DPOConfig(**values, dry_run=True), dry) is None
     with patch("hymba_tune.train.samples.SAMPLE_TOKENS", 4), patch("hymba_tune.report.write_report"):
-        run_dpo(DPOConfig(**given), real)
+        run_dpo(DPOConfig(**values), real)
     assert dry.lines == real.lines

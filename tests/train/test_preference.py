@@ -1,10 +1,11 @@
-"""Runs on preferences: DPO on pairs, KTO on judged answers."""
+"""Runs on preferences: DPO on pairs, KTO on labeled answers."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,13 +26,13 @@ from hymba_tune.train.margin import MarginWatch
 from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
 
 class Notes(Screen):
-    """Keeps what it is told."""
+    """Records the banner and the notes."""
 
     def __init__(self) -> None:
         self.lines: dict[str, str] = {}
@@ -65,21 +66,21 @@ def log_probs(model: Any, pairs: Path, folder: Path) -> torch.Tensor:
     """``(N, 2)``: of the better and the worse answer of each pair, one text at a time, from plain logits."""
     tokenizer = with_chat_template(load_tokenizer(folder))
     rows, _ = build_preferences(open_sources([str(pairs)]), tokenizer, paired=True, max_length=512)
-    found = []
+    sums = []
     for row in rows:
         for answer in (row["chosen_ids"], row["rejected_ids"]):
             ids = torch.tensor([row["prompt_ids"] + answer])
             with torch.no_grad():
                 scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            found.append(scores[-len(answer) :].sum())
-    return torch.stack(found).view(-1, 2)
+            sums.append(scores[-len(answer) :].sum())
+    return torch.stack(sums).view(-1, 2)
 
 
 def opened(path: Path | str) -> Any:
     return open_model(resolve_model(str(path)), dtype=torch.float32, device=torch.device("cpu")).eval()
 
 
-def test_run_says_what_it_did(preferred: Path, finished_run: Path) -> None:
+def test_run_records_its_metrics_and_settings(preferred: Path, finished_run: Path) -> None:
     rows = Run(preferred).rows()
     assert (rows[0].step, rows[0].eval_margin, rows[0].eval_accuracy) == (0, 0.0, 0.0)
     assert rows[0].eval_loss == pytest.approx(0.6931, abs=1e-4)
@@ -134,7 +135,9 @@ def test_evaluation_of_several_sources_is_the_mean_over_the_pairs_of_each_and_of
     assert row.eval_loss == pytest.approx((2 * losses["few.jsonl"] + 24 * losses["pairs.jsonl"]) / 26, rel=1e-9)
 
 
-def test_reference_computed_before_is_that_beside_the_batch(small_model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_precomputed_reference_equals_the_one_computed_with_the_batch(
+    small_model: Path, pairs: Path, tmp_path: Path
+) -> None:
     one = dpo(small_model, pairs, tmp_path / "one", steps=3)
     other = dpo(small_model, pairs, tmp_path / "other", steps=3, reference="precompute")
     a, b = tensors(one.adapter), tensors(other.adapter)
@@ -142,7 +145,7 @@ def test_reference_computed_before_is_that_beside_the_batch(small_model: Path, p
         torch.testing.assert_close(tensor, b[name], atol=2e-4, rtol=1e-3)
 
 
-def test_run_on_a_run_opens_merges_and_talks(preferred: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_run_on_a_run_opens_merges_and_chats(preferred: Path, finished_run: Path, tmp_path: Path) -> None:
     config = json.loads((preferred / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(finished_run)
     folder = merge_run(preferred, tmp_path / "merged")
@@ -150,14 +153,14 @@ def test_run_on_a_run_opens_merges_and_talks(preferred: Path, finished_run: Path
     whole, layered = opened(folder)(input_ids=ids).logits, opened(preferred)(input_ids=ids).logits
     torch.testing.assert_close(whole, layered, atol=1e-5, rtol=0)
     assert not torch.allclose(whole, opened(finished_run)(input_ids=ids).logits, atol=1e-3)
-    said = [
-        Chat(ChatConfig(model=str(name), temperature=0, max_new_tokens=6, dtype="float32")).ask("I see one cat.")
+    answers = [
+        Chat(ChatConfig(model=str(name), temperature=0, max_new_tokens=6, dtype="float32")).reply("I see one cat.")
         for name in (preferred, folder)
     ]
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]
 
 
-def test_adapter_of_a_run_is_gone_on_with(finished_run: Path, pairs: Path, tmp_path: Path) -> None:
+def test_adapter_of_a_run_is_trained_further(finished_run: Path, pairs: Path, tmp_path: Path) -> None:
     notes = Notes()
     run = dpo(finished_run, pairs, tmp_path / "out", notes, rank=4, start="continue", steps=1, lr=1e-9)
     assert notes.lines["start"] == "finished: its adapter is trained on"
@@ -171,17 +174,19 @@ def test_adapter_of_a_run_is_gone_on_with(finished_run: Path, pairs: Path, tmp_p
     assert first.eval_margin == 0.0
 
 
-def test_what_cannot_be_gone_on_with(small_model: Path, finished_run: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--start continue: .*small is no run with an adapter to go on training"):
+def test_start_continue_needs_an_adapter_with_the_same_settings(
+    small_model: Path, finished_run: Path, pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--start continue: .*small is not a run with an adapter to train further"):
         dpo(small_model, pairs, tmp_path / "out", start="continue")
-    with pytest.raises(ConfigError, match=r"goes on with the adapter of .*finished; rank cannot change\."):
+    with pytest.raises(ConfigError, match=r"trains the adapter of .*finished further; rank cannot change\."):
         dpo(finished_run, pairs, tmp_path / "out", start="continue", rank=8)
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
-    "full": {"method": "full", "lr": 1e-3},
-    "continue": {"start": "continue"},
+METHODS: dict[str, tuple[Callable[..., Run], dict[str, Any]]] = {
+    "lora_dropout": (dpo, {"lora_dropout": 0.3, "grad_accum": 2}),
+    "full": (dpo, {"method": "full", "lr": 1e-3}),
+    "continue": (dpo, {"start": "continue"}),
 }
 
 
@@ -190,20 +195,20 @@ def test_resumed_equals_uninterrupted(
     method: str, small_model: Path, finished_run: Path, pairs: Path, tmp_path: Path
 ) -> None:
     model = finished_run if method == "continue" else small_model
-    changes = {"steps": 4, "save_every": 2, "eval_every": 2} | METHODS[method]
-    whole = dpo(model, pairs, tmp_path / "whole", **changes)
+    train, changes = METHODS[method]
+    whole = train(model, pairs, tmp_path / "whole", steps=4, save_every=2, eval_every=2, **changes)
     killed = Path(shutil.copytree(whole.path, tmp_path / "killed"))
     for folder in ("adapter", "model", "checkpoints/checkpoint-4"):
         shutil.rmtree(killed / folder, ignore_errors=True)
-    finished = run_short(resume_config(DPOConfig(resume=killed)))
+    finished = run_short(resume_config(type(whole.read_config())(resume=killed)))
     results = [run.model if run.model.is_dir() else run.adapter for run in (finished, whole)]
     assert same_tensors(*results)
     names = ("step", "loss", "eval_loss", "margin", "eval_margin")
-    kept = [[[getattr(row, name) for name in names] for row in run.rows()] for run in (finished, whole)]
-    assert kept[0] == kept[1]
+    numbers = [[[getattr(row, name) for name in names] for row in run.rows()] for run in (finished, whole)]
+    assert numbers[0] == numbers[1]
 
 
-def test_run_is_gone_on_with_by_its_own_verb(preferred: Path, finished_run: Path, pairs: Path, tmp_path: Path) -> None:
+def test_run_is_resumed_by_its_own_verb(preferred: Path, finished_run: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"preferred is a run of hymba-tune dpo, not of sft\.\n.*hymba-tune dpo --res"
     ):
@@ -235,7 +240,7 @@ def test_every_loss_trains(loss: str, small_model: Path, pairs: Path, tmp_path: 
     assert run.rows()[-1].loss is not None
 
 
-def test_kto_learns_from_judged_answers(small_model: Path, judged: Path, tmp_path: Path) -> None:
+def test_kto_learns_from_labeled_answers(small_model: Path, judged: Path, tmp_path: Path) -> None:
     notes = Notes()
     run = kto(small_model, judged, tmp_path / "out", notes, steps=6, eval_data=[str(judged)])
     assert "16 good answers and 8 bad ones" in notes.lines["data"]
@@ -254,7 +259,7 @@ def test_kto_learns_from_judged_answers(small_model: Path, judged: Path, tmp_pat
 def test_card_of_answers_that_are_all_good_or_all_bad_has_no_margin_and_no_nats(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step, loss in enumerate((0.5, 0.4)):
-        run.log(Row(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
+        run.log(MetricsRow(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
     run.record(kept={"step": 1}, data={"rows": 4, "fingerprint": "ab"}, steps=1, tokens_seen=9)
     write_card(run, KTOConfig(data=["judged.jsonl"]), ["4 answers"])
     assert "| held-out | step | loss | accuracy |\n" in (run.path / "README.md").read_text()
@@ -278,11 +283,11 @@ def test_kto_evaluation_is_the_mean_over_answers(
     assert last.eval_accuracy == pytest.approx(right.float().mean().item(), abs=1e-6)
 
 
-def test_kto_tells_answers_right_by_the_divergence_from_the_reference(
+def test_kto_accuracy_compares_with_the_divergence_from_the_reference(
     small_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """All held-out answers are one batch, so that there is one estimate of it."""
-    settings = {"batch_size": 48, "steps": 3, "good_weight": 50.0}
+    """All held-out answers are one batch, so that there is one estimate of the divergence."""
+    settings = {"batch_size": 48, "steps": 3, "desirable_weight": 50.0}
     run = kto(small_model, pairs, tmp_path / "out", eval_data=[str(pairs)], **settings)
     after, before = (log_probs(opened(model), pairs, small_model) for model in (run.path, small_model))
     state = json.loads((run.checkpoints / "checkpoint-3" / "trainer_state.json").read_text())
@@ -296,9 +301,13 @@ def test_kto_tells_answers_right_by_the_divergence_from_the_reference(
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (DPOConfig, {"label_smoothing": 0.1}, "label_smoothing: the sigmoid loss has none; robust, exo_pair"),
-        (DPOConfig, {"loss": "exo_pair"}, "label_smoothing: the exo_pair loss needs some"),
-        (DPOConfig, {"packing": True}, "packing: answers are compared side by side"),
+        (
+            DPOConfig,
+            {"label_smoothing": 0.1},
+            "label_smoothing: the sigmoid loss has none; use one of robust, exo_pair",
+        ),
+        (DPOConfig, {"loss": "exo_pair"}, "label_smoothing: the exo_pair loss needs it"),
+        (DPOConfig, {"packing": True}, "packing: preferences cannot be packed"),
         (DPOConfig, {"method": "full", "reference": "adapter-off"}, "reference: --method full has no new adapter"),
         (DPOConfig, {"start": "continue", "reference": "adapter-off"}, "reference: --start continue has no new"),
         (KTOConfig, {"batch_size": 1}, "batch_size: the kto loss compares the answers of a batch"),
@@ -325,12 +334,12 @@ def test_margin_that_does_not_move_is_explained_once() -> None:
     watch = MarginWatch(beta=0.1, identical=0.25, screen=notes)
     logged(watch, {10: 0.0001, 20: -0.0004, 30: 0.0})
     assert len(notes.notes) == 1
-    for said in ("has not moved in 20 steps (-0.0004)", "--lr 1e-05", "--targets all", "in 25% of the rows"):
-        assert said in notes.notes[0]
+    for part in ("has not moved in 20 steps (-0.0004)", "--lr 1e-05", "--targets all", "in 25% of the rows"):
+        assert part in notes.notes[0]
 
 
 @pytest.mark.parametrize("margins", [{10: 0.2, 20: 0.0}, {10: 0.0001}, {20: -0.3, 30: 0.0}])
-def test_margin_that_moves_or_may_still_do_is_not_spoken_of(margins: dict[int, float]) -> None:
+def test_margin_that_moves_or_may_still_move_is_not_noted(margins: dict[int, float]) -> None:
     notes = Notes()
     logged(MarginWatch(beta=0.1, identical=0.0, screen=notes), margins)
     assert not notes.notes

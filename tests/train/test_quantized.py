@@ -1,4 +1,4 @@
-"""QLoRA: adapters on weights in fewer bits, in whole runs."""
+"""QLoRA: adapters on quantized weights, in complete runs."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class Banner(Screen):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[Scheme, Path]:
-    """Folders of quantised models."""
-    folder, source = tmp_path_factory.mktemp("quantised"), ModelSource("wide", wide_model)
+    """Folders of quantized models."""
+    folder, source = tmp_path_factory.mktemp("quantized"), ModelSource("wide", wide_model)
     for scheme in (Scheme.nf4, Scheme.int8):
-        asked = quantization(load_config(source), scheme, torch.float32)
-        load_weights(source, dtype=torch.float32, device=CPU, quantization=asked).save_pretrained(folder / scheme)
+        config = quantization(load_config(source), scheme, torch.float32)
+        load_weights(source, dtype=torch.float32, device=CPU, quantization=config).save_pretrained(folder / scheme)
         load_tokenizer(wide_model).save_pretrained(folder / scheme)
     return {scheme: folder / scheme for scheme in (Scheme.nf4, Scheme.int8)}
 
 
 @pytest.mark.parametrize(("scheme", "layer"), [("fp4", Linear4bit), ("int8", Linear8bitLt)])
-def test_adapter_is_trained_on_quantised_weights(
+def test_adapter_is_trained_on_quantized_weights(
     scheme: str, layer: type, wide_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     usual = HymbaTrainer.__init__
 
-    def seeing(self: HymbaTrainer, **given: Any) -> None:
-        usual(self, **given)
+    def seeing(self: HymbaTrainer, **kwargs: Any) -> None:
+        usual(self, **kwargs)
         seen.append(self.model)
 
     monkeypatch.setattr(HymbaTrainer, "__init__", seeing)
@@ -68,21 +68,21 @@ def test_adapter_is_trained_on_quantised_weights(
     assert {parameter.dtype for parameter in trained} == {torch.float32}  # TRL would round them to bfloat16
     assert f"· {scheme} weights · bfloat16" in banner.lines["model"]
     assert finished.facts()["quantized"] == scheme
-    assert f"(lora on weights quantised to {scheme})" in (finished.path / "README.md").read_text()
+    assert f"(lora on weights quantized to {scheme})" in (finished.path / "README.md").read_text()
     assert all("lora" in name for name in tensors(finished.adapter))
 
 
-def test_quantised_checkpoints_are_trained_as_they_are(
+def test_quantized_checkpoints_are_trained_as_they_are(
     stored: dict[Scheme, Path], wide_model: Path, questions: Path, tmp_path: Path
 ) -> None:
     ours = run(settings(stored[Scheme.nf4], questions, tmp_path / "stored"))
-    other = run(settings(wide_model, questions, tmp_path / "quantised", quantize="nf4"))
+    other = run(settings(wide_model, questions, tmp_path / "quantized", quantize="nf4"))
     assert ours.facts()["quantized"] == other.facts()["quantized"] == "nf4"
     losses = [[row.loss for row in finished.rows()] for finished in (ours, other)]
     assert losses[0] == losses[1]
 
 
-def test_preferences_go_on_with_an_adapter_on_quantised_weights(wide_model: Path, tmp_path: Path) -> None:
+def test_preferences_go_on_with_an_adapter_on_quantized_weights(wide_model: Path, tmp_path: Path) -> None:
     pairs = save_pairs(tmp_path / "pairs.jsonl")
     first = dpo(wide_model, pairs, tmp_path / "first", quantize="nf4", method="dora")
     second = dpo(first.path, pairs, tmp_path / "second", start="continue")
@@ -106,12 +106,12 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("scheme", "changes", "message"),
     [
-        (Scheme.nf4, {"quantize": "int8"}, "--quantize int8: .* is quantised already, to nf4"),
-        (Scheme.nf4, {"method": "full"}, "--method full trains every weight, and those of .* are quantised"),
-        (Scheme.int8, {"method": "dora"}, r"--method dora needs the norms(.|\n)*quantised to int8"),
+        (Scheme.nf4, {"quantize": "int8"}, "--quantize int8: .* is quantized already, to nf4"),
+        (Scheme.nf4, {"method": "full"}, "--method full trains every weight, and those of .* are quantized"),
+        (Scheme.int8, {"method": "dora"}, r"--method dora needs the norms(.|\n)*quantized to int8"),
     ],
 )
-def test_quantised_checkpoints_that_cannot_be_trained_so(
+def test_quantized_checkpoints_that_cannot_be_trained_so(
     scheme: Scheme, changes: dict[str, Any], message: str, stored: dict[Scheme, Path], questions: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -119,13 +119,13 @@ def test_quantised_checkpoints_that_cannot_be_trained_so(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_merged_before_it_is_quantised(finished_run: Path, questions: Path, tmp_path: Path) -> None:
+def test_a_run_is_merged_before_it_is_quantized(finished_run: Path, questions: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"finished is an adapter(.|\n)*hymba-tune merge"):
         run(settings(finished_run, questions, tmp_path / "out", quantize="nf4"))
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Path) -> None:
+def test_estimated_memory_is_that_of_a_real_step(scheme: Scheme, tmp_path: Path) -> None:
     shape: dict[str, Any] = {
         "hidden_size": 256,
         "num_attention_heads": 4,
@@ -134,7 +134,7 @@ def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Pat
     }
     plain = tiny_model(**shape)
     plain.save_pretrained(tmp_path)
-    asked = quantization(plain.config, scheme, torch.float32)
+    config = quantization(plain.config, scheme, torch.float32)
     memory = StepMemory(adapted(plain), dtype=torch.float32, own_kernels=True)
     texts = torch.randint(3, 512, (2, 64))
     step = memory.of(
@@ -142,10 +142,10 @@ def test_memory_foreseen_is_what_a_real_step_takes(scheme: Scheme, tmp_path: Pat
         checkpointing=False,
         accumulates=False,
         optimizer="sgd",
-        quantised=stored_bytes(plain.config, asked),
+        quantized=stored_bytes(plain.config, config),
     )
     source = ModelSource("model", tmp_path)
-    model = adapted(load_weights(source, dtype=torch.float32, device=CPU, quantization=asked)).train()
+    model = adapted(load_weights(source, dtype=torch.float32, device=CPU, quantization=config)).train()
     held = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()
     }

@@ -1,4 +1,4 @@
-"""A run that was stopped and gone on with ends with the weights it would have had."""
+"""A run that was stopped and resumed ends with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import Screen
 from tests.runs import merge_run, run, same_tensors, save_questions, settings, tensors
+from tests.train.inputs import Pressing
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora_dropout": {"lora_dropout": 0.3, "grad_accum": 2},
@@ -30,19 +31,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "weight_decay": 0.1},
     "full_bfloat16": {"method": "full", "dtype": "bfloat16"},
 }
-
-
-class Pressing(Screen):
-    """Presses Ctrl-C when a step's row comes."""
-
-    def __init__(self, step: int, *, times: int = 1) -> None:
-        self._step, self._times = step, times
-
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
-        del total_steps, seconds_left
-        if row.step == self._step and row.loss is not None:
-            for _ in range(self._times):
-                signal.raise_signal(signal.SIGINT)
 
 
 def result(finished: Run) -> Path:
@@ -87,17 +75,17 @@ def _ctrl_c_interrupts() -> Iterator[None]:
 
 @pytest.fixture
 def stopped(small_model: Path, questions: Path, tmp_path: Path) -> Path:
-    """A run of which Ctrl-C left two steps out of four."""
+    """A run of four steps that Ctrl-C stopped after two."""
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         run(settings(small_model, questions, out, steps=4, save_every=4, eval_every=4), Pressing(2))
     return out
 
 
-def test_interrupted_run_saves_the_step_it_is_at_and_goes_on(
+def test_interrupted_run_saves_its_step_and_can_be_resumed(
     stopped: Path, small_model: Path, questions: Path, tmp_path: Path
 ) -> None:
-    # The press comes with the row of step 2, after that step's turn to notice it: the run stops after the next one.
+    # Ctrl-C comes with the row of step 2, after the check of that step: the run stops after the next one.
     assert Run(stopped).last_checkpoint().name == "checkpoint-3"
     assert not (stopped / "adapter").exists()
     whole = run(settings(small_model, questions, tmp_path / "whole", steps=4, save_every=4, eval_every=4))
@@ -112,7 +100,7 @@ def test_second_press_ends_the_run_at_once(small_model: Path, questions: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_signal_is_given_back(stopped: Path) -> None:
+def test_signal_handler_is_restored(stopped: Path) -> None:
     assert stopped.is_dir()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -134,7 +122,7 @@ def test_run_can_be_made_longer(finished_run: Path, tmp_path: Path) -> None:
     assert not same_tensors(finished.adapter, finished_run / "adapter")
 
 
-def test_rows_that_a_preset_leaves_alone_stay_so_after_resuming(
+def test_rows_outside_a_preset_stay_untrained_after_resuming(
     small_model: Path, questions: Path, tmp_path: Path
 ) -> None:
     changes = {"targets": ["attention"], "weight_decay": 0.1, "meta_tokens": "frozen", "save_every": 2}
@@ -152,33 +140,33 @@ def test_rows_that_a_preset_leaves_alone_stay_so_after_resuming(
 
 
 def test_fixed_settings_cannot_change(finished_run: Path, tmp_path: Path) -> None:
-    given = SFTConfig(resume=finished_run, rank=8, lr=1.0, out=tmp_path, steps=40)
+    flags = SFTConfig(resume=finished_run, rank=8, lr=1.0, out=tmp_path, steps=40)
     with pytest.raises(
-        ConfigError, match=r"as it was started; --lr, --out, --rank cannot change\.\n  expected   at most: --dev"
+        ConfigError, match=r"with its own settings; --lr, --out, --rank cannot change\.\n  expected   at most: --dev"
     ):
-        resume_config(given)
+        resume_config(flags)
 
 
-def test_settings_given_again_as_they_were_are_no_change(finished_run: Path) -> None:
+def test_settings_repeated_unchanged_are_allowed(finished_run: Path) -> None:
     config = resume_config(SFTConfig(resume=finished_run, rank=4, log_every=7))
     assert (config.rank, config.log_every, config.steps) == (4, 7, 30)
 
 
-def test_folder_that_is_no_run_cannot_be_gone_on_with(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a run: it has no config\.yaml"):
         resumed(tmp_path)
 
 
-def test_run_without_a_whole_checkpoint_cannot_be_gone_on_with(finished_run: Path, tmp_path: Path) -> None:
+def test_run_without_a_complete_checkpoint_cannot_be_resumed(finished_run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished_run, tmp_path / "copy"))
     for mark in copy.rglob(WHOLE):
         mark.unlink()
-    with pytest.raises(CheckpointError, match=r"copy has no whole checkpoint to go on from\.(.|\n)*--out <new>"):
+    with pytest.raises(CheckpointError, match=r"copy has no complete checkpoint to resume from\.(.|\n)*--out <new>"):
         resumed(copy)
     assert (copy / "adapter").is_dir()
 
 
-def test_finished_run_says_that_nothing_is_left(finished_run: Path, tmp_path: Path) -> None:
+def test_finished_run_notes_that_no_steps_are_left(finished_run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished_run, tmp_path / "copy"))
     notes: list[str] = []
 
@@ -187,10 +175,10 @@ def test_finished_run_says_that_nothing_is_left(finished_run: Path, tmp_path: Pa
             notes.append(text)
 
     run(resume_config(SFTConfig(resume=copy)), Noting())
-    assert notes == ["all 30 steps are done already; a larger --steps or --epochs goes on"]
+    assert notes == ["all 30 steps are done; to train longer, increase --steps or --epochs"]
 
 
-def test_changed_data_cannot_be_gone_on_with(small_model: Path, tmp_path: Path) -> None:
+def test_run_with_changed_data_cannot_be_resumed(small_model: Path, tmp_path: Path) -> None:
     data = save_questions(tmp_path / "data.jsonl")
     out = run(settings(small_model, data, tmp_path / "out")).path
     save_questions(data, count=25)
@@ -198,7 +186,7 @@ def test_changed_data_cannot_be_gone_on_with(small_model: Path, tmp_path: Path) 
         resumed(out, steps=3)
 
 
-def test_intervals_given_on_resuming_count(small_model: Path, questions: Path, tmp_path: Path) -> None:
+def test_intervals_can_change_on_resuming(small_model: Path, questions: Path, tmp_path: Path) -> None:
     stopped = run(settings(small_model, questions, tmp_path / "run", steps=3, log_every=3, eval_every=3))
     finished = resumed(stopped.path, steps=6, log_every=1, eval_every=2)
     rows = [row for row in finished.rows() if row.step > 3]

@@ -1,4 +1,4 @@
-"""Batches say which rows they were made of."""
+"""The rows of a batch are found."""
 
 from __future__ import annotations
 

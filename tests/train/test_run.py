@@ -9,7 +9,7 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.train.checkpoints import seal
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Row
+from hymba_tune.train.screen import MetricsRow
 
 
 def checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
@@ -46,7 +46,7 @@ def test_folder_in_use_is_not_taken(tmp_path: Path) -> None:
 
 def test_run_that_stands_can_be_gone_on_with(tmp_path: Path) -> None:
     Run(tmp_path).create(SFTConfig())
-    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     --resume .* to go on with it, or another"):
+    with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     --resume .* to continue it, or another"):
         Run.choose(SFTConfig(out=tmp_path))
 
 
@@ -92,7 +92,7 @@ def test_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
 
 def test_no_whole_checkpoint(tmp_path: Path) -> None:
     checkpoint(Run(tmp_path), 3, whole=False)
-    with pytest.raises(CheckpointError, match=r"has no whole checkpoint to go on from\.\n  to fix     start again"):
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint to resume from\.\n  to fix     start again"):
         Run(tmp_path).last_checkpoint()
 
 
@@ -108,8 +108,11 @@ def test_facts_are_added_to(tmp_path: Path) -> None:
 
 
 def test_metrics_come_back_without_what_a_step_does_not_have(tmp_path: Path) -> None:
-    run, rows = Run(tmp_path), [Row(step=0, eval_loss=2.5), Row(step=3, loss=2.0, learning_rate=1e-3), Row(step=4)]
-    rows.append(Row(step=5, more={"kl": 0.5, "eval_kl": 0.25}))
+    run, rows = (
+        Run(tmp_path),
+        [MetricsRow(step=0, eval_loss=2.5), MetricsRow(step=3, loss=2.0, learning_rate=1e-3), MetricsRow(step=4)],
+    )
+    rows.append(MetricsRow(step=5, more={"kl": 0.5, "eval_kl": 0.25}))
     assert run.rows() == []
     for row in rows:
         run.log(row)
@@ -121,7 +124,7 @@ def test_metrics_come_back_without_what_a_step_does_not_have(tmp_path: Path) -> 
 def test_metrics_past_a_step_are_forgotten(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):
-        run.log(Row(step=step))
+        run.log(MetricsRow(step=step))
     run.forget_after(2)
     assert [row.step for row in run.rows()] == [1, 2]
     run.forget_after(0)

@@ -154,7 +154,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     libraries = [module.LIBRARY for module in (attention_native, convolution_native, elementwise_native, scan_native)]
-    answers = [attention_native.native_missing, *(library.load for library in libraries)]
+    answers = [attention_native.native_unavailable_reason, *(library.load for library in libraries)]
     for answer in answers:
         answer.cache_clear()
     yield
@@ -283,9 +283,9 @@ def test_run_on_a_run_trains_a_new_adapter_on_top(finished_run: Path, questions:
     end = [row["eval_loss"] for row in rows(finished_run) if "eval_loss" in row][-1]
     assert start == pytest.approx(end, rel=1e-5)
     assert second.facts()["model"] == str(finished_run)
-    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(second.path), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
     folder = merge_run(second.path, tmp_path / "merged")
-    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).ask("one")
+    assert Chat(ChatConfig(model=str(folder), dtype="float32", max_new_tokens=4, temperature=0)).reply("one")
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_data_must_be_given(small_model: Path, tmp_path: Path) -> None:
         ({"model": "missing/model/folder"}, ConfigError, r"--model missing/model/folder: no such folder"),
         ({"model": "empty"}, CheckpointError, r"empty: no model in this folder"),
         ({"targets": ["q_proj"]}, ConfigError, r"targets: the model has no linear layer called q_proj"),
-        ({"max_length": 8}, DataError, r"Nothing to learn in .*questions\.jsonl"),
+        ({"max_length": 8}, DataError, r"Nothing to train on in .*questions\.jsonl"),
         ({"dtype": "float16", "device": "cpu"}, ConfigError, r"--dtype float16 needs a CUDA device"),
         ({"device": "gpu"}, ConfigError, r"--device gpu: no such device"),
         ({"map": ["prmpt=a"]}, ConfigError, r"prmpt"),
@@ -339,9 +339,7 @@ def test_folder_in_use_is_left_alone(small_model: Path, questions: Path, finishe
     (tmp_path / "mine").touch()
     with pytest.raises(ConfigError, match=r"is not empty\.\n.*\n  to fix     another --out"):
         run(settings(small_model, questions, tmp_path))
-    with pytest.raises(
-        ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to go on with it"
-    ):
+    with pytest.raises(ConfigError, match=rf"is not empty\.\n.*\n  to fix     --resume {finished_run} to continue it"):
         run(settings(small_model, questions, finished_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -20,7 +20,7 @@ LOSSES = {1: 5.0, 2: 4.0, 3: 4.5, 4: 4.0, 5: 4.2, 6: 3.0}
 
 
 class Notes(Screen):
-    """Remembers what it was told."""
+    """Records the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -30,8 +30,8 @@ class Notes(Screen):
 
 
 @pytest.fixture
-def told_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations come out as `LOSSES` says, whatever was learned."""
+def fixed_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the evaluations' losses by `LOSSES`."""
     evaluate = HymbaTrainer.evaluation_loop
 
     def evaluation_loop(self: HymbaTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", [{}, {"method": "dora", "meta_tokens": "full"}, {"method": "full"}])
-@pytest.mark.usefixtures("told_losses")
+@pytest.mark.usefixtures("fixed_losses")
 def test_stops_early_and_keeps_the_best(
     method: dict[str, Any], small_model: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +62,7 @@ def test_stops_early_and_keeps_the_best(
     assert not same_tensors(result, finished.checkpoints / "checkpoint-5")
 
 
-@pytest.mark.usefixtures("told_losses")
+@pytest.mark.usefixtures("fixed_losses")
 def test_keep_last_ends_with_the_last_weights(small_model: Path, questions: Path, tmp_path: Path) -> None:
     finished = run(settings(small_model, questions, tmp_path / "out", **changed(early_stopping=3, keep="last")))
     kept = finished.facts()["kept"]
@@ -70,7 +70,7 @@ def test_keep_last_ends_with_the_last_weights(small_model: Path, questions: Path
     assert same_tensors(finished.adapter, finished.checkpoints / "checkpoint-5")
 
 
-@pytest.mark.usefixtures("told_losses")
+@pytest.mark.usefixtures("fixed_losses")
 def test_keep_best_without_early_stopping_goes_to_the_end(small_model: Path, questions: Path, tmp_path: Path) -> None:
     finished = run(settings(small_model, questions, tmp_path / "out", **changed(keep="best", eval_every=4)))
     # The last step is evaluated as well, and is the best.
@@ -78,9 +78,9 @@ def test_keep_best_without_early_stopping_goes_to_the_end(small_model: Path, que
     assert finished.facts()["kept"] == {"step": 6, "eval_loss": 3.0, "why": "best", "ended": None}
 
 
-@pytest.mark.usefixtures("told_losses")
+@pytest.mark.usefixtures("fixed_losses")
 def test_resumed_run_ends_as_it_would_have(small_model: Path, questions: Path, tmp_path: Path) -> None:
-    """Also where it lies somewhere else by then, and where what it is gone on from is the end already."""
+    """Also where it has been moved, and where its last checkpoint is already the end."""
     out = tmp_path / "out"
     sources = [str(questions), str(save_questions(tmp_path / "few.jsonl", 3))]
     whole = run(settings(small_model, questions, out, **changed(early_stopping=3), eval_data=sources))
@@ -100,7 +100,7 @@ def test_resumed_run_ends_as_it_would_have(small_model: Path, questions: Path, t
         out = moved
 
 
-@pytest.mark.usefixtures("told_losses")
+@pytest.mark.usefixtures("fixed_losses")
 def test_best_weights_that_are_torn_are_not_kept(small_model: Path, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(settings(small_model, questions, out, **changed(keep="best", steps=5)))
@@ -115,7 +115,7 @@ def test_best_weights_that_are_torn_are_not_kept(small_model: Path, questions: P
 def test_going_by_held_out_data_needs_some(
     changes: dict[str, Any], flag: str, small_model: Path, questions: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--{flag} goes by the held-out loss, and no data is held out"):
+    with pytest.raises(ConfigError, match=f"--{flag} needs the held-out loss, and no data is held out"):
         run(settings(small_model, questions, tmp_path / "out", eval_split=0, **changes))
     assert not (tmp_path / "out").exists()
 

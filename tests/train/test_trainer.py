@@ -51,7 +51,7 @@ def trainer(small_model: Path, data: Dataset, tmp_path: Path) -> Callable[..., H
 
 @pytest.fixture(scope="module")
 def weighted(data: Dataset) -> Dataset:
-    """The same rows, two of three with weights of their own for each token."""
+    """The same rows, two of three with weights for each token."""
     weights = [
         None if number % 3 == 0 else [(number + place % 5) / 12 for place in range(len(row["labels"]))]
         for number, row in enumerate(data)
@@ -109,9 +109,9 @@ def test_evaluation_is_the_mean_over_learned_tokens(
     fit = trainer(packing=packing, batch_size=batch_size)
     with torch.no_grad():
         total, count = loop(fit.model, data)
-    found = fit.evaluate()
-    FLOAT32.check(torch.tensor(found["eval_loss"]), total / count)
-    assert not [name for name in found if name.startswith("eval_loss/")]
+    metrics = fit.evaluate()
+    FLOAT32.check(torch.tensor(metrics["eval_loss"]), total / count)
+    assert not [name for name in metrics if name.startswith("eval_loss/")]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -123,12 +123,12 @@ def test_evaluation_of_several_sources_is_the_mean_over_the_tokens_of_each_and_o
     with torch.no_grad():
         parts = {"a": loop(fit.model, weighted.select([0])), "b": loop(fit.model, weighted.select(range(1, 6)))}
         parts["c"] = loop(fit.model, weighted.select([6, 7]))
-    found = fit.evaluate()
+    metrics = fit.evaluate()
     for name, (total, count) in parts.items():
-        FLOAT32.check(torch.tensor(found[f"eval_loss/{name}"]), total / count)
+        FLOAT32.check(torch.tensor(metrics[f"eval_loss/{name}"]), total / count)
     tokens = sum(count for _, count in parts.values())
-    mean = sum(found[f"eval_loss/{name}"] * count for name, (_, count) in parts.items()) / tokens
-    assert found["eval_loss"] == pytest.approx(mean, rel=1e-6)
+    mean = sum(metrics[f"eval_loss/{name}"] * count for name, (_, count) in parts.items()) / tokens
+    assert metrics["eval_loss"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_first_tokens_are_no_targets_even_where_they_are_labelled(
@@ -145,7 +145,7 @@ def test_first_tokens_are_no_targets_even_where_they_are_labelled(
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_model_keeps_its_own_forward(adapted: bool, trainer: Callable[..., HymbaTrainer]) -> None:
-    """TRL puts one of its own on the instance, which would go on computing with these weights in a copy."""
+    """TRL sets a forward on the instance, which would still compute with these weights in a copy of the model."""
     model = trainer(adapted=adapted).model
     assert isinstance(model, PeftModel) is adapted
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]

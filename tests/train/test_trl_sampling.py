@@ -46,7 +46,7 @@ def test_grpo_is_given_what_each_prompt_alone_is_gone_on_with(small_model: Path,
             max_completion_length=NEW,
             top_k=1,  # the likeliest token each time
             max_steps=1,
-            beta=0.1,  # a second model, the reference, is asked as well
+            beta=0.1,  # the reference, a second model, computes log-probabilities too
             use_cpu=True,
             bf16=False,
             save_strategy="no",

@@ -1,4 +1,4 @@
-"""What requests may ask, and what of it is refused."""
+"""The fields of requests, and the errors for fields that are not supported."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 MOST_CHOICES = 16
 MOST_LOGPROBS = 128
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-"""What OpenAI's interface has besides, and what changes no answer."""
+"""Fields of OpenAI's API that do not change an answer; accepted and ignored."""
 EMPTY: tuple[object, ...] = (None, False, 0, "", [], {})
 
 
 class ApiError(Exception):
-    """A request that is refused, in OpenAI's form.
+    """An error response in OpenAI's format.
 
     Args:
-        status: Of the HTTP answer.
-        message: What is wrong, in a sentence.
-        kind: OpenAI's name for errors of its sort.
-        param: The parameter that is wrong.
-        code: OpenAI's code for it.
+        status: The HTTP status.
+        message: A sentence that says what is wrong.
+        kind: OpenAI's error type.
+        param: The request field that is wrong.
+        code: OpenAI's error code.
     """
 
     def __init__(
@@ -38,23 +38,23 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_listed), Field(max_length=16)
+    list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
 ]
 
 
 class StreamOptions(BaseModel):
-    """What a stream brings besides."""
+    """Options of streamed responses."""
 
     include_usage: bool = False
 
 
-class Asked(BaseModel):
-    """What chats and completions have in common."""
+class BaseRequest(BaseModel):
+    """The fields that chat and text completions share."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,15 +69,15 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _refuse_the_rest(self) -> Asked:
+    def _reject_unknown_fields(self) -> BaseRequest:
         extra = self.model_extra or {}
         if unknown := [name for name, value in extra.items() if name not in IGNORED and value not in EMPTY]:
-            raise ApiError(400, f"{unknown[0]} is not supported here.", param=unknown[0], code="unsupported_parameter")
+            raise ApiError(400, f"{unknown[0]} is not supported.", param=unknown[0], code="unsupported_parameter")
         return self
 
 
-class CompletionAsked(Asked):
-    """A text to go on with."""
+class CompletionRequest(BaseRequest):
+    """A prompt, or several, to continue."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(default=16, ge=0)
@@ -88,7 +88,7 @@ class CompletionAsked(Asked):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each a text or token ids."""
+        """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -96,7 +96,7 @@ class CompletionAsked(Asked):
         return [one for one in self.prompt if not isinstance(one, int)]
 
 
-class ChatAsked(Asked):
+class ChatRequest(BaseRequest):
     """A conversation to answer."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -107,18 +107,18 @@ class ChatAsked(Asked):
 
     @property
     def limit(self) -> int | None:
-        """Tokens that the answer may have, where that is said."""
+        """The maximum number of new tokens, or None if the request does not set it."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-A = TypeVar("A", bound=Asked)
+RequestType = TypeVar("RequestType", bound=BaseRequest)
 
 
-def read_asked(kind: type[A], body: object) -> A:
-    """A request's body as what it is to be.
+def read_request(kind: type[RequestType], body: object) -> RequestType:
+    """Validate a request's body.
 
     Raises:
-        ApiError: If it is something else.
+        ApiError: If a field is missing, wrong or unknown.
     """
     try:
         return kind.model_validate(body)

@@ -8,8 +8,8 @@ import torch
 
 from hymba_tune.config import DPOConfig, SFTConfig
 from hymba_tune.data import DataReport
-from hymba_tune.footprint import GPU_RESERVE, held_beside
-from hymba_tune.train.foresight import full_batch, largest_batch, text_lengths
+from hymba_tune.footprint import GPU_RESERVE, process_overhead
+from hymba_tune.train.memory_estimate import full_batch, largest_batch, text_lengths
 from hymba_tune.train.setup import Data
 
 
@@ -33,19 +33,19 @@ def test_texts_are_as_long_as_their_prompt_and_answer() -> None:
 
 def test_largest_batch_is_one_that_may_be_drawn() -> None:
     lengths = (10, 20, 30, 40)
-    given = data({"input_ids": rows(*lengths)}, longest=40)
-    whole = largest_batch(SFTConfig(batch_size=4), given)
+    dataset = data({"input_ids": rows(*lengths)}, longest=40)
+    whole = largest_batch(SFTConfig(batch_size=4), dataset)
     assert (whole.tokens, whole.longest, whole.learned, whole.places) == (100, 40, 50, 160)
-    single = largest_batch(SFTConfig(batch_size=1, epochs=1), given)
+    single = largest_batch(SFTConfig(batch_size=1, epochs=1), dataset)
     assert (single.tokens, single.places) == (40, 40)
     # Drawn often enough, the two longest rows meet.
-    assert largest_batch(SFTConfig(batch_size=2, steps=200), given).tokens == 70
-    assert largest_batch(SFTConfig(batch_size=2, steps=1), given).tokens <= 70
+    assert largest_batch(SFTConfig(batch_size=2, steps=200), dataset).tokens == 70
+    assert largest_batch(SFTConfig(batch_size=2, steps=1), dataset).tokens <= 70
 
 
 def test_packed_rows_are_full() -> None:
-    given = data({"input_ids": rows(10, 20)}, longest=20)
-    batch = largest_batch(SFTConfig(batch_size=2, max_length=64, packing=True), given)
+    dataset = data({"input_ids": rows(10, 20)}, longest=20)
+    batch = largest_batch(SFTConfig(batch_size=2, max_length=64, packing=True), dataset)
     assert (batch.tokens, batch.longest, batch.learned) == (128, 20, 64)
 
 
@@ -56,5 +56,5 @@ def test_both_answers_of_a_pair_are_in_a_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_process_holds_more_than_its_libraries(dtype: torch.dtype) -> None:
-    assert held_beside(torch.device("cpu"), dtype) > 2**27
-    assert held_beside(torch.device("cuda"), dtype) == GPU_RESERVE
+    assert process_overhead(torch.device("cpu"), dtype) > 2**27
+    assert process_overhead(torch.device("cuda"), dtype) == GPU_RESERVE

@@ -8,13 +8,13 @@ import pytest
 
 from hymba_tune.data import Conversation, Message, open_source
 from hymba_tune.errors import DataError
-from hymba_tune.evaluate.asking import Answered, Extraction, Question, judge_answers, read_questions
+from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, read_questions, score_answers
 
 QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
 
 
 @pytest.mark.parametrize(
-    ("way", "pattern", "text", "found"),
+    ("way", "pattern", "text", "extracted"),
     [
         ("gsm8k", None, "He has 3.\n#### 1,800", "1800"),
         ("gsm8k", None, "#### 3 no, #### $-4.50", "-4.5"),
@@ -27,30 +27,30 @@ QUESTION = Question(Conversation((Message("user", "1 + 1?"),)), "#### 2")
         (None, r"x(\d)?", "x", "x"),
     ],
 )
-def test_what_is_compared(way: str | None, pattern: str | None, text: str, found: str | None) -> None:
-    assert Extraction(way, pattern)(text) == found
+def test_extracted_part(way: str | None, pattern: str | None, text: str, extracted: str | None) -> None:
+    assert Extraction(way, pattern)(text) == extracted
 
 
 def test_answers_are_counted() -> None:
     answered = [
-        Answered(QUESTION, "#### 2", "2", "2"),
-        Answered(QUESTION, "#### 3", "3", "2"),
-        Answered(QUESTION, "?", None, "2"),
-        Answered(QUESTION, "?", None, None),
+        AnsweredQuestion(QUESTION, "#### 2", "2", "2"),
+        AnsweredQuestion(QUESTION, "#### 3", "3", "2"),
+        AnsweredQuestion(QUESTION, "?", None, "2"),
+        AnsweredQuestion(QUESTION, "?", None, None),
     ]
-    score = judge_answers(answered)
-    assert (score.questions, score.right, score.found) == (4, 1, 2)
+    score = score_answers(answered)
+    assert (score.questions, score.correct, score.extracted) == (4, 1, 2)
     assert score.exact_match == 0.25
     assert score.standard_error == pytest.approx(0.25)
 
 
-def test_questions_that_cannot_be_judged_are_refused(tmp_path: Path) -> None:
+def test_questions_without_a_part_to_compare_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "1 + 1?", "completion": "two"}\n')
     settings: dict[str, Any] = {"max_rows": None, "mapping": {}}
-    with pytest.raises(DataError, match=r"No answer in .*q.jsonl has what is to be compared. The first: 'two'"):
+    with pytest.raises(DataError, match=r"No answer in .*q.jsonl contains a part to compare. The first is 'two'"):
         read_questions([open_source(str(path))], Extraction("gsm8k", None), **settings)
     assert len(read_questions([open_source(str(path))], Extraction("exact", None), **settings)) == 1
     path.write_text(json.dumps({"text": "no question"}) + "\n")
-    with pytest.raises(DataError, match="No questions in"):
+    with pytest.raises(DataError, match="There are no questions in"):
         read_questions([open_source(str(path))], Extraction("exact", None), **settings)

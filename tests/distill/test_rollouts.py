@@ -1,4 +1,4 @@
-"""Answers of the student's own: rows as the data's would be that say the same."""
+"""Rollouts: the same rows as data with the same text."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import torch
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import Conversation, Message
-from hymba_tune.distill import own_answers
+from hymba_tune.distill import rollouts
 from hymba_tune.distill.alignment import Alignment, align
-from hymba_tune.distill.own_answers import OwnAnswers
-from hymba_tune.distill.pair import Pair, make_pair
+from hymba_tune.distill.pair import TokenizerPair, make_pair
+from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.registry import resolve_model
-from tests.distill.test_rows import QUESTION, quiet, talks, write
+from tests.distill.inputs import QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
 
-SAID = "It is 42, or naïve 🙂."
+ANSWER = "It is 42, or naïve 🙂."
 
 
 @pytest.fixture(scope="module", params=["llama3", "mistral"])
-def pair(request: pytest.FixtureRequest, small_model: Path) -> Pair:
+def pair(request: pytest.FixtureRequest, small_model: Path) -> TokenizerPair:
     return make_pair(load_tokenizer(small_model), ALL[request.param])
 
 
 @pytest.fixture
-def data(pair: Pair, tmp_path: Path) -> AlignedData:
+def data(pair: TokenizerPair, tmp_path: Path) -> AlignedData:
     options = SFTConfig(data=[talks(tmp_path / "a.jsonl")], eval_split=0)
     return read_rows(options, pair, context=None, seed=0, prompts=1, working=quiet)
 
 
 @pytest.fixture
-def own(pair: Pair, data: AlignedData) -> Callable[..., OwnAnswers]:
-    return lambda **changes: OwnAnswers(
+def own(pair: TokenizerPair, data: AlignedData) -> Callable[..., RolloutGenerator]:
+    return lambda **changes: RolloutGenerator(
         **{
             "pair": pair,
             "rows": data.rows,
@@ -57,14 +57,14 @@ def examples(data: AlignedData) -> list[dict[str, Any]]:
 def says(monkeypatch: pytest.MonkeyPatch, *answers: list[int]) -> None:
     """Have the student write these."""
     written = iter(answers)
-    monkeypatch.setattr(own_answers, "write", lambda _, prompts, **__: [next(written) for _ in prompts])
+    monkeypatch.setattr(rollouts, "write", lambda _, prompts, **__: [next(written) for _ in prompts])
 
 
 class Nobody:
     device = torch.device("cpu")
 
 
-def ids(pair: Pair, text: str) -> list[int]:
+def ids(pair: TokenizerPair, text: str) -> list[int]:
     """As the student's tokenizer parts an answer in its place."""
     tokenizer = pair.student.tokenizer
     (row,) = align([Conversation((Message("user", QUESTION), Message("assistant", text)))], pair)
@@ -73,12 +73,12 @@ def ids(pair: Pair, text: str) -> list[int]:
     return row.student_ids[int(row.student[0]) : end + 1]
 
 
-def test_own_answer_is_a_row_like_the_datas(
-    pair: Pair, data: AlignedData, own: Callable[..., OwnAnswers], monkeypatch: pytest.MonkeyPatch
+def test_rollout_is_a_row_like_the_datas(
+    pair: TokenizerPair, data: AlignedData, own: Callable[..., RolloutGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(monkeypatch, ids(pair, SAID))
+    says(monkeypatch, ids(pair, ANSWER))
     texts, fresh = own().rewrite(Nobody(), examples(data)[:1], 1.0, 0, 3)  # type: ignore[arg-type]
-    (row,) = align([Conversation((Message("user", QUESTION), Message("assistant", SAID)))], pair)
+    (row,) = align([Conversation((Message("user", QUESTION), Message("assistant", ANSWER)))], pair)
     assert isinstance(row, Alignment)
     (found,), (text,) = fresh, texts
     assert text["row"] == [-4] * len(text["input_ids"])
@@ -92,9 +92,9 @@ def test_own_answer_is_a_row_like_the_datas(
 
 
 def test_unfinished_answer_is_judged_as_far_as_it_goes(
-    pair: Pair, data: AlignedData, own: Callable[..., OwnAnswers], monkeypatch: pytest.MonkeyPatch
+    pair: TokenizerPair, data: AlignedData, own: Callable[..., RolloutGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = ids(pair, SAID)
+    whole = ids(pair, ANSWER)
     says(monkeypatch, whole[:-1], whole)
     (short, cut), fresh = own().rewrite(Nobody(), examples(data)[:2], 1.0, 0, 0)  # type: ignore[arg-type]
     assert short["input_ids"] == cut["input_ids"][:-1]
@@ -109,7 +109,7 @@ def test_unfinished_answer_is_judged_as_far_as_it_goes(
 
 
 def test_what_the_teacher_cannot_read_leaves_the_data_as_it_is(
-    pair: Pair, data: AlignedData, own: Callable[..., OwnAnswers], monkeypatch: pytest.MonkeyPatch
+    pair: TokenizerPair, data: AlignedData, own: Callable[..., RolloutGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, end = pair.student.spelling.tokens, pair.student.tokenizer.eos_token_id
     half = next(token for token, spelled in enumerate(tokens) if spelled == b"\xf0")
@@ -118,15 +118,15 @@ def test_what_the_teacher_cannot_read_leaves_the_data_as_it_is(
     assert own().rewrite(Nobody(), given, 1.0, 0, 0) == (given, [])  # type: ignore[arg-type]
 
 
-def test_texts_have_no_prompts_to_answer(pair: Pair, tmp_path: Path) -> None:
-    options = SFTConfig(data=[write(tmp_path / "t.jsonl", [{"text": SAID * 20}])], eval_split=0, max_length=16)
+def test_texts_have_no_prompts_to_answer(pair: TokenizerPair, tmp_path: Path) -> None:
+    options = SFTConfig(data=[write(tmp_path / "t.jsonl", [{"text": ANSWER * 20}])], eval_split=0, max_length=16)
     data = read_rows(options, pair, context=None, seed=0, prompts=0, working=quiet)
     given = examples(data)
-    assert OwnAnswers(pair, data.rows, 16, 8, 1.0, 0).rewrite(Nobody(), given, 1.0, 0, 0) == (given, [])  # type: ignore[arg-type]
+    assert RolloutGenerator(pair, data.rows, 16, 8, 1.0, 0).rewrite(Nobody(), given, 1.0, 0, 0) == (given, [])  # type: ignore[arg-type]
 
 
 def test_same_moment_gives_the_same_answers(
-    data: AlignedData, own: Callable[..., OwnAnswers], small_model: Path
+    data: AlignedData, own: Callable[..., RolloutGenerator], small_model: Path
 ) -> None:
     student = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu"))
     given, state = examples(data) * 2, torch.random.get_rng_state()

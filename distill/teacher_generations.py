@@ -1,4 +1,4 @@
-"""Data whose answers the teacher writes anew, kept on disk: what a student imitates by sequence-level distillation."""
+"""Answers that the teacher generates for the data, cached on disk, for sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from hymba_tune.config import DistillConfig, OnBadRow
 from hymba_tune.data import Conversation, Message, encode_prompt
@@ -19,28 +17,25 @@ from hymba_tune.data.converting import TARGETS
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.outputs import Teacher
-from hymba_tune.distill.pair import Pair, for_teacher
-from hymba_tune.distill.server import ServedTeacher
-from hymba_tune.distill.teacher import ModelTeacher
+from hymba_tune.distill.pair import TokenizerPair, with_system
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import LOCK, locked, write_text
-from hymba_tune.generate import write
 
 BATCH = 16
-"""Answers written at once."""
+"""Prompts in a batch."""
 ANSWERS, PART = "answers.jsonl", "answers.part.jsonl"
-"""The finished data; and a line for each conversation so far, null where it got no answer."""
+"""The finished data; and the file in progress, with a line for each conversation, null where it has no answer."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """Answers that a teacher wrote.
+class TeacherGenerations:
+    """A file of answers that a teacher generated.
 
     Attributes:
-        path: Conversations that end with them, which alone are learned of each.
-        rows: How many there are.
-        left_out: Conversations whose answer did not end, or is no text.
-        texts: Rows that have no answer to write: plain texts.
+        path: The conversations, each with the generated answer at its end. The loss covers that answer only.
+        rows: The number of conversations.
+        left_out: The number of conversations whose answer did not end or is not a text.
+        texts: The number of plain texts, which have no answer.
     """
 
     path: Path
@@ -49,27 +44,27 @@ class Written:
     texts: int
 
 
-class AnswerWriter:
-    """Has the teacher answer the conversations of the data anew, each up to its last answer.
+class TeacherGenerator:
+    """Generates the teacher's answer to each conversation of the data, in place of its last answer.
 
     Args:
-        config: Of the run.
-        sources: Of its data.
-        pair: The two sides.
-        teacher: Gives what tells the teacher's answers from another's. It is called when the data has been read: it
-            may have to download the teacher's weights.
+        config: The run's settings.
+        sources: The sources of the run's data.
+        pair: The two tokenizers.
+        teacher: A function that returns the teacher's fingerprint. It is called after the data has been read, because
+            it may download the teacher's weights.
 
     Raises:
-        ConfigError: If a source is to be taken more than once.
+        ConfigError: If a source has a weight above 1.
     """
 
     def __init__(
-        self, config: DistillConfig, sources: Sequence[Source], pair: Pair, teacher: Callable[[], str]
+        self, config: DistillConfig, sources: Sequence[Source], pair: TokenizerPair, teacher: Callable[[], str]
     ) -> None:
-        if often := next((source for source in sources if source.weight > 1), None):
+        if repeated := next((source for source in sources if source.weight > 1), None):
             raise ConfigError(
-                f"--loss seq has every conversation answered once, and {often.name} is to be taken "
-                f"{often.weight:g} times.",
+                f"--loss seq generates one answer for each conversation, and {repeated.name} has weight "
+                f"{repeated.weight:g}.",
                 fix="--weights of at most 1",
             )
         self._config, self._sources, self._pair, self._teacher = config, sources, pair, teacher
@@ -77,49 +72,51 @@ class AnswerWriter:
         self._texts = 0
 
     def key(self, progress: Callable[[int], None]) -> str:
-        """A name made of all that decides the answers: the prompts as the teacher reads them, and how it writes."""
-        config, digest, number = self._config, hashlib.sha256(), 0
+        """Return a digest of what determines the answers: the teacher's prompts and the generation settings."""
+        config = self._config
+        digest = hashlib.sha256()
+        number = 0
         for number, talk in enumerate(self._talks(), start=1):
             digest.update(json.dumps(self._prompt(talk)).encode())
             progress(number)
         if not number:
             raise DataError(
-                "--loss seq: there is no conversation in the data, only texts.",
-                expected="conversations whose answers the teacher writes anew",
-                fix="--loss auto, which learns texts as well",
+                "--loss seq: the data has no conversations, only texts.",
+                expected="conversations whose answers the teacher generates",
+                fix="--loss auto, which trains on texts as well",
             )
         settings: list[Any] = [self._teacher(), config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
         settings += [config.answer_temperature, config.seed, BATCH, *self._ends]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
-    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> Written:
-        """Write the answers that are missing; a folder that has them all needs no teacher.
+    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> TeacherGenerations:
+        """Generate the missing answers. A complete folder needs no teacher.
 
         Args:
-            folder: Whose name is made of the `key`.
+            folder: The folder of this `key`.
             load: Loads the teacher.
             progress: Called with the number of conversations answered so far.
         """
         if not (folder / ANSWERS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / LOCK, f"The folder of the teacher's answers, {folder},"):
-                self._go_on(folder / PART, load, progress)
+                self._continue(folder / PART, load, progress)
             rows = [line for line in _lines(folder / PART) if line != "null"]
             write_text(folder / ANSWERS, "".join(f"{row}\n" for row in rows))
-        rows, asked = _lines(folder / ANSWERS), _lines(folder / PART)
+        rows, prompted = _lines(folder / ANSWERS), _lines(folder / PART)
         if not rows:
             raise DataError(
-                f"The teacher has ended none of its {len(asked):,} answers within --answer-tokens "
+                f"The teacher ended none of its {len(prompted):,} answers within --answer-tokens "
                 f"{self._config.answer_tokens:,}.",
                 expected="answers that end",
                 fix="a larger --answer-tokens; or --teacher-end, if its chat template ends answers with another token",
             )
-        return Written(folder / ANSWERS, len(rows), len(asked) - len(rows), self._texts)
+        return TeacherGenerations(folder / ANSWERS, len(rows), len(prompted) - len(rows), self._texts)
 
-    def _go_on(self, part: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> None:
+    def _continue(self, part: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> None:
         done = len(_lines(part)) // BATCH * BATCH
-        _keep(part, done)
+        _truncate(part, done)  # an interruption may have left half a batch
         talks, teacher = islice(self._talks(), done, None), None
         with part.open("a", encoding="utf-8") as file:
             while batch := list(islice(talks, BATCH)):
@@ -131,19 +128,19 @@ class AnswerWriter:
                 progress(done)
 
     def _answer(self, teacher: Teacher, talks: Sequence[Conversation], number: int) -> list[str | None]:
-        """Answers to a batch of conversations; its number gives the same ones each time."""
+        """Generate answers to a batch of conversations. The seed depends on the number of the batch only."""
         config, prompts = self._config, [self._prompt(talk) for talk in talks]
         seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
-        how: dict[str, Any] = {"max_new_tokens": config.answer_tokens, "temperature": config.answer_temperature}
-        if isinstance(teacher, ServedTeacher):
-            return teacher.write(prompts, ends=self._ends, seed=seed, **how)
-        model = cast(ModelTeacher, teacher).model
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            answers = write(model, prompts, ends=self._ends, **how)
-        return list(map(self._read, answers))
+        return teacher.generate(
+            prompts,
+            ends=self._ends,
+            max_new_tokens=config.answer_tokens,
+            temperature=config.answer_temperature,
+            seed=seed,
+            decode=self._decode,
+        )
 
-    def _read(self, answer: list[int]) -> str | None:
+    def _decode(self, answer: list[int]) -> str | None:
         spelling = self._pair.teacher.spelling
         if answer[-1] not in self._ends or max(answer) >= len(spelling):
             return None
@@ -153,12 +150,11 @@ class AnswerWriter:
             return None
 
     def _prompt(self, talk: Conversation) -> list[int]:
-        shown = for_teacher(replace(talk, messages=talk.messages[: _last_answer(talk)]), self._pair.teacher_system)
-        assert isinstance(shown, Conversation)
-        return encode_prompt(shown, self._pair.teacher.tokenizer)
+        prompt = replace(talk, messages=talk.messages[: _last_answer(talk)])
+        return encode_prompt(with_system(prompt, self._pair.teacher_system), self._pair.teacher.tokenizer)
 
     def _talks(self) -> Iterator[Conversation]:
-        """The conversations of the data that can be used."""
+        """Yield the conversations of the data that can be used."""
         config, self._texts = self._config, 0
         rows = readings(
             self._sources,
@@ -181,7 +177,7 @@ def _last_answer(talk: Conversation) -> int:
 
 
 def _row(talk: Conversation, answer: str | None) -> dict[str, Any] | None:
-    """A conversation up to its last answer, which is this one, and alone is learned."""
+    """Return a conversation with this answer as its last one, which is the only one with a loss."""
     if answer is None:
         return None
     before = (
@@ -191,15 +187,15 @@ def _row(talk: Conversation, answer: str | None) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; none if it is not there."""
+    """Return the complete lines of a file; none if it does not exist."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
-def _keep(path: Path, lines: int) -> None:
-    """Cut a file to its first lines, if it is there."""
+def _truncate(path: Path, lines: int) -> None:
+    """Truncate a file to its first lines, if it exists."""
     if path.is_file():
         with path.open("rb+") as file:
             for _ in range(lines):

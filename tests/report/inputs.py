@@ -1,4 +1,4 @@
-"""Runs of which only the files are there, written by hand."""
+"""Run directories whose files are written by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 NASTY = "<script>document.title = 'taken'</script> & \"quotes\" $x_1$ 日本語 🙂 " + "w" * 200
 
 
-def made_run(
+def write_run(
     path: Path,
     losses: Sequence[float] = (),
     evaluations: Sequence[float] = (),
@@ -21,15 +21,15 @@ def made_run(
     settings: dict[str, Any] | None = None,
     columns: dict[str, Sequence[float]] | None = None,
 ) -> Path:
-    """A run's directory.
+    """Writes a run's directory.
 
     Args:
-        path: Where it is to be.
-        losses: At steps 10, 20, 30 …
-        evaluations: At steps 0, 10, 20 …
-        facts: For run.json.
-        settings: For config.yaml, beside a model and data.
-        columns: Further measures, at the steps of the losses; held-out ones at those of the evaluations.
+        path: The directory to create.
+        losses: The training losses at steps 10, 20, 30 …
+        evaluations: The held-out losses at steps 0, 10, 20 …
+        facts: The content of run.json.
+        settings: Settings in config.yaml in addition to a model and data.
+        columns: Further measures with one value for each training loss, or for each evaluation (``eval_...``).
     """
     path.mkdir()
     columns = columns or {}
@@ -42,8 +42,8 @@ def made_run(
         {"step": 10 * i + 10, "loss": loss} | {name: columns[name][i] for name in columns if name not in held_out}
         for i, loss in enumerate(losses)
     ]
-    asked = {"verb": "sft", "model": "hymba-nano", "data": ["demo"], **(settings or {})}
-    (path / "config.yaml").write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+    content = {"verb": "sft", "model": "hymba-nano", "data": ["demo"], **(settings or {})}
+    (path / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     (path / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["step"]))
     )
@@ -52,11 +52,11 @@ def made_run(
     return path
 
 
-def nasty_run(path: Path) -> Path:
-    """A run of preferences as large as they come, whose data holds HTML, and things no browser likes."""
+def write_nasty_run(path: Path) -> Path:
+    """Writes a large preference run whose data holds HTML and characters that are hard to display."""
     steps = 30
     falling = [2.0 - 0.05 * i for i in range(steps)]
-    run = made_run(
+    run = write_run(
         path,
         falling,
         falling[:6],
@@ -80,7 +80,7 @@ def nasty_run(path: Path) -> Path:
             "eval_margin": [0, 0.2, 0.4, 0.5, 0.7, 0.8],
             **{f"eval_loss/a source of pairs {i}.jsonl": [2.0 + i / 5 - j / 9 for j in range(6)] for i in range(6)},
             f"eval_loss/{NASTY}": [2.0] * 6,
-            "never_heard_of": [1.0] * steps,
+            "unknown_measure": [1.0] * steps,
         },
     )
     groups = {"attention": "qkv", "SSM": ["x", "gate", "x_proj"], "attention + SSM": ["out_proj"], "MLP": ["up_proj"]}

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which can be killed: forked from a server that has imported everything once."""
+"""Runs in separate processes, which can be killed. They fork from a server that has imported everything once."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.files import aside
 from hymba_tune.train import flow, trainer
 from hymba_tune.train.resuming import resume_config
-from hymba_tune.train.screen import Row, Screen
+from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.train.lives"])
-LIFE_SECONDS = 120
-"""More than any takes: one that hangs is seen to have failed."""
+FORKS.set_forkserver_preload(["tests.train.processes"])
+TIMEOUT_SECONDS = 120
+"""More than any process takes, so that one that hangs fails the test."""
 
 
-def live(config: SFTConfig, deadly: str | None = None) -> tuple[Any, Connection]:
-    """Start a life of a run: from its beginning, or with ``resume`` from its last checkpoint.
+def start_process(config: SFTConfig, crash: str | None = None) -> tuple[Any, Connection]:
+    """Start a process with a run: a new one, or with ``resume`` one from the last checkpoint.
 
     Args:
-        config: Of the run.
-        deadly: What it dies of: one of `MOMENTS`.
+        config: The run's settings.
+        crash: The name of the crash, a key of `CRASHES`; None for no crash.
 
     Returns:
-        The process, and what it tells its steps through.
+        The process, and the connection on which it sends the number of each step.
     """
     receiver, sender = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=_live, args=(config, sender, deadly))
+    process = FORKS.Process(target=_run_in_process, args=(config, sender, crash))
     process.start()
     sender.close()
     return process, receiver
 
 
-def outlive(config: SFTConfig, deadly: str | None = None) -> int:
-    """A life to its end; its exit code."""
-    process, _ = live(config, deadly)
-    process.join(LIFE_SECONDS)
+def run_to_exit(config: SFTConfig, crash: str | None = None) -> int:
+    """Run a process to its end, and return its exit code."""
+    process, _ = start_process(config, crash)
+    process.join(TIMEOUT_SECONDS)
     assert process.exitcode is not None
     return int(process.exitcode)
 
 
-class _Telling(Screen):
-    """Tells each step as its row comes."""
+class _SendingScreen(Screen):
+    """Sends the number of each step."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def row(self, row: Row, *, total_steps: int, seconds_left: float | None) -> None:
+    def row(self, row: MetricsRow, *, total_steps: int, seconds_left: float | None) -> None:
         del total_steps, seconds_left
         self._pipe.send(row.step)
 
 
-def _live(config: SFTConfig, pipe: Connection, deadly: str | None) -> None:
+def _run_in_process(config: SFTConfig, pipe: Connection, crash: str | None) -> None:
     config = resume_config(config) if config.resume else config
-    if deadly is None:
-        run(config, _Telling(pipe))
+    if crash is None:
+        run(config, _SendingScreen(pipe))
     else:
-        target, name, when = MOMENTS[deadly]
+        target, name, when = CRASHES[crash]
         with patch.object(target, name, when(getattr(target, name))):
-            run(config, _Telling(pipe))
+            run(config, _SendingScreen(pipe))
 
 
 def _die() -> None:
@@ -76,7 +76,7 @@ def _die() -> None:
 
 
 def _half_written(write: Any) -> Any:
-    """Dies with a file cut in half."""
+    """Die with a file cut in half."""
 
     def save(content: Any, path: str, *args: Any, **kwargs: Any) -> None:
         write(content, path, *args, **kwargs)
@@ -87,12 +87,12 @@ def _half_written(write: Any) -> Any:
 
 
 def _before(_: Any) -> Any:
-    """Dies when a function is called."""
+    """Die when a function is called."""
     return lambda *_, **__: _die()
 
 
 def _after(function: Any) -> Any:
-    """Dies when a function has done its work."""
+    """Die when a function returns."""
 
     def call(*args: Any, **kwargs: Any) -> None:
         function(*args, **kwargs)
@@ -102,7 +102,7 @@ def _after(function: Any) -> Any:
 
 
 def _fifth(function: Any) -> Any:
-    """Dies when a function is called for the fifth time."""
+    """Die when a function is called for the fifth time."""
     calls = iter(range(4))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def _fifth(function: Any) -> Any:
     return call
 
 
-MOMENTS = {
+CRASHES = {
     "step": (torch.optim.AdamW, "step", _fifth),
     "checkpoint half written": (torch, "save", _half_written),
     "checkpoint written, not sealed": (trainer.HymbaTrainer, "_save_checkpoint", lambda _: _unsealed),
@@ -123,7 +123,7 @@ MOMENTS = {
     "weights written aside": (flow, "_save", lambda _: _written_aside),
     "weights written, not recorded": (flow, "_save", _after),
 }
-"""What is replaced in a life, and by what, for it to die of."""
+"""The function to replace for each crash, and the replacement."""
 
 
 def _unsealed(self: Any, model: Any, trial: Any) -> None:

@@ -1,16 +1,15 @@
-"""What a teacher says of the tokens of a batch, as terms of the loss: from its kept targets, or asked now."""
+"""The teacher's terms of the loss of a batch: from cached targets, or from a forward of the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.config.distill import Stage
 from hymba_tune.distill.alignment import Alignment
@@ -23,16 +22,16 @@ from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.targets import Targets
 
 FROM_TARGETS = {"kl", "projection", "alm"}
-"""Losses for which kept targets will do."""
+"""Losses that cached targets are enough for."""
 Terms = tuple[TokenTerm | None, SpanTerm | None]
 
 
-class Place(NamedTuple):
-    """Where a row stands in a batch.
+class RowSpan(NamedTuple):
+    """The position of a row in a batch.
 
     Attributes:
-        row: Its number; -1 - i for the i-th of the answers that the student wrote itself.
-        offset: Of its first token among all of the batch's, its rows laid end to end, padding included.
+        row: The number of the row; -1 - i for the i-th rollout of the step.
+        offset: The position of its first token in the flattened batch, padding included.
     """
 
     row: int
@@ -40,13 +39,13 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What losses are told beside their weights.
+class LossParameters:
+    """Parameters of the losses other than their weights.
 
     Attributes:
-        temperature: Of the probabilities compared.
-        tau: Of the alm loss.
-        beta: Of the jsd loss.
+        temperature: The temperature of the compared probabilities.
+        tau: The temperature of the alm loss.
+        beta: The teacher's share of the mixture in the jsd loss.
     """
 
     temperature: float
@@ -55,101 +54,104 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What a teacher has to say of rows.
+class TeacherSignals:
+    """The source of the teacher's terms of the loss.
 
     Attributes:
-        shape: Of the losses.
-        device: Where the student computes.
-        targets: Those of each row that the teacher left, if they are kept.
-        online: The teacher itself, if it is in memory.
+        shape: The parameters of the losses.
+        device: The device of the student.
+        targets: The cached targets of each row, if there are any.
+        online: The teacher in memory, if there is one.
     """
 
-    shape: Shape
+    shape: LossParameters
     device: torch.device
     targets: Sequence[Targets] | None = None
     online: OnlineTeacher | None = None
 
-    def terms(self, places: Sequence[Place], stage: Stage, own: Sequence[Alignment] = ()) -> Terms:
-        """Of a batch's rows, what a stage's losses ask for.
+    def terms(self, places: Sequence[RowSpan], stage: Stage, rollouts: Sequence[Alignment] = ()) -> Terms:
+        """Compute the terms of a stage's losses for a batch.
 
         Args:
-            places: Of the rows, by ascending offsets.
-            stage: Whose losses they are.
-            own: The answers that the student wrote itself.
+            places: The places of the rows, by ascending offset.
+            stage: The stage with the losses.
+            rollouts: The alignments of the answers that the student wrote.
+
+        Raises:
+            ValueError: If a loss needs the teacher in memory, and it is not.
         """
         losses = stage.losses.keys() - {"ce"}
         if not losses or not places:
             return None, None
         if self.targets is not None and losses <= FROM_TARGETS and all(place.row >= 0 for place in places):
             return self._from_targets([self.targets[place.row] for place in places], places, stage.losses)
-        assert self.online
-        rows = [self.online.row(place.row, own) for place in places]
-        heard = self.online.hear(rows)
-        whole = []
+        if self.online is None:
+            raise ValueError(f"{', '.join(sorted(losses))}: these losses need the teacher in memory, and it is not")
+        rows = [self.online.row(place.row, rollouts) for place in places]
+        row_outputs = self.online.forward(rows)
+        full = []
         if losses - {"projection", "alm"}:
-            whole = self.online.whole_terms(rows, heard, places, stage.losses, self.shape)
-        told: Terms = None, None
+            full = self.online.full_terms(rows, row_outputs, places, stage.losses, self.shape)
+        tokens: TokenTerm | None = None
+        spans: SpanTerm | None = None
         if losses & {"projection", "alm"}:
+            # The full vocabulary has given the kl term already.
             without_kl = {name: weight for name, weight in stage.losses.items() if name != "kl"}
-            told = self._from_targets(self.online.make_targets(rows, heard), places, without_kl)
-        return joined_terms([*whole, *([told[0]] if told[0] else [])]), told[1]
+            tokens, spans = self._from_targets(self.online.make_targets(rows, row_outputs), places, without_kl)
+        return joined_terms([*full, *([tokens] if tokens else [])]), spans
 
-    def _from_targets(self, rows: Sequence[Targets], places: Sequence[Place], losses: Mapping[str, float]) -> Terms:
+    def _from_targets(self, rows: Sequence[Targets], places: Sequence[RowSpan], losses: Mapping[str, float]) -> Terms:
         batch = Targets.joined(rows, [place.offset for place in places]).to(self.device)
         weight = losses.get("projection", 0.0) + losses.get("kl", 0.0)
         tokens = sparse_term(batch, temperature=self.shape.temperature, weight=weight) if weight else None
         if "alm" not in losses:
             return tokens, None
-        beside = "projection" in losses
-        return tokens, span_term(batch, tau=self.shape.tau, weight=losses["alm"], only_without_target=beside)
+        projects = "projection" in losses
+        return tokens, span_term(batch, tau=self.shape.tau, weight=losses["alm"], only_without_target=projects)
 
 
 @dataclass(frozen=True)
 class OnlineTeacher:
-    """A teacher in memory beside its student.
+    """A teacher in memory during the training of the student.
 
     Attributes:
-        maker: Makes its targets.
+        maker: Computes the teacher's targets.
         rows: All rows of the data; see `hymba_tune.distill.rows`.
     """
 
     maker: TargetMaker
     rows: Dataset
 
-    def row(self, number: int, own: Sequence[Alignment]) -> Alignment:
-        """A row of the data, or one that the student wrote; see `Place`."""
-        return alignment(self.rows[number]) if number >= 0 else own[-1 - number]
+    def row(self, number: int, rollouts: Sequence[Alignment]) -> Alignment:
+        """Return a row of the data or a rollout by its number; see `RowSpan`."""
+        return alignment(self.rows[number]) if number >= 0 else rollouts[-1 - number]
 
-    def hear(self, rows: Sequence[Alignment]) -> list[HeadOutputs]:
-        """What the teacher says of rows, read now."""
-        said = dict(self.maker.teacher.outputs([row.teacher_ids for row in rows]))
-        heard = [said[index] for index in range(len(rows))]
-        assert all(isinstance(outputs, HeadOutputs) for outputs in heard)
-        return heard  # type: ignore[return-value]
+    def forward(self, rows: Sequence[Alignment]) -> list[HeadOutputs]:
+        """Run the teacher on rows."""
+        return self.maker.teacher.full_vocabulary([row.teacher_ids for row in rows])
 
-    def make_targets(self, rows: Sequence[Alignment], heard: Sequence[HeadOutputs]) -> list[Targets]:
-        """Targets from what was heard."""
-        maker = replace(self.maker, teacher=_Heard(heard, self.maker.teacher.tokenizer))
-        made = {index: taught.targets for index, taught in maker(rows)}
-        return [made[index] for index in range(len(rows))]
+    def make_targets(self, rows: Sequence[Alignment], row_outputs: Sequence[HeadOutputs]) -> list[Targets]:
+        """Compute targets from the teacher's outputs."""
+        return [self.maker.teach(row, outputs).targets for row, outputs in zip(rows, row_outputs, strict=True)]
 
-    def whole_terms(
+    def full_terms(
         self,
         rows: Sequence[Alignment],
-        heard: Sequence[HeadOutputs],
-        places: Sequence[Place],
+        row_outputs: Sequence[HeadOutputs],
+        places: Sequence[RowSpan],
         losses: Mapping[str, float],
-        shape: Shape,
+        shape: LossParameters,
     ) -> list[TokenTerm]:
-        """The losses that compare whole vocabularies, where both sides' tokens begin together."""
-        at, hidden = [], []
-        for row, outputs, place in zip(rows, heard, places, strict=True):
+        """Return the terms that compare full vocabularies, at tokens of both sides that begin at the same byte."""
+        at: list[Tensor] = []
+        hidden: list[Tensor] = []
+        for row, outputs, place in zip(rows, row_outputs, places, strict=True):
             both = row.spelled == 0
             at.append(torch.from_numpy(row.student[both]) + place.offset)
             hidden.append(outputs.head.hidden[torch.from_numpy(row.teacher[both] - 1)])
-        weight = heard[0].head.weight
-        teacher, where = Head(torch.cat(hidden), weight), torch.cat(at).to(weight.device)
+        weight = row_outputs[0].head.weight
+        teacher = Head(torch.cat(hidden), weight)
+        where = torch.cat(at).to(weight.device)
         known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "kl": partial(_on_common, partial(forward_kl, temperature=shape.temperature)),
             "reverse-kl": partial(_on_common, partial(reverse_kl, temperature=shape.temperature)),
@@ -167,26 +169,14 @@ class OnlineTeacher:
         ]
 
 
-class _Heard:
-    """A teacher that has read its rows already."""
-
-    def __init__(self, heard: Sequence[HeadOutputs], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.name, self.tokenizer, self._heard = "", tokenizer, heard
-
-    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
-        """See `hymba_tune.distill.outputs.Teacher`."""
-        del rows
-        return iter(enumerate(self._heard))
-
-
 def _on_common(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-    """A loss on the tokens of one tokenizer: what output layers have beyond them is left out."""
+    """Compute a loss on the common vocabulary, because output layers may be padded to different sizes."""
     size = min(student.shape[1], teacher.shape[1])
     return loss(student[:, :size], teacher[:, :size])
 
 
 def joined_terms(terms: Sequence[TokenTerm]) -> TokenTerm | None:
-    """Several losses as one: at each token the weighted sum of those that speak of it."""
+    """Join several terms into one: at each token the weighted sum of the terms that cover it."""
     if len(terms) < 2:
         return terms[0] if terms else None
     at = torch.cat([term.at for term in terms]).unique()

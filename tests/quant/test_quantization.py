@@ -7,7 +7,7 @@ import torch
 
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.config import Scheme
-from hymba_tune.quant import quantise
+from hymba_tune.quant import quantize_model
 from hymba_tune.registry import ModelSource
 from hymba_tune.schemes import quantization
 
@@ -15,18 +15,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_quantised_in_memory_is_what_is_loaded_quantised(scheme: Scheme, wide_model: Path) -> None:
+def test_quantized_in_memory_is_what_is_loaded_quantized(scheme: Scheme, wide_model: Path) -> None:
     source = ModelSource("model", wide_model)
     model = load_weights(source, dtype=torch.bfloat16, device=CPU)
     before = {name: held.clone() for name, held in model.state_dict().items()}
-    asked = quantization(model.config, scheme, torch.bfloat16)
-    made = quantise(model, asked)
-    loaded = load_weights(source, dtype=torch.bfloat16, device=CPU, quantization=asked)
-    for ours, theirs in ((made, loaded.state_dict()), (model, before)):
+    config = quantization(model.config, scheme, torch.bfloat16)
+    quantized = quantize_model(model, config)
+    loaded = load_weights(source, dtype=torch.bfloat16, device=CPU, quantization=config)
+    for ours, theirs in ((quantized, loaded.state_dict()), (model, before)):
         held = ours.state_dict()
         assert held.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in held.items())
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(made.eval()(ids).logits, loaded.eval()(ids).logits)
-    assert made.generation_config == model.generation_config
-    assert made.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()  # not held twice
+    assert torch.equal(quantized.eval()(ids).logits, loaded.eval()(ids).logits)
+    assert quantized.generation_config == model.generation_config
+    assert quantized.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()

@@ -1,0 +1,177 @@
+"""Answers that the teacher generates: once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hymba_tune.config import DistillConfig
+from hymba_tune.data import open_sources
+from hymba_tune.distill import teacher, teacher_generations
+from hymba_tune.distill.pair import make_pair
+from hymba_tune.distill.spelling import END
+from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
+from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.files import LOCK, locked
+from tests.distill.ending_teachers import ENDS
+from tests.distill.inputs import write
+from tests.distill.runs import run, settings
+from tests.distill.teachers import save_teacher
+from tests.distill.tokenizers import ALL
+
+PAIR = make_pair(ALL["hymba"], ALL["llama3"])
+END_TOKEN = PAIR.teacher.spelling.tokens.index(END)
+TALKS: list[dict[str, Any]] = [{"prompt": f"Number {number}?", "completion": "one"} for number in range(5)]
+TURNS = ["Hi", "Hello", "And?", "Bye"]
+TALKS += [
+    {"messages": [{"role": role, "content": turn} for role, turn in zip(["user", "assistant"] * 2, TURNS, strict=True)]}
+]
+
+
+class Scripted:
+    """A teacher that answers with the number of tokens of each prompt; it records the prompts, and may be killed."""
+
+    def __init__(self, die_at: int = -1, unended: int = -1, unread: int = -1) -> None:
+        self.prompts: list[list[int]] = []
+        self._die_at, self._unended, self._unread = die_at, unended, unread
+
+    def generate(
+        self, prompts: Sequence[list[int]], *, decode: Callable[[list[int]], str | None], **options: Any
+    ) -> list[str | None]:
+        return list(map(decode, self.write(None, prompts, **options)))
+
+    def write(self, _: Any, prompts: Sequence[list[int]], *, ends: Sequence[int], **__: Any) -> list[list[int]]:
+        if len(self.prompts) == self._die_at:
+            raise KeyboardInterrupt
+        half_a_character = PAIR.teacher.spelling.tokens.index(b"\xf0")
+        answers = []
+        for prompt in prompts:
+            answer = ALL["llama3"](f"answer {len(prompt)}", add_special_tokens=False)["input_ids"]
+            if len(self.prompts) == self._unread:
+                answer = [half_a_character]
+            answers.append(answer if len(self.prompts) == self._unended else [*answer, ends[0]])
+            self.prompts.append(prompt)
+        return answers
+
+
+@pytest.fixture
+def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TeacherGenerator]:
+    monkeypatch.setattr(teacher_generations, "BATCH", 2)
+
+    def make(rows: list[dict[str, Any]] | None = None, **changes: Any) -> TeacherGenerator:
+        sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
+        return TeacherGenerator(DistillConfig(**changes), sources, PAIR, lambda: "teacher")
+
+    return make
+
+
+def quiet(_: int) -> None: ...
+
+
+def nobody() -> Any:
+    raise AssertionError("the teacher is loaded, although no answer is missing")
+
+
+def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
+    generator: Callable[..., TeacherGenerator], tmp_path: Path
+) -> None:
+    script = Scripted(unended=1, unread=3)
+    found = generator([*TALKS, {"text": "no prompt"}]).write(tmp_path / "a", lambda: script, quiet)
+    assert (found.rows, found.left_out, found.texts) == (len(TALKS) - 2, 2, 1)
+    rows = [json.loads(line) for line in found.path.read_text().splitlines()]
+    assert [row["messages"][0]["content"] for row in rows] == ["Number 0?", "Number 2?", "Number 4?", "Hi"]
+    assert rows[0]["messages"][-1] == {"role": "assistant", "content": f"answer {len(script.prompts[0])}"}
+    assert rows[-1]["messages"][1] == {"role": "assistant", "content": "Hello", "weight": 0}
+    assert rows[-1]["messages"][-1] == {"role": "assistant", "content": f"answer {len(script.prompts[-1])}"}
+    prompt = PAIR.teacher.tokenizer.decode(script.prompts[-1])
+    assert "Hello" in prompt
+    assert "Bye" not in prompt
+
+
+def test_interrupted_generation_continues(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    whole = generator().write(tmp_path / "whole", Scripted, quiet)
+    with pytest.raises(KeyboardInterrupt):
+        generator().write(tmp_path / "a", lambda: Scripted(die_at=4), quiet)
+    assert not (tmp_path / "a" / ANSWERS).exists()
+    with (tmp_path / "a" / PART).open("a") as file:
+        file.write('{"messages": [torn')
+    rest = Scripted()
+    found = generator().write(tmp_path / "a", lambda: rest, quiet)
+    assert len(rest.prompts) == 2
+    assert found.path.read_text() == whole.path.read_text()
+    again = generator().write(tmp_path / "a", nobody, quiet)
+    assert (again.rows, again.left_out) == (whole.rows, whole.left_out)
+
+
+def test_key_covers_everything_that_determines_the_answers(generator: Callable[..., TeacherGenerator]) -> None:
+    keys = [
+        generator(rows, **changes).key(quiet)
+        for rows, changes in (
+            (None, {}),
+            (TALKS[:-1], {}),
+            (None, {"answer_tokens": 9}),
+            (None, {"answer_temperature": 0.5}),
+            (None, {"seed": 1}),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+    assert generator().key(quiet) == keys[0]
+
+
+def test_no_answers_to_train_on_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data has no conversations, only texts"):
+        generator([{"text": "a text"}]).key(quiet)
+    with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
+        generator(TALKS[:1]).write(tmp_path / "a", lambda: Scripted(unended=0), quiet)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_answer_ends_at_the_templates_token_or_the_tokenizers(which: int, tmp_path: Path) -> None:
+    tokenizer, end = ENDS["gemma"]
+    pair = make_pair(ALL["hymba"], tokenizer)
+
+    class Answering(Scripted):
+        def write(self, _: Any, prompts: Sequence[list[int]], *, ends: Sequence[int], **__: Any) -> list[list[int]]:
+            assert list(ends) == tokenizer.convert_tokens_to_ids([end, "<eos>"])
+            prompt = tokenizer.decode(prompts[-1])
+            assert prompt.endswith("user\nAnd?<end_of_turn>\n<start_of_turn>model\n")
+            assert "<eos>" not in prompt
+            return [[*tokenizer("So.", add_special_tokens=False)["input_ids"], ends[which]] for _ in prompts]
+
+    sources = open_sources([write(tmp_path / "data.jsonl", TALKS)])
+    generator = TeacherGenerator(DistillConfig(), sources, pair, lambda: "teacher")
+    found = generator.write(tmp_path / "a", Answering, quiet)
+    assert (found.rows, found.left_out) == (len(TALKS), 0)
+    assert json.loads(found.path.read_text().splitlines()[0])["messages"][-1]["content"] == "So."
+
+
+def test_source_with_weight_above_one_raises(tmp_path: Path) -> None:
+    sources = open_sources([write(tmp_path / "data.jsonl", TALKS)], [2.0])
+    with pytest.raises(ConfigError, match=r"data\.jsonl has weight 2(.|\n)*--weights of at most 1"):
+        TeacherGenerator(DistillConfig(), sources, PAIR, lambda: "teacher")
+
+
+def test_student_trains_on_generated_answers(
+    small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "write", Scripted().write)
+    config = settings(
+        small_model, save_teacher(tmp_path / "teacher"), questions, tmp_path / "out", loss=["seq", "auto"], steps=3
+    )
+    finished = run(config)
+    samples = json.loads((finished.path / "samples.json").read_text())
+    assert samples[0]["reference"].startswith("answer ")
+    assert next(row for row in finished.rows() if row.loss is not None).more.keys() >= {"cross_entropy", "distillation"}
+    assert run(config.model_copy(update={"out": tmp_path / "ce", "loss": ["seq"]})).facts()["steps"] == 3
+
+
+def test_folder_in_use_by_another_process_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    with locked(folder / LOCK), pytest.raises(ConfigError, match=r"teacher's answers, .*answers, is in use by another"):
+        generator().write(folder, Scripted, quiet)
+    assert not list(folder.iterdir())
