@@ -22,6 +22,7 @@ from hymba_tune.cli.eval import measure
 from hymba_tune.cli.export import export
 from hymba_tune.cli.kto import kto
 from hymba_tune.cli.merge import merge
+from hymba_tune.cli.orpo import orpo
 from hymba_tune.cli.plan import plan
 from hymba_tune.cli.quantize import quantize
 from hymba_tune.cli.recipes import recipes
@@ -45,7 +46,7 @@ app = App(
     default_parameter=Parameter(show_env_var=False),
     result_action="return_value",
 )
-for verb in (sft, dpo, kto, chat, merge, quantize, export, report, plan, recipes, doctor):
+for verb in (sft, dpo, kto, orpo, chat, merge, quantize, export, report, plan, recipes, doctor):
     app.command(verb)
 app.command(measure, name="eval")
 app.command(serve)

@@ -40,7 +40,7 @@ def plan(
     config
         A recipe. Flags override it, as for the verb itself.
     verb
-        The verb to plan for, where no recipe names it: sft (default), dpo, kto or distill.
+        The verb to plan for, where no recipe names it: sft (default), dpo, kto, orpo or distill.
     as_json
         Print the plan as JSON.
     """

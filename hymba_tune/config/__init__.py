@@ -31,6 +31,7 @@ from hymba_tune.config.options import (
     ModelOptions,
     TrainingOptions,
 )
+from hymba_tune.config.orpo import ORPOConfig
 from hymba_tune.config.quantize import QuantizeConfig
 from hymba_tune.config.verbs import (
     DoctorConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "MetaTokens",
     "Method",
     "ModelOptions",
+    "ORPOConfig",
     "OnBadRow",
     "Onto",
     "PreferenceConfig",

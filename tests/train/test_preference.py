@@ -27,7 +27,7 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
-from tests.preferences import dpo, kto, run_short, save_judged, save_pairs
+from tests.preferences import dpo, kto, orpo, run_short, save_judged, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
 
@@ -187,6 +187,7 @@ METHODS: dict[str, tuple[Callable[..., Run], dict[str, Any]]] = {
     "lora_dropout": (dpo, {"lora_dropout": 0.3, "grad_accum": 2}),
     "full": (dpo, {"method": "full", "lr": 1e-3}),
     "continue": (dpo, {"start": "continue"}),
+    "orpo": (orpo, {"lora_dropout": 0.3, "grad_accum": 2}),
 }
 
 
