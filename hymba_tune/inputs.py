@@ -10,9 +10,8 @@ from pathlib import Path
 from hymba_tune.config import (
     ChatConfig,
     Config,
-    DPOConfig,
     EvalConfig,
-    KTOConfig,
+    PreferenceConfig,
     ServeConfig,
     TeacherOptions,
 )
@@ -88,7 +87,7 @@ def _check_complete(config: Config) -> None:
     if isinstance(config, TeacherOptions):
         _check_teacher(config)
     if isinstance(config, SourceOptions) and not config.data:
-        packaged = not isinstance(config, DPOConfig | KTOConfig)  # the demo has no preferences
+        packaged = not isinstance(config, PreferenceConfig)  # the demo has no preferences
         raise ConfigError(
             "--data is missing.",
             expected="a file, a Hub dataset, or demo" if packaged else "a file or a Hub dataset",

@@ -16,13 +16,14 @@ from torch.nn.functional import logsigmoid
 
 from hymba_tune.adapters import open_model
 from hymba_tune.checkpoint import load_tokenizer
-from hymba_tune.config import ChatConfig, DPOConfig, KTOConfig, SFTConfig
+from hymba_tune.config import ChatConfig, DPOConfig, KTOConfig, ORPOConfig, SFTConfig
 from hymba_tune.data import build_preferences, open_sources, with_chat_template
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.generate import Chat
 from hymba_tune.registry import resolve_model
 from hymba_tune.train.card import write_card
 from hymba_tune.train.margin import MarginWatch
+from hymba_tune.train.orpo import run_orpo
 from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
@@ -322,6 +323,8 @@ def test_settings_that_do_not_go_together(kind: Any, settings: dict[str, Any], m
 def test_missing_data_is_not_offered_the_demo() -> None:
     with pytest.raises(ConfigError, match=r"--data is missing\.\n  expected   a file or a Hub dataset$"):
         run_dpo(DPOConfig(), Screen())
+    with pytest.raises(ConfigError, match=r"--data is missing\.\n  expected   a file or a Hub dataset$"):
+        run_orpo(ORPOConfig(), Screen())
 
 
 def logged(watch: MarginWatch, margins: dict[int, float]) -> None:
