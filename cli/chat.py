@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
@@ -40,7 +40,7 @@ def chat(
     from hymba_tune.generate import ChatSession, answer_file
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     if flags.prompts is not None or flags.to is not None:
         new, resumed = answer_file(flags, RichScreen().working)
         note = f", {resumed:,} of them from an interrupted run" if resumed else ""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
 from hymba_tune.formatting import format_bytes
@@ -23,7 +23,7 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
     from hymba_tune.distill.capture import run_capture
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     cache = run_capture(flags, RichScreen())
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",

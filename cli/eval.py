@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import AsJson, check_first
 from hymba_tune.config import EvalConfig
 from hymba_tune.train.screen import Screen
@@ -41,7 +41,7 @@ def measure(
     from hymba_tune.report import write_report
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     if as_json:
         with contextlib.redirect_stdout(io.StringIO()):  # libraries' output would break the JSON
             evaluation = evaluate(flags, Screen().working)

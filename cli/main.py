@@ -61,7 +61,7 @@ than this, and the next texts seldom have the same shapes. The default limit of 
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command and exit: with 0, with 2 for a mistake of the user, or with 130 when interrupted."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)
-    # TRL reports each trainer that is made to the Hub, unless huggingface_hub is told not to when it is imported.
+    # TRL reports each new trainer to the Hub. huggingface_hub reads this variable when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     words = list(sys.argv[1:] if words is None else words)
     if isinstance(sys.stdout, TextIOWrapper):

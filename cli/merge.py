@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
 from hymba_tune.formatting import format_bytes
@@ -37,7 +37,7 @@ def merge(
     from hymba_tune.hub import merge as merge_model
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     done = merge_model(flags, RichScreen().working)
     lines = [
         ("merged", f"{done.folder} ({format_bytes(done.size)})"),

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
 from hymba_tune.formatting import format_bytes
@@ -46,7 +46,7 @@ def quantize(
     from hymba_tune.hub import search_skips
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     if not flags.search:
         _print_written(write_quantized(flags, RichScreen().working))
         return None

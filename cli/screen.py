@@ -113,7 +113,7 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def say_which_gpu(device: str) -> None:
+def print_chosen_gpu(device: str) -> None:
     """Print which GPU is used, if several are visible, to stderr, as stdout may hold JSON.
 
     Args:

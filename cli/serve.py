@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, say_which_gpu
+from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ServeConfig
 from hymba_tune.errors import ConfigError
@@ -36,7 +36,7 @@ def serve(
     from hymba_tune.serve import Server
 
     quiet_libraries()
-    say_which_gpu(flags.device)
+    print_chosen_gpu(flags.device)
     server = Server(flags, RichScreen().working)
     console.print(f" {server.name} at {server.url}", markup=False, soft_wrap=True)
     if server.note:

@@ -37,7 +37,7 @@ from hymba_tune.distill.cache import (
 from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import TokenizerPair, make_pair
-from hymba_tune.distill.preflight import Preflight, check_aligned, look
+from hymba_tune.distill.preflight import Preflight, check_aligned, run_preflight
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
@@ -235,15 +235,30 @@ def _capture(
     screen: Screen,
 ) -> TargetCache:
     """Load the teacher, check that it fits, and fill a folder with its targets."""
-    with screen.working("loading the teacher"):
-        maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
-    with screen.working("trying the teacher on a few rows"):
-        preflight = look(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    maker, preflight = try_teacher(options, data, pair, teacher, vocabulary=vocabulary, device=device, screen=screen)
     screen.banner(preflight.lines() | {"folder": str(folder)})
     check_preflight(options, preflight)
     check_space(folder, preflight, len(data.rows))
     with screen.working("computing the teacher's targets", len(data.rows)) as progress:
         return fill(folder, key, data.rows, maker, progress)
+
+
+def try_teacher(
+    options: TeacherOptions,
+    data: AlignedData,
+    pair: TokenizerPair,
+    teacher: TeacherSpec,
+    *,
+    vocabulary: int,
+    device: torch.device,
+    screen: Screen,
+) -> tuple[TargetMaker, Preflight]:
+    """Load a teacher and try it on a few rows; see `open_targets` for the arguments."""
+    with screen.working("loading the teacher"):
+        maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
+    with screen.working("trying the teacher on a few rows"):
+        preflight = run_preflight(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    return maker, preflight
 
 
 def check_preflight(options: TeacherOptions, preflight: Preflight) -> None:

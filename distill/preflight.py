@@ -100,7 +100,7 @@ class Preflight:
         }
 
 
-def look(
+def run_preflight(
     maker: TargetMaker, rows: datasets.Dataset, aligned: AlignmentReport, pair: TokenizerPair, *, wide: bool
 ) -> Preflight:
     """Compute the targets of a few rows, spread over the data.

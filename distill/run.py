@@ -19,20 +19,20 @@ from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder
 from hymba_tune.data.training import opened
 from hymba_tune.distill.alignment import matched_vocabulary
-from hymba_tune.distill.cache import WIDE, TargetCache
+from hymba_tune.distill.cache import TargetCache
 from hymba_tune.distill.capture import (
     check_preflight,
-    load_target_maker,
     open_targets,
     open_teacher,
     pair_of,
     teacher_bytes,
+    try_teacher,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
-from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line, look
+from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, read_rows
 from hymba_tune.distill.tables import same_tokenizer
@@ -179,13 +179,16 @@ class AlignedRun:
 
     def _load_teacher(self, screen: Screen) -> TargetMaker:
         """Load the teacher, and check on a few rows that it fits the data."""
-        aligned, vocabulary = self.aligned, self.setup.model_config.vocab_size
-        with screen.working("loading the teacher"):
-            maker = load_target_maker(
-                self.config, aligned.rows, self.pair, self.teacher, vocabulary=vocabulary, device=self.setup.device
-            )
-        with screen.working("trying the teacher on a few rows"):
-            preflight = look(maker, aligned.rows, aligned.alignment, self.pair, wide=vocabulary > WIDE)
+        setup = self.setup
+        maker, preflight = try_teacher(
+            self.config,
+            self.aligned,
+            self.pair,
+            self.teacher,
+            vocabulary=setup.model_config.vocab_size,
+            device=setup.device,
+            screen=screen,
+        )
         lines = preflight.lines()
         if not self.uses_targets:
             del lines["targets"]

@@ -114,7 +114,7 @@ def check_length(tokens: int, config: Any, *, strict: bool) -> str | None:
     """Compare a text's length with what the model was made for.
 
     Args:
-        tokens: Of the longest text, meta tokens not counted.
+        tokens: The tokens of the longest text, without the meta tokens.
         config: The model's configuration.
         strict: Whether more is refused.
 
@@ -181,7 +181,7 @@ def load_weights(
     config = load_config(source)
     fetch_weights(source)
     check_weights(source.folder, config)
-    asked = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
+    quantized = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source.folder,
         config=config,
@@ -190,7 +190,7 @@ def load_weights(
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        **asked,
+        **quantized,
     )
     settle(model, dtype)
     return model

@@ -109,9 +109,9 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
     """Find a model on this machine, without a look at the Hub.
 
     Args:
-        name: As `resolve_model` takes it.
-        flag: As there.
-        aliases: As there.
+        name: What a user calls it, as for `resolve_model`.
+        flag: The flag that names it.
+        aliases: Names that stand for Hub ids.
 
     Returns:
         The model; None if the name is a Hub id, or an alias of one.
@@ -158,7 +158,7 @@ def has_weights(source: ModelSource) -> bool:
 
 
 def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
-    """The Hub id that a name stands for, and the revision behind it."""
+    """Return the Hub id of a name, with an alias resolved, and the revision after its ``@``."""
     typed, _, revision = name.partition("@")
     return aliases.get(typed.lower(), typed), revision
 
@@ -219,8 +219,8 @@ def _run(path: Path) -> ModelSource:
         return ModelSource(path.name, path / "model")
     adapter = path / ADAPTER
     if (adapter / ADAPTER_CONFIG).is_file():
-        told = {name: run.get(name) for name in ("quantized", "dtype")}
-        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **told)
+        trained = {name: run.get(name) for name in ("quantized", "dtype")}
+        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **trained)
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, written when a run ends",

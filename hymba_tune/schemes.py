@@ -43,10 +43,10 @@ BYTES = {"SCB": 4, "weight.quant_map": 4, "weight.nested_absmax": 4, "weight.nes
 
 
 def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:
-    """What transformers is told to quantize a model while it is loaded.
+    """Return the configuration with which transformers quantizes a model while loading it.
 
     Args:
-        model_config: Of the model.
+        model_config: The configuration of the model.
         scheme: NF4 and FP4 store their scales in 8 bits as well (double quantization).
         dtype: What is computed in.
         skip: More modules to leave as they are, by the ends of their names: ``down_proj``, ``layers.3.mamba.in_proj``.
@@ -78,7 +78,7 @@ def reasons(model_config: Any, config: BitsAndBytesConfig, skip: Sequence[str] =
     """Why modules keep their number format, by the ends of their names.
 
     Args:
-        model_config: Of the model.
+        model_config: The configuration of the model.
         config: What `quantization` made of it.
         skip: As given there.
     """
@@ -151,7 +151,7 @@ def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> di
     """The tensors of a checkpoint that hold the weight of a quantized layer, and their shapes.
 
     Args:
-        name: Of the layer.
+        name: The name of the layer.
         layer: As it is without quantization.
         config: Of `quantization` or `stored_quantization`.
     """
@@ -174,7 +174,7 @@ def stored_bytes(model_config: Any, config: BitsAndBytesConfig) -> dict[str, int
     """Bytes that the weights of a model's quantized layers take, by the layers' names.
 
     Args:
-        model_config: Of the model.
+        model_config: The configuration of the model.
         config: Of `quantization` or `stored_quantization`.
     """
     return {

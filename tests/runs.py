@@ -61,7 +61,7 @@ def save_questions(path: Path, count: int = 24) -> Path:
 
 
 def settings(model: Path, data: Path, out: Path, **changes: Any) -> SFTConfig:
-    """Two steps of LoRA, unless told otherwise."""
+    """Two steps of LoRA by default."""
     usual: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4, "steps": 2, "log_every": 1}
     return SFTConfig(**{"model": str(model), "data": [str(data)], "out": out} | usual | changes)
 

@@ -77,9 +77,9 @@ from tests.hub.silent import silent
 
 before = peak_memory(torch.device("cpu"))
 done = merge(MergeConfig(model=sys.argv[1], out=Path(sys.argv[2]), dtype="bfloat16", device="cpu"), silent)
-told = {onto: drift.divergence for onto, drift in done.drifts.items()}
+facts = {onto: drift.divergence for onto, drift in done.drifts.items()}
 share = (peak_memory(torch.device("cpu")) - before) / done.size
-print(json.dumps({"share": share, "size": done.size, "divergence": told}))
+print(json.dumps({"share": share, "size": done.size, "divergence": facts}))
 """
 
 
@@ -144,8 +144,8 @@ def test_merging_takes_less_than_one_and_a_third_of_the_model(full_size: Path, t
     factors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     save_file({name: 0.01 * torch.randn(t.shape) for name, t in factors.items()}, run / "adapter" / ADAPTER_WEIGHTS)
     load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(run / "adapter")
-    told = {"model": str(full_size), "quantized": "nf4", "dtype": "torch.bfloat16"}
-    (run / "run.json").write_text(json.dumps(told))
+    facts = {"model": str(full_size), "quantized": "nf4", "dtype": "torch.bfloat16"}
+    (run / "run.json").write_text(json.dumps(facts))
     said = subprocess.check_output([sys.executable, "-c", MERGE, str(run), str(tmp_path / "merged")], cwd=ROOT)
     found = json.loads(said)
     assert found["size"] > 3e9

@@ -161,7 +161,7 @@ def folding_note(source: ModelSource) -> str | None:
 
 
 def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device: torch.device = CPU) -> Weights:
-    """A model's tensors, with its adapters folded in; each is made when it is asked for.
+    """A model's tensors, with its adapters folded in; each is computed when it is read.
 
     Weights and adapters of the Hub are downloaded first.
 

@@ -28,7 +28,7 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
-"""Tensors by their released names, each of which is made when it is asked for."""
+"""Tensors by their released names, each of which is computed when it is read."""
 FOLDABLE = "an adapter on linear layers, on meta tokens, or a whole copy of them"
 
 
@@ -36,8 +36,8 @@ class StoredWeights(Weights):
     """What the files of a model hold; weights that they hold in fewer bits are dequantized.
 
     Args:
-        folder: Of the model, whose files `check_weights` has found right.
-        model_config: Of the model.
+        folder: The folder of the model, whose files `check_weights` has accepted.
+        model_config: The configuration of the model.
     """
 
     def __init__(self, folder: Path, model_config: Any) -> None:
@@ -101,14 +101,15 @@ class RoundedWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._rounded:
             return self._full[name]
-        weight, asked = self._full[name].to(self._dtype), self._quantization
-        if asked.load_in_8bit:
+        weight = self._full[name].to(self._dtype)
+        config = self._quantization
+        if config.load_in_8bit:
             return _dequantized(Int8Params(weight, requires_grad=False).to(self._device)).to(self._dtype)
         stored = Params4bit(
             weight,
             requires_grad=False,
-            compress_statistics=asked.bnb_4bit_use_double_quant,
-            quant_type=asked.bnb_4bit_quant_type,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
         )
         return _dequantized(stored.to(self._device))
 

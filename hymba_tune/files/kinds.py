@@ -37,7 +37,7 @@ class FolderKind:
         """Whether such folders hold something of this name."""
         return any(fnmatch(name, f"{part}{ending}") for part in self.parts for ending in ("", ".????????.partial"))
 
-    def foreign(self, folder: Path) -> str | None:
+    def refusal_reason(self, folder: Path) -> str | None:
         """Say why a folder must not be replaced; None if it is of this kind and holds nothing else."""
         if not self.is_one(folder):
             return f"it has no {' or '.join(self.markers)} of one"

@@ -27,17 +27,17 @@ def check_file(flag: str, path: Path, *, overwrite: bool = False, inputs: Iterab
     Raises:
         ConfigError: If it is an input, part of a run or of a model, exists, or cannot be created.
     """
-    said = f"{flag} {path}"
+    output = f"{flag} {path}"
     if _input_of(path, inputs):
-        raise ConfigError(f"{said} is an input of this command, which would be overwritten.", fix="another name")
+        raise ConfigError(f"{output} is an input of this command, which would be overwritten.", fix="another name")
     if (owner := _owner(path)) is not None:
-        raise ConfigError(f"{said} is a part of {owner[0].name}, {owner[1]}.", fix="another name")
+        raise ConfigError(f"{output} is a part of {owner[0].name}, {owner[1]}.", fix="another name")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{said} is not a file.", expected="the name of a file")
+        raise ConfigError(f"{output} is not a file.", expected="the name of a file")
     if os.path.lexists(path) and not overwrite:
-        raise ConfigError(f"{said} exists.", fix=OVERWRITE)
+        raise ConfigError(f"{output} exists.", fix=OVERWRITE)
     if not path.parent.is_dir():
-        raise ConfigError(f"{said}: there is no folder {path.parent}.", fix=f"mkdir -p {path.parent}")
+        raise ConfigError(f"{output}: there is no folder {path.parent}.", fix=f"mkdir -p {path.parent}")
 
 
 def check_folder(
@@ -81,7 +81,7 @@ def check_folder(
                 f"--overwrite {flag} {out} would remove {path}, an input of this command.", fix=f"another {flag}"
             )
     check_not_current(out)
-    if (why := kind.foreign(out)) is not None:
+    if (why := kind.refusal_reason(out)) is not None:
         raise ConfigError(
             f"--overwrite {flag} {out}: this is not {kind.name} of hymba-tune: {why}.",
             expected=f"{kind.name}, and nothing else in its folder",

@@ -18,7 +18,7 @@ from hymba_tune.quant import Damage
 from hymba_tune.report import RunRecord, judge, loss_picture
 
 PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "kernels"}
-"""Settings that name things on the machine of the run; names of the data are told without their folders."""
+"""Settings that name things on the machine of the run; names of the data are written without their folders."""
 HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
 CODE = {
     "kit": """\
@@ -163,8 +163,8 @@ def _training(run: RunRecord, folder: Path, number: int) -> list[str]:
     steps = f"{facts.get('steps', run.last_step):,} steps, {facts.get('tokens_seen', 0):,} tokens"
     lines += ["", f"Data: {', '.join(names)} ({'; '.join(counts)}); SHA-256 of its encoded rows {_fingerprint(data)}."]
     lines += ["", f"{steps}. Settings, as a recipe for `hymba-tune {run.verb} --config`:", "", "```yaml"]
-    told = {name: value for name, value in run.settings.items() if name not in PRIVATE}
-    return [*lines, yaml.safe_dump(told, sort_keys=False).rstrip(), "```"]
+    settings = {name: value for name, value in run.settings.items() if name not in PRIVATE}
+    return [*lines, yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]
 
 
 def _fingerprint(data: dict[str, Any]) -> str:

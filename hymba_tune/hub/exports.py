@@ -61,7 +61,7 @@ class Exported:
 
 
 def export(config: ExportConfig, working: Working) -> Exported:
-    """Export a model or a run, and upload it if that is asked for. A folder that was exported is uploaded as it is.
+    """Export a model or a run, and upload it with --push. A folder that was exported is uploaded as it is.
 
     Args:
         config: What, how, and where to.
@@ -113,17 +113,17 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
     if config.push is not None:
         check_publishable(lineage)
     name, damage = config.push or out.name, None
-    asked = _to_quantize(config, working)
+    plan = _to_quantize(config, working)
     with new_folder(out, overwrite=config.overwrite, inputs=folders_of(source)) as folder:
-        if asked is not None:
-            done = write_quantized(asked, folder, lineage.base, working)
+        if plan is not None:
+            done = write_quantized(plan, folder, lineage.base, working)
             difference, size, damage = done.difference, done.size, done.damage
         else:
             write = _write_adapter if config.adapter_only else _write_whole
             difference, size = write(config, source, lineage, folder, working)
         if stored:
             size += f", quantized to {scheme_of(stored)} by bitsandbytes"
-        write_card(folder, name, lineage, config, size=size, quantized=bool(stored or asked), damage=damage)
+        write_card(folder, name, lineage, config, size=size, quantized=bool(stored or plan), damage=damage)
         write_sums(folder)
     return difference
 

@@ -68,7 +68,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
         working: Shows the steps that take long.
 
     Raises:
-        ConfigError: If the folder holds something already, or the base has no weights of the kind asked for.
+        ConfigError: If the folder holds something already, or the base has no weights of the kind that --onto names.
         CheckpointError: If there is no adapter to fold in, or it cannot be used. The folder is then not there.
     """
     check_inputs(config)

@@ -19,7 +19,7 @@ EMPTY = {".gitattributes"}
 """What the Hub puts into a new repository."""
 MAIN = "main"
 WRITING = ("write", "admin", "fineGrained")
-"""Tokens that may write, as far as can be told beforehand: a fine-grained one may or may not."""
+"""Tokens that may write, as far as can be known beforehand: a fine-grained one may or may not."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def push(folder: Path, target: UploadTarget, *, message: str, again: str) -> str
     Args:
         folder: Whose files are uploaded.
         target: As `check_target` found it.
-        message: Of the commit.
+        message: The message of the commit.
         again: The command that goes on after a break.
 
     Returns:
@@ -133,7 +133,7 @@ def _look(api: HfApi, target: UploadTarget) -> _Found:
 
 
 def _check_free(found: _Found, target: UploadTarget) -> None:
-    """See that an upload does what was asked for, and no more.
+    """See that an upload does what the settings say, and no more.
 
     Raises:
         HubError: If a private upload would be public, or something is there that was not to be replaced.

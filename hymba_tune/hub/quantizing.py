@@ -57,16 +57,16 @@ class QuantizationPlan:
 
     Attributes:
         source: The model.
-        config: Of the model below all adapters.
+        config: The configuration of the model below all adapters.
         tokenizer: With a chat template.
         dtype: What is computed in.
         device: Where.
         scheme: How its weights are to be stored.
         skip: What is to be left as it is, beside what always is.
-        quantization: What transformers is told.
+        quantization: The quantization configuration for transformers.
         rows: ScoringTexts that the damage is measured on.
         texts: What was read of them.
-        data: What they are called; files are told without their folders.
+        data: The names of the data; files without their folders.
     """
 
     source: ModelSource
@@ -97,7 +97,7 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     model_config = load_config(weights_of(source))
     stored = model_config.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
-    asked = quantization(model_config, config.scheme, dtype, config.skip)
+    stored_as = quantization(model_config, config.scheme, dtype, config.skip)
     tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     texts = ScoringTexts(
         open_sources(config.data),
@@ -117,7 +117,7 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
         device=device,
         scheme=config.scheme,
         skip=config.skip,
-        quantization=asked,
+        quantization=stored_as,
         rows=[row.encoded for row in rows],
         texts=counts,
         data=[Path(name).name if Path(name).exists() else name for name in config.data],
@@ -134,25 +134,25 @@ def quantize(config: QuantizeConfig, working: Working) -> QuantizedModel:
     Raises:
         HymbaTuneError: If something is to be mended first. The folder is then whole, or not there.
     """
-    asked = find(config, working)
-    lineage, out = trace(asked.source), config.out or usual_folder(asked.source, ending=f"-{config.scheme}")
-    with new_folder(out, overwrite=config.overwrite, inputs=inputs_of(config, asked)) as folder:
-        done = write_quantized(asked, folder, lineage.base, working)
+    plan = find(config, working)
+    lineage, out = trace(plan.source), config.out or usual_folder(plan.source, ending=f"-{config.scheme}")
+    with new_folder(out, overwrite=config.overwrite, inputs=inputs_of(config, plan)) as folder:
+        done = write_quantized(plan, folder, lineage.base, working)
         write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantized=True, damage=done.damage)
         write_sums(folder)
     return replace(done, folder=out)
 
 
-def inputs_of(config: QuantizeConfig, asked: QuantizationPlan) -> list[Path]:
+def inputs_of(config: QuantizeConfig, plan: QuantizationPlan) -> list[Path]:
     """The files and folders that are read for a quantized model: the model's, and those of the data."""
-    return [*folders_of(asked.source), *local_files(config.data)]
+    return [*folders_of(plan.source), *local_files(config.data)]
 
 
-def write_quantized(asked: QuantizationPlan, folder: Path, base: str | None, working: Working) -> QuantizedModel:
+def write_quantized(plan: QuantizationPlan, folder: Path, base: str | None, working: Working) -> QuantizedModel:
     """Quantize a model into a folder, read it again, and measure what that cost.
 
     Args:
-        asked: Of `find`.
+        plan: What to quantize, from `find`.
         folder: Is there.
         base: As `write_model` takes it.
         working: Shows the steps that take long.
@@ -160,13 +160,13 @@ def write_quantized(asked: QuantizationPlan, folder: Path, base: str | None, wor
     Raises:
         CheckpointError: If the weights cannot be used, or what was written is not what was meant.
     """
-    tokenizer = asked.tokenizer
+    tokenizer = plan.tokenizer
     with working("loading the weights"):
-        model = open_model(asked.source, dtype=asked.dtype, device=asked.device).eval()
+        model = open_model(plan.source, dtype=plan.dtype, device=plan.device).eval()
     with working("predicting with the model as it is") as progress:
-        reference = refer(model, asked.rows, progress)
+        reference = refer(model, plan.rows, progress)
     with working("quantizing"):
-        made = quantize_model(model, asked.quantization).eval()
+        made = quantize_model(model, plan.quantization).eval()
         kinds = weight_errors(model, made)
     before, after = (each.get_memory_footprint(return_buffers=False) for each in (model, made))
     del model
@@ -175,25 +175,25 @@ def write_quantized(asked: QuantizationPlan, folder: Path, base: str | None, wor
         write_model(made, tokenizer, folder, "kit", base)
     del made
     with working("reading it again"):
-        again, difference = read_again(folder, tokenizer, meant, dtype=asked.dtype, device=asked.device)
+        again, difference = read_again(folder, tokenizer, meant, dtype=plan.dtype, device=plan.device)
     with working("predicting with the quantized model") as progress:
         drift = compare(reference, again, progress)
     damage = Damage(
-        model=asked.source.published or Path(asked.source.name).name,
-        scheme=asked.scheme,
-        dtype=str(asked.dtype).removeprefix("torch."),
-        kept=reasons(asked.config, asked.quantization, asked.skip),
+        model=plan.source.published or Path(plan.source.name).name,
+        scheme=plan.scheme,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        kept=reasons(plan.config, plan.quantization, plan.skip),
         kinds=kinds,
         drift=drift,
-        data=asked.data,
-        texts=asked.texts,
+        data=plan.data,
+        texts=plan.texts,
         weight_bytes=(before, after),
-        file_bytes=(_file_bytes(asked.source), _file_bytes(ModelSource(folder.name, folder))),
+        file_bytes=(_file_bytes(plan.source), _file_bytes(ModelSource(folder.name, folder))),
     )
     (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
     return QuantizedModel(
-        folder, damage, difference, f"{short_count(again.num_parameters())} parameters", folding_note(asked.source)
+        folder, damage, difference, f"{short_count(again.num_parameters())} parameters", folding_note(plan.source)
     )
 
 

@@ -38,7 +38,7 @@ class Searched:
 
 
 def search_skips(config: QuantizeConfig, working: Working) -> Searched:
-    """Find the modules to leave so that the perplexity rises by no more than a limit; write the model if asked to.
+    """Find the modules to leave so that the perplexity rises by no more than a limit; with --out write the model.
 
     Args:
         config: Which model, in which scheme, and the limit.
@@ -47,10 +47,10 @@ def search_skips(config: QuantizeConfig, working: Working) -> Searched:
     Raises:
         HymbaTuneError: If something is to be mended first.
     """
-    asked = find(config, working)
+    plan = find(config, working)
     if config.out is not None:
-        check_new_folder(config.out, overwrite=config.overwrite, inputs=inputs_of(config, asked))
-    found = _search(asked, config.max_rise / 100, working)
+        check_new_folder(config.out, overwrite=config.overwrite, inputs=inputs_of(config, plan))
+    found = _search(plan, config.max_rise / 100, working)
     skip = (*config.skip, *(found.skip or ()))
     if config.out is None or found.skip is None:
         return Searched(found, skip)
@@ -59,13 +59,13 @@ def search_skips(config: QuantizeConfig, working: Working) -> Searched:
     return Searched(found, skip, written)
 
 
-def _search(asked: QuantizationPlan, max_rise: float, working: Working) -> Search:
+def _search(plan: QuantizationPlan, max_rise: float, working: Working) -> Search:
     with working("loading the weights"):
-        model = open_model(asked.source, dtype=asked.dtype, device=asked.device).eval()
+        model = open_model(plan.source, dtype=plan.dtype, device=plan.device).eval()
     with working("predicting with the model as it is") as progress:
-        reference = refer(model, asked.rows, progress)
+        reference = refer(model, plan.rows, progress)
     with working("quantizing"):
-        made = quantize_model(model, asked.quantization).eval()
+        made = quantize_model(model, plan.quantization).eval()
         kinds = weight_errors(model, made)
 
     def measure(chosen: frozenset[str]) -> QuantizationDrift:

@@ -143,8 +143,8 @@ def _mask(
         keys: Number of keys.
         borders: The keys, but for the first, at which another text begins.
         window: Tokens a query looks back, or None for all.
-        dtype: Of the scores.
-        device: Of the scores.
+        dtype: The dtype of the scores.
+        device: The device of the scores.
     """
     rows = torch.arange(keys, device=device)
     texts = torch.bucketize(rows, torch.tensor(borders, device=device, dtype=rows.dtype), right=True)

@@ -24,11 +24,11 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Task:
-    """What a backend is asked for.
+    """What a backend has to compute.
 
     Attributes:
         device: Type of the device, such as "cpu".
-        dtype: Of the inputs.
+        dtype: The dtype of the inputs.
         gradients: Whether a backward may come.
         has_initial_state: Whether texts go on from what a cache holds.
         widths: Of a query head and of a value head, for attention.
@@ -68,7 +68,7 @@ class Backend:
         run: The function; its arguments are the operation's. Where an operation is several functions, all of them.
             Each computes outside autocast, in the dtypes of its inputs.
         devices: Types of devices it runs on; None for any.
-        dtypes: Of the inputs; None for any.
+        dtypes: The dtypes of the inputs that it takes; None for any.
         gradients: Whether it has a backward.
         initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
         fuses_meta_prefix: Whether it takes, at once, texts of which all but the first go on from where that one ends.
@@ -168,7 +168,7 @@ class Operation:
     def compute(self, task: Task, *arguments: Any, name: str | None = None) -> Any:
         """What the backend that takes the task makes of the arguments.
 
-        One that was not asked for by name and fails after all, where the small problem went well, is left out from
+        One that was not chosen by name and fails after all, where the small problem went well, is left out from
         then on, and another computes.
 
         Args:

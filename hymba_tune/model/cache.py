@@ -152,7 +152,7 @@ class HymbaCache(Cache):
         """Hold another cache's texts as well, behind those held so far.
 
         Args:
-            other: Of the same model, after a pass; of no use any more.
+            other: A cache of the same model, after a pass. It cannot be used afterwards.
         """
         if self.lengths is None or other.lengths is None:
             raise ValueError("a cache that has seen no text joins with none")
@@ -265,7 +265,7 @@ def _positions(lengths: Tensor, columns: int) -> Tensor:
 
 def _new_positions(documents: Documents) -> Tensor:
     """``(S, L)`` places in their texts of continued texts' new tokens, flush at the right."""
-    assert documents.past is not None  # only continued texts are asked about
+    assert documents.past is not None  # only continued texts come here
     longest = max(documents.lengths)
     lengths = documents.past + documents.cu_seqlens.diff()
     return lengths[:, None] - longest + torch.arange(longest, device=lengths.device)

@@ -37,7 +37,7 @@ def score_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, *, shifted: boo
     Args:
         hidden: ``(B, L, d)``.
         weight: ``(V, d)``, of the head.
-        labels: ``(B, L)``, -100 where no score is asked for.
+        labels: ``(B, L)``, -100 where no score is needed.
         shifted: Whether each label is what its own place is to predict. The scores are then ``(B, L)``.
     """
     hidden, targets = (hidden, labels) if shifted else (hidden[:, :-1], labels[:, 1:])

@@ -68,7 +68,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only modules that hold parameters themselves are asked about: transformers takes others for initialized.
+        # transformers calls this for modules that hold parameters themselves, and takes the others for initialized.
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
             init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)
@@ -121,7 +121,7 @@ class HymbaModel(HymbaPreTrainedModel):
             position_ids: ``(B, L)``, restarting at 0 where another text begins in a row. The meta tokens do not count.
             cache: Texts to go on with.
             inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
-            use_cache: Return a cache. Off unless asked for.
+            use_cache: Return a cache. Off by default.
             output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
             cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
             documents: What `find_documents` makes of the inputs above, for a caller that has it already.
@@ -236,8 +236,8 @@ def _rename_memory_tokens(_: nn.Module, state_dict: dict[str, Tensor], prefix: s
         state_dict[f"{name}.weight"] = state_dict.pop(name)
 
 
-def _in_a_dict(asked: bool | None, config: HymbaConfig) -> bool:
-    return (config.return_dict if asked is None else asked) is not False
+def _in_a_dict(return_dict: bool | None, config: HymbaConfig) -> bool:
+    return (config.return_dict if return_dict is None else return_dict) is not False
 
 
 class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
@@ -365,7 +365,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         """Give `generate` a cache of ours: transformers' own ones hold neither shared meta tokens nor ragged rows.
 
         Raises:
-            ValueError: If another kind of cache is asked for.
+            ValueError: If it is another kind of cache.
         """
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(

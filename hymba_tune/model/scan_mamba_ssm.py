@@ -78,7 +78,7 @@ def _function() -> Callable[..., Tensor]:
     """From the package, or else from the Hub."""
     try:
         import mamba_ssm  # noqa: F401
-        import selective_scan_cuda  # noqa: F401  (which later versions build only when told to)
+        import selective_scan_cuda  # noqa: F401  (which later versions build only on demand)
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ModuleNotFoundError:
         if (kernel := hub_kernel("mamba-ssm")) is None:

@@ -35,7 +35,7 @@ def check_unread(forward: Callable[..., Any], given: Mapping[str, Any], *, outpu
         output_attentions: What the configuration says, where they do not.
 
     Raises:
-        ValueError: If attention weights or attention in both directions are asked for.
+        ValueError: If attention weights or attention in both directions are requested.
     """
     switch = given.get("output_attentions")
     if output_attentions if switch is None else switch:

@@ -19,7 +19,7 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 
 with warnings.catch_warnings():
-    # TRL warns at this import that the trainer may change; hymba-tune pins TRL's version.
+    # TRL warns at this import that the trainer may change; the tests of the loss would notice.
     warnings.simplefilter("ignore", TRLExperimentalWarning)
     from trl.experimental import orpo
 
@@ -90,9 +90,6 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
             if measure.startswith("rewards/"):
                 sums[measure] = (pairs * mean, pairs)
         return sums
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
 
 
 class WithInputs:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
-from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, ReferenceConfig, Start
+from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, Start
 from hymba_tune.data import PreferenceReport, read_preferences
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import find_local
@@ -24,7 +24,7 @@ from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
 P = TypeVar("P", bound=PreferenceConfig)
-R = TypeVar("R", bound=ReferenceConfig)
+D = TypeVar("D", DPOConfig, KTOConfig)
 
 
 def run_dpo(config: DPOConfig, screen: Screen) -> Run | None:
@@ -37,7 +37,7 @@ def run_kto(config: KTOConfig, screen: Screen) -> Run | None:
     return train(PreferenceTask(_with_adapter_of_run(config), KTORun), screen)
 
 
-def _with_adapter_of_run(config: R) -> R:
+def _with_adapter_of_run(config: D) -> D:
     """Return the settings with those of the adapter that ``--start continue`` trains further.
 
     Raises:
@@ -158,28 +158,39 @@ def _summary(report: PreferenceReport) -> list[str]:
 
 
 @dataclass(frozen=True)
-class DPORun(PreferenceRun[DPOConfig]):
+class ReferenceRun(PreferenceRun[D]):
+    """A run of preference training against a reference model."""
+
+    def watches(self) -> list[TrainerCallback]:
+        """Watch the margin of rewards, which is zero at the start."""
+        return [MarginWatch(self.config.beta, self.report.identical / self.report.rows, self.screen)]
+
+    def describe(self) -> dict[str, str]:
+        """Return the banner's lines on where training starts and on the reference model."""
+        config = self.config
+        how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
+        reference = f"the model at the start, {how} · {config.loss} loss, beta {config.beta:g}"
+        return describe_start(self.setup) | {"reference": reference}
+
+    def reference_arguments(self) -> dict[str, Any]:
+        """Return the arguments of TRL's trainers about the reference model."""
+        return {"beta": self.config.beta, "precompute_ref_log_probs": self.config.precomputes}
+
+
+@dataclass(frozen=True)
+class DPORun(ReferenceRun[DPOConfig]):
     """A run of DPO."""
 
     trainer: ClassVar[type[PreferenceTrainer]] = PairTrainer
 
     def arguments(self, shared: dict[str, Any]) -> trl.DPOConfig:
         """Return the arguments of TRL's DPO trainer."""
-        config = self.config
-        own = {"loss_type": [config.loss], "label_smoothing": config.label_smoothing}
-        return trl.DPOConfig(**shared, **_reference_arguments(config), **own)
-
-    def watches(self) -> list[TrainerCallback]:
-        """Watch the margin of rewards, which is zero at the start."""
-        return [_margin_watch(self.config, self.report, self.screen)]
-
-    def describe(self) -> dict[str, str]:
-        """Return the banner's lines on where training starts and on the reference model."""
-        return _describe_reference(self.config, self.config.loss, self.setup)
+        own = {"loss_type": [self.config.loss], "label_smoothing": self.config.label_smoothing}
+        return trl.DPOConfig(**shared, **self.reference_arguments(), **own)
 
 
 @dataclass(frozen=True)
-class KTORun(PreferenceRun[KTOConfig]):
+class KTORun(ReferenceRun[KTOConfig]):
     """A run of KTO."""
 
     trainer: ClassVar[type[PreferenceTrainer]] = UnpairedTrainer
@@ -188,29 +199,7 @@ class KTORun(PreferenceRun[KTOConfig]):
         """Return the arguments of TRL's KTO trainer."""
         config = self.config
         weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
-        return trl.KTOConfig(**shared, **_reference_arguments(config), loss_type=config.loss, **weights)
-
-    def watches(self) -> list[TrainerCallback]:
-        """Watch the margin of rewards, which is zero at the start."""
-        return [_margin_watch(self.config, self.report, self.screen)]
-
-    def describe(self) -> dict[str, str]:
-        """Return the banner's lines on where training starts and on the reference model."""
-        return _describe_reference(self.config, self.config.loss, self.setup)
-
-
-def _reference_arguments(config: ReferenceConfig) -> dict[str, Any]:
-    return {"beta": config.beta, "precompute_ref_log_probs": config.precomputes}
-
-
-def _margin_watch(config: ReferenceConfig, report: PreferenceReport, screen: Screen) -> MarginWatch:
-    return MarginWatch(config.beta, report.identical / report.rows, screen)
-
-
-def _describe_reference(config: ReferenceConfig, loss: str, setup: Setup) -> dict[str, str]:
-    how = "computed once, before training" if config.precomputes else "computed with the new adapter off"
-    reference = {"reference": f"the model at the start, {how} · {loss} loss, beta {config.beta:g}"}
-    return describe_start(setup) | reference
+        return trl.KTOConfig(**shared, **self.reference_arguments(), loss_type=config.loss, **weights)
 
 
 def describe_start(setup: Setup) -> dict[str, str]:

@@ -200,14 +200,14 @@ def test_what_cannot_be_merged_ends_in_one_message(
 ) -> None:
     base = Path(shutil.copytree(small_model, tmp_path / "base"))
     adapter = Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
-    told = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
     named = "hymba-nano" if damage == "another base" else str(base)
     changes = {
         "scale": {"lora_alpha": math.nan},
         "lost base": {"init_lora_weights": "corda"},
     }
-    told |= {"base_model_name_or_path": named} | changes.get(damage, {})
-    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    config |= {"base_model_name_or_path": named} | changes.get(damage, {})
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     file, out = base / "model.safetensors", tmp_path / "out"
     if damage in ("cut", "zeroed"):
         held = file.read_bytes()

@@ -49,9 +49,9 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     found, page = json.loads((folder / "damage.json").read_text()), (folder / "damage.html").read_text()
     rounding = 1e-3 if scheme is Scheme.int8 else 1e-5  # int8 leaves out what is far off in a whole batch
     for name, model in (("before", wide_model), ("after", folder)):
-        told = evaluate(EvalConfig(model=str(model), data=[str(questions)], dtype="float32"), silent).results[0]
-        assert found["loss"][name] == pytest.approx(told.measures["loss"], rel=rounding)
-        assert found["data"]["fingerprint"] == (told.texts.fingerprint if told.texts else "")
+        measured = evaluate(EvalConfig(model=str(model), data=[str(questions)], dtype="float32"), silent).results[0]
+        assert found["loss"][name] == pytest.approx(measured.measures["loss"], rel=rounding)
+        assert found["data"]["fingerprint"] == (measured.texts.fingerprint if measured.texts else "")
     assert found["kl"] > 0
     assert found["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
     sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:,.1f} → "

@@ -178,7 +178,7 @@ def test_folder_of_which_only_a_dead_lock_is_left_is_empty(tmp_path: Path) -> No
 
 
 def test_every_file_of_a_run_is_known(finished_run: Path) -> None:
-    assert RUN.foreign(finished_run) is None
+    assert RUN.refusal_reason(finished_run) is None
 
 
 def test_folder_of_a_run_that_cannot_be_made(tmp_path: Path) -> None:
