@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hymba_tune.cli.settings import combine
-from hymba_tune.config import DistillConfig, DPOConfig, KTOConfig, SFTConfig, TrainingConfig
+from hymba_tune.config import DistillConfig, PreferenceConfig, SFTConfig, TrainingConfig
 from hymba_tune.train.run import Run
 from tests.conftest import ROOT
 from tests.distill import runs as distillation
@@ -17,8 +17,7 @@ from tests.distill.teachers import save_teacher
 from tests.preferences import run_short, save_pairs
 from tests.runs import run
 
-RUNS: dict[type[TrainingConfig], Callable[[Any], Run]] = {SFTConfig: run, DPOConfig: run_short, KTOConfig: run_short}
-RUNS[DistillConfig] = distillation.run
+RUNS: dict[type[TrainingConfig], Callable[[Any], Run]] = {SFTConfig: run, DistillConfig: distillation.run}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -49,9 +48,10 @@ def test_recipe_runs_two_steps(path: Path, small_model: Path, questions: Path, t
     kind = kind_of(path)
     if kind is DistillConfig:
         changes |= distillation.random_teacher(save_teacher(tmp_path / "teacher"), tmp_path)
-    data = questions if kind in (SFTConfig, DistillConfig) else save_pairs(tmp_path / "pairs.jsonl")
+    paired = issubclass(kind, PreferenceConfig)
+    data = save_pairs(tmp_path / "pairs.jsonl") if paired else questions
     changes |= {"model": str(small_model), "data": [str(data)], "eval_data": [str(data)]}
     config = combine(path.stem, kind(out=tmp_path / "out", **changes))
-    finished = RUNS[kind](config)
+    finished = (run_short if paired else RUNS[kind])(config)
     assert finished.facts()["steps"] == 2
     assert len(list(finished.evaluations())) > 1
