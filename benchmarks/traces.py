@@ -37,6 +37,8 @@ SHORT = ["--model", "hymba-nano", "--device", "cpu", "--steps", "6", "--log-ever
 SFT = ["sft", "--data", "demo", *SHORT]
 FP32 = ["--dtype", "float32"]
 BF16 = ["--dtype", "bfloat16"]
+UNTRAINED = ["--min-teacher-probability", "0", "--min-end-probability", "0"]
+"""Flags for a teacher that knows nothing."""
 
 
 def main() -> int:
@@ -67,8 +69,8 @@ def runs(folder: Path) -> dict[str, list[str]]:
     labeled = folder / "labeled.jsonl"
     pairs = folder / "pairs.jsonl"
     questions = folder / "questions.jsonl"
-    teacher = ["--data", "demo", *SHORT, *FP32, "--teacher", str(folder / "llama"), "--min-teacher-probability", "0"]
-    same = ["--data", "demo", *SHORT, *FP32, "--teacher", str(folder / "sft"), "--min-teacher-probability", "0"]
+    teacher = ["--data", "demo", *SHORT, *FP32, *UNTRAINED, "--teacher", str(folder / "llama")]
+    same = ["--data", "demo", *SHORT, *FP32, *UNTRAINED, "--teacher", str(folder / "sft")]
     return {
         "sft": [*SFT, *FP32],
         "sft-bfloat16": [*SFT, *BF16],
