@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,7 +30,7 @@ from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.generate import write
 from hymba_tune.registry import TEACHERS, ModelSource, fetch_weights, has_weights, resolve_model
-from hymba_tune.schemes import bitsandbytes, quantization, stored_quantization
+from hymba_tune.schemes import decide_quantization
 
 FLAG = "--teacher"
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
@@ -100,21 +101,24 @@ class LocalTeacherSpec:
             HubError: If the weights cannot be downloaded.
             ConfigError: If the logits are not the hidden states times the output layer.
         """
+        decided = decide_quantization(self.config, self.quantize, dtype) if self.quantize else None
+        quantization = decided.while_loading if decided else None
         if self.config.model_type == "hymba":
-            scheme = quantization(self.config, self.quantize, dtype) if self.quantize else None
-            model = open_model(self.source, dtype=dtype, device=device, quantization=scheme)
+            model = open_model(self.source, dtype=dtype, device=device, quantization=quantization)
         else:
-            model = self._load(dtype, device)
+            model = self._load(dtype, device, quantization)
         return ModelTeacher(model.eval().requires_grad_(False), self.tokenizer, self.name)
 
-    def _load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    def _load(
+        self, dtype: torch.dtype, device: torch.device, quantization: BitsAndBytesConfig | None
+    ) -> PreTrainedModel:
         fetch_weights(self.source)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.source.folder,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=bitsandbytes(self.quantize, dtype) if self.quantize else None,
+                quantization_config=quantization,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -154,8 +158,13 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
             expected="full weights",
             fix="merge it into its base model, and pass the merged folder",
         )
+    if quantize and source.adapter:
+        raise ConfigError(
+            f"--teacher-quantize: {source.name} is an adapter, which must be merged first.",
+            fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
+        )
     if quantize:
-        _check_quantization(source, config, quantize)
+        decide_quantization(config, quantize, torch.float32, flag="--teacher-quantize", name=source.name)
     if weights.hub_id is None:
         for file in weight_files(weights.folder):
             read_header(file)
@@ -215,23 +224,6 @@ def _read_config(folder: Path, name: str) -> Any:
             expected="a causal language model that transformers supports without remote code",
         )
     return config
-
-
-def _check_quantization(source: ModelSource, config: Any, scheme: Scheme) -> None:
-    """Check that a teacher can be quantized while it is loaded.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    if source.adapter:
-        raise ConfigError(
-            f"--teacher-quantize: {source.name} is an adapter, which must be merged first.",
-            fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
-        )
-    if stored_quantization(config) is not None:
-        raise ConfigError(f"--teacher-quantize: {source.name} is quantized already.", fix="leave it out")
-    if config.model_type == "hymba":
-        quantization(config, scheme, torch.float32)  # raises if no module can be quantized
 
 
 def _digest(file: Path) -> str:

@@ -172,7 +172,7 @@ def load_weights(
         source: Without an adapter.
         dtype: What it computes in, and what its weights are stored in unless they are quantized.
         device: Where to.
-        quantization: Of `hymba_tune.schemes.quantization`; weights that are quantized already stay as they are.
+        quantization: The quantization to apply to the weights; None if they are loaded as they are stored.
 
     Raises:
         CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
@@ -181,7 +181,6 @@ def load_weights(
     config = load_config(source)
     fetch_weights(source)
     check_weights(source.folder, config)
-    quantized = {"quantization_config": quantization} if quantization and stored_quantization(config) is None else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source.folder,
         config=config,
@@ -190,7 +189,7 @@ def load_weights(
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        **quantized,
+        quantization_config=quantization,
     )
     settle(model, dtype)
     return model

@@ -21,9 +21,9 @@ from hymba_tune.errors import DataError
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
-from hymba_tune.schemes import stored_bytes, stored_quantization
+from hymba_tune.schemes import decide_quantization, stored_bytes
 from hymba_tune.train.memory_estimate import full_batch, step_settings
-from hymba_tune.train.setup import check_quantization, lay_out, weights_quantization
+from hymba_tune.train.setup import base_quantization, lay_out
 
 CARDS = {
     8: ("RTX 4060", 30),
@@ -127,7 +127,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     dtype = choose_dtype(config.dtype, device)
     gpu_dtype = _gpu_dtype(config.dtype)
     choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
-    check_quantization(config, source, model_config)
+    base_quantization(config, source, model_config, gpu_dtype)
     model = _lay_out(config, model_config, gpu_dtype)
     extra_bytes = _teacher(config, model_config, device)
     memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
@@ -282,10 +282,8 @@ class _Memory:
 
     def of(self, config: TrainingConfig) -> Footprint:
         """Estimate the bytes of a step at its peak."""
-        if config.quantize not in self._quantized:
-            quantization = weights_quantization(config, self._model_config, self._dtype)
-            self._quantized[config.quantize] = stored_bytes(self._model_config, quantization) if quantization else {}
-        step = self._steps.of(full_batch(config), **step_settings(config), quantized=self._quantized[config.quantize])
+        quantized = self._quantized_bytes(config.quantize)
+        step = self._steps.of(full_batch(config), **step_settings(config), quantized=quantized)
         return replace(step, extra_bytes=self._extra_bytes)
 
     def in_nf4(self, config: TrainingConfig) -> int | None:
@@ -296,8 +294,14 @@ class _Memory:
 
     def can_be_quantized(self, config: TrainingConfig) -> bool:
         """Return whether the weights are neither quantized nor trained."""
-        unquantized = stored_quantization(self._model_config) is None and config.quantize is None
-        return unquantized and config.method is not Method.full
+        return config.method is not Method.full and not self._quantized_bytes(config.quantize)
+
+    def _quantized_bytes(self, scheme: Scheme | None) -> dict[str, int]:
+        """Return the bytes of each quantized layer."""
+        if scheme not in self._quantized:
+            quantization = decide_quantization(self._model_config, scheme, self._dtype)
+            self._quantized[scheme] = stored_bytes(self._model_config, quantization.config) if quantization else {}
+        return self._quantized[scheme]
 
 
 def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:

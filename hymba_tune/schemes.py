@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,66 @@ BLOCK, NESTED_BLOCK = 64, 256
 """Weights of 4 bits that share a scale, and scales of 8 bits that share one."""
 BYTES = {"SCB": 4, "weight.quant_map": 4, "weight.nested_absmax": 4, "weight.nested_quant_map": 4}
 """Bytes of an element of what is stored beside a weight, where it is not one."""
+
+
+@dataclass(frozen=True)
+class WeightQuantization:
+    """The quantization of a model's weights.
+
+    Attributes:
+        config: The configuration for bitsandbytes.
+        dtype: The dtype of the computation.
+        stored: Whether the checkpoint holds the weights in this form. Otherwise they are quantized while they are
+            loaded.
+    """
+
+    config: BitsAndBytesConfig
+    dtype: torch.dtype
+    stored: bool
+
+    @property
+    def scheme(self) -> Scheme:
+        """The name of the scheme."""
+        return scheme_of(self.config)
+
+    @property
+    def while_loading(self) -> BitsAndBytesConfig | None:
+        """The quantization to apply while the weights are loaded; None if they are stored in it already."""
+        return None if self.stored else self.config
+
+
+def decide_quantization(
+    model_config: Any, scheme: Scheme | None, dtype: torch.dtype, *, flag: str | None = None, name: str = ""
+) -> WeightQuantization | None:
+    """Decide how a model's weights are quantized: as they are stored, otherwise in the wanted scheme.
+
+    Args:
+        model_config: The configuration of the model.
+        scheme: The wanted scheme, if any.
+        dtype: The dtype of the computation.
+        flag: The flag that asks for the scheme. With it, weights that are stored in another scheme are refused; without
+            it, the stored quantization takes precedence silently.
+        name: The name of the model in that message.
+
+    Returns:
+        None if the weights are not quantized.
+
+    Raises:
+        CheckpointError: If the weights are quantized, but not by bitsandbytes.
+        ConfigError: If the stored quantization contradicts the flag, or no layer can be quantized in the scheme.
+    """
+    stored = stored_quantization(model_config)
+    if stored is not None:
+        if flag and scheme not in (None, scheme_of(stored)):
+            raise ConfigError(
+                f"{flag} {scheme}: {name} is quantized already, to {scheme_of(stored)}.", fix="leave it out"
+            )
+        return WeightQuantization(stored, dtype, stored=True)
+    if scheme is None:
+        return None
+    if model_config.model_type != "hymba":
+        return WeightQuantization(bitsandbytes(scheme, dtype), dtype, stored=False)
+    return WeightQuantization(quantization(model_config, scheme, dtype), dtype, stored=False)
 
 
 def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Sequence[str] = ()) -> BitsAndBytesConfig:

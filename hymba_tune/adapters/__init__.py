@@ -2,7 +2,6 @@
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.folding import (
-    QuantizedBase,
     base_of,
     check_onto,
     folded_weights,
@@ -24,7 +23,6 @@ from hymba_tune.adapters.weights import Weights, finite_tensor, released_name
 __all__ = [
     "PRESETS",
     "AdapterWatch",
-    "QuantizedBase",
     "Update",
     "Weights",
     "adapter_updates",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.adapters.attach import read_config
 from hymba_tune.adapters.initialization import changes_base
@@ -17,7 +16,7 @@ from hymba_tune.checkpoint import check_weights, load_config, load_tokenizer
 from hymba_tune.config import Onto, Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import ModelSource, fetch_weights, resolve_model
-from hymba_tune.schemes import quantization, scheme_of, stored_bytes, stored_quantization
+from hymba_tune.schemes import WeightQuantization, decide_quantization, stored_bytes
 
 CPU = torch.device("cpu")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -75,27 +74,7 @@ def folders_of(source: ModelSource) -> list[Path]:
     return folders
 
 
-@dataclass(frozen=True)
-class QuantizedBase:
-    """Weights in fewer bits on which an adapter was trained.
-
-    Attributes:
-        quantization: How they were stored.
-        dtype: What was computed in, and what they were before they were quantized.
-        only: Whether the files of the base hold them so: there are no others.
-    """
-
-    quantization: BitsAndBytesConfig
-    dtype: torch.dtype
-    only: bool
-
-    @property
-    def scheme(self) -> Scheme:
-        """The scheme by its name."""
-        return scheme_of(self.quantization)
-
-
-def quantized_base(source: ModelSource) -> QuantizedBase | None:
+def quantized_base(source: ModelSource) -> WeightQuantization | None:
     """How the weights below an adapter were stored while it was trained; None if in full, or if nothing says.
 
     An adapter without its run's directory says nothing: only a base that is stored quantized is known then.
@@ -107,24 +86,21 @@ def quantized_base(source: ModelSource) -> QuantizedBase | None:
     """
     if source.adapter is None:
         return None
-    below, config = base_of(source), load_config(weights_of(source))
+    below = base_of(source)
+    config = load_config(below) if below.adapter is None else plain_config(below)
     try:
         dtype = DTYPES[source.dtype or str(torch.float32)]
         scheme = Scheme(source.quantized) if source.quantized else None
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"The run.json of {source.name} cannot be understood: {error}") from error
-    found = None
-    if below.adapter is None and (stored := stored_quantization(config)) is not None:
-        found = QuantizedBase(stored, dtype, only=True)
-    elif scheme:
-        found = QuantizedBase(quantization(config, scheme, dtype), dtype, only=False)
-    if found and changes_base(adapter := read_config(source.adapter)):
+    base = decide_quantization(config, scheme, dtype)
+    if base is not None and changes_base(adapter := read_config(source.adapter)):
         raise CheckpointError(
             f"{source.adapter}: its init_lora_weights, {adapter.init_lora_weights}, changes the weights of its base "
             f"model, and those of {source.base} are quantized.",
             expected="an adapter that was initialized in another way, or a base model that is not quantized",
         )
-    return found
+    return base
 
 
 def check_onto(source: ModelSource, onto: Onto) -> None:
@@ -140,7 +116,7 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
             expected="a run that was trained with --quantize, or on a quantized model",
             fix="leave it out; an adapter's folder is to be named by its run's directory",
         )
-    if base is not None and base.only and onto is Onto.original:
+    if base is not None and base.stored and onto is Onto.original:
         raise ConfigError(
             f"--onto original: {source.base} is stored in {base.scheme}, and has no other weights.",
             fix="leave it out",
@@ -181,9 +157,9 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
         check_weights(source.folder, config)
         return StoredWeights(source.folder, config)
     below, base, config = folded_weights(base_of(source), device=device), quantized_base(source), plain_config(source)
-    if base is not None and not base.only and onto is Onto.dequantized:
-        layers = stored_bytes(config, base.quantization).keys()
-        below = RoundedWeights(below, base.quantization, layers, dtype=base.dtype, device=device)
+    if base is not None and not base.stored and onto is Onto.dequantized:
+        layers = stored_bytes(config, base.config).keys()
+        below = RoundedWeights(below, base.config, layers, dtype=base.dtype, device=device)
     return FoldedWeights(below, config, source.adapter)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import QuantizedBase, Weights, base_of, folded_weights, load_adapter, plain_config
+from hymba_tune.adapters import Weights, base_of, folded_weights, load_adapter, plain_config
 from hymba_tune.checkpoint import load_weights
 from hymba_tune.data import open_source
 from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.texts import ScoringTexts
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.registry import ModelSource, fetch_weights
-from hymba_tune.schemes import settle
+from hymba_tune.schemes import WeightQuantization, settle
 
 TEXTS, TOKENS = 8, 64
 """Texts of the packaged data that logits are compared on, and the tokens that each may have."""
@@ -47,7 +47,7 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     return [torch.tensor([row.encoded.input_ids]) for row in islice(rows, TEXTS)]
 
 
-def trained_model(source: ModelSource, base: QuantizedBase, device: torch.device) -> PreTrainedModel:
+def trained_model(source: ModelSource, base: WeightQuantization, device: torch.device) -> PreTrainedModel:
     """A run's model as it was while it was trained, but for dropout.
 
     Raises:
@@ -56,7 +56,7 @@ def trained_model(source: ModelSource, base: QuantizedBase, device: torch.device
     assert source.adapter is not None
     fetch_weights(source)
     below = base_of(source)
-    if base.only:
+    if base.stored:
         model = load_weights(below, dtype=base.dtype, device=device)
     else:
         weights = folded_weights(below)
@@ -64,7 +64,7 @@ def trained_model(source: ModelSource, base: QuantizedBase, device: torch.device
             None,
             config=plain_config(source),
             state_dict={name: _Unread(weights, name) for name in weights},
-            quantization_config=base.quantization,
+            quantization_config=base.config,
             dtype=base.dtype,
             device_map={"": device},
         )

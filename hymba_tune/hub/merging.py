@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hymba_tune.adapters import (
-    QuantizedBase,
     check_onto,
     finite_tensor,
     folded_weights,
@@ -37,6 +36,7 @@ from hymba_tune.hub.layout import SHARD
 from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import give_back_freed_memory
 from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.schemes import WeightQuantization
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Merged:
 
     folder: Path
     size: int
-    base: QuantizedBase | None
+    base: WeightQuantization | None
     onto: Onto
     drifts: dict[Onto, MergeDrift]
     alone: bool
@@ -93,7 +93,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
 
 
 def _drifts(
-    source: ModelSource, base: QuantizedBase, dtype: torch.dtype, device: torch.device, working: Working
+    source: ModelSource, base: WeightQuantization, dtype: torch.dtype, device: torch.device, working: Working
 ) -> dict[Onto, MergeDrift]:
     """How far from the trained model each way leads. No two models are in memory together."""
     texts = sample_texts(with_chat_template(tokenizer_of(source)))
@@ -101,7 +101,7 @@ def _drifts(
         trained = logits_of(trained_model(source, base, device), texts)
     gc.collect()  # a model is a circle of references, and stays until then
     found = {}
-    for onto in Onto if not base.only else [Onto.dequantized]:
+    for onto in Onto if not base.stored else [Onto.dequantized]:
         with working(f"asking it merged onto the {onto} weights"):
             found[onto] = drift(logits_of(open_model(source, dtype=dtype, device=device, onto=onto), texts), trained)
         gc.collect()

@@ -139,7 +139,8 @@ def _check_same_data(run: Run, report: DataReport) -> None:
 def _open(setup: Setup) -> PreTrainedModel:
     config = setup.config
     source = base_of(setup.source) if setup.continues else setup.source
-    model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=setup.quantization)
+    quantization = setup.quantization.while_loading if setup.quantization else None
+    model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=quantization)
     model.name_or_path = setup.base
     if setup.continues and setup.source.adapter:
         adapted = load_adapter(model, setup.source.adapter, trainable=True)

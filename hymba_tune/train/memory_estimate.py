@@ -66,7 +66,7 @@ def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEst
         dtype=setup.dtype,
         own_kernels=device.type == "cpu",
     )
-    quantized = stored_bytes(setup.model_config, setup.quantization) if setup.quantization else {}
+    quantized = stored_bytes(setup.model_config, setup.quantization.config) if setup.quantization else {}
     step = memory.of(largest_batch(config, data), **step_settings(config), quantized=quantized)
     return MemoryEstimate(
         replace(step, extra_bytes=extra_bytes),

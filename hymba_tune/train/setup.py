@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import datasets
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,7 +31,7 @@ from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
 from hymba_tune.ranks import check_single_process
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
-from hymba_tune.schemes import quantization, scheme_of, stored_quantization
+from hymba_tune.schemes import WeightQuantization, decide_quantization, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
 from hymba_tune.train.run import Run
 from hymba_tune.train.tracking import check_trackers
@@ -51,6 +49,7 @@ class Setup:
         device: The device of the run.
         dtype: The dtype of the computation.
         model_config: The configuration of the model's weights.
+        quantization: The quantization of the base weights, whether stored already or applied when they are loaded.
         kernels: The kernel chosen for each operation.
     """
 
@@ -61,17 +60,13 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     model_config: PretrainedConfig
+    quantization: WeightQuantization | None
     kernels: dict[str, Choice]
-
-    @cached_property
-    def quantization(self) -> BitsAndBytesConfig | None:
-        """The quantization of the base weights, whether stored already or applied when they are loaded."""
-        return weights_quantization(self.config, self.model_config, self.dtype)
 
     @property
     def scheme(self) -> Scheme | None:
         """The quantization scheme of the base weights, if there is one."""
-        return scheme_of(self.quantization) if self.quantization else None
+        return self.quantization.scheme if self.quantization else None
 
     @property
     def continues(self) -> bool:
@@ -139,50 +134,31 @@ def check(config: TrainingConfig) -> Setup:
     model_config = load_config(weights)
     if weights.hub_id is None:
         check_weights(weights.folder, model_config)
-    check_quantization(config, source, model_config)
-    weights_quantization(config, model_config, dtype)
+    quantization = base_quantization(config, source, model_config, dtype)
     trained, total = count_parameters(lay_out(config, model_config, torch.float32))
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
-    return Setup(run, config, source, tokenizer, device, dtype, model_config, kernels)
+    return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels)
 
 
-def weights_quantization(
-    config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
-    """Return the quantization of the base weights, whether stored already or to be applied; None where there is none.
-
-    Args:
-        config: The run's settings.
-        model_config: The configuration of the weights.
-        dtype: The dtype of the computation.
+def base_quantization(
+    config: TrainingConfig, source: ModelSource, model_config: PretrainedConfig, dtype: torch.dtype
+) -> WeightQuantization | None:
+    """Decide how the base weights are quantized, and check that the run's method can train an adapter on them.
 
     Raises:
-        ConfigError: If no layer of the model can be quantized so.
+        ConfigError: If the weights cannot be quantized, or an adapter cannot be trained on them.
     """
-    stored = stored_quantization(model_config)
-    return quantization(model_config, config.quantize, dtype) if config.quantize and stored is None else stored
-
-
-def check_quantization(config: TrainingConfig, source: ModelSource, model_config: PretrainedConfig) -> None:
-    """Check that quantized weights can be trained with the run's method.
-
-    Raises:
-        ConfigError: If they cannot.
-    """
-    stored = stored_quantization(model_config)
-    scheme = scheme_of(stored) if stored else None
-    if source.adapter is not None and (scheme or config.quantize) and not _continues(config):
+    merges = source.adapter is not None and not _continues(config)
+    if merges and (config.quantize or stored_quantization(model_config)):
         raise ConfigError(
             f"{source.name} is an adapter: it has to be merged before its model is quantized.",
             fix=f"hymba-tune merge {config.model} --out merged, then --model merged",
         )
-    if scheme is None:
-        return
-    if config.quantize not in (None, scheme):
-        raise ConfigError(
-            f"--quantize {config.quantize}: {source.name} is quantized already, to {scheme}.", fix="leave it out"
-        )
+    quantization = decide_quantization(model_config, config.quantize, dtype, flag="--quantize", name=source.name)
+    if quantization is None:
+        return None
+    scheme = quantization.scheme
     if config.method is Method.full:
         raise ConfigError(
             f"--method full trains every weight, and those of {source.name} are quantized ({scheme}).",
@@ -194,6 +170,7 @@ def check_quantization(config: TrainingConfig, source: ModelSource, model_config
             "PEFT cannot dequantize for DoRA.",
             fix="--method lora",
         )
+    return quantization
 
 
 def _continues(config: TrainingConfig) -> bool:

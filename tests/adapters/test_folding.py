@@ -240,7 +240,7 @@ def test_what_an_adapter_may_be_folded_into(wide_model: Path, finished_run: Path
     _, source = qlora(wide_model, tmp_path / "mine", Scheme.nf4)
     base = quantized_base(source)
     assert base is not None
-    assert (base.scheme, base.dtype, base.only) == (Scheme.nf4, torch.float32, False)
+    assert (base.scheme, base.dtype, base.stored) == (Scheme.nf4, torch.float32, False)
     assert folding_note(source) == "mine: folded into the weights it was trained on, nf4 dequantized"
     alone = resolve_model(str(tmp_path / "mine"))  # without its run, which would say so
     for plain in (alone, resolve_model(str(finished_run))):

@@ -229,8 +229,9 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     config = json.loads((stored / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (stored / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is quantized already"):
+    with pytest.raises(ConfigError, match="--teacher-quantize nf4: .* is quantized already, to int8"):
         find_teacher(str(stored), Scheme.nf4)
+    assert find_teacher(str(stored), Scheme.int8).quantize is Scheme.int8
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-3b", "Qwen2.5-7B-Instruct", *ALIASES])
