@@ -1,4 +1,4 @@
-"""Opening models and tokenizers; weights are checked against the model before they are loaded."""
+"""Loading of models and tokenizers; weights are checked against the configuration before they are loaded."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
 from hymba_tune.registry import ModelSource, fetch_weights
-from hymba_tune.schemes import quantized, settle, stored_quantization, stored_shapes, stored_state
+from hymba_tune.schemes import fix_loaded_quantization, quantized, stored_quantization, stored_shapes, stored_state
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Endings of files that are never opened: reading one can run code."""
+"""Suffixes of files that are never opened, because reading them can run code."""
 META_TOKENS = "model.memory_tokens"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first CUDA device, else the CPU.
+    """Return the device of this name; "auto" is the first CUDA device, or the CPU if there is none.
 
-    A CUDA device becomes the current one of this process: some kernels always start on that one.
+    A CUDA device becomes the current device of the process, because some kernels always start on the current one.
 
     Raises:
-        ConfigError: If there is no such device.
+        ConfigError: If the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_choice(device: torch.device) -> str | None:
-    """Which GPU is used, in a sentence; None if there is no other."""
+    """Return a sentence on which GPU is used; None unless there are several."""
     count = torch.cuda.device_count()
     if device.type != "cuda" or count < 2:
         return None
@@ -66,7 +66,7 @@ def describe_choice(device: torch.device) -> str | None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of this name; "auto" is bfloat16 where the device computes in it, else float32.
+    """Return the dtype of this name; "auto" is bfloat16 if the device supports it in hardware, otherwise float32.
 
     Raises:
         ConfigError: If the device cannot train in it.
@@ -81,63 +81,66 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def _computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Without these instructions a CPU only emulates bfloat16, several times slower than float32.
+    # A CPU without these instructions emulates bfloat16, which is several times slower than float32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def choose_kernels(
     chosen: Mapping[str, str], config: Any, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Choice]:
-    """Choose the ways to compute for this process, and say which will be taken to train with.
+    """Choose the kernels of this process, and return those that training will use.
 
     Args:
-        chosen: Backends by operation: ``{"scan": "torch"}``; the fastest that can for the others.
+        chosen: The wanted backends by operation, such as ``{"scan": "torch"}``. Other operations use the fastest
+            backend that supports them.
         config: The model's configuration.
-        device: Where it computes.
-        dtype: In which number format.
+        device: The device of the computation.
+        dtype: The dtype of the computation.
 
     Returns:
-        What is taken and why not another, by operation.
+        The choice for each operation, with the reasons against the other backends.
 
     Raises:
-        ConfigError: If there is no such backend, or it cannot do it; the message says which can.
+        ConfigError: If a backend does not exist or does not support the task; the message lists those that do.
     """
     task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim), taps=config.mamba_d_conv)
     try:
         use_kernels(**{name: chosen.get(name, AUTO) for name in (*OPERATIONS, *chosen)})
         return survey(task)
     except ValueError as error:
-        raise ConfigError(f"--kernels: {error}.", fix="hymba-tune doctor shows what can be used here") from error
+        raise ConfigError(f"--kernels: {error}.", fix="hymba-tune doctor lists the available backends") from error
 
 
 def check_length(tokens: int, config: Any, *, strict: bool) -> str | None:
-    """Compare a text's length with what the model was made for.
+    """Compare the length of a text with the context of the model.
 
     Args:
         tokens: The tokens of the longest text, without the meta tokens.
         config: The model's configuration.
-        strict: Whether more is refused.
+        strict: Whether a longer text is an error.
 
     Returns:
-        A warning, or None if it is not longer.
+        A warning, or None if the text is not longer.
 
     Raises:
-        ConfigError: If it is longer and ``strict``.
+        ConfigError: If the text is longer and ``strict`` is set.
     """
     if tokens <= config.max_position_embeddings:
         return None
-    said = f"{tokens:,} tokens are more than the {config.max_position_embeddings:,} the model was made for"
+    warning = f"{tokens:,} tokens exceed the model's context of {config.max_position_embeddings:,}"
     if strict:
-        raise ConfigError(f"--strict-length: {said} (max_position_embeddings).", fix="shorter texts, or leave it out")
-    return f"{said}; expect worse answers"
+        raise ConfigError(
+            f"--strict-length: {warning} (max_position_embeddings).", fix="use shorter texts, or leave it out"
+        )
+    return f"{warning}; expect worse answers"
 
 
 def load_config(source: ModelSource) -> Any:
-    """The model's configuration.
+    """Read the configuration of a model.
 
     Raises:
-        CheckpointError: If it is missing, unreadable, not a Hymba's, asks for what cannot be built, or is quantized by
-            something else than bitsandbytes.
+        CheckpointError: If it is missing, unreadable or invalid, belongs to another kind of model than Hymba, or states
+            a quantization by another library than bitsandbytes.
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
@@ -145,15 +148,15 @@ def load_config(source: ModelSource) -> Any:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
         raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")
-    stored_quantization(config)
+    stored_quantization(config)  # raises if another library quantized the model
     return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder, with the ids of its own tokenizer.json.
+    """Load the tokenizer in a model's folder, with the ids of its tokenizer.json.
 
     Raises:
-        CheckpointError: If there is none, or it cannot be read.
+        CheckpointError: If the folder has no tokenizer, or it cannot be read.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -164,19 +167,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_weights(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    """A model with its weights, which are checked by their names and shapes before they are read.
+    """Load a model. The names and shapes of its weights are checked before they are read.
 
-    Those of a Hub model are downloaded first.
+    The weights of a Hub model are downloaded first.
 
     Args:
-        source: Without an adapter.
-        dtype: What it computes in, and what its weights are stored in unless they are quantized.
-        device: Where to.
+        source: The model, which has no adapter.
+        dtype: The dtype of the computation, and of the weights in memory unless they are quantized.
+        device: The device of the model.
         quantization: The quantization to apply to the weights; None if they are loaded as they are stored.
 
     Raises:
-        CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
-        HubError: If they cannot be downloaded.
+        CheckpointError: If a file or tensor is missing, unexpected or truncated, or has the wrong shape.
+        HubError: If the weights cannot be downloaded.
     """
     config = load_config(source)
     fetch_weights(source)
@@ -191,7 +194,7 @@ def load_weights(
         use_safetensors=True,
         quantization_config=quantization,
     )
-    settle(model, dtype)
+    fix_loaded_quantization(model, dtype)
     return model
 
 
@@ -201,35 +204,35 @@ def check_weights(folder: Path, config: Any) -> None:
     Reads headers only.
 
     Raises:
-        CheckpointError: Naming the file or tensor that is missing, unknown, misshapen or cut short.
+        CheckpointError: If a file or tensor is missing, unexpected or truncated, or has the wrong shape.
     """
-    found: dict[str, tuple[list[int], str]] = {}
+    present: dict[str, tuple[list[int], str]] = {}
     for file in weight_files(folder):
-        found.update({name: (shape, file.name) for name, shape in read_header(file).items()})
-    expected = _expected(config, found)
+        present.update({name: (shape, file.name) for name, shape in read_header(file).items()})
+    expected = _expected(config, present)
     if config.tie_word_embeddings:
-        # Tied to the embedding, and written by some tools all the same.
+        # The head is tied to the embedding, but some tools save it as well.
         head = expected.pop("lm_head.weight")
-        if "lm_head.weight" in found and found["lm_head.weight"][0] == head:
-            del found["lm_head.weight"]
+        if "lm_head.weight" in present and present["lm_head.weight"][0] == head:
+            del present["lm_head.weight"]
     for name, shape in expected.items():
-        if name not in found:
+        if name not in present:
             raise CheckpointError(f"{folder}: tensor {name} is missing.", expected=f"a tensor of shape {shape}")
-        if found[name][0] != shape:
+        if present[name][0] != shape:
             raise CheckpointError(
-                f"{folder / found[name][1]}: tensor {name} has shape {found[name][0]}.",
-                expected=f"{shape}, as config.json says",
+                f"{folder / present[name][1]}: tensor {name} has shape {present[name][0]}.",
+                expected=f"the shape {shape}, from config.json",
             )
-    if extra := [name for name in found if name not in expected]:
+    if extra := [name for name in present if name not in expected]:
         raise CheckpointError(
-            f"{folder / found[extra[0]][1]}: tensor {extra[0]} belongs to no part of the model"
-            + (f", nor do {len(extra) - 1} others." if len(extra) > 1 else "."),
+            f"{folder / present[extra[0]][1]}: tensor {extra[0]} is not part of the model"
+            + (f", nor are {len(extra) - 1} others." if len(extra) > 1 else "."),
             expected="only the tensors that config.json describes",
         )
 
 
-def _expected(config: Any, found: Mapping[str, tuple[list[int], str]]) -> dict[str, list[int]]:
-    """The shapes of the tensors of a checkpoint, by their names."""
+def _expected(config: Any, present: Mapping[str, tuple[list[int], str]]) -> dict[str, list[int]]:
+    """Return the shapes that the tensors of a checkpoint must have, by their names."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {
@@ -239,16 +242,16 @@ def _expected(config: Any, found: Mapping[str, tuple[list[int], str]]) -> dict[s
         for name, layer in quantized(model, quantization).items():
             expected |= stored_shapes(name, layer, quantization)
             state = stored_state(name, quantization)
-            if state is not None and state in found:
-                expected[state] = found[state][0]  # as long as what it says
+            if state is not None and state in present:
+                expected[state] = present[state][0]  # its length depends on the description that it holds
     return expected
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model.
+    """Return the safetensors files of a model.
 
     Raises:
-        CheckpointError: If there are none, or one that the index names is missing.
+        CheckpointError: If there are none, or if a file that the index lists is missing.
     """
     if (folder / INDEX).is_file():
         try:
@@ -256,16 +259,16 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(index["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{folder / INDEX} is no index of shards: {error!r}", fix="download or copy it again"
+                f"{folder / INDEX} is not a valid index of shards: {error!r}", fix="download or copy it again"
             ) from error
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
         pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
         raise CheckpointError(
-            f"{folder}: no weights" + (f" but pickled ones, {pickles[0]}, which can run code." if pickles else "."),
+            f"{folder}: no weights" + (f" except pickled ones, {pickles[0]}, which can run code." if pickles else "."),
             expected=f"{SINGLE}, or shards with {INDEX}",
-            fix="have whoever made it save it as safetensors" if pickles else "",
+            fix="ask the model's author for weights in the safetensors format" if pickles else "",
         )
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -276,17 +279,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, list[int]]:
-    """Names and shapes in a safetensors file.
+    """Read the names and shapes of the tensors in a safetensors file.
 
     Raises:
-        CheckpointError: If its size is not what its header says.
+        CheckpointError: If the header cannot be read, or if the size of the file contradicts it.
     """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size:
-                raise ValueError("its header does not fit into the file")
+                raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         shapes = {name: entry["shape"] for name, entry in header.items()}
@@ -296,7 +299,7 @@ def read_header(file: Path) -> dict[str, list[int]]:
     if size != end:
         last = max(header, key=lambda name: header[name]["data_offsets"][1])
         raise CheckpointError(
-            f"{file} is cut short: {size:,} bytes, and its last tensor {last} ends at {end:,}.",
+            f"{file} is truncated: it has {size:,} bytes, and its last tensor {last} ends at {end:,}.",
             fix="download or copy it again",
         )
     return shapes

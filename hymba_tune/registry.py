@@ -1,4 +1,4 @@
-"""Which models there are and where: names that people type, to folders on this machine."""
+"""Model names: turns a name that a user types into a folder on this machine."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ TEACHERS = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     **ALIASES,
 }
-"""Models that others are distilled from."""
+"""Aliases of teachers for distillation."""
 NANO = "hymba-nano"
 """The packaged model."""
 ADAPTER = "adapter"
-"""Folder of a run's adapter."""
+"""The folder of the adapter in a run directory."""
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files of a repository that are downloaded first: configuration, tokenizer and model card."""
@@ -60,14 +60,14 @@ class ModelSource:
     """A model on this machine.
 
     Attributes:
-        name: What the user called it, or the run's name.
-        folder: Its configuration, tokenizer and, without an adapter, its weights.
-        adapter: Folder of the adapter that a run trained.
-        base: The model that the adapter belongs to, as the run named it.
-        quantized: The scheme in which that model's weights were stored while the run trained, if in fewer bits.
-        dtype: What the run computed in.
-        published: The name under which any machine finds it: its Hub id, or hymba-nano.
-        hub_id: The repository that the folder is a snapshot of; `fetch_weights` downloads its weights.
+        name: The name that the user typed, or the name of the run.
+        folder: The folder of the configuration, the tokenizer and, if there is no adapter, the weights.
+        adapter: The folder of the adapter, if the model is one.
+        base: The base model of the adapter, by the name in the run's record or in the adapter's configuration.
+        quantized: The scheme in which the base weights were quantized during training, if the run's record states one.
+        dtype: The dtype in which the run computed, if a run's record states it.
+        published: The name under which every machine finds the model: its Hub id, or hymba-nano.
+        hub_id: The Hub repository of which the folder is a snapshot; `fetch_weights` downloads its weights.
     """
 
     name: str
@@ -81,44 +81,45 @@ class ModelSource:
 
 
 def resolve_model(name: str, *, flag: str = "--model", aliases: Mapping[str, str] = ALIASES) -> ModelSource:
-    """Find a model: an alias, a run directory, a folder, or a Hub id.
+    """Find a model by its alias, run directory, folder or Hub id.
 
     The configuration, the tokenizer and the card of a Hub model are downloaded. Its weights are not: see
     `fetch_weights`.
 
     Args:
-        name: What a user calls it; a Hub id may have a branch, a tag or a commit behind it, ``owner/name@revision``.
-        flag: The flag that names it.
-        aliases: Names that stand for Hub ids.
+        name: The name that the user typed. A Hub id may be followed by a branch, a tag or a commit:
+            ``owner/name@revision``.
+        flag: The flag with that name, for messages.
+        aliases: The Hub ids of aliases.
 
     Raises:
         ConfigError: If the name is none of these.
-        CheckpointError: If a folder holds no model.
+        CheckpointError: If the folder contains no model.
         HubError: If the Hub cannot be reached, or refuses.
     """
-    found = find_local(name, flag=flag, aliases=aliases)
-    if found is not None:
-        return found
+    local = find_local(name, flag=flag, aliases=aliases)
+    if local is not None:
+        return local
     hub_id, revision = _hub_name(name, aliases)
-    offer = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
-    folder = _download(hub_id, revision or None, SETTINGS_FILES, offer)
+    fix = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
+    folder = _download(hub_id, revision or None, SETTINGS_FILES, fix)
     return _downloaded(hub_id, revision, folder)
 
 
 def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] = ALIASES) -> ModelSource | None:
-    """Find a model on this machine, without a look at the Hub.
+    """Find a model on this machine, without a request to the Hub.
 
     Args:
-        name: What a user calls it, as for `resolve_model`.
-        flag: The flag that names it.
-        aliases: Names that stand for Hub ids.
+        name: The name that the user typed, as for `resolve_model`.
+        flag: The flag with that name, for messages.
+        aliases: The Hub ids of aliases.
 
     Returns:
         The model; None if the name is a Hub id, or an alias of one.
 
     Raises:
-        ConfigError: If the name is neither.
-        CheckpointError: If a folder holds no model.
+        ConfigError: If the name is neither a folder nor a Hub id.
+        CheckpointError: If the folder contains no model.
     """
     if name == NANO:
         return ModelSource(NANO, Path(str(resources.files("hymba_tune.assets") / NANO)), published=NANO)
@@ -126,12 +127,12 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
     if path.is_dir():
         return _local(name, path)
     hub_id, _ = _hub_name(name, aliases)
-    renamed = hub_id != name.partition("@")[0]
-    if not is_hub_id(hub_id) or (path.parent.is_dir() and not renamed):
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = nearest(name, [NANO, *aliases, *(str(p) for p in beside if p.is_dir())])
+    is_alias = hub_id != name.partition("@")[0]
+    if not is_hub_id(hub_id) or (path.parent.is_dir() and not is_alias):
+        neighbors = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = nearest(name, [NANO, *aliases, *(str(p) for p in neighbors if p.is_dir())])
         raise ConfigError(
-            f"{flag} {name}: no such folder, and not the name of a model.",
+            f"{flag} {name}: neither an existing folder nor the name of a model.",
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
             fix=f"{flag} {near or NANO}",
         )
@@ -139,21 +140,21 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
 
 
 def fetch_weights(source: ModelSource) -> None:
-    """Download the weights of a model or an adapter of the Hub that are not on this machine yet.
+    """Download the weights of a model or an adapter on the Hub, unless they are on this machine already.
 
     Args:
-        source: Of `resolve_model`; nothing happens for a model that does not come from the Hub.
+        source: The model from `resolve_model`. Nothing happens if it is not from the Hub.
 
     Raises:
         HubError: If the Hub cannot be reached, or refuses.
     """
     if source.hub_id is not None:
         # The folder is named by its commit, so the weights are those of the configuration that was checked.
-        _download(source.hub_id, source.folder.name, WEIGHT_FILES, "try again: what was downloaded is kept")
+        _download(source.hub_id, source.folder.name, WEIGHT_FILES, "try again; the download resumes where it stopped")
 
 
 def has_weights(source: ModelSource) -> bool:
-    """Whether the weights of a model are on this machine, as far as their files tell."""
+    """Return whether the weights of a model are on this machine, judging by their file names."""
     return source.hub_id is None or any(source.folder.glob(WEIGHT_FILES[0]))
 
 
@@ -164,7 +165,7 @@ def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form ``owner/name``, as the Hub takes it."""
+    """Return whether a name has the form ``owner/name`` that the Hub accepts."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -173,7 +174,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def lasting_name(name: str) -> str:
-    """The name under which `resolve_model` finds the same model from anywhere: an absolute path, or a Hub id."""
+    """Return a name for the same model that is valid in every working directory: an absolute path, or a Hub id."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != NANO and path.is_dir() else ALIASES.get(name.lower(), name)
 
@@ -190,20 +191,20 @@ def _local(name: str, path: Path) -> ModelSource:
     raise CheckpointError(
         f"{path}: no model in this folder.",
         expected="a config.json with weights, an adapter_config.json, or the run.json of a run",
-        fix="name the folder that holds one of these",
+        fix="pass the folder that contains one of these files",
     )
 
 
 def _downloaded(hub_id: str, revision: str, folder: Path) -> ModelSource:
-    """A model or an adapter of the Hub; a run's record there says nothing that is believed here."""
+    """Return a model or an adapter from the Hub. A run.json in its repository is not trusted, and so is ignored."""
     name = f"{hub_id}@{revision}" if revision else hub_id
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         base = _base_of_adapter(folder)
         if base and base.lower() not in (NANO, *ALIASES) and not is_hub_id(base):
             raise CheckpointError(
-                f"The adapter {name} belongs to {base}, a folder of the machine it was made on.",
-                expected="a model of the Hub as base_model_name_or_path in its adapter_config.json",
-                fix="download it, correct that line, and name the folder",
+                f"The base model of the adapter {name} is {base}, a folder on the machine where it was trained.",
+                expected="a Hub model as base_model_name_or_path in its adapter_config.json",
+                fix="download the adapter, correct that line, and pass the folder",
             )
         return ModelSource(name, folder, adapter=folder, base=base, published=name, hub_id=hub_id)
     return ModelSource(name, folder, published=name, hub_id=hub_id)
@@ -219,11 +220,11 @@ def _run(path: Path) -> ModelSource:
         return ModelSource(path.name, path / "model")
     adapter = path / ADAPTER
     if (adapter / ADAPTER_CONFIG).is_file():
-        trained = {name: run.get(name) for name in ("quantized", "dtype")}
-        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **trained)
+        record = {name: run.get(name) for name in ("quantized", "dtype")}
+        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **record)
     raise CheckpointError(
         f"{path}: this run has no model yet.",
-        expected="an adapter/ or model/ folder, written when a run ends",
+        expected="an adapter/ or model/ folder, which is written at the end of a run",
         fix=f"finish it: hymba-tune {run.get('verb', 'sft')} --resume {path}",
     )
 
@@ -235,8 +236,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
 
 
-def _download(hub_id: str, revision: str | None, files: Sequence[str], offer: str) -> Path:
-    """The folder of a repository's snapshot, with these of its files; the offer says what else can be done."""
+def _download(hub_id: str, revision: str | None, files: Sequence[str], fix: str) -> Path:
+    """Download files of a repository and return the folder of the snapshot; errors suggest ``fix``."""
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
@@ -245,7 +246,7 @@ def _download(hub_id: str, revision: str | None, files: Sequence[str], offer: st
             fix=f"ask for access at https://huggingface.co/{hub_id}, then: hf auth login",
         ) from error
     except LocalEntryNotFoundError as error:
-        raise HubError(f"Cannot reach the Hub for {hub_id}, and not all of it is in the cache.", fix=offer) from error
+        raise HubError(f"Cannot reach the Hub for {hub_id}, which is not completely in the cache.", fix=fix) from error
     except RevisionNotFoundError as error:
         raise HubError(
             f"{hub_id} has no branch, tag or commit {revision} on the Hub.", fix=f"--model {hub_id} for its main branch"
@@ -253,7 +254,7 @@ def _download(hub_id: str, revision: str | None, files: Sequence[str], offer: st
     except RepositoryNotFoundError as error:
         raise HubError(
             f"{hub_id}: no such model on the Hub, or it is private.",
-            fix=f"check the name, or hf auth login; or {offer}",
+            fix=f"check the name, or hf auth login; or {fix}",
         ) from error
-    except Exception as error:  # a name it refuses, a full disk, and whatever the transport below raises midway
-        raise HubError(f"Cannot load {hub_id} from the Hub: {error}", fix=offer) from error
+    except Exception as error:  # an invalid name, a full disk, or any error of the HTTP transport
+        raise HubError(f"Cannot load {hub_id} from the Hub: {error}", fix=fix) from error

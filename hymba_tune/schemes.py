@@ -1,4 +1,4 @@
-"""Weights in fewer bits, by bitsandbytes: what is left as it is and why, and what checkpoints hold of the rest."""
+"""Quantization by bitsandbytes: which modules stay unquantized and why, and how checkpoints store the others."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ if TYPE_CHECKING:  # a model loads where the libraries of settings are not insta
     from hymba_tune.config import Scheme
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
-KEPT = {
+UNQUANTIZED = {
     "lm_head": "shares its weight with the embeddings",
-    "embed_tokens": "is looked up, not multiplied with, and is the head's weight too",
-    "memory_tokens": "every text reads it, and it is small",
-    "x_proj.0": "makes the time steps, B and C: the recurrence carries their errors on from token to token",
-    "dt_proj.0": "makes the time steps, of which exponentials are taken; computed in float32",
-    "conv1d": "has four weights a channel: nothing to save",
+    "embed_tokens": "is a lookup table, and shares its weight with the output layer",
+    "memory_tokens": "is small, and every text attends to it",
+    "x_proj.0": "computes the time steps, B and C: the recurrence carries their errors from token to token",
+    "dt_proj.0": "computes the time steps, which are exponentiated; its result is float32",
+    "conv1d": "has four weights per channel: nothing to save",
     "A_log.0": "is the exponent of every state's decay",
-    "D.0": "has one weight a channel: nothing to save",
-    "norm": "has one weight a channel: nothing to save",
-    "norm1": "has one weight a channel: nothing to save",
-    "norm2": "has one weight a channel: nothing to save",
+    "D.0": "has one weight per channel: nothing to save",
+    "norm": "has one weight per channel: nothing to save",
+    "norm1": "has one weight per channel: nothing to save",
+    "norm2": "has one weight per channel: nothing to save",
 }
-"""What keeps its number format under every scheme, by the end of its name, and why. Beside it stands what transformers
-protects itself."""
+"""Modules that no scheme quantizes, by the ends of their names, and why. transformers adds modules of its own."""
 ROWS, COLUMNS = 32, 64
-"""What the shape of a weight of 4 bits must be a multiple of: bitsandbytes' kernels for CPUs know no others."""
+"""Multiples that the shape of a 4-bit weight must have: bitsandbytes' CPU kernels support no others."""
 BLOCK, NESTED_BLOCK = 64, 256
-"""Weights of 4 bits that share a scale, and scales of 8 bits that share one."""
+"""The number of 4-bit weights that share a scale, and of 8-bit scales that share a second one."""
 BYTES = {"SCB": 4, "weight.quant_map": 4, "weight.nested_absmax": 4, "weight.nested_quant_map": 4}
-"""Bytes of an element of what is stored beside a weight, where it is not one."""
+"""Bytes per element of the tensors that are stored with a quantized weight, unless it is 1."""
 
 
 @dataclass(frozen=True)
@@ -108,59 +107,61 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
 
     Args:
         model_config: The configuration of the model.
-        scheme: NF4 and FP4 store their scales in 8 bits as well (double quantization).
-        dtype: What is computed in.
-        skip: More modules to leave as they are, by the ends of their names: ``down_proj``, ``layers.3.mamba.in_proj``.
+        scheme: The scheme. NF4 and FP4 quantize their scales to 8 bits as well (double quantization).
+        dtype: The dtype of the computation.
+        skip: Further modules to leave unquantized, by the ends of their names: ``down_proj``,
+            ``layers.3.mamba.in_proj``.
 
     Raises:
-        ConfigError: If one of these ends no name, or if nothing is left to quantize.
+        ConfigError: If no name ends in an element of ``skip``, or if nothing is left to quantize.
     """
     model = _without_weights(model_config)
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if wrong := [end for end in skip if not any(f".{name}".endswith(f".{end}") for name in linear)]:
+    if unknown := [end for end in skip if not any(f".{name}".endswith(f".{end}") for name in linear)]:
         raise ConfigError(
-            f"--skip {wrong[0]}: no linear layer of the model is called so.",
-            expected=", ".join(sorted({name.rsplit(".", 1)[1] for name in linear if name not in KEPT} - {"0"})),
+            f"--skip {unknown[0]}: the model has no linear layer of this name.",
+            expected=", ".join(sorted({name.rsplit(".", 1)[1] for name in linear if name not in UNQUANTIZED} - {"0"})),
         )
-    kept = [*get_keys_to_not_convert(model), *KEPT, *skip]
+    unquantized = [*get_keys_to_not_convert(model), *UNQUANTIZED, *skip]
     if BITS[scheme] == 4:
-        kept += [name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS]
-    names = list(dict.fromkeys(kept))
-    config = bitsandbytes(scheme, dtype, names)
+        unquantized += [
+            name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS
+        ]
+    config = bitsandbytes(scheme, dtype, list(dict.fromkeys(unquantized)))
     if not quantized(model, config):
         raise ConfigError(
-            f"{scheme.value}: nothing in this model can be stored so.",
-            expected=f"linear layers of a multiple of {ROWS} rows and {COLUMNS} columns",
+            f"{scheme.value}: no layer of this model can be quantized in this scheme.",
+            expected=f"linear layers whose rows are a multiple of {ROWS} and whose columns are a multiple of {COLUMNS}",
         )
     return config
 
 
 def reasons(model_config: Any, config: BitsAndBytesConfig, skip: Sequence[str] = ()) -> dict[str, str]:
-    """Why modules keep their number format, by the ends of their names.
+    """Return why modules stay unquantized, by the ends of their names.
 
     Args:
         model_config: The configuration of the model.
-        config: What `quantization` made of it.
-        skip: As given there.
+        config: The configuration that `quantization` returned for it.
+        skip: The argument ``skip`` of `quantization`.
     """
     model = _without_weights(model_config)
     names = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
-    said = {end: why for end, why in KEPT.items() if any(name.endswith(end) for name in names)}
-    done = quantized(model, config)
+    by_end = {end: why for end, why in UNQUANTIZED.items() if any(name.endswith(end) for name in names)}
+    quantized_layers = quantized(model, config)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and name not in done and not name.endswith((*said, *skip)):
+        if type(module) is nn.Linear and name not in quantized_layers and not name.endswith((*by_end, *skip)):
             shape = f"{module.out_features} × {module.in_features}"
-            said[name.rpartition(".")[2]] = f"is {shape}: no multiple of {ROWS} rows and {COLUMNS} columns"
-    return said | dict.fromkeys(skip, "was to be left (--skip)")
+            by_end[name.rpartition(".")[2]] = f"is {shape}, not a multiple of {ROWS} rows and {COLUMNS} columns"
+    return by_end | dict.fromkeys(skip, "excluded by --skip")
 
 
-def bitsandbytes(scheme: Scheme, dtype: torch.dtype, kept: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """A scheme in bitsandbytes' words, for any model.
+def bitsandbytes(scheme: Scheme, dtype: torch.dtype, unquantized: Sequence[str] | None = None) -> BitsAndBytesConfig:
+    """Return bitsandbytes' configuration of a scheme, for any model.
 
     Args:
-        scheme: As for `quantization`.
-        dtype: What is computed in.
-        kept: Names of modules that are left as they are; what transformers protects itself when None.
+        scheme: The scheme, as for `quantization`.
+        dtype: The dtype of the computation.
+        unquantized: The names of the modules to leave unquantized; transformers' choice if None.
     """
     return BitsAndBytesConfig(
         load_in_8bit=scheme == "int8",
@@ -168,57 +169,56 @@ def bitsandbytes(scheme: Scheme, dtype: torch.dtype, kept: Sequence[str] | None 
         bnb_4bit_quant_type="nf4" if scheme == "int8" else str(scheme),
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept,
+        llm_int8_skip_modules=unquantized,
     )
 
 
 def stored_quantization(model_config: Any) -> BitsAndBytesConfig | None:
-    """What a checkpoint's configuration says of how it is quantized; None if it is not.
+    """Return the quantization that a checkpoint's configuration states; None if the checkpoint is not quantized.
 
     Raises:
-        CheckpointError: If it is, but not by bitsandbytes.
+        CheckpointError: If it is quantized, but not by bitsandbytes.
     """
-    said = getattr(model_config, "quantization_config", None)
-    if said is None:
-        return None
-    if isinstance(said, BitsAndBytesConfig):
-        return said
-    if said.get("quant_method") != "bitsandbytes":
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None or isinstance(stored, BitsAndBytesConfig):
+        return stored
+    if stored.get("quant_method") != "bitsandbytes":
         raise CheckpointError(
-            f"The model is quantized by {said.get('quant_method')}.",
+            f"The model is quantized by {stored.get('quant_method')}.",
             expected="bitsandbytes (nf4, fp4 or int8), or weights that are not quantized",
         )
-    return BitsAndBytesConfig.from_dict(said)
+    return BitsAndBytesConfig.from_dict(stored)
 
 
 def scheme_of(config: BitsAndBytesConfig) -> Scheme:
-    """The scheme that a configuration of bitsandbytes asks for."""
+    """Return the scheme of bitsandbytes' configuration."""
     from hymba_tune.config import Scheme
 
     return Scheme.int8 if config.load_in_8bit else Scheme(config.bnb_4bit_quant_type)
 
 
 def quantized(model: nn.Module, config: BitsAndBytesConfig) -> dict[str, nn.Linear]:
-    """The layers of an unquantized model that a configuration has quantized, by their names."""
-    kept = config.llm_int8_skip_modules or get_keys_to_not_convert(model)
+    """Return the layers of an unquantized model that a configuration quantizes, by their names."""
+    unquantized = config.llm_int8_skip_modules or get_keys_to_not_convert(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
+        if type(module) is nn.Linear and should_convert_module(name, unquantized)
     }
 
 
 def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> dict[str, list[int]]:
-    """The tensors of a checkpoint that hold the weight of a quantized layer, and their shapes.
+    """Return the shapes of the tensors in which a checkpoint stores a quantized layer, by their names.
 
     Args:
         name: The name of the layer.
-        layer: As it is without quantization.
-        config: Of `quantization` or `stored_quantization`.
+        layer: The layer before quantization.
+        config: The quantization, from `quantization` or `stored_quantization`.
     """
-    rows, weights = layer.out_features, layer.weight.numel()
+    rows = layer.out_features
     if config.load_in_8bit:
         return {f"{name}.weight": [rows, layer.in_features], f"{name}.SCB": [rows], f"{name}.weight_format": []}
+    weights = layer.weight.numel()
     blocks = math.ceil(weights / BLOCK)
     shapes = {"weight": [math.ceil(weights / 2), 1], "weight.absmax": [blocks], "weight.quant_map": [16]}
     if config.bnb_4bit_use_double_quant:
@@ -227,16 +227,16 @@ def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> di
 
 
 def stored_state(name: str, config: BitsAndBytesConfig) -> str | None:
-    """The tensor in which a layer of 4 bits describes itself, in as many bytes as that takes."""
+    """Return the name of the tensor that describes a 4-bit layer, whose size varies; None for 8 bits."""
     return None if config.load_in_8bit else f"{name}.weight.quant_state.bitsandbytes__{config.bnb_4bit_quant_type}"
 
 
 def stored_bytes(model_config: Any, config: BitsAndBytesConfig) -> dict[str, int]:
-    """Bytes that the weights of a model's quantized layers take, by the layers' names.
+    """Return the bytes of the weights of a model's quantized layers, by the layers' names.
 
     Args:
         model_config: The configuration of the model.
-        config: Of `quantization` or `stored_quantization`.
+        config: The quantization, from `quantization` or `stored_quantization`.
     """
     return {
         name: sum(BYTES.get(part.removeprefix(f"{name}."), 1) * math.prod(shape) for part, shape in parts.items())
@@ -250,21 +250,21 @@ def _without_weights(model_config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config)
 
 
-def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a model that was just loaded compute and be written as it should; one that is not quantized stays as it is.
+def fix_loaded_quantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Correct how a quantized model that was just loaded computes and is saved. Other models are not changed.
 
     Args:
-        model: Changed in place.
-        dtype: What it computes in, whatever the one that quantized it computed in.
+        model: The model, changed in place.
+        dtype: The dtype of the computation, whichever was used when the model was quantized.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Such a CPU packs the weights anew at the first evaluation, and the backward later reads them as they were:
-            # gradients are then wrong without an error.
+            # On such a CPU, bitsandbytes repacks the weights at the first evaluation, but its backward expects the
+            # original layout: gradients would be wrong without an error.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype
     if getattr(model, "is_quantized", False):
-        # What transformers put a stored weight together with has no way back, and a model that was read could not be
-        # written. Written as they are, its parts are those that were read.
-        made: list[Any] = model._weight_conversions or []
-        model._weight_conversions = [one for one in made if not isinstance(one, WeightConverter)]
+        # transformers assembles a quantized weight from its stored tensors by conversions that it cannot reverse, so
+        # that saving fails. Without them it saves the tensors as they were stored.
+        conversions: list[Any] = model._weight_conversions or []
+        model._weight_conversions = [step for step in conversions if not isinstance(step, WeightConverter)]

@@ -9,7 +9,7 @@ from hymba_tune.adapters import weights_of
 from hymba_tune.checkpoint import META_TOKENS, load_config
 from hymba_tune.errors import CheckpointError
 from hymba_tune.registry import ModelSource
-from hymba_tune.schemes import scheme_of, settle, stored_quantization
+from hymba_tune.schemes import fix_loaded_quantization, scheme_of, stored_quantization
 
 
 def check_quantizable(source: ModelSource) -> None:
@@ -52,5 +52,5 @@ def quantize_model(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> 
         device_map={"": model.device},
     )
     quantized.generation_config = model.generation_config
-    settle(quantized, dtype)
+    fix_loaded_quantization(quantized, dtype)
     return quantized

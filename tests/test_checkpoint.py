@@ -33,7 +33,7 @@ EMBEDDING, SCAN = "model.embed_tokens.weight", "model.layers.1.mamba.A_log.0"
 
 @pytest.fixture
 def model(small_model: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy of the small model that a test may damage."""
     return Path(shutil.copytree(small_model, tmp_path / "broken"))
 
 
@@ -64,7 +64,7 @@ def test_shards_load(sharded: Path, small_model: Path) -> None:
     assert_loads_as(sharded, small_model)
 
 
-def test_dtype_is_the_one_asked_for(small_model: Path) -> None:
+def test_weights_load_in_the_requested_dtype(small_model: Path) -> None:
     assert {parameter.dtype for parameter in load(small_model, torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
@@ -73,9 +73,9 @@ def test_tied_head_written_by_other_tools_is_accepted(model: Path, small_model: 
     assert_loads_as(model, small_model)
 
 
-def test_tied_head_of_another_shape_is_not(model: Path) -> None:
+def test_tied_head_of_another_shape_is_refused(model: Path) -> None:
     rewrite(model, {"lm_head.weight": torch.zeros(5, 32)})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor lm_head\.weight belongs to no part"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor lm_head\.weight is not part"):
         load(model)
 
 
@@ -94,15 +94,15 @@ def test_misshapen_tensor_is_named_with_both_shapes(name: str, model: Path) -> N
     rewrite(model, {name: torch.zeros(3, 7)})
     with pytest.raises(CheckpointError) as error:
         load(model)
-    assert f"model.safetensors: tensor {name} has shape [3, 7].\n  expected   {shape}" in str(error.value)
+    assert f"model.safetensors: tensor {name} has shape [3, 7].\n  expected   the shape {shape}" in str(error.value)
 
 
 def test_unknown_tensors_are_named_and_counted(model: Path) -> None:
     rewrite(model, {"model.layers.7.norm": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.7\.norm belongs to no part of the model\.\n"):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.7\.norm is not part of the model\.\n"):
         load(model)
     rewrite(model, {"model.layers.8.norm": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.\d\.norm belongs .*, nor do 1 others\."):
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.\d\.norm is not part .*, nor are 1 others\."):
         load(model)
 
 
@@ -113,25 +113,27 @@ def test_misshapen_tensor_in_a_shard_is_named_with_its_file(sharded: Path) -> No
         load(sharded)
 
 
-def test_weights_cut_short_are_told_with_the_last_tensor(model: Path) -> None:
+def test_truncated_weights_are_reported_with_the_last_tensor(model: Path) -> None:
     file = model / SINGLE
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors is cut short: {len(whole) - 1:,} bytes, and .* at"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors is truncated: it has {len(whole) - 1:,} bytes, and"
+    ):
         load(model)
 
 
-def test_weights_with_something_behind_them_are_refused(model: Path) -> None:
+def test_weights_with_trailing_bytes_are_refused(model: Path) -> None:
     with (model / SINGLE).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(model)
 
 
-def test_shard_cut_short_is_named(sharded: Path) -> None:
+def test_truncated_shard_is_named(sharded: Path) -> None:
     file = sorted(sharded.glob("model-*.safetensors"))[2]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=rf"{file.name} is cut short"):
+    with pytest.raises(CheckpointError, match=rf"{file.name} is truncated"):
         load(sharded)
 
 
@@ -149,15 +151,15 @@ def test_shard_cut_short_is_named(sharded: Path) -> None:
     ],
     ids=["empty", "no_length", "long_header", "a_list", "a_number", "no_offsets", "empty_offsets", "a_page"],
 )
-def test_what_is_no_safetensors_file_is_named(content: bytes, model: Path) -> None:
+def test_file_in_another_format_is_named(content: bytes, model: Path) -> None:
     (model / SINGLE).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file: (.|\n)*download or copy"):
         load(model)
 
 
-def test_weights_cut_short_within_the_header(model: Path) -> None:
+def test_weights_truncated_within_the_header_are_refused(model: Path) -> None:
     (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file: its header does not fit"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file: the header is longer"):
         load(model)
 
 
@@ -168,7 +170,7 @@ def test_missing_shard_is_named(sharded: Path) -> None:
         load(sharded)
 
 
-def test_index_that_points_outside_its_folder(sharded: Path, small_model: Path) -> None:
+def test_index_that_points_outside_its_folder_is_refused(sharded: Path, small_model: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     outside = f"../{small_model.name}/{SINGLE}"
     (sharded / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(index["weight_map"], outside)}))
@@ -177,13 +179,13 @@ def test_index_that_points_outside_its_folder(sharded: Path, small_model: Path) 
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1, "b": "c"}}'])
-def test_unreadable_index(text: str, sharded: Path) -> None:
+def test_unreadable_index_is_refused(text: str, sharded: Path) -> None:
     (sharded / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match=rf"{INDEX} is no index of shards"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX} is not a valid index of shards"):
         load(sharded)
 
 
-def test_folder_without_weights(model: Path) -> None:
+def test_folder_without_weights_is_refused(model: Path) -> None:
     (model / SINGLE).unlink()
     with pytest.raises(CheckpointError, match=r"no weights\.\n  expected   model\.safetensors, or shards with"):
         load(model)
@@ -197,7 +199,7 @@ def test_shard_that_lies_elsewhere_is_not_read(name: Any, sharded: Path) -> None
 
 
 class Evil:
-    """Leaves a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -211,13 +213,13 @@ def test_pickles_are_never_opened(name: str, model: Path, tmp_path: Path) -> Non
     (model / name).write_bytes(pickle.dumps(Evil(tmp_path / "was here")))
     load(model)
     (model / SINGLE).unlink()
-    with pytest.raises(CheckpointError, match=rf"no weights but pickled ones, {name}, which can run code\.\n"):
+    with pytest.raises(CheckpointError, match=rf"no weights except pickled ones, {name}, which can run code\.\n"):
         load(model)
     assert not (tmp_path / "was here").exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_beside_weights_is_never_run(file: str, model: Path, tmp_path: Path) -> None:
+def test_code_next_to_weights_is_never_run(file: str, model: Path, tmp_path: Path) -> None:
     (model / "evil.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
     names = {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B", "AutoTokenizer": ["evil.C", "evil.C"]}
     settings = json.loads((model / file).read_text()) | {"auto_map": names}
@@ -229,7 +231,7 @@ def test_code_beside_weights_is_never_run(file: str, model: Path, tmp_path: Path
 
 
 def test_only_headers_are_read(sharded: Path) -> None:
-    """A folder of the full size is checked in no time: tensors may hold anything."""
+    """A full-size folder is checked at once, because the contents of the tensors are not read."""
     for file in sharded.glob("model-*.safetensors"):
         content = bytearray(file.read_bytes())
         header = 8 + int.from_bytes(content[:8], "little")
@@ -267,7 +269,7 @@ def test_another_kind_of_model_is_refused(model: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}"])
-def test_folder_without_a_tokenizer(text: str | None, model: Path) -> None:
+def test_folder_without_a_tokenizer_is_refused(text: str | None, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     if text is not None:
         (model / "tokenizer.json").write_text(text)
@@ -276,7 +278,7 @@ def test_folder_without_a_tokenizer(text: str | None, model: Path) -> None:
 
 
 def test_released_tokenizer_keeps_its_ids_in_every_folder_it_is_saved_to(shared: Path, tmp_path: Path) -> None:
-    """A run's adapter folder has no config.json to say whose tokenizer it is."""
+    """The adapter folder of a run has no config.json that would identify the tokenizer."""
     tokenizer = load_tokenizer(shared / "reference/hymba-1.5b-base")
     tokenizer.save_pretrained(tmp_path)
     saved = load_tokenizer(tmp_path)
@@ -285,12 +287,12 @@ def test_released_tokenizer_keeps_its_ids_in_every_folder_it_is_saved_to(shared:
     assert tokenizer(" hello")["input_ids"] == [1, 29871, 22172]
 
 
-def test_device_is_the_cpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_device_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == CPU
 
 
-def test_device_is_the_first_cuda_device_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_device_is_the_first_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current: list[torch.device] = []
@@ -298,19 +300,19 @@ def test_device_is_the_first_cuda_device_where_there_is_one(monkeypatch: pytest.
     chosen = [choose_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")]
     assert list(map(str, chosen)) == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
     assert current == chosen[:3]  # Triton's kernels start on the current device, wherever their tensors are
-    said = "2 GPUs are visible and one is used, cuda:{}; --device chooses another"
-    assert [describe_choice(device) for device in chosen[1:]] == [said.format(0), said.format(1), None]
+    sentence = "2 GPUs are visible and one is used, cuda:{}; --device chooses another"
+    assert [describe_choice(device) for device in chosen[1:]] == [sentence.format(0), sentence.format(1), None]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert describe_choice(chosen[0]) is None
 
 
-def test_unknown_device() -> None:
+def test_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--device gpu: no such device\.\n  expected   auto, cpu, cuda or cuda:1"):
         choose_device("gpu")
 
 
 @pytest.mark.parametrize(("name", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
-def test_cuda_device_that_is_not_there(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_device_is_refused(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(ConfigError, match=rf"--device {name}: this machine has {count} CUDA devices\.\n.*--device cpu"):
         choose_device(name)
@@ -323,7 +325,7 @@ def test_float16_needs_cuda() -> None:
 
 
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
-def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(
+def test_bfloat16_is_the_default_if_the_cpu_supports_it(
     avx512: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -333,6 +335,6 @@ def test_bfloat16_is_the_default_where_the_cpu_computes_in_it(
 
 
 @pytest.mark.parametrize("supported", [False, True])
-def test_bfloat16_is_the_default_where_the_gpu_computes_in_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_the_default_if_the_gpu_supports_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
     assert choose_dtype("auto", torch.device("cuda")) is (torch.bfloat16 if supported else torch.float32)

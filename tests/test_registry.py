@@ -23,7 +23,7 @@ from hymba_tune.registry import ALIASES, fetch_weights, has_weights, resolve_mod
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
-    """Stands in for the Hub: hands out a folder for whatever it is asked for."""
+    """A mock of the Hub that returns a folder for every download."""
     (tmp_path / "downloaded").mkdir()
     download = Mock(return_value=str(tmp_path / "downloaded"))
     monkeypatch.setattr(registry, "snapshot_download", download)
@@ -52,17 +52,17 @@ NEVER = ("modeling_hymba.py", "pytorch_model.bin", "model.pt", "adapter_model.bi
 
 
 def downloaded(hub: Mock) -> set[str]:
-    """Which files the last download asks for."""
+    """Return the file patterns of the last download."""
     wanted = hub.call_args.kwargs["allow_patterns"]
     return {name for name in SETTINGS + WEIGHTS + NEVER if any(fnmatch(name, pattern) for pattern in wanted)}
 
 
-def test_weights_are_downloaded_apart_and_code_and_pickles_never(hub: Mock) -> None:
+def test_weights_are_downloaded_separately_and_code_and_pickles_never(hub: Mock) -> None:
     source = resolve_model("me/my-hymba@v2")
     assert downloaded(hub) == set(SETTINGS)
     fetch_weights(source)
     assert downloaded(hub) == set(WEIGHTS)
-    # Of the commit whose settings were downloaded, whatever the branch is by then.
+    # The commit is that of the downloaded settings, although the branch may have moved since.
     assert (hub.call_args.args, hub.call_args.kwargs["revision"]) == (("me/my-hymba",), "downloaded")
 
 
@@ -73,7 +73,7 @@ def test_weights_of_a_folder_are_not_downloaded(hub: Mock, small_model: Path) ->
 
 
 @pytest.mark.usefixtures("hub")
-def test_whether_weights_are_here(small_model: Path, tmp_path: Path) -> None:
+def test_weights_on_this_machine_are_recognized(small_model: Path, tmp_path: Path) -> None:
     assert has_weights(resolve_model(str(small_model)))
     source = resolve_model("me/my-hymba")
     assert not has_weights(source)
@@ -95,14 +95,14 @@ def test_adapter_of_the_hub_names_its_base(base: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("base", ["/home/me/model", "../model", "runs/a/model", "./x"])
-def test_adapter_of_the_hub_may_not_name_a_folder(base: str, tmp_path: Path) -> None:
+def test_adapter_from_the_hub_may_not_name_a_folder_as_its_base(base: str, tmp_path: Path) -> None:
     save_adapter(tmp_path / "downloaded", base)
-    with pytest.raises(CheckpointError, match=rf"The adapter me/my-adapter belongs to {base}, a folder of the machine"):
+    with pytest.raises(CheckpointError, match=rf"The base model of the adapter me/my-adapter is {base}, a folder on"):
         resolve_model("me/my-adapter")
 
 
 @pytest.mark.usefixtures("hub")
-def test_record_of_a_run_that_was_downloaded_is_not_believed(tmp_path: Path) -> None:
+def test_downloaded_run_record_is_ignored(tmp_path: Path) -> None:
     save_run(tmp_path / "downloaded", "config.json", "adapter/adapter_config.json", model="/home/me/secret")
     source = resolve_model("me/my-model")
     assert (source.folder, source.adapter, source.base) == (tmp_path / "downloaded", None, None)
@@ -122,7 +122,7 @@ def test_packaged_model_needs_no_network(hub: Mock) -> None:
     assert not hub.called
 
 
-def test_folder_is_taken_before_the_hub(hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_takes_precedence_over_the_hub(hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "me/model").mkdir(parents=True)
     (tmp_path / "me/model/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_run_with_a_model_is_that_model(tmp_path: Path) -> None:
     assert source.adapter is None
 
 
-def test_unfinished_run_is_no_model(tmp_path: Path) -> None:
+def test_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mine: this run has no model yet\.(.|\n)*sft --resume .*mine"):
         resolve_model(str(save_run(tmp_path / "mine")))
 
@@ -153,14 +153,14 @@ def test_adapter_folder_names_its_base(finished_run: Path, small_model: Path) ->
     assert source.adapter == finished_run / "adapter"
 
 
-def test_folder_without_a_model(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model in this folder\.\n  expected   a config\.json"):
         resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("file", ["run.json", "adapter_config.json"])
 @pytest.mark.parametrize("text", ["{", "3"])
-def test_unreadable_record(file: str, text: str, tmp_path: Path) -> None:
+def test_unreadable_record_is_refused(file: str, text: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(text)
     with pytest.raises(CheckpointError, match=rf"{file} cannot be read"):
         resolve_model(str(tmp_path))
@@ -175,23 +175,23 @@ def test_unknown_name_suggests_a_near_one(
 ) -> None:
     (tmp_path / "runs/second").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"no such folder, and not the name of a model\.(.|\n)*--model {near}$"):
+    with pytest.raises(ConfigError, match=rf"neither an existing folder nor the name(.|\n)*--model {near}$"):
         resolve_model(name)
     assert not hub.called
 
 
 @pytest.mark.parametrize("name", ["./mine/model", "../model", "/no/such/model", "~/no-such-model", "a/b/c", "runs/x"])
-def test_path_that_does_not_exist_is_not_asked_of_the_hub(
+def test_missing_path_is_not_requested_from_the_hub(
     name: str, hub: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"--model {name}: no such folder"):
+    with pytest.raises(ConfigError, match=f"--model {name}: neither an existing folder"):
         resolve_model(name)
     assert not hub.called
 
 
-def test_offline_and_not_in_the_cache() -> None:
+def test_model_outside_the_cache_is_refused_offline() -> None:
     with pytest.raises(HubError, match=r"Cannot reach the Hub for nvidia/Hymba-1\.5B-Base(.|\n)*--model hymba-nano"):
         resolve_model("hymba-1.5b")
 
@@ -216,7 +216,7 @@ def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_hub_refuses(error: Any, message: str, hub: Mock) -> None:
+def test_refusals_of_the_hub_are_explained(error: Any, message: str, hub: Mock) -> None:
     hub.side_effect = error
     with pytest.raises(HubError, match=message):
         resolve_model("me/it@v2")

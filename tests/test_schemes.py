@@ -15,7 +15,7 @@ from hymba_tune.checkpoint import check_weights, load_config, load_weights
 from hymba_tune.config import Scheme
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.registry import ModelSource
-from hymba_tune.schemes import KEPT, quantization, scheme_of, stored_bytes, stored_quantization
+from hymba_tune.schemes import UNQUANTIZED, quantization, scheme_of, stored_bytes, stored_quantization
 from tests.adapters.small import config_for
 from tests.runs import SMALL, rewrite, tensors
 from tests.tiny import random_texts, tiny_model
@@ -31,13 +31,13 @@ def opened(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float32, ski
 
 
 def kinds_quantized(model: nn.Module) -> set[str]:
-    found = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
-    return {name.rsplit(".", 1)[1] for name in found}
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)]
+    return {name.rsplit(".", 1)[1] for name in names}
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[Scheme, Path]:
-    """Folders of the model, quantized and saved by transformers alone."""
+    """Folders of the model, quantized and saved by transformers."""
     folder = tmp_path_factory.mktemp("quantized")
     for scheme in Scheme:
         opened(wide_model, scheme).save_pretrained(folder / scheme)
@@ -45,44 +45,44 @@ def stored(tmp_path_factory: pytest.TempPathFactory, wide_model: Path) -> dict[S
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_what_is_kept_has_its_format_and_the_rest_is_quantized(scheme: Scheme, wide_model: Path) -> None:
+def test_only_modules_outside_of_the_list_are_quantized(scheme: Scheme, wide_model: Path) -> None:
     model = opened(wide_model, scheme, torch.bfloat16)
     assert kinds_quantized(model) == LAYERS
     for name, parameter in model.named_parameters():
-        kept = any(name.rsplit(".", 1)[0].endswith(end) or name.endswith(end) for end in KEPT)
-        assert (parameter.dtype is torch.bfloat16) == (kept or name.endswith(".bias")), name
+        unquantized = any(name.rsplit(".", 1)[0].endswith(end) or name.endswith(end) for end in UNQUANTIZED)
+        assert (parameter.dtype is torch.bfloat16) == (unquantized or name.endswith(".bias")), name
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_skip_list_adds_to_what_is_kept_anyway(wide_model: Path) -> None:
+def test_skip_adds_to_the_modules_that_are_never_quantized(wide_model: Path) -> None:
     config = load_config(ModelSource("model", wide_model))
-    asked = quantization(config, Scheme.nf4, torch.float32, ["down_proj", "layers.1.mamba.in_proj"])
-    assert {"lm_head", "model.embed_tokens", *KEPT, "down_proj"} <= set(asked.llm_int8_skip_modules)
+    stated = quantization(config, Scheme.nf4, torch.float32, ["down_proj", "layers.1.mamba.in_proj"])
+    assert {"lm_head", "model.embed_tokens", *UNQUANTIZED, "down_proj"} <= set(stated.llm_int8_skip_modules)
     model = opened(wide_model, Scheme.nf4, skip=("down_proj", "layers.1.mamba.in_proj"))
     assert kinds_quantized(model) == LAYERS - {"down_proj"}
     assert type(model.model.layers[1].mamba.in_proj) is nn.Linear
-    with pytest.raises(ConfigError, match=r"--skip dwn_proj: no linear layer(.|\n)*down_proj, gate_proj, in_proj"):
+    with pytest.raises(ConfigError, match=r"--skip dwn_proj: the model has no linear(.|\n)*down_proj, gate_proj, in"):
         quantization(config, Scheme.nf4, torch.float32, ["dwn_proj"])
 
 
-def test_shapes_that_4_bits_do_not_fit_are_kept() -> None:
-    config = tiny_model(**SMALL).config  # only out_proj's 64 columns can be
+def test_layers_of_other_shapes_are_not_quantized_to_4_bits() -> None:
+    config = tiny_model(**SMALL).config  # only out_proj has a multiple of 64 columns
     names = stored_bytes(config, quantization(config, Scheme.fp4, torch.float32))
     assert {name.rsplit(".", 1)[1] for name in names} == {"out_proj"}
-    with pytest.raises(ConfigError, match=r"nf4: nothing in this model can be stored so.(.|\n)*32 rows and 64 columns"):
+    with pytest.raises(ConfigError, match=r"nf4: no layer of this model can be quantized(.|\n)*multiple of 64"):
         quantization(tiny_model().config, Scheme.nf4, torch.float32)
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_saved_checkpoints_are_what_was_foreseen(scheme: Scheme, stored: dict[Scheme, Path]) -> None:
+def test_saved_checkpoints_have_the_expected_tensors_and_sizes(scheme: Scheme, stored: dict[Scheme, Path]) -> None:
     folder = stored[scheme]
     config = load_config(ModelSource("model", folder))
-    asked = stored_quantization(config)
-    assert asked is not None
-    assert scheme_of(asked) is scheme
+    stated = stored_quantization(config)
+    assert stated is not None
+    assert scheme_of(stated) is scheme
     check_weights(folder, config)
     held = tensors(folder)
-    for name, size in stored_bytes(config, asked).items():
+    for name, size in stored_bytes(config, stated).items():
         parts = [held[part] for part in held if part.startswith(f"{name}.") and "quant_state" not in part]
         assert sum(part.nbytes for part in parts) == size
 
@@ -127,7 +127,7 @@ def adapted(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_an_evaluation_changes_no_gradient_that_follows(scheme: Scheme, wide_model: Path) -> None:
+def test_evaluation_does_not_change_later_gradients(scheme: Scheme, wide_model: Path) -> None:
     model = adapted(opened(wide_model, scheme, torch.bfloat16))
     texts = torch.stack(random_texts([24, 24], SMALL["vocab_size"]))
     before = gradients(model, texts)
@@ -152,10 +152,10 @@ def test_gradients_are_those_of_the_dequantized_weights(wide_model: Path) -> Non
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_an_adapter_on_a_quantized_checkpoint_is_folded_into_what_it_was_trained_on(
+def test_adapter_on_a_quantized_checkpoint_is_merged_into_its_dequantized_weights(
     scheme: Scheme, stored: dict[Scheme, Path], tmp_path: Path
 ) -> None:
-    """Not quantized again, which would round most of the adapter away."""
+    """The merged weights are not quantized again, which would round most of the adapter away."""
     base = load_weights(ModelSource("model", stored[scheme]), dtype=torch.float32, device=CPU)
     adapted = add_adapter(base, config_for(base), ["all"]).eval()
     with torch.no_grad():
@@ -168,6 +168,6 @@ def test_an_adapter_on_a_quantized_checkpoint_is_folded_into_what_it_was_trained
     assert stored_quantization(merged.config) is None
     assert not kinds_quantized(merged)
     ids = torch.arange(3, 40)[None]
-    adapted.train()  # int8 rounds activations in evaluation, and has no dropout to switch on
-    ours, meant = merged(input_ids=ids).logits, adapted(input_ids=ids).logits
-    assert (ours - meant).norm() <= 1e-3 * meant.norm()
+    adapted.train()  # in evaluation mode, int8 rounds activations; there is no dropout
+    expected = adapted(input_ids=ids).logits
+    assert (merged(input_ids=ids).logits - expected).norm() <= 1e-3 * expected.norm()

@@ -1,4 +1,4 @@
-"""Adapters on plain PEFT: what they change, saving and loading, merging."""
+"""Adapters built on PEFT: their targets, saving and loading, merging."""
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
 from hymba_tune.adapters.folding import (

@@ -1,4 +1,4 @@
-"""Putting an adapter on a model: a new one, or one that was saved."""
+"""Attaches an adapter to a model: a new one, or a saved one."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ from hymba_tune.errors import CheckpointError, ConfigError
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[str]) -> PeftModel:
-    """Put a new adapter on a model, which is changed in place; its logits stay what they were.
+    """Attach a new adapter to a model, in place. The logits do not change.
 
-    What is trained is float32 whatever the model is stored in.
+    The trained parameters are float32, whatever the dtype of the model.
 
     Args:
         model: A Hymba model.
-        config: Of `lora_config`.
-        targets: What `lora_config` was given.
+        config: The configuration from `lora_config`.
+        targets: The targets that were passed to `lora_config`.
 
     Raises:
-        ConfigError: If the preset takes some rows only and the method is DoRA.
+        ConfigError: If the preset adapts only some rows and the method is DoRA.
     """
     with _quiet_peft():
         adapted = get_peft_model(model, config)
     _widen_meta_tokens(adapted)
     for module in adapted.modules():
-        # PEFT takes the magnitudes in the model's dtype and widens them afterwards: rounded to bfloat16 they are not
-        # the norms of the weights, and the new adapter would not be its base.
+        # PEFT computes the magnitudes in the model's dtype and casts them to float32 afterwards. Rounded to bfloat16,
+        # they are not the norms of the weights, and the new adapter would change the model.
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_variant:
             module.lora_variant[ADAPTER].init(module, ADAPTER)
-    _save_without_asking(adapted)
+    _save_offline(adapted)
     restrict_rows(adapted, targets)
     return adapted
 
 
 def restrict_rows(model: PeftModel, targets: Sequence[str]) -> None:
-    """Keep the rows of `in_proj` outside of an `attention` or `ssm` preset as they are in all training from now on.
+    """Exclude the rows of `in_proj` outside of an `attention` or `ssm` preset from further training.
 
-    An adapter's file does not say this of itself: call it again on one that was loaded to go on training it.
+    The adapter's files do not store this restriction: apply it again to a loaded adapter before training it further.
 
     Args:
-        model: With its adapter on.
-        targets: As `lora_config` takes them; nothing happens unless they are one of the two presets.
+        model: The model with its adapter.
+        targets: The targets, as `lora_config` takes them. Nothing happens unless they are one of the two presets.
 
     Raises:
         ConfigError: If the adapter is DoRA, whose magnitudes change every row.
@@ -84,52 +84,55 @@ def restrict_rows(model: PeftModel, targets: Sequence[str]) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on a model, which is changed in place.
+    """Attach a saved adapter to a model, in place.
 
     Args:
-        model: The base model; one on the meta device stays there, and only the adapter is in memory.
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
-        trainable: To go on training it; see also `restrict_rows`.
+        model: The base model. A model on the meta device stays there, and only the adapter takes memory.
+        folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        trainable: Whether the adapter will be trained further; see also `restrict_rows`.
 
     Raises:
-        CheckpointError: If a file is missing or broken, or the adapter does not fit the model tensor by tensor.
+        CheckpointError: If a file is missing or broken, or if the adapter's tensors do not match the model.
     """
-    config, tensors = read_config(folder), _read_tensors(folder)
+    config = read_config(folder)
+    tensors = _read_tensors(folder)
     config.inference_mode = not trainable
     without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
             adapted = PeftModelForCausalLM(model, config, ADAPTER, low_cpu_mem_usage=without_memory)
-    except (ValueError, TypeError) as error:  # PEFT found none of the modules, or a rank or alpha that is no number
-        raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_own_base(config)) from error
+    except (ValueError, TypeError) as error:  # PEFT found no target module, or a rank or alpha of the wrong type
+        raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_load_on_own_base(config)) from error
     _widen_meta_tokens(adapted)
-    _save_without_asking(adapted)
+    _save_offline(adapted)
     _check_fit(folder, tensors, adapted)
-    if without_memory:  # the tensors then take the places of the model's own, number format and all
-        tensors = {name: held.to(torch.promote_types(held.dtype, torch.float32)) for name, held in tensors.items()}
+    if without_memory:  # PEFT then assigns the loaded tensors as they are, instead of copying their values
+        tensors = {
+            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()
+        }
         for module in adapted.modules():
-            if isinstance(module, BaseTunerLayer):  # which would follow its base to the meta device
+            if isinstance(module, BaseTunerLayer):  # would otherwise move the adapter to the meta device
                 module._move_adapter_to_device_of_base_layer = lambda *_: None
     set_peft_model_state_dict(adapted, tensors, ADAPTER, low_cpu_mem_usage=without_memory)
-    # Widening the factors, PEFT lets those of an embedding be trained again.
+    # When PEFT casts the factors of an embedding to float32, it makes them trainable again.
     return adapted if trainable else adapted.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers is leaving.
+        # PEFT reads an attribute that transformers has deprecated.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
-def _save_without_asking(model: PeftModel) -> None:
-    """Left to itself, PEFT asks the Hub at every saving whether the vocabulary has grown."""
+def _save_offline(model: PeftModel) -> None:
+    """Stop PEFT from asking the Hub, whenever the adapter is saved, whether the vocabulary has grown."""
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def _widen_meta_tokens(model: PeftModel) -> None:
-    """Do for meta tokens that are trained as a whole what PEFT does for factors: steps below 1/256 move no bfloat16."""
+    """Cast fully trained meta tokens to float32, as PEFT does for factors: bfloat16 rounds small steps away."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             tokens = module.modules_to_save[ADAPTER]
@@ -149,32 +152,31 @@ def read_config(folder: Path) -> LoraConfig:
     """Read the configuration of an adapter.
 
     Raises:
-        CheckpointError: If it is missing or unreadable, is not LoRA's, or tells of a base model that cannot be had.
+        CheckpointError: If it is missing or unreadable, if its type is not LoRA, or if its initialization changed the
+            base model in a way that cannot be repeated.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist, so {folder} holds no adapter.")
+        raise CheckpointError(f"{path} does not exist, so {folder} contains no adapter.")
     try:
-        check_initialization(json.loads(path.read_text(encoding="utf-8")), folder)  # which PEFT warns of, or fails at
+        check_initialization(json.loads(path.read_text(encoding="utf-8")), folder)  # before PEFT warns or fails
         config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, LoraConfig):
-        kind = getattr(config.peft_type, "value", None)
-        raise CheckpointError(f"{path} is not LoRA's: its peft_type is {kind}.", expected="LORA")
+        peft_type = getattr(config.peft_type, "value", None)
+        raise CheckpointError(f"{path} is not a LoRA adapter: its peft_type is {peft_type}.", expected="LORA")
     return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist.", expected="an adapter's weights as safetensors, no other format"
-        )
+        raise CheckpointError(f"{path} does not exist.", expected="the weights of an adapter, only as safetensors")
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is cut short or broken: {error}", fix="copy or download it again") from error
+        raise CheckpointError(f"{path} is truncated or broken: {error}", fix="copy or download it again") from error
     return tensors
 
 
@@ -184,16 +186,16 @@ def _check_fit(folder: Path, tensors: dict[str, Tensor], model: PeftModel) -> No
         if name not in tensors:
             problem = f"{name} is missing"
         elif name not in needed:
-            problem = f"{name} has no place in this model"
+            problem = f"{name} is unexpected"
         elif tensors[name].shape != needed[name].shape:
-            problem = f"{name} is {tuple(tensors[name].shape)}, expected {tuple(needed[name].shape)}"
+            problem = f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(needed[name].shape)}"
         else:
             continue
         raise CheckpointError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} does not fit this model: {problem}.",
-            fix=_own_base(model.peft_config[ADAPTER]),
+            fix=_load_on_own_base(model.peft_config[ADAPTER]),
         )
 
 
-def _own_base(config: LoraConfig) -> str:
-    return f"load it on the model it was made for, {config.base_model_name_or_path}"
+def _load_on_own_base(config: LoraConfig) -> str:
+    return f"load it on its own base model, {config.base_model_name_or_path}"

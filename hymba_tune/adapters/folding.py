@@ -1,4 +1,4 @@
-"""Adapters folded into what lies below them: which weights those are, where there is a choice, and the sums."""
+"""Merges adapters into the weights of their base models, tensor by tensor, and chooses which weights those are."""
 
 from __future__ import annotations
 
@@ -20,53 +20,54 @@ from hymba_tune.schemes import WeightQuantization, decide_quantization, stored_b
 
 CPU = torch.device("cpu")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-"""Files one of which is in every folder with a tokenizer."""
+"""Files of a tokenizer; every folder with a tokenizer has at least one of them."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def base_of(source: ModelSource) -> ModelSource:
-    """The model that an adapter belongs to.
+    """Find the base model of an adapter.
 
     Raises:
-        CheckpointError: If the adapter does not say, or its configuration cannot be used; see `read_config`.
-        HymbaTuneError: If that model cannot be found.
+        CheckpointError: If the adapter does not name it, or the adapter's configuration cannot be used; see
+            `read_config`.
+        HymbaTuneError: If the base model cannot be found.
     """
     if source.adapter is not None:
         read_config(source.adapter)
     if not source.base:
         raise CheckpointError(
-            f"{source.adapter} does not say which model it belongs to.",
+            f"{source.adapter} does not name its base model.",
             expected="base_model_name_or_path in its adapter_config.json",
         )
     return resolve_model(source.base)
 
 
 def weights_of(source: ModelSource) -> ModelSource:
-    """The model below all adapters; errors are those of `base_of`."""
+    """Find the model with full weights below all adapters; raises as `base_of` does."""
     while source.adapter is not None:
         source = base_of(source)
     return source
 
 
 def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model: its own or, where an adapter has none, as PEFT saves it, that of its base model.
+    """Load the tokenizer of a model. An adapter without a tokenizer, as PEFT saves it, has that of its base model.
 
     Raises:
-        CheckpointError: If there is none, or it cannot be read.
-        HymbaTuneError: As `base_of`.
+        CheckpointError: If there is no tokenizer, or it cannot be read.
+        HymbaTuneError: If the base model cannot be found; see `base_of`.
     """
     return load_tokenizer(tokenizer_folder(source))
 
 
 def tokenizer_folder(source: ModelSource) -> Path:
-    """The folder that `tokenizer_of` reads."""
+    """Return the folder from which `tokenizer_of` loads."""
     while source.adapter is not None and not any((source.folder / file).is_file() for file in TOKENIZERS):
         source = base_of(source)
     return source.folder
 
 
 def folders_of(source: ModelSource) -> list[Path]:
-    """The folders that a model is read from, those of the models below its adapters included."""
+    """Return the folders that a model is read from, including those of the models below its adapters."""
     folders = [source.folder]
     while source.adapter is not None:
         source = base_of(source)
@@ -75,14 +76,15 @@ def folders_of(source: ModelSource) -> list[Path]:
 
 
 def quantized_base(source: ModelSource) -> WeightQuantization | None:
-    """How the weights below an adapter were stored while it was trained; None if in full, or if nothing says.
+    """Return the quantization of the base weights during an adapter's training; None if none is known.
 
-    An adapter without its run's directory says nothing: only a base that is stored quantized is known then.
+    Only the run's record states a quantization that was applied while loading. Without the run directory, only a base
+    model that is stored quantized is known to be.
 
     Raises:
-        CheckpointError: If the run's record cannot be understood, or the adapter's initialization changes weights that
-            are quantized.
-        HymbaTuneError: As `base_of`.
+        CheckpointError: If the run's record is invalid, or the adapter's initialization changes weights that are
+            quantized.
+        HymbaTuneError: If the base model cannot be found; see `base_of`.
     """
     if source.adapter is None:
         return None
@@ -92,29 +94,29 @@ def quantized_base(source: ModelSource) -> WeightQuantization | None:
         dtype = DTYPES[source.dtype or str(torch.float32)]
         scheme = Scheme(source.quantized) if source.quantized else None
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"The run.json of {source.name} cannot be understood: {error}") from error
+        raise CheckpointError(f"The run.json of {source.name} is invalid: {error}") from error
     base = decide_quantization(config, scheme, dtype)
     if base is not None and changes_base(adapter := read_config(source.adapter)):
         raise CheckpointError(
             f"{source.adapter}: its init_lora_weights, {adapter.init_lora_weights}, changes the weights of its base "
             f"model, and those of {source.base} are quantized.",
-            expected="an adapter that was initialized in another way, or a base model that is not quantized",
+            expected="an adapter with another initialization, or a base model that is not quantized",
         )
     return base
 
 
 def check_onto(source: ModelSource, onto: Onto) -> None:
-    """See that an adapter can be folded into weights of this kind.
+    """Check that an adapter can be merged into weights of this kind.
 
     Raises:
-        ConfigError: If its base has none.
+        ConfigError: If its base model has no such weights.
     """
     base = quantized_base(source)
     if base is None and onto is Onto.dequantized:
         raise ConfigError(
-            f"--onto dequantized: nothing says that {source.name} was trained on quantized weights.",
+            f"--onto dequantized: {source.name} is not known to be trained on quantized weights.",
             expected="a run that was trained with --quantize, or on a quantized model",
-            fix="leave it out; an adapter's folder is to be named by its run's directory",
+            fix="leave it out; for the adapter of a run, pass the run directory",
         )
     if base is not None and base.stored and onto is Onto.original:
         raise ConfigError(
@@ -124,31 +126,31 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
 
 
 def folding_note(source: ModelSource) -> str | None:
-    """One line for whoever opens an adapter that was trained on quantized weights; None for all others.
+    """Return a note for users of an adapter that was trained on quantized weights; None for all other models.
 
     Raises:
-        HymbaTuneError: As `quantized_base`.
+        HymbaTuneError: If the base model or the run's record cannot be used; see `quantized_base`.
     """
     while source.adapter is not None:
         if (base := quantized_base(source)) is not None:
-            return f"{source.name}: folded into the weights it was trained on, {base.scheme} dequantized"
+            return f"{source.name}: merged into the weights it was trained on, {base.scheme} dequantized"
         source = base_of(source)
     return None
 
 
 def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device: torch.device = CPU) -> Weights:
-    """A model's tensors, with its adapters folded in; each is computed when it is read.
+    """Return the tensors of a model with its adapters merged, each of which is computed when it is read.
 
-    Weights and adapters of the Hub are downloaded first.
+    Weights and adapters on the Hub are downloaded first.
 
     Args:
-        source: Of `resolve_model`.
-        onto: Which weights an adapter that was trained on quantized ones is folded into; those below it always into
-            the ones that they were trained on.
-        device: Where weights are quantized to be dequantized again; all tensors are on the CPU.
+        source: The model from `resolve_model`.
+        onto: The weights into which an adapter that was trained on quantized weights is merged. Adapters below it are
+            always merged into the weights that they were trained on.
+        device: The device on which weights are quantized and dequantized. All tensors are returned on the CPU.
 
     Raises:
-        CheckpointError: If weights or adapter cannot be used; see `check_weights` and `load_adapter`.
+        CheckpointError: If the weights or an adapter cannot be used; see `check_weights` and `load_adapter`.
         HubError: If they cannot be downloaded.
     """
     fetch_weights(source)
@@ -156,7 +158,9 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
         config = load_config(source)
         check_weights(source.folder, config)
         return StoredWeights(source.folder, config)
-    below, base, config = folded_weights(base_of(source), device=device), quantized_base(source), plain_config(source)
+    below = folded_weights(base_of(source), device=device)
+    base = quantized_base(source)
+    config = plain_config(source)
     if base is not None and not base.stored and onto is Onto.dequantized:
         layers = stored_bytes(config, base.config).keys()
         below = RoundedWeights(below, base.config, layers, dtype=base.dtype, device=device)
@@ -164,7 +168,7 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
 
 
 def plain_config(source: ModelSource) -> Any:
-    """The configuration of a model that its adapters are folded into: not quantized."""
+    """Return the configuration of a model after its adapters are merged, which is never quantized."""
     config = copy.deepcopy(load_config(weights_of(source)))
     if hasattr(config, "quantization_config"):
         del config.quantization_config

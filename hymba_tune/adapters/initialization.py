@@ -1,4 +1,4 @@
-"""What PEFT's ways to initialize an adapter do to the weights below it, which the adapter's files do not hold."""
+"""Initializations of PEFT that change the base weights, a change that the adapter's files do not contain."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hymba_tune.errors import CheckpointError
 ADAPTER = "default"
 """PEFT's name for a model's only adapter."""
 KEEPS_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
-"""Values of ``init_lora_weights`` that leave the weights below the adapter as they are, in lower case."""
+"""Values of ``init_lora_weights`` that do not change the base weights, in lower case."""
 CHANGES_BASE = ("pissa", "olora")
-"""Those that take the adapter's first factors out of the weights, in a way that gives the same each time."""
+"""Values that subtract the initial factors from the base weights, deterministically."""
 NOT_REPEATABLE = {
-    "pissa_niter": "by a decomposition that draws random numbers",
+    "pissa_niter": "by a randomized decomposition",
     "corda": "by a decomposition of the activations on its training data",
     "lora_ga": "by the gradients on its training data",
-    "loftq": "by quantizing them, which PEFT repeats on a GPU only",
+    "loftq": "by quantizing them, which PEFT can repeat only on a GPU",
 }
-"""Those whose change of the weights cannot be repeated, and how they make it."""
+"""Values whose change of the base weights cannot be repeated, and how they make it."""
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether PEFT changes the weights below such an adapter each time that it loads one."""
+    """Return whether PEFT changes the base weights whenever it loads such an adapter."""
     return _name(config) in CHANGES_BASE
 
 
 def check_initialization(settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse an adapter whose base model, as it was while the adapter was trained, cannot be had.
+    """Refuse an adapter if the base weights that it was trained on cannot be reproduced.
 
     Args:
-        settings: What its adapter_config.json holds.
+        settings: The contents of its adapter_config.json.
         folder: The adapter's folder, for the message.
 
     Raises:
@@ -49,9 +49,9 @@ def check_initialization(settings: Mapping[str, Any], folder: Path) -> None:
         if name.startswith(start):
             raise CheckpointError(
                 f"{folder}: its init_lora_weights, {name}, changed the weights of its base model {how}, "
-                "and the adapter does not hold that change.",
-                expected="an adapter that fits the unchanged base model",
-                fix="save it by PEFT's save_pretrained with path_initial_model_for_weight_conversion, or merge it "
+                "and the adapter does not contain that change.",
+                expected="an adapter for the unchanged base model",
+                fix="save it with PEFT's save_pretrained and path_initial_model_for_weight_conversion, or merge it "
                 "where it was trained; if its base_model_name_or_path is the changed model already, set "
                 "init_lora_weights to true in adapter_config.json",
             )
@@ -62,13 +62,13 @@ def check_initialization(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def change_base(layer: LoraLayer, config: LoraConfig) -> None:
-    """Change the weights below an adapter as PEFT does whenever it loads one; the adapter's factors stay as they are.
+    """Change the base weights of an adapter as PEFT does whenever it loads one. The factors do not change.
 
     Args:
-        layer: With its base layer's weights in memory, in the number format that they are stored in.
+        layer: The adapted layer, whose base weights are in memory, in the dtype in which they are stored.
         config: The adapter's configuration.
     """
-    if not changes_base(config) or ADAPTER not in layer.lora_A:  # PEFT leaves embeddings as they are
+    if not changes_base(config) or ADAPTER not in layer.lora_A:  # PEFT does not change embeddings
         return
     factors = [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
     trained = [factor.data for factor in factors]

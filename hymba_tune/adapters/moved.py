@@ -1,4 +1,4 @@
-"""Noticing adapters that training does not reach."""
+"""Detects adapted modules that training does not change."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hymba_tune.adapters.initialization import ADAPTER
 
 
 class AdapterWatch:
-    """Tells which adapted modules an optimizer step left as they were.
+    """Finds the adapted modules that an optimizer step does not change.
 
-    A model that reads a module's weight instead of calling the module trains as if nothing were wrong, and its adapter
-    there never changes.
+    If a model reads the weight of a module instead of calling the module, training raises no error, but the adapter of
+    that module never changes.
 
     Args:
-        model: Before the step. Only a norm of each module is kept.
+        model: The model before the step. Only one norm per module is stored.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -29,13 +29,13 @@ class AdapterWatch:
         self._before = _norms(model)
 
     def unmoved(self) -> list[str]:
-        """Names of the modules that did not change, as the base model calls them. Ask after a step with lr > 0."""
+        """Return the names of the modules that a step with lr > 0 did not change, as in the base model."""
         after = _norms(self._model)
         return [name for name, norm in self._before.items() if after[name] == norm]
 
 
 def _norms(model: PeftModel) -> dict[str, float]:
-    # In float64 a step that leaves a norm as it was has left the tensor as it was.
+    # In float64, an unchanged norm means an unchanged tensor.
     return {
         name: torch.linalg.vector_norm(factor.detach(), dtype=torch.float64).item()
         for name, factor in _first_to_move(model.get_base_model())
@@ -43,7 +43,7 @@ def _norms(model: PeftModel) -> dict[str, float]:
 
 
 def _first_to_move(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """What a first step changes: the factors that start at zero. The others have no gradient yet, but may decay."""
+    """Yield what a first step changes: factors that start at zero. The others have no gradient yet, but may decay."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             yield name, module.modules_to_save[ADAPTER].weight

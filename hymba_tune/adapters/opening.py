@@ -1,4 +1,4 @@
-"""Models by any name, the adapters that runs have trained folded in."""
+"""Loads models of any kind, with their adapters merged."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ def open_model(
     quantization: BitsAndBytesConfig | None = None,
     onto: Onto = Onto.dequantized,
 ) -> PreTrainedModel:
-    """Load a model; where it is an adapter, its base model with the adapter folded in.
+    """Load a model; for an adapter, its base model with the adapter merged.
 
     Args:
-        source: Of `resolve_model`.
-        dtype: What it computes in.
-        device: Where to.
-        quantization: As `load_weights` takes it, for a model without an adapter.
-        onto: As `folded_weights` takes it.
+        source: The model from `resolve_model`.
+        dtype: The dtype of the computation.
+        device: The device of the model.
+        quantization: The quantization to apply, as for `load_weights`. It is ignored for adapters.
+        onto: The weights into which an adapter is merged, as for `folded_weights`.
 
     Raises:
-        CheckpointError: If weights or adapter cannot be used; see `load_weights` and `load_adapter`.
+        CheckpointError: If the weights or the adapter cannot be used; see `load_weights` and `load_adapter`.
         HubError: If they cannot be downloaded.
     """
     if source.adapter is None:
         return load_weights(source, dtype=dtype, device=device, quantization=quantization)
-    weights, config = folded_weights(source, onto, device=device), plain_config(source)
+    weights = folded_weights(source, onto, device=device)
+    config = plain_config(source)
     model: PreTrainedModel = HymbaForCausalLM.from_pretrained(
         None,
         config=config,

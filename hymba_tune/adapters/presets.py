@@ -1,4 +1,4 @@
-"""Which modules an adapter changes, and PEFT's configuration for it."""
+"""Targets of adapters, and PEFT's configuration for them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ PRESETS = {
     "ssm": ("in_proj", "x_proj.0", "dt_proj.0", "out_proj"),
     "mlp": MLP,
 }
-"""Names of the linear layers of each preset.
+"""The names of the linear layers of each preset.
 
-`attention` and `ssm` take of `in_proj` only the rows of their side (see `rows_outside`). `out_proj` belongs to both:
-every one of its columns reads the mean of the two sides, and without it a side could change what it computes but not
-what the residual stream makes of it, as the output projection does in any attention adapter. So the two presets
-together are `attention-ssm`.
+`attention` and `ssm` adapt only the rows of `in_proj` that belong to them (see `rows_outside`). Both adapt `out_proj`,
+because each of its columns reads the mean of the attention and SSM outputs, and because adapters of attention usually
+include the output projection. The two presets together are `attention-ssm`.
 """
 
 META_TOKENS = "memory_tokens"
@@ -42,27 +41,29 @@ def lora_config(
     rslora: bool,
     meta_tokens: MetaTokens,
 ) -> LoraConfig:
-    """PEFT's configuration of an adapter.
+    """Return PEFT's configuration of an adapter.
 
     Args:
-        model: The Hymba model to adapt; its weights are not looked at, so it may lie on the meta device.
-        targets: One preset, or names of linear layers as they end: `in_proj`, `x_proj.0`, `layers.3.mamba.in_proj`.
-        method: LoRA or DoRA.
-        rank: Rank of every update.
-        alpha: Updates are scaled by alpha / rank; twice the rank when None.
-        dropout: Dropout on the adapters' inputs.
-        rslora: Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
-        meta_tokens: By LoRA, as a whole, or not at all. Models without meta tokens have none to train.
+        model: The Hymba model to adapt. Its weights are not read, so it may be on the meta device.
+        targets: One preset, or the ends of names of linear layers: `in_proj`, `x_proj.0`, `layers.3.mamba.in_proj`.
+        method: The method: LoRA or DoRA.
+        rank: The rank of every update.
+        alpha: The numerator of the scale of updates, alpha / rank; twice the rank if None.
+        dropout: The dropout on the inputs of adapters.
+        rslora: Whether updates are scaled by alpha / sqrt(rank) instead (arXiv 2312.03732).
+        meta_tokens: How meta tokens are trained: with LoRA, fully, or not at all. It is ignored for models without
+            meta tokens.
 
     Raises:
         ConfigError: If a target names no linear layer of the model.
     """
     names = _resolve(targets, linear_names(model))
-    trained = MetaTokens.frozen if getattr(model.base_model, META_TOKENS) is None else meta_tokens
+    if getattr(model.base_model, META_TOKENS) is None:
+        meta_tokens = MetaTokens.frozen
     return LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=[*names, META_TOKENS] if trained == MetaTokens.lora else names,
-        modules_to_save=[META_TOKENS] if trained == MetaTokens.full else None,
+        target_modules=[*names, META_TOKENS] if meta_tokens == MetaTokens.lora else names,
+        modules_to_save=[META_TOKENS] if meta_tokens == MetaTokens.full else None,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
@@ -72,7 +73,7 @@ def lora_config(
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers that can be adapted: all but the head, which shares its weight."""
+    """Return the full names of the linear layers that can be adapted: all except the head, which is tied."""
     return [
         f"model.layers.{name}"
         for name, module in model.base_model.layers.named_modules()
@@ -81,17 +82,17 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """What a module is called in every layer: `x_proj.0` for `model.layers.3.mamba.x_proj.0`."""
+    """Return the part of a module's name that all layers share: `x_proj.0` for `model.layers.3.mamba.x_proj.0`."""
     kind = re.search(r"[^.]+(\.\d+)?$", name)
     return kind.group() if kind else name
 
 
 def rows_outside(targets: Sequence[str], widths: Sequence[int]) -> slice | None:
-    """The rows of `in_proj` that a preset leaves as they are.
+    """Return the rows of `in_proj` that a preset does not adapt.
 
     Args:
-        targets: As `lora_config` takes them.
-        widths: Rows of the queries, keys, values, SSM input and gate, in this order (`HymbaMixer.widths`).
+        targets: The targets, as `lora_config` takes them.
+        widths: The number of rows of queries, keys, values, SSM input and gate, in this order (`HymbaMixer.widths`).
 
     Returns:
         None if all rows are adapted.
@@ -106,7 +107,7 @@ def rows_outside(targets: Sequence[str], widths: Sequence[int]) -> slice | None:
 
 
 def _resolve(targets: Sequence[str], linear: Sequence[str]) -> list[str]:
-    """Names for PEFT, which takes a module if its name ends in one of them after a dot."""
+    """Return module names for PEFT, which adapts a module if its name equals one of them or ends in it after a dot."""
     kinds = sorted({kind_of(name) for name in linear})
     if len(targets) == 1 and targets[0] in PRESETS:
         return [name for name in PRESETS[targets[0]] if name in kinds]
@@ -115,7 +116,7 @@ def _resolve(targets: Sequence[str], linear: Sequence[str]) -> list[str]:
         raise ConfigError("targets: empty, so there is nothing to adapt.", expected=expected)
     for target in targets:
         if target in PRESETS:
-            raise ConfigError(f"targets: {target} is a preset and stands alone.", expected=expected)
+            raise ConfigError(f"targets: {target} is a preset, which excludes other targets.", expected=expected)
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
                 f"targets: the model has no linear layer called {target}.",

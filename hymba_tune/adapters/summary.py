@@ -1,4 +1,4 @@
-"""What is trained, in one line."""
+"""Describes the trained parameters in one line."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hymba_tune.adapters.presets import META_TOKENS, kind_of
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
-    """Parameters that are trained, and all of them, the adapter's included; tied ones count once."""
+    """Return the number of trained and of all parameters, including the adapter's; tied parameters count once."""
     return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def describe(model: PreTrainedModel | PeftModel, targets: Sequence[str]) -> str:
-    """One line: the method, the modules it is on, and how much is trained.
+    """Describe the method, the adapted modules and the share of trained parameters in one line.
 
     Args:
-        model: With its adapter on, or without one if every weight is trained.
-        targets: As `lora_config` takes them.
+        model: The model with its adapter, or without one if every weight is trained.
+        targets: The targets, as `lora_config` takes them.
     """
     trainable, total = count_parameters(model)
     share = 100 * trainable / total
@@ -36,21 +36,22 @@ def _describe_adapter(model: PeftModel, targets: Sequence[str]) -> str:
     method = ("rs" if config.use_rslora else "") + ("DoRA" if config.use_dora else "LoRA")
     adapted = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     linear = [name for name, module in adapted.items() if ADAPTER in module.lora_A]
-    kinds, layers = {kind_of(name) for name in linear}, {name.split(".")[2] for name in linear}
+    kinds = {kind_of(name) for name in linear}
+    layers = {name.split(".")[2] for name in linear}
     extent = f"{_count(kinds, 'kind')} × {_count(layers, 'layer')}"
     line = f"{method} r{config.r} on {', '.join(targets)} ({extent})"
     tokens = getattr(model.get_base_model().base_model, META_TOKENS)
     if isinstance(tokens, ModulesToSaveWrapper):
-        return f"{line} + whole meta tokens"
+        return f"{line} + full meta tokens"
     return f"{line} + meta tokens" if isinstance(tokens, LoraLayer) else line
 
 
-def _count(things: set[str], noun: str) -> str:
-    return f"{len(things)} {noun}{'s' if len(things) != 1 else ''}"
+def _count(names: set[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' if len(names) != 1 else ''}"
 
 
 def short_count(count: float) -> str:
-    """Three digits and a unit: 912, 21.4M, 1.52B."""
+    """Format a count with three digits and a unit: 912, 21.4M, 1.52B."""
     for unit in ("", "k", "M"):
         if count < 999.5:
             return f"{count:.3g}{unit}"

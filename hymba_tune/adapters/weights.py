@@ -1,6 +1,7 @@
-"""The tensors of a model, one at a time: as files hold them, as fewer bits hold them, with an adapter folded in.
+"""The tensors of a model, one at a time: as stored in files, rounded by quantization, or with an adapter merged.
 
-Each stands on the one before as a mapping from released names, so that no more than one tensor is in memory.
+Each class is a mapping from released names to tensors that reads from the one below it, so that only one tensor is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
-"""Tensors by their released names, each of which is computed when it is read."""
-FOLDABLE = "an adapter on linear layers, on meta tokens, or a whole copy of them"
+"""The tensors of a model by their released names, each of which is computed when it is read."""
+MERGEABLE = "an adapter on linear layers or on meta tokens, or a full copy of the meta tokens"
 
 
 class StoredWeights(Weights):
-    """What the files of a model hold; weights that they hold in fewer bits are dequantized.
+    """The tensors in the files of a model; quantized weights are dequantized.
 
     Args:
         folder: The folder of the model, whose files `check_weights` has accepted.
@@ -53,7 +54,8 @@ class StoredWeights(Weights):
         layer = name.removesuffix(".weight")
         if layer not in self._quantized:
             return self._read(name)
-        # As bitsandbytes names them: what lies beside a weight of 4 bits is called after it, of int8 after the layer.
+        # bitsandbytes prefixes the tensors of a 4-bit weight with the name of the weight, and those of int8 with the
+        # name of the layer.
         parts = {part: self._read(part) for part in self._files if part.startswith(f"{name}.")}
         if not parts:
             weight, scales = self._read(name), self._read(f"{layer}.SCB")
@@ -73,14 +75,14 @@ class StoredWeights(Weights):
 
 
 class RoundedWeights(Weights):
-    """What is left of weights that were stored in fewer bits.
+    """Weights that are quantized and dequantized again, so that they are rounded as in training.
 
     Args:
-        full: The weights.
-        quantization: How some of them are stored.
-        layers: Names of the layers whose weights these are.
-        dtype: What the weights were when they were quantized, and what is computed with them in.
-        device: Where they are quantized.
+        full: The full weights.
+        quantization: The quantization.
+        layers: The names of the layers that are quantized.
+        dtype: The dtype of the weights before quantization, and of the computation.
+        device: The device on which they are quantized.
     """
 
     def __init__(
@@ -121,15 +123,16 @@ class RoundedWeights(Weights):
 
 
 class FoldedWeights(Weights):
-    """Weights with an adapter folded in by PEFT, each sum in float32 at least.
+    """Weights with an adapter merged by PEFT; sums are computed at least in float32.
 
     Args:
         base: The weights that the adapter changes.
-        model_config: Of their model, not quantized.
-        adapter: Its folder.
+        model_config: The configuration of their model, without a quantization.
+        adapter: The folder of the adapter.
 
     Raises:
-        CheckpointError: If the adapter does not fit the model, holds NaN or infinity, or changes what cannot be folded.
+        CheckpointError: If the adapter does not fit the model, contains NaN or infinity, or changes a parameter that
+            cannot be merged.
     """
 
     def __init__(self, base: Weights, model_config: Any, adapter: Path) -> None:
@@ -140,31 +143,33 @@ class FoldedWeights(Weights):
         _check_finite(adapted)
         self._config = adapted.peft_config[ADAPTER]
         self._changed = {released_name(f"{place.path}.{place.part}"): place for place in _changes(adapted, adapter)}
-        if beyond := sorted(self._changed.keys() - set(base)):
-            raise _unfoldable(adapter, beyond[0])
+        if unknown := sorted(self._changed.keys() - set(base)):
+            raise _not_mergeable(adapter, unknown[0])
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._changed:
             return self._base[name]
         place = self._changed[name]
         if isinstance(place.module, ModulesToSaveWrapper):
-            own: Tensor = getattr(place.module.modules_to_save[ADAPTER], place.part).detach()
-            return own
-        layer = copy.deepcopy(place.module)  # to be given weights, which the adapter's own is not to keep
+            trained: Tensor = getattr(place.module.modules_to_save[ADAPTER], place.part).detach()
+            return trained
+
+        layer = copy.deepcopy(place.module)  # the copy takes the base weights, which must not stay in memory
         plain = layer.get_base_layer()
         for part, parameter in list(plain.named_parameters()):
             if parameter.is_meta:
                 weight = self._base[released_name(f"{place.path}.{part}")].clone()
                 setattr(plain, part, nn.Parameter(weight, requires_grad=False))
         change_base(layer, self._config)
+
         for parameter in plain.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         try:
             layer.merge()
-        except (RuntimeError, NotImplementedError) as error:  # PEFT has adapters that it cannot merge
-            raise CheckpointError(f"{name} cannot be merged: {error}", expected=FOLDABLE) from error
-        folded: Tensor = getattr(plain, place.part).detach()
-        return folded
+        except (RuntimeError, NotImplementedError) as error:  # PEFT cannot merge some kinds of adapters
+            raise CheckpointError(f"{name} cannot be merged: {error}", expected=MERGEABLE) from error
+        merged: Tensor = getattr(plain, place.part).detach()
+        return merged
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -174,12 +179,12 @@ class FoldedWeights(Weights):
 
 
 def finite_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    """Return one tensor of a merged model in the number format that it is used in.
+    """Return one tensor of a merged model in the dtype in which it will be used.
 
-    Finite factors do not suffice: a scale such as ``lora_alpha`` may be NaN or too large, and so may the base model.
+    Finite factors are not sufficient: a scale such as ``lora_alpha`` or the base weights may be NaN or too large.
 
     Raises:
-        CheckpointError: If the tensor holds NaN or infinity.
+        CheckpointError: If the tensor contains NaN or infinity.
     """
     full = weights[name]
     tensor = full.to(dtype)
@@ -187,19 +192,19 @@ def finite_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
         return tensor
     if full.isfinite().all():
         raise CheckpointError(
-            f"{name} of the merged model has values beyond the range of {str(dtype).removeprefix('torch.')}.",
+            f"{name} of the merged model has values outside the range of {str(dtype).removeprefix('torch.')}.",
             expected=f"values of at most {torch.finfo(dtype).max:.3g}",
             fix="--dtype bfloat16 or --dtype float32",
         )
     raise CheckpointError(
-        f"{name} of the merged model holds NaN or infinity.",
+        f"{name} of the merged model contains NaN or infinity.",
         expected="finite weights",
         fix="check lora_alpha and alpha_pattern in adapter_config.json, and the weights of the base model",
     )
 
 
 def released_name(name: str) -> str:
-    """What checkpoints call a parameter: the meta tokens' embedding is a bare parameter there."""
+    """Return the name of a parameter in checkpoints, where the meta tokens are a parameter without a module."""
     return name.replace(f"{META_TOKENS}.weight", META_TOKENS)
 
 
@@ -213,26 +218,26 @@ class _Place:
 
 
 def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
-    found: list[_Place] = []
+    places: list[_Place] = []
     known: set[Tensor] = set()
     for path, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            found += [_Place(path, module, part) for part, _ in module.get_base_layer().named_parameters()]
+            places += [_Place(path, module, part) for part, _ in module.get_base_layer().named_parameters()]
         elif isinstance(module, ModulesToSaveWrapper):
-            found += [_Place(path, module, part) for part, _ in module.modules_to_save[ADAPTER].named_parameters()]
+            places += [_Place(path, module, part) for part, _ in module.modules_to_save[ADAPTER].named_parameters()]
         else:
             continue
         known |= set(module.parameters())
     for name, parameter in adapted.get_base_model().named_parameters():
         if not parameter.is_meta and parameter not in known:
-            raise _unfoldable(adapter, name)
-    return found
+            raise _not_mergeable(adapter, name)
+    return places
 
 
-def _unfoldable(adapter: Path, name: str) -> CheckpointError:
+def _not_mergeable(adapter: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{adapter} changes {name} in a way that cannot be folded in.",
-        expected=FOLDABLE,
+        f"{adapter} changes {name} in a way that cannot be merged.",
+        expected=MERGEABLE,
     )
 
 
@@ -240,7 +245,7 @@ def _check_finite(adapted: PeftModel) -> None:
     for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{name} holds NaN or infinity, so the adapter cannot be merged.",
+                f"{name} contains NaN or infinity, so the adapter cannot be merged.",
                 fix="merge an earlier checkpoint, or train again at a lower learning rate",
             )
 

@@ -1,4 +1,4 @@
-"""Models that load anywhere: exported, checked, described, and published on the Hugging Face Hub."""
+"""Exports, merges, quantizes and publishes models: written, checked, described, and uploaded to the Hub."""
 
 from hymba_tune.hub.exports import Exported, export
 from hymba_tune.hub.merging import Merged, merge

@@ -1,4 +1,4 @@
-"""The model card: what a model is, where it comes from, what was done to it, and how to use it."""
+"""Writes the model card: what a model is, its lineage, its training, and its use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hymba_tune.quant import Damage
 from hymba_tune.report import RunRecord, judge, loss_picture
 
 PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "kernels"}
-"""Settings that name things on the machine of the run; names of the data are written without their folders."""
+"""Settings with names of the machine of the run. The card names data files without their folders."""
 HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
 CODE = {
     "kit": """\
-With {needs}, on a CPU or a GPU; the code beside the weights is hymba-tune's (Apache-2.0):
+With {needs}, on a CPU or a GPU; the code next to the weights is hymba-tune's (Apache-2.0):
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +36,7 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_t
 ```
 """,
     "hymba": """\
-The configuration is that of NVIDIA's release, whose code transformers 4.44 fetches; it needs CUDA:
+The configuration is for the code of NVIDIA's release, which transformers 4.44 downloads and which needs CUDA:
 ```python
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 ```
@@ -64,25 +64,25 @@ def write_card(
     quantized: bool = False,
     damage: Damage | None = None,
 ) -> None:
-    """Write ``README.md`` and, of a model that a run trained, a plot of its loss.
+    """Write ``README.md`` and, for a model that a run trained, a plot of its loss.
 
     Args:
-        folder: Is there.
-        name: What the model will be found by.
-        lineage: Where it comes from.
-        config: How it is exported.
-        size: Its parameters and number format, in words.
-        quantized: Whether its weights are stored in fewer bits.
-        damage: What that cost, where it was measured.
+        folder: An existing folder.
+        name: The name under which the model will be loaded.
+        lineage: The lineage of the model.
+        config: The settings of the export.
+        size: The number of parameters and their dtype, in words.
+        quantized: Whether the weights are quantized.
+        damage: The cost of the quantization, if it was measured.
     """
     head = {name: value for name, value in _head(lineage, config, quantized=quantized).items() if value}
     needs = "torch, transformers 5, accelerate and bitsandbytes" if quantized else "torch and transformers 5"
     code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
-    what = "An adapter for" if config.adapter_only else "Made from"
+    relation = "An adapter for" if config.adapter_only else "Made from"
     lines = [
         *("---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---"),
         *("", f"# {name.rpartition('/')[2]}", ""),
-        f"{what} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
+        f"{relation} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
         "([arXiv 2411.13676](https://arxiv.org/abs/2411.13676)).",
         *("", f"{size}.", *(["", _cost(damage)] if damage else []), "", "## Use", "", code),
         f"With hymba-tune: `hymba-tune chat {name}`",
@@ -98,36 +98,36 @@ def write_card(
 
 
 def check_publishable(lineage: Lineage) -> None:
-    """See that the card of a model says what a published one must.
+    """Check that the card of a model would name what a published card must name.
 
     Raises:
-        ConfigError: If it would not name a base model, or a license.
+        ConfigError: If the base model or its license is not known.
     """
     if not lineage.base:
         raise ConfigError(
-            "--push: nothing says which model this one was made from.",
-            expected="a base model in its card",
-            fix="--base-model nvidia/Hymba-1.5B-Base, or whichever it was",
+            "--push: the base model of this model is not known.",
+            expected="a base model, which the card of a published model must name",
+            fix="--base-model nvidia/Hymba-1.5B-Base, or the model that this one was made from",
         )
     if not lineage.license.get("license"):
         raise ConfigError(
             f"--push: the license of {lineage.base} is not known.",
-            expected="a license in the card: that of the weights it was made from",
-            fix="--license with its id on the Hub, such as apache-2.0",
+            expected="the license of the weights, which the card of a published model must name",
+            fix="--license with an id of the Hub, such as apache-2.0",
         )
 
 
 def _head(lineage: Lineage, config: ExportConfig, *, quantized: bool) -> dict[str, Any]:
-    """What the Hub reads."""
+    """Return the card's metadata, which the Hub reads."""
     relation = "adapter" if config.adapter_only else "quantized" if quantized else "finetune"
-    data = (name for run in lineage.runs for name in run.settings.get("data", []))
+    data_names = (name for run in lineage.runs for name in run.settings.get("data", []))
     return {
         **lineage.license,
         "base_model": lineage.base,
         "base_model_relation": relation if lineage.base and (lineage.runs or quantized) else None,
         "library_name": "peft" if config.adapter_only else "transformers",
         "pipeline_tag": "text-generation",
-        "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data if _on_the_hub(name))),  # type: ignore[index]
+        "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data_names if _on_the_hub(name))),  # type: ignore[index]
         "tags": ["hymba", "hymba-tune"],
     }
 
@@ -135,7 +135,7 @@ def _head(lineage: Lineage, config: ExportConfig, *, quantized: bool) -> dict[st
 def _cost(damage: Damage) -> str:
     return (
         f"Quantized to {damage.scheme} by bitsandbytes. {damage.sentence} Left in {damage.dtype}: "
-        f"{', '.join(damage.kept)}. Why, and more, in damage.json and damage.html."
+        f"{', '.join(damage.kept)}. The reasons and all measurements are in damage.json and damage.html."
     )
 
 
@@ -145,8 +145,9 @@ def _on_the_hub(name: str) -> bool:
 
 
 def _training(run: RunRecord, folder: Path, number: int) -> list[str]:
-    """How a run went, the newest first."""
-    facts, verdict = run.facts, judge(run)
+    """Describe a run, its result and its settings; run 0 is the last one."""
+    facts = run.facts
+    verdict = judge(run)
     data = facts.get("data", {})
     names = [name if _on_the_hub(name) else Path(name).name for name in run.settings.get("data", [])]
     counts = [f"{value:,} {name.replace('_', ' ')}" for name, value in data.items() if isinstance(value, int) and value]
@@ -155,13 +156,13 @@ def _training(run: RunRecord, folder: Path, number: int) -> list[str]:
         *("", verdict.sentence, ""),
         *_table(["", "", ""], [list(figure) for figure in verdict.figures]),
     ]
-    if (drawn := loss_picture(run)) is not None:
-        said, picture = drawn
+    if (plot := loss_picture(run)) is not None:
+        description, picture = plot
         file = f"loss{number or ''}.png"
         (folder / file).write_bytes(picture)
-        lines += ["", f"![{said}]({file})"]
+        lines += ["", f"![{description}]({file})"]
     steps = f"{facts.get('steps', run.last_step):,} steps, {facts.get('tokens_seen', 0):,} tokens"
-    lines += ["", f"Data: {', '.join(names)} ({'; '.join(counts)}); SHA-256 of its encoded rows {_fingerprint(data)}."]
+    lines += ["", f"Data: {', '.join(names)} ({'; '.join(counts)}); SHA-256 of the encoded rows: {_fingerprint(data)}."]
     lines += ["", f"{steps}. Settings, as a recipe for `hymba-tune {run.verb} --config`:", "", "```yaml"]
     settings = {name: value for name, value in run.settings.items() if name not in PRIVATE}
     return [*lines, yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]

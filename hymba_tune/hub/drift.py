@@ -1,4 +1,4 @@
-"""How far a merged model is from the one that was trained: the quantized base with its adapter beside it."""
+"""Compares a merged model with the trained one: the quantized base model with its unmerged adapter."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.texts import ScoringTexts
 from hymba_tune.model import HymbaForCausalLM
 from hymba_tune.registry import ModelSource, fetch_weights
-from hymba_tune.schemes import WeightQuantization, settle
+from hymba_tune.schemes import WeightQuantization, fix_loaded_quantization
 
 TEXTS, TOKENS = 8, 64
-"""Texts of the packaged data that logits are compared on, and the tokens that each may have."""
+"""The number of packaged texts on which logits are compared, and the maximum tokens of each."""
 
 
 @dataclass(frozen=True)
 class MergeDrift:
-    """What a merged model makes of texts, compared with the trained model.
+    """The difference between the logits of a merged model and of the trained one.
 
     Attributes:
-        divergence: Mean KL(trained || merged), nats a token.
+        divergence: The mean KL(trained || merged), in nats per token.
         largest: The largest difference between two logits.
     """
 
@@ -40,7 +40,7 @@ class MergeDrift:
 
 
 def sample_texts(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """A few packaged conversations, each ``(1, L)`` ids."""
+    """Return a few packaged conversations, each as ``(1, L)`` ids."""
     held_out = open_source("demo").held_out
     assert held_out is not None
     rows = ScoringTexts([held_out], tokenizer, TOKENS).rows()
@@ -48,10 +48,10 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
 
 
 def trained_model(source: ModelSource, base: WeightQuantization, device: torch.device) -> PreTrainedModel:
-    """A run's model as it was while it was trained, but for dropout.
+    """Load the model of a run as it was in training, except for dropout.
 
     Raises:
-        CheckpointError: As `load_weights` and `load_adapter`.
+        CheckpointError: If the weights or the adapter cannot be used; see `load_weights` and `load_adapter`.
     """
     assert source.adapter is not None
     fetch_weights(source)
@@ -63,13 +63,13 @@ def trained_model(source: ModelSource, base: WeightQuantization, device: torch.d
         model = HymbaForCausalLM.from_pretrained(
             None,
             config=plain_config(source),
-            state_dict={name: _Unread(weights, name) for name in weights},
+            state_dict={name: _LazyTensor(weights, name) for name in weights},
             quantization_config=base.config,
             dtype=base.dtype,
             device_map={"": device},
         )
-        settle(model, base.dtype)
-    adapted = load_adapter(model, source.adapter).train()  # evaluated, int8 rounds activations as well
+        fix_loaded_quantization(model, base.dtype)
+    adapted = load_adapter(model, source.adapter).train()  # in evaluation mode, int8 also rounds activations
     for module in adapted.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
@@ -77,8 +77,8 @@ def trained_model(source: ModelSource, base: WeightQuantization, device: torch.d
 
 
 @dataclass(frozen=True)
-class _Unread:
-    """A tensor that transformers reads when its turn comes, as it does with those in files, and quantizes at once."""
+class _LazyTensor:
+    """A tensor that transformers reads only when it quantizes it, like a tensor in a file."""
 
     weights: Weights
     name: str
@@ -89,22 +89,24 @@ class _Unread:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, texts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of each text, ``(L, V)`` float32, on the CPU."""
+    """Return the logits of each text, ``(L, V)`` float32 on the CPU."""
     return [model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in texts]
 
 
 def drift(merged: Sequence[Tensor], trained: Sequence[Tensor]) -> MergeDrift:
-    """Compare the logits of texts; both as `logits_of` gives them.
+    """Compare the logits that `logits_of` returns for two models on the same texts.
 
     Raises:
-        CheckpointError: If a logit is no number.
+        CheckpointError: If a logit is NaN or infinite.
     """
     pairs = list(zip(merged, trained, strict=True))
     sums = [
-        float(kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum"))
-        for ours, theirs in pairs
+        float(kl_div(merged_logits.log_softmax(-1), trained_logits.log_softmax(-1), log_target=True, reduction="sum"))
+        for merged_logits, trained_logits in pairs
     ]
-    largest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    largest = max(float((merged_logits - trained_logits).abs().max()) for merged_logits, trained_logits in pairs)
     if not all(map(math.isfinite, [*sums, largest])):
-        raise CheckpointError("The merged model's logits are no numbers.", fix="train again at a lower learning rate")
+        raise CheckpointError(
+            "The logits of the merged model are NaN or infinite.", fix="train again at a lower learning rate"
+        )
     return MergeDrift(sum(sums) / sum(map(len, trained)), largest)

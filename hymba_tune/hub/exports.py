@@ -1,4 +1,4 @@
-"""Making a model ready to be loaded anywhere: written, read again and compared, described, and published."""
+"""Exports a model for any library: writes it, reloads and compares it, describes it, and publishes it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
 from hymba_tune.hub.layout import write_model, write_tokenizer
-from hymba_tune.hub.lineage import LICENCE_KEYS, Lineage, card_data, trace
+from hymba_tune.hub.lineage import Lineage, card_data, license_of, trace
 from hymba_tune.hub.push import UploadTarget, check_target, push
-from hymba_tune.hub.quantizing import QuantizationPlan, find, write_quantized
-from hymba_tune.hub.writing import read_again, usual_folder
+from hymba_tune.hub.quantizing import QuantizationPlan, plan_quantization, write_quantized
+from hymba_tune.hub.writing import default_folder, reload_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import scheme_of, stored_quantization
@@ -43,14 +43,14 @@ from hymba_tune.schemes import scheme_of, stored_quantization
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
+    """The result of an export.
 
     Attributes:
-        folder: Where it is.
-        size: Bytes of it.
-        difference: The largest between logits of the model before and after; None of a folder that was only uploaded.
-        address: On the Hub, if it was uploaded.
-        note: What is worth knowing of how its adapters were folded in.
+        folder: The written folder.
+        size: The bytes of the folder.
+        difference: The largest difference between logits before and after; None for a folder that was only uploaded.
+        address: The address on the Hub, if it was uploaded.
+        note: A note on how its adapters were merged, if there is one.
     """
 
     folder: Path
@@ -61,14 +61,15 @@ class Exported:
 
 
 def export(config: ExportConfig, working: Working) -> Exported:
-    """Export a model or a run, and upload it with --push. A folder that was exported is uploaded as it is.
+    """Export a model or a run, and upload it with --push. A folder that was exported before is uploaded as it is.
 
     Args:
-        config: What, how, and where to.
-        working: Shows the steps that take long.
+        config: The settings of the export.
+        working: Shows the progress of long steps.
 
     Raises:
-        HymbaTuneError: If something is to be mended first, or the Hub refuses. The folder is then whole, or not there.
+        HymbaTuneError: If a setting or the model cannot be used, or the Hub refuses. The folder is then complete, or
+            does not exist.
     """
     check_inputs(config)
     choose_device(config.device)
@@ -79,24 +80,24 @@ def export(config: ExportConfig, working: Working) -> Exported:
         target = UploadTarget(config.push, private=config.private, revision=config.revision, update=config.update)
         check_target(target)
     source = resolve_model(config.model)
-    exported = (source.folder / SUMS).is_file() and source.published is None
-    if target and exported and config.out is None and config.quantize is None:
-        folder, difference = source.folder, None
+    is_export = (source.folder / SUMS).is_file() and source.published is None
+    if target and is_export and config.out is None and config.quantize is None:
+        folder = source.folder
+        difference = None
         with working("comparing checksums"):
             check_sums(folder)
-        said = card_data(folder)
-        check_publishable(
-            Lineage(said.get("base_model"), {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)})
-        )
+        card = card_data(folder)
+        check_publishable(Lineage(card.get("base_model"), license_of(card)))
     else:
-        folder = config.out or usual_folder(source, ending=f"-{config.quantize}" if config.quantize else "")
+        folder = config.out or default_folder(source, ending=f"-{config.quantize}" if config.quantize else "")
         difference = _export(config, source, folder, working)
-    address, note = None, None if config.adapter_only else folding_note(source)
+    note = None if config.adapter_only else folding_note(source)
+    address = None
     if target is not None:
-        again = f"hymba-tune export {folder} --push {target.repository}"
-        again += f" --revision {target.revision}" if target.revision else ""
+        retry = f"hymba-tune export {folder} --push {target.repository}"
+        retry += f" --revision {target.revision}" if target.revision else ""
         with working(f"uploading to {target.repository}"):
-            address = push(folder, target, message="Upload by hymba-tune", again=again)
+            address = push(folder, target, message="Upload by hymba-tune", retry=retry)
     return Exported(folder, sum(file.stat().st_size for file in folder.iterdir()), difference, address, note)
 
 
@@ -106,20 +107,21 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
     stored = None if source.adapter else stored_quantization(load_config(source))
     if config.format == "hymba" and stored:
         raise ConfigError(
-            f"--format hymba: {source.name} is stored in fewer bits, with which NVIDIA's code was not tried.",
-            fix="leave it out, or export the model that it was made from",
+            f"--format hymba: {source.name} is quantized, and NVIDIA's code is untested with quantized weights.",
+            fix="leave it out, or export the model that it was quantized from",
         )
     lineage = _lineage(config, source)
     if config.push is not None:
         check_publishable(lineage)
-    name, damage = config.push or out.name, None
+    name = config.push or out.name
+    damage = None
     plan = _to_quantize(config, working)
     with new_folder(out, overwrite=config.overwrite, inputs=folders_of(source)) as folder:
         if plan is not None:
-            done = write_quantized(plan, folder, lineage.base, working)
-            difference, size, damage = done.difference, done.size, done.damage
+            quantized = write_quantized(plan, folder, lineage.base, working)
+            difference, size, damage = quantized.difference, quantized.size, quantized.damage
         else:
-            write = _write_adapter if config.adapter_only else _write_whole
+            write = _write_adapter if config.adapter_only else _write_model
             difference, size = write(config, source, lineage, folder, working)
         if stored:
             size += f", quantized to {scheme_of(stored)} by bitsandbytes"
@@ -131,20 +133,20 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
 def _to_quantize(config: ExportConfig, working: Working) -> QuantizationPlan | None:
     if config.quantize is None:
         return None
-    same = config.model_dump(include={"model", "dtype", "device"})
-    return find(QuantizeConfig(scheme=config.quantize, **same), working)
+    shared_settings = config.model_dump(include={"model", "dtype", "device"})
+    return plan_quantization(QuantizeConfig(scheme=config.quantize, **shared_settings), working)
 
 
 def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
-    """Where the model comes from, corrected by what the user says of it."""
+    """Trace the lineage of the model; the user's settings override the base model and the license."""
     lineage = trace(source)
     if config.adapter_only:
         if lineage.steps > 1:
             raise CheckpointError(
-                f"--adapter-only: the adapter of {source.name} lies on another run, and is of no use without that.",
-                fix="leave --adapter-only out: the export is then one model",
+                f"--adapter-only: the adapter {source.name} is useless without its base model, which is another run.",
+                fix="leave --adapter-only out, to export one merged model",
             )
-        lineage = replace(lineage, base=lineage.below)  # not what that, in turn, was made from
+        lineage = replace(lineage, base=lineage.adapter_base)  # and not the model which that was made from
     if config.base_model:
         lineage = replace(lineage, base=config.base_model)
     if config.license:
@@ -152,10 +154,10 @@ def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
     return lineage
 
 
-def _write_whole(
+def _write_model(
     config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
 ) -> tuple[float, str]:
-    """Write a whole model, and read it again. The two are never in memory together."""
+    """Write a full model and reload it, without both in memory at once; return the difference and the size in words."""
     device = choose_device(config.device)
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
@@ -164,20 +166,21 @@ def _write_whole(
         model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
     size = f"{short_count(model.num_parameters())} parameters in {str(dtype).removeprefix('torch.')}"
     with working("writing"):
-        meant = sample_logits(model, tokenizer)
+        original = sample_logits(model, tokenizer)
         write_model(model, tokenizer, folder, config.format, lineage.base)
     del model
-    with working("reading it again"):
-        return read_again(folder, tokenizer, meant, dtype=dtype, device=device)[1], size
+    with working("reloading it"):
+        return reload_model(folder, tokenizer, original, dtype=dtype, device=device)[1], size
 
 
 def _write_adapter(
     config: ExportConfig, source: ModelSource, lineage: Lineage, folder: Path, working: Working
 ) -> tuple[float, str]:
-    """Write an adapter, and read it again onto the same base."""
+    """Write an adapter and reload it on the same base model; return the difference and the size in words."""
     assert source.adapter is not None
     device = choose_device(config.device)
-    base, tokenizer = base_of(source), with_chat_template(tokenizer_of(source))
+    base = base_of(source)
+    tokenizer = with_chat_template(tokenizer_of(source))
     dtype = load_config(weights_of(source)).dtype or torch.float32
     with working("loading the weights"):
         fetch_weights(source)
@@ -188,11 +191,12 @@ def _write_adapter(
     settings["base_model_name_or_path"] = lineage.base or source.base
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
+
     count = sum(tensor.numel() for tensor in load_file(folder / ADAPTER_WEIGHTS).values())
-    meant = sample_logits(adapted, tokenizer)
-    del adapted  # two models are never in memory together, and an adapter may have changed its base for good
+    original = sample_logits(adapted, tokenizer)
+    del adapted  # two models must not be in memory at once, and the adapter may have changed the weights of its base
     gc.collect()
-    with working("reading it again"):
-        again = load_adapter(open_model(base, dtype=dtype, device=device), folder)
+    with working("reloading it"):
+        reloaded = load_adapter(open_model(base, dtype=dtype, device=device), folder)
         check_tokens(load_tokenizer(folder), tokenizer, folder)
-        return check_logits(sample_logits(again, tokenizer), meant, folder), f"{short_count(count)} parameters"
+        return check_logits(sample_logits(reloaded, tokenizer), original, folder), f"{short_count(count)} parameters"

@@ -1,4 +1,4 @@
-"""What a folder looks like that opens elsewhere: its configuration, its code, its tokenizer."""
+"""Writes the files of an exported model: weights, configuration, code and tokenizer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import hymba_tune.model as code
 
 Format = Literal["kit", "hymba"]
 SHARD = "2GB"
-"""Largest file of weights: one that an upload can go on from."""
+"""The maximum size of a file of weights. An interrupted upload resumes after the last complete file."""
 RELEASED = "nvidia/Hymba-1.5B-Base"
-"""Whose repository holds NVIDIA's code."""
+"""The Hub repository with NVIDIA's code."""
 RELEASED_CLASSES = {
     "AutoConfig": "configuration_hymba.HymbaConfig",
     "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
 }
-"""What the released config.json says of NVIDIA's code."""
+"""The classes of NVIDIA's code, as in the released config.json."""
 CLASSES = RELEASED_CLASSES | {"AutoModel": "modeling_hymba.HymbaModel"}
-"""Where our code has what the Auto classes look for."""
+"""The classes of hymba-tune's code, by Auto class."""
 KEYS = (
     *("architectures", "attention_dropout", "attn_hidden_size", "attn_implementation_new", "bos_token_id"),
     *("calc_logits_for_entire_prompt", "eos_token_id", "global_attn_idx", "hidden_act", "hidden_size"),
@@ -34,7 +34,7 @@ KEYS = (
     *("pad_token_id", "rms_norm_eps", "rope", "rope_theta", "rope_type", "router_aux_loss_coef", "seq_length"),
     *("sliding_window", "tie_word_embeddings", "use_mamba_kernels", "v_head_dim", "vocab_size"),
 )
-"""What the released config.json says that means the same here."""
+"""Keys of the released config.json with the same meaning in `HymbaConfig`."""
 
 
 def write_model(
@@ -43,11 +43,12 @@ def write_model(
     """Write weights under the released names, configuration, generation settings, tokenizer and code.
 
     Args:
-        model: Without an adapter.
-        tokenizer: With a chat template.
-        folder: Is there.
-        layout: kit or hymba.
-        base: Where the model comes from; where that is NVIDIA's, its code is named.
+        model: The model, without an adapter.
+        tokenizer: The tokenizer, with a chat template.
+        folder: An existing folder.
+        layout: The format: "kit" with hymba-tune's code, or "hymba" for NVIDIA's code.
+        base: The base model, if known. If it is one of NVIDIA's, the configuration refers to the code in its
+            repository.
     """
     generation = model.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -55,22 +56,22 @@ def write_model(
     model.save_pretrained(folder, max_shard_size=SHARD)
     write_tokenizer(tokenizer, folder, layout)
     if layout == "kit":
-        _change(folder / "config.json", auto_map=CLASSES)
+        _update(folder / "config.json", auto_map=CLASSES)
         for file in Path(str(code.__file__)).parent.glob("*.py"):
             if file.name != "__init__.py":
                 shutil.copyfile(file, folder / file.name)
         return
     released = base if base and base.startswith("nvidia/Hymba") else RELEASED
     _write(folder / "config.json", released_config(model.config, released))
-    _change(folder / "generation_config.json", transformers_version="4.44.0", use_cache=False)
+    _update(folder / "generation_config.json", transformers_version="4.44.0", use_cache=False)
 
 
 def released_config(config: Any, repository: str) -> dict[str, Any]:
-    """The configuration with the keys of the released config.json, as NVIDIA's code and transformers 4.44 read them.
+    """Return a configuration with the keys of the released config.json, for NVIDIA's code and transformers 4.44.
 
     Args:
         config: A `HymbaConfig`.
-        repository: On the Hub, with NVIDIA's code.
+        repository: The Hub repository with NVIDIA's code.
     """
     layers = config.num_hidden_layers
     return {name: getattr(config, name) for name in KEYS} | {
@@ -85,22 +86,24 @@ def released_config(config: Any, repository: str) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, layout: Format = "kit") -> None:
-    """Write a tokenizer that any transformers reads with the same ids.
+    """Write a tokenizer that every version of transformers loads with the same ids.
 
     Args:
-        tokenizer: With a chat template.
-        folder: Is there.
-        layout: In the hymba layout the template stands in tokenizer_config.json: transformers 4.44 reads no other.
+        tokenizer: The tokenizer, with a chat template.
+        folder: An existing folder.
+        layout: The format. For "hymba", the template is written to tokenizer_config.json, because transformers 4.44
+            reads no separate file.
     """
     tokenizer.save_pretrained(folder, save_jinja_files=layout == "kit")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # A class that every transformers knows, and that takes tokenizer.json as it is; the rest is of this machine.
+    # Every version of transformers has this class, which loads tokenizer.json unchanged. The removed settings describe
+    # how the tokenizer was loaded on this machine.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write(path, {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")})
 
 
-def _change(path: Path, **values: Any) -> None:
+def _update(path: Path, **values: Any) -> None:
     _write(path, json.loads(path.read_text(encoding="utf-8")) | values)
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: the base it goes back to, that one's license, and the runs in between."""
+"""Traces the lineage of a model: its original base model, the license of that model, and the runs in between."""
 
 from __future__ import annotations
 
@@ -13,55 +13,60 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.report import RunRecord
 
-LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model comes from.
+    """The lineage of a model.
 
     Attributes:
-        base: The model of the Hub, or hymba-nano, that it goes back to; None where nothing says.
-        license: Of that model, as the Hub's cards say it: `license` and, of one without an id, its name and link.
-        runs: That trained it, the last one first.
-        below: What an adapter of the last run lies on, if that is a model of the Hub, or hymba-nano.
-        steps: How many models the way back leads over.
+        base: The original base model, on the Hub or hymba-nano; None if it is not known.
+        license: The license of that model in the keys of Hub cards: `license` and, without an id, its name and link.
+        runs: The runs that trained the model, the last one first.
+        adapter_base: The base model of the last run's adapter, if it is on the Hub or hymba-nano.
+        steps: The number of steps from the model through its base models to the original one.
     """
 
     base: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     runs: tuple[RunRecord, ...] = ()
-    below: str | None = None
+    adapter_base: str | None = None
     steps: int = 0
 
 
 def trace(source: ModelSource) -> Lineage:
-    """Follow a model back to its base, by what run directories, adapters and cards say.
+    """Trace a model back to its original base model through run directories, adapters and cards.
 
     Raises:
-        HymbaTuneError: If a model on the way cannot be found.
+        HymbaTuneError: If one of the base models cannot be found.
     """
-    runs, steps = [], 0
+    runs = []
+    steps = 0
     while True:
         if (run := _run_of(source)) is not None:
             runs.append(run)
-        before = source.base or (str(run.facts.get("model") or "") if run else "")
-        if not before:
+        base_name = source.base or (str(run.facts.get("model") or "") if run else "")
+        if not base_name:
             break
-        source = resolve_model(before)
+        source = resolve_model(base_name)
         steps += 1
-    said = card_data(source.folder)
-    base = source.published or _one(said.get("base_model"))
-    license = {name: str(said[name]) for name in LICENCE_KEYS if said.get(name)}
-    return Lineage(base, license, tuple(runs), source.published, steps)
+    card = card_data(source.folder)
+    base = source.published or _first(card.get("base_model"))
+    return Lineage(base, license_of(card), tuple(runs), source.published, steps)
+
+
+def license_of(card: dict[str, Any]) -> dict[str, str]:
+    """Return the keys of a card's metadata that state the license."""
+    return {name: str(card[name]) for name in LICENSE_KEYS if card.get(name)}
 
 
 def card_data(folder: Path) -> dict[str, Any]:
-    """What the head of a folder's card says; nothing where there is none.
+    """Read the metadata of the model card in a folder; empty if there is no card.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the metadata cannot be read.
     """
     path = folder / CARD
     if not path.is_file():
@@ -69,17 +74,19 @@ def card_data(folder: Path) -> dict[str, Any]:
     try:
         return dict(metadata_load(path) or {})
     except (yaml.YAMLError, ValueError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"The head of {path} cannot be read: {error}", expected="YAML between two ---") from error
+        raise CheckpointError(
+            f"The metadata of {path} cannot be read: {error}", expected="YAML between two ---"
+        ) from error
 
 
 def _run_of(source: ModelSource) -> RunRecord | None:
-    """The run whose directory a model lies in."""
+    """Return the run whose directory contains the model, if there is one."""
     folder = source.folder.parent
     return RunRecord.read(folder) if (folder / "run.json").is_file() and (folder / "config.yaml").is_file() else None
 
 
-def _one(value: Any) -> str | None:
-    """Cards name one base, or a list of them."""
+def _first(value: Any) -> str | None:
+    """Return the first base model of a card, which names one or a list."""
     if isinstance(value, list):
         value = value[0] if value else None
     return str(value) if value else None

@@ -1,4 +1,4 @@
-"""An adapter folded into its base model, as one model, without holding that model in memory."""
+"""Merges an adapter into its base model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ from hymba_tune.schemes import WeightQuantization
 
 @dataclass(frozen=True)
 class Merged:
-    """What came of a merge.
+    """The result of a merge.
 
     Attributes:
-        folder: Where it is.
-        size: Bytes of its weights.
-        base: The quantized weights that the adapter was trained on, if it was.
-        onto: What it was folded into.
-        drifts: How far from the trained model each way leads, if it was trained on quantized weights.
-        alone: Whether the adapter came without its run, which would say so.
+        folder: The written folder.
+        size: The bytes of its weights.
+        base: The quantization of the base weights in training, if there was one.
+        onto: The weights that the adapter was merged into.
+        drifts: The difference from the trained model for each kind of weights, if the adapter was trained on quantized
+            ones.
+        alone: Whether the adapter has no run directory, whose record would state the quantization.
     """
 
     folder: Path
@@ -61,15 +62,15 @@ class Merged:
 
 
 def merge(config: MergeConfig, working: Working) -> Merged:
-    """Write a model, its adapters folded in, as one: safetensors under the released names, config and tokenizer.
+    """Merge a model's adapters, and write safetensors with the released names, configuration and tokenizer.
 
     Args:
-        config: Which, how, and where to.
-        working: Shows the steps that take long.
+        config: The settings of the merge.
+        working: Shows the progress of long steps.
 
     Raises:
-        ConfigError: If the folder holds something already, or the base has no weights of the kind that --onto names.
-        CheckpointError: If there is no adapter to fold in, or it cannot be used. The folder is then not there.
+        ConfigError: If the folder is not empty, or if the base model has no weights of the kind that --onto names.
+        CheckpointError: If there is no adapter to merge, or it cannot be used. The folder then does not exist.
     """
     check_inputs(config)
     device = choose_device(config.device)
@@ -77,7 +78,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     source = resolve_model(config.model)
     if source.adapter is None:
         raise CheckpointError(
-            f"{source.name} has no adapter: it is one model already.", expected="a run with an adapter"
+            f"{source.name} has no adapter, so there is nothing to merge.", expected="a run with an adapter"
         )
     base = quantized_base(source)
     onto = config.onto or (Onto.dequantized if base else Onto.original)
@@ -95,34 +96,36 @@ def merge(config: MergeConfig, working: Working) -> Merged:
 def _drifts(
     source: ModelSource, base: WeightQuantization, dtype: torch.dtype, device: torch.device, working: Working
 ) -> dict[Onto, MergeDrift]:
-    """How far from the trained model each way leads. No two models are in memory together."""
+    """Compare both kinds of merge with the trained model, with one model in memory at a time."""
     texts = sample_texts(with_chat_template(tokenizer_of(source)))
-    with working("asking the trained model"):
+    with working("computing logits of the trained model"):
         trained = logits_of(trained_model(source, base, device), texts)
-    gc.collect()  # a model is a circle of references, and stays until then
-    found = {}
+    gc.collect()  # models contain reference cycles, so that del does not free them
+    drifts = {}
     for onto in Onto if not base.stored else [Onto.dequantized]:
-        with working(f"asking it merged onto the {onto} weights"):
-            found[onto] = drift(logits_of(open_model(source, dtype=dtype, device=device, onto=onto), texts), trained)
+        with working(f"computing logits after merging into the {onto} weights"):
+            drifts[onto] = drift(logits_of(open_model(source, dtype=dtype, device=device, onto=onto), texts), trained)
         gc.collect()
-    return found
+    return drifts
 
 
 def _write(source: ModelSource, onto: Onto, dtype: torch.dtype, device: torch.device, folder: Path) -> int:
-    """Write the tensors of one file after the other; bytes of all of them."""
+    """Write the model, one shard of weights at a time, and return the bytes of all weights."""
     config: PretrainedConfig = plain_config(source)
     config.dtype = dtype
     weights = folded_weights(source, onto, device=device)
     with torch.device("meta"):
-        laid_out = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
-    planned = {released_name(name): tensor for name, tensor in laid_out.items() if released_name(name) in weights}
-    plan = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD)
+        state = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
+    tensors = {released_name(name): tensor for name, tensor in state.items() if released_name(name) in weights}
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
+
     for file, names in plan.filename_to_tensors.items():
         shard = {name: finite_tensor(weights, name, dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
     config.save_pretrained(folder)
     below = weights_of(source).folder
     if (below / GENERATION_CONFIG_NAME).is_file():

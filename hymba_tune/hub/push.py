@@ -1,4 +1,4 @@
-"""Uploading a folder to the Hugging Face Hub: looked at before, one commit, gone on with after a break."""
+"""Uploads a folder to the Hugging Face Hub: checked first, in one commit, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from hymba_tune.hub.refusals import LOG_IN, refusals_explained
 from hymba_tune.registry import is_hub_id
 
 EMPTY = {".gitattributes"}
-"""What the Hub puts into a new repository."""
+"""The files that the Hub creates in a new repository."""
 MAIN = "main"
 WRITING = ("write", "admin", "fineGrained")
-"""Tokens that may write, as far as can be known beforehand: a fine-grained one may or may not."""
+"""The roles of tokens that may write. Whether a fine-grained token may is known only when it tries."""
 
 
 @dataclass(frozen=True)
 class UploadTarget:
-    """Where to upload to.
+    """The target of an upload.
 
     Attributes:
-        repository: ``USER/NAME``.
-        private: Whether a new repository is a private one.
-        revision: Branch; main when None.
-        update: Whether what it holds may be replaced.
+        repository: The repository, ``USER/NAME``.
+        private: Whether a new repository is private.
+        revision: The branch; main if None.
+        update: Whether existing files may be replaced.
     """
 
     repository: str
@@ -40,24 +40,24 @@ class UploadTarget:
 
     @property
     def branch(self) -> str:
-        """The branch."""
+        """The name of the branch."""
         return self.revision or MAIN
 
 
 def check_target(target: UploadTarget) -> None:
-    """See, before anything takes long, that an upload would be let in, and would replace nothing unasked.
+    """Check, before any long step, that an upload is permitted and would replace nothing without --update.
 
     Raises:
-        ConfigError: If the name cannot be one.
+        ConfigError: If the name is invalid.
         HubError: If nobody is logged in, the token may not write there, or the name is taken.
     """
     name = target.repository
     if not is_hub_id(name):
-        raise ConfigError(f"--push {name}: this is no name of a repository.", expected="USER/NAME, as me/my-hymba")
+        raise ConfigError(f"--push {name}: not a valid repository name.", expected="USER/NAME, such as me/my-hymba")
     if huggingface_hub.get_token() is None:
         raise HubError(f"--push {name}: nobody is logged in to the Hub.", fix=LOG_IN)
     api = HfApi()
-    with refusals_explained(f"ask the Hub who is to write to {name}", "try again"):
+    with refusals_explained(f"check the access to {name}", "try again"):
         user = api.whoami()
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     owner = name.partition("/")[0]
@@ -69,48 +69,51 @@ def check_target(target: UploadTarget) -> None:
         )
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role is not None and role not in WRITING:
-        raise HubError(f"--push {name}: the token of {user['name']} may only {role}.", fix=LOG_IN)
-    with refusals_explained(f"look for {name}", "try again"):
-        found = _look(api, target)
-    _check_free(found, target)
+        raise HubError(f"--push {name}: the token of {user['name']} has only {role} permission.", fix=LOG_IN)
+    with refusals_explained(f"look up {name}", "try again"):
+        repository = _read_state(api, target)
+    _check_replaceable(repository, target)
 
 
-def push(folder: Path, target: UploadTarget, *, message: str, again: str) -> str:
-    """Upload a folder as one commit, so that a reader finds all of it or what was there before.
+def push(folder: Path, target: UploadTarget, *, message: str, retry: str) -> str:
+    """Upload a folder in one commit, so that readers see either all new files or all old ones.
 
-    Large files that an earlier try has brought over are not sent again.
+    Large files that an earlier attempt has uploaded are not sent again.
 
     Args:
-        folder: Whose files are uploaded.
-        target: As `check_target` found it.
-        message: The message of the commit.
-        again: The command that goes on after a break.
+        folder: The folder whose files are uploaded.
+        target: The target, which `check_target` has accepted.
+        message: The commit message.
+        retry: The command that resumes an interrupted upload.
 
     Returns:
-        The address of what was uploaded.
+        The address of the upload.
 
     Raises:
-        HubError: If it did not end well. The repository is then as it was, or new and empty.
+        HubError: If the upload failed. The repository is then unchanged, or new and empty.
     """
-    api, name = HfApi(), target.repository
-    disable_progress_bars()  # whoever called shows that it goes on
-    with refusals_explained(f"upload to {name}", again):
-        found = _look(api, target)
-        _check_free(found, target)
-        if not found.exists:
+    api = HfApi()
+    name = target.repository
+    disable_progress_bars()  # the caller shows the progress
+    with refusals_explained(f"upload to {name}", retry):
+        repository = _read_state(api, target)
+        _check_replaceable(repository, target)
+        if not repository.exists:
             api.create_repo(name, private=target.private or None, exist_ok=True)
-        if not found.has_branch:
+        if not repository.has_branch:
             api.create_branch(name, branch=target.branch, exist_ok=True)
         files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-        work: list[Any] = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()]
-        work += [CommitOperationDelete(path_in_repo=old) for old in sorted(found.files - files.keys())]
-        api.create_commit(name, work, commit_message=message, revision=target.branch)
+        operations: list[Any] = [
+            CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()
+        ]
+        operations += [CommitOperationDelete(path_in_repo=old) for old in sorted(repository.files - files.keys())]
+        api.create_commit(name, operations, commit_message=message, revision=target.branch)
     return f"{api.endpoint}/{name}" + ("" if target.branch == MAIN else f"/tree/{target.branch}")
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is there already: a repository, a branch of it, and the files that an upload would replace."""
+class _RepositoryState:
+    """The state of a target before an upload: the repository, its branch, and the files that would be replaced."""
 
     exists: bool = False
     private: bool = False
@@ -118,35 +121,36 @@ class _Found:
     files: frozenset[str] = frozenset()
 
 
-def _look(api: HfApi, target: UploadTarget) -> _Found:
+def _read_state(api: HfApi, target: UploadTarget) -> _RepositoryState:
     try:
         info = api.model_info(target.repository)
     except RepositoryNotFoundError:
-        return _Found(has_branch=target.branch == MAIN)
-    has_branch, private = True, bool(info.private)
+        return _RepositoryState(has_branch=target.branch == MAIN)
+    private = bool(info.private)
+    has_branch = True
     try:
         info = api.model_info(target.repository, revision=target.branch)
     except RevisionNotFoundError:
-        has_branch = False  # a new one begins as main is
+        has_branch = False  # a new branch starts as a copy of main
     files = {sibling.rfilename for sibling in info.siblings or []}
-    return _Found(True, private, has_branch, frozenset(files - EMPTY))
+    return _RepositoryState(True, private, has_branch, frozenset(files - EMPTY))
 
 
-def _check_free(found: _Found, target: UploadTarget) -> None:
-    """See that an upload does what the settings say, and no more.
+def _check_replaceable(repository: _RepositoryState, target: UploadTarget) -> None:
+    """Check that an upload would neither publish a private model nor replace files without --update.
 
     Raises:
-        HubError: If a private upload would be public, or something is there that was not to be replaced.
+        HubError: If it would.
     """
     name = target.repository
-    if found.exists and target.private and not found.private:
+    if repository.exists and target.private and not repository.private:
         raise HubError(
-            f"--push {name}: there is such a repository, and it is public.",
+            f"--push {name}: the repository exists and is public.",
             fix="make it private in its settings on the Hub, or use another name",
         )
-    if found.has_branch and found.files and not target.update:
-        where = name if target.branch == MAIN else f"The branch {target.branch} of {name}"
+    if repository.has_branch and repository.files and not target.update:
+        place = name if target.branch == MAIN else f"The branch {target.branch} of {name}"
         raise HubError(
-            f"--push {name}: the name is taken. {where} holds {len(found.files)} files.",
-            fix="another name, or --update to replace them, or --revision for a branch of its own",
+            f"--push {name}: the name is taken. {place} contains {len(repository.files)} files.",
+            fix="use another name, --update to replace the files, or --revision for another branch",
         )

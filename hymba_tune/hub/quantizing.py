@@ -1,4 +1,4 @@
-"""A model stored in fewer bits: quantized, written, read again, compared, and measured."""
+"""Quantizes a model, writes and reloads it, and measures the cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hymba_tune.hub.card import write_card
 from hymba_tune.hub.checks import sample_logits, write_sums
 from hymba_tune.hub.layout import write_model
 from hymba_tune.hub.lineage import trace
-from hymba_tune.hub.writing import read_again, usual_folder
+from hymba_tune.hub.writing import default_folder, reload_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.quant import Damage, check_quantizable, compare, damage_page, quantize_model, refer, weight_errors
 from hymba_tune.registry import ModelSource, resolve_model
@@ -34,14 +34,14 @@ DAMAGE, PAGE = "damage.json", "damage.html"
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """What came of it.
+    """A quantized model that was written.
 
     Attributes:
-        folder: Where it is.
-        damage: What it cost.
-        difference: The largest between logits of the quantized model in memory and of what was read again.
-        size: Its parameters, in words.
-        note: What is worth knowing of how its adapters were folded in.
+        folder: The written folder.
+        damage: The measured cost of the quantization.
+        difference: The largest difference between logits of the quantized model in memory and of the reloaded one.
+        size: The number of parameters, in words.
+        note: A note on how its adapters were merged, if there is one.
     """
 
     folder: Path
@@ -53,19 +53,19 @@ class QuantizedModel:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """What is to be quantized, all of it found and checked before the weights load.
+    """A quantization whose settings, model and data are checked, before the weights are loaded.
 
     Attributes:
         source: The model.
         config: The configuration of the model below all adapters.
-        tokenizer: With a chat template.
-        dtype: What is computed in.
-        device: Where.
-        scheme: How its weights are to be stored.
-        skip: What is to be left as it is, beside what always is.
+        tokenizer: The tokenizer, with a chat template.
+        dtype: The dtype of the computation.
+        device: The device of the computation.
+        scheme: The quantization scheme.
+        skip: The modules to leave unquantized, in addition to those that always are.
         quantization: The quantization configuration for transformers.
-        rows: ScoringTexts that the damage is measured on.
-        texts: What was read of them.
+        rows: The rows on which the damage is measured.
+        texts: The counts of these rows.
         data: The names of the data; files without their folders.
     """
 
@@ -82,11 +82,11 @@ class QuantizationPlan:
     data: list[str]
 
 
-def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
-    """Find a model and texts.
+def plan_quantization(config: QuantizeConfig, working: Working) -> QuantizationPlan:
+    """Check the settings, find the model, and read the data.
 
     Raises:
-        HymbaTuneError: If something cannot be used.
+        HymbaTuneError: If a setting, the model or the data cannot be used.
     """
     check_inputs(config)
     device = choose_device(config.device)
@@ -97,7 +97,7 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
     model_config = load_config(weights_of(source))
     stored = model_config.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
-    stored_as = quantization(model_config, config.scheme, dtype, config.skip)
+    model_quantization = quantization(model_config, config.scheme, dtype, config.skip)
     tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     texts = ScoringTexts(
         open_sources(config.data),
@@ -117,7 +117,7 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
         device=device,
         scheme=config.scheme,
         skip=config.skip,
-        quantization=stored_as,
+        quantization=model_quantization,
         rows=[row.encoded for row in rows],
         texts=counts,
         data=[Path(name).name if Path(name).exists() else name for name in config.data],
@@ -125,59 +125,63 @@ def find(config: QuantizeConfig, working: Working) -> QuantizationPlan:
 
 
 def quantize(config: QuantizeConfig, working: Working) -> QuantizedModel:
-    """Quantize a model, or a run's with its adapter folded in.
+    """Quantize a model, or the model of a run with its adapter merged.
 
     Args:
-        config: Which, how, and where to.
-        working: Shows the steps that take long.
+        config: The settings of the quantization.
+        working: Shows the progress of long steps.
 
     Raises:
-        HymbaTuneError: If something is to be mended first. The folder is then whole, or not there.
+        HymbaTuneError: If a setting, the model or the data cannot be used. The folder is then complete, or does not
+            exist.
     """
-    plan = find(config, working)
-    lineage, out = trace(plan.source), config.out or usual_folder(plan.source, ending=f"-{config.scheme}")
+    plan = plan_quantization(config, working)
+    lineage = trace(plan.source)
+    out = config.out or default_folder(plan.source, ending=f"-{config.scheme}")
     with new_folder(out, overwrite=config.overwrite, inputs=inputs_of(config, plan)) as folder:
-        done = write_quantized(plan, folder, lineage.base, working)
-        write_card(folder, out.name, lineage, ExportConfig(), size=done.size, quantized=True, damage=done.damage)
+        model = write_quantized(plan, folder, lineage.base, working)
+        write_card(folder, out.name, lineage, ExportConfig(), size=model.size, quantized=True, damage=model.damage)
         write_sums(folder)
-    return replace(done, folder=out)
+    return replace(model, folder=out)
 
 
 def inputs_of(config: QuantizeConfig, plan: QuantizationPlan) -> list[Path]:
-    """The files and folders that are read for a quantized model: the model's, and those of the data."""
+    """Return the files and folders that a quantization reads: those of the model, and those of the data."""
     return [*folders_of(plan.source), *local_files(config.data)]
 
 
 def write_quantized(plan: QuantizationPlan, folder: Path, base: str | None, working: Working) -> QuantizedModel:
-    """Quantize a model into a folder, read it again, and measure what that cost.
+    """Quantize a model, write and reload it, and measure the cost.
 
     Args:
-        plan: What to quantize, from `find`.
-        folder: Is there.
-        base: As `write_model` takes it.
-        working: Shows the steps that take long.
+        plan: The plan from `plan_quantization`.
+        folder: An existing folder.
+        base: The base model, as for `write_model`.
+        working: Shows the progress of long steps.
 
     Raises:
-        CheckpointError: If the weights cannot be used, or what was written is not what was meant.
+        CheckpointError: If the weights cannot be used, or if the reloaded model differs from the one that was written.
     """
     tokenizer = plan.tokenizer
     with working("loading the weights"):
         model = open_model(plan.source, dtype=plan.dtype, device=plan.device).eval()
-    with working("predicting with the model as it is") as progress:
+    with working("predicting with the original model") as progress:
         reference = refer(model, plan.rows, progress)
     with working("quantizing"):
-        made = quantize_model(model, plan.quantization).eval()
-        kinds = weight_errors(model, made)
-    before, after = (each.get_memory_footprint(return_buffers=False) for each in (model, made))
+        quantized = quantize_model(model, plan.quantization).eval()
+        kinds = weight_errors(model, quantized)
+    before, after = (each.get_memory_footprint(return_buffers=False) for each in (model, quantized))
     del model
+
     with working("writing"):
-        meant = sample_logits(made, tokenizer)
-        write_model(made, tokenizer, folder, "kit", base)
-    del made
-    with working("reading it again"):
-        again, difference = read_again(folder, tokenizer, meant, dtype=plan.dtype, device=plan.device)
+        logits = sample_logits(quantized, tokenizer)
+        write_model(quantized, tokenizer, folder, "kit", base)
+    del quantized
+    with working("reloading it"):
+        reloaded, difference = reload_model(folder, tokenizer, logits, dtype=plan.dtype, device=plan.device)
     with working("predicting with the quantized model") as progress:
-        drift = compare(reference, again, progress)
+        drift = compare(reference, reloaded, progress)
+
     damage = Damage(
         model=plan.source.published or Path(plan.source.name).name,
         scheme=plan.scheme,
@@ -193,12 +197,12 @@ def write_quantized(plan: QuantizationPlan, folder: Path, base: str | None, work
     (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
     return QuantizedModel(
-        folder, damage, difference, f"{short_count(again.num_parameters())} parameters", folding_note(plan.source)
+        folder, damage, difference, f"{short_count(reloaded.num_parameters())} parameters", folding_note(plan.source)
     )
 
 
 def _file_bytes(source: ModelSource) -> int:
-    """Of the files that hold a model's weights, those of adapters included."""
+    """Return the bytes of the weight files of a model, including those of adapters."""
     size = 0
     while source.adapter is not None:
         size += sum(file.stat().st_size for file in source.adapter.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What to leave as it is when a model is quantized: searched for, and written so."""
+"""Searches for the modules to leave unquantized, and quantizes the model accordingly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hymba_tune.adapters import open_model
 from hymba_tune.config import QuantizeConfig
 from hymba_tune.data.training import Working
 from hymba_tune.files import check_new_folder
-from hymba_tune.hub.quantizing import QuantizationPlan, QuantizedModel, find, inputs_of, quantize
+from hymba_tune.hub.quantizing import QuantizationPlan, QuantizedModel, inputs_of, plan_quantization, quantize
 from hymba_tune.quant import (
     QuantizationDrift,
     Search,
@@ -24,12 +24,12 @@ from hymba_tune.quant import (
 
 @dataclass(frozen=True)
 class Searched:
-    """What came of a search.
+    """The result of a search.
 
     Attributes:
-        search: What was tried, and what is proposed.
-        skip: All that is to be left: what the user said, and what was found.
-        written: The model so quantized, if a folder was named and something was found.
+        search: The trials and the proposal.
+        skip: All modules to leave unquantized: those of --skip, and the proposed ones.
+        written: The model quantized with these exceptions, if a folder was given and there is a proposal.
     """
 
     search: Search
@@ -38,41 +38,41 @@ class Searched:
 
 
 def search_skips(config: QuantizeConfig, working: Working) -> Searched:
-    """Find the modules to leave so that the perplexity rises by no more than a limit; with --out write the model.
+    """Find the modules to leave unquantized so that the perplexity rises within a limit; --out writes that model.
 
     Args:
-        config: Which model, in which scheme, and the limit.
-        working: Shows the steps that take long.
+        config: The settings of the search.
+        working: Shows the progress of long steps.
 
     Raises:
-        HymbaTuneError: If something is to be mended first.
+        HymbaTuneError: If a setting, the model or the data cannot be used.
     """
-    plan = find(config, working)
+    plan = plan_quantization(config, working)
     if config.out is not None:
         check_new_folder(config.out, overwrite=config.overwrite, inputs=inputs_of(config, plan))
-    found = _search(plan, config.max_rise / 100, working)
-    skip = (*config.skip, *(found.skip or ()))
-    if config.out is None or found.skip is None:
-        return Searched(found, skip)
+    result = _search(plan, config.max_rise / 100, working)
+    skip = (*config.skip, *(result.skip or ()))
+    if config.out is None or result.skip is None:
+        return Searched(result, skip)
     gc.collect()
     written = quantize(config.model_copy(update={"skip": list(skip)}), working)
-    return Searched(found, skip, written)
+    return Searched(result, skip, written)
 
 
 def _search(plan: QuantizationPlan, max_rise: float, working: Working) -> Search:
     with working("loading the weights"):
         model = open_model(plan.source, dtype=plan.dtype, device=plan.device).eval()
-    with working("predicting with the model as it is") as progress:
+    with working("predicting with the original model") as progress:
         reference = refer(model, plan.rows, progress)
     with working("quantizing"):
-        made = quantize_model(model, plan.quantization).eval()
-        kinds = weight_errors(model, made)
+        quantized = quantize_model(model, plan.quantization).eval()
+        kinds = weight_errors(model, quantized)
 
     def measure(chosen: frozenset[str]) -> QuantizationDrift:
-        what = f"{len(chosen)} kinds" if len(chosen) > 1 else "".join(chosen)
+        modules = f"{len(chosen)} kinds" if len(chosen) > 1 else "".join(chosen)
         with (
-            working(f"predicting with {what} quantized") as progress,
-            quantized_only(model, made, chosen) as mixed,
+            working(f"predicting with {modules} quantized") as progress,
+            quantized_only(model, quantized, chosen) as mixed,
         ):
             return compare(reference, mixed, progress)
 

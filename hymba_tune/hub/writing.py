@@ -1,4 +1,4 @@
-"""A model that was written, read again and compared: what an export and a quantized model have in common."""
+"""Steps that exports and quantized models share: the default folder, and reloading to compare."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from hymba_tune.hub.checks import check_logits, check_tokens, sample_logits
 from hymba_tune.registry import ModelSource
 
 
-def read_again(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, meant: Tensor, *, dtype: torch.dtype, device: torch.device
+def reload_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, original: Tensor, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, float]:
-    """Read what was written, and compare. By then nobody should hold the model that was written.
+    """Reload a written model and compare it with the original, which should no longer be in memory.
 
     Args:
-        folder: What `write_model` wrote.
-        tokenizer: That was written.
-        meant: `sample_logits` of the model that was written.
-        dtype: What that one computed in.
-        device: Where.
+        folder: The folder that `write_model` wrote.
+        tokenizer: The tokenizer that was written.
+        original: The logits of the original model, from `sample_logits`.
+        dtype: The dtype in which the original model computed.
+        device: The device on which it computed.
 
     Returns:
-        The model, and the largest difference between its logits and those that were meant.
+        The reloaded model, and the largest difference between its logits and the original ones.
 
     Raises:
-        CheckpointError: If it is another one.
+        CheckpointError: If the two differ.
     """
     gc.collect()
-    again = load_weights(ModelSource(folder.name, folder), dtype=dtype, device=device)
+    reloaded = load_weights(ModelSource(folder.name, folder), dtype=dtype, device=device)
     check_tokens(load_tokenizer(folder), tokenizer, folder)
-    return again, check_logits(sample_logits(again, tokenizer), meant, folder)
+    return reloaded, check_logits(sample_logits(reloaded, tokenizer), original, folder)
 
 
-def usual_folder(source: ModelSource, *, ending: str = "") -> Path:
-    """Where a model is written to when nothing says so: ``exports/`` and its name, without its owner."""
+def default_folder(source: ModelSource, *, ending: str = "") -> Path:
+    """Return the default folder of an export: ``exports/`` and the name of the model, without its owner."""
     return Path("exports") / (Path(source.name).name.replace("@", "-") + ending)

@@ -34,7 +34,7 @@ def adapted_model(
 
 
 def merged(model: PeftModel, folder: Path, **changes: Any) -> PreTrainedModel:
-    """An adapter of `adapted_model`, saved and folded into its base as a run's is."""
+    """Save an adapter of `adapted_model`, and merge it into its base model as for a run."""
     base, adapter = folder / "base", folder / "adapter"
     dtype = model.get_base_model().dtype
     tiny_model(dtype, **changes).save_pretrained(base)
@@ -54,7 +54,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def train(model: torch.nn.Module, steps: int = 3) -> None:
-    """AdamW with weight decay, at a rate that changes the logits visibly."""
+    """Train with AdamW and weight decay, at a learning rate that changes the logits visibly."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=3e-3, weight_decay=0.1)
     model.train()

@@ -15,7 +15,7 @@ from tests.adapters.small import METHODS, adapted_model, config_for, logits, mer
 from tests.tiny import tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
-# PEFT asks transformers by a name that transformers is leaving.
+# PEFT reads an attribute that transformers has deprecated.
 plain_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -31,7 +31,7 @@ def save(model: PeftModel, folder: Path) -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("meta", MetaTokens)
 @pytest.mark.parametrize("method", METHODS)
-def test_new_adapter_changes_nothing(method: str, meta: str, dtype: torch.dtype) -> None:
+def test_new_adapter_does_not_change_the_logits(method: str, meta: str, dtype: torch.dtype) -> None:
     assert torch.equal(logits(adapted_model("all", meta, dtype, **METHODS[method])), logits(tiny_model(dtype)))
 
 
@@ -45,16 +45,16 @@ def test_new_adapter_changes_nothing(method: str, meta: str, dtype: torch.dtype)
         if (method, preset) not in [("dora", "attention"), ("dora", "ssm")]
     ],
 )
-def test_every_adapted_module_gets_a_gradient_and_moves(method: str, targets: str, meta: str) -> None:
+def test_every_adapted_module_gets_a_gradient_and_changes(method: str, targets: str, meta: str) -> None:
     model = adapted_model(targets, meta, **METHODS[method])
     before = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-    train(model, steps=2)  # a factor whose partner is zero at first moves in the second step
-    still = [name for name, parameter in trained(model).items() if torch.equal(parameter, before[name])]
+    train(model, steps=2)  # a factor whose partner starts at zero changes in the second step
+    unchanged = [name for name, parameter in trained(model).items() if torch.equal(parameter, before[name])]
     assert before
-    assert not still
+    assert not unchanged
 
 
-def test_base_weights_stay_as_they_are() -> None:
+def test_base_weights_do_not_change() -> None:
     model = adapted_model()
     before = tiny_model().state_dict()
     train(model)
@@ -63,7 +63,7 @@ def test_base_weights_stay_as_they_are() -> None:
 
 
 def changed_rows(model: PeftModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[list[bool]]:
-    """By layer, which rows of `in_proj` are not, bit for bit, what they were."""
+    """Return for each layer which rows of `in_proj` differ from those of the base model in any bit."""
     before, after = tiny_model(dtype).model.layers, merged(model, folder).model.layers
     pairs = [[layers[i].mamba.in_proj.weight for layers in (before, after)] for i in range(len(before))]
     return [(old != new).any(1).tolist() for old, new in pairs]
@@ -79,7 +79,7 @@ def adapted_rows(targets: str) -> list[list[bool]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("targets", ["attention", "ssm"])
-def test_rows_of_the_other_side_stay_as_they_are(targets: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_rows_of_the_other_side_do_not_change(targets: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted_model(targets, dtype=dtype)
     train(model)
     again = load_adapter(tiny_model(dtype), save(model, tmp_path), trainable=True)
@@ -90,7 +90,7 @@ def test_rows_of_the_other_side_stay_as_they_are(targets: str, dtype: torch.dtyp
 
 
 @plain_peft
-def test_rows_stay_when_a_trainer_loads_a_checkpoint_into_the_model(tmp_path: Path) -> None:
+def test_rows_of_the_other_side_do_not_change_after_a_trainer_loads_a_checkpoint(tmp_path: Path) -> None:
     model = adapted_model("ssm")
     train(model)
     save(model, tmp_path)
@@ -100,7 +100,7 @@ def test_rows_stay_when_a_trainer_loads_a_checkpoint_into_the_model(tmp_path: Pa
     assert changed_rows(resumed, tmp_path) == adapted_rows("ssm")
 
 
-def test_rows_and_magnitudes_do_not_go_together() -> None:
+def test_dora_refuses_presets_of_some_rows() -> None:
     model = tiny_model()
     with pytest.raises(ConfigError, match=r"attention adapts only some rows(.|\n)*attention-ssm"):
         add_adapter(model, config_for(model, "attention", method=Method.dora), ["attention"])
@@ -108,7 +108,7 @@ def test_rows_and_magnitudes_do_not_go_together() -> None:
 
 @pytest.mark.parametrize("meta", MetaTokens)
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_what_is_trained_is_float32(method: str, meta: str, tmp_path: Path) -> None:
+def test_trained_parameters_are_float32(method: str, meta: str, tmp_path: Path) -> None:
     model = adapted_model("all", meta, torch.bfloat16, **METHODS[method])
     loaded = load_adapter(tiny_model(torch.bfloat16), save(model, tmp_path), trainable=True)
     for adapted in (model, loaded):
@@ -119,7 +119,7 @@ def test_what_is_trained_is_float32(method: str, meta: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("meta", MetaTokens)
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_saved_and_loaded_is_the_same(method: str, meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_loaded_adapter_equals_the_saved_one(method: str, meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted_model("all", meta, dtype, **METHODS[method])
     train(model)
     loaded = load_adapter(tiny_model(dtype), save(model, tmp_path))
@@ -132,7 +132,7 @@ def test_saved_and_loaded_is_the_same(method: str, meta: str, dtype: torch.dtype
 @plain_peft
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("meta", MetaTokens)
-def test_plain_peft_loads_it(meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_plain_peft_loads_saved_adapters(meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model(dtype).save_pretrained(tmp_path / "base")
     base = type(tiny_model()).from_pretrained(tmp_path / "base", dtype=dtype)
     model = add_adapter(base, config_for(base, meta=meta), ["all"])
@@ -145,7 +145,7 @@ def test_plain_peft_loads_it(meta: str, dtype: torch.dtype, tmp_path: Path) -> N
 @pytest.mark.parametrize("meta", MetaTokens)
 def test_activation_checkpointing_gives_the_same_gradients(meta: str) -> None:
     model = adapted_model("all", meta)
-    train(model, steps=1)  # past the zeros
+    train(model, steps=1)  # so that no factor is zero
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -192,35 +192,35 @@ def with_truncated_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def with_a_tensor_less(folder: Path) -> None:
+def with_a_missing_tensor(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     del tensors["base_model.model.model.memory_tokens.lora_embedding_A"]
     save_file(tensors, path)
 
 
-def with_a_tensor_more(folder: Path) -> None:
+def with_an_unexpected_tensor(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 40)}, path)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (without_config, r"adapter_config\.json does not exist"),
         (with_broken_config, r"adapter_config\.json cannot be read"),
-        (with_empty_config, r"adapter_config\.json is not LoRA's: its peft_type is None"),
+        (with_empty_config, r"adapter_config\.json is not a LoRA adapter: its peft_type is None"),
         (with_unknown_type, r"adapter_config\.json cannot be read"),
         (with_another_type, r"peft_type is PROMPT_TUNING(.|\n)*LORA"),
         (with_other_targets, r"does not fit this model(.|\n)*q_proj"),
-        (without_weights, r"adapter_model\.safetensors does not exist(.|\n)*no other format"),
-        (with_truncated_weights, r"adapter_model\.safetensors is cut short or broken"),
-        (with_a_tensor_less, r"memory_tokens\.lora_embedding_A is missing"),
-        (with_a_tensor_more, r"lm_head\.lora_A\.weight has no place in this model"),
+        (without_weights, r"adapter_model\.safetensors does not exist(.|\n)*only as safetensors"),
+        (with_truncated_weights, r"adapter_model\.safetensors is truncated or broken"),
+        (with_a_missing_tensor, r"memory_tokens\.lora_embedding_A is missing"),
+        (with_an_unexpected_tensor, r"lm_head\.lora_A\.weight is unexpected"),
     ],
 )
-def test_unusable_adapter_is_refused(spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    spoil(save(adapted_model(), tmp_path))
+def test_unusable_adapter_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    damage(save(adapted_model(), tmp_path))
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tiny_model(), tmp_path)
 
@@ -228,18 +228,18 @@ def test_unusable_adapter_is_refused(spoil: Callable[[Path], None], message: str
 def test_adapter_of_another_base_names_the_tensor_and_both_shapes(tmp_path: Path) -> None:
     save(adapted_model(), tmp_path)
     wider = tiny_model(intermediate_size=56)
-    with pytest.raises(CheckpointError, match=r"down_proj\.lora_A\.weight is \(4, 32\), expected \(4, 56\)"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.lora_A\.weight has shape \(4, 32\), expected \(4, 56\)"):
         load_adapter(wider, tmp_path)
 
 
 def test_adapter_of_a_deeper_base_is_refused(tmp_path: Path) -> None:
     save(adapted_model(), tmp_path)
     shallower = tiny_model(num_hidden_layers=3, global_attn_idx=[0])
-    with pytest.raises(CheckpointError, match=r"layers\.3\.mamba\.dt_proj\.0\.lora_A\.weight has no place"):
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mamba\.dt_proj\.0\.lora_A\.weight is unexpected"):
         load_adapter(shallower, tmp_path)
 
 
 def test_adapter_of_a_base_with_meta_tokens_is_refused_by_one_without(tmp_path: Path) -> None:
     save(adapted_model(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"memory_tokens\.lora_embedding_A has no place"):
+    with pytest.raises(CheckpointError, match=r"memory_tokens\.lora_embedding_A is unexpected"):
         load_adapter(tiny_model(num_memory_tokens=0), tmp_path)

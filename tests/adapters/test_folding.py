@@ -27,8 +27,8 @@ from tests.tolerances import FLOAT32
 CPU = torch.device("cpu")
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("meta", MetaTokens)
@@ -47,8 +47,8 @@ def test_merged_equals_unmerged_in_bfloat16(method: str, meta: str, tmp_path: Pa
     model = adapted_model("all", meta, torch.bfloat16, **METHODS[method])
     train(model)
     unmerged, exact = logits(model), logits(copy.deepcopy(model).float())
-    # Merging rounds weights where the unmerged model rounds updates: both are off from the exact model, each its own
-    # way, by bfloat16's noise in this model. Measured, they differ by 0.9 to 1.6 of it.
+    # Merging rounds weights, while the unmerged model rounds updates, so both differ from the exact model by bfloat16's
+    # rounding noise. The measured difference between the two is 0.9 to 1.6 times that noise.
     noise = error(unmerged, exact)
     assert error(logits(merged(model, tmp_path)), unmerged) < 3 * noise
     assert error(exact, logits(tiny_model())) > 10 * noise
@@ -64,9 +64,9 @@ def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
         "model.layers.1.mamba.in_proj.weight": layer.get_delta_weight("default"),
         "model.memory_tokens.weight": tokens.get_delta_weight("default"),
     }
-    found = merged(model, tmp_path).state_dict()
+    result = merged(model, tmp_path).state_dict()
     for name, update in sums.items():
-        assert torch.equal(found[name], (base[name].float() + update).bfloat16())
+        assert torch.equal(result[name], (base[name].float() + update).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,30 +74,31 @@ def test_merged_weights_are_rounded_once(tmp_path: Path) -> None:
 def test_merged_model_saves_and_loads_like_a_released_one(meta: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted_model("all", meta, dtype)
     train(model)
-    found = merged(model, tmp_path)
-    found.save_pretrained(tmp_path / "merged")
+    result = merged(model, tmp_path)
+    result.save_pretrained(tmp_path / "merged")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
 
     assert not any(info.values())
-    assert torch.equal(logits(loaded), logits(found))
-    assert {parameter.dtype for parameter in found.parameters()} == {dtype}
-    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(result))
+    assert {parameter.dtype for parameter in result.parameters()} == {dtype}
+    assert result.lm_head.weight is result.model.embed_tokens.weight
     names = [path.name for path in (tmp_path / "merged").iterdir()]
     assert sorted(names) == sorted(path.name for path in (tmp_path / "base").iterdir())
     assert (tmp_path / "merged/config.json").read_text() == (tmp_path / "base/config.json").read_text()
 
 
 def test_a_new_adapter_merges_into_the_base_itself(tmp_path: Path) -> None:
-    found, base = merged(adapted_model("all", "full"), tmp_path).state_dict(), tiny_model().state_dict()
-    assert found.keys() == base.keys()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in base.items())
+    result = merged(adapted_model("all", "full"), tmp_path).state_dict()
+    base = tiny_model().state_dict()
+    assert result.keys() == base.keys()
+    assert all(torch.equal(tensor, result[name]) for name, tensor in base.items())
 
 
 def test_adapter_with_nan_is_not_merged(tmp_path: Path) -> None:
     model = adapted_model()
     broken = model.get_base_model().model.layers[2].mamba.x_proj[0]
     broken.lora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mamba\.x_proj\.0\.lora_B\.weight holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mamba\.x_proj\.0\.lora_B\.weight contains NaN or infinity"):
         merged(model, tmp_path)
 
 
@@ -113,16 +114,16 @@ def test_adapter_with_nan_is_not_merged(tmp_path: Path) -> None:
     ids=["nan", "inf", "1e308", "alpha pattern", "rank pattern"],
 )
 def test_scale_that_makes_nan_is_refused(changes: dict[str, Any], name: str, tmp_path: Path) -> None:
-    """Of a fresh adapter too, whose zeros such a scale makes NaN."""
+    """Even a new adapter is refused, because such a scale turns its zeros into NaN."""
     merged(adapted_model(), tmp_path)
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     source = ModelSource("adapter", path.parent, adapter=path.parent, base=str(tmp_path / "base"))
-    with pytest.raises(CheckpointError, match=rf"{name} of the merged model holds NaN or infinity(.|\n)*lora_alpha"):
+    with pytest.raises(CheckpointError, match=rf"{name} of the merged model contains NaN or infinity(.|\n)*lora_alpha"):
         open_model(source, dtype=torch.float32, device=CPU)
 
 
-def test_rank_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_rank_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     merged(adapted_model(), tmp_path)
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": "much"}))
@@ -139,7 +140,7 @@ def test_adapter_that_peft_cannot_merge_is_refused(tmp_path: Path) -> None:
         merged(add_adapter(model, config, ["x_proj.0"]), tmp_path)
 
 
-def test_values_beyond_the_number_format_are_refused(tmp_path: Path) -> None:
+def test_values_outside_the_range_of_the_dtype_are_refused(tmp_path: Path) -> None:
     model = adapted_model()
     train(model)
     merged(model, tmp_path)
@@ -148,7 +149,7 @@ def test_values_beyond_the_number_format_are_refused(tmp_path: Path) -> None:
     source = ModelSource("adapter", path.parent, adapter=path.parent, base=str(tmp_path / "base"))
     open_model(source, dtype=torch.float32, device=CPU)
     with pytest.raises(
-        CheckpointError, match=r"model\..* has values beyond the range of float16\.\n.*at most 6\.55e\+04"
+        CheckpointError, match=r"model\..* has values outside the range of float16\.\n.*at most 6\.55e\+04"
     ):
         open_model(source, dtype=torch.float16, device=CPU)
 
@@ -160,43 +161,43 @@ def test_base_with_nan_is_not_merged(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     source = ModelSource("mine", tmp_path / "adapter", adapter=tmp_path / "adapter", base=str(tmp_path / "base"))
     with pytest.raises(
-        CheckpointError, match=r"model\.layers\.1\.input_layernorm\.weight of the merged model holds NaN"
+        CheckpointError, match=r"model\.layers\.1\.input_layernorm\.weight of the merged model contains NaN"
     ):
         open_model(source, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(("field", "value"), [("bias", "all"), ("target_modules", ["lm_head"])])
-def test_adapter_that_changes_what_cannot_be_folded(field: str, value: Any, tmp_path: Path) -> None:
-    """Of other tools: the head's weight is the embeddings', and a bias is no factor."""
+def test_adapter_that_changes_other_parameters_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    """Other tools can save adapters of the tied head, and trained biases."""
     model = tiny_model()
     config = config_for(model)
     setattr(config, field, value)
-    with pytest.raises(CheckpointError, match=r"adapter changes .*(bias|lm_head).* in a way that cannot be folded in"):
+    with pytest.raises(CheckpointError, match=r"adapter changes .*(bias|lm_head).* in a way that cannot be merged"):
         merged(add_adapter(model, config, ["mlp"]), tmp_path)
 
 
 def qlora(
     wide_model: Path, folder: Path, scheme: Scheme, targets: str = "all", **settings: Any
 ) -> tuple[Any, ModelSource]:
-    """A model as it is trained on quantized weights, and what its run leaves behind."""
+    """Return a model with an adapter on quantized weights, and its source as a run would record it."""
     source = ModelSource("wide", wide_model)
-    asked = quantization(load_config(source), scheme, torch.float32)
-    model = load_weights(source, dtype=torch.float32, device=CPU, quantization=asked)
+    wanted = quantization(load_config(source), scheme, torch.float32)
+    model = load_weights(source, dtype=torch.float32, device=CPU, quantization=wanted)
     adapted = add_adapter(model, config_for(model, targets, **settings), [targets])
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or "embedding_A" in name or "modules_to_save" in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     adapted.save_pretrained(folder)
-    # Training without dropout differs from evaluation in one thing: int8 does not round the activations.
+    # Training mode without dropout differs from evaluation only in int8, which then does not round the activations.
     return adapted.train(), ModelSource("mine", folder, folder, str(wide_model), scheme, str(torch.float32))
 
 
 def wide_logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=torch.stack(random_texts([24, 24], SMALL["vocab_size"]))).logits
-    return found
+        logits: Tensor = model(input_ids=torch.stack(random_texts([24, 24], SMALL["vocab_size"]))).logits
+    return logits
 
 
 @pytest.mark.parametrize(
@@ -226,34 +227,34 @@ def test_merged_equals_unmerged_on_quantized_weights_and_on_the_original_ones(
 def test_rounded_weights_are_what_transformers_quantizes_and_dequantizes(scheme: Scheme, wide_model: Path) -> None:
     source, dtype = ModelSource("wide", wide_model), torch.bfloat16
     config = load_config(source)
-    asked = quantization(config, scheme, dtype)
-    layers = stored_bytes(config, asked)
-    rounded = RoundedWeights(StoredWeights(wide_model, config), asked, layers, dtype=dtype, device=CPU)
-    loaded = load_weights(source, dtype=dtype, device=CPU, quantization=asked).dequantize(dtype).state_dict()
+    wanted = quantization(config, scheme, dtype)
+    layers = stored_bytes(config, wanted)
+    rounded = RoundedWeights(StoredWeights(wide_model, config), wanted, layers, dtype=dtype, device=CPU)
+    loaded = load_weights(source, dtype=dtype, device=CPU, quantization=wanted).dequantize(dtype).state_dict()
     loaded.pop("lm_head.weight")
     assert rounded.keys() == {released_name(name) for name in loaded}
     for name, tensor in loaded.items():
         assert torch.equal(rounded[released_name(name)].to(dtype), tensor), name
 
 
-def test_what_an_adapter_may_be_folded_into(wide_model: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_weights_that_an_adapter_may_be_merged_into(wide_model: Path, finished_run: Path, tmp_path: Path) -> None:
     _, source = qlora(wide_model, tmp_path / "mine", Scheme.nf4)
     base = quantized_base(source)
     assert base is not None
     assert (base.scheme, base.dtype, base.stored) == (Scheme.nf4, torch.float32, False)
-    assert folding_note(source) == "mine: folded into the weights it was trained on, nf4 dequantized"
-    alone = resolve_model(str(tmp_path / "mine"))  # without its run, which would say so
+    assert folding_note(source) == "mine: merged into the weights it was trained on, nf4 dequantized"
+    alone = resolve_model(str(tmp_path / "mine"))  # without the run, which records the quantization
     for plain in (alone, resolve_model(str(finished_run))):
         assert quantized_base(plain) is folding_note(plain) is None
         check_onto(plain, Onto.original)
-        with pytest.raises(ConfigError, match=r"--onto dequantized: nothing says that .* was trained on quantized wei"):
+        with pytest.raises(ConfigError, match=r"--onto dequantized: .* is not known to be trained on quantized wei"):
             check_onto(plain, Onto.dequantized)
     wide, stored = ModelSource("wide", wide_model), tmp_path / "stored"
-    asked = quantization(load_config(wide), Scheme.int8, torch.float32)
-    load_weights(wide, dtype=torch.float32, device=CPU, quantization=asked).save_pretrained(stored)
-    upon = replace(source, base=str(stored), quantized="int8")
-    check_onto(upon, Onto.dequantized)
+    wanted = quantization(load_config(wide), Scheme.int8, torch.float32)
+    load_weights(wide, dtype=torch.float32, device=CPU, quantization=wanted).save_pretrained(stored)
+    on_stored = replace(source, base=str(stored), quantized="int8")
+    check_onto(on_stored, Onto.dequantized)
     with pytest.raises(ConfigError, match=r"--onto original: .*stored is stored in int8, and has no other weights"):
-        check_onto(upon, Onto.original)
-    with pytest.raises(CheckpointError, match=r"The run\.json of mine cannot be understood: 'nf5' is not"):
+        check_onto(on_stored, Onto.original)
+    with pytest.raises(CheckpointError, match=r"The run\.json of mine is invalid: 'nf5' is not"):
         quantized_base(replace(source, quantized="nf5"))

@@ -1,4 +1,4 @@
-"""Adapters that plain PEFT has initialized in every way it knows: folded in as PEFT loads them, or refused."""
+"""Adapters with every initialization of PEFT are merged as PEFT loads them, or refused."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.tolerances import FLOAT32
 TARGETS = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj", "memory_tokens"]
 MERGED: list[Any] = [True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora"]
 REFUSED = {
-    "pissa_niter_[number of iters]": "draws random numbers",
+    "pissa_niter_[number of iters]": "randomized decomposition",
     "corda": "decomposition of the activations",
     "lora_ga": "gradients on its training data",
-    "loftq": "quantizing them, which PEFT repeats on a GPU only",
+    "loftq": "quantizing them, which PEFT can repeat only on a GPU",
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -40,7 +40,7 @@ def new_adapter(init: Any, dtype: torch.dtype = torch.float32, **changes: Any) -
     return get_peft_model(tiny_model(dtype), config)
 
 
-def learn(model: PeftModel) -> None:
+def perturb(model: PeftModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -51,7 +51,7 @@ def source_of(folder: Path, dtype: torch.dtype = torch.float32) -> ModelSource:
     return ModelSource("mine", folder / "adapter", adapter=folder / "adapter", base=str(folder / "base"))
 
 
-def opened(source: ModelSource) -> Tensor:
+def merged_logits(source: ModelSource) -> Tensor:
     return logits(open_model(source, dtype=torch.float32, device=torch.device("cpu")))
 
 
@@ -73,25 +73,25 @@ def test_every_initialization_that_peft_knows_is_tested() -> None:
 )
 def test_merged_equals_the_model_that_peft_loads(init: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     model = new_adapter(init, **changes)
-    learn(model)
+    perturb(model)
     model.save_pretrained(tmp_path / "adapter")
     dtype = changes.get("dtype", torch.float32)
     loaded = PeftModel.from_pretrained(tiny_model(dtype), tmp_path / "adapter")
-    FLOAT32.check(opened(source_of(tmp_path, dtype)), logits(loaded.float()))
+    FLOAT32.check(merged_logits(source_of(tmp_path, dtype)), logits(loaded.float()))
 
 
 @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model and should thus not be used with other")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_converted_adapter_is_merged_as_it_was_trained(init: str, tmp_path: Path) -> None:
-    """PEFT makes it a plain one of twice the rank."""
-    model = new_adapter(init, target_modules=TARGETS[:-1])  # of embeddings, PEFT loses the factors
+    """PEFT converts it to a plain adapter of twice the rank."""
+    model = new_adapter(init, target_modules=TARGETS[:-1])  # for embeddings, PEFT loses the factors
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = init
-    learn(model)
+    perturb(model)
     trained = logits(model)
     model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    FLOAT32.check(opened(source_of(tmp_path)), trained)
+    FLOAT32.check(merged_logits(source_of(tmp_path)), trained)
 
 
 @pytest.mark.parametrize("init", [*REFUSED, "pissa_niter_16", "PiSSA_niter_x"])
@@ -109,7 +109,7 @@ def test_unknown_initialization_is_refused(tmp_path: Path) -> None:
     new_adapter(True).save_pretrained(tmp_path / "adapter")
     rewrite(tmp_path / "adapter", init_lora_weights="new")
     with pytest.raises(CheckpointError, match=r"init_lora_weights 'new' in adapter_config\.json is unknown"):
-        opened(source_of(tmp_path))
+        merged_logits(source_of(tmp_path))
 
 
 def test_initialization_that_changes_quantized_weights_is_refused(
@@ -118,6 +118,6 @@ def test_initialization_that_changes_quantized_weights_is_refused(
     new_adapter("pissa").save_pretrained(tmp_path / "adapter")
     source = source_of(tmp_path)
     stored = quantization(tiny_model().config, "int8", torch.float32)  # type: ignore[arg-type]
-    monkeypatch.setattr("hymba_tune.adapters.folding.stored_quantization", lambda _: stored)
+    monkeypatch.setattr("hymba_tune.schemes.stored_quantization", lambda _: stored)
     with pytest.raises(CheckpointError, match=r"init_lora_weights, pissa, changes the weights.*are quantized"):
         quantized_base(source)

@@ -22,17 +22,15 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def test_adapter_that_does_not_name_its_base(finished_run: Path, tmp_path: Path) -> None:
+def test_adapter_that_does_not_name_its_base_is_refused(finished_run: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(finished_run / "adapter", tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(
-        CheckpointError, match=r"adapter does not say which model it belongs to\.\n  expected   base_mod"
-    ):
+    with pytest.raises(CheckpointError, match=r"adapter does not name its base model\.\n  expected   base_mod"):
         open_model(resolve_model(str(adapter)), dtype=torch.float32, device=CPU)
 
 
-def test_adapter_folder_opens_as_its_run_does(finished_run: Path) -> None:
+def test_adapter_folder_opens_as_the_same_model_as_its_run(finished_run: Path) -> None:
     run, adapter = (
         open_model(resolve_model(str(folder)), dtype=torch.float32, device=CPU)
         for folder in (finished_run, finished_run / "adapter")

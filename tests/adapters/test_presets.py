@@ -20,7 +20,7 @@ MODULES = {
 }
 
 
-def wrapped(targets: str, meta: str) -> set[str]:
+def adapted_names(targets: str, meta: str) -> set[str]:
     model = adapted_model(targets, meta).get_base_model()
     return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
@@ -42,8 +42,8 @@ def config_of(model: HymbaForCausalLM, *targets: str) -> set[str]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_adapts_its_modules_in_every_layer_and_nothing_else(preset: str) -> None:
     expected = {f"model.layers.{layer}.{name}" for layer in range(4) for name in MODULES[preset]}
-    assert wrapped(preset, "frozen") == expected
-    assert wrapped(preset, "lora") == expected | {"model.memory_tokens"}
+    assert adapted_names(preset, "frozen") == expected
+    assert adapted_names(preset, "lora") == expected | {"model.memory_tokens"}
 
 
 def test_attention_and_ssm_together_are_attention_ssm() -> None:
@@ -77,27 +77,27 @@ def test_settings_reach_peft() -> None:
     assert config.task_type == "CAUSAL_LM"
 
 
-def test_whole_meta_tokens_are_saved_as_a_module() -> None:
+def test_fully_trained_meta_tokens_are_saved_as_a_module() -> None:
     config = config_for(tiny_model(), meta="full")
     assert config.modules_to_save == ["memory_tokens"]
     assert "memory_tokens" not in config.target_modules
 
 
 @pytest.mark.parametrize("meta", MetaTokens)
-def test_model_without_meta_tokens_has_none_to_train(meta: str) -> None:
+def test_meta_tokens_of_a_model_without_any_are_not_targeted(meta: str) -> None:
     config = config_for(tiny_model(num_memory_tokens=0), meta=meta)
     assert config.modules_to_save is None
     assert "memory_tokens" not in config.target_modules
 
 
-def test_preset_names_only_what_the_model_has() -> None:
+def test_preset_names_only_modules_of_the_model() -> None:
     assert set(config_for(tiny_model(mlp_hidden_act="relu2"), "mlp", "frozen").target_modules) == {
         "up_proj",
         "down_proj",
     }
 
 
-def test_modules_of_ones_own() -> None:
+def test_targets_can_be_module_names() -> None:
     model = tiny_model()
     assert config_of(model, "x_proj.0", "in_proj", "in_proj") == {"x_proj.0", "in_proj"}
     assert config_of(model, "layers.3.mamba.out_proj") == {"layers.3.mamba.out_proj"}
@@ -121,7 +121,7 @@ def test_configuration_needs_no_weights() -> None:
         (["lm_head"], "no linear layer called lm_head"),
         (["embed_tokens"], "no linear layer called embed_tokens"),
         (["atention"], "mean attention"),
-        (["ssm", "mlp"], "ssm is a preset and stands alone"),
+        (["ssm", "mlp"], "ssm is a preset, which excludes other targets"),
         ([], "empty"),
     ],
 )

@@ -12,7 +12,7 @@ def test_tied_parameters_count_once() -> None:
     assert count_parameters(model) == (sum(numbers.values()), sum(numbers.values()))
 
 
-def test_adapter_is_what_is_trained() -> None:
+def test_only_the_adapter_is_trainable() -> None:
     # x_proj.0 maps 48 to 4 + 3 + 3.
     model = tiny_model()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -39,15 +39,15 @@ def test_adapter_is_what_is_trained() -> None:
     ("method", "meta", "expected"),
     [
         ("lora", "lora", "LoRA r4 on all (7 kinds × 4 layers) + meta tokens · "),
-        ("dora", "full", "DoRA r4 on all (7 kinds × 4 layers) + whole meta tokens · "),
+        ("dora", "full", "DoRA r4 on all (7 kinds × 4 layers) + full meta tokens · "),
         ("rslora", "frozen", "rsLoRA r4 on all (7 kinds × 4 layers) · "),
     ],
 )
-def test_line_says_the_method_and_the_place(method: str, meta: str, expected: str) -> None:
+def test_line_names_the_method_and_the_targets(method: str, meta: str, expected: str) -> None:
     assert describe(adapted_model("all", meta, **METHODS[method]), ["all"]).startswith(expected)
 
 
-def test_full_training_has_no_adapter_to_describe() -> None:
+def test_full_training_is_described_as_every_weight() -> None:
     assert describe(tiny_model(), ["all"]).startswith("every weight · ")
     assert describe(tiny_model(), ["all"]).endswith("trainable, 100 %")
 

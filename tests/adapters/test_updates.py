@@ -13,7 +13,7 @@ from tests.adapters.small import METHODS, adapted_model, merged, train
 from tests.tiny import tiny_model
 
 
-def moved(before: dict[str, Tensor], after: dict[str, Tensor], name: str, rows: slice = slice(None)) -> float:
+def relative_change(before: dict[str, Tensor], after: dict[str, Tensor], name: str, rows: slice = slice(None)) -> float:
     old, new = before[name][rows].double(), after[name][rows].double()
     return float((new - old).norm() / old.norm())
 
@@ -29,32 +29,32 @@ def test_updates_are_those_of_the_merged_weights(method: str, meta: str, tmp_pat
     model = adapted_model(meta=meta, **METHODS[method])
     before = copy.deepcopy(tiny_model().state_dict())
     train(model)
-    found = sizes(adapter_updates(model))
+    measured = sizes(adapter_updates(model))
     after = merged(model, tmp_path).state_dict()
     widths = {layer: block.mamba.widths for layer, block in enumerate(tiny_model().model.layers)}
-    for (part, layer), size in found.items():
+    for (part, layer), size in measured.items():
         if layer is None:
-            assert size == pytest.approx(moved(before, after, "model.memory_tokens.weight"), rel=1e-4)
+            assert size == pytest.approx(relative_change(before, after, "model.memory_tokens.weight"), rel=1e-4)
             continue
         prefix = f"model.layers.{layer}"
         if part in ("q", "k", "v", "x", "gate"):
             index = ["q", "k", "v", "x", "gate"].index(part)
             start = sum(widths[layer][:index])
             rows = slice(start, start + widths[layer][index])
-            expected = moved(before, after, f"{prefix}.mamba.in_proj.weight", rows)
+            expected = relative_change(before, after, f"{prefix}.mamba.in_proj.weight", rows)
         else:
             ends = (f"{part}.weight", f"{part}.0.weight")
             (name,) = (name for name in after if name.startswith(prefix) and name.endswith(ends))
-            expected = moved(before, after, name)
+            expected = relative_change(before, after, name)
         assert size == pytest.approx(expected, rel=1e-4), (part, layer)
     # Layer 2 takes its keys and values from layer 1.
-    assert ("k", 1) in found
-    assert ("k", 2) not in found
-    # Eleven parts in each of four layers, less one layer's keys and values, and the meta tokens.
-    assert len(found) == 4 * 11 - 2 + 1
+    assert ("k", 1) in measured
+    assert ("k", 2) not in measured
+    # There are eleven parts in each of four layers, without the keys and values of one layer, plus the meta tokens.
+    assert len(measured) == 4 * 11 - 2 + 1
 
 
-def test_rows_outside_of_a_preset_did_not_move() -> None:
+def test_rows_outside_of_a_preset_have_no_update() -> None:
     model = adapted_model("ssm")
     train(model)
     updates = adapter_updates(model)
@@ -64,27 +64,27 @@ def test_rows_outside_of_a_preset_did_not_move() -> None:
     assert all(size > 0 for size in groups["SSM"] if size is not None)
 
 
-def test_full_training_is_measured_against_the_weights_it_began_with(tmp_path: Path) -> None:
+def test_full_training_is_measured_against_the_initial_weights(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     assert all(update.size == 0 for update in full_updates(model, tmp_path))
     before: dict[str, Any] = copy.deepcopy(model.state_dict())
     train(model)
     updates = full_updates(model, tmp_path)
-    found = sizes(updates)
-    assert found["down_proj", 3] == pytest.approx(
-        moved(before, model.state_dict(), "model.layers.3.moe.experts.0.down_proj.weight"), rel=1e-4
+    measured = sizes(updates)
+    assert measured["down_proj", 3] == pytest.approx(
+        relative_change(before, model.state_dict(), "model.layers.3.moe.experts.0.down_proj.weight"), rel=1e-4
     )
     assert {update.group for update in updates} == {
         *("attention", "SSM", "attention + SSM", "MLP", "meta tokens", "embedding")
     }
-    assert found["memory_tokens", None] > 0
+    assert measured["memory_tokens", None] > 0
 
 
-def test_what_is_no_number_has_no_size() -> None:
+def test_nan_update_has_no_size() -> None:
     model = adapted_model()
     train(model)
     with torch.no_grad():
         model.get_base_model().model.layers[0].mamba.out_proj.lora_B["default"].weight.fill_(float("nan"))
-    lost = [update for update in adapter_updates(model) if update.size is None]
-    assert [(update.part, update.layer) for update in lost] == [("out_proj", 0)]
+    without_size = [update for update in adapter_updates(model) if update.size is None]
+    assert [(update.part, update.layer) for update in without_size] == [("out_proj", 0)]

@@ -195,7 +195,7 @@ def test_chat_warns_only_once_about_a_text_that_is_too_long(small_model: Path) -
     session.reply("word " * 600)
     session.reply("word")
     assert len(notes) == 1
-    assert "more than the 512 the model was made for; expect worse answers" in notes[0]
+    assert "tokens exceed the model's context of 512; expect worse answers" in notes[0]
 
 
 def test_strict_chat_rejects_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:

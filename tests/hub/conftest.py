@@ -15,7 +15,7 @@ __all__ = ["command", "hub"]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub that the client talks to, logged in, without waiting between its tries."""
+    """A test Hub for the client, which is logged in and does not wait before it retries."""
     server = Hub()
     for name, value in {
         "ENDPOINT": server.address,

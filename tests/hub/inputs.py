@@ -14,7 +14,7 @@ NAME = "me/my-hymba"
 
 
 def publish(hub: Hub, folder: Path, name: str = NAME, *, branch: str = "main", private: bool = False) -> None:
-    """As if it had been uploaded by other means."""
+    """Store a folder as a repository of the test Hub, without an upload."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     hub.repositories.setdefault(name, Repository(private=private)).branches[branch] = files
 
@@ -22,5 +22,5 @@ def publish(hub: Hub, folder: Path, name: str = NAME, *, branch: str = "main", p
 def logits(name: str) -> torch.Tensor:
     model = open_model(resolve_model(name), dtype=torch.float32, device=torch.device("cpu")).eval()
     with torch.inference_mode():
-        found: torch.Tensor = model(torch.arange(3, 30)[None]).logits
-    return found
+        logits: torch.Tensor = model(torch.arange(3, 30)[None]).logits
+    return logits

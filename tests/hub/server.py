@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback: what its client asks for when it pulls and pushes, and trouble on demand."""
+"""A local test Hub: the endpoints that the client uses for downloads and uploads, with failures on demand."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "secret" * 6
 LARGE = (".safetensors", "tokenizer.json", ".png")
-"""Files that are uploaded beside the commit, as the Hub's LFS has it."""
+"""Suffixes of files that are uploaded separately from the commit, like LFS files on the Hub."""
 
 
 @dataclass
 class Repository:
-    """One of them; each commit of a branch is named by what it holds."""
+    """A repository. The name of a commit is a hash of its files."""
 
     private: bool = False
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {".gitattributes": b""}})
@@ -33,16 +33,16 @@ class Repository:
 
 
 @dataclass
-class Trouble:
-    """What the server does instead of answering.
+class Failure:
+    """A failure of the server instead of a response.
 
     Attributes:
-        method: Of the requests it befalls.
-        path: A pattern for their path.
-        status: What they are answered with; None to hang up.
-        times: How many of them.
-        headers: Of the answer.
-        after: How many are let through before.
+        method: The method of the requests that fail.
+        path: A pattern of their paths.
+        status: The status of the response; None to close the connection.
+        times: The number of requests that fail.
+        headers: The headers of the response.
+        after: The number of requests that succeed before.
     """
 
     method: str
@@ -54,13 +54,13 @@ class Trouble:
 
 
 class Hub:
-    """The server. Its attributes may be changed at any time."""
+    """The server. Its attributes may be changed while it runs."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        self.troubles: list[Trouble] = []
-        self.asked: list[str] = []
+        self.failures: list[Failure] = []
+        self.requests: list[str] = []
         self.role = "write"
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -75,24 +75,24 @@ class Hub:
         self._server.server_close()
         self._thread.join()
 
-    def trouble_for(self, method: str, path: str) -> Trouble | None:
-        for trouble in self.troubles:
-            if trouble.method == method and re.search(trouble.path, path) and trouble.times:
-                if trouble.after:
-                    trouble.after -= 1
+    def failure_of(self, method: str, path: str) -> Failure | None:
+        for failure in self.failures:
+            if failure.method == method and re.search(failure.path, path) and failure.times:
+                if failure.after:
+                    failure.after -= 1
                     return None
-                trouble.times -= 1
-                return trouble
+                failure.times -= 1
+                return failure
         return None
 
 
 def commit_of(files: dict[str, bytes]) -> str:
-    """The name of the commit that holds these files."""
+    """Return the name of the commit with these files."""
     return hashlib.sha1(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()
 
 
 class RefusalError(Exception):
-    """An answer that is an error."""
+    """A request that the server answers with an error."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -109,14 +109,14 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         path = unquote(urlsplit(self.path).path)
         body = self.read_body()
-        if path != "/api/agent-harnesses":  # which the client may ask for once, of its own
-            self.hub.asked.append(f"{self.command} {path}")
-        trouble = self.hub.trouble_for(self.command, path)
+        if path != "/api/agent-harnesses":  # some versions of the client request this once
+            self.hub.requests.append(f"{self.command} {path}")
+        failure = self.hub.failure_of(self.command, path)
         try:
-            if trouble is None:
+            if failure is None:
                 self.do(path, body)
-            elif trouble.status is not None:
-                self.answer(trouble.status, {"error": "trouble"}, trouble.headers)
+            elif failure.status is not None:
+                self.answer(failure.status, {"error": "failure on demand"}, failure.headers)
             else:
                 self.close_connection = True
                 self.connection.close()
@@ -137,8 +137,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command in ("POST", "PUT") and not path.startswith("/signed/"):
             self.check_token()
         for method, pattern, function in ROUTES:
-            if method == self.command and (found := re.fullmatch(pattern, path)):
-                function(self, self.hub, body, *found.groups())
+            if method == self.command and (match := re.fullmatch(pattern, path)):
+                function(self, self.hub, body, *match.groups())
                 return
         raise RefusalError(404, f"{self.command} {path}", "EntryNotFound")
 
@@ -180,11 +180,11 @@ def whoami(handler: Any, hub: Hub, _: bytes) -> None:
 
 
 def create(handler: Any, hub: Hub, body: bytes) -> None:
-    asked = json.loads(body)
-    name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    settings = json.loads(body)
+    name = f"{settings.get('organization') or 'me'}/{settings['name']}"
     if name in hub.repositories:
         raise RefusalError(409, "You already created this model repo")
-    hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+    hub.repositories[name] = Repository(private=settings.get("visibility") == "private")
     handler.answer(200, {"url": f"{hub.address}/{name}", "name": name})
 
 
@@ -202,15 +202,17 @@ def info(handler: Any, hub: Hub, _: bytes, name: str, revision: str | None = Non
 
 def tree(handler: Any, hub: Hub, _: bytes, name: str, revision: str) -> None:
     files = _files(hub, name, revision, handler)
-    entries = [{"type": "file", "path": file, "size": len(held), "oid": _oid(held)} for file, held in files.items()]
+    entries = [
+        {"type": "file", "path": file, "size": len(content), "oid": _oid(content)} for file, content in files.items()
+    ]
     handler.answer(200, entries)
 
 
-def branch(handler: Any, hub: Hub, _: bytes, name: str, made: str) -> None:
+def branch(handler: Any, hub: Hub, _: bytes, name: str, new_branch: str) -> None:
     branches = _repository(hub, name, handler).branches
-    if made in branches:
+    if new_branch in branches:
         raise RefusalError(409, "Reference already exists")
-    branches[made] = dict(branches["main"])
+    branches[new_branch] = dict(branches["main"])
     handler.answer(200, {})
 
 
@@ -265,16 +267,16 @@ def resolve(handler: Any, hub: Hub, _: bytes, name: str, revision: str, file: st
     files = _files(hub, name, revision, handler)
     if file not in files:
         raise RefusalError(404, "Entry not found", "EntryNotFound")
-    held = files[file]
+    content = files[file]
     begin = int(match[1]) if (match := re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))) else 0
-    headers = {"ETag": f'"{_oid(held)}"', "X-Repo-Commit": commit_of(files), "Accept-Ranges": "bytes"}
+    headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit_of(files), "Accept-Ranges": "bytes"}
     if begin:
-        headers["Content-Range"] = f"bytes {begin}-{len(held) - 1}/{len(held)}"
-    handler.send(206 if begin else 200, held[begin:], headers)
+        headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+    handler.send(206 if begin else 200, content[begin:], headers)
 
 
-def _oid(held: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(held) + held).hexdigest()
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 MODEL = r"/api/(?:models|datasets)/([^/]+/[^/]+)"

@@ -1,4 +1,4 @@
-"""An export that shows nothing."""
+"""A progress display that shows nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def silent(label: str) -> AbstractContextManager[Any]:
-    """Stands where the screen shows that something takes a while."""
+    """Replace the screen's progress display of a long step."""
     del label
     return nullcontext(lambda _: None)

@@ -1,4 +1,4 @@
-"""An exported folder opens where only torch and transformers are, and is the same model there."""
+"""An exported folder loads with only torch and transformers installed, and is the same model."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ backends = sys.modules[type(model).__module__.rpartition(".")[0] + ".backends"]
 taken = {name: choice.taken for name, choice in backends.survey(backends.Task("cpu", torch.float32)).items()}
 save_file({"logits": logits, "written": written}, "result.safetensors")
 print(json.dumps({"ids": tokenizer(prompts)["input_ids"], "chat": chat["input_ids"], "taken": taken}))
-if not hasattr(model.config, "quantization_config"):  # transformers cannot write such a model again
-    model.save_pretrained("again")  # as one who goes on training it there does
+if not hasattr(model.config, "quantization_config"):  # transformers cannot save such a model
+    model.save_pretrained("again")  # as for further training
     assert AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True).config.auto_map
 """
 
@@ -82,38 +82,38 @@ def exported(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("compiler", ["c++", "/no/such/compiler"])
-def test_opens_with_torch_and_transformers_alone(
+def test_export_loads_with_only_torch_and_transformers(
     compiler: str, elsewhere: Elsewhere, exported: Path, small_model: Path
 ) -> None:
-    environment = {} if compiler == "c++" else {"CXX": compiler}
-    said = json.loads(elsewhere.run(PROGRAM, exported, *PROMPTS, **environment).splitlines()[-1])
+    variables = {} if compiler == "c++" else {"CXX": compiler}
+    output = json.loads(elsewhere.run(PROGRAM, exported, *PROMPTS, **variables).splitlines()[-1])
     tokenizer = with_chat_template(load_tokenizer(small_model))
-    assert said["ids"] == tokenizer(PROMPTS)["input_ids"]
-    assert said["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
-    assert ("native" in said["taken"].values()) == (compiler == "c++"), said["taken"]
+    assert output["ids"] == tokenizer(PROMPTS)["input_ids"]
+    assert output["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
+    assert ("native" in output["taken"].values()) == (compiler == "c++"), output["taken"]
 
     model = AutoModelForCausalLM.from_pretrained(small_model)
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     with torch.inference_mode():
         logits = model(**batch).logits
-    found = load_file(elsewhere.folder / "result.safetensors")
-    assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
-    torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)
+    saved = load_file(elsewhere.folder / "result.safetensors")
+    assert torch.equal(saved["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
+    torch.testing.assert_close(saved["logits"], logits, rtol=0, atol=0 if compiler == "c++" else 1e-4)
 
 
-def test_is_evaluated_elsewhere_by_transformers_trainer(exported: Path, small_model: Path, tmp_path: Path) -> None:
-    away = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate")
-    said = json.loads(away.run(TRAINER, exported, *PROMPTS).splitlines()[-1])
+def test_export_is_evaluated_by_transformers_trainer(exported: Path, small_model: Path, tmp_path: Path) -> None:
+    environment = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate")
+    output = json.loads(environment.run(TRAINER, exported, *PROMPTS).splitlines()[-1])
     tokenizer, model = load_tokenizer(small_model), AutoModelForCausalLM.from_pretrained(small_model)
     rows = [torch.tensor([ids]) for ids in tokenizer(PROMPTS)["input_ids"]]
     with torch.inference_mode():
         losses = [model(row, labels=row).loss.item() for row in rows]
-    assert said["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    assert said["shapes"] == [[1, rows[0].shape[1], model.config.vocab_size]]
-    assert (said["kind"], said["same"]) == ("HymbaModel", True)
+    assert output["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert output["shapes"] == [[1, rows[0].shape[1], model.config.vocab_size]]
+    assert (output["kind"], output["same"]) == ("HymbaModel", True)
 
 
-def test_nano_is_trained_merged_quantized_exported_and_talks_elsewhere(
+def test_trained_merged_quantized_and_exported_model_loads_without_hymba_tune(
     command: Command, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,17 +125,17 @@ def test_nano_is_trained_merged_quantized_exported_and_talks_elsewhere(
     ):
         done = command(*words)
         assert done.code == 0, done.err
-    away = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate", "bitsandbytes")
-    said = json.loads(away.run(PROGRAM, tmp_path / "mine", *PROMPTS).splitlines()[-1])
-    found = load_file(away.folder / "result.safetensors")
+    environment = Elsewhere(tmp_path / "env", "torch", "transformers", "accelerate", "bitsandbytes")
+    output = json.loads(environment.run(PROGRAM, tmp_path / "mine", *PROMPTS).splitlines()[-1])
+    saved = load_file(environment.folder / "result.safetensors")
 
     tokenizer = load_tokenizer(tmp_path / "mine")
-    model = AutoModelForCausalLM.from_pretrained("mine")  # as it computes there: bitsandbytes may take bfloat16
+    model = AutoModelForCausalLM.from_pretrained("mine")  # loaded alike, as bitsandbytes may compute in bfloat16
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     with torch.inference_mode():
-        torch.testing.assert_close(found["logits"], model(**batch).logits, rtol=0, atol=1e-4)
-    assert torch.equal(found["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
-    assert said["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
+        torch.testing.assert_close(saved["logits"], model(**batch).logits, rtol=0, atol=1e-4)
+    assert torch.equal(saved["written"], model.generate(**batch, max_new_tokens=5, do_sample=False))
+    assert output["chat"] == encode_prompt(Conversation((Message("user", "Hi"),)), tokenizer)
 
     answered = command("chat", "mine", "--prompt", "I see two cats. What do I see?", "--max-new-tokens", 4)
     assert answered.code == 0, answered.err

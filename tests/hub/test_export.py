@@ -1,4 +1,4 @@
-"""What an export writes, and that it writes all of it or nothing."""
+"""Exports are complete, equal to the original model, and written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def exported(model: Path | str, out: Path, **options: Any) -> Path:
 def logits(folder: Path) -> torch.Tensor:
     model = open_model(resolve_model(str(folder)), dtype=torch.float32, device=CPU).eval()
     with torch.inference_mode():
-        found: torch.Tensor = model(torch.arange(3, 30)[None]).logits
-    return found
+        logits: torch.Tensor = model(torch.arange(3, 30)[None]).logits
+    return logits
 
 
 def head(folder: Path) -> dict[str, Any]:
@@ -49,18 +49,18 @@ def head(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, exported. To be left as it is."""
+    """The export of a run, shared by the tests of this module, which must not change it."""
     out = tmp_path_factory.mktemp("exports") / "mine"
     return exported(finished_run, out, license="apache-2.0", base_model="hymba-nano")
 
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy of the export that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "broken"))
 
 
-def test_run_is_the_model_it_trained_under_the_released_names(folder: Path, finished_run: Path) -> None:
+def test_exported_run_is_its_model_with_the_released_names(folder: Path, finished_run: Path) -> None:
     assert tensors(folder).keys() == expected_names(AutoConfig.from_pretrained(folder))
     assert torch.equal(logits(folder), logits(finished_run))
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
@@ -77,8 +77,9 @@ def test_answers_end_with_the_stop_token_and_prompts_follow_the_template(folder:
     assert not {"is_local", "local_files_only"} & settings.keys()
 
 
-def test_card_says_what_the_model_is_and_nothing_of_the_machine(folder: Path, finished_run: Path) -> None:
-    card, facts = (folder / "README.md").read_text(), json.loads((finished_run / "run.json").read_text())
+def test_card_describes_the_model_and_not_the_machine(folder: Path, finished_run: Path) -> None:
+    card = (folder / "README.md").read_text()
+    facts = json.loads((finished_run / "run.json").read_text())
     assert head(folder) == {
         "license": "apache-2.0",
         "base_model": "hymba-nano",
@@ -100,19 +101,19 @@ def test_card_says_what_the_model_is_and_nothing_of_the_machine(folder: Path, fi
     assert str(Path.home()) not in card
 
 
-def test_card_of_a_base_gives_its_licence_and_its_own_base(small_model: Path, tmp_path: Path) -> None:
+def test_card_of_a_base_model_states_its_license_and_its_own_base(small_model: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(small_model, tmp_path / "base"))
-    said = {"license": "other", "license_name": "mine", "license_link": "https://a.b/c", "base_model": ["me/it"]}
-    (base / "README.md").write_text(f"---\n{yaml.safe_dump(said)}---\n# base\n")
+    metadata = {"license": "other", "license_name": "mine", "license_link": "https://a.b/c", "base_model": ["me/it"]}
+    (base / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n# base\n")
     out = exported(base, tmp_path / "out")
-    assert {name: head(out)[name] for name in said} == said | {"base_model": "me/it"}
+    assert {name: head(out)[name] for name in metadata} == metadata | {"base_model": "me/it"}
     assert "The weights: [mine](https://a.b/c)." in (out / "README.md").read_text()
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(CheckpointError, match=r"The head of .*README\.md cannot be read"):
+    with pytest.raises(CheckpointError, match=r"The metadata of .*README\.md cannot be read"):
         exported(base, tmp_path / "other")
 
 
-def test_hymba_format_is_what_nvidias_code_reads(small_model: Path, tmp_path: Path) -> None:
+def test_hymba_format_suits_nvidias_code(small_model: Path, tmp_path: Path) -> None:
     out = exported(small_model, tmp_path / "out", format="hymba")
     assert not list(out.glob("*.py"))
     assert not (out / "chat_template.jinja").exists()
@@ -129,10 +130,11 @@ def test_hymba_format_has_the_released_keys_and_values(shared: Path) -> None:
     written = released_config(AutoConfig.from_pretrained(folder), "a/b")
     assert written.keys() == released.keys()
     differ = {name for name in released if written[name] != released[name]}
-    assert differ == {"auto_map", "router_aux_loss_coef"}  # whose code; and there is one expert only
+    # The repository of the code differs, and a coefficient that has no effect with one expert.
+    assert differ == {"auto_map", "router_aux_loss_coef"}
 
 
-def test_adapter_alone(finished_run: Path, small_model: Path, tmp_path: Path) -> None:
+def test_adapter_is_exported_without_its_base(finished_run: Path, small_model: Path, tmp_path: Path) -> None:
     out = exported(finished_run, tmp_path / "adapter", adapter_only=True)
     assert {file.name for file in out.iterdir()} >= {"adapter_model.safetensors", "tokenizer.json", "README.md", SUMS}
     assert not (out / SINGLE).exists()
@@ -141,15 +143,15 @@ def test_adapter_alone(finished_run: Path, small_model: Path, tmp_path: Path) ->
         export(ExportConfig(model=str(small_model), out=tmp_path / "no", adapter_only=True), silent)
 
 
-def test_adapter_upon_an_adapter_is_not_exported_alone(finished_run: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_run_is_not_exported_without_its_base(finished_run: Path, tmp_path: Path) -> None:
     upper = Path(shutil.copytree(finished_run / "adapter", tmp_path / "upper"))
     settings = json.loads((upper / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(finished_run)}
     (upper / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"the adapter of .*upper lies on another run, and is of no use with"):
+    with pytest.raises(CheckpointError, match=r"the adapter .*upper is useless without its base model"):
         export(ExportConfig(model=str(upper), out=tmp_path / "out", adapter_only=True), silent)
 
 
-def test_adapter_of_another_base(finished_run: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_refused(finished_run: Path, tmp_path: Path) -> None:
     wrong = Path(shutil.copytree(finished_run / "adapter", tmp_path / "wrong"))
     settings = json.loads((wrong / "adapter_config.json").read_text()) | {"base_model_name_or_path": "hymba-nano"}
     (wrong / "adapter_config.json").write_text(json.dumps(settings))
@@ -159,15 +161,15 @@ def test_adapter_of_another_base(finished_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed"])
-def test_corrupted_weights_end_before_anything_is_written(damage: str, copied: Path, tmp_path: Path) -> None:
+def test_corrupted_weights_are_refused_before_anything_is_written(damage: str, copied: Path, tmp_path: Path) -> None:
     whole = (copied / SINGLE).read_bytes()
     (copied / SINGLE).write_bytes(whole[:-9] if damage == "cut" else whole[:100] + bytes(len(whole) - 100))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is (cut short|not a safetensors file)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is (truncated|not a safetensors file)"):
         export(ExportConfig(model=str(copied), out=tmp_path / "out"), silent)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_folder_that_does_not_read_as_it_was_meant_is_not_kept(
+def test_folder_whose_model_differs_is_removed(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hymba_tune.hub import layout
@@ -178,19 +180,19 @@ def test_folder_that_does_not_read_as_it_was_meant_is_not_kept(
         save_file(held | {"model.memory_tokens": held["model.memory_tokens"] + 1}, folder / SINGLE, {"format": "pt"})
 
     monkeypatch.setattr("hymba_tune.hub.exports.write_model", damaged)
-    with pytest.raises(CheckpointError, match=r"read again, the model is another one: a logit differs by (.|\n)*at mo"):
+    with pytest.raises(CheckpointError, match=r"reloaded model differs from the one that was written: (.|\n)*at most"):
         export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent)
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("what", ["in use", "unwritable"])
-def test_folder_is_looked_at_before_the_weights_load(
-    what: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("problem", ["in use", "unwritable"])
+def test_output_folder_is_checked_before_the_weights_load(
+    problem: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hymba_tune.hub.exports.open_model", lambda *_, **__: pytest.fail("the weights are loaded"))
     (tmp_path / "file").write_text("mine")
-    out = tmp_path if what == "in use" else tmp_path / "file/out"
-    with pytest.raises(ConfigError, match="exists and is not empty" if what == "in use" else "cannot be written"):
+    out = tmp_path if problem == "in use" else tmp_path / "file/out"
+    with pytest.raises(ConfigError, match="exists and is not empty" if problem == "in use" else "cannot be written"):
         export(ExportConfig(model=str(small_model), out=out), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -199,7 +201,7 @@ def test_checksums_find_every_change(folder: Path, copied: Path) -> None:
     check_sums(folder)
     assert len((folder / SUMS).read_text().splitlines()) == len(list(folder.iterdir())) - 1
     (copied / "scan.py").write_text("import os")
-    with pytest.raises(CheckpointError, match=r"scan\.py is not what was exported: its checksum differs"):
+    with pytest.raises(CheckpointError, match=r"scan\.py has changed since the export: its checksum differs"):
         check_sums(copied)
     (copied / "scan.py").unlink()
     with pytest.raises(CheckpointError, match=r"scan\.py is missing"):
@@ -216,9 +218,9 @@ def test_default_folder_is_named_after_the_model(
     assert export(ExportConfig(model=str(small_model)), silent).folder == Path("exports/small")
 
 
-def test_talks_as_before(folder: Path, finished_run: Path) -> None:
-    said = [
+def test_exported_model_gives_the_same_answers(folder: Path, finished_run: Path) -> None:
+    answers = [
         Chat(ChatConfig(model=str(model), dtype="float32", temperature=0, max_new_tokens=6)).reply("I see two cats.")
         for model in (folder, finished_run)
     ]
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]

@@ -1,4 +1,4 @@
-"""What merging writes, how far it is from what was trained, and that it writes all of it or nothing."""
+"""Merges are complete, close to the trained model, and written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -69,20 +69,18 @@ def test_merged_folder_has_the_tokenizer_of_the_run(finished_run: Path, small_mo
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (original.eos_token_id, original.pad_token_id)
 
 
-def test_nothing_half_written_is_left(finished_run: Path, tmp_path: Path) -> None:
+def test_no_incomplete_folder_is_left(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     out.mkdir()
     (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial/mine").write_text("a folder that hymba-tune has not made")
+    (tmp_path / "merged.partial/mine").write_text("a folder that hymba-tune did not create")
     assert merged(finished_run, out).folder == out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
     assert [path.name for path in (tmp_path / "merged.partial").iterdir()] == ["mine"]
     assert not (out / "mine").exists()
 
 
-def test_model_is_replaced_where_that_is_wanted_but_never_an_input(
-    finished_run: Path, small_model: Path, tmp_path: Path
-) -> None:
+def test_overwrite_replaces_a_model_but_never_an_input(finished_run: Path, small_model: Path, tmp_path: Path) -> None:
     base = shutil.copytree(small_model, tmp_path / "base")
     mine = shutil.copytree(finished_run, tmp_path / "run")
     for file, name in ((mine / "run.json", "model"), (mine / "adapter/adapter_config.json", "base_model_name_or_path")):
@@ -104,10 +102,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("what", ["a folder with a file", "a file"])
-def test_folder_in_use_is_not_written_to(what: str, finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("existing", ["a folder with a file", "a file"])
+def test_folder_in_use_is_not_written_to(existing: str, finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    if what == "a file":
+    if existing == "a file":
         out.write_text("mine")
     else:
         out.mkdir()
@@ -118,66 +116,66 @@ def test_folder_in_use_is_not_written_to(what: str, finished_run: Path, tmp_path
 
 
 def test_model_without_an_adapter_has_nothing_to_merge(small_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"small has no adapter: it is one model already\."):
+    with pytest.raises(CheckpointError, match=r"small has no adapter, so there is nothing to merge\."):
         merged(small_model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.fixture(scope="module")
 def quantized_run(wide_model: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run on quantized weights. To be left as it is."""
+    """The directory of a run on quantized weights, which tests must not change."""
     out = tmp_path_factory.mktemp("runs") / "qlora"
     return run(settings(wide_model, questions, out, quantize="nf4", steps=4, eval_split=0)).path
 
 
-def test_both_ways_are_measured(quantized_run: Path, tmp_path: Path) -> None:
-    found = {}
+def test_drift_is_measured_for_both_kinds_of_weights(quantized_run: Path, tmp_path: Path) -> None:
+    drifts = {}
     for onto in Onto:
         done = merged(quantized_run, tmp_path / onto, onto=onto)
-        found[onto] = done.drifts
+        drifts[onto] = done.drifts
         model = open_model(resolve_model(str(quantized_run)), dtype=torch.float32, device=CPU, onto=onto)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(done.folder)), logits(model))
-    assert found[Onto.original] == found[Onto.dequantized]
-    original, dequantized = found[Onto.original][Onto.original], found[Onto.original][Onto.dequantized]
+    assert drifts[Onto.original] == drifts[Onto.dequantized]
+    original, dequantized = drifts[Onto.original][Onto.original], drifts[Onto.original][Onto.dequantized]
     assert abs(dequantized.divergence) < 1e-7
     assert dequantized.largest < 1e-3
     assert original.divergence > 1e-4
     assert original.largest > 0.1
 
 
-def test_drift_is_the_divergence_of_each_token() -> None:
+def test_drift_is_the_mean_divergence_per_token() -> None:
     ours, theirs = torch.tensor([[0.0, 1.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    found = drift([ours[:1], ours[1:]], [theirs[:1], theirs[1:]])
+    measured = drift([ours[:1], ours[1:]], [theirs[:1], theirs[1:]])
     p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))
-    assert found.divergence == pytest.approx((p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 2)
-    assert found.largest == 2
-    with pytest.raises(CheckpointError, match=r"The merged model's logits are no numbers"):
+    assert measured.divergence == pytest.approx((p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 2)
+    assert measured.largest == 2
+    with pytest.raises(CheckpointError, match=r"The logits of the merged model are NaN or infinite"):
         drift([ours * math.nan], [ours])
 
 
-def test_what_is_said_of_weights_that_were_quantized(
+def test_commands_note_that_the_weights_were_quantized(
     command: Command, quantized_run: Path, questions: Path, tmp_path: Path
 ) -> None:
-    note = "qlora: folded into the weights it was trained on, nf4 dequantized"
+    note = "qlora: merged into the weights it was trained on, nf4 dequantized"
     assert note in command("chat", quantized_run, "--prompt", "Hello", "--max-new-tokens", 2).out
     assert note in command("eval", quantized_run, "--data", questions, "--max-rows", 1).out
     assert note in command("sft", "--model", quantized_run, "--data", questions, "--dry-run").out
     assert note in command("export", quantized_run, "--out", tmp_path / "exported").out
-    said = command("merge", quantized_run, "--out", tmp_path / "merged").out
-    assert " onto          nf4 weights, dequantized: KL " in said
-    assert " not onto      the original weights: KL " in said
-    assert "advised" not in said
+    output = command("merge", quantized_run, "--out", tmp_path / "merged").out
+    assert " onto          nf4 weights, dequantized: KL " in output
+    assert " not onto      the original weights: KL " in output
+    assert "advised" not in output
     again = command("merge", quantized_run, "--out", tmp_path / "original", "--onto", "original").out
     assert " onto          the original weights: KL " in again
     assert " advised       --onto dequantized: closer to the trained model\n" in again
     assert same_tensors(tmp_path / "merged", tmp_path / "exported")
     alone = shutil.copytree(quantized_run / "adapter", tmp_path / "alone")
-    said = command("merge", alone, "--out", tmp_path / "unknown").out
-    assert " onto          the original weights: an adapter without its run does not say" in said
+    output = command("merge", alone, "--out", tmp_path / "unknown").out
+    assert " onto          the original weights: an adapter without its run does not say" in output
     assert same_tensors(tmp_path / "unknown", tmp_path / "original")
 
 
-def test_weights_are_written_a_shard_at_a_time(
+def test_weights_are_written_one_shard_at_a_time(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = merged(finished_run, tmp_path / "whole").folder
@@ -195,7 +193,7 @@ def test_weights_are_written_a_shard_at_a_time(
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "another base", "unwritable", "scale", "lost base"])
-def test_what_cannot_be_merged_ends_in_one_message(
+def test_failed_merge_ends_with_one_message(
     damage: str, finished_run: Path, small_model: Path, command: Command, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(small_model, tmp_path / "base"))
@@ -214,15 +212,15 @@ def test_what_cannot_be_merged_ends_in_one_message(
         file.write_bytes(held[:-9] if damage == "cut" else bytes(len(held)))
     if damage == "unwritable":
         out = file / "out"
-    said = command("merge", adapter, "--out", out)
+    result = command("merge", adapter, "--out", out)
     messages = {
-        "scale": "model.memory_tokens of the merged model holds NaN or infinity",
+        "scale": "model.memory_tokens of the merged model contains NaN or infinity",
         "lost base": "its init_lora_weights, corda, changed the weights of its base model",
-        "cut": "model.safetensors is cut short",
+        "cut": "model.safetensors is truncated",
         "zeroed": "model.safetensors is not a safetensors file",
         "another base": "does not fit this model",
         "unwritable": "cannot be written: Not a directory",
     }
-    assert said.code == 2
-    assert messages[damage] in said.err
+    assert result.code == 2
+    assert messages[damage] in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

@@ -1,4 +1,4 @@
-"""In which order a model of the Hub is looked at: settings first, its data next, its weights last."""
+"""Checks of a Hub model run in order: settings first, then data, and weights last."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.preferences import save_pairs
 from tests.runs import ANSWER_TOKENS
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # from the client's HTTP library
 
 
 @pytest.fixture(autouse=True)
 def _here(
     hub: Hub, small_model: Path, questions: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder with good and bad rows; a student, a teacher and an adapter on the Hub."""
+    """Provide a folder with good and bad rows, and a student, a teacher and an adapter on the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS)
     publish(hub, small_model, "me/small")
@@ -51,11 +51,11 @@ def _here(
     publish(hub, tmp_path / "adapter", "me/adapter")
     (tmp_path / "good.jsonl").symlink_to(questions)
     (tmp_path / "bad.jsonl").write_text(questions.read_text() + '{"nothing": 1}\n')
-    (tmp_path / "asked.jsonl").write_text('{"prompt": "One?"}\n{"nothing": 1}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "One?"}\n{"nothing": 1}\n')
 
 
-def weights_asked_for(hub: Hub) -> list[str]:
-    return [asked for asked in hub.asked if asked.endswith(".safetensors")]
+def weight_requests(hub: Hub) -> list[str]:
+    return [request for request in hub.requests if request.endswith(".safetensors")]
 
 
 TRAINED = ("sft", "dpo", "kto", "distill --teacher me/teacher", "distill capture --teacher me/teacher")
@@ -77,11 +77,11 @@ TRAINED = ("sft", "dpo", "kto", "distill --teacher me/teacher", "distill capture
         "data preview good.jsonl --model me/small --chat-template nofile",
     ],
 )
-def test_what_is_missing_here_is_not_looked_for_on_the_hub(words: str, hub: Hub, command: Command) -> None:
+def test_missing_local_files_are_not_requested_from_the_hub(words: str, hub: Hub, command: Command) -> None:
     result = command(*words.split())
     assert result.code == 2
     assert "nofile" in result.err or "./gone" in result.err
-    assert not hub.asked
+    assert not hub.requests
 
 
 REFUSED = {
@@ -95,7 +95,7 @@ REFUSED = {
         "no data is held out"
     ),
     "plan --model me/small --data bad.jsonl --kernels scan=fast": "--kernels: ",
-    "chat me/small --from asked.jsonl --to out.jsonl": "line 2",
+    "chat me/small --from prompts.jsonl --to out.jsonl": "line 2",
     "chat me/small --against me/gone": "me/gone: no such model on the Hub",
     "eval me/small --data bad.jsonl": "line 25",
     "eval me/small --data good.jsonl --answers gsm8k": "contains a part to compare",
@@ -104,20 +104,20 @@ REFUSED = {
     "quantize me/small --scheme int8 --skip q_proj": "--skip q_proj",
     "export me/small --adapter-only": "has no adapter",
     "merge me/small --out new": "has no adapter",
-    "merge me/adapter --out new --onto dequantized": "nothing says that me/adapter was trained on quantized",
+    "merge me/adapter --out new --onto dequantized": "me/adapter is not known to be trained on quantized",
     "serve me/small --host {host} --port {port}": "cannot listen on this address",
     "data check bad.jsonl --model me/small": "",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_nothing_is_downloaded_for_what_is_refused_but_settings(words: str, hub: Hub, command: Command) -> None:
+def test_refused_settings_download_no_weights(words: str, hub: Hub, command: Command) -> None:
     here = urlsplit(hub.address)
     result = command(*words.format(host=here.hostname, port=here.port).split())
     assert result.code == 2
     assert REFUSED[words] in result.err
-    assert any("config.json" in asked for asked in hub.asked)
-    assert not weights_asked_for(hub)
+    assert any("config.json" in request for request in hub.requests)
+    assert not weight_requests(hub)
 
 
 @pytest.mark.parametrize(
@@ -140,22 +140,30 @@ def test_dry_run_needs_no_weights(words: str, hub: Hub, command: Command, tmp_pa
     result = command(*words.split(), *model, "--dry-run", "--steps", "3")
     assert result.code == 0, result.err
     assert "3 steps" in result.out
-    assert not weights_asked_for(hub)
+    assert not weight_requests(hub)
     assert sorted(path for path in tmp_path.iterdir() if path.name != "cache") == before
     assert ("its weights are not on this machine" in result.out) == ("--teacher" in words)
 
 
-def test_weights_come_after_the_rows(hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And those of the student after the targets of the teacher."""
-    estimate = Mock(wraps=estimate_memory, side_effect=lambda *_: hub.asked.append("GET memory") or DEFAULT)
+def test_weights_are_downloaded_after_the_rows_are_checked(
+    hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's weights are downloaded after the teacher's targets are computed."""
+    estimate = Mock(wraps=estimate_memory, side_effect=lambda *_: hub.requests.append("GET memory") or DEFAULT)
     monkeypatch.setattr("hymba_tune.train.flow.estimate_memory", estimate)
     words = "--model me/small --teacher me/teacher --data good.jsonl --steps 1 --max-length 64 --dtype float32"
     untrained = ("--teacher-dtype", "float32", "--min-teacher-probability", 0, "--min-end-probability", 0)
     result = command("distill", *words.split(), *untrained)
     assert result.code == 0, result.err
-    got = [re.sub(r"/resolve/\w+", "", asked) for asked in hub.asked if asked.startswith("GET ")]
+    downloads = [
+        re.sub(r"/resolve/\w+", "", request).removeprefix("GET ")
+        for request in hub.requests
+        if request.startswith("GET ")
+    ]
     assert [
-        asked.removeprefix("GET ") for asked in got if asked.endswith(("/config.json", ".safetensors", "memory"))
+        request.removeprefix("GET ")
+        for request in downloads
+        if request.endswith(("/config.json", ".safetensors", "memory"))
     ] == [
         "/me/small/config.json",
         "/me/teacher/config.json",
@@ -167,10 +175,10 @@ def test_weights_come_after_the_rows(hub: Hub, command: Command, monkeypatch: py
 
 def test_adapter_is_downloaded_with_its_base(hub: Hub, finished_run: Path) -> None:
     assert logits("me/adapter").equal(logits(str(finished_run)))
-    assert len(weights_asked_for(hub)) > 1
+    assert len(weight_requests(hub)) > 1
 
 
-def test_weights_are_those_of_the_settings_that_were_checked(hub: Hub, small_model: Path) -> None:
+def test_weights_are_of_the_same_commit_as_the_checked_settings(hub: Hub, small_model: Path) -> None:
     source = resolve_model("me/small")
     files = dict(hub.repositories["me/small"].branches["main"])
     hub.repositories["me/small"].branches |= {"main": files | {"model.safetensors": b"newer"}, "before": files}
@@ -181,20 +189,18 @@ def test_weights_are_those_of_the_settings_that_were_checked(hub: Hub, small_mod
     )
 
 
-def test_weights_that_are_not_here_are_asked_for_when_there_is_no_network(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_weights_are_reported_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_model("me/small")
-    hub.asked.clear()
+    hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     source = resolve_model("me/small")
-    with pytest.raises(HubError, match=r"Cannot reach the Hub for me/small, and not all of it is in the cache\."):
+    with pytest.raises(HubError, match=r"Cannot reach the Hub for me/small, which is not completely in the cache\."):
         load_weights(source, dtype=torch.float32, device=CPU)
-    assert not hub.asked
+    assert not hub.requests
 
 
-def test_continuing_an_adapter_asks_nothing_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_continuing_an_adapter_is_refused_without_a_request_to_the_hub(hub: Hub, tmp_path: Path) -> None:
     config = DPOConfig(model="me/adapter", start="continue", data=[str(save_pairs(tmp_path / "pairs.jsonl"))])
     with pytest.raises(ConfigError, match="me/adapter is not a run with an adapter to train further"):
         run_dpo(config, Screen())
-    assert not hub.asked
+    assert not hub.requests

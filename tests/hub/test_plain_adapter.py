@@ -1,4 +1,4 @@
-"""An adapter as plain PEFT saves it, without a tokenizer: it has its base model's, whatever is done with it."""
+"""Every command uses the tokenizer of the base model for an adapter that plain PEFT saved without one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapter(finished_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_verb_takes_the_base_models_tokenizer(
+def test_every_command_uses_the_base_models_tokenizer(
     adapter: Path, small_model: Path, questions: Path, command: Command, tmp_path: Path
 ) -> None:
     for words in (
@@ -41,8 +41,8 @@ def test_every_verb_takes_the_base_models_tokenizer(
         ("plan", "--model", adapter, "--data", questions),
         ("data", "check", questions, "--model", adapter),
     ):
-        said = command(*words)
-        assert said.code == 0, (words, said.err)
+        result = command(*words)
+        assert result.code == 0, (words, result.err)
     expected = load_tokenizer(small_model).get_vocab()
     for out in ("merged", "exported", "alone", "int8"):
         assert load_tokenizer(tmp_path / out).get_vocab() == expected
@@ -57,19 +57,19 @@ def test_adapter_that_changes_its_base_is_exported_alone(small_model: Path, comm
     adapted = get_peft_model(model, config)
     adapted.model.model.layers[1].mamba.in_proj.lora_B["default"].weight.data.mul_(2)
     adapted.save_pretrained(tmp_path / "pissa")
-    said = command("export", tmp_path / "pissa", "--adapter-only", "--out", tmp_path / "alone")
-    assert said.code == 0, said.err
+    result = command("export", tmp_path / "pissa", "--adapter-only", "--out", tmp_path / "alone")
+    assert result.code == 0, result.err
     assert same_tensors(tmp_path / "pissa", tmp_path / "alone")
 
 
-def test_own_tokenizer_comes_first(adapter: Path, small_model: Path) -> None:
+def test_own_tokenizer_takes_precedence(adapter: Path, small_model: Path) -> None:
     own = load_tokenizer(small_model)
     own.add_tokens(["<mine>"])
     own.save_pretrained(adapter)
     assert "<mine>" in tokenizer_of(resolve_model(str(adapter))).get_vocab()
 
 
-def test_tokenizer_that_is_broken_is_not_replaced(adapter: Path) -> None:
+def test_broken_tokenizer_is_refused(adapter: Path) -> None:
     (adapter / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"No tokenizer can be read from .*plain"):
         tokenizer_of(resolve_model(str(adapter)))

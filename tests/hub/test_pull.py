@@ -1,4 +1,4 @@
-"""Models, adapters and data from a Hub on loopback, and what is refused of them."""
+"""Downloads of models, adapters and data from a local test Hub, and refusals."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hymba_tune.registry import resolve_model
 from tests.cli.conftest import Command
 from tests.conftest import ROOT
 from tests.hub.inputs import NAME, logits, publish
-from tests.hub.server import TOKEN, Hub, Repository, Trouble
+from tests.hub.server import TOKEN, Failure, Hub, Repository
 from tests.hub.silent import silent
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client hears it of its library
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # from the client's HTTP library
 
 
-def test_model_goes_to_the_hub_and_comes_back(hub: Hub, small_model: Path, tmp_path: Path) -> None:
-    """Exported first and uploaded afterwards, as it is; the card that it comes back with says where it is from."""
+def test_uploaded_model_is_downloaded_unchanged(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    """A folder that was exported before is uploaded unchanged, and its card names its base model after the download."""
     about = {"license": "apache-2.0", "base_model": "nvidia/Hymba-1.5B-Base"}
     out = tmp_path / "out"
     export(ExportConfig(model=str(small_model), out=out, **about), silent)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_model_goes_to_the_hub_and_comes_back(hub: Hub, small_model: Path, tmp_p
     assert "license: apache-2.0" in card
 
 
-def test_adapter_goes_to_the_hub_and_is_talked_to(
+def test_uploaded_adapter_answers_as_its_run_does(
     hub: Hub, small_model: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     publish(hub, small_model, "me/base")
@@ -56,12 +56,12 @@ def test_adapter_goes_to_the_hub_and_is_talked_to(
     )
     assert export(config, silent).address == f"{hub.address}/me/adapter"
     assert torch.equal(logits("me/adapter"), logits(str(finished_run)))
-    ask = {"temperature": 0.0, "max_new_tokens": 4, "dtype": "float32"}
-    said = [Chat(ChatConfig(model=name, **ask)).reply("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
-    assert said[0] == said[1]
+    options = {"temperature": 0.0, "max_new_tokens": 4, "dtype": "float32"}
+    answers = [Chat(ChatConfig(model=name, **options)).reply("Hi") for name in ("me/adapter", str(finished_run))]  # type: ignore[arg-type]
+    assert answers[0] == answers[1]
 
 
-def test_revision_is_pulled(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+def test_revision_is_downloaded(hub: Hub, small_model: Path, tmp_path: Path) -> None:
     publish(hub, small_model)
     changed = Path(shutil.copytree(small_model, tmp_path / "changed"))
     settings = json.loads((changed / "config.json").read_text()) | {"rope_theta": 20000.0}
@@ -75,20 +75,20 @@ def test_revision_is_pulled(hub: Hub, small_model: Path, tmp_path: Path) -> None
 
 def test_private_model_needs_the_token(hub: Hub, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(hub, small_model, private=True)
-    with monkeypatch.context() as nobody:
-        nobody.delenv("HF_TOKEN")
+    with monkeypatch.context() as logged_out:
+        logged_out.delenv("HF_TOKEN")
         with pytest.raises(HubError, match=r"me/my-hymba: no such model on the Hub, or it is private"):
             resolve_model(NAME)
     assert resolve_model(NAME).folder.is_dir()
 
 
-def test_broken_download_goes_on(hub: Hub, small_model: Path) -> None:
+def test_interrupted_download_resumes(hub: Hub, small_model: Path) -> None:
     publish(hub, small_model)
-    hub.troubles = [Trouble("GET", r"/resolve/.*safetensors", times=1)]
+    hub.failures = [Failure("GET", r"/resolve/.*safetensors", times=1)]
     try:
         resolve_model(NAME)
     except HubError as error:
-        assert "Cannot load me/my-hymba from the Hub" in str(error)  # noqa: PT017 (some clients try again themselves)
+        assert "Cannot load me/my-hymba from the Hub" in str(error)  # noqa: PT017 (some versions of the client retry by themselves)
     assert torch.equal(logits(NAME), logits(str(small_model)))
 
 
@@ -97,11 +97,13 @@ def test_neither_code_nor_pickles_nor_archives_are_downloaded(hub: Hub, small_mo
     unwanted = ("pytorch_model.bin", "modeling_hymba.py", "model.zip", "optimizer.pt", "scaler.pkl")
     hub.repositories[NAME].branches["main"] |= dict.fromkeys(unwanted, b"evil")
     folder = resolve_model(NAME).folder
-    assert not [name for name in unwanted if (folder / name).exists() or any(name in asked for asked in hub.asked)]
+    assert not [
+        name for name in unwanted if (folder / name).exists() or any(name in request for request in hub.requests)
+    ]
 
 
 @pytest.mark.parametrize("name", ["../../../../outside.json", "/outside.json", "sub/../../../../../outside.json"])
-def test_file_name_that_leads_outside_is_refused(name: str, hub: Hub, small_model: Path, tmp_path: Path) -> None:
+def test_file_name_outside_of_the_folder_is_refused(name: str, hub: Hub, small_model: Path, tmp_path: Path) -> None:
     publish(hub, small_model)
     hub.repositories[NAME].branches["main"][name] = b"{}"
     with pytest.raises(HubError, match="Cannot load me/my-hymba from the Hub"):
@@ -109,7 +111,7 @@ def test_file_name_that_leads_outside_is_refused(name: str, hub: Hub, small_mode
     assert not list(tmp_path.parent.rglob("outside.json"))
 
 
-def test_only_pickled_weights_are_no_model(hub: Hub, small_model: Path) -> None:
+def test_model_with_only_pickled_weights_is_refused(hub: Hub, small_model: Path) -> None:
     publish(hub, small_model)
     files = hub.repositories[NAME].branches["main"]
     files["pytorch_model.bin"] = files.pop("model.safetensors")
@@ -117,24 +119,24 @@ def test_only_pickled_weights_are_no_model(hub: Hub, small_model: Path) -> None:
         logits(NAME)
 
 
-def test_nothing_is_published_without_a_licence_and_a_base(hub: Hub, small_model: Path, tmp_path: Path) -> None:
-    given = {"model": str(small_model), "out": tmp_path / "out", "push": NAME}
-    with pytest.raises(ConfigError, match=r"nothing says which model this one was made from\.(.|\n)*--base-model"):
-        export(ExportConfig(**given), silent)  # type: ignore[arg-type]
+def test_nothing_is_published_without_a_license_and_a_base_model(hub: Hub, small_model: Path, tmp_path: Path) -> None:
+    options = {"model": str(small_model), "out": tmp_path / "out", "push": NAME}
+    with pytest.raises(ConfigError, match=r"the base model of this model is not known\.(.|\n)*--base-model"):
+        export(ExportConfig(**options), silent)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"the license of me/base is not known\.(.|\n)*--license"):
-        export(ExportConfig(**given, base_model="me/base"), silent)  # type: ignore[arg-type]
+        export(ExportConfig(**options, base_model="me/base"), silent)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out*"))
     local = export(ExportConfig(model=str(small_model), out=tmp_path / "out"), silent).folder
-    with pytest.raises(ConfigError, match=r"nothing says which model this one was made from"):
+    with pytest.raises(ConfigError, match=r"the base model of this model is not known"):
         export(ExportConfig(model=str(local), push=NAME), silent)
     assert not hub.repositories
 
 
 def test_changed_folder_is_not_uploaded(hub: Hub, small_model: Path, tmp_path: Path) -> None:
-    given = {"license": "mit", "base_model": "me/base"}
-    out = export(ExportConfig(model=str(small_model), out=tmp_path / "out", **given), silent).folder  # type: ignore[arg-type]
+    options = {"license": "mit", "base_model": "me/base"}
+    out = export(ExportConfig(model=str(small_model), out=tmp_path / "out", **options), silent).folder  # type: ignore[arg-type]
     (out / "scan.py").write_text("import os")
-    with pytest.raises(CheckpointError, match=r"scan\.py is not what was exported"):
+    with pytest.raises(CheckpointError, match=r"scan\.py has changed since the export"):
         export(ExportConfig(model=str(out), push=NAME), silent)
     assert not hub.repositories
 
@@ -142,23 +144,23 @@ def test_changed_folder_is_not_uploaded(hub: Hub, small_model: Path, tmp_path: P
 def test_token_is_neither_printed_nor_written(
     hub: Hub, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the command line, with an upload that breaks off and one that goes on; and the next command is said."""
+    """An upload from the command line fails, which prints the command to retry, and then succeeds."""
     monkeypatch.chdir(tmp_path)
-    hub.troubles = [Trouble("PUT", "/signed/", times=99)]
+    hub.failures = [Failure("PUT", "/signed/", times=99)]
     broken = command("export", "hymba-nano", "--out", "nano", "--push", NAME)
     assert broken.code == 2
     assert f"to fix     hymba-tune export nano --push {NAME}" in broken.err
     assert len(broken.err.strip().splitlines()) == 2
-    hub.troubles = []
+    hub.failures = []
     done = command("export", "nano", "--push", NAME)
     assert done.code == 0, done.err
     assert f"uploaded      {hub.address}/{NAME}" in done.out
     taken = command("export", "nano", "--push", NAME)
     assert taken.code == 2
     assert "the name is taken" in taken.err
-    said = "".join(result.out + result.err for result in (broken, done, taken))
-    assert TOKEN not in said
-    assert "verysecret" not in said
+    output = "".join(result.out + result.err for result in (broken, done, taken))
+    assert TOKEN not in output
+    assert "verysecret" not in output
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
@@ -171,8 +173,8 @@ print(len(rows), rows[0].value["prompt"], rows[0].place)
 """
 
 
-def test_data_is_pulled(hub: Hub, questions: Path, tmp_path: Path) -> None:
-    """By a process of its own: datasets reads the Hub's address as it is imported."""
+def test_data_is_downloaded(hub: Hub, questions: Path, tmp_path: Path) -> None:
+    """A subprocess is needed, because datasets reads the address of the Hub when it is imported."""
     hub.repositories["me/rows"] = Repository(branches={"main": {"train.jsonl": questions.read_bytes()}})
     here = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
     done = subprocess.run(
@@ -193,8 +195,8 @@ main(["eval", "hymba-nano", "--tasks", "arc_easy", "--json"])
 
 
 @pytest.mark.slow
-def test_a_packaged_task_is_pulled_by_its_name(hub: Hub, tmp_path: Path) -> None:
-    """Slow: lm-eval lists thousands of tasks first."""
+def test_packaged_task_is_downloaded_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    """This is slow, because lm-eval lists thousands of tasks first."""
     choices = {"text": ["a stone", "a dog"], "label": ["A", "B"]}
     rows = [{"id": str(n), "question": f"Animal {n}?", "choices": choices, "answerKey": "B"} for n in range(8)]
     splits = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""What is written of a quantized model, that it stands wherever a model does, and what is refused before."""
+"""Quantized models are complete, usable like any model, and refused before the weights load if a setting is wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quantized(model: Path | str, out: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
+def test_folder_is_complete_states_the_damage_and_is_exported_unchanged(
     scheme: Scheme, wide_model: Path, questions: Path, tmp_path: Path
 ) -> None:
     folder = quantized(wide_model, tmp_path / "one", scheme=scheme, data=[str(questions)], max_tokens=10**6)
@@ -46,19 +46,20 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     assert stored is not None
     assert scheme_of(stored) is scheme
     assert {"chat_template.jinja", "generation_config.json", "modeling_hymba.py"} <= {f.name for f in folder.iterdir()}
-    found, page = json.loads((folder / "damage.json").read_text()), (folder / "damage.html").read_text()
-    rounding = 1e-3 if scheme is Scheme.int8 else 1e-5  # int8 leaves out what is far off in a whole batch
+    damage = json.loads((folder / "damage.json").read_text())
+    page = (folder / "damage.html").read_text()
+    rounding = 1e-3 if scheme is Scheme.int8 else 1e-5  # int8 treats outliers of the whole batch separately
     for name, model in (("before", wide_model), ("after", folder)):
         measured = evaluate(EvalConfig(model=str(model), data=[str(questions)], dtype="float32"), silent).results[0]
-        assert found["loss"][name] == pytest.approx(measured.measures["loss"], rel=rounding)
-        assert found["data"]["fingerprint"] == (measured.texts.fingerprint if measured.texts else "")
-    assert found["kl"] > 0
-    assert found["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
-    sentence = f"Perplexity on questions.jsonl: {found['perplexity']['before']:,.1f} → "
+        assert damage["loss"][name] == pytest.approx(measured.measures["loss"], rel=rounding)
+        assert damage["data"]["fingerprint"] == (measured.texts.fingerprint if measured.texts else "")
+    assert damage["kl"] > 0
+    assert damage["file_bytes"]["after"] == (folder / "model.safetensors").stat().st_size
+    sentence = f"Perplexity on questions.jsonl: {damage['perplexity']['before']:,.1f} → "
     assert sentence in page
     assert f"Quantized to {scheme} by bitsandbytes. {sentence}" in (folder / "README.md").read_text()
-    assert str(questions.parent) not in page + json.dumps(found)
-    # transformers alone cannot write a quantized model that it has read
+    assert str(questions.parent) not in page + json.dumps(damage)
+    # Without our correction, transformers cannot save a quantized model that it has loaded.
     export(ExportConfig(model=str(folder), out=tmp_path / "two"), silent)
     assert same_tensors(tmp_path / "two", folder)
     card = (tmp_path / "two/README.md").read_text()
@@ -66,23 +67,23 @@ def test_folder_is_whole_says_what_it_cost_and_is_exported_as_it_is(
     assert "With torch, transformers 5, accelerate and bitsandbytes, on" in card
 
 
-def test_run_is_quantized_with_its_adapter(finished_run: Path, tmp_path: Path) -> None:
+def test_run_is_quantized_with_its_adapter_merged(finished_run: Path, tmp_path: Path) -> None:
     out = quantized(finished_run, tmp_path / "out", scheme="int8")
     whole = open_model(resolve_model(str(finished_run)), dtype=torch.float32, device=CPU).eval()
-    meant = quantize_model(whole, quantization(whole.config, Scheme.int8, torch.float32)).eval()
-    found = open_model(resolve_model(str(out)), dtype=torch.float32, device=CPU).eval()
+    expected = quantize_model(whole, quantization(whole.config, Scheme.int8, torch.float32)).eval()
+    reloaded = open_model(resolve_model(str(out)), dtype=torch.float32, device=CPU).eval()
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(found(ids).logits, meant(ids).logits)
+    assert torch.equal(reloaded(ids).logits, expected(ids).logits)
     assert "held-out loss before" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match=r"out is quantized already, to int8\.(.|\n)*pass the model it was"):
         quantize(QuantizeConfig(model=str(out), out=tmp_path / "again"), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_to_be_skipped_keeps_its_format(wide_model: Path, tmp_path: Path) -> None:
-    held = tensors(quantized(wide_model, tmp_path / "out", skip=["down_proj", "layers.0.mamba.in_proj"]))
+def test_skipped_modules_are_not_quantized(wide_model: Path, tmp_path: Path) -> None:
+    stored = tensors(quantized(wide_model, tmp_path / "out", skip=["down_proj", "layers.0.mamba.in_proj"]))
     plain = {
-        name.removesuffix(".weight") for name, tensor in held.items() if tensor.is_floating_point() and "proj" in name
+        name.removesuffix(".weight") for name, tensor in stored.items() if tensor.is_floating_point() and "proj" in name
     }
     assert {name for name in plain if name.endswith("down_proj")} == {
         f"model.layers.{layer}.moe.experts.0.down_proj" for layer in range(3)
@@ -95,12 +96,12 @@ def test_what_is_to_be_skipped_keeps_its_format(wide_model: Path, tmp_path: Path
     ("flags", "message"),
     [
         ({"out": "file/out"}, r"--out .*file/out cannot be written"),
-        ({"skip": ["dwn_proj"]}, r"--skip dwn_proj: no linear layer of the model is called so"),
+        ({"skip": ["dwn_proj"]}, r"--skip dwn_proj: the model has no linear layer of this name"),
         ({"device": "cuda:99"}, r"--device cuda:99: this machine has"),
         ({"data": ["nosuch.jsonl"]}, r"Cannot find nosuch.jsonl"),
     ],
 )
-def test_wrong_settings_end_before_the_weights_load(
+def test_wrong_settings_are_refused_before_the_weights_load(
     flags: dict[str, Any], message: str, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hymba_tune.hub.quantizing.open_model", lambda *_, **__: pytest.fail("the weights are loaded"))
@@ -111,7 +112,7 @@ def test_wrong_settings_end_before_the_weights_load(
     assert [path.name for path in tmp_path.iterdir() if path.name != "exports"] == ["file"]
 
 
-def test_verb_names_its_folder_and_what_it_saved(
+def test_command_prints_its_folder_and_the_sizes(
     command: Command, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,27 +124,27 @@ def test_verb_names_its_folder_and_what_it_saved(
     assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")
 
 
-def test_what_is_found_is_written_and_predicts_as_it_did_in_the_search(wide_model: Path, tmp_path: Path) -> None:
+def test_proposal_is_written_and_predicts_as_in_the_search(wide_model: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": str(wide_model), "skip": ["down_proj"], "search": True, "max_tokens": 200}
-    found = search_skips(QuantizeConfig(out=tmp_path / "out", max_rise="900%", **options), silent)
-    assert {kind for trial in found.search.alone for kind in trial.kinds} == {
+    result = search_skips(QuantizeConfig(out=tmp_path / "out", max_rise="900%", **options), silent)
+    assert {kind for trial in result.search.alone for kind in trial.kinds} == {
         "in_proj",
         "out_proj",
         "gate_proj",
         "up_proj",
     }
-    assert (found.search.skip, found.skip) == ((), ("down_proj",))
-    assert found.written
-    drift, searched = found.written.damage.drift, found.search.whole[-1].drift
+    assert (result.search.skip, result.skip) == ((), ("down_proj",))
+    assert result.written
+    drift, searched = result.written.damage.drift, result.search.whole[-1].drift
     assert (drift.kl, drift.loss_after) == (pytest.approx(searched.kl, rel=1e-4), pytest.approx(searched.loss_after))
-    assert found.written.damage.kept["down_proj"] == "was to be left (--skip)"
+    assert result.written.damage.kept["down_proj"] == "excluded by --skip"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"file/out cannot be written"):
         search_skips(QuantizeConfig(out=tmp_path / "file/out", **options), silent)
 
 
 @pytest.mark.parametrize("holds", [("in_proj", "out_proj", "down_proj"), ()])
-def test_verb_says_what_to_leave_and_the_command(
+def test_command_prints_the_proposal_and_the_next_command(
     holds: tuple[str, ...], command: Command, wide_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,7 +172,7 @@ def test_verb_says_what_to_leave_and_the_command(
     )
 
 
-def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> None:
+def test_export_quantizes_as_the_quantize_command_does(wide_model: Path, tmp_path: Path) -> None:
     done = export(ExportConfig(model=str(wide_model), out=tmp_path / "exported", quantize="fp4", license="mit"), silent)
     assert done.difference == 0
     folder = quantized(wide_model, tmp_path / "quantized", scheme="fp4")
@@ -184,7 +185,7 @@ def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> 
     assert "\nThe weights: mit.\n" in card
     with pytest.raises(CheckpointError, match=r"exported is quantized already, to fp4"):
         export(ExportConfig(model=str(done.folder), quantize="nf4", out=tmp_path / "again"), silent)
-    with pytest.raises(ConfigError, match=r"--format hymba: .*exported is stored in fewer bits"):
+    with pytest.raises(ConfigError, match=r"--format hymba: .*exported is quantized"):
         export(ExportConfig(model=str(done.folder), format="hymba", out=tmp_path / "again"), silent)
     assert not (tmp_path / "again").exists()
 
@@ -196,6 +197,6 @@ def test_export_quantizes_as_quantize_does(wide_model: Path, tmp_path: Path) -> 
         ({"format": "hymba"}, "quantize: the hymba format is for NVIDIA's code, which is untested"),
     ],
 )
-def test_exports_that_are_not_quantized(changes: dict[str, Any], message: str) -> None:
+def test_exports_that_cannot_be_quantized_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExportConfig(quantize="nf4", **changes)

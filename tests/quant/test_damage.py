@@ -105,11 +105,11 @@ def test_weight_errors_are_those_of_the_dequantized_model(model: Any, made: dict
 def test_everything_that_is_kept_has_a_reason(model: Any, small_model: Path) -> None:
     config = quantization(model.config, Scheme.nf4, torch.float32, ["down_proj"])
     why = reasons(model.config, config, ["down_proj"])
-    assert why["down_proj"] == "was to be left (--skip)"
+    assert why["down_proj"] == "excluded by --skip"
     assert {"lm_head", "embed_tokens", "memory_tokens", "x_proj.0", "dt_proj.0", "conv1d", "A_log.0"} <= why.keys()
     small = load_weights(ModelSource("model", small_model), dtype=torch.float32, device=CPU).config
     why = reasons(small, quantization(small, Scheme.nf4, torch.float32))
-    assert why["gate_proj"] == "is 48 × 32: no multiple of 32 rows and 64 columns"
+    assert why["gate_proj"] == "is 48 × 32, not a multiple of 32 rows and 64 columns"
     assert why["lm_head"] == "shares its weight with the embeddings"
 
 

@@ -187,7 +187,7 @@ def test_kernels_that_cannot_be_used_are_refused_before_weights_are_read(
 
 @pytest.fixture
 def long_rows(tmp_path: Path) -> Path:
-    """A conversation that is longer than the small model was made for."""
+    """A conversation that is longer than the small model's context."""
     data = tmp_path / "long.jsonl"
     rows = [{"prompt": "word " * count, "completion": "yes"} for count in (4, 600)]
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -199,7 +199,7 @@ def test_texts_longer_than_the_model_was_made_for_get_one_warning(
 ) -> None:
     notes = Notes()
     run(settings(small_model, long_rows, tmp_path / "out", steps=1, eval_split=0), notes)
-    assert "tokens are more than the 512 the model was made for; expect worse answers" in notes.lines["note"]
+    assert "tokens exceed the model's context of 512; expect worse answers" in notes.lines["note"]
 
 
 def test_strict_length_refuses_them_before_weights_are_read(
