@@ -132,7 +132,7 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
         neighbors = path.parent.iterdir() if path.parent.is_dir() else ()
         near = nearest(name, [NANO, *aliases, *(str(p) for p in neighbors if p.is_dir())])
         raise ConfigError(
-            f"{flag} {name}: neither an existing folder nor the name of a model.",
+            f"{flag} {name}: no such folder, and no model of this name.",
             expected=f"a folder, a run directory, a Hub id (owner/name), or one of {', '.join([NANO, *aliases])}",
             fix=f"{flag} {near or NANO}",
         )

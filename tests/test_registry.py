@@ -175,7 +175,7 @@ def test_unknown_name_suggests_a_near_one(
 ) -> None:
     (tmp_path / "runs/second").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"neither an existing folder nor the name(.|\n)*--model {near}$"):
+    with pytest.raises(ConfigError, match=rf"no such folder, and no model(.|\n)*--model {near}$"):
         resolve_model(name)
     assert not hub.called
 
@@ -186,7 +186,7 @@ def test_missing_path_is_not_requested_from_the_hub(
 ) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"--model {name}: neither an existing folder"):
+    with pytest.raises(ConfigError, match=f"--model {name}: no such folder"):
         resolve_model(name)
     assert not hub.called
 

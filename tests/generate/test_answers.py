@@ -200,7 +200,7 @@ def test_chat_warns_only_once_about_a_text_that_is_too_long(small_model: Path) -
 
 def test_strict_chat_rejects_an_answer_that_might_not_fit(chat: Callable[..., Chat]) -> None:
     session = chat(strict_length=True, max_new_tokens=500)
-    with pytest.raises(ConfigError, match=r"--strict-length: 5\d\d tokens are more than the 512 the model"):
+    with pytest.raises(ConfigError, match=r"--strict-length: 5\d\d tokens exceed the model's context of 512"):
         session.reply("Hello, how many legs have three cats, if all of them are here?")
     assert chat(strict_length=True).reply("Hello")
 

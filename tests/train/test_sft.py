@@ -206,7 +206,7 @@ def test_strict_length_refuses_them_before_weights_are_read(
     small_model: Path, long_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hymba_tune.train.flow.open_model", None)
-    with pytest.raises(ConfigError, match=r"--strict-length: 6\d\d tokens are more than the 512 the model"):
+    with pytest.raises(ConfigError, match=r"--strict-length: 6\d\d tokens exceed the model's context of 512"):
         run(settings(small_model, long_rows, tmp_path / "out", strict_length=True))
     assert not (tmp_path / "out").exists()
 
