@@ -1,6 +1,6 @@
-"""The Hymba model for transformers. Importing this registers it with the Auto classes.
+"""The Hymba model for transformers. Importing this package registers it with the Auto classes.
 
-The folder needs only torch and transformers, so that it can be copied beside exported weights as their code.
+The package needs only torch and transformers, because `export` copies it next to exported weights as their code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -14,7 +14,7 @@ from .modeling_hymba import HymbaForCausalLM, HymbaModel
 AutoConfig.register("hymba", HymbaConfig, exist_ok=True)
 AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
-# The released folder asks for a LlamaTokenizer, which AutoTokenizer builds anew with other ids than its tokenizer.json.
+# The released folder names LlamaTokenizer, which AutoTokenizer rebuilds with ids that differ from its tokenizer.json.
 TOKENIZER_MAPPING_NAMES["hymba"] = "TokenizersBackend"
 
 __all__ = ["HymbaCache", "HymbaConfig", "HymbaForCausalLM", "HymbaModel", "use_kernels"]

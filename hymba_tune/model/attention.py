@@ -1,7 +1,7 @@
 """Attention over the packed layout, and over a cache.
 
-Glossary: M meta tokens, T text tokens, S texts, H query heads, G key/value heads, R = H / G queries a key head,
-a width of a query or key head, v width of a value head.
+Glossary: M meta tokens, T text tokens, S texts, H query heads, G key/value heads, R = H / G query heads per
+key head, a width of a query or key head, v width of a value head.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from .native import DTYPES
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
     """Attend within each text and to the meta tokens.
 
-    Query i sees key j if j is a meta token not after i, or stands in i's own text, not after i and at most ``window``
-    tokens before it.
+    Query i sees key j in two cases: j is a meta token that is not after i, or j belongs to the same text as i, is not
+    after i, and is at most ``window`` tokens before it.
 
     Args:
         query: ``(M + T, H, a)``.
         key: ``(M + T, G, a)``.
         value: ``(M + T, G, v)``.
-        documents: Where the texts lie.
-        window: Tokens a query looks back, or None for the whole text.
+        documents: The layout of the packed texts.
+        window: The number of earlier tokens that a query sees, or None for the whole text.
 
     Returns:
         ``(M + T, H * v)``, in the query's dtype.
     """
-    # Under autocast a head norm's float32 weight widens queries and keys.
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    # Under autocast, the float32 weight of a head norm promotes queries and keys to float32.
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+
     task = Task.of(query, key, value, widths=(query.shape[-1], value.shape[-1]))
     output: Tensor = ATTENTION.compute(task, query, key, value, documents, window)
     return output
@@ -45,45 +47,52 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 def cached_attention(
     query: Tensor, meta: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Attend to the meta tokens, held once for the whole batch, and to each text's own cache.
+    """Attend to the meta tokens, which are stored once for the whole batch, and to the cache of each text.
 
     Args:
         query: ``(S, L, H, a)``.
         meta: Keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens, or None if the model has none.
         key: ``(S, G, K, a)``.
         value: ``(S, G, K, v)``.
-        hidden: ``(S, L, K)`` bool, which keys a query does not see.
+        hidden: ``(S, L, K)`` bool, True for the keys that a query does not see.
 
     Returns:
         ``(S, L, H * v)``.
     """
     count, length, _, width = query.shape
     groups = key.shape[1]
-    # A group's queries are rows of one product with its keys, which are read where they lie.
+
+    # The queries of a group are the rows of one matrix product with the keys of the group, which are not copied.
     grouped = (query * width**-0.5).view(count, length, groups, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = grouped @ key.mT
     scores.unflatten(2, (-1, length)).masked_fill_(hidden[:, None, None], float("-inf"))
-    wide = torch.promote_types(query.dtype, torch.float32)
+
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
     if meta is None:
-        output = scores.softmax(-1, dtype=wide).to(value.dtype) @ value
+        output = scores.softmax(-1, dtype=softmax_dtype).to(value.dtype) @ value
     else:
-        # The batch's queries are rows of one product with the meta tokens' keys.
-        meta_key, meta_value = (held.transpose(0, 1) for held in meta)
-        to_meta = grouped.transpose(0, 1).flatten(1, 2) @ meta_key.mT
-        to_meta = to_meta.unflatten(1, (count, -1)).transpose(0, 1)
-        weights = torch.cat([to_meta, scores], -1).softmax(-1, dtype=wide).to(value.dtype)
-        on_meta, on_text = weights.split([to_meta.shape[-1], scores.shape[-1]], -1)
-        output = (on_meta.transpose(0, 1).flatten(1, 2) @ meta_value).unflatten(1, (count, -1)).transpose(0, 1)
-        output = output + on_text @ value
+        # The queries of the whole batch are the rows of one matrix product with the keys of the meta tokens.
+        meta_key, meta_value = (x.transpose(0, 1) for x in meta)
+        meta_scores = grouped.transpose(0, 1).flatten(1, 2) @ meta_key.mT
+        meta_scores = meta_scores.unflatten(1, (count, -1)).transpose(0, 1)
+        weights = torch.cat([meta_scores, scores], -1).softmax(-1, dtype=softmax_dtype).to(value.dtype)
+
+        meta_weights, text_weights = weights.split([meta_scores.shape[-1], scores.shape[-1]], -1)
+        output = (meta_weights.transpose(0, 1).flatten(1, 2) @ meta_value).unflatten(1, (count, -1)).transpose(0, 1)
+        output = output + text_weights @ value
+
     heads_last: Tensor = output.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
     return heads_last.reshape(count, length, -1)
 
 
 def _small_problem(task: Task) -> Problem:
-    """Two texts, longer than the window, behind some meta tokens."""
-    meta, tokens, groups, heads, (width, value_width) = 10, 150, 2, 10, task.widths
+    """Return a problem of two texts that are longer than the window, after some meta tokens."""
+    meta, tokens = 10, 150
+    groups, heads = 2, 10
+    width, value_width = task.widths
     shapes = [(meta + tokens, heads, width), (meta + tokens, groups, width), (meta + tokens, groups, value_width)]
     leaves = random_leaves(task, shapes)
+
     offsets = torch.tensor([0, 67, tokens], device=task.device)
     documents = find_documents((1, tokens), offsets.device, num_meta=meta, cu_seqlens=offsets)
     return Problem(lambda backend: (backend.run(*leaves, documents, 40),), leaves)
@@ -117,4 +126,4 @@ ATTENTION = Operation(
     plain="blocks",
     problem=_small_problem,
 )
-"""The ways to compute attention, the fastest first."""
+"""The attention backends, the fastest first."""

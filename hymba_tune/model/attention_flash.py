@@ -1,13 +1,13 @@
-"""Attention through FlashAttention's kernels, on the packed rows as they are.
+"""Attention through FlashAttention kernels, directly on the packed rows.
 
-The kernels know texts laid end to end, causality and windows, but not keys that every text sees. So the queries of the
-texts attend twice, to their own text and to the meta tokens, and the two parts are merged by the logarithms of their
-softmax's denominators (arXiv 2205.14135, section 3.1):
+The kernels support packed texts, causal masks and windows, but not keys that every text sees. The queries of the texts
+therefore attend twice, once to their own text and once to the meta tokens. The two parts are merged by the logarithms
+of their softmax denominators (arXiv 2205.14135, section 3.1):
 
     lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
-Given the merged lse and out, the backward of a part finds the weights exp(scores - lse) and the inner products
-sum(d_out * out) of the whole softmax, and the gradients of the parts simply add up.
+Given the merged lse and out, the backward of each part computes the weights exp(scores - lse) and the inner products
+sum(d_out * out) of the whole softmax, so the gradients of the parts add up.
 
 Glossary: M meta tokens, T text tokens, H query heads, G key/value heads, a width of a query or key head, v width of a
 value head, d_x the gradient of x.
@@ -31,21 +31,21 @@ from .documents import Documents
 from .hub_kernels import hub_kernel
 
 WIDEST = 256
-"""The widest head of the kernels."""
+"""The widest head that the kernels support."""
 SHARED = 1024
-"""Queries that share one copy of the meta keys. A backward gives each block of keys to one group of threads; without
-copies the few meta keys would keep few groups busy, for as long as all the queries take."""
+"""The number of queries that share one copy of the meta keys. A backward assigns each block of keys to one group of
+threads. Without copies, the few meta keys would occupy only a few groups, for as long as all queries take."""
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Attend as `packed_attention` says, with the first of `PROVIDERS` that is installed.
+    """Compute `packed_attention` with the first of `PROVIDERS` that is installed.
 
     Args:
         query: ``(M + T, H, a)``, float16 or bfloat16, on a GPU.
         key: ``(M + T, G, a)``.
         value: ``(M + T, G, v)``; v is a multiple of a.
-        documents: Where the texts lie.
-        window: Tokens a query looks back, or None for the whole text.
+        documents: The layout of the packed texts.
+        window: The number of earlier tokens that a query sees, or None for the whole text.
 
     Returns:
         ``(M + T, H * v)``.
@@ -57,36 +57,36 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docume
 
 @cache
 def flash_unavailable_reason() -> str | None:
-    """Why no FlashAttention can be used on this machine, or None if one can."""
+    """Return why FlashAttention cannot be used on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
         return "FlashAttention needs a GPU of compute capability 8.0 or more"
     if _provider() is None:
-        return "PyTorch is built without FlashAttention, and none is installed (pip install flash-attn)"
+        return "this PyTorch has no FlashAttention and no package provides one (pip install flash-attn)"
     return None
 
 
 def flash_unsupported_reason(task: Task) -> str | None:
-    """Why heads of a task's widths cannot be taken, or None if they can."""
+    """Return why the head widths of a task are not supported, or None if they are."""
     width, value_width = task.widths
     if width % 8 or width > WIDEST:
-        return f"the width of a head must be a multiple of 8 up to {WIDEST}, not {width}"
+        return f"the width of a head must be a multiple of 8, at most {WIDEST}; it is {width}"
     if value_width % width:
-        return f"the width of a value head must be a multiple of a query head's {width}, not {value_width}"
+        return f"the width of a value head must be a multiple of {width}, a query head's; it is {value_width}"
     return None
 
 
 class Runs(NamedTuple):
-    """Runs of queries laid end to end, and for each the run of keys it attends to.
+    """Packed runs of queries, and for each the run of keys that it attends to.
 
     Attributes:
-        cu_q: ``(runs + 1,)`` int32, where the runs of queries begin, and where the last ends.
-        cu_k: Likewise, of keys.
-        max_q: Queries of the longest run.
-        max_k: Keys of the longest run.
-        causal: Whether a query sees no key after it, the last of both being level.
-        left: How many keys before it a query sees; -1 for all.
+        cu_q: ``(runs + 1,)`` int32, the offsets of the runs of queries.
+        cu_k: ``(runs + 1,)`` int32, the offsets of the runs of keys.
+        max_q: The number of queries in the longest run.
+        max_k: The number of keys in the longest run.
+        causal: Whether a query sees no key after it. The last query of a run is aligned with its last key.
+        left: The number of earlier keys that a query sees; -1 for all.
     """
 
     cu_q: Tensor
@@ -98,12 +98,12 @@ class Runs(NamedTuple):
 
     @property
     def right(self) -> int:
-        """How many keys after it a query sees; -1 for all."""
+        """The number of later keys that a query sees; -1 for all."""
         return 0 if self.causal else -1
 
     @property
     def plain(self) -> bool:
-        """Causal without a window, the one case that the kernels call causal."""
+        """Whether the mask is causal without a window, the only case that the kernels call causal."""
         return self.causal and self.left < 0
 
 
@@ -114,9 +114,9 @@ class Provider(NamedTuple):
     """One implementation of FlashAttention.
 
     Attributes:
-        name: What it is called.
-        forward: ``(q, k, v, runs, scale)`` to out ``(queries, H, a)`` and lse ``(H, queries)``.
-        backward: ``(d_out, q, k, v, out, lse, runs, scale)`` to d_q, d_k and d_v.
+        name: The name of the implementation.
+        forward: A function of ``(q, k, v, runs, scale)`` that returns out ``(queries, H, a)`` and lse ``(H, queries)``.
+        backward: A function of ``(d_out, q, k, v, out, lse, runs, scale)`` that returns d_q, d_k and d_v.
     """
 
     name: str
@@ -125,54 +125,59 @@ class Provider(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some rows' attention to some rows' keys, which ``copies`` of the runs share."""
+    """The attention of some rows to the keys of some rows, which are copied ``copies`` times."""
 
     queries: slice
     keys: slice
     runs: Runs
     copies: int = 1
     merged: bool = False
-    """Whether the queries have already attended to other keys."""
+    """Whether the queries have already attended to other keys, so that the two results are merged."""
 
     def of_keys(self, rows: Tensor) -> Tensor:
-        """Its keys or values, a copy behind the other."""
+        """Return the keys or values of the part, one copy after the other."""
         return rows[self.keys].repeat(self.copies, 1, 1) if self.copies > 1 else rows[self.keys]
 
 
-@lru_cache(maxsize=8)  # global and windowed layers, for each layout of a few micro-batches
+@lru_cache(maxsize=8)  # a global and a windowed layout for each of a few micro-batches
 def _parts(starts: tuple[int, ...], meta: int, window: int | None, device: torch.device) -> tuple[_Part, ...]:
     def offsets(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-    texts, total = sorted({*starts}), starts[-1]  # empty texts drop out
+    total = starts[-1]
+    texts = sorted({*starts})  # the kernels do not accept empty texts
     longest = max(end - start for start, end in pairwise(texts))
-    within = offsets(texts)
-    of_texts = slice(meta, meta + total)
+    text_offsets = offsets(texts)
+    text_rows = slice(meta, meta + total)
     left = -1 if window is None else window
-    own = _Part(of_texts, of_texts, Runs(within, within, longest, longest, causal=True, left=left))
+    within_texts = Runs(text_offsets, text_offsets, longest, longest, causal=True, left=left)
     if not meta:
-        return (own,)
-    of_meta, once = slice(0, meta), offsets([0, meta])
+        return (_Part(text_rows, text_rows, within_texts),)
+
+    meta_rows = slice(0, meta)
+    meta_offsets = offsets([0, meta])
+    within_meta = Runs(meta_offsets, meta_offsets, meta, meta, causal=True)
+
     shares = [*range(0, total, SHARED), total]
     copies = len(shares) - 1
-    again = offsets([meta * copy for copy in range(copies + 1)])
-    to_meta = Runs(offsets(shares), again, min(total, SHARED), meta, causal=False)
+    copy_offsets = offsets([meta * copy for copy in range(copies + 1)])
+    texts_to_meta = Runs(offsets(shares), copy_offsets, min(total, SHARED), meta, causal=False)
     return (
-        own,
-        _Part(of_meta, of_meta, Runs(once, once, meta, meta, causal=True)),
-        _Part(of_texts, of_meta, to_meta, copies, merged=True),
+        _Part(text_rows, text_rows, within_texts),
+        _Part(meta_rows, meta_rows, within_meta),
+        _Part(text_rows, meta_rows, texts_to_meta, copies, merged=True),
     )
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """The tensor, copied if the kernels could not read sixteen bytes at a time of its rows."""
+    """Return the tensor, copied if the kernels could not read its rows 16 bytes at a time."""
     unit = 16 // rows.element_size()
-    even = all(stride % unit == 0 for stride in rows.stride()[:-1])
-    return rows if rows.stride(-1) == 1 and even and rows.data_ptr() % 16 == 0 else rows.contiguous()
+    strides_fit = all(stride % unit == 0 for stride in rows.stride()[:-1])
+    return rows if rows.stride(-1) == 1 and strides_fit and rows.data_ptr() % 16 == 0 else rows.contiguous()
 
 
 class _MergedAttention(torch.autograd.Function):
-    """All parts. Values are taken a query head's width at a time, since FlashAttention 2 takes no other."""
+    """The attention of all parts. Values are split to the width of a query head, as FlashAttention 2 requires."""
 
     @staticmethod
     def forward(
@@ -182,17 +187,23 @@ class _MergedAttention(torch.autograd.Function):
         output = query.new_empty(rows, heads, value.shape[-1])
         lse = query.new_empty(heads, rows, dtype=torch.promote_types(query.dtype, torch.float32))
         for part in parts:
-            keys, values = part.of_keys(key), part.of_keys(value).split(width, -1)
-            pieces = [provider.forward(query[part.queries], keys, v, part.runs, width**-0.5) for v in values]
-            out, own_lse = torch.cat([out for out, _ in pieces], -1), pieces[0][1]
+            keys = part.of_keys(key)
+            values = part.of_keys(value).split(width, -1)
+            results = [provider.forward(query[part.queries], keys, v, part.runs, width**-0.5) for v in values]
+            out = torch.cat([out for out, _ in results], -1)
+            part_lse = results[0][1]
+
             if part.merged:
-                before = lse[:, part.queries]
-                share = torch.sigmoid(own_lse - before).T[..., None]
+                earlier_lse = lse[:, part.queries]
+                share = torch.sigmoid(part_lse - earlier_lse).T[..., None]
                 out = output[part.queries].to(lse.dtype).lerp(out.to(lse.dtype), share)
-                own_lse = torch.logaddexp(own_lse, before)
-            output[part.queries], lse[:, part.queries] = out, own_lse
+                part_lse = torch.logaddexp(part_lse, earlier_lse)
+            output[part.queries] = out
+            lse[:, part.queries] = part_lse
+
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.parts, ctx.provider = parts, provider
+        ctx.parts = parts
+        ctx.provider = provider
         return output
 
     @staticmethod
@@ -200,15 +211,17 @@ class _MergedAttention(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        width, d_output = query.shape[-1], _aligned(d_output)
+        width = query.shape[-1]
+        d_output = _aligned(d_output)
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
+
         for part in ctx.parts:
-            keys, own_lse = part.of_keys(key), lse[:, part.queries].contiguous()
+            keys = part.of_keys(key)
+            part_lse = lse[:, part.queries].contiguous()
             by_width = (x.split(width, -1) for x in (d_output[part.queries], part.of_keys(value), output[part.queries]))
-            pieces = zip(*by_width, d_value[part.keys].split(width, -1), strict=True)
-            for d_out, v, out, d_v_total in pieces:
+            for d_out, v, out, d_v_total in zip(*by_width, d_value[part.keys].split(width, -1), strict=True):
                 d_q, d_k, d_v = ctx.provider.backward(
-                    d_out, query[part.queries], keys, v, out, own_lse, part.runs, width**-0.5
+                    d_out, query[part.queries], keys, v, out, part_lse, part.runs, width**-0.5
                 )
                 d_query[part.queries] += d_q
                 d_key[part.keys] += d_k.unflatten(0, (part.copies, -1)).sum(0)
@@ -217,7 +230,7 @@ class _MergedAttention(torch.autograd.Function):
 
 
 def _flash_attn_3() -> Provider | None:
-    """What github.com/Dao-AILab/flash-attention builds from its folder hopper, for compute capability 9 only."""
+    """Return the build of the folder hopper of github.com/Dao-AILab/flash-attention, for compute capability 9 only."""
     if torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
@@ -240,15 +253,20 @@ def _flash_attn_3() -> Provider | None:
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Runs, scale: float
     ) -> Gradients:
         gradients = _empty_gradients(q, k, v)
-        exact = torch.are_deterministic_algorithms_enabled()
-        torch.ops.flash_attn_3.bwd(d_out, q, k, v, out, lse, *gradients, **layout(runs, scale), deterministic=exact)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.ops.flash_attn_3.bwd(
+            d_out, q, k, v, out, lse, *gradients, **layout(runs, scale), deterministic=deterministic
+        )
         return gradients
 
     return Provider("flash-attn 3", forward, backward)
 
 
 def _flash_attn_4() -> Provider | None:
-    """The package flash-attn-4, for compute capability 10 and 11: on 9 its backward knows neither texts nor windows."""
+    """Return the package flash-attn-4, for compute capability 10 and 11.
+
+    On 9, its backward supports neither packed texts nor windows.
+    """
     if torch.cuda.get_device_capability()[0] not in (10, 11):
         return None
     try:
@@ -271,9 +289,9 @@ def _flash_attn_4() -> Provider | None:
     def backward(
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Runs, scale: float
     ) -> Gradients:
-        exact = torch.are_deterministic_algorithms_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled()
         d_q, d_k, d_v, *_ = interface._flash_attn_bwd(
-            *(x.contiguous() for x in (q, k, v, out, d_out)), lse, **layout(runs, scale), deterministic=exact
+            *(x.contiguous() for x in (q, k, v, out, d_out)), lse, **layout(runs, scale), deterministic=deterministic
         )
         return d_q, d_k, d_v
 
@@ -281,7 +299,7 @@ def _flash_attn_4() -> Provider | None:
 
 
 def _flash_attn_2() -> Provider | None:
-    """The package flash-attn from 2.7 on, where a window is two arguments."""
+    """Return the package flash-attn, version 2.7 or later, in which a window is two arguments."""
     try:
         from flash_attn import flash_attn_interface
     except ImportError:
@@ -290,7 +308,7 @@ def _flash_attn_2() -> Provider | None:
 
 
 def _of_hub() -> Provider | None:
-    """The same, compiled by the Hub."""
+    """Return flash-attn 2 as the Hub distributes it, compiled."""
     interface = getattr(hub_kernel("flash-attn2"), "flash_attn_interface", None)
     return None if interface is None else _of_interface("flash-attn 2 of the Hub", interface)
 
@@ -312,8 +330,8 @@ def _of_interface(name: str, interface: ModuleType) -> Provider:
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Runs, scale: float
     ) -> Gradients:
         gradients = _empty_gradients(q, k, v)
-        exact = torch.are_deterministic_algorithms_enabled()
-        more = {"softcap": 0.0, "alibi_slopes": None, "deterministic": exact}
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        more = {"softcap": 0.0, "alibi_slopes": None, "deterministic": deterministic}
         interface._flash_attn_varlen_backward(d_out, q, k, v, out, lse, *gradients, **layout(runs, scale), **more)
         return gradients
 
@@ -321,7 +339,7 @@ def _of_interface(name: str, interface: ModuleType) -> Provider:
 
 
 def _of_pytorch() -> Provider | None:
-    """What PyTorch itself contains: FlashAttention 2, or what `activate_flash_attention_impl` put in its place."""
+    """Return the FlashAttention 2 of PyTorch itself, or what `activate_flash_attention_impl` replaced it with."""
     if not torch.backends.cuda.is_flash_attention_available():
         return None
 
@@ -336,11 +354,11 @@ def _of_pytorch() -> Provider | None:
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Runs, scale: float
     ) -> Gradients:
         window = {"window_size_left": runs.left, "window_size_right": runs.right}
-        # Without dropout the state of its random numbers is not read.
-        unread = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)
+        # Without dropout, the state of the random number generator is not read.
+        random_state = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)
         layout = runs.cu_q, runs.cu_k, runs.max_q, runs.max_k, 0.0, runs.plain
         gradients: Gradients = torch.ops.aten._flash_attention_backward(
-            d_out, q, k, v, out, lse, *layout, *unread, scale=scale, **window
+            d_out, q, k, v, out, lse, *layout, *random_state, scale=scale, **window
         )
         return gradients
 
@@ -352,7 +370,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
 
 
 PROVIDERS = (_flash_attn_4, _flash_attn_3, _flash_attn_2, _of_pytorch, _of_hub)
-"""Where to look for FlashAttention, the fastest first."""
+"""The functions that look for a FlashAttention, the fastest first."""
 
 
 @cache

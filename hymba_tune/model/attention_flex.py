@@ -1,11 +1,11 @@
-"""Attention through PyTorch's FlexAttention, on the packed rows as they are.
+"""Attention through PyTorch's FlexAttention, directly on the packed rows.
 
-`torch.compile` makes a Triton kernel that skips the blocks of keys no query of a block can see and masks only the
-blocks of which it can see a part (arXiv 2412.05496). Which blocks those are follows from where the texts begin, so no
-``(rows, rows)`` mask is ever made.
+`torch.compile` makes a Triton kernel that skips the blocks of keys that no query of a block can see, and masks only the
+blocks that are partly visible (arXiv 2412.05496). The offsets of the texts determine these blocks, so no
+``(rows, rows)`` mask is made.
 
 Glossary: M meta tokens, T text tokens, H query heads, G key/value heads, a width of a query or key head, v width of a
-value head. Keys and queries are numbered by packed row: the meta tokens first.
+value head. Keys and queries are numbered by packed row, the meta tokens first.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from .backends import Task
 from .documents import Documents
 
 BLOCK = 128
-"""Rows and columns of a block of the mask; FlexAttention's own tiles divide it."""
+"""The number of rows and columns in a block of the mask, a multiple of FlexAttention's own tiles."""
 LEAST_WIDTH = 16
-"""The narrowest head of which Triton makes a matrix product."""
+"""The narrowest head for which Triton supports matrix products."""
 
 
 def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None
 ) -> Tensor:
-    """Attend as `packed_attention` says, in one compiled kernel for all texts.
+    """Compute `packed_attention` in one compiled kernel for all texts.
 
-    The first call of a process compiles; other lengths and windows use the same kernel.
+    The first call of a process compiles the kernel; other lengths and windows reuse it.
 
     Args:
         query: ``(M + T, H, a)``.
         key: ``(M + T, G, a)``.
         value: ``(M + T, G, v)``.
-        documents: Where the texts lie.
-        window: Tokens a query looks back, or None for the whole text.
+        documents: The layout of the packed texts.
+        window: The number of earlier tokens that a query sees, or None for the whole text.
 
     Returns:
         ``(M + T, H * v)``.
@@ -46,13 +46,14 @@ def flex_packed_attention(
     mask = block_mask(documents.starts, documents.num_meta, window, query.device)
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
+
     output = _compiled()(*heads_first, block_mask=mask, enable_gqa=grouped, kernel_options=_tiles(query, value))
     return output.squeeze(0).transpose(0, 1).flatten(1)
 
 
 @cache
 def flex_unavailable_reason() -> str | None:
-    """Why FlexAttention cannot be compiled on this machine, or None if it can."""
+    """Return why FlexAttention cannot be compiled on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -65,24 +66,24 @@ def flex_unavailable_reason() -> str | None:
 
 
 def flex_unsupported_reason(task: Task) -> str | None:
-    """Why heads of a task's widths cannot be taken, or None if they can."""
+    """Return why the head widths of a task are not supported, or None if they are."""
     if min(task.widths) < LEAST_WIDTH:
-        return f"heads must be {LEAST_WIDTH} wide or more, not {min(task.widths)}"
+        return f"heads must be at least {LEAST_WIDTH} wide; they are {min(task.widths)}"
     return None
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """One function for all layers and steps. Without ``dynamic`` every new number of rows would compile again."""
+    """Return one function for all layers and steps. Without ``dynamic``, every new number of rows would recompile."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
     return compiled
 
 
 def _tiles(query: Tensor, value: Tensor) -> dict[str, int]:
-    """Tiles for values wider than queries.
+    """Return the tile sizes for values that are wider than queries.
 
-    PyTorch chooses tiles by the width of the queries alone. With values of 128 beside queries of 64 its choice keeps
-    kilobytes of each thread's registers in memory; what it takes for queries of 128 keeps none.
+    PyTorch chooses tiles by the width of the queries alone. For queries of width 64 and values of width 128, its choice
+    spills kilobytes of registers per thread; its choice for queries of width 128 spills none.
     """
     width, value_width = query.shape[-1], value.shape[-1]
     if query.dtype.itemsize == 2 and width <= 64 < value_width <= 128:
@@ -90,32 +91,36 @@ def _tiles(query: Tensor, value: Tensor) -> dict[str, int]:
     return {}
 
 
-@lru_cache(maxsize=8)  # a global and a windowed mask for each layout of a few micro-batches
-@torch.inference_mode(False)  # a mask made while evaluating serves the training too
+@lru_cache(maxsize=8)  # a global and a windowed mask for each of a few micro-batches
+@torch.inference_mode(False)  # training can then use a mask that was made during evaluation
 def block_mask(starts: tuple[int, ...], meta: int, window: int | None, device: torch.device) -> BlockMask:
-    """Which blocks of keys each block of queries sees, in part or whole.
+    """Return which blocks of keys each block of queries sees, partly or fully.
 
     Args:
-        starts: Where each text begins among the T text tokens, and T.
-        meta: M.
-        window: Tokens a query looks back, or None for the whole text.
-        device: Where the attention is computed.
+        starts: The index of the first token of each text among the T text tokens, followed by T.
+        meta: The number M of meta tokens.
+        window: The number of earlier tokens that a query sees, or None for the whole text.
+        device: The device that computes the attention.
     """
     first = _first_keys(starts, meta, window, device)
     rows = len(first)
     count = -(-rows // BLOCK)
-    # The last block is filled up with its last row, which changes neither its least nor its greatest.
+
+    # The last block is padded with its last row, which changes neither its minimum nor its maximum.
     by_block = first[torch.arange(count * BLOCK, device=device).clamp(max=rows - 1)].view(count, BLOCK)
     blocks = torch.arange(count, device=device)
-    queries, begins = blocks[:, None], blocks * BLOCK
-    # What the queries of a block see of their texts is one run of keys: neighbors' runs overlap or touch.
+    queries = blocks[:, None]
+    begins = blocks * BLOCK
+
+    # The runs of keys of neighboring queries overlap or touch, so a block of queries sees one run of keys.
     seen = (blocks <= queries) & ((begins < meta) | (blocks >= by_block.amin(1)[:, None] // BLOCK))
     all_meta = begins + BLOCK <= meta
     whole = (blocks < queries) & (all_meta | (begins.clamp(min=meta) >= by_block.amax(1)[:, None]))
+
     number_of_meta = torch.tensor(meta, device=device)
 
     def visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        # Tensors, not numbers, are captured, and `first` holds texts and window: any mask has the same kernel.
+        # The function captures tensors only, and `first` encodes texts and window, so all masks share one kernel.
         return (k <= q) & ((k >= first[q]) | (k < number_of_meta))
 
     return BlockMask.from_kv_blocks(
@@ -124,7 +129,7 @@ def block_mask(starts: tuple[int, ...], meta: int, window: int | None, device: t
 
 
 def _first_keys(starts: tuple[int, ...], meta: int, window: int | None, device: torch.device) -> Tensor:
-    """``(M + T,)`` int32, the first key of its own text that each row sees; for meta tokens the first of all."""
+    """Return ``(M + T,)`` int32: the first key of its own text that each row sees, and 0 for meta tokens."""
     begins = torch.tensor(starts, device=device)
     first = meta + begins[:-1].repeat_interleave(begins.diff(), output_size=starts[-1])
     if window is not None:
@@ -133,6 +138,9 @@ def _first_keys(starts: tuple[int, ...], meta: int, window: int | None, device: 
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row of ``(blocks, blocks)`` bool has, and which, those first; with batch and head axes."""
+    """Return the number of True blocks in each row of ``(blocks, blocks)``, and the block indices, True ones first.
+
+    Both have batch and head axes in front.
+    """
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]

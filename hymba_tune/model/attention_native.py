@@ -1,4 +1,4 @@
-"""Attention in C++ for the CPU: MKL's matrix products around a softmax that reads only what a query sees.
+"""Attention in C++ for the CPU: MKL matrix products around a softmax that reads only the keys a query sees.
 
 Glossary: M meta tokens, T text tokens, H query heads, G key/value heads, a width of a query or key head, v width of a
 value head.
@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_native_source import SOURCE
-from .backends import kept
+from .backends import memoized
 from .documents import Documents
 from .native import DTYPES, Arguments, Grid, Library, fields, threads_for
 
 BLOCK = 32
-"""Queries computed at a time."""
+"""The number of queries in a block."""
 LIBRARY = Library("attention", SOURCE, BLOCK=BLOCK)
 PRODUCTS = {torch.float32: "SGEMM", torch.bfloat16: "GEMM_BF16BF16F32"}
-"""MKL's functions, by what they multiply; both have float32 results."""
+"""The MKL function for each input dtype; both have float32 results."""
 
 
 def native_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Attend as `packed_attention` says, in float32 or bfloat16.
+    """Compute `packed_attention` in float32 or bfloat16.
 
-    No scores but one block's are held, and a windowed layer's time and memory grow linearly with T.
+    Only the scores of one block are held at a time, so the time and memory of a windowed layer grow linearly with T.
     """
     output: Tensor = _NativeAttention.apply(*map(_readable, (query, key, value)), documents, window)
     return output.flatten(1)
@@ -38,9 +38,9 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 
 @cache
 def native_unavailable_reason() -> str | None:
-    """Why it cannot run on this machine, or None if it can; compiles it the first time."""
+    """Return why native attention cannot run on this machine, or None if it can. The first call compiles it."""
     if not all(map(_product, DTYPES)):
-        return "this build of PyTorch brings no MKL"
+        return "this build of PyTorch contains no MKL"
     return LIBRARY.unavailable_reason()
 
 
@@ -54,14 +54,14 @@ def _product(dtype: torch.dtype) -> ctypes.c_void_p | None:
 
 
 def _readable(heads: Tensor) -> Tensor:
-    """``(rows, heads, width)`` whose heads stand side by side; the columns of a wider matrix may."""
+    """Return ``(rows, heads, width)`` with adjacent heads, copied if needed; it may be columns of a wider matrix."""
     return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 class _Arguments(Arguments):
     _fields_ = (
         *fields(ctypes.c_int64, "heads groups width value_width meta text threads"),
-        *fields(ctypes.c_void_p, "seen_from"),
+        *fields(ctypes.c_void_p, "first_seen"),
         *fields(Grid, "q k v y dy dq"),
         *fields(ctypes.c_void_p, "lse dk dv gemm"),
     )
@@ -74,7 +74,7 @@ class _NativeAttention(torch.autograd.Function):
     ) -> Tensor:
         output = query.new_empty(*query.shape[:2], value.shape[2])
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        ctx.layout = documents.num_meta, _seen_from(documents.starts, window)
+        ctx.layout = documents.num_meta, _first_seen(documents.starts, window)
         _call("forward", query, key, value, *ctx.layout, y=output, lse=lse)
         ctx.save_for_backward(query, key, value, output, lse)
         return output
@@ -84,15 +84,15 @@ class _NativeAttention(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         d_query = query.new_empty(query.shape)
-        # Blocks add to these one after the other: in bfloat16 that would round each time.
+        # Many blocks add to these gradients; in bfloat16 each addition would round.
         d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))
-        more = {"dy": _readable(d_output), "dq": d_query, "dk": d_key, "dv": d_value}
-        _call("backward", query, key, value, *ctx.layout, y=output, lse=lse, **more)
+        gradients = {"dy": _readable(d_output), "dq": d_query, "dk": d_key, "dv": d_value}
+        _call("backward", query, key, value, *ctx.layout, y=output, lse=lse, **gradients)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def _call(
-    function: str, query: Tensor, key: Tensor, value: Tensor, meta: int, seen_from: Tensor, **others: Tensor
+    function: str, query: Tensor, key: Tensor, value: Tensor, meta: int, first_seen: Tensor, **others: Tensor
 ) -> None:
     rows, heads, width = query.shape
     groups, value_width = value.shape[1:]
@@ -104,7 +104,7 @@ def _call(
         meta=meta,
         text=rows - meta,
         threads=threads_for(rows * heads * BLOCK * width),
-        seen_from=seen_from,
+        first_seen=first_seen,
         q=query,
         k=key,
         v=value,
@@ -114,9 +114,9 @@ def _call(
     LIBRARY.call(function, arguments)
 
 
-@kept
-def _seen_from(starts: tuple[int, ...], window: int | None) -> Tensor:
-    """``(T,)`` int64: the first of the texts' tokens that each of them sees."""
+@memoized
+def _first_seen(starts: tuple[int, ...], window: int | None) -> Tensor:
+    """Return ``(T,)`` int64: the first text token that each text token sees."""
     offsets = torch.tensor(starts)
     begins = offsets[:-1].repeat_interleave(offsets.diff(), output_size=starts[-1])
     return begins if window is None else torch.maximum(begins, torch.arange(starts[-1]) - window)

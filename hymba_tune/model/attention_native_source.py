@@ -1,32 +1,32 @@
-"""The C++ of attention: what `attention_native` compiles."""
+"""The C++ source of native attention, which `attention_native` compiles."""
 
 from .native_vectors import VECTORS
 
 SOURCE = (
     VECTORS
     + r"""
-// Attention over texts laid end to end behind meta tokens, BLOCK queries of a group of heads at a time. A query sees
-// the meta tokens and one run of its own text, and the queries of a block see a longer run between them: their scores
-// are two matrix products, which MKL computes, and a row of scores needs no mask, only where its run begins and ends.
+// Attention over packed texts that follow the meta tokens, for BLOCK queries of a group of heads at a time. A query
+// sees the meta tokens and one run of keys of its own text. The queries of a block together see a longer run, so their
+// scores are two matrix products, which MKL computes. A row of scores needs no mask, only the bounds of its run.
 //
 // Groups of R heads share keys and values; a width of a query or key head, v width of a value head.
 
 namespace {
 
-// MKL's products of column-major matrices: float32 ones, or bfloat16 ones with a float32 result.
+// MKL's product of column-major matrices, of float32 or of bfloat16 with a float32 result.
 typedef void Gemm(const char *, const char *, const int *, const int *, const int *, const float *, const void *,
                   const int *, const void *, const int *, const float *, float *, const int *);
 
 struct Attention {
     int64_t heads, groups, width, value_width, meta, text, threads;
-    const int64_t *from;  // (text), the first of the texts' tokens that each of them sees
+    const int64_t *first_seen;  // (text), the first text token that each text token sees
     Grid q, k, v, y, dy, dq;
-    float *lse;           // (meta + text, heads)
-    float *dk, *dv;       // (meta + text, groups, a or v), zero at first
+    float *lse;                 // (meta + text, heads)
+    float *dk, *dv;             // (meta + text, groups, a or v), zeroed by the caller
     Gemm *gemm;
 };
 
-// Memory that is written before it is read.
+// Uninitialized memory, which is written before it is read.
 template <class Element> struct Scratch {
     std::unique_ptr<Element[]> memory;
     explicit Scratch(int64_t count) : memory(count ? new Element[count] : nullptr) {}
@@ -35,7 +35,7 @@ template <class Element> struct Scratch {
 typedef Scratch<float> Floats;
 typedef Scratch<uint16_t> Halves;
 
-// A row-major matrix: its first element, and how far one row is from the next.
+// A row-major matrix: its first element, and the distance from one row to the next.
 struct Matrix {
     void *data;
     int64_t stride, bf16;
@@ -45,8 +45,8 @@ struct Matrix {
     Matrix(const Floats &x, int64_t width) : Matrix(x.data(), width, 0) {}
 
     Matrix at(int64_t row, int64_t column) const {
-        int64_t place = row * stride + column;
-        return {bf16 ? (void *)((uint16_t *)data + place) : (void *)((float *)data + place), stride, bf16};
+        int64_t offset = row * stride + column;
+        return {bf16 ? (void *)((uint16_t *)data + offset) : (void *)((float *)data + offset), stride, bf16};
     }
     Rows rows() const { return {data, stride, bf16}; }
 };
@@ -54,14 +54,14 @@ struct Matrix {
 struct Product {
     Gemm *gemm;
 
-    void operator()(const char *a_way, const char *b_way, int64_t m, int64_t n, int64_t k, float alpha, const Matrix &a,
-                    const Matrix &b, float beta, const Matrix &c) const {
+    void operator()(const char *a_layout, const char *b_layout, int64_t m, int64_t n, int64_t k, float alpha,
+                    const Matrix &a, const Matrix &b, float beta, const Matrix &c) const {
         if (!m || !n) return;
         int M = (int)m, N = (int)n, K = (int)k, lda = (int)a.stride, ldb = (int)b.stride, ldc = (int)c.stride;
-        // Row-major matrices are column-major ones transposed, so the factors change places.
-        gemm(b_way, a_way, &N, &M, &K, &alpha, b.data, &ldb, a.data, &lda, &beta, (float *)c.data, &ldc);
+        // A row-major matrix is a transposed column-major one, so the factors are swapped.
+        gemm(b_layout, a_layout, &N, &M, &K, &alpha, b.data, &ldb, a.data, &lda, &beta, (float *)c.data, &ldc);
     }
-    // c (m, n) = alpha a (m, k) b (n, k)^T, and so on; beta 1 adds to what c holds.
+    // c (m, n) = alpha a (m, k) b (n, k)^T, and likewise below; with a beta of 1 the product is added to c.
     void abT(int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b, float beta, Matrix c) const {
         (*this)("N", "T", m, n, k, alpha, a, b, beta, c);
     }
@@ -73,21 +73,21 @@ struct Product {
     }
 };
 
-// Some queries of one kind, meta tokens or texts' tokens, and the keys that any of them sees.
+// Some queries, either all meta tokens or all text tokens, and the keys that any of them sees.
 struct Block {
-    int64_t row, queries;         // in the packed rows
-    int64_t begin, first, keys;   // the first query and key among its kind; keys from there on
-    int64_t meta, columns;        // meta keys in front of them; both together
-    const int64_t *from;          // what each query sees first, or null
+    int64_t row, queries;         // the first packed row of the block, and its number of queries
+    int64_t begin, first, keys;   // the first query and key, counted among meta or text tokens; the number of keys
+    int64_t meta, columns;        // the number of meta keys in front of these keys; the number of both together
+    const int64_t *first_seen;    // the first key that each query sees, or null for meta tokens
 
     Block(const Attention &p, int64_t index) {
-        int64_t of_meta = (p.meta + BLOCK - 1) / BLOCK;
-        bool is_meta = index < of_meta;
-        begin = (is_meta ? index : index - of_meta) * BLOCK;
+        int64_t meta_blocks = (p.meta + BLOCK - 1) / BLOCK;
+        bool is_meta = index < meta_blocks;
+        begin = (is_meta ? index : index - meta_blocks) * BLOCK;
         queries = std::min<int64_t>(BLOCK, (is_meta ? p.meta : p.text) - begin);
         row = begin + (is_meta ? 0 : p.meta);
-        from = is_meta ? nullptr : p.from + begin;
-        first = from ? from[0] : 0;
+        first_seen = is_meta ? nullptr : p.first_seen + begin;
+        first = first_seen ? first_seen[0] : 0;
         keys = begin + queries - first;
         meta = is_meta ? 0 : p.meta;
         columns = meta + keys;
@@ -95,10 +95,10 @@ struct Block {
     static int64_t count(const Attention &p) { return (p.meta + BLOCK - 1) / BLOCK + (p.text + BLOCK - 1) / BLOCK; }
 
     int64_t key_row() const { return first + meta; }
-    int64_t low(int64_t query) const { return meta + (from ? from[query] - first : 0); }
+    int64_t low(int64_t query) const { return meta + (first_seen ? first_seen[query] - first : 0); }
     int64_t high(int64_t query) const { return meta + begin + query - first + 1; }
 
-    // The columns that a query sees.
+    // Calls `work` for the columns that a query sees.
     template <class Work> void each_seen(int64_t query, Work work) const {
         each_vector(meta, work);
         int64_t start = low(query);
@@ -113,50 +113,51 @@ struct Block {
     }
 };
 
-// What a block of a group works in; rows are those of its R heads, one head after the other.
-struct Desk {
+// The buffers of one block of one group. The rows are those of its R heads, one head after the other.
+struct Workspace {
     const Attention &p;
     const Block block;
     int64_t group, repeats, rows, bf16;
     float scale;
     Product product;
-    Floats query, scores, d_weights, d_output;  // the first and last in the model's dtype
+    Floats query, scores, d_weights, d_output;  // query and d_output are in the dtype of the model
     Halves narrow_weights, narrow_scores;
 
-    Desk(const Attention &p, const Block &block, int64_t group, bool back)
+    Workspace(const Attention &p, const Block &block, int64_t group, bool backward)
         : p(p), block(block), group(group), repeats(p.heads / p.groups), rows(repeats * block.queries), bf16(p.q.bf16),
           scale(1.f / std::sqrt((float)p.width)), product{p.gemm}, query(rows * p.width), scores(rows * block.columns),
-          d_weights(back * rows * block.columns), d_output(back * rows * p.value_width),
-          narrow_weights(bf16 * rows * block.columns), narrow_scores(back * bf16 * rows * block.columns) {
+          d_weights(backward * rows * block.columns), d_output(backward * rows * p.value_width),
+          narrow_weights(bf16 * rows * block.columns), narrow_scores(backward * bf16 * rows * block.columns) {
         gather(p.q, p.width, query);
-        if (back) gather(p.dy, p.value_width, d_output);
+        if (backward) gather(p.dy, p.value_width, d_output);
     }
 
     int64_t head(int64_t row) const { return group * repeats + row / block.queries; }
-    int64_t place(int64_t row) const { return block.row + row % block.queries; }
+    int64_t packed_row(int64_t row) const { return block.row + row % block.queries; }
 
     void gather(const Grid &x, int64_t width, const Floats &to) const {
         for (int64_t row = 0; row < rows; row++) {
             size_t bytes = width * (bf16 ? 2 : 4);
-            memcpy((char *)to.data() + row * bytes, x.at(place(row), head(row)).data, bytes);
+            memcpy((char *)to.data() + row * bytes, x.at(packed_row(row), head(row)).data, bytes);
         }
     }
     Matrix gathered(const Floats &x, int64_t width) const { return {x.data(), width, bf16}; }
-    // What products read, in the model's dtype.
+    // A factor of a matrix product, in the dtype of the model.
     Matrix narrow(const Floats &wide, const Halves &rounded) const {
         return bf16 ? Matrix(rounded.data(), block.columns, 1) : Matrix(wide, block.columns);
     }
     Matrix weights() const { return narrow(scores, narrow_weights); }
     Matrix d_scores() const { return narrow(d_weights, narrow_scores); }
 
-    // Rows times the keys or values of both runs, into the columns of each.
-    void across(int64_t from, int64_t count, Matrix x, const Grid &keys, int64_t width, float alpha, Matrix out) {
+    // Multiplies rows by the keys or values of both runs; each run has its own columns of the result.
+    void multiply_runs(int64_t from, int64_t count, Matrix x, const Grid &keys, int64_t width, float alpha,
+                       Matrix out) {
         product.abT(count, block.meta, width, alpha, x.at(from, 0), {keys, 0, group}, 0, out.at(from, 0));
         product.abT(count, block.keys, width, alpha, x.at(from, 0), {keys, block.key_row(), group}, 0,
                     out.at(from, block.meta));
     }
-    // Weights of both runs times their keys or values, added up.
-    void along(int64_t from, int64_t count, Matrix w, const Grid &values, int64_t width, float alpha, Matrix out) {
+    // Multiplies the weights of both runs by their keys or values, and adds the two products.
+    void sum_runs(int64_t from, int64_t count, Matrix w, const Grid &values, int64_t width, float alpha, Matrix out) {
         product.ab(count, width, block.keys, alpha, w.at(from, block.meta), {values, block.key_row(), group}, 0,
                    out.at(from, 0));
         if (block.meta)
@@ -165,7 +166,7 @@ struct Desk {
 
     void forward() {
         Matrix all(scores, block.columns), to = weights();
-        across(0, rows, gathered(query, p.width), p.k, p.width, scale, all);
+        multiply_runs(0, rows, gathered(query, p.width), p.k, p.width, scale, all);
         Floats sums(rows), output(rows * p.value_width);
         for (int64_t row = 0; row < rows; row++) {
             int64_t at = row % block.queries;
@@ -183,32 +184,32 @@ struct Desk {
             });
             block.clear_unseen(to, row, at);
             float whole = sums.data()[row] = sum(total);
-            p.lse[place(row) * p.heads + head(row)] = high + std::log(whole);
+            p.lse[packed_row(row) * p.heads + head(row)] = high + std::log(whole);
         }
         Matrix attended(output, p.value_width);
-        along(0, rows, to, p.v, p.value_width, 1, attended);
+        sum_runs(0, rows, to, p.v, p.value_width, 1, attended);
         for (int64_t row = 0; row < rows; row++) {
-            Rows y = p.y.at(place(row), head(row));
+            Rows y = p.y.at(packed_row(row), head(row));
             each_vector(p.value_width, [&](int64_t column, int lanes) {
                 store(y, 0, column, lanes, load(attended.rows(), row, column, lanes) * (1.f / sums.data()[row]));
             });
         }
     }
 
-    // Some rows' weights, their scores' gradient, and their queries'.
+    // Computes the weights of some rows, and the gradients of their scores and queries.
     void backward_rows(int64_t from, int64_t end) {
         Matrix all(scores, block.columns), d_all(d_weights, block.columns), to = weights(), d_to = d_scores();
         Matrix d_out = gathered(d_output, p.value_width);
-        across(from, end - from, gathered(query, p.width), p.k, p.width, scale, all);
-        across(from, end - from, d_out, p.v, p.value_width, 1, d_all);
+        multiply_runs(from, end - from, gathered(query, p.width), p.k, p.width, scale, all);
+        multiply_runs(from, end - from, d_out, p.v, p.value_width, 1, d_all);
         for (int64_t row = from; row < end; row++) {
             int64_t at = row % block.queries;
-            Rows y = p.y.at(place(row), head(row));
+            Rows y = p.y.at(packed_row(row), head(row));
             V dots{};
             each_vector(p.value_width, [&](int64_t column, int lanes) {
                 dots += load(d_out.rows(), row, column, lanes) * load(y, 0, column, lanes);
             });
-            float inner = sum(dots), lse = p.lse[place(row) * p.heads + head(row)];
+            float inner = sum(dots), lse = p.lse[packed_row(row) * p.heads + head(row)];
             block.each_seen(at, [&](int64_t column, int lanes) {
                 V weights = exp(load(all.rows(), row, column, lanes) - lse);
                 V d_score = weights * (load(d_all.rows(), row, column, lanes) - inner);
@@ -220,23 +221,23 @@ struct Desk {
         }
         Floats d_query((end - from) * p.width);
         Matrix d_queries(d_query, p.width);
-        along(from, end - from, d_to, p.k, p.width, scale, {d_query.data() - from * p.width, p.width, 0});
+        sum_runs(from, end - from, d_to, p.k, p.width, scale, {d_query.data() - from * p.width, p.width, 0});
         for (int64_t row = from; row < end; row++) {
-            Rows dq = p.dq.at(place(row), head(row));
+            Rows dq = p.dq.at(packed_row(row), head(row));
             each_vector(p.width, [&](int64_t column, int lanes) {
                 store(dq, 0, column, lanes, load(d_queries.rows(), row - from, column, lanes));
             });
         }
     }
 
-    // The gradients of the keys and values in some columns, from all rows.
+    // Adds the gradients of the keys and values in some columns, from all rows.
     void backward_columns(int64_t from, int64_t end) {
         for (int run = 0; run < 2; run++) {
             int64_t begin = std::max(from, run ? block.meta : 0);
             int64_t count = std::min(end, run ? block.columns : block.meta) - begin;
             if (count <= 0) continue;
-            int64_t place = (run ? begin - block.meta + block.key_row() : begin) * p.groups + group;
-            float *dk = p.dk + place * p.width, *dv = p.dv + place * p.value_width;
+            int64_t index = (run ? begin - block.meta + block.key_row() : begin) * p.groups + group;
+            float *dk = p.dk + index * p.width, *dv = p.dv + index * p.value_width;
             product.aTb(count, p.width, rows, scale, d_scores().at(0, begin), gathered(query, p.width), 1,
                         {dk, p.groups * p.width, 0});
             product.aTb(count, p.value_width, rows, 1, weights().at(0, begin), gathered(d_output, p.value_width), 1,
@@ -250,8 +251,8 @@ struct Desk {
 extern "C" void forward(const Attention *attention) {
     const Attention &p = *attention;
     parallel(p.threads, Block::count(p) * p.groups, [&](int64_t item) {
-        // The last blocks first: where all is seen, they take longest.
-        Desk(p, Block(p, Block::count(p) - 1 - item / p.groups), item % p.groups, false).forward();
+        // The last blocks come first: without a window they see the most keys and take longest.
+        Workspace(p, Block(p, Block::count(p) - 1 - item / p.groups), item % p.groups, false).forward();
     });
 }
 
@@ -259,13 +260,14 @@ extern "C" void backward(const Attention *attention) {
     const Attention &p = *attention;
     for (int64_t index = 0; index < Block::count(p); index++)
         for (int64_t group = 0; group < p.groups; group++) {
-            Desk desk(p, Block(p, index), group, true);
+            Workspace workspace(p, Block(p, index), group, true);
             auto share = [&](int64_t total, int64_t part) { return total * part / p.threads; };
             parallel(p.threads, p.threads, [&](int64_t part) {
-                desk.backward_rows(share(desk.rows, part), share(desk.rows, part + 1));
+                workspace.backward_rows(share(workspace.rows, part), share(workspace.rows, part + 1));
             });
             parallel(p.threads, p.threads, [&](int64_t part) {
-                desk.backward_columns(share(desk.block.columns, part), share(desk.block.columns, part + 1));
+                const int64_t columns = workspace.block.columns;
+                workspace.backward_columns(share(columns, part), share(columns, part + 1));
             });
         }
 }

@@ -1,4 +1,4 @@
-"""Computing in the dtypes of the inputs, where autocast would narrow matrix products inside a kernel."""
+"""Contexts and conversions that keep autocast from lowering the precision of matrix products inside a kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function compute in the dtypes of its arguments, whether or not autocast is on where it is called.
 
-    Autocast is switched off for the device of the first tensor among the positional arguments, tuples searched too.
+    Autocast is disabled for the device of the first tensor among the positional arguments and the tuples in them.
     """
 
     @wraps(function)
@@ -36,7 +36,7 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def to_autocast_dtype(tensor: Tensor) -> Tensor:
-    """Return the tensor in the dtype that a matrix product reads it in: autocast's where that is on, else its own."""
+    """Return the tensor in the dtype of a matrix product: the autocast dtype where autocast is on, else its own."""
     device = tensor.device.type
     if tensor.dtype is torch.float64 or not _is_on(device):
         return tensor

@@ -1,4 +1,4 @@
-"""Several ways to compute one operation: what each can do, which one is taken, and why not another."""
+"""The backends of an operation: what each one supports, which one is selected, and why others are not."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ R = TypeVar("R")
 
 AUTO = "auto"
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What kernels for GPUs take: everything but float64."""
+"""The dtypes that GPU kernels support: all but float64."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a backend has to compute.
+    """The computation that a backend is selected for.
 
     Attributes:
-        device: Type of the device, such as "cpu".
+        device: The type of the device, such as "cpu".
         dtype: The dtype of the inputs.
-        gradients: Whether a backward may come.
-        has_initial_state: Whether texts go on from what a cache holds.
-        widths: Of a query head and of a value head, for attention.
-        taps: Width of the convolution.
+        gradients: Whether a backward may follow.
+        has_initial_state: Whether texts continue from a cached state.
+        widths: The widths of a query head and of a value head, for attention.
+        taps: The width of the convolution.
     """
 
     device: str
@@ -43,39 +43,42 @@ class Task:
     taps: int = 4
 
     @classmethod
-    def of(cls, *tensors: Tensor | None, **more: Any) -> Task:
-        """The task of computing with these tensors, the first of which is never None."""
+    def of(cls, *tensors: Tensor | None, **options: Any) -> Task:
+        """Return the task for these tensors, the first of which must not be None."""
         first = tensors[0]
         assert first is not None
         gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        return cls(first.device.type, first.dtype, gradients, **more)
+        return cls(first.device.type, first.dtype, gradients, **options)
 
 
-def _nothing() -> None:
+def _always_available() -> None:
     return None
 
 
-def _fits(_: Task) -> None:
+def _supports_every_task(_: Task) -> None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation, with what it declares to be able to do.
+    """One implementation of an operation, and what it supports.
 
     Attributes:
-        name: What it is called in settings.
-        run: The function; its arguments are the operation's. Where an operation is several functions, all of them.
-            Each computes outside autocast, in the dtypes of its inputs.
-        devices: Types of devices it runs on; None for any.
-        dtypes: The dtypes of the inputs that it takes; None for any.
+        name: The name of the backend in settings.
+        run: The function of the operation, or a named tuple of its functions. Each function computes outside autocast,
+            in the dtypes of its inputs.
+        devices: The device types that it runs on; None for any.
+        dtypes: The input dtypes that it supports; None for any.
         gradients: Whether it has a backward.
-        initial_state: Whether texts can begin from a given state; if not, each gets meta tokens of its own in front.
-        fuses_meta_prefix: Whether it takes, at once, texts of which all but the first go on from where that one ends.
-        needs_self_test: Whether it is compiled at run time or comes from another package. It is then tried on a small
-            problem first, so that one that does not compile, or computes something else, is never trusted with a run.
-        unavailable_reason: Why it cannot be used on this machine and what to install, or None if it can.
-        unsupported_reason: Why it cannot take a task, for reasons not among the above, or None if it can.
+        initial_state: Whether texts can start from a given state. If not, each text gets its own copy of the meta
+            tokens.
+        fuses_meta_prefix: Whether one call can process the meta tokens and the texts that continue from them.
+        needs_self_test: Whether it is compiled at run time or comes from another package. Such a backend first has to
+            solve a small problem, so that no run uses one that fails to compile or returns wrong results.
+        unavailable_reason: A function that returns why the backend cannot be used on this machine and what to install,
+            or None if it can.
+        unsupported_reason: A function that returns why the backend cannot compute a task, for reasons that the fields
+            above do not cover, or None if it can.
     """
 
     name: str
@@ -86,38 +89,43 @@ class Backend:
     initial_state: bool = True
     fuses_meta_prefix: bool = False
     needs_self_test: bool = False
-    unavailable_reason: Callable[[], str | None] = _nothing
-    unsupported_reason: Callable[[Task], str | None] = _fits
+    unavailable_reason: Callable[[], str | None] = _always_available
+    unsupported_reason: Callable[[Task], str | None] = _supports_every_task
 
     def __post_init__(self) -> None:
         run: Any = self.run
-        kind: Any = type(run)  # several functions are a NamedTuple
-        run = kind(*map(outside_autocast, run)) if issubclass(kind, tuple) else outside_autocast(run)
+        run_type: Any = type(run)
+        run = run_type(*map(outside_autocast, run)) if issubclass(run_type, tuple) else outside_autocast(run)
         object.__setattr__(self, "run", run)
 
     def obstacle(self, task: Task) -> str | None:
-        """Why it cannot take a task, or None if it can."""
+        """Return why the backend cannot compute a task, or None if it can."""
         if self.devices is not None and task.device not in self.devices:
             return f"it runs on {_joined(self.devices)}, not on {task.device}"
         if self.dtypes is not None and task.dtype not in self.dtypes:
-            return f"it takes {_joined(map(_short, self.dtypes))}, not {_short(task.dtype)}"
+            return f"it supports {_joined(map(_short, self.dtypes))}, not {_short(task.dtype)}"
         if task.gradients and not self.gradients:
             return "it has no backward"
         if task.has_initial_state and not self.initial_state:
-            return "it cannot go on from a state"
+            return "it cannot continue from an initial state"
         return self.unavailable_reason() or self.unsupported_reason(task)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A small instance of an operation: how a backend computes it, and from which tensors."""
+    """A small instance of an operation, for the self-test of a backend.
+
+    Attributes:
+        compute: A function that returns the outputs of a backend.
+        leaves: The input tensors, for the gradients.
+    """
 
     compute: Callable[[Backend], tuple[Tensor, ...]]
     leaves: list[Tensor]
 
 
 def random_leaves(task: Task, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Normal random tensors of these shapes, always the same ones, for a small problem of a task."""
+    """Return normally distributed tensors of these shapes for a small problem; every call returns the same ones."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).to(task.device, task.dtype) for shape in shapes]
     return [leaf.requires_grad_(task.gradients) for leaf in leaves]
@@ -131,82 +139,83 @@ class Operation:
     """An operation and its backends.
 
     Args:
-        name: What it is called in settings.
-        backends: The fastest first. The one called ``plain`` is what the others are compared with.
-        plain: A backend that can do everything.
-        problem: Makes a small problem for a task.
+        name: The name of the operation in settings.
+        backends: The backends of the operation, the fastest first.
+        plain: The name of a backend that supports every task; self-tests compare the others with it.
+        problem: A function that makes a small problem for a task.
     """
 
     def __init__(self, name: str, backends: list[Backend], *, plain: str, problem: Callable[[Task], Problem]) -> None:
-        self.backends = {backend.name: backend for backend in backends}
         self.name = name
+        self.backends = {backend.name: backend for backend in backends}
         self.chosen = AUTO
         self._plain = self.backends[plain]
         self._problem = problem
-        self._trials: dict[tuple[str, Task], str | None] = {}
+        self._self_tests: dict[tuple[str, Task], str | None] = {}
         OPERATIONS[name] = self
 
     def choose(self, task: Task, name: str | None = None) -> Backend:
-        """The backend that takes a task.
+        """Return the backend for a task.
 
         Args:
-            task: What is to be computed.
-            name: A backend, or "auto" for the fastest that can; what `use_kernels` chose when not given.
+            task: The task to compute.
+            name: The name of a backend, or "auto" for the fastest usable one. The default is the choice of
+                `use_kernels`.
 
         Raises:
-            ValueError: If there is no backend of this name, or it cannot take the task; the message says which can.
+            ValueError: If no backend has this name, or it cannot compute the task; the message lists those that can.
         """
-        name = name or self._standing(task)
+        name = name or self._default_name(task)
         if name == AUTO:
             return next(backend for backend in self.backends.values() if self._obstacle(backend, task) is None)
         self.check(name)
         if reason := self._obstacle(self.backends[name], task):
-            able = [other for other, why in self.obstacles(task).items() if why is None]
-            raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(able)} can")
+            usable = [other for other, obstacle in self.obstacles(task).items() if obstacle is None]
+            raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(usable)} can")
         return self.backends[name]
 
     def compute(self, task: Task, *arguments: Any, name: str | None = None) -> Any:
-        """What the backend that takes the task makes of the arguments.
+        """Compute a task with its backend.
 
-        One that was not chosen by name and fails after all, where the small problem went well, is left out from
-        then on, and another computes.
+        If a backend passed its self-test but fails here, and was not chosen by name, it is excluded from now on and
+        another backend computes the task.
 
         Args:
-            task: What is to be computed.
-            *arguments: The backend's.
-            name: As for `choose`.
+            task: The task to compute.
+            *arguments: The arguments of the backend.
+            name: The name of a backend; see `choose`.
         """
         backend = self.choose(task, name)
-        if not backend.needs_self_test or (name or self._standing(task)) != AUTO:
+        if not backend.needs_self_test or (name or self._default_name(task)) != AUTO:
             return backend.run(*arguments)
         try:
             return backend.run(*arguments)
-        except torch.OutOfMemoryError:  # another way would take no less
+        except torch.OutOfMemoryError:  # another backend would need no less memory
             raise
-        except Exception as error:  # compilers and foreign packages raise anything
-            self._leave_out(backend, task, f"it failed: {type(error).__name__}: {_first_line(error)}")
+        except Exception as error:  # compilers and other packages raise any type of error
+            self._exclude(backend, task, f"it failed: {type(error).__name__}: {_first_line(error)}")
             return self.compute(task, *arguments, name=name)
 
-    def _leave_out(self, backend: Backend, task: Task, reason: str) -> None:
-        self._trials[backend.name, task] = reason
-        logger.warning("The %s backend %s is left out: %s", self.name, backend.name, reason)
+    def _exclude(self, backend: Backend, task: Task, reason: str) -> None:
+        self._self_tests[backend.name, task] = reason
+        logger.warning("The %s backend %s is not used: %s", self.name, backend.name, reason)
 
-    def _standing(self, task: Task) -> str:
-        """What `use_kernels` chose; where that cannot go on from a cache, generation takes the fastest that can."""
+    def _default_name(self, task: Task) -> str:
+        """Return the choice of `use_kernels`, or "auto" for a task whose cached state that backend cannot use."""
         chosen = self.backends.get(self.chosen)
         return AUTO if chosen and task.has_initial_state and not chosen.initial_state else self.chosen
 
     def check(self, name: str) -> None:
-        """Refuse a name that no backend has.
+        """Check that a backend has this name.
 
         Raises:
-            ValueError: Listing the names there are.
+            ValueError: If none has; the message lists the valid names.
         """
         if name not in (AUTO, *self.backends):
             raise ValueError(f"{self.name} backend {name!r}; expected one of {', '.join((AUTO, *self.backends))}")
 
     def obstacles(self, task: Task) -> dict[str, str | None]:
-        """For each backend why it cannot take the task, or None if it can; the fastest first."""
+        """Return for each backend, the fastest first, why it cannot compute the task, or None if it can."""
         return {name: self._obstacle(backend, task) for name, backend in self.backends.items()}
 
     def _obstacle(self, backend: Backend, task: Task) -> str | None:
@@ -215,31 +224,32 @@ class Operation:
         if not backend.needs_self_test:
             return None
         key = backend.name, task
-        if key not in self._trials:
-            if reason := self._try(backend, task):
-                self._leave_out(backend, task, reason)
+        if key not in self._self_tests:
+            if reason := self._self_test(backend, task):
+                self._exclude(backend, task, reason)
             else:
-                self._trials[key] = None
-        return self._trials[key]
+                self._self_tests[key] = None
+        return self._self_tests[key]
 
-    def _try(self, backend: Backend, task: Task) -> str | None:
-        """What goes wrong when a small problem is computed, or None."""
+    def _self_test(self, backend: Backend, task: Task) -> str | None:
+        """Compute a small problem, and return why the backend failed, or None if it passed."""
         with torch.enable_grad():
             with without_autocast(task.device):
                 problem = self._problem(task)
                 expected = _results(problem, self._plain, task)
-            for narrowing in (False, True):
-                where = " under autocast" if narrowing else ""
-                # Rounding of two ways to compute the same; a wrong kernel is off by more than all of it.
-                allowed = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize and not narrowing else 5e-2
+
+            for autocast in (False, True):
+                context = " under autocast" if autocast else ""
+                # Correct backends differ by rounding only; the error of a wrong kernel is larger than this.
+                tolerance = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize and not autocast else 5e-2
                 try:
-                    with torch.autocast(task.device, enabled=narrowing):
+                    with torch.autocast(task.device, enabled=autocast):
                         actual = _results(problem, backend, task)
-                except Exception as error:  # compilers and foreign packages raise anything
-                    return f"it failed on a small problem{where}: {type(error).__name__}: {_first_line(error)}"
-                furthest = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
-                if furthest > allowed:
-                    return f"its results{where} are off by {furthest:.1e}; {allowed:.0e} is allowed"
+                except Exception as error:  # compilers and other packages raise any type of error
+                    return f"it failed on a small problem{context}: {type(error).__name__}: {_first_line(error)}"
+                error_size = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
+                if error_size > tolerance:
+                    return f"its results{context} have a relative error of {error_size:.1e}, above {tolerance:.0e}"
         return None
 
 
@@ -247,32 +257,33 @@ def use_kernels(**choices: str) -> dict[str, str]:
     """Choose backends for this process: ``use_kernels(scan="torch", attention="auto")``.
 
     Args:
-        **choices: By operation (scan, conv, attention) a backend's name, or "auto" for the fastest that can.
+        **choices: For each operation (scan, conv, attention, elementwise), the name of a backend, or "auto" for the
+            fastest usable one.
 
     Returns:
-        What was chosen before, to be given back to this function.
+        The previous choices; pass them to this function to restore them.
 
     Raises:
-        ValueError: If there is no such operation or backend.
+        ValueError: If an operation or a backend does not exist.
     """
     for operation, name in choices.items():
         if operation not in OPERATIONS:
             raise ValueError(f"{operation!r} has no kernels to choose; expected one of {', '.join(OPERATIONS)}")
         OPERATIONS[operation].check(name)
-    before = {operation: OPERATIONS[operation].chosen for operation in choices}
+    previous = {operation: OPERATIONS[operation].chosen for operation in choices}
     for operation, name in choices.items():
         OPERATIONS[operation].chosen = name
-    return before
+    return previous
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of an operation's backends.
+    """The backends of an operation, by whether they are selected, usable or unusable.
 
     Attributes:
-        taken: The one that computes.
-        usable: The others that could, the fastest first.
-        obstacles: Why the rest cannot, by name.
+        taken: The name of the selected backend.
+        usable: The names of the other usable backends, the fastest first.
+        obstacles: The names of the unusable backends, and why they are unusable.
     """
 
     taken: str
@@ -281,41 +292,43 @@ class Choice:
 
 
 def survey(task: Task) -> dict[str, Choice]:
-    """What is taken for a task and why not another, by operation.
+    """Return the selected, usable and unusable backends of each operation for a task.
 
     Raises:
-        ValueError: If a backend that `use_kernels` chose cannot take the task.
+        ValueError: If a backend that `use_kernels` chose cannot compute the task.
     """
-    found = {}
+    choices = {}
     for name, operation in OPERATIONS.items():
-        taken, obstacles = operation.choose(task).name, operation.obstacles(task)
-        usable = [other for other, why in obstacles.items() if why is None and other != taken]
-        found[name] = Choice(taken, usable, {other: why for other, why in obstacles.items() if why is not None})
-    return found
+        selected = operation.choose(task).name
+        obstacles = operation.obstacles(task)
+        usable = [other for other, reason in obstacles.items() if reason is None and other != selected]
+        unusable = {other: reason for other, reason in obstacles.items() if reason is not None}
+        choices[name] = Choice(selected, usable, unusable)
+    return choices
 
 
-def kept(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep a function's last results: every layer asks for the masks and borders of the same few layouts.
+def memoized(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache the last results of a function, since every layer needs the masks and borders of the same few layouts.
 
-    They are ordinary tensors also where generation makes them first: training may use them.
+    The function runs outside inference mode, so that training can use tensors that were first made by generation.
     """
-    keeping: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
-    _KEPT.append(keeping.cache_clear)
-    kept_function: Callable[P, R] = keeping
-    return kept_function
+    cached: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+    _CACHE_CLEARS.append(cached.cache_clear)
+    memoized_function: Callable[P, R] = cached
+    return memoized_function
 
 
-_KEPT: list[Callable[[], None]] = []
+_CACHE_CLEARS: list[Callable[[], None]] = []
 
 
 def forget_kept() -> None:
-    """Forget all that is `kept`, such as what was made of tensors without memory."""
-    for forget in _KEPT:
-        forget()
+    """Clear the caches of all `memoized` functions, for example after they were called with fake tensors."""
+    for clear in _CACHE_CLEARS:
+        clear()
 
 
 def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:
-    """The outputs, and the gradients of their weighed sum if the task asks for gradients."""
+    """Return the outputs, and the gradients of their weighted sum if the task needs gradients."""
     outputs = problem.compute(backend)
     if not task.gradients:
         return list(outputs)
@@ -324,8 +337,9 @@ def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """NaN counts as infinitely far."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    """Return the relative error; NaN counts as infinity."""
+    actual = actual.detach().double()
+    expected = expected.detach().double()
     error = ((actual - expected).norm() / expected.norm().clamp(min=1e-9)).item()
     return error if error == error else float("inf")
 

@@ -1,6 +1,7 @@
-"""What generation keeps of the texts it goes on with.
+"""The cache of generation: keys and values, convolution inputs and SSM states of the texts so far.
 
-Glossary: S texts, T new tokens, L the most new tokens that a text has, G key/value heads, C columns of a buffer.
+Glossary: S texts, T new tokens, L largest number of new tokens of a text, K keys that a new token looks at, G key/value
+heads, C columns of a buffer.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from .configuration_hymba import HymbaConfig
 from .documents import Documents
 
 GROWTH = 32
-"""Columns that a full buffer gains at a time: copying it is then a small part of reading it."""
+"""The number of columns that a full buffer gains at a time. Copying it then costs little next to reading it."""
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
-"""What this transformers calls a cache where a model takes and returns it: "past_key_values" before 5.24."""
+"""The name under which models of this transformers take and return a cache: "past_key_values" before 5.24."""
 
 
 class VisibleKeys(NamedTuple):
-    """What the new tokens of continued texts look at.
+    """The keys and values that the new tokens can attend to.
 
     Attributes:
-        key: ``(S, G, K, a)``.
-        value: ``(S, G, K, v)``.
-        positions: ``(S, K)`` place of each key in its text; negative where there is none.
+        key: Keys ``(S, G, K, a)``.
+        value: Values ``(S, G, K, v)``.
+        positions: ``(S, K)``, the position of each key in its text; negative where there is no key.
     """
 
     key: Tensor
@@ -40,13 +41,13 @@ class VisibleKeys(NamedTuple):
 class HymbaCache(Cache):
     """Keys and values, convolution inputs and SSM states of S texts, each of its own length.
 
-    Layers that make keys and values keep those of their texts; layers that reuse another's keep none. Token t of a
-    text stands in column t modulo C of its buffer. Buffers grow with the longest text, windowed ones only until they
-    hold a window and the token that looks at it: from then on a new token takes the column of the one that has left
-    the window, and nothing is moved. Keys and values of the meta tokens are kept once for all texts.
+    Layers that compute keys and values store them here; layers that reuse those of another layer store none. Token t of
+    a text is in column t modulo C of its buffer. Buffers grow with the longest text, but a windowed buffer stops
+    growing when it holds a window and the token that looks at it. From then on, a new token overwrites the token that
+    has left the window, and no other token moves. Keys and values of the meta tokens are stored once for all texts.
 
     Attributes:
-        lengths: ``(S,)`` tokens of each text so far, padding not counted; None before the first pass.
+        lengths: ``(S,)``, the number of tokens of each text so far, without padding; None before the first pass.
         meta: Keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens, by layer.
         keys: Keys ``(S, G, C, a)``, by layer.
         values: Values ``(S, G, C, v)``, by layer.
@@ -56,7 +57,8 @@ class HymbaCache(Cache):
 
     is_compileable = False
     is_croppable = False
-    is_linear = (False,)  # some of it counts tokens, which `generate` asks of the layers it does not have
+    # `generate` reads this from the layers of a cache. This cache has no layers, and its keys count tokens.
+    is_linear = (False,)
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__(layers=[])
@@ -66,154 +68,175 @@ class HymbaCache(Cache):
         self.values: dict[int, Tensor] = {}
         self.tails: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
+
         self._columns = 0
-        self._longest = 0  # the longest text has no more tokens than this; known without waiting for the device
-        # A windowed layer whose keys a global one reuses has to keep them all.
+        # An upper bound of the longest text, counted on the CPU: reading `lengths` would wait for the device.
+        self._longest = 0
+
+        # A windowed layer must store all of its keys if a global layer reuses them.
         layers = range(config.num_hidden_layers)
         unbounded = {config.kv_source(layer) for layer in layers if config.is_global(layer)}
         window = config.sliding_window
         self._limits = {layer: window + 1 for layer in layers if window is not None and layer not in unbounded}
-        # Of one pass: what tokens look at, where they go, and which keys are hidden from them.
-        self._seen: dict[int, VisibleKeys] = {}
-        self._places: dict[int, _Places] = {}
-        self._hidden: dict[tuple[int, int | None], Tensor] = {}
+
+        # These hold for one pass only. Layers with buffers of one size share the slots, and layers of one window the
+        # mask, so that a step of generation computes each of them once.
+        self._visible: dict[int, VisibleKeys] = {}
+        self._slots: dict[int, _Slots] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def store_meta(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the meta tokens' keys ``(M, G, a)`` and values ``(M, G, v)``."""
+        """Store the keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens."""
+        # A view would keep the keys and values of the whole prompt in memory.
         self.meta[layer] = key.clone(), value.clone()
 
     def extend(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> None:
-        """Add the new tokens' keys ``(T, G, a)`` and values ``(T, G, v)``."""
-        held, new = self.keys.get(layer), max(documents.lengths)
-        reach = self._longest + new
-        limit = self._limits.get(layer, reach + GROWTH)
-        columns = min(limit, reach)
-        if held is not None:
-            columns = held.shape[2] if reach <= held.shape[2] else min(limit, reach + GROWTH)
-        # One token takes the column of a token that it does not see; several would take those that the first still do.
-        if held is not None and reach > columns and new > 1:
-            self._seen[layer] = self._seen_beside(layer, key, value, documents)
-        if columns not in self._places:
-            self._places[columns] = _Places.find(documents, columns)
-        places = self._places[columns]
-        self.keys[layer] = _write(held, key, places)
-        self.values[layer] = _write(self.values.get(layer), value, places)
-        self._seen.setdefault(layer, VisibleKeys(self.keys[layer], self.values[layer], places.positions))
+        """Store the keys ``(T, G, a)`` and values ``(T, G, v)`` of the new tokens."""
+        buffer = self.keys.get(layer)
+        new = max(documents.lengths)
+        longest = self._longest + new
+
+        # The first pass allocates only its own columns. A full buffer then grows by several, so that few steps copy it.
+        limit = self._limits.get(layer, longest + GROWTH)
+        columns = min(limit, longest)
+        if buffer is not None:
+            columns = buffer.shape[2] if longest <= buffer.shape[2] else min(limit, longest + GROWTH)
+
+        # A single new token overwrites a token that it does not see. Several new tokens would overwrite tokens that the
+        # first of them still sees, so these are read before they are overwritten.
+        if buffer is not None and longest > columns and new > 1:
+            self._visible[layer] = self._visible_before_writing(layer, key, value, documents)
+
+        if columns not in self._slots:
+            self._slots[columns] = _Slots.find(documents, columns)
+        slots = self._slots[columns]
+        self.keys[layer] = _write(buffer, key, slots)
+        self.values[layer] = _write(self.values.get(layer), value, slots)
+        self._visible.setdefault(layer, VisibleKeys(self.keys[layer], self.values[layer], slots.positions))
 
     def seen(self, layer: int) -> VisibleKeys:
-        """What the new tokens look at in a layer that `extend` was called for in this pass."""
-        return self._seen[layer]
+        """Return the keys and values of a layer for the new tokens, after `extend` was called for it in this pass."""
+        return self._visible[layer]
 
     def hidden(self, layer: int, documents: Documents, window: int | None) -> Tensor:
-        """Which of what is `seen` in a layer each new token does not see.
+        """Return which of the keys of `seen` each new token does not see.
 
         Args:
-            layer: The layer that made the keys.
-            documents: Texts that this cache goes on with.
-            window: Tokens a query looks back, or None for the whole text.
+            layer: The layer that computed the keys.
+            documents: The layout of the new tokens.
+            window: The number of earlier tokens that a query sees, or None for the whole text.
 
         Returns:
-            ``(S, L, K)`` bool, each text's tokens flush at the right.
+            ``(S, L, K)`` bool, padded on the left.
         """
-        positions = self._seen[layer].positions
-        if (known := (id(positions), window)) not in self._hidden:
+        positions = self._visible[layer].positions
+        if (mask_key := (id(positions), window)) not in self._masks:
             queries, keys = _new_positions(documents)[:, :, None], positions[:, None]
             hidden = (keys < 0) | (keys > queries)
-            self._hidden[known] = hidden if window is None else hidden | (queries - keys > window)
-        return self._hidden[known]
+            self._masks[mask_key] = hidden if window is None else hidden | (queries - keys > window)
+        return self._masks[mask_key]
 
     def advance(self, documents: Documents) -> None:
-        """Count the new tokens, after every layer has kept its part of them."""
+        """Count the new tokens, after every layer has stored its part of them."""
         new = documents.cu_seqlens.diff()
         self.lengths = new if documents.past is None else documents.past + new
         self._columns += documents.shape[1]
         self._longest += max(documents.lengths)
-        for memory in (self._seen, self._places, self._hidden):
-            memory.clear()
+        for shared in (self._visible, self._slots, self._masks):
+            shared.clear()
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (every layer has seen the same)
-        """Columns of input seen so far, padding counted, as `generate` counts them."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (all layers have the same length)
+        """Return the number of input columns so far, including padding, as `generate` counts them."""
         return self._columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on with the text that was row ``beam_idx[i]``."""
-        self._map_texts(lambda held: held.index_select(0, beam_idx.to(held.device)))
+        """Replace the text of row i by the text that was in row ``beam_idx[i]``."""
+        self._map_texts(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         self.reorder_cache(indices)
         if self.lengths is not None:
             self._longest = int(self.lengths.max())
-            for held in (self.keys, self.values):  # windowed buffers stay as they are: their tokens may go round
-                whole = [layer for layer in held if layer not in self._limits]
-                held.update({layer: held[layer][:, :, : self._longest] for layer in whole})
+            # Windowed buffers are not cut, since their tokens may have wrapped around.
+            for buffers in (self.keys, self.values):
+                unbounded = [layer for layer in buffers if layer not in self._limits]
+                buffers.update({layer: buffers[layer][:, :, : self._longest] for layer in unbounded})
 
     def join(self, other: HymbaCache) -> None:
-        """Hold another cache's texts as well, behind those held so far.
+        """Append the texts of another cache.
 
         Args:
-            other: A cache of the same model, after a pass. It cannot be used afterwards.
+            other: A cache of the same model, after at least one pass. It cannot be used afterwards.
+
+        Raises:
+            ValueError: If one of the caches is empty.
         """
         if self.lengths is None or other.lengths is None:
-            raise ValueError("a cache that has seen no text joins with none")
-        for held, added in ((self.keys, other.keys), (self.values, other.values)):
-            # A buffer with fewer columns has never gone round: its tokens stand where they stand in a longer one.
-            held.update({layer: _concatenated(held[layer], added[layer]) for layer in held})
-        for held, added in ((self.tails, other.tails), (self.states, other.states)):
-            held.update({layer: torch.cat([held[layer], added[layer]]) for layer in held})
+            raise ValueError("an empty cache cannot be joined; run a forward pass with each cache first")
+        for own, added in ((self.keys, other.keys), (self.values, other.values)):
+            # A buffer with fewer columns has not wrapped around, so its tokens keep their columns in a longer buffer.
+            own.update({layer: _concatenated(own[layer], added[layer]) for layer in own})
+        for own, added in ((self.tails, other.tails), (self.states, other.states)):
+            own.update({layer: torch.cat([own[layer], added[layer]]) for layer in own})
+
         self.lengths = torch.cat([self.lengths, other.lengths])
-        self._columns, self._longest = max(self._columns, other._columns), max(self._longest, other._longest)
+        self._columns = max(self._columns, other._columns)
+        self._longest = max(self._longest, other._longest)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Hold every text ``repeats`` times, copies side by side."""
-        self._map_texts(lambda held: held.repeat_interleave(repeats, 0))
+        """Repeat every text ``repeats`` times, with its copies in consecutive rows."""
+        self._map_texts(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        """Forget every text."""
-        self.lengths, self._columns, self._longest = None, 0, 0
-        for held in (self.meta, self.keys, self.values, self.tails, self.states):
-            held.clear()
+        """Remove all texts."""
+        self.lengths = None
+        self._columns = 0
+        self._longest = 0
+        for tensors in (self.meta, self.keys, self.values, self.tails, self.states):
+            tensors.clear()
 
     def crop(self, max_length: int) -> None:
-        """Refused: an SSM state cannot be taken back to an earlier token.
+        """Refuse to crop, since an SSM state cannot be reset to an earlier token.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            f"HymbaCache cannot be cropped to {max_length} tokens: its SSM states are those of the last token. "
-            "Assisted decoding needs this and does not work with Hymba."
+            f"HymbaCache cannot be cropped to {max_length} tokens: its SSM states belong to the last token. "
+            "Assisted decoding needs cropping and does not work with Hymba; generate without an assistant."
         )
 
-    def _seen_beside(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> VisibleKeys:
-        """What is held, with the new tokens beside it instead of in their columns."""
+    def _visible_before_writing(self, layer: int, key: Tensor, value: Tensor, documents: Documents) -> VisibleKeys:
+        """Return the stored keys and values followed by the new ones, before any of the stored ones is overwritten."""
         assert documents.past is not None
-        held_key, held_value, new = self.keys[layer], self.values[layer], _new_positions(documents)
+        old_key, old_value = self.keys[layer], self.values[layer]
+        old_positions = _positions(documents.past, old_key.shape[2])
+
+        # The grid has zeros in front of the new tokens of shorter texts, which no query may see.
+        new_positions = _new_positions(documents)
+        new_positions = new_positions.where(new_positions >= documents.past[:, None], -1)
         return VisibleKeys(
-            torch.cat([held_key, documents.to_grid(key).transpose(1, 2)], 2),
-            torch.cat([held_value, documents.to_grid(value).transpose(1, 2)], 2),
-            torch.cat(
-                # Shorter texts have zeros in front of their new tokens.
-                [_positions(documents.past, held_key.shape[2]), new.where(new >= documents.past[:, None], -1)],
-                1,
-            ),
+            torch.cat([old_key, documents.to_grid(key).transpose(1, 2)], 2),
+            torch.cat([old_value, documents.to_grid(value).transpose(1, 2)], 2),
+            torch.cat([old_positions, new_positions], 1),
         )
 
-    def _map_texts(self, move: Callable[[Tensor], Tensor]) -> None:
-        for held in (self.keys, self.values, self.tails, self.states):
-            held.update({layer: move(tensor) for layer, tensor in held.items()})
+    def _map_texts(self, function: Callable[[Tensor], Tensor]) -> None:
+        for tensors in (self.keys, self.values, self.tails, self.states):
+            tensors.update({layer: function(tensor) for layer, tensor in tensors.items()})
         if self.lengths is not None:
-            self.lengths = move(self.lengths)
+            self.lengths = function(self.lengths)
 
 
-class _Places(NamedTuple):
-    """Where new tokens go in buffers of C columns.
+class _Slots(NamedTuple):
+    """Where the new tokens are written in buffers of C columns.
 
     Attributes:
-        rows: Those of the T tokens that stay, or None for all.
-        texts: Number of the text of each of them.
-        columns: The column that each of them takes.
-        positions: ``(S, C)`` place in its text of what then stands in each column; negative for nothing.
+        rows: The tokens, among the T new ones, that are written; None for all.
+        texts: The text of each written token.
+        columns: The column of each written token.
+        positions: ``(S, C)``, the position in its text of the token that each column then holds; negative if none.
     """
 
     rows: Tensor | None
@@ -222,50 +245,55 @@ class _Places(NamedTuple):
     positions: Tensor
 
     @classmethod
-    def find(cls, documents: Documents, count: int) -> _Places:
-        """The places of a pass's tokens."""
-        ids, starts = documents.ids, documents.cu_seqlens[:-1]
+    def find(cls, documents: Documents, count: int) -> _Slots:
+        """Return the slots of the tokens of a pass in buffers of ``count`` columns."""
+        ids = documents.ids
+        starts = documents.cu_seqlens[:-1]
         first = -starts if documents.past is None else documents.past - starts
         positions = torch.arange(len(ids), device=ids.device) + first[ids]
+
         rows = None
-        if max(documents.lengths) > count:  # of a text's tokens that share a column the last one stays
+        if max(documents.lengths) > count:
+            # Only the last of the tokens that share a column is written: the result of writing several is undefined.
             ends = documents.cu_seqlens[1:][ids]
             total = sum(min(length, count) for length in documents.lengths)
-            lasting = torch.arange(len(ids), device=ids.device) >= ends - count
-            rows = lasting.int().argsort(descending=True, stable=True)[:total]
+            is_written = torch.arange(len(ids), device=ids.device) >= ends - count
+            # Sorting gives a result of known size; selecting by the mask would wait for the device.
+            rows = is_written.int().argsort(descending=True, stable=True)[:total]
             ids, positions = ids[rows], positions[rows]
+
         lengths = documents.cu_seqlens.diff() + (0 if documents.past is None else documents.past)
         return cls(rows, ids, positions % count, _positions(lengths, count))
 
 
-def _write(held: Tensor | None, new: Tensor, places: _Places) -> Tensor:
-    """Put ``(T, G, width)`` tokens into a buffer ``(S, G, C, width)``, a larger one if those held do not suffice."""
-    count, columns = places.positions.shape
-    buffer = held
-    if held is None or held.shape[2] < columns:
+def _write(old: Tensor | None, new: Tensor, slots: _Slots) -> Tensor:
+    """Write ``(T, G, width)`` tokens into a buffer ``(S, G, C, width)``, which is replaced if it is too short."""
+    count, columns = slots.positions.shape
+    buffer = old
+    if old is None or old.shape[2] < columns:
         buffer = new.new_zeros(count, new.shape[1], columns, new.shape[2])
-        if held is not None:
-            buffer[:, :, : held.shape[2]] = held
+        if old is not None:
+            buffer[:, :, : old.shape[2]] = old
     assert buffer is not None
-    buffer[places.texts, :, places.columns] = new if places.rows is None else new[places.rows]
+    buffer[slots.texts, :, slots.columns] = new if slots.rows is None else new[slots.rows]
     return buffer
 
 
 def _concatenated(one: Tensor, other: Tensor) -> Tensor:
-    """Buffers ``(S, G, C, width)`` of different texts as one, of as many columns as the longer has."""
+    """Concatenate buffers ``(S, G, C, width)`` of different texts, padded to the same number of columns."""
     columns = max(one.shape[2], other.shape[2])
-    return torch.cat([torch.nn.functional.pad(held, (0, 0, 0, columns - held.shape[2])) for held in (one, other)])
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, columns - x.shape[2])) for x in (one, other)])
 
 
 def _positions(lengths: Tensor, columns: int) -> Tensor:
-    """``(S, columns)`` place in its text of the newest token of each column, negative if there has been none."""
+    """Return ``(S, columns)``: the position in its text of the newest token of each column, negative if none."""
     last = lengths[:, None] - 1
     return last - (last - torch.arange(columns, device=lengths.device)) % columns
 
 
 def _new_positions(documents: Documents) -> Tensor:
-    """``(S, L)`` places in their texts of continued texts' new tokens, flush at the right."""
-    assert documents.past is not None  # only continued texts come here
+    """Return ``(S, L)``: the positions of the new tokens in their texts, padded on the left."""
+    assert documents.past is not None  # a first pass attends without the cache
     longest = max(documents.lengths)
     lengths = documents.past + documents.cu_seqlens.diff()
     return lengths[:, None] - longest + torch.arange(longest, device=lengths.device)

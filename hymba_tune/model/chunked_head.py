@@ -1,4 +1,4 @@
-"""Functions of the logits of an output layer, a chunk of tokens at a time: no tensor is tokens × vocabulary in size."""
+"""Functions of the logits of an output layer, one chunk of tokens at a time, so that the logits never exist at once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""From the logits ``(n, V)`` of a chunk, its slice of the tokens, and whether a gradient is needed, to the sum of the
-chunk's losses and the gradient of that sum by the logits."""
+"""A function of the logits ``(n, V)`` of a chunk, its slice of the tokens, and whether a gradient is needed. It returns
+the sum of the losses of the chunk and the gradient of that sum with respect to the logits, or None."""
 
 
 def chunked_sum(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, rows: int) -> Tensor:
     """Compute the sum of a loss over tokens.
 
-    The forward computes the gradients as well, so that no logits are stored or computed again.
+    The forward also computes the gradients, so that no logits are stored or recomputed.
 
     Args:
         hidden: Hidden states, ``(T, d)``.
         weight: The weight of the output layer, ``(V, d)``.
-        chunk_loss: The loss of a chunk; it may overwrite the logits. Whatever else it reads is a constant.
+        chunk_loss: The loss of a chunk; it may overwrite the logits. Everything else that it reads is a constant.
         rows: The number of tokens in a chunk.
 
     Returns:
@@ -37,13 +37,13 @@ def chunked_log_probs(
 ) -> tuple[Tensor, ...]:
     """Compute the log-probability of each target.
 
-    The backward computes the logits again, because the gradient of each token is only known then. It runs outside
+    The backward recomputes the logits, because the gradient of each token is only known then. It runs outside
     autocast, so ``hidden`` must have the dtype that autocast gives to matrix products.
 
     Args:
         hidden: Hidden states, ``(T, d)``.
         weight: The weight of the output layer, ``(V, d)``.
-        targets: ``(T,)`` int64.
+        targets: The target tokens, ``(T,)`` int64.
         rows: The number of tokens in a chunk.
         statistics: Whether to return the statistics of the distributions as well, which have no gradient.
 
@@ -61,7 +61,7 @@ class _ChunkedSum(torch.autograd.Function):
         gradients = _Gradients(ctx.needs_input_grad, hidden, weight)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for chunk in _chunks(len(hidden), rows):
-            # The logits have no name here: the loss is free to drop them early.
+            # The logits are not assigned to a variable, so that the loss can free them early.
             loss, d_logits = chunk_loss(linear(hidden[chunk], gradients.cast_weight), chunk, gradients.needed)
             total += loss
             if d_logits is not None:
@@ -114,14 +114,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states and weight, as far as they are needed, summed from those of the logits."""
+    """The gradients of the hidden states and the weight that are needed, accumulated from those of the logits."""
 
     def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor) -> None:
         self._hidden_states = hidden
         self.cast_weight = weight.to(hidden.dtype)
         self.needed = any(needed[:2])
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        # The weight's gradient sums over all chunks, which bfloat16 would round away.
+        # The gradient of the weight sums over all chunks; in bfloat16 small summands would be lost.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
 

@@ -1,6 +1,6 @@
-"""Configuration of Hymba: the keys of the released `config.json`, checked for what can be built."""
+"""Configuration of Hymba: the keys of the released `config.json`, checked against what is implemented."""
 
-# No `from __future__ import annotations` here: `strict` checks the types only where they are not strings.
+# No `from __future__ import annotations` here: `strict` does not check types that are strings.
 
 import math
 from collections.abc import Mapping
@@ -16,25 +16,27 @@ class HymbaConfig(PreTrainedConfig):
     """Settings of a Hymba model (arXiv 2411.13676).
 
     Attributes:
-        hidden_size: Width d of the residual stream; each of the ``num_attention_heads`` query heads is d / heads wide.
-        sliding_window: A query of a windowed layer sees itself, this many tokens before it, and the meta tokens. None:
-            no layer has a window.
-        global_attn_idx: Layers without a window.
-        kv_reuse_group: Groups of layers; the first layer of a group makes keys and values, the others reuse them.
-        num_memory_tokens: Learned meta tokens in front of every text.
-        mamba_expand: The SSM is ``mamba_expand * hidden_size`` wide; attention values are this much wider than keys.
-        mamba_dt_rank: Rank of the time step's projection, or "auto" for a sixteenth of ``hidden_size``.
-        kq_norm: "none", "rms" (one weight for every head) or "perhead-rms".
-        rope_type: None or "default" for plain RoPE; "ntk" for a base widened once, from
-            ``orig_max_position_embeddings`` to ``max_position_embeddings``; "dynamic_ntk" for a base that each text's
-            length widens.
-        mlp_hidden_act: "silu" (gated) or "relu2" (squared ReLU without a gate).
+        hidden_size: The width d of the residual stream; each of the ``num_attention_heads`` query heads is d / heads
+            wide.
+        sliding_window: The window of the windowed layers: a query sees itself, this many earlier tokens, and the meta
+            tokens. With None, no layer has a window.
+        global_attn_idx: The layers without a window.
+        kv_reuse_group: Groups of layers; the first layer of a group computes keys and values, the others reuse them.
+        num_memory_tokens: The number of learned meta tokens in front of every text.
+        mamba_expand: The ratio of the width of the SSM to ``hidden_size``, and of the width of attention values to that
+            of keys.
+        mamba_dt_rank: The rank of the time step projection, or "auto" for a sixteenth of ``hidden_size``.
+        kq_norm: The norm of queries and keys: "none", "rms" (one weight for all heads) or "perhead-rms".
+        rope_type: The type of RoPE. None or "default" is plain RoPE; "ntk" scales the base once, from
+            ``orig_max_position_embeddings`` to ``max_position_embeddings``; "dynamic_ntk" scales the base for each text
+            by its length.
+        mlp_hidden_act: The activation of the MLP: "silu" (gated) or "relu2" (squared ReLU without a gate).
 
-    The other keys are those of the released checkpoints; what the released code never built is refused.
+    The other keys are those of the released checkpoints. Values that the released code does not implement are refused.
     """
 
     model_type = "hymba"
-    # trl asks every model for it that is not one of transformers' own.
+    # TRL reads this attribute from every model that is not part of transformers.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
@@ -88,18 +90,18 @@ class HymbaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The released file names code of its own, an attention implementation that transformers does not know and a
-        # cache switched off; left in, each would be obeyed by from_pretrained, save_pretrained or generate. Only where
-        # this very code lies beside weights is it the code that the file names: the model is found by it there.
+        # The released file names its own code, an attention implementation that transformers does not have, and
+        # `use_cache: false`; from_pretrained, save_pretrained and generate would follow each of them. The named code is
+        # kept only where an export has copied this code next to the weights, since it then refers to this code.
         auto_map = kwargs.pop("auto_map", None)
         if self._auto_class is not None:
-            self.auto_map = dict(auto_map or {})  # type: ignore[misc]  # the class has none, an instance may
-        # Attention and the MLP are our own; a file could name a repository here, whose code transformers would run.
+            self.auto_map = dict(auto_map or {})  # type: ignore[misc]  # an instance may override the class variable
+        # A file could name a repository here, and transformers would run its code instead of this package's.
         for name in ("attn_implementation", "experts_implementation"):
             kwargs.pop(name, None)
             kwargs.pop(f"_{name}", None)
         self.use_cache = True
-        # There is one expert, so there is nothing to balance; trainers take a non-zero coefficient for a router.
+        # With one expert there is no load to balance, but trainers take a non-zero coefficient to mean a router.
         self.router_aux_loss_coef = 0.0
         if self.mamba_dt_rank == "auto":
             self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
@@ -108,34 +110,34 @@ class HymbaConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of a query or key head."""
+        """Return the width of a query or key head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def value_dim(self) -> int:
-        """Width of a value head."""
+        """Return the width of a value head."""
         return self.head_dim * self.mamba_expand
 
     @property
     def ssm_size(self) -> int:
-        """Width E of the SSM half, and of the attention half's output."""
+        """Return the width E of the SSM heads together, and of the attention heads' output."""
         return self.mamba_expand * self.hidden_size
 
     def is_global(self, layer: int) -> bool:
-        """Whether the layer attends without a window."""
+        """Return whether the layer attends without a window."""
         return self.sliding_window is None or layer in (self.global_attn_idx or [])
 
     def kv_source(self, layer: int) -> int:
-        """The layer whose keys and values this layer uses: itself, or the first of its group."""
+        """Return the layer whose keys and values this layer uses: itself, or the first of its group."""
         return next((group[0] for group in self.kv_reuse_group or [] if layer in group), layer)
 
     def validate_architecture(self) -> None:
-        """Refuse what cannot be built.
+        """Check that the configuration can be built.
 
         Raises:
-            ValueError: With the field, its value and what was expected.
+            ValueError: If it cannot; the message names the field, its value and what was expected.
         """
-        for field, only in {
+        for field, supported in {
             "num_experts": 1,
             "num_mamba": 1,
             "memory_tokens_interspersed_every": 0,
@@ -145,12 +147,14 @@ class HymbaConfig(PreTrainedConfig):
             "kq_head_dim": -1,
             "attention_dropout": 0,
         }.items():
-            if getattr(self, field) != only:
-                raise ValueError(f"{field} is {getattr(self, field)}; only {only} is supported")
+            if getattr(self, field) != supported:
+                raise ValueError(f"{field} is {getattr(self, field)}; only {supported} is supported")
+
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for field in (*sizes, "num_key_value_heads", "mamba_expand", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; expected a whole number of at least 1")
+
         for field, choices in {
             "kq_norm": ("none", "rms", "perhead-rms"),
             "rope_type": (None, "default", "ntk", "dynamic_ntk"),
@@ -169,22 +173,22 @@ class HymbaConfig(PreTrainedConfig):
         if self.rope and (self.head_dim % 2 or self.head_dim < 4):
             raise ValueError(
                 f"hidden_size / num_attention_heads is {self.head_dim}; "
-                "RoPE turns pairs, so it must be even and at least 4"
+                "RoPE rotates pairs, so it must be even and at least 4"
             )
         self._validate_layers()
 
     def _validate_layers(self) -> None:
         layers = range(self.num_hidden_layers)
         if outside := [layer for layer in self.global_attn_idx or [] if layer not in layers]:
-            raise ValueError(f"global_attn_idx names layers {outside}; there are {self.num_hidden_layers}")
+            raise ValueError(f"global_attn_idx names layers {outside}; the layers are 0 to {layers[-1]}")
         grouped = [layer for group in self.kv_reuse_group or [] for layer in group]
         if outside := [layer for layer in grouped if layer not in layers]:
-            raise ValueError(f"kv_reuse_group names layers {outside}; there are {self.num_hidden_layers}")
+            raise ValueError(f"kv_reuse_group names layers {outside}; the layers are 0 to {layers[-1]}")
         if len(set(grouped)) != len(grouped) or any(
             list(group) != sorted(group) for group in self.kv_reuse_group or []
         ):
             raise ValueError(
-                f"kv_reuse_group is {self.kv_reuse_group}; each layer may stand in one group only, after its producer"
+                f"kv_reuse_group is {self.kv_reuse_group}; each layer may be in one group only, after its producer"
             )
 
 

@@ -1,6 +1,6 @@
-"""The causal depthwise convolution in front of the SSM, over texts laid end to end.
+"""The causal depthwise convolution in front of the SSM, over packed texts.
 
-Glossary: T tokens, S texts, E channels, K width of the convolution.
+Glossary: M meta tokens, T tokens, S texts, E channels, K width of the convolution.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .autocast import outside_autocast
-from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, kept, random_leaves
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, memoized, random_leaves
 from .convolution_causal_conv1d import (
     causal_conv1d_run,
     causal_conv1d_unavailable_reason,
@@ -28,22 +28,24 @@ from .native import DTYPES
 def packed_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Convolve the meta tokens and every text, each text continuing from the meta tokens or from a cache; then silu.
+    """Convolve the meta tokens and the texts, each text continued from the meta tokens or a cache, and apply silu.
 
     Args:
         x: ``(M + T, E)``.
         weight: ``(E, K)``.
         bias: ``(E,)`` or None.
-        documents: Where the texts lie.
-        tails: ``(S, K - 1, E)``, the inputs before each text, held by a cache; None where the meta tokens are in x.
+        documents: The layout of the packed texts.
+        tails: ``(S, K - 1, E)``, the cached inputs before each text; None if x contains the meta tokens.
 
     Returns:
-        ``(M + T, E)``, and each text's own last inputs ``(S, K - 1, E)`` for a cache to hold.
+        ``(M + T, E)``, and the last inputs of each text, ``(S, K - 1, E)``, for a cache.
     """
-    meta, starts = documents.num_meta, documents.starts
+    meta = documents.num_meta
+    starts = documents.starts
     if tails is not None or not meta:
         y, tails = causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=starts)
         return silu(y), tails
+
     backend = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]))
     x_meta, x_text = x.split([meta, starts[-1]])
     if backend.fuses_meta_prefix:
@@ -52,6 +54,7 @@ def packed_conv1d(
         before = weight.shape[1] - 1
         first = torch.nn.functional.pad(x_meta, (0, 0, before, 0))[meta:]
         return y, _last_inputs(x_text, first.expand(len(starts) - 1, -1, -1), starts)
+
     y_meta, tail = causal_conv1d(x_meta, weight, bias)
     y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=starts)
     return silu(torch.cat([y_meta, y_text])), tails
@@ -66,62 +69,66 @@ def causal_conv1d(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise convolution in which token t sees its own text's tokens t - K + 1 to t.
+    """Compute a depthwise convolution in which token t sees the tokens t - K + 1 to t of its own text.
 
     Args:
         x: ``(T, E)``.
-        weight: ``(E, K)``; ``weight[:, -1]`` meets the token itself.
+        weight: ``(E, K)``; ``weight[:, -1]`` is multiplied with the token itself.
         bias: ``(E,)``.
-        initial: Inputs before the texts, ``(K - 1, E)`` for all or ``(S, K - 1, E)``; zeros when not given.
-        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given. A tensor on a GPU is waited for.
-        backend: A key of ``CONVOLUTION.backends``, or "auto", the fastest that can; what `use_kernels` chose when not
-            given.
+        initial: Inputs before the texts, ``(K - 1, E)`` for all or ``(S, K - 1, E)``. The default is zeros.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts. The default is one text. A tensor on a GPU synchronizes with it.
+        backend: A key of ``CONVOLUTION.backends``, or "auto" for the fastest usable one. The default is the choice of
+            `use_kernels`.
 
     Returns:
-        ``(T, E)`` in x's dtype, and the last K - 1 inputs of each text ``(S, K - 1, E)``.
+        ``(T, E)`` in x's dtype, and the last K - 1 inputs of each text, ``(S, K - 1, E)``.
 
     Raises:
-        ValueError: If the backend is unknown or cannot take these tensors.
+        ValueError: If the backend is unknown or does not support these tensors.
     """
     task = Task.of(x, weight, bias, taps=weight.shape[1])
-    CONVOLUTION.choose(task, backend)  # a backend that cannot is refused for texts of any length
+    CONVOLUTION.choose(task, backend)  # an unusable backend is refused even where the texts need no backend
+
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
-    texts, before = len(offsets) - 1, weight.shape[1] - 1
+    texts = len(offsets) - 1
+    before = weight.shape[1] - 1
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
     initial = initial.expand(texts, before, -1)
     if offsets == tuple(range(texts + 1)):
-        # A step of generation: each text's one token and what comes before it are all there is.
-        around = torch.cat([initial, x[:, None]], 1)
-        weighed = (around * weight.t()).sum(1)
-        return (weighed if bias is None else weighed + bias).to(x.dtype), around[:, 1:]
+        # In a step of generation, each text has one token, whose window is that token and the inputs before it.
+        windows = torch.cat([initial, x[:, None]], 1)
+        products = (windows * weight.t()).sum(1)
+        return (products if bias is None else products + bias).to(x.dtype), windows[:, 1:]
+
     y: Tensor = CONVOLUTION.compute(task, x, weight, bias, name=backend)
     if before == 0:
         return y, initial
+
+    # The first K - 1 tokens of a text see its initial inputs, not the tokens in front of them in x.
     borders = _borders(offsets, before, x.device)
-    # The first K - 1 tokens of a text look back beyond it: not at their neighbors in x, but at its initial inputs.
-    around = torch.cat([initial, x[borders.first]], 1)
-    heads = torch.stack([around[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
+    windows = torch.cat([initial, x[borders.first]], 1)
+    heads = torch.stack([windows[:, k : k + before] * weight[:, k] for k in range(before + 1)]).sum(0)
     heads = heads if bias is None else heads + bias
     y = y.index_copy_(0, borders.first.flatten()[borders.own], heads.flatten(0, 1)[borders.own].to(y.dtype))
     return y, _last_inputs(x, initial, offsets)
 
 
 def _last_inputs(x: Tensor, initial: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """The last K - 1 inputs of each text ``(S, K - 1, E)``; short ones have some of their initial inputs among them."""
+    """Return the last K - 1 inputs of each text, ``(S, K - 1, E)``; those of a short text include initial inputs."""
     borders = _borders(offsets, initial.shape[1], x.device)
     texts = torch.arange(len(initial), device=x.device)[:, None]
     return torch.where(borders.from_x[..., None], x[borders.last], initial[texts, borders.from_initial])
 
 
 class _Borders(NamedTuple):
-    """Where texts begin and end, K - 1 tokens of each; all but ``own`` are ``(S, K - 1)``.
+    """The first and last K - 1 tokens of each text. All tensors but ``own`` are ``(S, K - 1)``.
 
     Attributes:
-        first: Rows of the first tokens; of a shorter text others too, which are not its own.
-        own: Places, in the flattened ``first``, of the rows that are.
-        last: Rows of the last tokens.
-        from_x: Whether a text is long enough for that row to be its own.
-        from_initial: Otherwise, which of its initial inputs takes the row's place.
+        first: The rows of the first tokens. For a shorter text, they include rows of other texts.
+        own: The indices, in the flattened ``first``, of the rows that belong to their text.
+        last: The rows of the last tokens.
+        from_x: Whether the row in ``last`` belongs to its text; if not, an initial input replaces it.
+        from_initial: The index of that initial input.
     """
 
     first: Tensor
@@ -131,26 +138,29 @@ class _Borders(NamedTuple):
     from_initial: Tensor
 
 
-@kept
+@memoized
 def _borders(offsets: tuple[int, ...], before: int, device: torch.device) -> _Borders:
-    """Kept for the other layers, which ask for the same."""
-    bounds, steps = torch.tensor(offsets, device="cpu")[:, None], torch.arange(before, device="cpu")
-    starts, ends, last_row = bounds[:-1], bounds[1:], max(offsets[-1] - 1, 0)
+    """Return the borders of the texts; they are memoized because all layers need the same ones."""
+    bounds = torch.tensor(offsets, device="cpu")[:, None]
+    steps = torch.arange(before, device="cpu")
+    starts, ends = bounds[:-1], bounds[1:]
     first, last = starts + steps, ends - before + steps
+    last_row = max(offsets[-1] - 1, 0)
+
     lengths = (end - start for start, end in pairwise(offsets))
     own = [text * before + step for text, length in enumerate(lengths) for step in range(min(before, length))]
-    found = _Borders(
+    borders = _Borders(
         first.clamp(max=last_row),
         torch.tensor(own, dtype=torch.int64, device="cpu"),
         last.clamp(min=0),
         last >= starts,
         (last - starts + before).clamp(0, before - 1),
     )
-    return _Borders(*(index.to(device) for index in found))
+    return _Borders(*(index.to(device) for index in borders))
 
 
 def shifted_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution ``(T, E)`` of one text that begins from zeros, in plain torch."""
+    """Convolve one text that starts from zeros, in plain torch, and return ``(T, E)``."""
     y: Tensor = _ShiftedProducts.apply(x, weight, bias)
     return y
 
@@ -216,4 +226,4 @@ CONVOLUTION = Operation(
     plain="torch",
     problem=_small_problem,
 )
-"""The ways to compute the convolution, the fastest first."""
+"""The convolution backends, the fastest first."""

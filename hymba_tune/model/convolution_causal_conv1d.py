@@ -15,14 +15,14 @@ from .backends import Task
 from .hub_kernels import hub_kernel
 
 WIDTHS = range(2, 5)
-"""The widths that the kernels are built for."""
+"""The widths that the kernels support."""
 
 
 def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of one text that begins from zeros.
+    """Convolve one text that starts from zeros.
 
     Args:
-        x: ``(T, E)``, on a GPU; rows may be those of a wider matrix.
+        x: ``(T, E)``, on a GPU; the rows may be parts of the rows of a wider matrix.
         weight: ``(E, K)``, K from 2 to 4.
         bias: ``(E,)``.
 
@@ -39,7 +39,7 @@ def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def causal_conv1d_unavailable_reason() -> str | None:
-    """Why causal-conv1d cannot be used on this machine, or None if it can."""
+    """Return why causal-conv1d cannot be used on this machine, or None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
@@ -48,13 +48,13 @@ def causal_conv1d_unavailable_reason() -> str | None:
         if error.name == "causal_conv1d":
             return "not installed (pip install --no-build-isolation causal-conv1d, or kernels)"
         return f"installed, but without its kernels ({error})"
-    except Exception as error:  # a package built for another PyTorch fails in many ways
+    except Exception as error:  # a package built for another PyTorch raises any type of error
         return f"installed, but cannot be loaded: {error}"
     return None
 
 
 def _function() -> Callable[..., Tensor]:
-    """From the package, or else from the Hub."""
+    """Return the function of the package, or else of the Hub kernel."""
     try:
         from causal_conv1d import causal_conv1d_fn
     except ModuleNotFoundError:
@@ -65,15 +65,15 @@ def _function() -> Callable[..., Tensor]:
 
 
 def causal_conv1d_unsupported_reason(task: Task) -> str | None:
-    """Why a task's convolution cannot be taken, or None if it can."""
+    """Return why the convolution of a task is not supported, or None if it is."""
     if task.taps not in WIDTHS:
-        return f"it takes widths from {WIDTHS[0]} to {WIDTHS[-1]}, not {task.taps}"
+        return f"it supports widths from {WIDTHS[0]} to {WIDTHS[-1]}, not {task.taps}"
     return None
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """``(E, T)``, a view of x if the kernels can read eight channels at a time from it, else a copy."""
-    rows_apart, apart = x.stride()
-    readable = apart == 1 and rows_apart % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0
-    # One token's row counts as contiguous whatever lies between rows, so `contiguous` would leave it as it is.
+    """Return ``(E, T)``: a view of x if the kernels can read eight channels at a time from it, else a copy."""
+    row_stride, channel_stride = x.stride()
+    readable = channel_stride == 1 and row_stride % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0
+    # A single row counts as contiguous whatever its row stride, so `contiguous` would not copy it.
     return x.T if readable else x.T.clone(memory_format=torch.contiguous_format)

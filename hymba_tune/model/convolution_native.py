@@ -1,4 +1,4 @@
-"""The causal depthwise convolution and the silu behind it in C++ for the CPU, over many texts at once.
+"""The causal depthwise convolution and the silu after it in C++ for the CPU, over many texts at once.
 
 Glossary: T tokens, S texts, E channels, K width of the convolution.
 """
@@ -17,13 +17,13 @@ from .native import Arguments, Library, Rows, fields, readable, threads_for
 from .native_vectors import VECTORS
 
 WIDEST = 4
-"""The widest convolution that is compiled."""
+"""The widest convolution that the C++ supports."""
 
 SOURCE = (
     VECTORS
     + r"""
-// W channels stand side by side in a vector, GROUP channels are one unit of work. A group goes through the texts CHUNK
-// tokens at a time, one block of W channels after the other: neighbors in a row are then read close to each other.
+// A vector holds W adjacent channels, and GROUP channels are one unit of work. A group processes the texts CHUNK tokens
+// at a time, one block of W channels after the other, so that neighbors in a row are read close to each other in time.
 
 constexpr int GROUP = 64, CHUNK = 32;
 
@@ -31,14 +31,14 @@ namespace {
 
 struct Convolution {
     int64_t texts, E, K, threads, fuses_meta_prefix, silu;
-    // fuses_meta_prefix: texts after the first follow on the first's last inputs
+    // fuses_meta_prefix: the texts after the first continue from the last inputs of the first
     const int64_t *offsets;
     Rows x, y, dy, dx;
-    const float *taps, *bias;  // (K, E): the last meets the token itself
+    const float *taps, *bias;  // taps are (K, E); the last one is multiplied with the token itself
     float *d_taps, *d_bias;
 };
 
-// W channels, their last K inputs, the latest first, and in the backward the gradients of those.
+// W channels, their last K inputs, the latest one first, and in the backward the gradients of these inputs.
 template <int K> struct Block {
     const Convolution *p;
     int64_t column;
@@ -53,16 +53,16 @@ template <int K> struct Block {
 
     V read(const Rows &from, int64_t t) const { return load(from, t, column, lanes); }
 
-    // Stand in front of a text.
-    void enter(int64_t text) {
-        bool follows = p->fuses_meta_prefix && text;
+    // Loads the inputs before the first token of a text.
+    void start_text(int64_t text) {
+        bool continues = p->fuses_meta_prefix && text;
         for (int k = 0; k < K; k++) {
-            x[k] = follows && p->offsets[1] > k ? read(p->x, p->offsets[1] - 1 - k) : V{};
+            x[k] = continues && p->offsets[1] > k ? read(p->x, p->offsets[1] - 1 - k) : V{};
             dx[k] = V{};
         }
     }
 
-    static void advance(V *window, V next) {
+    static void push(V *window, V next) {
         for (int k = K - 1; k > 0; k--) window[k] = window[k - 1];
         window[0] = next;
     }
@@ -73,30 +73,30 @@ template <int K> struct Block {
         return y;
     }
 
-    // Both work on a copy: what is stored might be the block itself, for all the compiler knows.
+    // Both methods work on a copy, because for the compiler a store could otherwise alias the block itself.
     void forward(int64_t, int64_t from, int64_t to) {
-        Block own = *this;
+        Block block = *this;
         for (int64_t t = from; t < to; t++) {
-            advance(own.x, own.read(own.p->x, t));
-            V y = own.product();
-            store(own.p->y, t, own.column, own.lanes, own.p->silu ? y * sigmoid(y) : y);
+            push(block.x, block.read(block.p->x, t));
+            V y = block.product();
+            store(block.p->y, t, block.column, block.lanes, block.p->silu ? y * sigmoid(y) : y);
         }
-        *this = own;
+        *this = block;
     }
 
     void backward(int64_t text, int64_t from, int64_t to) {
-        Block own = *this;
-        own.back(text, from, to);
-        *this = own;
+        Block block = *this;
+        block.backward_steps(text, from, to);
+        *this = block;
     }
 
-    // Through tokens of a text and K - 1 steps beyond it: at t, the gradient of the input at t - (K - 1) is complete.
-    inline __attribute__((always_inline)) void back(int64_t text, int64_t from, int64_t to) {
+    // Runs over tokens of a text and K - 1 steps beyond. After step t, the gradient of input t - (K - 1) is complete.
+    inline __attribute__((always_inline)) void backward_steps(int64_t text, int64_t from, int64_t to) {
         int64_t begin = p->offsets[text], end = p->offsets[text + 1];
         for (int64_t t = from; t < to; t++) {
-            advance(dx, V{});
+            push(dx, V{});
             if (t < end) {
-                advance(x, read(p->x, t));
+                push(x, read(p->x, t));
                 V dy = read(p->dy, t);
                 if (p->silu) {
                     V y = product(), s = sigmoid(y);
@@ -105,46 +105,46 @@ template <int K> struct Block {
                 d_bias += dy;
                 for (int k = 0; k < K; k++) d_taps[k] += dy * x[k], dx[k] += dy * taps[k];
             }
-            int64_t done = t - (K - 1);
-            if (done < begin) {
-                if (p->fuses_meta_prefix && text) d_first[begin - done] += dx[K - 1];
+            int64_t complete = t - (K - 1);
+            if (complete < begin) {
+                if (p->fuses_meta_prefix && text) d_first[begin - complete] += dx[K - 1];
             } else {
                 V total = dx[K - 1];
-                if (p->fuses_meta_prefix && !text && end - done < K) total += d_first[end - done];
-                store(p->dx, done, column, lanes, total);
+                if (p->fuses_meta_prefix && !text && end - complete < K) total += d_first[end - complete];
+                store(p->dx, complete, column, lanes, total);
             }
         }
     }
 
-    void finish() const {
+    void store_weight_gradients() const {
         for (int k = 0; k < K; k++) copy<float>(p->d_taps + (K - 1 - k) * p->E + column, &d_taps[k], lanes);
         if (p->bias) copy<float>(p->d_bias + column, &d_bias, lanes);
     }
 };
 
-// A group's blocks through all texts, the first text last in the backward: it gets gradients from the others.
-template <int K, bool BACK> void go_through(const Convolution &p, int64_t group) {
+// Runs the blocks of a group over all texts. The backward ends with the first text, which gets gradients from others.
+template <int K, bool BACKWARD> void run_group(const Convolution &p, int64_t group) {
     std::vector<Block<K>> blocks((std::min<int64_t>(GROUP, p.E - group * GROUP) + W - 1) / W);
     for (size_t i = 0; i < blocks.size(); i++) blocks[i].begin(p, group * GROUP + i * W);
     for (int64_t nth = 0; nth < p.texts; nth++) {
-        int64_t text = BACK ? p.texts - 1 - nth : nth, end = p.offsets[text + 1] + (BACK ? K - 1 : 0);
-        for (auto &block : blocks) block.enter(text);
+        int64_t text = BACKWARD ? p.texts - 1 - nth : nth, end = p.offsets[text + 1] + (BACKWARD ? K - 1 : 0);
+        for (auto &block : blocks) block.start_text(text);
         for (int64_t from = p.offsets[text]; from < end; from += CHUNK)
             for (auto &block : blocks) {
-                if (BACK) block.backward(text, from, std::min(from + CHUNK, end));
+                if (BACKWARD) block.backward(text, from, std::min(from + CHUNK, end));
                 else block.forward(text, from, std::min(from + CHUNK, end));
             }
     }
     for (auto &block : blocks)
-        if (BACK) block.finish();
+        if (BACKWARD) block.store_weight_gradients();
 }
 
-template <bool BACK> void convolve(const Convolution &p) {
-    auto of_width = p.K == 4   ? go_through<4, BACK>
-                    : p.K == 3 ? go_through<3, BACK>
-                    : p.K == 2 ? go_through<2, BACK>
-                               : go_through<1, BACK>;
-    parallel(p.threads, (p.E + GROUP - 1) / GROUP, [&](int64_t group) { of_width(p, group); });
+template <bool BACKWARD> void convolve(const Convolution &p) {
+    auto run = p.K == 4   ? run_group<4, BACKWARD>
+               : p.K == 3 ? run_group<3, BACKWARD>
+               : p.K == 2 ? run_group<2, BACKWARD>
+                          : run_group<1, BACKWARD>;
+    parallel(p.threads, (p.E + GROUP - 1) / GROUP, [&](int64_t group) { run(p, group); });
 }
 
 }  // namespace
@@ -165,15 +165,15 @@ def native_conv1d(
     fuses_meta_prefix: bool = False,
     silu: bool = False,
 ) -> Tensor:
-    """Convolve texts that begin from zeros.
+    """Convolve texts that start from zeros.
 
     Args:
         x: ``(T, E)``, float32 or bfloat16.
         weight: ``(E, K)``, K up to `WIDEST`.
         bias: ``(E,)`` or None.
-        offsets: Where each text begins among the T tokens, and T; one text when not given.
-        fuses_meta_prefix: Whether the texts after the first begin from its last inputs instead.
-        silu: Whether silu follows.
+        offsets: The index of the first token of each text, followed by T. The default is one text.
+        fuses_meta_prefix: Whether the texts after the first start from its last inputs instead.
+        silu: Whether to apply silu to the result.
 
     Returns:
         ``(T, E)`` in x's dtype.
@@ -184,8 +184,8 @@ def native_conv1d(
 
 
 def native_unsupported_reason(task: Task) -> str | None:
-    """Why a task cannot be taken, or None if it can."""
-    return None if task.taps <= WIDEST else f"the width must be at most {WIDEST}, not {task.taps}"
+    """Return why the convolution of a task is not supported, or None if it is."""
+    return None if task.taps <= WIDEST else f"the width of the convolution must be at most {WIDEST}, not {task.taps}"
 
 
 class _Arguments(Arguments):

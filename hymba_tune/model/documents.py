@@ -1,8 +1,8 @@
-"""The packed layout: every text of a batch laid end to end, its padding taken out, behind the meta tokens.
+"""The packed layout: the meta tokens, then all texts of a batch one after the other, without padding.
 
-The meta tokens are document zero. They are computed once, since nothing before them depends on a text, and every text
-continues from them: it sees their keys and values, its convolution starts from their last inputs and its SSM from
-their last state.
+The meta tokens are document zero. They are computed once, because they do not depend on a text, and every text
+continues from them: it sees their keys and values, its convolution starts from their last inputs, and its SSM starts
+from their last state.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Where the texts of one forward pass lie.
+    """The layout of the texts of one forward pass.
 
-    The rows of the packed hidden states are the meta tokens (none when a cache already holds them), then T tokens of S
-    texts.
+    The rows of the packed hidden states are the meta tokens (none if a cache holds them), then the T tokens of S texts.
 
     Attributes:
-        shape: ``(B, L)`` of the inputs.
-        kept: ``(T,)`` places of the text tokens in the flattened inputs, or None where nothing was padding.
-        cu_seqlens: ``(S + 1,)`` int64, where each text begins among the T tokens, and where the last ends.
-        lengths: Tokens of each text.
-        num_meta: Rows of meta tokens in front.
-        positions: ``(num_meta + T,)`` int64 positions for RoPE; text begins at the number of meta tokens.
-        past: ``(S,)`` int64, tokens of each text that a cache already holds, or None without a cache.
+        shape: The shape ``(B, L)`` of the inputs.
+        token_indices: ``(T,)``, the indices of the text tokens in the flattened inputs, or None if there is no padding.
+        cu_seqlens: ``(S + 1,)`` int64, the offsets of the texts among the T tokens.
+        lengths: The number of tokens of each text.
+        num_meta: The number of rows of meta tokens in front of the texts.
+        positions: ``(num_meta + T,)`` int64, the positions for RoPE; each text starts at the number of meta tokens.
+        past: ``(S,)`` int64, the number of cached tokens of each text, or None without a cache.
     """
 
     shape: tuple[int, int]
-    kept: Tensor | None
+    token_indices: Tensor | None
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     num_meta: int
@@ -42,13 +41,13 @@ class Documents:
 
     @cached_property
     def ids(self) -> Tensor:
-        """``(T,)`` number of the text each token belongs to."""
+        """Return ``(T,)``: the index of the text that each token belongs to."""
         texts = torch.arange(len(self.lengths), device=self.cu_seqlens.device)
         return texts.repeat_interleave(self.cu_seqlens.diff(), output_size=self.starts[-1])
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First token of each text among the T, and T."""
+        """Return the index of the first token of each text among the T tokens, followed by T."""
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
@@ -56,13 +55,13 @@ class Documents:
 
     @cached_property
     def slots(self) -> Tensor:
-        """``(T,)`` places of the tokens in an ``(S, max length)`` grid whose rows end flush at the right."""
+        """Return ``(T,)``: the index of each token in a flattened, left-padded ``(S, max length)`` grid."""
         longest = max(self.lengths)
         offsets = torch.arange(self.starts[-1], device=self.cu_seqlens.device) - self.cu_seqlens[1:][self.ids]
         return (self.ids + 1) * longest + offsets
 
     def to_grid(self, packed: Tensor) -> Tensor:
-        """Lay ``(T, ...)`` tokens out as ``(S, max length, ...)``, zeros in front of the shorter texts."""
+        """Arrange ``(T, ...)`` tokens as ``(S, max length, ...)``, with zeros in front of the shorter texts."""
         count, longest = len(self.lengths), max(self.lengths)
         if count * longest == packed.shape[0]:
             return packed.view(count, longest, *packed.shape[1:])
@@ -77,13 +76,14 @@ class Documents:
 
     @cached_property
     def behind_meta(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """The classic layout for what needs it: every text behind meta tokens of its own.
+        """Return the layout in which every text has its own copy of the meta tokens in front.
 
         Returns:
-            The ``(S * M + T,)`` packed rows that make it, the ``(M + T,)`` places in it of each packed row (the meta
-            tokens' in front of the first text), and the ``S + 1`` offsets of its texts.
+            The ``(S * M + T,)`` packed rows that form this layout; the ``(M + T,)`` index in it of each packed row,
+            that of a meta token in front of the first text; and the ``S + 1`` offsets of its texts.
         """
-        device, meta, total = self.cu_seqlens.device, self.num_meta, self.starts[-1]
+        device = self.cu_seqlens.device
+        meta, total = self.num_meta, self.starts[-1]
         offsets = tuple(start + meta * text for text, start in enumerate(self.starts))
         tokens = torch.arange(meta + total, device=device)
         places = torch.cat([tokens[:meta], tokens[:total] + (self.ids + 1) * meta])
@@ -94,22 +94,22 @@ class Documents:
         return rows, places, offsets
 
     def pack(self, inputs: Tensor) -> Tensor:
-        """Take ``(B, L, ...)`` inputs to their ``(T, ...)`` text tokens."""
+        """Select the ``(T, ...)`` text tokens from ``(B, L, ...)`` inputs."""
         flat = inputs.flatten(0, 1)
-        return flat if self.kept is None else flat[self.kept]
+        return flat if self.token_indices is None else flat[self.token_indices]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Take ``(T, ...)`` text tokens back to ``(B, L, ...)``, zeros where there was padding."""
-        if self.kept is not None:
+        """Arrange ``(T, ...)`` text tokens as ``(B, L, ...)``, with zeros at padding."""
+        if self.token_indices is not None:
             empty = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
-            packed = empty.index_copy(0, self.kept, packed)
+            packed = empty.index_copy(0, self.token_indices, packed)
         return packed.view(*self.shape, *packed.shape[1:])
 
     def next_labels(self, labels: Tensor) -> Tensor:
-        """The label each text token is to predict: its successor's, and -100 at the end of a text.
+        """Return the label that each text token predicts: that of the next token, and -100 at the end of a text.
 
         Args:
-            labels: ``(B, L)``, -100 where nothing is learned.
+            labels: ``(B, L)``, -100 at tokens without loss.
 
         Returns:
             ``(T,)``.
@@ -118,23 +118,23 @@ class Documents:
         return successors.index_fill(0, self.cu_seqlens[1:] - 1, -100)
 
     def select(self, texts: list[int]) -> tuple[Documents, Tensor]:
-        """Some of the texts alone, and the ``(T',)`` places of their tokens among the T."""
+        """Return the layout of some of the texts, and the ``(T',)`` indices of their tokens among the T tokens."""
         device = self.cu_seqlens.device
-        places = torch.cat([torch.arange(self.starts[i], self.starts[i + 1], device=device) for i in texts])
+        tokens = torch.cat([torch.arange(self.starts[i], self.starts[i + 1], device=device) for i in texts])
         lengths = [self.lengths[i] for i in texts]
-        return _layout(lengths, self.num_meta, (1, len(places)), None, device), places
+        return _layout(lengths, self.num_meta, (1, len(tokens)), None, device), tokens
 
 
 def _layout(
-    lengths: list[int], num_meta: int, shape: tuple[int, int], kept: Tensor | None, device: torch.device
+    lengths: list[int], num_meta: int, shape: tuple[int, int], token_indices: Tensor | None, device: torch.device
 ) -> Documents:
-    """Texts of these lengths, in order, behind ``num_meta`` meta tokens."""
+    """Return the layout of texts of these lengths, in order, after ``num_meta`` meta tokens."""
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
-    texts = torch.arange(sum(lengths), device=device) - cu_seqlens[:-1].repeat_interleave(
+    in_text = torch.arange(sum(lengths), device=device) - cu_seqlens[:-1].repeat_interleave(
         cu_seqlens.diff(), output_size=sum(lengths)
     )
-    positions = torch.cat([torch.arange(num_meta, device=device), num_meta + texts])
-    return Documents(shape, kept, cu_seqlens, tuple(lengths), num_meta, positions)
+    positions = torch.cat([torch.arange(num_meta, device=device), num_meta + in_text])
+    return Documents(shape, token_indices, cu_seqlens, tuple(lengths), num_meta, positions)
 
 
 def find_documents(
@@ -150,22 +150,24 @@ def find_documents(
     """Find the texts in a batch.
 
     Args:
-        shape: ``(B, L)`` of the inputs.
-        device: Where the inputs are.
-        num_meta: Meta tokens in front of every text.
-        attention_mask: ``(B, L)``, 0 at padding, on either side. Without other word, each row is one text.
-        position_ids: ``(B, L)`` or ``(1, L)``; a text begins wherever they restart at 0.
+        shape: The shape ``(B, L)`` of the inputs.
+        device: The device of the inputs.
+        num_meta: The number of meta tokens in front of every text.
+        attention_mask: ``(B, L)``, 0 at padding, on either side. Without the arguments below, each row is one text.
+        position_ids: ``(B, L)`` or ``(1, L)``; a text begins wherever the positions restart at 0.
         cu_seqlens: ``(S + 1,)`` offsets of the texts in the flattened inputs.
-        may_be_empty: Whether a row may be all padding: a cache holds a text whose tokens are still to come.
+        may_be_empty: Whether a row may be all padding. With a cache, the tokens of such a text can follow later.
 
     Raises:
-        ValueError: If a row is all padding and may not be, positions neither restart at 0 nor go on by one, or a shape
-            is wrong.
+        ValueError: If a row is all padding without ``may_be_empty``, positions neither restart at 0 nor increase by
+            one, or a shape is wrong.
     """
     batch, length = shape
     if batch * length == 0:
         raise ValueError(f"the inputs have shape {shape}; expected at least one token")
-    kept, row_lengths = None, [length] * batch
+
+    token_indices = None
+    row_lengths = [length] * batch
     if attention_mask is not None:
         mask = _checked_mask(attention_mask, (batch, length))
         row_lengths = mask.sum(1).tolist()
@@ -174,7 +176,8 @@ def find_documents(
                 f"row {row_lengths.index(0)} of attention_mask is all padding; expected at least one token"
             )
         if sum(row_lengths) < batch * length:
-            kept = mask.flatten().nonzero().squeeze(1)
+            token_indices = mask.flatten().nonzero().squeeze(1)
+
     lengths = row_lengths
     if cu_seqlens is not None:
         lengths = _lengths_from_offsets(cu_seqlens, sum(row_lengths))
@@ -184,39 +187,42 @@ def find_documents(
                 f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, length)} or {(1, length)}"
             )
         positions = position_ids.expand(batch, length).flatten()
-        lengths = _lengths_from_positions(positions if kept is None else positions[kept], row_lengths)
-    return _layout(lengths, num_meta, shape, kept, device)
+        lengths = _lengths_from_positions(positions if token_indices is None else positions[token_indices], row_lengths)
+    return _layout(lengths, num_meta, shape, token_indices, device)
 
 
 def continue_documents(
     shape: tuple[int, int], past: Tensor, *, num_meta: int, attention_mask: Tensor | None = None
 ) -> Documents:
-    """Find the new tokens of texts whose beginnings a cache holds: row i goes on with text i.
+    """Find the new tokens of the texts in a cache: row i continues text i.
 
     Args:
-        shape: ``(B, L)`` of the new inputs.
-        past: ``(B,)`` int64, tokens of each text in the cache.
-        num_meta: Meta tokens in front of every text, held by the cache.
-        attention_mask: ``(B, columns seen before + L)`` or ``(B, L)``, 0 at padding.
+        shape: The shape ``(B, L)`` of the new inputs.
+        past: ``(B,)`` int64, the number of tokens of each text in the cache.
+        num_meta: The number of meta tokens in front of every text, which are in the cache.
+        attention_mask: ``(B, earlier columns + L)`` or ``(B, L)``, 0 at padding.
 
     Raises:
-        ValueError: If the cache holds another number of texts, or the mask has a wrong shape.
+        ValueError: If the cache holds a different number of texts, or the mask has a wrong shape.
     """
     batch, length = shape
     if past.shape[0] != batch:
         raise ValueError(f"the cache holds {past.shape[0]} texts; expected {batch}, one for each row of the inputs")
-    kept, lengths = None, [length] * batch
+
+    token_indices = None
+    lengths = [length] * batch
     if attention_mask is not None:
         mask = _checked_mask(attention_mask[:, -length:], shape)
         lengths = mask.sum(1).tolist()
         if sum(lengths) < batch * length:
-            kept = mask.flatten().nonzero().squeeze(1)
+            token_indices = mask.flatten().nonzero().squeeze(1)
+
+    # In text i, a new token comes after the meta tokens, the cached tokens of i, and the earlier new tokens of i.
     cu_seqlens = torch.tensor([0, *lengths], device=past.device).cumsum(0)
-    # Token t of text i stands behind the meta tokens, what the cache holds of i, and the text's new tokens before t.
     first = num_meta + past - cu_seqlens[:-1]
     total = sum(lengths)
     positions = torch.arange(total, device=past.device) + first.repeat_interleave(cu_seqlens.diff(), output_size=total)
-    return Documents(shape, kept, cu_seqlens, tuple(lengths), 0, positions, past)
+    return Documents(shape, token_indices, cu_seqlens, tuple(lengths), 0, positions, past)
 
 
 def _checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -239,15 +245,15 @@ def _lengths_from_offsets(cu_seqlens: Tensor, tokens: int) -> list[int]:
 
 def _lengths_from_positions(positions: Tensor, row_lengths: list[int]) -> list[int]:
     begins = positions == 0
+    continues = positions == torch.cat([positions[:1], positions[:-1] + 1])
     row_starts = torch.tensor([0, *row_lengths], device=positions.device).cumsum(0)
-    goes_on = positions == torch.cat([positions[:1], positions[:-1] + 1])
-    goes_on[row_starts[:-1]] = False
-    if not (begins | goes_on).all():
-        wrong = int((~(begins | goes_on)).nonzero()[0])
+    continues[row_starts[:-1]] = False
+    if not (begins | continues).all():
+        wrong = int((~(begins | continues)).nonzero()[0])
         row = int(torch.searchsorted(row_starts, wrong, right=True)) - 1
         raise ValueError(
             f"position_ids of row {row} jump to {int(positions[wrong])} at its token {wrong - int(row_starts[row])}; "
-            "expected them to start at 0, to go on by one, and to restart at 0 where another text begins"
+            "expected them to start at 0, to increase by one, and to restart at 0 where another text begins"
         )
     offsets = [*begins.nonzero().squeeze(1).tolist(), len(positions)]
     return [end - start for start, end in pairwise(offsets)]

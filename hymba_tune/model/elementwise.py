@@ -1,7 +1,7 @@
-"""Norms, gates and rotations that keep only their inputs for the backward, and compute in place what is theirs.
+"""Norms, gates and rotations that save only their inputs for the backward and compute in place in their own tensors.
 
-Left to autograd, the norms of a bfloat16 model keep more memory than all of its linear layers: float32 copies of what
-they norm, before and after. On a CPU, taking fresh memory also costs more time than the arithmetic.
+With plain autograd, the norms of a bfloat16 model save more memory than all of its linear layers, namely float32 copies
+of their inputs and of the normalized values. On a CPU, allocating memory also takes more time than the arithmetic.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from .elementwise_native import LIBRARY, native_gated_silu, native_mean_of_norms
 from .native import DTYPES
 
 FEW = 2**14
-"""Numbers below which calls cost more than arithmetic."""
+"""The number of elements below which a call costs more time than the arithmetic."""
 
 
 def _few(x: Tensor) -> bool:
-    """Whether a choice and a call of our own cost more than they save: at a step of generation."""
+    """Return whether selecting and calling a backend would cost more than it saves, as in a step of generation."""
     return x.numel() < FEW and not torch.is_grad_enabled()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467): statistics in float32, cast back, weighed.
+    """Compute the root-mean-square norm over the last dimension (arXiv 1910.07467).
+
+    The statistics are in float32; the normalized values are cast back before the weight is applied.
 
     Args:
         x: ``(rows, width)`` or ``(rows, heads, width)``.
         weight: ``(width,)`` for all rows and heads, or ``(heads, width)``.
-        eps: Added to the mean square.
+        eps: The number added to the mean square.
 
     Returns:
-        As x, in the dtype that x and the weight promote to.
+        The shape of x, in the dtype to which x and the weight promote.
     """
     if _few(x):
         return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
@@ -46,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
-    """Half the sum of the `rms_norm` of a and that of b, both ``(rows, width)`` of one dtype."""
+    """Return the mean of the `rms_norm` of a and that of b, both ``(rows, width)`` of one dtype."""
     if _few(a):
         return _torch_mean_of_norms(a, a_weight, b, b_weight, eps)
     mean: Tensor = ELEMENTWISE.choose(Task.of(a, a_weight, b)).run.mean_of_norms(a, a_weight, b, b_weight, eps)
@@ -54,7 +56,7 @@ def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps:
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, both ``(rows, width)`` of one dtype (arXiv 2002.05202)."""
+    """Return ``silu(gate) * up``, both ``(rows, width)`` of one dtype (arXiv 2002.05202)."""
     if _few(gate):
         return silu(gate).mul_(up)
     gated: Tensor = ELEMENTWISE.choose(Task.of(gate, up)).run.gated_silu(gate, up)
@@ -62,16 +64,16 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn ``(rows, heads, width)`` by its positions; feature i is paired with feature i + width / 2.
+    """Rotate queries or keys by their positions; feature i is paired with feature i + width / 2.
 
     Args:
-        heads: Queries or keys.
-        tables: Of `rotary_tables`.
+        heads: Queries or keys, ``(rows, heads, width)``.
+        tables: The cosines and sines from `rotary_tables`.
     """
     if _few(heads):
-        return _turned(heads, *tables, 1)
-    turned: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
-    return turned
+        return _rotated(heads, *tables, 1)
+    rotated: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
+    return rotated
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -81,7 +83,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return _times((x * scale).to(x.dtype), weight)
+        return _multiply((x * scale).to(x.dtype), weight)
 
     @staticmethod
     @once_differentiable
@@ -91,14 +93,16 @@ class _RMSNorm(torch.autograd.Function):
         need_x, need_weight, _ = ctx.needs_input_grad
         normed = x * scale
         products = dy * normed
-        # A copy, since the products' memory is used again and a weight of x's shape would share it.
+
+        # The result is copied: the memory of the products is reused below, and a weight of x's shape would share it.
         d_weight = products.sum_to_size(weight.shape).to(weight.dtype, copy=True) if need_weight else None
         if not need_x:
             return None, d_weight, None
+
         weight = weight.to(scale.dtype)
-        along = products @ weight if weight.ndim == 1 else (products * weight).sum(-1)
+        inner = products @ weight if weight.ndim == 1 else (products * weight).sum(-1)
         d_normed = torch.mul(dy, weight, out=products)
-        dx = d_normed.addcmul_(normed, along[..., None], value=-1 / x.shape[-1]).mul_(scale)
+        dx = d_normed.addcmul_(normed, inner[..., None], value=-1 / x.shape[-1]).mul_(scale)
         return dx.to(x.dtype), d_weight, None
 
 
@@ -117,35 +121,35 @@ class _GatedSilu(torch.autograd.Function):
         return d_gate, silu(gate).mul_(dy)
 
 
-def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """The product, in x's memory if it fits there."""
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the product, in the memory of x if it has the same dtype."""
     return x.mul_(weight) if torch.promote_types(x.dtype, weight.dtype) == x.dtype else x * weight
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is turned back by the same angles, so nothing else is kept."""
+    """A rotation. Its gradient is rotated back by the same angles, so only the tables are saved."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(heads, cos, sin, 1)
+        return _rotated(heads, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     @outside_autocast
-    def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_rotated: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turned(d_turned, cos, sin, -1), None, None
+        return _rotated(d_rotated, cos, sin, -1), None, None
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    turned = heads * cos
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    rotated = heads * cos
     first, second = heads.chunk(2, -1)
-    first_turned, second_turned = turned.chunk(2, -1)
+    first_rotated, second_rotated = rotated.chunk(2, -1)
     first_sin, second_sin = sin.chunk(2, -1)
-    first_turned.addcmul_(second, first_sin, value=-way)
-    second_turned.addcmul_(first, second_sin, value=way)
-    return turned.to(heads.dtype)
+    first_rotated.addcmul_(second, first_sin, value=-direction)
+    second_rotated.addcmul_(first, second_sin, value=direction)
+    return rotated.to(heads.dtype)
 
 
 def _torch_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
@@ -154,12 +158,12 @@ def _torch_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tenso
 
 
 def _torch_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    turned: Tensor = _Rotation.apply(heads, *tables)
-    return turned
+    rotated: Tensor = _Rotation.apply(heads, *tables)
+    return rotated
 
 
 class Elementwise(NamedTuple):
-    """One way to compute what does not mix tokens."""
+    """The functions of one backend that compute each token on its own."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     mean_of_norms: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -172,9 +176,10 @@ def _small_problem(task: Task) -> Problem:
     cos, sin = (table.detach() for table in random_leaves(task, [(20, 1, 32)] * 2))
 
     def compute(backend: Backend) -> tuple[Tensor, ...]:
-        by = backend.run
-        mean = by.mean_of_norms(gate, weight, gate, weight, 1e-6)
-        return by.rms_norm(x, weight, 1e-6), mean, by.gated_silu(gate, gate), by.rotate(x, (cos, sin))
+        functions = backend.run
+        normed = functions.rms_norm(x, weight, 1e-6)
+        mean = functions.mean_of_norms(gate, weight, gate, weight, 1e-6)
+        return normed, mean, functions.gated_silu(gate, gate), functions.rotate(x, (cos, sin))
 
     return Problem(compute, [x, gate, weight])
 
@@ -194,4 +199,4 @@ ELEMENTWISE = Operation(
     plain="torch",
     problem=_small_problem,
 )
-"""The ways to compute norms, gates and rotations, the fastest first."""
+"""The backends of norms, gates and rotations, the fastest first."""

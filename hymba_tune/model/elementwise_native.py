@@ -1,6 +1,6 @@
-"""Norm, gate and rotation in C++ for the CPU, in float32 or bfloat16: one pass over memory where torch takes several.
+"""Norm, gate and rotation in C++ for the CPU, in float32 or bfloat16, with fewer passes over memory than torch.
 
-They compute in float32, and round where `elementwise` does.
+The functions compute in float32 and round at the same steps as `elementwise`.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from .elementwise_native_source import SOURCE
 from .native import Arguments, Grid, Library, Rows, fields, readable, threads_for
 
 STRIPS = 64
-"""Parts of the rows that threads take one at a time."""
+"""The number of parts into which the rows are divided for the threads."""
 LIBRARY = Library("elementwise", SOURCE, STRIPS=STRIPS)
 STEPS = 4
-"""What an element costs, in the steps that threads are counted by."""
+"""The cost of an element, in the steps that `threads_for` counts."""
 
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` of ``(rows, width)``, or of ``(rows, heads, width)`` with a weight for all heads or for each."""
+    """Compute `rms_norm` of ``(rows, width)``, or of ``(rows, heads, width)`` with one weight or one per head."""
     normed: Tensor = _Norm.apply(readable(x), weight, eps)
     return normed
 
 
 def native_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
-    """`mean_of_norms` of ``(rows, width)``."""
+    """Compute `mean_of_norms` of ``(rows, width)``."""
     mean: Tensor = _MeanOfNorms.apply(readable(a), a_weight, readable(b), b_weight, eps)
     return mean
 
 
 def native_gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """`gated_silu` of ``(rows, width)``."""
+    """Compute `gated_silu` of ``(rows, width)``."""
     gated: Tensor = _Gate.apply(readable(gate), readable(up))
     return gated
 
 
 def native_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """`rotate` of ``(rows, heads, width)``."""
-    turned: Tensor = _Rotate.apply(readable(heads), *tables)
-    return turned
+    """Compute `rotate` of ``(rows, heads, width)``."""
+    rotated: Tensor = _Rotate.apply(readable(heads), *tables)
+    return rotated
 
 
 class _NormArguments(Arguments):
@@ -58,7 +58,7 @@ class _NormArguments(Arguments):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, **others: Any) -> _NormArguments:
-        """For ``(rows, heads, width)`` x."""
+        """Return the arguments for x of shape ``(rows, heads, width)``."""
         rows, heads, width = x.shape
         stride = weight.stride(0) if weight.ndim > 1 else 0
         threads = threads_for(STEPS * x.numel())
@@ -73,8 +73,8 @@ class _Norm(torch.autograd.Function):
         y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
         grid = _with_heads(x)
         scale = torch.empty(grid.shape[:2], dtype=torch.float32)
-        wide = weight.float().contiguous()
-        LIBRARY.call("norm_forward", _NormArguments.of(grid, wide, eps=eps, y=_with_heads(y), scale=scale))
+        float_weight = weight.float().contiguous()
+        LIBRARY.call("norm_forward", _NormArguments.of(grid, float_weight, eps=eps, y=_with_heads(y), scale=scale))
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -122,12 +122,12 @@ class _MeanOfNorms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = a, a_weight, b, b_weight, _ = ctx.saved_tensors  # checkpointing lets it be read once
+        saved = a, a_weight, b, b_weight, _ = ctx.saved_tensors  # under checkpointing it can be read only once
         da, db = a.new_empty(a.shape), b.new_empty(b.shape)
         need_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         parts = torch.empty(STRIPS, 2, a.shape[1], dtype=torch.float32) if need_weights else None
-        more = {"dy": readable(dy), "da": da, "db": db, "d_weights": parts}
-        _mean_of_norms("mean_of_norms_backward", *saved, **more)
+        gradients = {"dy": readable(dy), "da": da, "db": db, "d_weights": parts}
+        _mean_of_norms("mean_of_norms_backward", *saved, **gradients)
         if parts is None:
             return da, None, db, None, None
         d_a_weight, d_b_weight = parts.sum(0)
@@ -182,7 +182,7 @@ def _gate(function: str, gate: Tensor, up: Tensor, **others: Tensor) -> None:
 class _RotateArguments(Arguments):
     _fields_ = (
         *fields(ctypes.c_int64, "rows heads width threads"),
-        *fields(ctypes.c_float, "way"),
+        *fields(ctypes.c_float, "direction"),
         *fields(Grid, "x y"),
         *fields(Rows, "cos sin"),
     )
@@ -196,17 +196,16 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_turned: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_rotated: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(readable(d_turned), cos, sin, -1), None, None
+        return _rotated(readable(d_rotated), cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     y = x.new_empty(x.shape)
     rows, heads, width = x.shape
     tables = {"cos": readable(cos.squeeze(1)), "sin": readable(sin.squeeze(1))}
     threads = threads_for(STEPS * x.numel())
-    LIBRARY.call(
-        "rotate", _RotateArguments(rows=rows, heads=heads, width=width, threads=threads, way=way, x=x, y=y, **tables)
-    )
+    sizes = {"rows": rows, "heads": heads, "width": width}
+    LIBRARY.call("rotate", _RotateArguments(**sizes, threads=threads, direction=direction, x=x, y=y, **tables))
     return y

@@ -1,13 +1,13 @@
-"""The C++ of what `elementwise_native` compiles."""
+"""The C++ source of the norms, gates and rotations, which `elementwise_native` compiles."""
 
 from .native_vectors import VECTORS
 
 SOURCE = (
     VECTORS
     + r"""
-// Norm, gate and rotation, forward and backward: each reads its inputs once or twice and writes its outputs once.
+// Norm, gate and rotation, forward and backward. Each reads its inputs once or twice and writes its outputs once.
 //
-// STRIPS strips of rows are the units of work, whatever the number of threads: the same bits come out on any number.
+// The rows are divided into STRIPS strips whatever the number of threads, so that the result does not depend on it.
 
 namespace {
 
@@ -15,7 +15,7 @@ template <class Work> void each_strip(int64_t threads, int64_t rows, Work work) 
     parallel(threads, STRIPS, [=](int64_t strip) { work(strip, strip * rows / STRIPS, (strip + 1) * rows / STRIPS); });
 }
 
-// What a number is once it was written to a row's number format.
+// The value of a number after it was stored in the format of a row.
 inline V rounded(V v, int64_t bf16) {
     if (!bf16) return v;
     U bits = (U)v;
@@ -49,12 +49,12 @@ struct Gate {
 
 struct Rotation {
     int64_t rows, heads, width, threads;
-    float way;  // 1, or -1 back
+    float direction;  // 1, or -1 in the backward
     Grid x, y;
     Rows cos, sin;
 };
 
-// One over the root mean square of a row.
+// The reciprocal of the root mean square of a row.
 inline float scale_of(const Rows &x, int64_t row, int64_t width, float eps) {
     V squares{};
     each_vector(width, [&](int64_t column, int lanes) {
@@ -64,19 +64,19 @@ inline float scale_of(const Rows &x, int64_t row, int64_t width, float eps) {
     return 1.f / std::sqrt(sum(squares) / width + eps);
 }
 
-// The gradient of a row, and what it adds to the weight's; dy counts by a factor.
+// Computes the gradient of a row, and adds the row's part to the gradient of the weight; dy is multiplied by a factor.
 inline void norm_row_backward(const Rows &x, const Rows &dy, const Rows &dx, int64_t row, int64_t width, float factor,
                               float scale, const float *weight, float *d_weight) {
-    V along{};
+    V inner{};
     each_vector(width, [&](int64_t column, int lanes) {
         V product = load(dy, row, column, lanes) * load(x, row, column, lanes) * (scale * factor);
-        along += product * load(weight + column, lanes);
+        inner += product * load(weight + column, lanes);
         if (!d_weight) return;
-        V so_far = load(d_weight + column, lanes) + product;
-        copy<float>(d_weight + column, &so_far, lanes);
+        V total = load(d_weight + column, lanes) + product;
+        copy<float>(d_weight + column, &total, lanes);
     });
     if (!dx.data) return;
-    float mean = sum(along) / width;
+    float mean = sum(inner) / width;
     each_vector(width, [&](int64_t column, int lanes) {
         V normed = load(x, row, column, lanes) * scale;
         V d_normed = load(dy, row, column, lanes) * factor * load(weight + column, lanes);
@@ -169,11 +169,11 @@ extern "C" void rotate(const Rotation *p) {
             for (int64_t h = 0; h < p->heads; h++) {
                 Rows x = p->x.at(r, h), y = p->y.at(r, h);
                 each_vector(half, [&](int64_t column, int lanes) {
-                    V one = load(x, 0, column, lanes), other = load(x, 0, half + column, lanes);
-                    V one_sin = load(p->sin, r, column, lanes), other_sin = load(p->sin, r, half + column, lanes);
-                    V one_cos = load(p->cos, r, column, lanes), other_cos = load(p->cos, r, half + column, lanes);
-                    store(y, 0, column, lanes, one * one_cos - other * one_sin * p->way);
-                    store(y, 0, half + column, lanes, other * other_cos + one * other_sin * p->way);
+                    V first = load(x, 0, column, lanes), second = load(x, 0, half + column, lanes);
+                    V first_sin = load(p->sin, r, column, lanes), second_sin = load(p->sin, r, half + column, lanes);
+                    V first_cos = load(p->cos, r, column, lanes), second_cos = load(p->cos, r, half + column, lanes);
+                    store(y, 0, column, lanes, first * first_cos - second * first_sin * p->direction);
+                    store(y, 0, half + column, lanes, second * second_cos + first * second_sin * p->direction);
                 });
             }
     });

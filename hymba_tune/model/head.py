@@ -1,4 +1,4 @@
-"""The output layer, and what is computed in it without holding all logits at once."""
+"""The output layer, and the losses and scores that it computes without holding all logits at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .loss import linear_cross_entropy
 
 
 class HymbaHead(nn.Linear):
-    """The output layer. Losses are computed in it, which need its weight but never all logits at once."""
+    """The output layer. It also computes losses that need its weight but never all logits at once."""
 
     def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Return the logits ``(..., V)`` of hidden states, or what a loss makes of those and the weight ``(V, d)``."""
+        """Return the logits ``(..., V)`` of hidden states, or a loss of the hidden states and the weight ``(V, d)``."""
         return super().forward(hidden) if loss is None else loss(hidden, self.weight)
 
 
@@ -36,35 +36,39 @@ def head_loss(
     """Return the cross-entropy of the next tokens.
 
     Args:
-        head: The output layer, also with an adapter or in fewer bits.
-        hidden: ``(B, L, d)``.
-        labels: ``(B, L)``, -100 where nothing is learned.
-        documents: Where the texts lie.
-        shifted: Whether each label is what its own place is to predict, instead of the token there.
-        weights: ``(B, L)``, how much each label counts; 1 when not given.
-        items: What the sum is divided by; when not given, what the learned labels count.
+        head: The output layer, which may have an adapter or be quantized.
+        hidden: Hidden states, ``(B, L, d)``.
+        labels: ``(B, L)``, -100 at tokens without loss.
+        documents: The layout of the packed texts.
+        shifted: Whether each label is the token that its position predicts, instead of the token at its position.
+        weights: ``(B, L)``, the weight of each label. The default is 1.
+        items: The divisor of the summed loss. The default is the sum of the weights of the labels.
     """
     align = documents.pack if shifted else documents.next_labels
-    targets, states = align(labels), documents.pack(hidden)
-    learned = targets != -100
-    counts = None if weights is None else align(weights).where(learned, 0)
+    targets = align(labels)
+    has_loss = targets != -100
+    counts = None if weights is None else align(weights).where(has_loss, 0)
+
+    states = documents.pack(hidden)
     if isinstance(head, HymbaHead):
         total = head(states, partial(linear_cross_entropy, targets=targets, counts=counts))
-    else:  # such a head computes more than a product with its weight
+    else:
+        # An adapted or quantized head computes more than a product with its weight, so it has to return logits.
         logits = head(states)
         losses = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
         total = losses.sum() if counts is None else losses @ counts
+
     if items is None:
-        items = learned.sum().clamp(min=1) if counts is None else counts.sum()
+        items = has_loss.sum().clamp(min=1) if counts is None else counts.sum()
     loss: Tensor = total / items
     return loss
 
 
 def head_scores(head: nn.Module, hidden: Tensor, labels: Tensor, *, shifted: bool) -> TokenScores:
-    """Return what `score_tokens` does.
+    """Return the `TokenScores` of the labels; see `score_tokens`.
 
     Raises:
-        ValueError: If the head has an adapter or is stored in fewer bits.
+        ValueError: If the head has an adapter or is quantized.
     """
     if not isinstance(head, HymbaHead):
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Hidden states are packed, ``(rows, d)``: the M meta tokens once, then the T tokens of all texts (see `Documents`).
 
-Each parameter is read only while the module that owns it is called: offloaded and sharded weights are in memory then.
+Each parameter is read only while the module that owns it is called, because offloaded and sharded weights are in memory
+only then.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from .scan import packed_scan
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is if it is wider."""
+    """Return the tensor in float32, or unchanged if its dtype is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class HymbaRMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in float32, cast back, then the weight.
+    """Root-mean-square norm over the last dimension; see `rms_norm`.
 
     Args:
-        shape: Shape of the weight; it broadcasts over the input, whose last dimension is normalized.
-        eps: Added to the mean square.
+        shape: The shape of the weight, which broadcasts over the input.
+        eps: The number added to the mean square.
     """
 
     def __init__(self, shape: int | tuple[int, ...], eps: float) -> None:
@@ -49,7 +50,7 @@ class HymbaRMSNorm(nn.Module):
 
 
 class HymbaHeadNorm(HymbaRMSNorm):
-    """A norm of each head; its weight is ``(width,)`` for all or ``(1, heads, 1, width)``."""
+    """A norm of each head, with a weight ``(width,)`` for all heads or ``(1, heads, 1, width)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(rows, heads, width)``."""
@@ -58,7 +59,7 @@ class HymbaHeadNorm(HymbaRMSNorm):
 
 
 class HymbaHeadNorms(nn.Module):
-    """Norms of the queries and keys, before RoPE. A layer that makes no keys owns a key norm all the same."""
+    """The norms of the queries and keys, before RoPE. A layer that reuses keys also has a key norm, as released."""
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
@@ -74,20 +75,20 @@ class HymbaFirstNorm(HymbaRMSNorm):
     def forward(  # type: ignore[override]
         self, a: Tensor, average: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Hand ``(rows, width)`` and the weight on to `HymbaSecondNorm`, which is called with its own input already."""
+        """Call ``average``, a `HymbaSecondNorm` with its input bound, with ``(rows, width)`` and the weight."""
         return average(a, self.weight)
 
 
 class HymbaSecondNorm(HymbaRMSNorm):
-    """The norm of the SSM heads' output, which takes the average of both."""
+    """The norm of the SSM heads' output, which computes the average of both norms."""
 
     def forward(self, b: Tensor, a: Tensor, a_weight: Tensor) -> Tensor:  # type: ignore[override]
-        """Return half the sum of both norms, ``(rows, width)``."""
+        """Return the mean of both norms, ``(rows, width)``."""
         return mean_of_norms(a, a_weight, b, self.weight, self.eps)
 
 
 class HymbaConvolution(nn.Conv1d):
-    """The causal depthwise convolution in front of the SSM, and the silu behind it."""
+    """The causal depthwise convolution in front of the SSM, and the silu after it."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, documents: Documents, tails: Tensor | None
@@ -97,7 +98,7 @@ class HymbaConvolution(nn.Conv1d):
 
 
 class HymbaTimeStep(nn.Linear):
-    """The projection to time steps, computed in float32 whatever its weights are stored in."""
+    """The projection to time steps, computed in float32 whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., in)`` to ``(..., out)`` in float32."""
@@ -107,13 +108,14 @@ class HymbaTimeStep(nn.Linear):
 
 
 class HymbaParameter(nn.ParameterList):
-    """One parameter under its released name, ``.0``. It is called as any module is, which a ParameterList refuses."""
+    """One parameter under its released name, ``.0``."""
 
+    # A ParameterList refuses to be called, but offloading and sharding load a parameter when its module is called.
     __call__ = nn.Module.__call__
 
 
 class HymbaDecay(HymbaParameter):
-    """Holds the logarithm of -A, ``(E, N)``: how fast each state decays."""
+    """The logarithm of -A, ``(E, N)``: the rate at which each state decays."""
 
     def forward(self) -> Tensor:
         """Return A, in float32 or wider."""
@@ -121,7 +123,7 @@ class HymbaDecay(HymbaParameter):
 
 
 class HymbaSkip(HymbaParameter):
-    """Holds D, ``(E,)``: how much of its input a channel passes on past the state. It computes the scan with it."""
+    """The weight D of the skip connection, ``(E,)``. The module computes the scan, since only it may read D."""
 
     def forward(
         self,
@@ -158,7 +160,7 @@ class HymbaMLP(nn.Module):
 
 
 class HymbaExperts(nn.Module):
-    """The one expert there is, under the names that checkpoints give it."""
+    """The only expert, under its name in released checkpoints."""
 
     def __init__(self, config: HymbaConfig) -> None:
         super().__init__()
@@ -171,9 +173,9 @@ class HymbaExperts(nn.Module):
 
 
 class HymbaMixer(nn.Module):
-    """Attention heads and SSM heads on one input projection, averaged after a norm each.
+    """Attention heads and SSM heads on one input projection, averaged after one norm each.
 
-    A layer whose keys and values another layer makes has no rows for them in its projection.
+    The projection of a layer that reuses the keys and values of another layer has no rows for them.
     """
 
     def __init__(self, config: HymbaConfig, layer: int) -> None:
@@ -182,12 +184,14 @@ class HymbaMixer(nn.Module):
         self.source = config.kv_source(layer)
         self.window = None if config.is_global(layer) else config.sliding_window
         self.head_dim, self.value_dim = config.head_dim, config.value_dim
+
         inner, state, rank = config.ssm_size, config.mamba_d_state, int(config.mamba_dt_rank)
         groups = config.num_key_value_heads if self.source == layer else 0
         self.widths = [config.hidden_size, groups * self.head_dim, groups * self.value_dim, inner, inner]
         self.state_widths = [rank, state, state]
-        eps, bias = config.rms_norm_eps, config.mamba_proj_bias
 
+        eps = config.rms_norm_eps
+        bias = config.mamba_proj_bias
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=bias)
         self.self_attn = HymbaHeadNorms(config) if config.kq_norm != "none" else None
         self.conv1d = HymbaConvolution(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
@@ -215,31 +219,34 @@ class HymbaMixer(nn.Module):
         """Mix the tokens of each text.
 
         Args:
-            hidden: ``(rows, d)``, normed.
-            key: Keys of the layer this one takes them from, or None if it makes its own.
-            value: Likewise, values.
-            documents: Where the texts lie.
-            tables: Cosines and sines of `rotary_tables`, or None without RoPE.
-            cache: What is kept for generation.
+            hidden: Normalized hidden states, ``(rows, d)``.
+            key: The keys that this layer reuses, or None if it computes its own.
+            value: The values that this layer reuses, or None if it computes its own.
+            documents: The layout of the packed texts.
+            tables: The cosines and sines from `rotary_tables`, or None without RoPE.
+            cache: The cache of generation, or None.
 
         Returns:
             ``(rows, d)``, and the keys and values used.
         """
         query, new_key, new_value, x, gate = self.in_proj(hidden).split(self.widths, -1)
+
         query = self._heads(query, self.head_dim, "q_norm", tables)
         if key is None or value is None:
             key = self._heads(new_key, self.head_dim, "k_norm", tables)
             value = new_value.unflatten(-1, (-1, self.value_dim))
             if cache is not None:
-                self._remember(key, value, documents, cache)
+                self._store(key, value, documents, cache)
+
         if cache is None or documents.past is None:
             attended = packed_attention(query, key, value, documents, self.window)
         else:
-            seen, hidden_keys = cache.seen(self.source), cache.hidden(self.source, documents, self.window)
-            grid = cached_attention(
-                documents.to_grid(query), cache.meta.get(self.source), seen.key, seen.value, hidden_keys
-            )
+            visible = cache.seen(self.source)
+            hidden_keys = cache.hidden(self.source, documents, self.window)
+            meta = cache.meta.get(self.source)
+            grid = cached_attention(documents.to_grid(query), meta, visible.key, visible.value, hidden_keys)
             attended = documents.from_grid(grid)
+
         scanned = self._ssm(x, gate, documents, cache)
         joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
         return self.out_proj(joined), key, value
@@ -250,7 +257,7 @@ class HymbaMixer(nn.Module):
             heads = getattr(self.self_attn, norm)(heads)
         return heads if tables is None else rotate(heads, tables)
 
-    def _remember(self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache) -> None:
+    def _store(self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache) -> None:
         meta = documents.num_meta
         if meta:
             cache.store_meta(self.layer, key[:meta], value[:meta])
@@ -260,18 +267,21 @@ class HymbaMixer(nn.Module):
         tails = cache.tails.get(self.layer) if cache is not None else None
         states = cache.states.get(self.layer) if cache is not None else None
         x, tails = self.conv1d(x, documents, tails)
+
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:
             dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)
+
         y: Tensor
         y, states = self.D(x, self.dt_proj[0](dt), self.A_log(), B, C, gate, documents, states)
         if cache is not None:
-            cache.tails[self.layer], cache.states[self.layer] = tails, states
+            cache.tails[self.layer] = tails
+            cache.states[self.layer] = states
         return y
 
 
 class HymbaDecoderLayer(GradientCheckpointingLayer):
-    """The mixer, then the MLP, each behind a norm and added to the residual stream."""
+    """The mixer, then the MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: HymbaConfig, layer: int) -> None:
         super().__init__()
@@ -289,7 +299,7 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
         tables: tuple[Tensor, Tensor] | None,
         cache: HymbaCache | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `HymbaMixer.forward`, on the residual stream."""
+        """Apply the layer to the residual stream; see `HymbaMixer.forward` for the arguments."""
         mixed, key, value = self.mamba(self.input_layernorm(hidden), key, value, documents, tables, cache)
         hidden = hidden + mixed
         return hidden + self.moe(self.pre_moe_layernorm(hidden)), key, value

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens that never hold the logits of all of them at once."""
+"""Log-probabilities of given tokens, computed without holding the logits of all tokens at once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from .autocast import to_autocast_dtype
 from .chunked_head import chunked_log_probs
 
 CHUNK = 1024
-"""Tokens whose logits are held at a time."""
+"""The number of tokens whose logits are held at a time."""
 
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL's preference trainers ask of a model: a value for each token but a row's first, 0 where none is asked.
+    """The scores that TRL's preference trainers expect of a model, for each token but the first of a row.
+
+    The scores are 0 at tokens with the label -100.
 
     Attributes:
-        log_probs: ``(B, L - 1)`` float32: of each token behind those before it, nats. The only one with a gradient.
-        entropy: ``(B, L - 1)`` float32: of the distribution that the token was taken from, nats.
-        mean_logits: ``(B, L - 1)`` float32: the mean over the vocabulary.
-        is_top1: ``(B, L - 1)`` bool: whether no token was likelier.
+        log_probs: ``(B, L - 1)`` float32, the log-probability of each token, nats. Only this field has a gradient.
+        entropy: ``(B, L - 1)`` float32, the entropy of the distribution of each token, nats.
+        mean_logits: ``(B, L - 1)`` float32, the mean of the logits over the vocabulary.
+        is_top1: ``(B, L - 1)`` bool, whether the token was the most likely one.
     """
 
     log_probs: Tensor | None = None
@@ -32,13 +34,13 @@ class TokenScores(ModelOutput):
 
 
 def score_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, *, shifted: bool = False) -> TokenScores:
-    """Score the tokens of rows, each text one row.
+    """Score the tokens of rows that contain one text each.
 
     Args:
-        hidden: ``(B, L, d)``.
-        weight: ``(V, d)``, of the head.
+        hidden: Hidden states, ``(B, L, d)``.
+        weight: The weight of the output layer, ``(V, d)``.
         labels: ``(B, L)``, -100 where no score is needed.
-        shifted: Whether each label is what its own place is to predict. The scores are then ``(B, L)``.
+        shifted: Whether each label is the token that its position predicts. The scores are then ``(B, L)``.
     """
     hidden, targets = (hidden, labels) if shifted else (hidden[:, :-1], labels[:, 1:])
     scored = targets != -100

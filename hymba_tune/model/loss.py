@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of all tokens at once."""
+"""Next-token cross-entropy, computed without holding the logits of all tokens at once."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from torch import Tensor
 from .chunked_head import chunked_sum
 
 CHUNK = 1024
-"""Tokens whose logits are held at a time."""
+"""The number of tokens whose logits are held at a time."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T`` against the targets.
+    """Return the sum of the cross-entropies of ``hidden @ weight.T`` against the targets.
 
     Args:
-        hidden: ``(T, d)``.
-        weight: ``(V, d)``.
-        targets: ``(T,)``, -100 where nothing is learned; those tokens cost nothing.
-        counts: ``(T,)``: how much each token counts; 1 when not given.
+        hidden: Hidden states, ``(T, d)``.
+        weight: The weight of the output layer, ``(V, d)``.
+        targets: ``(T,)``, -100 at tokens without loss, which are not computed.
+        counts: ``(T,)``, the weight of each token. The default is 1.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), nats.
     """
-    learned = targets != -100
-    return learned_cross_entropy(hidden[learned], weight, targets[learned], None if counts is None else counts[learned])
+    has_loss = targets != -100
+    counts = None if counts is None else counts[has_loss]
+    return learned_cross_entropy(hidden[has_loss], weight, targets[has_loss], counts)
 
 
 def learned_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
-    """`linear_cross_entropy` where every token is learned: no target is -100."""
+    """Return `linear_cross_entropy` for targets of which none is -100."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
 
     def chunk_loss(logits: Tensor, chunk: slice, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        # One name for both: the logits are dropped as soon as they are normalized.
+        # Reassigning `logits` frees the unnormalized logits.
         logits = logits.log_softmax(-1, dtype=wide)
         chosen = logits.gather(1, targets[chunk, None])
         loss = -(chosen if counts is None else chosen * counts[chunk, None]).sum()

@@ -1,4 +1,4 @@
-"""Hymba for transformers: attention heads and Mamba heads side by side, behind learned meta tokens (arXiv 2411.13676).
+"""Hymba for transformers: parallel attention and Mamba heads, after learned meta tokens (arXiv 2411.13676).
 
 Hidden states are packed, ``(M + T, d)``: the M meta tokens once, then the T tokens of all texts (see `Documents`).
 """
@@ -38,18 +38,17 @@ from .unread_inputs import check_unread
 logger = logging.get_logger(__name__)
 
 # Released checkpoints store the meta tokens as a bare parameter; here they are an embedding, which adapters can target.
-# The lookahead leaves names alone that are an embedding's already, an adapter's among them.
+# The lookahead does not match names that are already those of an embedding, including those of an adapter.
 register_checkpoint_conversion_mapping(
     "hymba", [WeightRenaming(r"memory_tokens(?!\.)", "memory_tokens.weight")], overwrite=True
 )
 
-
-# By this name, and not by the loss, `Trainer` decides whether label smoothing shifts the labels.
+# `Trainer` uses this name to decide whether label smoothing shifts the labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hymba"] = "HymbaForCausalLM"
 
 
 class HymbaPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of Hymba."""
+    """The properties and initialization of Hymba models for transformers."""
 
     config_class = HymbaConfig
     config: HymbaConfig
@@ -57,24 +56,24 @@ class HymbaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("HymbaDecoderLayer",)
     _skip_keys_device_placement = (CACHE_NAME,)
-    # Attention is our own, exact in the packed layout; "sdpa" is only the name under which transformers takes it.
+    # The packed layout has its own attention; transformers only needs the name of an implementation that it knows.
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = False
-    # An SSM state cannot be taken back to an earlier token: generate refuses assisted decoding by this.
+    # `generate` then refuses assisted decoding, because an SSM state cannot be reset to an earlier token.
     _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers calls this for modules that hold parameters themselves, and takes the others for initialized.
+        # transformers calls this only for modules that own parameters, and considers the others initialized.
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
             init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)
         elif isinstance(module, HymbaTimeStep):
             init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
-            # Time steps spread evenly, on a log scale, from 0.001 to 0.1; the bias is softplus's inverse of them.
+            # Time steps are spread evenly, on a log scale, from 0.001 to 0.1; the bias is their inverse softplus.
             steps = torch.exp(torch.rand_like(module.bias, dtype=torch.float32) * math.log(100) + math.log(0.001))
             init.copy_(module.bias, steps + torch.log(-torch.expm1(-steps)))
         elif isinstance(module, HymbaDecay):
@@ -118,22 +117,22 @@ class HymbaModel(HymbaPreTrainedModel):
         Args:
             input_ids: ``(B, L)``.
             attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache; 0 at padding, on either side.
-            position_ids: ``(B, L)``, restarting at 0 where another text begins in a row. The meta tokens do not count.
-            cache: Texts to go on with.
+            position_ids: ``(B, L)``, restarting at 0 where another text begins in a row. Meta tokens are not counted.
+            cache: The cache of the texts to continue.
             inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
-            use_cache: Return a cache. Off by default.
-            output_hidden_states: Return the text's hidden states before each layer, and after the final norm.
-            cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
-            documents: What `find_documents` makes of the inputs above, for a caller that has it already.
-            return_dict: False for a tuple; the configuration says it when not given, as it does of hidden states.
-            past_key_values: What transformers before 5.24 calls the cache.
-            **others: What the libraries pass to every model; see `check_unread`.
+            use_cache: Whether to return a cache. The default is False.
+            output_hidden_states: Whether to return the hidden states before each layer and after the final norm.
+            cu_seq_lens_q: The offsets of the texts among the tokens of the batch, without padding.
+            documents: The result of `find_documents` for the inputs above, if the caller already has it.
+            return_dict: Whether to return a dictionary or a tuple. The configuration has the default of both.
+            past_key_values: The name of ``cache`` in transformers before 5.24.
+            **others: Inputs that libraries pass to every model; see `check_unread`.
 
         Returns:
             Hidden states ``(B, L, d)``, zero at padding.
 
         Raises:
-            ValueError: If an input is malformed; the message says which row and what was expected.
+            ValueError: If an input is malformed; the message names the row and what was expected.
         """
         check_unread(HymbaModel.forward, others, output_attentions=self.config.output_attentions)
         if output_hidden_states is None:
@@ -145,9 +144,12 @@ class HymbaModel(HymbaPreTrainedModel):
         cache = HymbaCache(self.config) if use_cache and cache is None else cache
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
-        held, limit = cache.get_seq_length() if cache is not None else 0, self.config.max_position_embeddings
-        if held + max(documents.lengths) > limit:
+
+        cached = cache.get_seq_length() if cache is not None else 0
+        limit = self.config.max_position_embeddings
+        if cached + max(documents.lengths) > limit:
             logger.warning_once(f"a text is longer than max_position_embeddings, {limit} tokens")
+
         hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
         if cache is not None:
             cache.advance(documents)
@@ -157,7 +159,7 @@ class HymbaModel(HymbaPreTrainedModel):
             hidden_states=unpacked if output_hidden_states else None,
             **{CACHE_NAME: cache},
         )
-        return output if _in_a_dict(return_dict, self.config) else output.to_tuple()
+        return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
     def find_documents(
         self,
@@ -167,16 +169,19 @@ class HymbaModel(HymbaPreTrainedModel):
         cu_seq_lens_q: Tensor | None,
         cache: HymbaCache | None,
     ) -> Documents:
-        """Where the texts of ``(B, L, ...)`` inputs lie; the other arguments and errors are those of `forward`."""
-        shape, meta = (inputs.shape[0], inputs.shape[1]), self.config.num_memory_tokens
+        """Return the layout of the texts in ``(B, L, ...)`` inputs; see `forward` for the arguments and errors."""
+        shape = (inputs.shape[0], inputs.shape[1])
+        meta = self.config.num_memory_tokens
         if cache is not None and not isinstance(cache, HymbaCache):
             raise ValueError(f"the cache is a {type(cache).__name__}; expected a HymbaCache")
         if cache is not None and self.config.rope_type == "dynamic_ntk":
             raise ValueError(
-                "rope_type dynamic_ntk turns all keys anew as a text grows: no cache fits; use_cache=False"
+                "rope_type dynamic_ntk rotates all keys anew as a text grows, so no cache is valid; use_cache=False"
             )
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError("checkpointed layers run again in the backward and no cache fits: use_cache=False")
+            raise ValueError(
+                "gradient checkpointing runs layers again in the backward, so no cache is valid; pass use_cache=False"
+            )
         if cache is not None and cache.lengths is not None:
             return continue_documents(shape, cache.lengths, num_meta=meta, attention_mask=attention_mask)
         documents = find_documents(
@@ -189,54 +194,61 @@ class HymbaModel(HymbaPreTrainedModel):
             may_be_empty=cache is not None,
         )
         if cache is not None and len(documents.lengths) != shape[0]:
-            raise ValueError(f"{len(documents.lengths)} texts in {shape[0]} rows; a cache takes one text a row")
+            raise ValueError(f"{len(documents.lengths)} texts in {shape[0]} rows; a cache needs one text per row")
         return documents
 
     def _run_by_base(
         self, embeds: Tensor, documents: Documents, cache: HymbaCache | None, keep_all: bool
     ) -> list[Tensor]:
-        """One packed pass for each RoPE base: dynamic_ntk gives each long text, and its meta tokens, one of its own."""
+        """Run one packed pass for each RoPE base; with dynamic_ntk, each long text and its meta tokens have one."""
         meta = self.config.num_memory_tokens
         bases = [rotary_base(self.config, meta + length) for length in documents.lengths]
         if len(set(bases)) == 1:
             return self._run(embeds, documents, bases[0], cache, keep_all)
-        parts, places = [], []
+
+        passes, token_indices = [], []
         for base in dict.fromkeys(bases):
-            chosen, where = documents.select([i for i, other in enumerate(bases) if other == base])
-            parts.append(self._run(embeds[where], chosen, base, cache, keep_all))
-            places.append(where)
-        order = torch.cat(places).argsort()
-        return [torch.cat(hidden)[order] for hidden in zip(*parts, strict=True)]
+            selected, indices = documents.select([i for i, other in enumerate(bases) if other == base])
+            passes.append(self._run(embeds[indices], selected, base, cache, keep_all))
+            token_indices.append(indices)
+        order = torch.cat(token_indices).argsort()
+        return [torch.cat(hidden)[order] for hidden in zip(*passes, strict=True)]
 
     def _run(
         self, embeds: Tensor, documents: Documents, base: float, cache: HymbaCache | None, keep_all: bool
     ) -> list[Tensor]:
-        """Take the ``(T, d)`` embeddings through the layers; the last result is normed, the others if ``keep_all``."""
-        hidden, meta = embeds, documents.num_meta
+        """Run the layers on ``(T, d)`` embeddings.
+
+        Returns:
+            The hidden states after the final norm; with ``keep_all``, those before each layer come first.
+        """
+        hidden = embeds
+        meta = documents.num_meta
         if self.memory_tokens is not None and meta:
             tokens = self.memory_tokens(torch.arange(meta, device=embeds.device))
             hidden = torch.cat([tokens.to(embeds.dtype), embeds])
         tables = None
         if self.config.rope:
             tables = rotary_tables(documents.positions, base, self.config.head_dim, hidden.dtype)
-        made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+
+        keys_and_values: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         hidden_states = []
         for index, layer in enumerate(self.layers):
             if keep_all:
                 hidden_states.append(hidden[meta:])
-            key, value = made.get(self.config.kv_source(index), (None, None))
+            key, value = keys_and_values.get(self.config.kv_source(index), (None, None))
             hidden, key, value = layer(hidden, key, value, documents, tables, cache)
-            made[index] = key, value
+            keys_and_values[index] = key, value
         return [*hidden_states, self.final_layernorm(hidden[meta:])]
 
 
 def _rename_memory_tokens(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    """Let a plain ``load_state_dict`` of a released checkpoint do what the conversion mapping does."""
+    """Apply the conversion mapping to a plain ``load_state_dict`` of a released checkpoint."""
     if (name := f"{prefix}memory_tokens") in state_dict:
         state_dict[f"{name}.weight"] = state_dict.pop(name)
 
 
-def _in_a_dict(return_dict: bool | None, config: HymbaConfig) -> bool:
+def _returns_dict(return_dict: bool | None, config: HymbaConfig) -> bool:
     return (config.return_dict if return_dict is None else return_dict) is not False
 
 
@@ -271,31 +283,34 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         past_key_values: HymbaCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | TokenScores | tuple[Any, ...]:
-        """Predict the next tokens; see `HymbaModel.forward` for the layouts taken.
+        """Predict the next tokens; see `HymbaModel.forward` for the layouts of the inputs.
 
         Args:
             input_ids: ``(B, L)``.
             attention_mask: ``(B, L)``, or ``(B, past + L)`` with a cache.
             position_ids: ``(B, L)``.
-            cache: Texts to go on with.
-            inputs_embeds: ``(B, L, d)``.
-            labels: ``(B, L)``, -100 where nothing is learned. The first token of a text is never a target.
-            loss_weights: ``(B, L)``: how much each label counts; 1 when not given.
-            use_cache: Return a cache.
-            output_hidden_states: Return hidden states.
-            cu_seq_lens_q: Offsets of the texts among the tokens of the batch, padding left out.
-            logits_to_keep: How many columns, from the right, or which ones, to compute logits for; 0 for all.
-            num_items_in_batch: What the summed loss is divided by; when not given, what the learned tokens count.
-            skip_logits: Return no logits. With labels, they are then never held for all tokens at once.
-            fused_lm_head: Return `TokenScores` of the labels instead, as TRL's preference trainers ask for them.
-            return_dict: False for a tuple.
-            past_key_values: What transformers before 5.24 calls the cache.
-            **others: ``shift_labels`` ``(B, L)``, what each token is to predict, instead of ``labels``: trainers that
-                split rows shift before. It is no parameter, since `Trainer` would then expect it in every batch.
-                Then what the libraries pass to every model; see `check_unread`.
+            cache: The cache of the texts to continue.
+            inputs_embeds: ``(B, L, d)`` instead of ``input_ids``.
+            labels: ``(B, L)``, -100 at tokens without loss. The first token of a text is never a target.
+            loss_weights: ``(B, L)``, the weight of each label. The default is 1.
+            use_cache: Whether to return a cache.
+            output_hidden_states: Whether to return hidden states.
+            cu_seq_lens_q: The offsets of the texts among the tokens of the batch, without padding.
+            logits_to_keep: The number of last columns to compute logits for, or their indices; 0 for all columns.
+            num_items_in_batch: The divisor of the summed loss. The default is the sum of the weights of the labels.
+            skip_logits: Whether to return no logits. With labels, they are then never held for all tokens at once.
+            fused_lm_head: Whether to return the `TokenScores` of the labels, as TRL's preference trainers request.
+            return_dict: Whether to return a dictionary or a tuple. The default is that of the configuration.
+            past_key_values: The name of ``cache`` in transformers before 5.24.
+            **others: Inputs that libraries pass to every model; see `check_unread`. One of them may be ``shift_labels``
+                ``(B, L)``, the token that each position predicts: trainers that split rows pass it instead of
+                ``labels``. It is not a parameter, because `Trainer` would then expect it in every batch.
 
         Returns:
-            The loss, nats a token, and float32 logits ``(B, L, V)``.
+            The loss in nats per token, and float32 logits ``(B, L, V)``.
+
+        Raises:
+            ValueError: If an input is malformed, or if ``fused_lm_head`` is set and the head is adapted or quantized.
         """
         shift_labels = others.pop("shift_labels", None)
         check_unread(HymbaForCausalLM.forward, others, output_attentions=self.config.output_attentions)
@@ -313,6 +328,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             documents=documents,
             return_dict=True,
         )
+
         hidden: Tensor = outputs.last_hidden_state
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
@@ -320,8 +336,10 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
             return head_scores(self.lm_head, hidden, labels, shifted=shifted)
         loss = None
         if labels is not None:
-            given = self.lm_head, hidden, labels, documents
-            loss = head_loss(*given, shifted=shifted, weights=loss_weights, items=num_items_in_batch)
+            loss = head_loss(
+                self.lm_head, hidden, labels, documents, shifted=shifted, weights=loss_weights, items=num_items_in_batch
+            )
+
         logits = None
         if not skip_logits:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -329,52 +347,53 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: cache}
         )
-        return output if _in_a_dict(return_dict, self.config) else output.to_tuple()
+        return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Take another head; `resize_token_embeddings` makes a plain linear layer."""
+        """Set the head. `resize_token_embeddings` passes a plain linear layer, which becomes a `HymbaHead`."""
         if type(new_embeddings) is nn.Linear:
             new_embeddings.__class__ = HymbaHead
         super().set_output_embeddings(new_embeddings)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Read generation settings as transformers does; the released ones switch the cache off, for want of one."""
+        """Read the generation settings as transformers does, and enable the cache, which the released ones disable."""
         super().adjust_generation_fn(*args, **kwargs)
         self.generation_config.use_cache = True
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Prepare a step as transformers does, prompts flush at the right: `generate` goes on from the last column."""
+        """Prepare a step as transformers does, with prompts padded on the left, since `generate` appends."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # Every row is one text: the mask says all, and transformers' positions are wrong behind padding on the right.
+        # Every row is one text, so the mask suffices; transformers' positions are wrong after padding on the right.
         inputs["position_ids"] = None
         mask = inputs.get("attention_mask")
         if mask is None or mask[:, -1].all():
             return inputs
+
         name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
         tokens = inputs[name]
         mask = mask[:, -tokens.shape[1] :]
-        order = mask.int().argsort(dim=1, stable=True)  # padding first, then the tokens as they were
+        order = mask.int().argsort(dim=1, stable=True)  # padding first, then the tokens in order
         rows = torch.arange(len(order), device=order.device)[:, None]
         return inputs | {name: tokens[rows, order], "attention_mask": mask[rows, order]}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:
-        """Give `generate` a cache of ours: transformers' own ones hold neither shared meta tokens nor ragged rows.
+        """Provide a `HymbaCache`: transformers' caches support neither shared meta tokens nor rows of unequal length.
 
         Raises:
-            ValueError: If it is another kind of cache.
+            ValueError: If the settings name another type of cache.
         """
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; "
-                "Hymba keeps a cache of its own, so leave it out"
+                "Hymba has its own cache, so leave it out"
             )
         if self.config.rope_type == "dynamic_ntk":
             generation_config.use_cache = False
-        if (given := model_kwargs.get(CACHE_NAME)) is not None:
-            given._is_user_defined = True  # `generate` asks for this mark and leaves such a cache to its user
+        if (user_cache := model_kwargs.get(CACHE_NAME)) is not None:
+            user_cache._is_user_defined = True  # `generate` returns a cache with this mark to its user
         elif generation_config.use_cache:
             model_kwargs[CACHE_NAME] = HymbaCache(self.config)

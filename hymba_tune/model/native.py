@@ -1,4 +1,4 @@
-"""C++ for the CPU: compiled on first use, kept in the user's cache, called through ctypes."""
+"""C++ for the CPU: compiled on first use, stored in the user's cache folder, and called through ctypes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What the C++ reads and writes; it computes in float32."""
+"""The dtypes that the C++ reads and writes; it computes in float32."""
 THREAD_WORTH = 2**17
-"""Steps of a vector's innermost arithmetic that it is worth starting another thread for."""
+"""The number of steps, in the inner loop over vectors, that justify another thread."""
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -30,22 +30,22 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 class View(ctypes.Structure):
-    """Where a tensor lies; the C++'s struct of the same name. The last dimension is contiguous."""
+    """The memory of a tensor whose last dimension is contiguous; a C++ struct has the same name."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
-        """A tensor in one of `DTYPES`, of as many dimensions as the kind of view has."""
+        """Return the view of a tensor that has one of `DTYPES` and as many dimensions as the view."""
         return cls(_address(tensor), *tensor.stride()[:-1], tensor.dtype == torch.bfloat16)
 
 
 class Rows(View):
-    """``(rows, width)``."""
+    """A view of ``(rows, width)``."""
 
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("bf16", ctypes.c_int64))
 
 
 class Grid(View):
-    """``(rows, heads, width)``."""
+    """A view of ``(rows, heads, width)``."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -56,65 +56,76 @@ class Grid(View):
 
 
 class Arguments(ctypes.Structure):
-    """What a function of a library takes: the C++'s struct of the same name.
+    """The arguments of a function of a library; a C++ struct has the same fields.
 
     Args:
-        **values: By field; a tensor becomes what the field is, a view or a pointer. What is None or not given is null.
+        **values: The values by field. A tensor is converted to the type of its field, a view or a pointer. A value that
+            is None or missing becomes null.
     """
 
     def __init__(self, **values: Any) -> None:
-        kinds = dict(self._fields_)  # type: ignore[arg-type]
-        self.values = values  # kept: the C++ reads them where they lie
-        super().__init__(**{name: _as(kinds[name], value) for name, value in values.items() if value is not None})
+        types = dict(self._fields_)  # type: ignore[arg-type]
+        self.values = values  # keeps the tensors alive while the C++ reads them
+        super().__init__(**{name: _convert(value, types[name]) for name, value in values.items() if value is not None})
 
 
-def _as(kind: Any, value: Any) -> Any:
+def _convert(value: Any, field_type: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return kind.of(value) if issubclass(kind, View) else _address(value)
+    return field_type.of(value) if issubclass(field_type, View) else _address(value)
 
 
 def _address(tensor: Tensor) -> int:
     return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
-def fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
-    """Fields of a structure, all of one kind."""
-    return tuple((name, kind) for name in names.split())
+def fields(field_type: type, names: str) -> tuple[tuple[str, type], ...]:
+    """Return fields of one type for a structure.
+
+    Args:
+        field_type: The type of the fields.
+        names: The names of the fields, separated by spaces.
+    """
+    return tuple((name, field_type) for name in names.split())
 
 
 def readable(x: Tensor) -> Tensor:
-    """In a dtype the C++ reads, and with contiguous rows, which columns of a wider matrix have as well."""
+    """Return x in a dtype that the C++ reads and with contiguous rows; it may be columns of a wider matrix."""
     x = x if x.dtype in DTYPES else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def threads_for(work: int) -> int:
-    """How many threads that many steps are worth."""
+    """Return the number of threads for a number of steps; see `THREAD_WORTH`."""
     return min(torch.get_num_threads(), 1 + work // THREAD_WORTH)
 
 
 class Library:
-    """Some C++ and what is compiled from it.
+    """A C++ source and the shared library compiled from it.
 
     Args:
-        name: Begins the name of the file.
-        source: The C++.
-        constants: What the source takes as macros.
+        name: The name of the library, with which its file name begins.
+        source: The C++ source.
+        **constants: The values of the macros in the source.
     """
 
     def __init__(self, name: str, source: str, **constants: int) -> None:
-        self.name, self._source = name, source
+        self.name = name
+        self._source = source
         self._flags = (*FLAGS, *(f"-D{constant}={value}" for constant, value in constants.items()))
         self.load = cache(self._load)
 
     def unavailable_reason(self) -> str | None:
-        """Why it cannot run on this machine, or None if it can; compiles it the first time."""
-        loaded = self.load()
-        return loaded if isinstance(loaded, str) else None
+        """Return why the library cannot run on this machine, or None if it can. The first call compiles it."""
+        library = self.load()
+        return library if isinstance(library, str) else None
 
     def call(self, function: str, arguments: Arguments) -> None:
-        """Run a function of the library. With fake tensors it returns at once: whoever made those asks for shapes.
+        """Run a function of the library. With fake tensors it does nothing, since their callers need shapes only.
+
+        Args:
+            function: The name of the function.
+            arguments: The arguments of the function.
 
         Raises:
             RuntimeError: If the library cannot run on this machine, or a tensor has no memory to read.
@@ -125,7 +136,7 @@ class Library:
             if isinstance(value, Tensor) and value.numel() and not value.data_ptr():
                 raise RuntimeError(
                     f"the native {self.name} cannot read {name!r}: a tensor of shape {tuple(value.shape)} on "
-                    f"{value.device} has no memory, such as a weight that is offloaded, sharded or not loaded yet; "
+                    f"{value.device} has no memory, for example a weight that is offloaded, sharded or not loaded yet; "
                     "load it, or call the module that owns it"
                 )
         library = self.load()
@@ -134,7 +145,7 @@ class Library:
         getattr(library, function)(ctypes.byref(arguments))
 
     def _load(self) -> ctypes.CDLL | str:
-        """The compiled library, or why there is none."""
+        """Return the compiled library, or why there is none."""
         try:
             command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
             library = ctypes.CDLL(str(self._compiled(command)))
@@ -148,33 +159,33 @@ class Library:
         return library
 
     def _compiled(self, command: list[str]) -> Path:
-        """The library for this source, compiler and CPU: from the cache, or compiled into it."""
-        # The macros that a compiler predefines name its version and every instruction set of the CPU.
+        """Return the library for this source, compiler and CPU, compiled unless the cache contains it."""
+        # The predefined macros of a compiler name its version and every instruction set of the CPU.
         macros = _output([*command, *self._flags, "-dM", "-E", "-x", "c++", os.devnull])
         key = hashlib.sha256("\0".join([self._source, *command, *self._flags, macros]).encode()).hexdigest()[:16]
+
         folder = _cache_folder()
         library = folder / f"{self.name}-{key}.so"
         if not library.exists():
-            # Other processes may be compiling it too: each has a folder of its own, and a rename cannot be seen half
-            # done.
+            # Several processes may compile it at once: each has its own folder, and a rename is atomic.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 source, built = Path(scratch, f"{self.name}.cpp"), Path(scratch, f"{self.name}.so")
                 source.write_text(self._source)
                 _output([*command, *self._flags, str(source), "-o", str(built)])
                 with built.open("rb+") as file:
-                    os.fsync(file.fileno())  # a torn library would be found in the cache for good
+                    os.fsync(file.fileno())  # after a crash, a truncated library would stay in the cache
                 built.replace(library)
         return library
 
 
 def _torch_threads() -> ctypes.c_void_p | None:
-    """GNU OpenMP's function to run one in every thread, where torch brings it, as it does on Linux.
+    """Return the function of GNU OpenMP that runs a function in every thread, if torch has loaded it, as on Linux.
 
-    Its threads stay awake for a while after they worked for torch: threads of our own would wait for their cores.
+    OpenMP threads spin for a while after they worked for torch, so that other threads would have to wait for a core.
     """
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library of all symbols
+    except (OSError, AttributeError, TypeError):  # TypeError: on Windows no handle covers all loaded libraries
         return None
 
 
@@ -183,12 +194,12 @@ def _output(command: list[str]) -> str:
 
 
 def _cache_folder() -> Path:
-    """The user's cache, or where that cannot be written a folder that goes when the process ends."""
+    """Return the user's cache folder, or if it is not writable a temporary one that is removed at exit."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         folder = Path(tempfile.mkdtemp(prefix="hymba-tune-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -1,7 +1,7 @@
-"""What all C++ here computes with: vectors, and threads that share the work."""
+"""The C++ that all native backends share: vectors, and threads that divide the work."""
 
 VECTORS = r"""
-// W float32 numbers side by side, what is computed with them, how they are read and written, and threads.
+// Vectors of W float32 numbers, arithmetic on them, loads and stores, and threads.
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +35,7 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 inline V splat(float x) { return x - V{}; }
 
-// Within [low, high], or NaN.
+// Limits x to [low, high]; NaN stays NaN.
 inline V clamp(V x, float low, float high) {
 #if defined(__AVX512F__)
     return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
@@ -58,7 +58,7 @@ inline V pow2_fraction(V f) {
 
 #if defined(__AVX512DQ__)
 inline V exp2(V x) {
-    V f = _mm512_reduce_ps(x, 8);  // beyond the nearest whole number; 0 of an infinite one
+    V f = _mm512_reduce_ps(x, 8);  // the remainder to the nearest whole number; 0 for infinity
     return _mm512_scalef_ps(pow2_fraction(f), x - f);
 }
 
@@ -87,7 +87,7 @@ inline V exp(V x) {
 }
 #endif
 
-// Softplus and its slope, the sigmoid; both from exp(-|x|).
+// Softplus and its slope, the sigmoid; both are computed from exp(-|x|).
 struct Softplus {
     V value, slope;
     explicit Softplus(V x) {
@@ -104,25 +104,25 @@ struct Softplus {
 
 inline V sigmoid(V x) { return Softplus(x).slope; }
 
-// A matrix whose rows are contiguous; data is null where there is none.
+// A matrix with contiguous rows; data is null if there is no matrix.
 struct Rows {
     void *data;
     int64_t stride, bf16;
 };
 
-// Likewise, (rows, heads, width).
+// A tensor (rows, heads, width) with contiguous heads.
 struct Grid {
     void *data;
     int64_t row, head, bf16;
 
     Rows at(int64_t r, int64_t h) const {
-        int64_t place = r * row + h * head;
-        return {bf16 ? (void *)((uint16_t *)data + place) : (void *)((float *)data + place), 0, bf16};
+        int64_t offset = r * row + h * head;
+        return {bf16 ? (void *)((uint16_t *)data + offset) : (void *)((float *)data + offset), 0, bf16};
     }
 };
 
 template <class Element> inline void copy(void *to, const void *from, int lanes) {
-    if (lanes == W) memcpy(to, from, W * sizeof(Element));  // a size known to the compiler is one instruction
+    if (lanes == W) memcpy(to, from, W * sizeof(Element));  // a constant size compiles to one instruction
     else memcpy(to, from, lanes * sizeof(Element));
 }
 
@@ -136,7 +136,7 @@ inline V load(const uint16_t *x, int lanes) {
     return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(lanes), x)), 16);
 }
 
-// The first lanes, and a number in place of the others.
+// Replaces all but the first lanes by a number.
 inline V first_lanes(V v, int lanes, float other) { return _mm512_mask_mov_ps(splat(other), first(lanes), v); }
 #else
 inline V load(const float *x, int lanes) {
@@ -170,24 +170,24 @@ inline void store(uint16_t *x, int lanes, V v) {
 
 inline V load(const Rows &x, int64_t row, int64_t column, int lanes) {
     if (!x.data) return V{};
-    int64_t place = row * x.stride + column;
-    return x.bf16 ? load((const uint16_t *)x.data + place, lanes) : load((const float *)x.data + place, lanes);
+    int64_t offset = row * x.stride + column;
+    return x.bf16 ? load((const uint16_t *)x.data + offset, lanes) : load((const float *)x.data + offset, lanes);
 }
 
 inline void store(const Rows &x, int64_t row, int64_t column, int lanes, V v) {
-    int64_t place = row * x.stride + column;
-    if (x.bf16) store((uint16_t *)x.data + place, lanes, v);
-    else store((float *)x.data + place, lanes, v);
+    int64_t offset = row * x.stride + column;
+    if (x.bf16) store((uint16_t *)x.data + offset, lanes, v);
+    else store((float *)x.data + offset, lanes, v);
 }
 
-// The columns of a row, W at a time: the first of them, and how many.
+// Calls `work` for each W columns of a row, with the first column and the number of columns.
 template <class Work> inline void each_vector(int64_t width, Work work) {
     int64_t column = 0;
     for (; column + W <= width; column += W) work(column, W);
     if (column < width) work(column, (int)(width - column));
 }
 
-// The sum and the highest of the lanes, halves upon halves.
+// The sum and the maximum of the lanes, by adding or comparing halves.
 #if defined(__AVX512F__)
 inline float sum(V v) { return _mm512_reduce_add_ps(v); }
 inline float highest(V v) { return _mm512_reduce_max_ps(v); }
@@ -205,7 +205,7 @@ inline float highest(V v) {
 }
 #endif
 
-// What fades out becomes denormal, and arithmetic on that is many times slower.
+// States that decay become denormal numbers, and arithmetic on those is many times slower.
 struct FlushDenormals {
 #if defined(__SSE2__)
     unsigned saved = _mm_getcsr();
@@ -214,8 +214,8 @@ struct FlushDenormals {
 #endif
 };
 
-// Runs a function once in each of a number of threads that stand ready: OpenMP's own, where torch brings them.
-void (*team)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
+// A function that runs another one in a number of waiting threads: that of OpenMP if torch has loaded it, else null.
+void (*run_in_threads)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
 
 template <class Work> void parallel(int64_t threads, int64_t items, Work work) {
     std::atomic<int64_t> next{0};
@@ -225,11 +225,12 @@ template <class Work> void parallel(int64_t threads, int64_t items, Work work) {
     };
     threads = std::min(threads, items);
     if (threads <= 1) return run();
-    if (team) return team([](void *each) { (*(decltype(run) *)each)(); }, &run, (unsigned)threads, 0);
+    if (run_in_threads)
+        return run_in_threads([](void *each) { (*(decltype(run) *)each)(); }, &run, (unsigned)threads, 0);
     std::vector<std::thread> others;
     try {
         while ((int64_t)others.size() + 1 < threads) others.emplace_back(run);
-    } catch (const std::system_error &) {  // no more threads to be had: those there are do the work
+    } catch (const std::system_error &) {  // the system has no more threads; those that exist do the work
     }
     run();
     for (auto &other : others) other.join();
@@ -237,5 +238,5 @@ template <class Work> void parallel(int64_t threads, int64_t items, Work work) {
 
 }  // namespace
 
-extern "C" void share_threads(void *parallel) { team = (decltype(team))parallel; }
+extern "C" void share_threads(void *parallel) { run_in_threads = (decltype(run_in_threads))parallel; }
 """

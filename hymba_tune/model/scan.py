@@ -1,8 +1,8 @@
-"""The selective scan of Mamba-1, over texts laid end to end.
+"""The selective scan of Mamba-1, over packed texts.
 
     s_t = exp(dt_t A) * s_{t-1} + (dt_t u_t) B_t^T        y_t = s_t C_t + D * u_t        (arXiv 2312.00752, section 3)
 
-Glossary: T tokens, S texts, E channels, N size of a channel's state; u input, dt time step, z gate.
+Glossary: M meta tokens, T tokens, S texts, E channels, N size of a channel's state; u input, dt time step, z gate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def packed_scan(
     documents: Documents,
     states: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scan the meta tokens and every text, each text continuing from the meta tokens or from a cache.
+    """Scan the meta tokens and the texts, each text continued from the meta tokens or a cache.
 
     Args:
         u: ``(M + T, E)``; ``dt``, ``B``, ``C``, ``z`` have as many rows.
@@ -46,25 +46,28 @@ def packed_scan(
         C: Output projections ``(M + T, N)``.
         D: ``(E,)``.
         z: Gates.
-        documents: Where the texts lie.
-        states: ``(S, E, N)`` held by a cache; None where the meta tokens are in u.
+        documents: The layout of the packed texts.
+        states: The cached states ``(S, E, N)``; None if u contains the meta tokens.
 
     Returns:
-        ``(M + T, E)`` in u's dtype, and each text's final state ``(S, E, N)`` in float32.
+        ``(M + T, E)`` in u's dtype, and the final state of each text, ``(S, E, N)`` in float32.
     """
-    meta, starts = documents.num_meta, documents.starts
+    meta = documents.num_meta
+    starts = documents.starts
     if states is not None or not meta:
         return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=starts)
+
     backend = SCAN.choose(Task.of(u, dt, A, B, C, D, z))
     if backend.fuses_meta_prefix:
         offsets = (0, *(meta + start for start in starts))
         y, states = backend.run(ScanInputs(u, dt, A, B, C, D, z, None, None, offsets, fuses_meta_prefix=True))
-        return y, states[1:].clone()  # a cache is not to hold the meta tokens' too
+        return y, states[1:].clone()  # without a copy, a cache would hold the states of the meta tokens as well
     if not backend.initial_state:
         copies, places, offsets = documents.behind_meta
         u, dt, B, C, z = (x[copies] for x in (u, dt, B, C, z))
         y, states = selective_scan(u, dt, A, B, C, D, z, cu_seqlens=offsets)
         return y[places], states
+
     rows = [meta, starts[-1]]
     (u_meta, u), (dt_meta, dt), (B_meta, B), (C_meta, C), (z_meta, z) = (x.split(rows) for x in (u, dt, B, C, z))
     y_meta, state = selective_scan(u_meta, dt_meta, A, B_meta, C_meta, D, z_meta)
@@ -86,7 +89,7 @@ def selective_scan(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The selective scan; everything is differentiable.
+    """Compute the selective scan, differentiable in all tensors.
 
     Args:
         u: ``(T, E)``, any float dtype. The state is float32, or float64 if u is.
@@ -97,26 +100,30 @@ def selective_scan(
         D: ``(E,)`` weight of the skip connection.
         z: ``(T, E)`` gate; the output is multiplied by ``silu(z)``.
         dt_bias: ``(E,)``.
-        initial_state: ``(E, N)`` for every text or ``(S, E, N)``; zeros when not given.
-        cu_seqlens: ``(S + 1,)`` offsets of the texts; one text when not given. A tensor on a GPU is waited for.
-        backend: A key of ``SCAN.backends``, or "auto", the fastest that can; what `use_kernels` chose when not given.
+        initial_state: ``(E, N)`` for all texts or ``(S, E, N)``. The default is zeros.
+        cu_seqlens: ``(S + 1,)`` offsets of the texts. The default is one text. A tensor on a GPU synchronizes with it.
+        backend: A key of ``SCAN.backends``, or "auto" for the fastest usable one. The default is the choice of
+            `use_kernels`.
 
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)``.
 
     Raises:
-        ValueError: If a shape or device does not fit u's, or the backend is unknown or cannot take these tensors.
+        ValueError: If a shape or device does not match u, or the backend is unknown or does not support these tensors.
     """
     offsets = _checked_offsets(u, cu_seqlens)
     texts = len(offsets) - 1
     if initial_state is not None and initial_state.ndim == 2:
         initial_state = initial_state.expand(texts, -1, -1)
-    (tokens, channels), states = u.shape, A.shape[-1]
+
+    tokens, channels = u.shape
+    states = A.shape[-1]
     _check(u.device, (tokens, channels), dt=dt, z=z)
     _check(u.device, (tokens, states), B=B, C=C)
     _check(u.device, (channels, states), A=A)
     _check(u.device, (channels,), D=D, dt_bias=dt_bias)
     _check(u.device, (texts, channels, states), initial_state=initial_state)
+
     inputs = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, offsets)
     task = Task.of(*inputs.tensors, has_initial_state=initial_state is not None)
     y, final = SCAN.compute(task, inputs, name=backend)
@@ -127,8 +134,8 @@ def _checked_offsets(u: Tensor, cu_seqlens: Tensor | Sequence[int] | None) -> tu
     if cu_seqlens is None:
         return 0, u.shape[0]
     offsets = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-    shrinks = any(end < start for start, end in pairwise(offsets))
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != u.shape[0] or shrinks:
+    decreases = any(end < start for start, end in pairwise(offsets))
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != u.shape[0] or decreases:
         raise ValueError(f"cu_seqlens is {[*offsets]}; expected offsets that rise from 0 to the {u.shape[0]} rows of u")
     return offsets
 
@@ -146,7 +153,7 @@ Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[int]
 
 
 def _unfused(recurrence: Recurrence) -> Scan:
-    """A backend from a recurrence alone: time steps, skip connection and gate around it, in float32 or float64."""
+    """Make a backend from a recurrence: add softplus, skip connection and gate, in float32 or float64."""
 
     def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         dtype = inputs.u.dtype
@@ -166,30 +173,31 @@ def _unfused(recurrence: Recurrence) -> Scan:
 def _recurrence(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written, a token at a time."""
+    """Compute the recurrence as written above, one token at a time."""
     outputs, finals = [], []
     tokens = [iter(x.unbind(0)) for x in (u, delta, B, C)]
-    for text, length in zip(state.unbind(0), lengths, strict=True):
-        s = text
+    for initial, length in zip(state.unbind(0), lengths, strict=True):
+        s = initial
         for _ in range(length):
             u_t, delta_t, B_t, C_t = (next(x) for x in tokens)
             s = torch.exp(delta_t[:, None] * A) * s + (delta_t * u_t)[:, None] * B_t
-            outputs.append((s * C_t).sum(-1))  # a product's backward would be narrowed by autocast
+            outputs.append((s * C_t).sum(-1))  # autocast would lower the precision of a matrix product's backward
         finals.append(s)
     return torch.stack(outputs) if outputs else torch.empty_like(u), torch.stack(finals)
 
 
 def _small_problem(task: Task) -> Problem:
-    """Two texts of a few chunks, every argument given, in the dtypes that a model has them in."""
-    tokens, channels, states, offsets = 150, 48, 16, (0, 67, 150)
+    """Return a problem of two texts of a few chunks with all arguments, in the dtypes of a model."""
+    tokens, channels, states = 150, 48, 16
+    offsets = (0, 67, tokens)
     u, z, B, C = random_leaves(task, [(tokens, channels)] * 2 + [(tokens, states)] * 2)
     wide = replace(task, dtype=torch.promote_types(task.dtype, torch.float32))
     shapes = [(tokens, channels), (channels, states), (channels,), (channels,), (2, channels, states)]
     dt, rates, D, dt_bias, state = random_leaves(wide, shapes)
 
     def compute(backend: Backend) -> tuple[Tensor, ...]:
-        start = state if task.has_initial_state else None
-        y, final = backend.run(ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, start, offsets))
+        initial = state if task.has_initial_state else None
+        y, final = backend.run(ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, initial, offsets))
         return y, final
 
     leaves = [u, dt, rates, B, C, D, z, dt_bias]
@@ -230,4 +238,4 @@ SCAN = Operation(
     plain="torch",
     problem=_small_problem,
 )
-"""The ways to compute the scan, the fastest first."""
+"""The scan backends, the fastest first."""

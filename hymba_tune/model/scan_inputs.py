@@ -1,4 +1,4 @@
-"""What a backend of the selective scan is given.
+"""The inputs of the selective scan backends.
 
 Glossary: T tokens, S texts, E channels, N size of a channel's state.
 """
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class ScanInputs(NamedTuple):
-    """The arguments of `selective_scan`, checked.
+    """The validated arguments of `selective_scan`.
 
     Attributes:
-        u: Inputs ``(T, E)``, of any float dtype; rows may be those of a wider matrix.
-        dt: Time steps before softplus ``(T, E)``.
-        A: ``(E, N)``, negative.
-        B: ``(T, N)``.
-        C: ``(T, N)``.
-        D: ``(E,)``, the weight of the skip connection.
+        u: Inputs ``(T, E)`` of any float dtype, which may be columns of a wider matrix.
+        dt: Time steps before softplus, ``(T, E)``.
+        A: State matrix ``(E, N)``, negative.
+        B: Input projections ``(T, N)``.
+        C: Output projections ``(T, N)``.
+        D: The weight of the skip connection, ``(E,)``.
         z: Gates ``(T, E)``.
-        dt_bias: ``(E,)``, added to dt.
-        state: ``(S, E, N)``, which may be expanded from ``(E, N)``; None for zeros.
-        offsets: Where each of the S texts begins among the T tokens, and T. A text may be empty.
-        fuses_meta_prefix: Whether the texts after the first begin from its final state; there is no ``state`` then.
+        dt_bias: The bias of the time steps, ``(E,)``.
+        state: Initial states ``(S, E, N)``, which may be expanded from ``(E, N)``; None for zeros.
+        offsets: The index of the first token of each of the S texts, followed by T. A text may be empty.
+        fuses_meta_prefix: Whether the texts after the first start from its final state; ``state`` is then None.
     """
 
     u: Tensor
@@ -41,10 +41,10 @@ class ScanInputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but where the texts lie."""
+        """Return the inputs that are tensors or None."""
         return self[:9]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """Return the number of tokens of each text."""
         return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]

@@ -1,7 +1,7 @@
 """The selective scan in C++ for the CPU.
 
-Softplus, skip connection and gate are inside; inputs are read where they lie, in float32 or bfloat16, and the state is
-float32. The backward is written by hand and keeps one state for every `CHUNK` tokens.
+The C++ includes softplus, skip connection and gate. It reads the inputs in place, in float32 or bfloat16, and its state
+is float32. The backward is written by hand and saves one state for every `CHUNK` tokens.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from .scan_native_source import SOURCE
 
 INPUTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 CHUNK = 32
-"""Steps between two states that the backward starts from."""
+"""The number of tokens between two states that are saved for the backward."""
 GROUP = 64
-"""Channels a thread takes at a time."""
+"""The number of channels that a thread processes at a time."""
 LIBRARY = Library("scan", SOURCE, CHUNK=CHUNK, GROUP=GROUP)
 
 
 def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The scan of `selective_scan` on the CPU, in float32 or bfloat16.
+    """Compute `selective_scan` on the CPU, in float32 or bfloat16.
+
+    Args:
+        inputs: The inputs on the CPU.
 
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)`` in float32.
 
     Raises:
-        RuntimeError: If there is no native scan on this machine.
+        RuntimeError: If the native scan cannot run on this machine.
     """
     u, dt, A, B, C, D, z, dt_bias, state, offsets, fuses_meta_prefix = inputs
     u, dt, B, C = (readable(x) for x in (u, dt, B, C))
@@ -49,14 +52,14 @@ def native_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 class TextLayout(NamedTuple):
-    """Where texts begin, and whether those after the first go on from its final state."""
+    """The offsets of the texts, and whether those after the first continue from its final state."""
 
     offsets: tuple[int, ...]
     fuses_meta_prefix: bool
 
 
 class _NativeScan(torch.autograd.Function):
-    """The C++ under autograd; ``differentiable`` is whether a backward may come."""
+    """The C++ under autograd; ``differentiable`` tells whether a backward may follow."""
 
     @staticmethod
     def forward(
@@ -73,17 +76,20 @@ class _NativeScan(torch.autograd.Function):
         texts: TextLayout,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
-        kept = None
+        chunk_states = None
         if differentiable and any(ctx.needs_input_grad):
             chunks = sum(-(-(end - start) // CHUNK) for start, end in pairwise(texts.offsets))
-            kept = A.new_empty(chunks, _groups(u) * GROUP, A.shape[1])
+            chunk_states = A.new_empty(chunks, _groups(u) * GROUP, A.shape[1])
+
         y = u.new_empty(u.shape)
         final = A.new_empty(len(texts.offsets) - 1, *A.shape)
         inputs = (u, dt, A, B, C, D, z, dt_bias)
         named = dict(zip(INPUTS, inputs, strict=True))
         stride = 0 if state is None else state.stride(0)
-        _call("forward", texts, **named, initial=state, initial_stride=stride, kept=kept, y=y, final=final)
-        ctx.save_for_backward(*inputs, kept)
+        outputs = {"chunk_states": chunk_states, "y": y, "final": final}
+        _call("forward", texts, **named, initial=state, initial_stride=stride, **outputs)
+
+        ctx.save_for_backward(*inputs, chunk_states)
         ctx.texts = texts, state is not None
         ctx.set_materialize_grads(False)
         return y, final
@@ -91,9 +97,10 @@ class _NativeScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, kept = ctx.saved_tensors
+        *inputs, chunk_states = ctx.saved_tensors
         texts, has_state = ctx.texts
         u, _, A, B, *_ = inputs
+
         grads = [None if x is None else x.new_empty(x.shape) for x in inputs]
         d_state = A.new_empty(len(texts.offsets) - 1, *A.shape)
         dB_groups, dC_groups = A.new_empty(2, _groups(u), *B.shape)
@@ -102,7 +109,7 @@ class _NativeScan(torch.autograd.Function):
             texts,
             **dict(zip(INPUTS, inputs, strict=True)),
             **{f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)},
-            kept=kept,
+            chunk_states=chunk_states,
             dy=None if dy is None else readable(dy),
             d_final=None if d_final is None else d_final.contiguous(),
             d_initial=d_state,
@@ -117,7 +124,7 @@ def _groups(u: Tensor) -> int:
 
 
 class _Scan(Arguments):
-    """The C++'s struct of the same name."""
+    """The arguments; the C++ struct `Scan` has the same fields."""
 
     _fields_ = (
         *fields(ctypes.c_int64, "texts E N threads fuses_meta_prefix"),
@@ -125,12 +132,12 @@ class _Scan(Arguments):
         *fields(Rows, "u dt B C z y dy du ddt dB dC dz"),
         *fields(ctypes.c_void_p, "A D dt_bias initial"),
         *fields(ctypes.c_int64, "initial_stride"),
-        *fields(ctypes.c_void_p, "final kept d_final dA dD ddt_bias d_initial dB_groups dC_groups"),
+        *fields(ctypes.c_void_p, "final chunk_states d_final dA dD ddt_bias d_initial dB_groups dC_groups"),
     )
 
 
 def _call(function: str, texts: TextLayout, **arguments: Tensor | int | None) -> None:
-    """Run ``forward`` or ``backward`` of the library."""
+    """Run the function ``forward`` or ``backward`` of the library."""
     offsets = (ctypes.c_int64 * len(texts.offsets))(*texts.offsets)
     shape = arguments["A"].shape  # type: ignore[union-attr]
     scan = _Scan(

@@ -1,15 +1,15 @@
-"""The C++ of the native scan: what `scan_native` compiles."""
+"""The C++ source of the native scan, which `scan_native` compiles."""
 
 from .native_vectors import VECTORS
 
 SOURCE = (
     VECTORS
     + r"""
-// The selective scan over texts laid end to end, forward and backward.
+// The selective scan over packed texts, forward and backward.
 //
-// W channels stand side by side in a vector; GROUP channels are one unit of work, whatever the number of threads, and
-// every sum has a fixed order: the same bits come out on any number of threads. Within a text the time is cut into
-// chunks; the forward keeps the state in front of each chunk, the backward computes those within from it again.
+// A vector holds W adjacent channels. GROUP channels are one unit of work whatever the number of threads, and every sum
+// has a fixed order, so that the result does not depend on the number of threads. Each text is divided into chunks of
+// time. The forward saves the state in front of each chunk; the backward recomputes the states within it.
 //
 // E channels, N size of a channel's state; u input, dt time step before softplus, z gate.
 
@@ -17,17 +17,17 @@ namespace {
 
 struct Scan {
     int64_t texts, E, N, threads, fuses_meta_prefix;
-    // fuses_meta_prefix: texts after the first begin from its final state
+    // fuses_meta_prefix: the texts after the first start from its final state
     const int64_t *offsets;
     Rows u, dt, B, C, z, y, dy, du, ddt, dB, dC, dz;
     const float *A, *D, *dt_bias, *initial;
     int64_t initial_stride;
-    float *final, *kept;
+    float *final, *chunk_states;  // chunk_states, in front of each chunk, may be null in the forward
     const float *d_final;
     float *dA, *dD, *ddt_bias, *d_initial, *dB_groups, *dC_groups;
 };
 
-// W rows of an (E, N) matrix to N vectors, and back; zeros beyond the last channel or where there is no matrix.
+// Converts W rows of an (E, N) matrix to N vectors, with zeros beyond the last channel or if there is no matrix.
 void gather(const float *rows, int64_t N, int lanes, V *out) {
     for (int64_t n = 0; n < N; n++) {
         out[n] = V{};
@@ -35,6 +35,7 @@ void gather(const float *rows, int64_t N, int lanes, V *out) {
     }
 }
 
+// The inverse of gather.
 void scatter(const V *in, int64_t N, int lanes, float *rows) {
     for (int64_t n = 0; n < N; n++)
         for (int lane = 0; lane < lanes; lane++) rows[lane * N + n] = in[n][lane];
@@ -45,20 +46,20 @@ struct Block {
     int64_t column;
     int lanes;
     V D{}, dt_bias{}, dD{}, ddt_bias{};
-    // A in powers of two; first is the first text's final state, or that one's gradient from the others; d_state is the
-    // gradient behind the chunk.
+    // A is scaled for exp2. first is the final state of the first text, or in the backward its gradient from the other
+    // texts. d_state is the gradient of the state after the current token.
     std::vector<V> A{}, state{}, first{}, dA{}, d_state{};
 
     V read(const Rows &x, int64_t t) const { return load(x, t, column, lanes); }
     void write(const Rows &x, int64_t t, V v) const { store(x, t, column, lanes, v); }
 };
 
-// What the blocks share: a chunk's B and C, and their gradients, still a sum for each lane.
+// The data that the blocks of a group share: B and C of a chunk, and their gradients, not yet summed over the lanes.
 struct Group {
     const Scan &p;
     std::vector<Block> blocks;
     std::vector<float> B, C;
-    std::vector<V> dBC;  // side by side: memory 4096 bytes apart would be taken for the same
+    std::vector<V> dBC;  // interleaved, because addresses that differ by 4096 bytes can conflict in the CPU
 
     Group(const Scan &p, int64_t index) : p(p), B(CHUNK * p.N), C(CHUNK * p.N), dBC(2 * CHUNK * p.N) {
         int64_t end = std::min((index + 1) * GROUP, p.E);
@@ -91,13 +92,14 @@ int64_t count_chunks(const Scan &p, int64_t text) {
 }
 
 // The state in front of a chunk.
-float *kept(const Scan &p, int64_t chunk, const Block &block) {
-    return p.kept + (chunk * count_groups(p) * GROUP + block.column) * p.N;
+float *chunk_state(const Scan &p, int64_t chunk, const Block &block) {
+    return p.chunk_states + (chunk * count_groups(p) * GROUP + block.column) * p.N;
 }
 
-// R states of each channel through a chunk.
+// Advances R states of each channel through a chunk, and adds their part to y.
 template <int R>
-inline void advance(const Group &group, Block &block, int64_t n, int steps, const V *delta, const V *input, V *y) {
+inline void forward_states(const Group &group, Block &block, int64_t n, int steps, const V *delta, const V *input,
+                           V *y) {
     V s[R], a[R];
     for (int r = 0; r < R; r++) s[r] = block.state[n + r], a[r] = block.A[n + r];
     for (int t = 0; t < steps; t++) {
@@ -122,8 +124,8 @@ void forward_chunk(const Group &group, Block &block, int64_t begin, int steps) {
         y[t] = block.D * u;
     }
     int64_t n = 0;
-    for (; n + 4 <= p.N; n += 4) advance<4>(group, block, n, steps, delta, input, y);
-    for (; n < p.N; n++) advance<1>(group, block, n, steps, delta, input, y);
+    for (; n + 4 <= p.N; n += 4) forward_states<4>(group, block, n, steps, delta, input, y);
+    for (; n < p.N; n++) forward_states<1>(group, block, n, steps, delta, input, y);
     for (int t = 0; t < steps; t++) {
         if (p.z.data) {
             V z = block.read(p.z, begin + t);
@@ -150,7 +152,7 @@ void forward_group(const Scan &p, int64_t index) {
             int steps = (int)std::min<int64_t>(CHUNK, end - begin);
             group.read(begin, steps);
             for (Block &block : group.blocks) {
-                if (p.kept) memcpy(kept(p, chunk, block), block.state.data(), p.N * sizeof(V));
+                if (p.chunk_states) memcpy(chunk_state(p, chunk, block), block.state.data(), p.N * sizeof(V));
                 forward_chunk(group, block, begin, steps);
             }
         }
@@ -161,14 +163,14 @@ void forward_group(const Scan &p, int64_t index) {
     }
 }
 
-// The chunk as the backward of one block sees it: dy is y's gradient in front of the gate, d_input that of delta * u.
+// A chunk in the backward of one block. dy is the gradient of y before the gate, and d_input that of delta * u.
 struct Chunk {
     V u[CHUNK], delta[CHUNK], d_delta[CHUNK], slope[CHUNK], input[CHUNK], d_input[CHUNK];
     V y[CHUNK], dy[CHUNK], dz[CHUNK];
 };
 
-// R states of each channel through a chunk, and their gradients back.
-template <int R> inline void retreat(Group &group, Block &block, int64_t n, int steps, Chunk &c) {
+// Advances R states of each channel through a chunk, and their gradients from its end to its start.
+template <int R> inline void backward_states(Group &group, Block &block, int64_t n, int steps, Chunk &c) {
     const int64_t N = group.p.N;
     V states[CHUNK + 1][R], decays[CHUNK][R], a[R], ds[R], dA[R];
     for (int r = 0; r < R; r++) {
@@ -219,14 +221,14 @@ void backward_chunk(Group &group, Block &block, int64_t begin, int steps) {
         c.dy[t] = block.read(p.dy, begin + t);
         if (p.z.data) {
             V z = block.read(p.z, begin + t), s = sigmoid(z);
-            c.dz[t] = c.dy[t] * (s * (1.f + z * (1.f - s)));  // times y, once that is known
+            c.dz[t] = c.dy[t] * (s * (1.f + z * (1.f - s)));  // to be multiplied by y below
             c.dy[t] *= z * s;
         }
         c.d_input[t] = c.d_delta[t] = V{};
     }
     int64_t n = 0;
-    for (; n + 4 <= p.N; n += 4) retreat<4>(group, block, n, steps, c);
-    for (; n < p.N; n++) retreat<1>(group, block, n, steps, c);
+    for (; n + 4 <= p.N; n += 4) backward_states<4>(group, block, n, steps, c);
+    for (; n < p.N; n++) backward_states<1>(group, block, n, steps, c);
     for (int t = 0; t < steps; t++) {
         V ddt = (c.d_delta[t] * LN2 + c.d_input[t] * c.u[t]) * c.slope[t];
         block.dD += c.dy[t] * c.u[t];
@@ -247,20 +249,20 @@ void backward_group(const Scan &p, int64_t index) {
             gather(d_final, p.N, block.lanes, block.d_state.data());
             for (int64_t n = 0; p.fuses_meta_prefix && !text && n < p.N; n++) block.d_state[n] += block.first[n];
         }
-        for (int64_t back = count_chunks(p, text) - 1; back >= 0; back--) {
-            int64_t begin = p.offsets[text] + back * CHUNK;
+        for (int64_t index_in_text = count_chunks(p, text) - 1; index_in_text >= 0; index_in_text--) {
+            int64_t begin = p.offsets[text] + index_in_text * CHUNK;
             int steps = (int)std::min<int64_t>(CHUNK, p.offsets[text + 1] - begin);
             group.read(begin, steps);
             std::fill(group.dBC.begin(), group.dBC.end(), V{});
             chunk--;
             for (Block &block : group.blocks) {
-                memcpy(block.state.data(), kept(p, chunk, block), p.N * sizeof(V));
+                memcpy(block.state.data(), chunk_state(p, chunk, block), p.N * sizeof(V));
                 backward_chunk(group, block, begin, steps);
             }
-            int64_t place = (index * p.offsets[p.texts] + begin) * p.N;
+            int64_t offset = (index * p.offsets[p.texts] + begin) * p.N;
             for (int64_t i = 0; i < steps * p.N; i++) {
-                p.dB_groups[place + i] = sum(group.dBC[2 * i]);
-                p.dC_groups[place + i] = sum(group.dBC[2 * i + 1]);
+                p.dB_groups[offset + i] = sum(group.dBC[2 * i]);
+                p.dC_groups[offset + i] = sum(group.dBC[2 * i + 1]);
             }
         }
         for (Block &block : group.blocks) {

@@ -1,12 +1,12 @@
-"""The selective scan on a GPU, in Triton: parallel over texts, channels and chunks of time, the same bits every time.
+"""The selective scan on a GPU, in Triton. It is deterministic, and parallel over texts, channels and chunks of time.
 
-Softplus, skip connection and gate are inside; inputs are read where they lie, each in its own dtype, and the state is
-float32. The backward is written by hand and keeps one state for every `CHUNK` tokens. The block sizes follow from the
-registers that the compiled kernels use; they have not been timed on a GPU.
+The kernels include softplus, skip connection and gate. They read the inputs in place, each in its own dtype, and their
+state is float32. The backward is written by hand and saves one state for every `CHUNK` tokens. The block sizes follow
+from the registers that the compiled kernels use; they have not been timed on a GPU.
 
-Forward, a sweep over all chunks finds what each adds to a state, a short one over the chunks of each text carries the
-states from chunk to chunk, and a second over all chunks computes the outputs. The backward does the same with the
-states' gradients, from the last chunk to the first, and then all other gradients.
+The forward has three passes. The first one computes in parallel what each chunk adds to a state. The second one carries
+the states of each text from chunk to chunk. The third one computes the outputs of all chunks in parallel. The backward
+does the same with the gradients of the states, from the last chunk to the first, and then computes all other gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .scan_inputs import ScanInputs
 
-# By names: transformers copies the modules of code beside weights that are imported so, not those of `from . import`.
+# With exported code, transformers copies the modules of these imports, but not those of `from . import`.
 from .scan_triton_kernels import (
     INSTALLED,
     INTERPRETED,
@@ -34,24 +34,26 @@ from .scan_triton_kernels import (
 )
 
 CHUNK = 16
-"""Tokens between two states that the backward starts from, a power of two. It computes the states between again and
-holds them, their decays and their gradients: all 255 registers that a thread can have, and some 70 spilled."""
+"""The number of tokens between two states that are saved for the backward, a power of two. The backward recomputes the
+states between and holds them, their decays and their gradients. This takes all 255 registers of a thread and spills
+about 70."""
 STATES = 1024
-"""States that a warp holds in the sweeps, and as many of A: 64 of the 128 registers of a thread."""
+"""The number of states that a warp holds in the passes over chunks, and of elements of A. Together they take 64 of the
+128 registers of a thread."""
 GRADIENT_STATES = 64
-"""States of one token that a warp holds where the gradients are computed."""
+"""The number of states per token that a warp holds while it computes gradients."""
 GROUP = 64
-"""Channels whose dB and dC a program sums, before the sums of all programs are."""
+"""The number of channels over which one program sums dB and dC; PyTorch then sums over the programs."""
 CARRIED = 16
-"""Chunks whose states are read together in carrying them from chunk to chunk, since each read takes long."""
+"""The number of chunks whose states the second pass reads together, because each read has a long latency."""
 CARRYING = 32
-"""Channels of a program that carries."""
+"""The number of channels of a program in the second pass."""
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
-"""A warp alone waits for no other. Fusion is multiplying and adding in one, which Triton means to leave off."""
+"""The launch options. A program of one warp needs no synchronization, and multiply-add instructions are fused."""
 
 
 def triton_unavailable_reason() -> str | None:
-    """Why the Triton scan cannot be used on this machine, or None if it can: on a GPU, or interpreted on any device."""
+    """Return why the Triton scan cannot run on this machine, or None if it can, on a GPU or interpreted."""
     if not INSTALLED:
         return "triton is not installed; pip install triton"
     if INTERPRETED or torch.cuda.is_available():
@@ -60,10 +62,10 @@ def triton_unavailable_reason() -> str | None:
 
 
 def triton_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The scan of `selective_scan`.
+    """Compute `selective_scan`.
 
     Args:
-        inputs: On a GPU, or on any device where Triton is interpreted.
+        inputs: The inputs on a GPU, or on any device if Triton is interpreted.
 
     Returns:
         y ``(T, E)`` in u's dtype and the final state ``(S, E, N)`` in float32.
@@ -74,13 +76,15 @@ def triton_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     D, dt_bias = (None if x is None else x.contiguous() for x in (D, dt_bias))
     if state is not None and not state[:1].is_contiguous():
         state = state.contiguous()
+
+    # Triton launches on the current device, which may be another GPU than that of the inputs.
     with torch.cuda.device_of(u):
         y, final = _TritonScan.apply(u, dt, A, B, C, D, z, dt_bias, state, offsets)
     return y, final
 
 
 def _readable(x: Tensor) -> Tensor:
-    """With contiguous rows, which columns of a wider matrix have as well."""
+    """Return x with contiguous rows; it may be columns of a wider matrix, so that a projection need not be copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -103,17 +107,23 @@ class _TritonScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         starts, _ = _chunks(offsets, CHUNK, u.device)
         exponents = _exponents(A)
-        ends, times = _states(starts, exponents)
-        rows = {"u_stride": u.stride(0), "dt_stride": dt.stride(0), "B_stride": B.stride(0)}
+        ends, times = _empty_states(starts, exponents)
+
+        # The chunks start from zeros here, since the states in front of them are not known yet.
+        strides = {"u_stride": u.stride(0), "dt_stride": dt.stride(0), "B_stride": B.stride(0)}
         grid, sizes = _blocks(starts, A, STATES)
-        chunk_ends[grid](u, dt, exponents, B, dt_bias, starts, ends, times, **rows, **sizes)
+        chunk_ends[grid](u, dt, exponents, B, dt_bias, starts, ends, times, **strides, **sizes)
         fronts, final = _carry(exponents, state, ends, times, offsets)
-        rows |= {"C_stride": C.stride(0), "z_stride": 0 if z is None else z.stride(0)}
+
+        # The states within a chunk are computed again from its front: storing all would take CHUNK times the memory.
+        strides |= {"C_stride": C.stride(0), "z_stride": 0 if z is None else z.stride(0)}
         y = u.new_empty(u.shape)
-        outputs[grid](u, dt, exponents, B, C, D, z, dt_bias, starts, fronts, y, **rows, **sizes)
+        outputs[grid](u, dt, exponents, B, C, D, z, dt_bias, starts, fronts, y, **strides, **sizes)
+
         ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, fronts)
-        ctx.offsets, ctx.state_dtype = offsets, None if state is None else state.dtype
-        ctx.set_materialize_grads(False)
+        ctx.offsets = offsets
+        ctx.state_dtype = None if state is None else state.dtype
+        ctx.set_materialize_grads(False)  # otherwise an unused final state would get a gradient of zeros
         return y, final
 
     @staticmethod
@@ -123,29 +133,33 @@ class _TritonScan(torch.autograd.Function):
         dy = torch.zeros_like(u) if dy is None else _readable(dy)
         starts, _ = _chunks(ctx.offsets, CHUNK, u.device)
         exponents = _exponents(A)
-        rows = {
+        strides = {
             "dt_stride": dt.stride(0),
             "C_stride": C.stride(0),
             "z_stride": 0 if z is None else z.stride(0),
             "dy_stride": dy.stride(0),
         }
-        # What each chunk adds to the gradient of the state in front of it; the memory then serves for the chunks' dA.
-        dA, times = _states(starts, exponents)
-        grid, sizes = _blocks(starts, A, STATES)
-        front_gradients[grid](dt, exponents, C, z, dt_bias, dy, starts, dA, times, **rows, **sizes)
-        d_final = None if d_final is None else d_final.contiguous()
-        behind, d_state = _carry(exponents, d_final, dA, times, ctx.offsets, backwards=True)
 
-        rows |= {"u_stride": u.stride(0), "B_stride": B.stride(0)}
+        # dA first holds what each chunk adds to the gradient of the state in front of it. The carry reads these values
+        # before the last kernel writes the dA of each chunk, so that one buffer serves both.
+        dA, times = _empty_states(starts, exponents)
+        grid, sizes = _blocks(starts, A, STATES)
+        front_gradients[grid](dt, exponents, C, z, dt_bias, dy, starts, dA, times, **strides, **sizes)
+        d_final = None if d_final is None else d_final.contiguous()
+        end_gradients, d_state = _carry(exponents, d_final, dA, times, ctx.offsets, backwards=True)
+
+        # Each program writes sums of its own, which are added below: atomic additions would not be deterministic.
+        strides |= {"u_stride": u.stride(0), "B_stride": B.stride(0)}
         (chunks, blocks), sizes = _blocks(starts, A, GRADIENT_STATES)
         sizes |= {"L": CHUNK, "BLOCKS": max(1, GROUP // sizes["BLOCK_E"])}
         groups = -(-blocks // sizes["BLOCKS"])
         du, ddt, dz = (None if x is None else x.new_empty(x.shape) for x in (u, dt, z))
         dB, dC = exponents.new_empty(2, len(u), groups, A.shape[1])
         dD, ddt_bias = (None if x is None else torch.empty_like(times) for x in (D, dt_bias))
-        given = (u, dt, exponents, B, C, D, z, dt_bias, dy, starts, fronts, behind)
-        taken = (du, ddt, dA, dB, dC, dD, dz, ddt_bias)
-        input_gradients[chunks, groups](*given, *taken, **rows, **sizes)
+        inputs = (u, dt, exponents, B, C, D, z, dt_bias, dy, starts, fronts, end_gradients)
+        gradients = (du, ddt, dA, dB, dC, dD, dz, ddt_bias)
+        input_gradients[chunks, groups](*inputs, *gradients, **strides, **sizes)
+
         return (
             du,
             ddt,
@@ -161,19 +175,20 @@ class _TritonScan(torch.autograd.Function):
 
 
 def _exponents(A: Tensor) -> Tensor:
-    """``(N, E)`` for exp2."""
+    """Return A as ``(N, E)`` for exp2: adjacent threads then read adjacent channels."""
     return (A.float() * math.log2(math.e)).t().contiguous()
 
 
-def _states(starts: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for a state and for a sum of time steps, of each chunk."""
+def _empty_states(starts: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate a state ``(N, E)`` and a sum of time steps ``(E,)`` for each chunk."""
     chunks = len(starts) - 1
     return exponents.new_empty(chunks, *exponents.shape), exponents.new_empty(chunks, exponents.shape[1])
 
 
 def _blocks(starts: Tensor, A: Tensor, states: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid of a sweep over the chunks, by warps that hold that many states."""
+    """Return the grid and the sizes of a pass over the chunks, in which a warp holds that many states."""
     channels, width = A.shape
+    # The sizes of Triton's blocks are powers of two.
     block_n = 1 << (width - 1).bit_length()
     block_e = max(1, states // block_n)
     sizes = {"E": channels, "N": width, "BLOCK_N": block_n, "BLOCK_E": block_e}
@@ -189,10 +204,17 @@ def _carry(
     *,
     backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What reaches each chunk ``(chunks, N, E)``, and what leaves each text ``(S, E, N)``."""
+    """Carry states, or gradients backwards, from chunk to chunk.
+
+    Returns:
+        The value that reaches each chunk, ``(chunks, N, E)``, and the one at the end of each text, ``(S, E, N)``.
+    """
     _, firsts = _chunks(offsets, CHUNK, exponents.device)
-    texts, (width, channels) = len(offsets) - 1, exponents.shape
-    carried, final = torch.empty_like(added), exponents.new_empty(texts, channels, width)
+    texts = len(offsets) - 1
+    width, channels = exponents.shape
+    carried = torch.empty_like(added)
+    final = exponents.new_empty(texts, channels, width)
+
     grid = (texts, -(-channels // CARRYING), width)
     carry[grid](
         exponents,
@@ -213,14 +235,18 @@ def _carry(
     return carried, final
 
 
-@lru_cache(maxsize=16)  # every layer asks for the same
+@lru_cache(maxsize=16)  # every layer has the same chunks
 def _chunks(offsets: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first row of each chunk, and T; the first chunk of each text, and their number. No chunk spans two texts."""
+    """Divide the texts into chunks, none of which spans two texts.
+
+    Returns:
+        The first row of each chunk, followed by T; and the first chunk of each text, followed by the number of chunks.
+    """
     starts: list[int] = []
     firsts = []
-    for first, last in pairwise(offsets):
+    for begin, end in pairwise(offsets):
         firsts.append(len(starts))
-        starts.extend(range(first, last, chunk))
+        starts.extend(range(begin, end, chunk))
     return (
         torch.tensor([*starts, offsets[-1]], dtype=torch.int32, device=device),
         torch.tensor([*firsts, len(starts)], dtype=torch.int32, device=device),

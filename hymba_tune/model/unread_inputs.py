@@ -1,4 +1,4 @@
-"""Inputs of a forward that Hymba does not read: passed over where that changes nothing, else warned of or refused."""
+"""Checks for inputs that Hymba does not read: ignored if they have no effect, else warned of or refused."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-PASSED_OVER = frozenset(
+IGNORED = frozenset(
     {
-        # How packed rows are laid out, which position_ids and cu_seq_lens_q say already.
+        # position_ids and cu_seq_lens_q already describe the packed rows.
         *("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache_position"),
-        # Some tokenizers return them with every batch; there are no segments here.
+        # Some tokenizers return segment ids with every batch; Hymba has no segments.
         "token_type_ids",
-        # The loss's and the head's, of which trainers tell the layers too.
+        # Trainers pass these inputs of the loss and the head to the layers as well.
         *("labels", "logits_to_keep", "num_items_in_batch"),
     }
 )
-"""What the libraries pass to every model, and what Hymba can do without."""
+"""Inputs that libraries pass to every model and that Hymba does not need."""
 SWITCHES = frozenset({"output_attentions", "output_router_logits"})
-"""Outputs that Hymba does not have; switched off, they are not missed."""
+"""Switches for outputs that Hymba does not have, which are valid if they are off."""
 
 
-def check_unread(forward: Callable[..., Any], given: Mapping[str, Any], *, output_attentions: bool = False) -> None:
-    """Warn once of each input that a forward does not read, and refuse those without which the result is another one.
+def check_unread(forward: Callable[..., Any], inputs: Mapping[str, Any], *, output_attentions: bool = False) -> None:
+    """Warn once of each input that a forward does not read, and refuse those that would change the result.
 
     Args:
-        forward: What they were given to; its parameters are suggested instead.
-        given: Inputs that are no parameters of it.
-        output_attentions: What the configuration says, where they do not.
+        forward: The function that received the inputs; the warnings suggest its parameters.
+        inputs: The inputs that are not parameters of the function.
+        output_attentions: The setting of the configuration, which applies if the inputs do not contain it.
 
     Raises:
-        ValueError: If attention weights or attention in both directions are requested.
+        ValueError: If attention weights or bidirectional attention are requested.
     """
-    switch = given.get("output_attentions")
+    switch = inputs.get("output_attentions")
     if output_attentions if switch is None else switch:
         raise ValueError(
-            "output_attentions=True: Hymba's kernels never hold attention weights, so there are none to return; "
+            "output_attentions=True: Hymba's kernels never hold attention weights, so they cannot be returned; "
             "leave it out"
         )
-    if given.get("is_causal") is False:
+    if inputs.get("is_causal") is False:
         raise ValueError("is_causal=False: Hymba reads texts from left to right only; leave it out")
-    for name, value in given.items():
-        if value is None or name in PASSED_OVER or name == "is_causal" or (name in SWITCHES and not value):
+
+    for name, value in inputs.items():
+        if value is None or name in IGNORED or name == "is_causal" or (name in SWITCHES and not value):
             continue
         close = get_close_matches(name, signature(forward).parameters, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
