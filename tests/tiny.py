@@ -1,4 +1,4 @@
-"""Random Hymba models small enough to run in milliseconds, with nothing left at a value that would hide a mistake."""
+"""Random Hymba models small enough to run in milliseconds, without parameter values that would hide mistakes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ RELEASED = HymbaConfig(
     global_attn_idx=[0, 15, 31],
     kv_reuse_group=[[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]] + [[i, i + 1] for i in range(19, 31, 2)],
 )
-"""The shape of the released 1.5B model."""
+"""The configuration of the released 1.5B model."""
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, **overrides: Any) -> HymbaForCausalLM:
-    """A model of `CONFIG`, every parameter of it drawn at random (always the same ones for the same config)."""
+    """Return a model of `CONFIG` with random parameters, which are always the same for one configuration."""
     model = HymbaForCausalLM(HymbaConfig(**CONFIG | overrides)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -53,16 +53,16 @@ def tiny_model(dtype: torch.dtype = torch.float32, **overrides: Any) -> HymbaFor
 
 
 def random_texts(lengths: Sequence[int], vocabulary: int = CONFIG["vocab_size"]) -> list[Tensor]:
-    """Texts ``(L,)`` of these lengths, of ids that are no special tokens."""
+    """Return texts ``(L,)`` of these lengths, without special tokens."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, vocabulary, (length,), generator=generator) for length in lengths]
 
 
 def released_name(name: str) -> str:
-    """What checkpoints call a parameter: the meta tokens' embedding is a bare parameter there."""
+    """Return the name of a parameter in released checkpoints, in which the meta tokens are a bare parameter."""
     return name.replace("memory_tokens.weight", "memory_tokens")
 
 
 def gradients(model: HymbaForCausalLM) -> dict[str, Tensor | None]:
-    """Every parameter's gradient under its released name."""
+    """Return the gradient of every parameter by its released name."""
     return {released_name(name): parameter.grad for name, parameter in model.named_parameters()}

@@ -100,8 +100,7 @@ def _state_gradients(
     L: tl.constexpr = decay.shape[0]
     t = tl.arange(0, L)[:, None, None]
     gradient = end
-    d_states = arriving
-    d_exponents = arriving
+    d_states, d_exponents = arriving, arriving
     for i in tl.static_range(L - 1, -1, -1):
         gradient += _row(arriving, i)
         d_states = tl.where(t == i, gradient, d_states)
@@ -130,8 +129,7 @@ def chunk_ends(
 ) -> None:
     """Compute the state at the end of each chunk if it started from zeros, and the sum of its time steps."""
     chunk = tl.program_id(0).to(tl.int64)
-    first = tl.load(starts + chunk).to(tl.int64)
-    last = tl.load(starts + chunk + 1)
+    first, last = tl.load(starts + chunk).to(tl.int64), tl.load(starts + chunk + 1)
     e, n, is_e, is_n, is_ne, offset = _offsets(E, N, BLOCK_N, BLOCK_E)
     A_e = _load(A + offset, is_ne)
     state = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -225,8 +223,7 @@ def outputs(
 ) -> None:
     """Compute y of each chunk from the state in front of it."""
     chunk = tl.program_id(0).to(tl.int64)
-    first = tl.load(starts + chunk).to(tl.int64)
-    last = tl.load(starts + chunk + 1)
+    first, last = tl.load(starts + chunk).to(tl.int64), tl.load(starts + chunk + 1)
     e, n, is_e, is_n, is_ne, offset = _offsets(E, N, BLOCK_N, BLOCK_E)
     A_e = _load(A + offset, is_ne)
     state = _load(fronts + chunk * N * E + offset, is_ne)
@@ -269,8 +266,7 @@ def front_gradients(
 ) -> None:
     """Compute what y of a chunk adds to the gradient of the state in front of it, and the sum of its time steps."""
     chunk = tl.program_id(0).to(tl.int64)
-    first = tl.load(starts + chunk)
-    last = tl.load(starts + chunk + 1).to(tl.int64)
+    first, last = tl.load(starts + chunk), tl.load(starts + chunk + 1).to(tl.int64)
     e, n, is_e, is_n, is_ne, offset = _offsets(E, N, BLOCK_N, BLOCK_E)
     A_e = _load(A + offset, is_ne)
     gradient = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)

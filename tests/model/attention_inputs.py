@@ -1,4 +1,4 @@
-"""Attention in the plainest way, and its gradients, for the tests of every backend."""
+"""Naive attention and its gradients, for the tests of every backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.reference.naive_attention import naive_attention
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], meta: int, window: int | None) -> Tensor:
-    """The meta tokens alone, then each text behind them."""
+    """Attend within the meta tokens, then within each text after them."""
     outputs = [naive_attention(query[:meta], key[:meta], value[:meta], meta, window)] if meta else []
     begin = meta
     for length in lengths:
@@ -20,7 +20,7 @@ def naive(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], meta: i
 
 
 def with_gradients(inputs: tuple[Tensor, ...], output: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of a random weighing of it."""
+    """Return the output, and the gradients of a randomly weighted sum of it."""
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     grads = torch.autograd.grad(output, inputs, weight)
     return dict(zip(("output", "query", "key", "value"), (output, *grads), strict=True))

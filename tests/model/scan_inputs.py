@@ -1,4 +1,4 @@
-"""Inputs of the scan, and the plain scan with its gradients, for the tests of every backend."""
+"""Inputs of the scan, and the naive scan with its gradients, for the tests of every backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_inputs(
     channels: int = CHANNELS,
     states: int = STATE,
 ) -> dict[str, Tensor]:
-    """Float64 leaves; ``shared`` gives every text the same initial state."""
+    """Return float64 leaves; with ``shared``, all texts have the same initial state."""
     tokens = sum(lengths)
     inputs = {
         "u": torch.randn(tokens, channels),
@@ -48,17 +48,17 @@ def random_inputs(
 def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
     outputs, finals = [], []
     for text, (begin, end) in enumerate(pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist())):
-        own = {name: x[begin:end] if name in ("u", "dt", "B", "C", "z") else x for name, x in inputs.items()}
-        if "initial" in own and own["initial"].ndim == 3:
-            own["initial"] = own["initial"][text]
-        y, final = naive_scan(**own)
+        inputs_of_text = {name: x[begin:end] if name in ("u", "dt", "B", "C", "z") else x for name, x in inputs.items()}
+        if "initial" in inputs_of_text and inputs_of_text["initial"].ndim == 3:
+            inputs_of_text["initial"] = inputs_of_text["initial"][text]
+        y, final = naive_scan(**inputs_of_text)
         outputs.append(y)
         finals.append(final)
     return torch.cat(outputs), torch.stack(finals)
 
 
 def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a random weighing of them."""
+    """Return the outputs, and the gradients of a randomly weighted sum of them."""
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     grads = torch.autograd.grad(outputs, list(inputs.values()), weights)

@@ -1,4 +1,4 @@
-"""Attention over packed texts against the naive twin on each text behind the meta tokens."""
+"""Attention over packed texts against the naive twin on each text after the meta tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def documents(lengths: list[int], meta: int) -> Documents:
 
 
 def random_inputs(rows: int, heads: int = 2 * GROUPS) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, float64 leaves."""
+    """Return query, key and value, which are float64 leaves."""
     shapes = (rows, heads, KEY), (rows, GROUPS, KEY), (rows, GROUPS, VALUE)
     query, key, value = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
     return query, key, value
@@ -51,7 +51,7 @@ def test_equals_naive_twin(lengths: list[int], meta: int, window: int | None) ->
 
 
 @pytest.mark.parametrize("heads", [GROUPS, 3 * GROUPS])
-def test_any_number_of_heads_a_group(heads: int) -> None:
+def test_any_number_of_heads_per_group(heads: int) -> None:
     lengths = [9, 1, 30]
     inputs = random_inputs(5 + 40, heads)
     actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, 5), 7))
@@ -59,7 +59,8 @@ def test_any_number_of_heads_a_group(heads: int) -> None:
 
 
 def test_more_meta_tokens_than_a_block() -> None:
-    meta, lengths = attention_blocks.BLOCK + 5, [9, 20]
+    meta = attention_blocks.BLOCK + 5
+    lengths = [9, 20]
     inputs = random_inputs(meta + 29)
     actual = with_gradients(inputs, packed_attention(*inputs, documents(lengths, meta), 7))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, lengths, meta, 7)))
@@ -68,8 +69,8 @@ def test_more_meta_tokens_than_a_block() -> None:
 @pytest.mark.parametrize("window", [None, 1])
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     monkeypatch.setattr(attention_blocks, "BLOCK", 2)
-    places, inputs = documents([3, 1, 2], 1), random_inputs(7)
-    assert torch.autograd.gradcheck(lambda *tensors: packed_attention(*tensors, places, window), inputs)
+    layout = documents([3, 1, 2], 1)
+    assert torch.autograd.gradcheck(lambda *tensors: packed_attention(*tensors, layout, window), random_inputs(7))
 
 
 def test_float32_and_bfloat16_are_close_to_float64() -> None:
@@ -89,7 +90,7 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
 
 @pytest.fixture
 def native() -> None:
-    """Skips where it cannot run: attention is then computed in blocks, which the tests above are about."""
+    """Skip if native attention cannot run; attention is then computed in blocks, which the tests above cover."""
     if reason := native_unavailable_reason():
         pytest.skip(reason)
 
@@ -118,8 +119,8 @@ def test_native_equals_naive_twin(lengths: list[int], meta: int, window: int | N
 def test_native_reads_columns_of_a_wider_matrix_on_any_number_of_threads(threads: int) -> None:
     lengths, meta, heads = [70, 1, 90], 3, 3 * GROUPS
     flat = torch.randn(meta + sum(lengths), heads * KEY + GROUPS * (KEY + VALUE) + 7)
-    pieces = flat.split([heads * KEY, GROUPS * KEY, GROUPS * VALUE, 7], -1)[:3]
-    views = tuple(x.unflatten(-1, (-1, width)) for x, width in zip(pieces, (KEY, KEY, VALUE), strict=True))
+    columns = flat.split([heads * KEY, GROUPS * KEY, GROUPS * VALUE, 7], -1)[:3]
+    views = tuple(x.unflatten(-1, (-1, width)) for x, width in zip(columns, (KEY, KEY, VALUE), strict=True))
     leaves = tuple(x.detach().requires_grad_() for x in views)
     wide = tuple(x.detach().double().requires_grad_() for x in views)
     torch.set_num_threads(threads)
@@ -131,28 +132,28 @@ def test_native_reads_columns_of_a_wider_matrix_on_any_number_of_threads(threads
 
 
 @pytest.mark.usefixtures("native")
-def test_native_keeps_only_its_inputs_and_output() -> None:
-    kept: list[Tensor] = []
+def test_native_saves_only_its_inputs_and_output() -> None:
+    saved: list[Tensor] = []
     inputs = tuple(x.detach().float().requires_grad_() for x in random_inputs(50))
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         output = native_attention(*inputs, documents([50], 0), 7)
     rows_and_heads = 50 * 2 * GROUPS
-    assert sum(x.numel() for x in kept) == sum(x.numel() for x in inputs) + output.numel() + rows_and_heads
+    assert sum(x.numel() for x in saved) == sum(x.numel() for x in inputs) + output.numel() + rows_and_heads
 
 
-def test_without_mkl_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_without_mkl_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_native, "PRODUCTS", {torch.float32: "no_such_function", torch.bfloat16: "nor_this"})
     native_unavailable_reason.cache_clear()
     attention_native._product.cache_clear()
     try:
-        assert native_unavailable_reason() == "this build of PyTorch brings no MKL"
+        assert native_unavailable_reason() == "this build of PyTorch contains no MKL"
     finally:
         native_unavailable_reason.cache_clear()
         attention_native._product.cache_clear()
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that is made while it is on."""
+    """Records the number of elements of the largest tensor that is computed while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,13 +161,13 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
-        made = result if isinstance(result, tuple) else (result,)
-        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, Tensor))])
+        outputs = result if isinstance(result, tuple) else (result,)
+        self.elements = max([self.elements, *(x.numel() for x in outputs if isinstance(x, Tensor))])
         return result
 
 
 @pytest.mark.parametrize("lengths", [[1], [0.5, 0.25, 0.25], [0.01] * 100], ids=["one", "three", "a hundred"])
-def test_nothing_in_a_windowed_layer_grows_faster_than_the_tokens(lengths: list[float]) -> None:
+def test_tensors_of_a_windowed_layer_grow_linearly_with_the_tokens(lengths: list[float]) -> None:
     largest = []
     for tokens in (1000, 4000):
         inputs = random_inputs(5 + tokens)
@@ -175,4 +176,4 @@ def test_nothing_in_a_windowed_layer_grows_faster_than_the_tokens(lengths: list[
             output.sum().backward()
         largest.append(mode.elements)
     assert largest[1] <= 4.1 * largest[0]
-    assert largest[1] < 4000 * 4000 / 16  # what a mask of all pairs would have, many times over
+    assert largest[1] < 4000 * 4000 / 16  # far fewer than a mask of all pairs would have

@@ -1,4 +1,4 @@
-"""Attention's backends against the naive twin on each text: sdpa, flex and flash."""
+"""The attention backends sdpa, flex and flash against the naive twin on each text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.reference import fake_kernels
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
 
 CPU = torch.device("cpu")
-ANSWERS = flash_unavailable_reason, flex_unavailable_reason, attention_flash._provider, attention_flash._parts
-"""What is found out once a process."""
+CACHED = flash_unavailable_reason, flex_unavailable_reason, attention_flash._provider, attention_flash._parts
+"""Functions whose results are cached for the process."""
 LENGTHS = {
     "one_text_of_1": [1],
     "one_text_of_65": [65],
@@ -44,12 +44,12 @@ MORE_THAN_A_BLOCK = 130
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
-    for answer in ANSWERS:
-        answer.cache_clear()
+def _clear_caches() -> Iterator[None]:
+    for function in CACHED:
+        function.cache_clear()
     yield
-    for answer in ANSWERS:
-        answer.cache_clear()
+    for function in CACHED:
+        function.cache_clear()
 
 
 def documents(lengths: list[int], meta: int, device: str = "cpu") -> Documents:
@@ -58,13 +58,13 @@ def documents(lengths: list[int], meta: int, device: str = "cpu") -> Documents:
 
 
 def random_inputs(rows: int, heads: int = 6, groups: int = 2, width: int = 8, value: int = 16) -> tuple[Tensor, ...]:
-    """Query, key and value, float64 leaves."""
+    """Return query, key and value, which are float64 leaves."""
     shapes = (rows, heads, width), (rows, groups, width), (rows, groups, value)
     return tuple(torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes)
 
 
 def strided(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same as columns of one wide matrix, as a projection leaves them."""
+    """Return the inputs as columns of one wide matrix, like the outputs of a projection."""
     columns = torch.cat([x.flatten(1) for x in inputs], 1).split([x[0].numel() for x in inputs], 1)
     return tuple(part.unflatten(1, x.shape[1:]) for part, x in zip(columns, inputs, strict=True))
 
@@ -82,7 +82,7 @@ def test_sdpa_equals_naive_twin(lengths: list[int], meta: int, window: int | Non
 
 
 @pytest.mark.parametrize(("heads", "meta"), [(2, 5), (6, 30)])
-def test_sdpa_takes_one_head_a_group_and_more_meta_tokens_than_text(heads: int, meta: int) -> None:
+def test_sdpa_supports_one_head_per_group_and_more_meta_tokens_than_text(heads: int, meta: int) -> None:
     inputs = random_inputs(meta + 20, heads=heads)
     actual = with_gradients(inputs, sdpa_attention(*inputs, documents([9, 1, 10], meta), 7))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, [9, 1, 10], meta, 7)))
@@ -93,12 +93,14 @@ def test_sdpa_takes_one_head_a_group_and_more_meta_tokens_than_text(heads: int, 
 
 @pytest.fixture
 def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A provider, PyTorch's if none is named, called as it is called on a GPU, with plain torch behind it."""
-    library, name = None, getattr(request, "param", "pytorch")
+    """Use a provider, by default PyTorch's, with the calls of a GPU and an implementation in plain torch."""
+    library = None
+    name = getattr(request, "param", "pytorch")
     if name == "flash_attn_3":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
-        library, find = fake_kernels.register_flash_attn_3(), attention_flash._flash_attn_3
+        library = fake_kernels.register_flash_attn_3()
+        find = attention_flash._flash_attn_3
     elif name == "flash_attn_4":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
         for module in fake_kernels.flash_attn_4_modules():
@@ -115,7 +117,8 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         find = attention_flash._of_hub
     else:
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        library, find = fake_kernels.register_aten(), attention_flash._of_pytorch
+        library = fake_kernels.register_aten()
+        find = attention_flash._of_pytorch
     provider = find()
     assert provider is not None
     monkeypatch.setattr(attention_flash, "_provider", lambda: provider)
@@ -146,7 +149,7 @@ def test_flash_equals_naive_twin_with_every_provider(window: int | None) -> None
 
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize(("heads", "value"), [(2, 8), (6, 8), (2, 24)])
-def test_flash_takes_any_number_of_heads_a_group_and_widths_of_values(heads: int, value: int) -> None:
+def test_flash_supports_any_number_of_heads_per_group_and_wider_values(heads: int, value: int) -> None:
     inputs = random_inputs(45, heads=heads, value=value)
     actual = with_gradients(inputs, flash_attention(*inputs, documents([9, 1, 30], 5), 7))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(*inputs, [9, 1, 30], 5, 7)))
@@ -163,24 +166,24 @@ def test_bfloat16_is_close_to_float64(attend: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("flash")
-def test_flash_copies_what_its_kernels_could_not_read() -> None:
+def test_flash_copies_tensors_that_its_kernels_cannot_read() -> None:
     inputs = random_inputs(45)
     shifted = [torch.nn.functional.pad(x.detach(), (1, 0))[..., 1:] for x in inputs]
     output = flash_attention(*shifted, documents([9, 1, 30], 5), 7)
     FLOAT64.check(output, naive(*inputs, [9, 1, 30], 5, 7))
 
 
-def test_flash_parts_leave_empty_texts_out() -> None:
-    own, _, to_meta = attention_flash._parts((0, 3, 3, 7), 5, None, CPU)
-    assert own.runs.cu_q.tolist() == [0, 3, 7]
-    assert to_meta.runs.cu_q.tolist() == [0, 7]
+def test_flash_parts_omit_empty_texts() -> None:
+    within_texts, _, texts_to_meta = attention_flash._parts((0, 3, 3, 7), 5, None, CPU)
+    assert within_texts.runs.cu_q.tolist() == [0, 3, 7]
+    assert texts_to_meta.runs.cu_q.tolist() == [0, 7]
 
 
 @pytest.mark.parametrize(
     ("available", "capability", "reason"),
     [(False, (9, 0), "no CUDA device"), (True, (7, 5), "capability 8.0"), (True, (8, 0), "pip install flash-attn")],
 )
-def test_flash_says_what_is_missing(
+def test_flash_gives_the_reason_if_it_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, available: bool, capability: tuple[int, int], reason: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
@@ -190,21 +193,21 @@ def test_flash_says_what_is_missing(
 
 
 @pytest.mark.usefixtures("flash")
-def test_flash_is_not_missing_where_there_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_available_if_there_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert flash_unavailable_reason() is None
 
 
 @pytest.mark.usefixtures("flash")
-def test_flash_takes_a_gradient_that_is_one_number() -> None:
+def test_flash_supports_an_expanded_gradient() -> None:
     inputs = random_inputs(45)
     outputs = flash_attention(*inputs, documents([9, 1, 30], 5), 7), naive(*inputs, [9, 1, 30], 5, 7)
     for actual, expected in zip(*(torch.autograd.grad(output.sum(), inputs) for output in outputs), strict=True):
         FLOAT64.check(actual, expected)
 
 
-def test_flash_is_not_found_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_not_found_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     for name in ("flash_attn_interface", "flash_attn.flash_attn_interface", "flash_attn.cute", "flash_attn"):
@@ -218,11 +221,11 @@ def test_flash_is_not_found_where_it_is_not_installed(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("widths", "reason"),
-    [((64, 128), None), ((64, 64), None), ((20, 40), "multiple of 8"), ((264, 264), "256"), ((64, 96), "head's 64")],
+    [((64, 128), None), ((64, 64), None), ((20, 40), "multiple of 8"), ((264, 264), "256"), ((64, 96), "of 64")],
 )
-def test_flash_says_which_widths_it_cannot_take(widths: tuple[int, int], reason: str | None) -> None:
-    answer = flash_unsupported_reason(Task("cuda", torch.bfloat16, widths=widths))
-    assert answer is None if reason is None else reason in str(answer)
+def test_flash_gives_the_reason_for_unsupported_widths(widths: tuple[int, int], reason: str | None) -> None:
+    actual = flash_unsupported_reason(Task("cuda", torch.bfloat16, widths=widths))
+    assert actual is None if reason is None else reason in str(actual)
 
 
 # ---- flex
@@ -234,7 +237,7 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def visible_pairs(lengths: list[int], meta: int, window: int | None) -> Tensor:
-    """``(rows, rows)`` bool, from the rule itself."""
+    """Return the ``(rows, rows)`` pairs that are visible by the definition of the mask."""
     texts = torch.tensor([0] * meta + [i + 1 for i, length in enumerate(lengths) for _ in range(length)])
     i, j = torch.arange(len(texts))[:, None], torch.arange(len(texts))
     own = (texts[:, None] == texts) & ((texts == 0) | (i - j <= (len(texts) if window is None else window)))
@@ -244,7 +247,7 @@ def visible_pairs(lengths: list[int], meta: int, window: int | None) -> Tensor:
 @any_window
 @pytest.mark.parametrize("meta", [0, 5, MORE_THAN_A_BLOCK])
 @any_layout
-def test_flex_mask_is_the_rule(lengths: list[int], meta: int, window: int | None) -> None:
+def test_flex_mask_follows_the_definition(lengths: list[int], meta: int, window: int | None) -> None:
     rows = meta + sum(lengths)
     mask = block_mask(documents(lengths, meta).starts, meta, window, CPU)
     visible = visible_pairs(lengths, meta, window)
@@ -254,7 +257,7 @@ def test_flex_mask_is_the_rule(lengths: list[int], meta: int, window: int | None
 @any_window
 @pytest.mark.parametrize("meta", [0, 5, MORE_THAN_A_BLOCK])
 @any_layout
-def test_flex_blocks_are_those_that_have_visible_pairs(lengths: list[int], meta: int, window: int | None) -> None:
+def test_flex_blocks_are_those_with_visible_pairs(lengths: list[int], meta: int, window: int | None) -> None:
     mask = block_mask(documents(lengths, meta).starts, meta, window, CPU)
     visible = visible_pairs(lengths, meta, window)
     beyond = -len(visible) % attention_flex.BLOCK
@@ -286,7 +289,7 @@ def test_flex_masks_are_shared_by_layers_and_steps() -> None:
     assert block_mask(documents([9, 31], 5).starts, 5, 7, CPU) is not first
 
 
-def test_flex_masks_made_while_evaluating_serve_training() -> None:
+def test_flex_masks_made_during_evaluation_can_be_used_in_training() -> None:
     attention_flex.block_mask.cache_clear()
     with torch.inference_mode():
         mask = block_mask((0, 9), 5, 7, CPU)
@@ -343,7 +346,7 @@ def test_flex_tiles_are_chosen_for_values_wider_than_queries(
         (True, (8, 0), True, None),
     ],
 )
-def test_flex_says_what_is_missing(
+def test_flex_gives_the_reason_if_it_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, available: bool, capability: tuple[int, int], triton: bool, reason: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
@@ -352,9 +355,9 @@ def test_flex_says_what_is_missing(
     assert flex_unavailable_reason() is None if reason is None else reason in str(flex_unavailable_reason())
 
 
-def test_flex_says_which_widths_it_cannot_take() -> None:
+def test_flex_gives_the_reason_for_unsupported_widths() -> None:
     assert flex_unsupported_reason(Task("cuda", torch.bfloat16, widths=(16, 24))) is None
-    assert "16 wide or more, not 8" in str(flex_unsupported_reason(Task("cuda", torch.bfloat16, widths=(8, 16))))
+    assert "at least 16 wide; they are 8" in str(flex_unsupported_reason(Task("cuda", torch.bfloat16, widths=(8, 16))))
 
 
 # ---- on a GPU

@@ -50,14 +50,14 @@ def autocast() -> AbstractContextManager[object]:
 
 
 @pytest.fixture(autouse=True)
-def _chosen_as_before() -> Iterator[None]:
+def _restore_kernels() -> Iterator[None]:
     yield
     use_kernels(**dict.fromkeys(OPERATIONS, "auto"))
 
 
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels of other packages in plain torch, and FlexAttention uncompiled."""
+    """Replace the kernels of other packages by plain torch, and do not compile FlexAttention."""
     for modules in STAND_INS:
         for module in modules():
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -74,7 +74,7 @@ def skip_if_missing(backend: Backend) -> None:
 
 
 def computed(problem: Problem, backend: Backend, *, forward: bool, backward: bool) -> dict[str, Tensor]:
-    """Outputs and gradients of a small problem, either of them computed under autocast."""
+    """Return outputs and gradients of a small problem; each of the two passes can run under autocast."""
     with autocast() if forward else nullcontext():
         outputs = problem.compute(backend)
     results = {f"output {i}": output for i, output in enumerate(outputs)}
@@ -82,15 +82,15 @@ def computed(problem: Problem, backend: Backend, *, forward: bool, backward: boo
         return results
     weights = [torch.linspace(-1, 1, x.numel()).view_as(x).to(x.dtype) for x in outputs]
     with autocast() if backward else nullcontext():
-        found = torch.autograd.grad(outputs, problem.leaves, weights)
-    return results | {f"gradient {i}": gradient for i, gradient in enumerate(found)}
+        gradients = torch.autograd.grad(outputs, problem.leaves, weights)
+    return results | {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.usefixtures("_stand_ins")
 @each_backward
 @each_backend
-def test_results_are_those_without_autocast(operation: Operation, backend: Backend, inside: bool) -> None:
+def test_autocast_does_not_change_the_results(operation: Operation, backend: Backend, inside: bool) -> None:
     skip_if_missing(backend)
     # FlexAttention has no backward on the CPU.
     problem = operation._problem(Task("cpu", torch.float32, gradients=backend.name != "flex"))
@@ -98,18 +98,18 @@ def test_results_are_those_without_autocast(operation: Operation, backend: Backe
     actual = computed(problem, backend, forward=True, backward=inside)
     assert [x.dtype for x in actual.values()] == [x.dtype for x in expected.values()]
     for name, tensor in expected.items():
-        # PyTorch's own backwards are narrowed where somebody calls `backward` under autocast.
+        # Autocast lowers the precision of PyTorch's own backwards if `backward` is called under it.
         (BFLOAT16 if inside and "gradient" in name else FLOAT32).check(actual[name], tensor, name)
 
 
 def fresh_model() -> HymbaForCausalLM:
-    """Always the same one. Gradients of `tiny_model` have a fifth of noise in bfloat16, whatever computes them."""
+    """Return the same model on every call; the gradients of `tiny_model` have a noise of 20 % in bfloat16."""
     torch.manual_seed(0)
     return HymbaForCausalLM(HymbaConfig(**CONFIG))
 
 
 def trained(model: HymbaForCausalLM, *, inside: bool) -> dict[str, Tensor | None]:
-    """Loss and gradients of one step under autocast."""
+    """Return loss and gradients of one step under autocast."""
     with autocast():
         loss = model(IDS, labels=IDS, skip_logits=True).loss
     with autocast() if inside else nullcontext():
@@ -120,7 +120,7 @@ def trained(model: HymbaForCausalLM, *, inside: bool) -> dict[str, Tensor | None
 @each_backward
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_backend_of_a_cpu
-def test_a_model_trains_with_every_backend(
+def test_a_model_trains_under_autocast_with_every_backend(
     operation: Operation, backend: Backend, dtype: torch.dtype, inside: bool
 ) -> None:
     skip_if_missing(backend)
@@ -132,32 +132,32 @@ def test_a_model_trains_with_every_backend(
     actual = trained(fresh_model().to(dtype), inside=inside)
     BFLOAT16_MODEL.check(actual.pop("loss"), loss)
     whole = [
-        torch.cat([x.flatten().float() for x in found.values() if x is not None])
-        for found in (actual, gradients(expected))
+        torch.cat([x.flatten().float() for x in named.values() if x is not None])
+        for named in (actual, gradients(expected))
     ]
     BFLOAT16_MODEL.check(*whole, "gradients")
 
 
-def test_the_plain_convolution_keeps_its_inputs_dtype_beside_a_wider_bias() -> None:
+def test_the_plain_convolution_keeps_the_dtype_of_its_inputs_with_a_wider_bias() -> None:
     x, weight, bias = torch.randn(9, 5).bfloat16(), torch.randn(5, 4).bfloat16(), torch.randn(5)
     y = shifted_products(x, weight, bias)
     assert y.dtype == torch.bfloat16
     BFLOAT16.check(y, shifted_products(x.float(), weight.float(), bias))
 
 
-def test_attention_to_a_cache_is_as_close_as_bfloat16_is() -> None:
+def test_attention_to_a_cache_under_autocast_is_close_to_float32() -> None:
     query, key, value = torch.randn(2, 3, 4, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 16)
-    given = (torch.randn(5, 2, 8), torch.randn(5, 2, 16)), key, value, torch.rand(2, 3, 9) < 0.3
-    expected = cached_attention(query, *given)
+    cached = (torch.randn(5, 2, 8), torch.randn(5, 2, 16)), key, value, torch.rand(2, 3, 9) < 0.3
+    expected = cached_attention(query, *cached)
     with autocast():
-        actual = cached_attention(query, *given)
+        actual = cached_attention(query, *cached)
     BFLOAT16.check(actual, expected)
 
 
 def scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    found = score_tokens(hidden[None], weight, targets[None]).log_probs
-    assert found is not None
-    return found
+    log_probs = score_tokens(hidden[None], weight, targets[None]).log_probs
+    assert log_probs is not None
+    return log_probs
 
 
 def likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @each_backward
 @pytest.mark.parametrize("loss", [linear_cross_entropy, scores, likelihoods])
-def test_losses_and_their_gradients_are_of_the_same_narrowed_logits(
+def test_losses_and_their_gradients_use_the_same_bfloat16_logits(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor], inside: bool
 ) -> None:
     leaves = [torch.randn(9, 32).requires_grad_(), torch.randn(50, 32).requires_grad_()]
@@ -178,6 +178,6 @@ def test_losses_and_their_gradients_are_of_the_same_narrowed_logits(
         actual = loss(*leaves, targets)
     assert torch.equal(actual, expected)
     with autocast() if inside else nullcontext():
-        found = torch.autograd.grad(actual, leaves, weights)
-    for gradient, twin in zip(found, torch.autograd.grad(expected, narrow, weights), strict=True):
+        gradients = torch.autograd.grad(actual, leaves, weights)
+    for gradient, twin in zip(gradients, torch.autograd.grad(expected, narrow, weights), strict=True):
         torch.testing.assert_close(gradient.bfloat16(), twin, rtol=1e-2, atol=1e-6)

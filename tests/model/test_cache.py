@@ -1,4 +1,4 @@
-"""Going on from a cache equals one pass over the whole text."""
+"""Continuing from a cache equals one pass over the whole text."""
 
 from __future__ import annotations
 
@@ -37,39 +37,42 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def whole(model: HymbaForCausalLM, text: Tensor) -> Tensor:
-    """Logits ``(L, V)`` of one pass."""
+    """Return the logits ``(L, V)`` of one pass."""
     with torch.no_grad():
         logits: Tensor = model(text[None]).logits[0]
     return logits
 
 
-def in_pieces(model: HymbaForCausalLM, cuts: list[list[int]], *, left: bool = True) -> list[Tensor]:
-    """Logits of each text, fed as pieces: ``cuts[step][i]`` tokens of text i at a step, unequal ones padded."""
+def in_steps(model: HymbaForCausalLM, cuts: list[list[int]], *, left: bool = True) -> list[Tensor]:
+    """Return the logits of each text in several passes: ``cuts[step][i]`` tokens of text i per pass, padded."""
     logits: list[list[Tensor]] = [[] for _ in TEXTS]
-    fed = [0] * len(TEXTS)
-    seen = torch.zeros(len(TEXTS), 0, dtype=torch.long)
+    done = [0] * len(TEXTS)
+    whole_mask = torch.zeros(len(TEXTS), 0, dtype=torch.long)
     cache = None
     for lengths in cuts:
         ids = torch.full((len(TEXTS), max(lengths)), 7)
         mask = torch.zeros_like(ids)
         places = [slice(ids.shape[1] - n, None) if left else slice(0, n) for n in lengths]
         for i, (text, n, place) in enumerate(zip(TEXTS, lengths, places, strict=True)):
-            ids[i, place], mask[i, place] = text[fed[i] : fed[i] + n], 1
-            fed[i] += n
-        seen = torch.cat([seen, mask], 1)
+            ids[i, place] = text[done[i] : done[i] + n]
+            mask[i, place] = 1
+            done[i] += n
+        whole_mask = torch.cat([whole_mask, mask], 1)
         with torch.no_grad():
-            output = model(ids, attention_mask=seen, cache=cache, use_cache=True)
+            output = model(ids, attention_mask=whole_mask, cache=cache, use_cache=True)
         cache = output[CACHE_NAME]
-        for own, row, place in zip(logits, output.logits, places, strict=True):
-            own.append(row[place])
-    return [torch.cat(own) for own in logits]
+        for logits_of_text, row, place in zip(logits, output.logits, places, strict=True):
+            logits_of_text.append(row[place])
+    return [torch.cat(parts) for parts in logits]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
 def test_token_by_token_equals_the_whole(overrides: dict[str, Any], dtype: torch.dtype) -> None:
-    model, text = tiny_model(dtype, **overrides), TEXTS[0]
-    cache, logits = HymbaCache(model.config), []
+    model = tiny_model(dtype, **overrides)
+    text = TEXTS[0]
+    cache = HymbaCache(model.config)
+    logits = []
     with torch.no_grad():
         for token in text:
             logits.append(model(token.view(1, 1), cache=cache).logits[0])
@@ -78,24 +81,26 @@ def test_token_by_token_equals_the_whole(overrides: dict[str, Any], dtype: torch
 
 @pytest.mark.parametrize("left", [True, False], ids=["padded_left", "padded_right"])
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
-def test_pieces_of_unequal_lengths_equal_the_whole(overrides: dict[str, Any], left: bool) -> None:
+def test_steps_of_unequal_lengths_equal_the_whole(overrides: dict[str, Any], left: bool) -> None:
     model = tiny_model(torch.float64, **overrides)
     cuts = [[9, 2, 1, 3], [1, 1, 0, 1], [7, 0, 0, 1], [4, 1, 0, 7], [2, 0, 0, 0]]
-    for i, (actual, text) in enumerate(zip(in_pieces(model, cuts, left=left), TEXTS, strict=True)):
+    for i, (actual, text) in enumerate(zip(in_steps(model, cuts, left=left), TEXTS, strict=True)):
         TWINS[torch.float64][0].check(actual, whole(model, text), f"text {i}")
 
 
 def test_bfloat16_token_by_token_is_close_to_the_whole() -> None:
     model = tiny_model(torch.bfloat16)
-    cache, logits = HymbaCache(model.config), []
+    cache = HymbaCache(model.config)
+    logits = []
     with torch.no_grad():
         for token in TEXTS[0]:
             logits.append(model(token.view(1, 1), cache=cache).logits[0])
     BFLOAT16_MODEL.check(torch.cat(logits), whole(model.float(), TEXTS[0]))
 
 
-def test_a_mask_of_the_new_columns_only_is_taken() -> None:
-    model, ids = tiny_model(torch.float64), torch.stack(random_texts([12, 12]))
+def test_a_mask_may_cover_the_new_columns_only() -> None:
+    model = tiny_model(torch.float64)
+    ids = torch.stack(random_texts([12, 12]))
     first = model(ids[:, :5], use_cache=True)[CACHE_NAME]
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     logits = model(ids[:, 5:9], cache=first, attention_mask=mask).logits
@@ -104,11 +109,11 @@ def test_a_mask_of_the_new_columns_only_is_taken() -> None:
     assert torch.equal(logits, model(ids[:, 5:9], cache=second, attention_mask=with_past).logits)
 
 
-def test_keeps_no_more_than_later_tokens_need() -> None:
+def test_the_cache_holds_only_what_later_tokens_need() -> None:
     model = tiny_model(global_attn_idx=[0, 3], kv_reuse_group=[[1, 2]])
     cache = model(torch.stack(random_texts([20, 20])), use_cache=True)[CACHE_NAME]
     keys = {layer: key.shape for layer, key in cache.keys.items()}
-    # A window, and the token that looks at it.
+    # A windowed layer needs its window and the token that looks at it.
     assert keys == {0: (2, 2, 20, 4), 1: (2, 2, WINDOW + 1, 4), 3: (2, 2, 20, 4)}
     assert {layer: value.shape[:3] for layer, value in cache.values.items()} == {
         layer: shape[:3] for layer, shape in keys.items()
@@ -119,7 +124,7 @@ def test_keeps_no_more_than_later_tokens_need() -> None:
 
 
 def live_bytes(cache: HymbaCache) -> tuple[int, int]:
-    """Bytes of the keys and values, and of the SSM's inputs and states (these counted as bfloat16), a batch of one."""
+    """Return the bytes of the keys and values, and of the SSM inputs and states (states counted as bfloat16)."""
     keys = [*cache.keys.values(), *cache.values.values(), *(x for pair in cache.meta.values() for x in pair)]
     ssm = [*cache.tails.values(), *(state.bfloat16() for state in cache.states.values())]
     return sum(x.nbytes for x in keys), sum(x.nbytes for x in ssm)
@@ -133,38 +138,39 @@ def shapes_of_attention(query: Tensor, _: Tensor, value: Tensor, *__: object) ->
     return query.new_empty(len(query), query.shape[1] * value.shape[2])
 
 
-@pytest.mark.parametrize("written", [8192, 8189], ids=["all at once", "the last tokens one by one"])
-def test_bytes_of_the_released_model_at_8192_tokens(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device: nothing is computed, and every tensor has its size."""
-    # Step by step, even without computing, these two would take half a minute.
+@pytest.mark.parametrize("prompt", [8192, 8189], ids=["all at once", "the last tokens one by one"])
+def test_bytes_of_the_released_model_at_8192_tokens(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device computes nothing, but every tensor has its size."""
+    # Without computation, these two would still take half a minute step by step.
     monkeypatch.setitem(SCAN.backends, "native", Backend("native", shapes_of_scan))
     monkeypatch.setitem(ATTENTION.backends, "blocks", Backend("blocks", shapes_of_attention))
     with torch.device("meta"):
         model = HymbaModel(RELEASED).bfloat16()
         ids = torch.zeros(1, 8192, dtype=torch.long)
     with torch.no_grad():
-        cache = model(ids[:, :written], use_cache=True)[CACHE_NAME]
-        for token in ids[:, written:].unbind(1):
+        cache = model(ids[:, :prompt], use_cache=True)[CACHE_NAME]
+        for token in ids[:, prompt:].unbind(1):
             model(token[:, None], cache=cache)
     keys, ssm = live_bytes(cache)
-    assert keys <= (78.95e6 if written == 8192 else 79.1e6)
+    assert keys <= (78.95e6 if prompt == 8192 else 79.1e6)
     assert keys + ssm <= 83e6
     consumers = [layer for layer in range(32) if model.config.kv_source(layer) != layer]
     assert consumers
-    assert not any(layer in held for layer in consumers for held in (cache.keys, cache.values, cache.meta))
+    assert not any(layer in stored for layer in consumers for stored in (cache.keys, cache.values, cache.meta))
 
 
 def test_meta_tokens_are_held_once_for_a_batch() -> None:
-    model, ids = tiny_model(), random_texts([20])[0][None]
+    model = tiny_model()
+    ids = random_texts([20])[0][None]
     one = model(ids, use_cache=True)[CACHE_NAME]
     four = model(ids.expand(4, -1), use_cache=True)[CACHE_NAME]
     assert all(torch.equal(four.meta[layer][0], key) for layer, (key, _) in one.meta.items())
 
 
-def test_holds_no_memory_of_the_prompt_beside_what_it_keeps() -> None:
+def test_the_cache_does_not_keep_the_rest_of_the_prompt_in_memory() -> None:
     cache = tiny_model()(random_texts([20])[0][None], use_cache=True)[CACHE_NAME]
-    for held in (*cache.keys.values(), *cache.values.values(), *cache.tails.values(), *cache.states.values()):
-        assert held.untyped_storage().nbytes() == held.nbytes
+    for tensor in (*cache.keys.values(), *cache.values.values(), *cache.tails.values(), *cache.states.values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_states_are_float32_in_a_bfloat16_model() -> None:
@@ -174,7 +180,8 @@ def test_states_are_float32_in_a_bfloat16_model() -> None:
 
 
 def test_counts_columns_and_tokens() -> None:
-    model, ids = tiny_model(), torch.stack(random_texts([6, 6]))
+    model = tiny_model()
+    ids = torch.stack(random_texts([6, 6]))
     cache = HymbaCache(model.config)
     assert cache.get_seq_length() == 0
     model(ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), cache=cache)
@@ -190,8 +197,9 @@ def next_logits(model: HymbaForCausalLM, cache: HymbaCache, rows: int) -> Tensor
 
 
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
-def test_rows_move(method: str) -> None:
-    model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9, 9]))
+def test_rows_can_be_reordered(method: str) -> None:
+    model = tiny_model(torch.float64)
+    ids = torch.stack(random_texts([9, 9, 9]))
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9, [0] * 8 + [1]])
     rows = torch.tensor([2, 0, 0, 1])
     cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
@@ -200,8 +208,9 @@ def test_rows_move(method: str) -> None:
     TWINS[torch.float64][0].check(next_logits(model, cache, 4), next_logits(model, expected, 4))
 
 
-def test_rows_repeat() -> None:
-    model, ids = tiny_model(torch.float64), torch.stack(random_texts([9, 9]))
+def test_rows_can_be_repeated() -> None:
+    model = tiny_model(torch.float64)
+    ids = torch.stack(random_texts([9, 9]))
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
     cache.batch_repeat_interleave(3)
@@ -220,18 +229,20 @@ def test_reset_forgets_everything() -> None:
 
 
 def test_crop_is_refused() -> None:
-    with pytest.raises(ValueError, match="HymbaCache cannot be cropped to 3 tokens: its SSM states are those of"):
+    with pytest.raises(
+        ValueError, match="HymbaCache cannot be cropped to 3 tokens: its SSM states belong to the last token"
+    ):
         HymbaCache(tiny_model().config).crop(3)
 
 
 @pytest.mark.parametrize("use_cache", [None, False])
-def test_no_cache_unless_asked_for(use_cache: bool | None) -> None:
+def test_no_cache_unless_requested(use_cache: bool | None) -> None:
     model = tiny_model()
     assert model(TEXTS[0][None], use_cache=use_cache).get(CACHE_NAME) is None
     assert model.model(TEXTS[0][None], use_cache=use_cache).get(CACHE_NAME) is None
 
 
-def test_a_given_cache_is_used_and_returned() -> None:
+def test_an_existing_cache_is_used_and_returned() -> None:
     model = tiny_model()
     cache = HymbaCache(model.config)
     assert model(TEXTS[0][None], cache=cache)[CACHE_NAME] is cache
@@ -240,7 +251,7 @@ def test_a_given_cache_is_used_and_returned() -> None:
 
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
-def test_joined_caches_go_on_as_one(overrides: dict[str, Any]) -> None:
+def test_joined_caches_continue_as_one(overrides: dict[str, Any]) -> None:
     model = tiny_model(torch.float64, **overrides)
     long, short = torch.stack(random_texts([19, 19])), torch.stack(random_texts([3, 3, 3]))
     cache = model(short, use_cache=True)[CACHE_NAME]
@@ -260,5 +271,5 @@ def test_joined_caches_go_on_as_one(overrides: dict[str, Any]) -> None:
 
 def test_empty_caches_do_not_join() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match="a cache that has seen no text joins with none"):
+    with pytest.raises(ValueError, match="an empty cache cannot be joined; run a forward pass"):
         HymbaCache(model.config).join(model(TEXTS[0][None], use_cache=True)[CACHE_NAME])

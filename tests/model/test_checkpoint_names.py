@@ -43,7 +43,7 @@ def assert_same_weights(model: HymbaForCausalLM, other: HymbaForCausalLM) -> Non
 
 
 def load(folder: Path, **options: Any) -> HymbaForCausalLM:
-    """Load with plain transformers, nothing missing and nothing left over."""
+    """Load with plain transformers, without missing or unexpected weights."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model
@@ -96,7 +96,7 @@ def test_shapes_are_the_released_ones(tmp_path: Path) -> None:
     assert {name: tuple(tensors[name].shape) for name in shapes} == shapes
 
 
-def test_bfloat16_is_kept(tmp_path: Path) -> None:
+def test_bfloat16_is_preserved(tmp_path: Path) -> None:
     model = tiny_model(torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in saved_tensors(tmp_path).values()} == {torch.bfloat16}
@@ -104,24 +104,25 @@ def test_bfloat16_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
-def test_plain_load_state_dict_takes_released_names() -> None:
+def test_plain_load_state_dict_accepts_released_names() -> None:
     model = tiny_model()
     released = {released_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     other = HymbaForCausalLM(HymbaConfig(**CONFIG))
-    unavailable_reason, extra = other.load_state_dict(released, strict=False)
-    assert unavailable_reason == ["lm_head.weight"]
-    assert not extra
+    missing, unexpected = other.load_state_dict(released, strict=False)
+    assert missing == ["lm_head.weight"]
+    assert not unexpected
     assert_same_weights(other, model)
-    assert "model.memory_tokens" in released  # the caller's dict is left as it was
+    assert "model.memory_tokens" in released  # the caller's dict is unchanged
 
 
-def test_plain_load_state_dict_takes_the_modules_own_names() -> None:
-    model, other = tiny_model(), HymbaForCausalLM(HymbaConfig(**CONFIG))
+def test_plain_load_state_dict_accepts_the_names_of_the_modules() -> None:
+    model = tiny_model()
+    other = HymbaForCausalLM(HymbaConfig(**CONFIG))
     other.load_state_dict(model.state_dict())
     assert_same_weights(other, model)
 
 
-def test_backbone_alone_takes_released_names() -> None:
+def test_the_backbone_alone_accepts_released_names() -> None:
     model = tiny_model().model
     released = {released_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     other = HymbaForCausalLM(HymbaConfig(**CONFIG)).model
@@ -129,7 +130,7 @@ def test_backbone_alone_takes_released_names() -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 
-def test_checkpoint_of_the_modules_own_names_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_with_the_names_of_the_modules_loads(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     tensors = saved_tensors(tmp_path)
@@ -138,7 +139,7 @@ def test_checkpoint_of_the_modules_own_names_loads(tmp_path: Path) -> None:
     assert_same_weights(load(tmp_path), model)
 
 
-def test_checkpoint_that_holds_the_tied_head_as_well_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_that_also_contains_the_tied_head_loads(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     tensors = saved_tensors(tmp_path)
@@ -147,8 +148,8 @@ def test_checkpoint_that_holds_the_tied_head_as_well_loads(tmp_path: Path) -> No
     assert_same_weights(load(tmp_path), model)
 
 
-def test_folder_as_released_loads_without_its_code_and_generates(tmp_path: Path) -> None:
-    """Its config names code to run, an attention that transformers does not know, and no cache."""
+def test_a_released_folder_loads_without_its_code_and_generates(tmp_path: Path) -> None:
+    """Its config names code to run, an attention that transformers does not have, and no cache."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The released config loads as it is, and what cannot be built is refused by its field."""
+"""The released config loads unchanged, and unsupported values are refused with the name of their field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hymba_tune.model import HymbaConfig, HymbaForCausalLM
 from tests.tiny import CONFIG
 
 PARAMETERS = 1_522_797_824
-"""Of the released 1.5B models, the embedding counted once."""
+"""The number of parameters of the released 1.5B models, with the embedding counted once."""
 RELEASED: dict[str, Any] = {
     "vocab_size": 32001,
     "hidden_size": 1600,
@@ -53,21 +53,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no_layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number of at least 1"),
     "no_rank": ({"mamba_dt_rank": "full"}, "mamba_dt_rank is 'full'; expected a whole number"),
     "narrow_heads": ({"hidden_size": 12}, "hidden_size / num_attention_heads is 2; .* at least 4"),
-    "odd_heads": ({"hidden_size": 18}, "hidden_size / num_attention_heads is 3; RoPE turns pairs, so it must be even"),
-    "global_layer_beyond_the_last": ({"global_attn_idx": [0, 4]}, r"global_attn_idx names layers \[4\]; there are 4"),
-    "group_beyond_the_last": ({"kv_reuse_group": [[2, 3, 4]]}, r"kv_reuse_group names layers \[4\]; there are 4"),
-    "layer_in_two_groups": ({"kv_reuse_group": [[0, 1], [1, 2]]}, "each layer may stand in one group only"),
-    "consumer_before_its_producer": ({"kv_reuse_group": [[2, 1]]}, "each layer may stand in one group only, after its"),
+    "odd_heads": (
+        {"hidden_size": 18},
+        "hidden_size / num_attention_heads is 3; RoPE rotates pairs, so it must be even",
+    ),
+    "global_layer_beyond_the_last": (
+        {"global_attn_idx": [0, 4]},
+        r"global_attn_idx names layers \[4\]; the layers are 0 to 3",
+    ),
+    "group_beyond_the_last": (
+        {"kv_reuse_group": [[2, 3, 4]]},
+        r"kv_reuse_group names layers \[4\]; the layers are 0 to 3",
+    ),
+    "layer_in_two_groups": ({"kv_reuse_group": [[0, 1], [1, 2]]}, "each layer may be in one group only"),
+    "consumer_before_its_producer": ({"kv_reuse_group": [[2, 1]]}, "each layer may be in one group only, after its"),
 }
 
 
 def settings(config: HymbaConfig) -> dict[str, Any]:
-    """Everything but where it was read."""
+    """Return all settings but the folder that they were read from."""
     return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_built_is_refused(overrides: dict[str, Any], message: str) -> None:
+def test_unsupported_values_are_refused(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         HymbaConfig(**CONFIG | overrides)
 
@@ -104,7 +113,7 @@ def test_config_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize("prefix", ["", "_"])
-def test_code_that_a_file_names_in_place_of_our_own_is_not_asked_for(prefix: str, key: str, tmp_path: Path) -> None:
+def test_an_implementation_that_a_file_names_is_not_loaded(prefix: str, key: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "hymba", prefix + key: "evil/kernel"}))
     config = AutoConfig.from_pretrained(tmp_path)
     assert config._attn_implementation is None
@@ -127,26 +136,26 @@ ODD_KEYS: dict[str, Any] = {
     "transformers_version": "4.44.0",
     "use_cache": False,
 }
-"""Those of the released file that newer transformers reads in its own way."""
+"""The keys of the released file that newer versions of transformers interpret differently."""
 
 
 class TestReleasedConfig:
-    """The folder that NVIDIA released, or one like it, read without running its code and without the network."""
+    """NVIDIA's released folder, or one like it, loads without running its code and without the network."""
 
-    @pytest.fixture(params=["alike", "released"])
+    @pytest.fixture(params=["like_released", "released"])
     def folder(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if request.param == "released":
             shared: Path = request.getfixturevalue("shared")
             return shared / "reference/hymba-1.5b-base"
-        alike = tmp_path_factory.mktemp("released")
-        (alike / "config.json").write_text(json.dumps(RELEASED | ODD_KEYS))
-        return alike
+        folder = tmp_path_factory.mktemp("released")
+        (folder / "config.json").write_text(json.dumps(RELEASED | ODD_KEYS))
+        return folder
 
-    def test_loads_without_a_question(self, folder: Path) -> None:
+    def test_loads_without_confirmation(self, folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder)
         assert type(config) is HymbaConfig
-        written = json.loads((folder / "config.json").read_text())
-        assert {name: getattr(config, name) for name in RELEASED} == {name: written[name] for name in RELEASED}
+        released = json.loads((folder / "config.json").read_text())
+        assert {name: getattr(config, name) for name in RELEASED} == {name: released[name] for name in RELEASED}
         assert config.dtype == torch.bfloat16
 
     def test_builds_the_released_model(self, folder: Path) -> None:
@@ -156,7 +165,7 @@ class TestReleasedConfig:
         assert model.num_parameters() == PARAMETERS
         assert model.dtype == torch.bfloat16
 
-    def test_keys_that_newer_transformers_would_obey_are_gone(self, folder: Path, tmp_path: Path) -> None:
+    def test_keys_that_newer_transformers_would_follow_are_removed(self, folder: Path, tmp_path: Path) -> None:
         AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())
         assert not {"auto_map", "attn_implementation", "_attn_implementation"} & saved.keys()
@@ -167,8 +176,8 @@ class TestReleasedConfig:
 
     def test_keeps_every_other_key(self, folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder).to_dict()
-        written = json.loads((folder / "config.json").read_text())
-        changed = {name for name, value in written.items() if config.get(name) != value}
+        released = json.loads((folder / "config.json").read_text())
+        changed = {name for name, value in released.items() if config.get(name) != value}
         assert changed <= {
             *("attn_implementation", "auto_map", "conv_dim", "router_aux_loss_coef"),
             *("torch_dtype", "transformers_version", "use_cache"),

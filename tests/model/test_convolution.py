@@ -1,4 +1,4 @@
-"""The convolution of many texts against the naive twin on each: outputs, last inputs, every gradient."""
+"""The convolution of many texts against the naive twin on each: outputs, last inputs and all gradients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CHANNELS = 5
 
 
 def random_inputs(lengths: list[int], width: int, initial: str, *, bias: bool = True) -> dict[str, Tensor]:
-    """Float64 leaves; ``initial`` is "none", "shared" or "own" inputs before the texts."""
+    """Return float64 leaves; the inputs before the texts are "none", "shared" or one "per_text"."""
     inputs = {"x": torch.randn(sum(lengths), CHANNELS), "weight": torch.randn(CHANNELS, width)}
     if bias:
         inputs["bias"] = torch.randn(CHANNELS)
     if initial != "none":
-        texts = [len(lengths)] if initial == "own" else []
+        texts = [len(lengths)] if initial == "per_text" else []
         inputs["initial"] = torch.randn(*texts, width - 1, CHANNELS)
     return {name: x.double().requires_grad_() for name, x in inputs.items()}
 
@@ -41,17 +41,17 @@ def convolve(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Ten
 def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
     outputs, tails = [], []
     for text, x in enumerate(inputs["x"].split(lengths)):
-        own = inputs | {"x": x}
-        if "initial" in own and own["initial"].ndim == 3:
-            own["initial"] = own["initial"][text]
-        y, tail = naive_convolution(**own)
+        inputs_of_text = inputs | {"x": x}
+        if "initial" in inputs and inputs["initial"].ndim == 3:
+            inputs_of_text["initial"] = inputs["initial"][text]
+        y, tail = naive_convolution(**inputs_of_text)
         outputs.append(y)
         tails.append(tail)
     return torch.cat(outputs), torch.stack(tails)
 
 
 def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a random weighing of them."""
+    """Return the outputs, and the gradients of a randomly weighted sum of them."""
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     pairs = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.numel()]
@@ -61,7 +61,7 @@ def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) ->
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("initial", ["none", "shared", "own"])
+@pytest.mark.parametrize("initial", ["none", "shared", "per_text"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_equals_naive_twin(lengths: list[int], initial: str, width: int) -> None:
     inputs = random_inputs(lengths, width, initial)
@@ -70,20 +70,21 @@ def test_equals_naive_twin(lengths: list[int], initial: str, width: int) -> None
 
 
 def test_no_bias() -> None:
-    inputs = random_inputs([7, 1], 4, "own", bias=False)
+    inputs = random_inputs([7, 1], 4, "per_text", bias=False)
     actual = with_gradients(inputs, convolve(inputs, [7, 1]))
     FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, [7, 1])))
 
 
 def test_one_text_needs_no_offsets() -> None:
-    inputs = random_inputs([9], 4, "own")
+    inputs = random_inputs([9], 4, "per_text")
     FLOAT64.check_all(with_gradients(inputs, causal_conv1d(**inputs)), with_gradients(inputs, convolve(inputs, [9])))
 
 
 def test_float32_and_bfloat16_are_close_to_float64() -> None:
     lengths = LENGTHS["many_texts"]
     inputs = {
-        name: x.detach().bfloat16().double().requires_grad_() for name, x in random_inputs(lengths, 4, "own").items()
+        name: x.detach().bfloat16().double().requires_grad_()
+        for name, x in random_inputs(lengths, 4, "per_text").items()
     }
     expected = with_gradients(inputs, naive(inputs, lengths))
     for dtype, close, close_gradient in (
@@ -99,24 +100,25 @@ def test_float32_and_bfloat16_are_close_to_float64() -> None:
 
 def test_gradcheck() -> None:
     lengths = [3, 1, 6]
-    inputs = random_inputs(lengths, 4, "own")
+    inputs = random_inputs(lengths, 4, "per_text")
     assert torch.autograd.gradcheck(
         lambda *tensors: convolve(dict(zip(inputs, tensors, strict=True)), lengths), tuple(inputs.values())
     )
 
 
-def test_texts_go_on_from_their_last_inputs() -> None:
+def test_texts_continue_from_their_last_inputs() -> None:
     x, weight = torch.randn(9, CHANNELS).double(), torch.randn(CHANNELS, 4).double()
     whole, _ = causal_conv1d(x, weight)
-    parts, tail = [], None
-    for piece in x.split([1, 1, 5, 2]):
-        y, tail = causal_conv1d(piece, weight, initial=tail)
+    parts = []
+    tail = None
+    for part in x.split([1, 1, 5, 2]):
+        y, tail = causal_conv1d(part, weight, initial=tail)
         parts.append(y)
     FLOAT64.check(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_backend_that_cannot_is_refused(tokens: int) -> None:
+def test_an_unusable_backend_is_refused(tokens: int) -> None:
     x, weight = torch.randn(tokens, 3), torch.randn(3, 4)
     with pytest.raises(ValueError, match="conv backend causal_conv1d cannot be used: it runs on cuda, not on cpu"):
         causal_conv1d(x, weight, backend="causal_conv1d")
@@ -149,12 +151,12 @@ def test_native_equals_naive_twin(
     for function, number in ((at_once, dtype), (one_after_the_other, torch.float64)):
         leaves = [x.detach().to(dtype).to(number).requires_grad_() for x in inputs.values()]
         y = function(*leaves)
-        given = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(number)
-        results.append(dict(zip(("y", *inputs), (y, *torch.autograd.grad(y, leaves, given)), strict=True)))
+        d_y = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(number)
+        results.append(dict(zip(("y", *inputs), (y, *torch.autograd.grad(y, leaves, d_y)), strict=True)))
     (FLOAT32_GRADIENT if dtype == torch.float32 else BFLOAT16).check_all(*results)
 
 
-def test_native_is_for_narrow_convolutions_only() -> None:
+def test_native_refuses_wide_convolutions() -> None:
     x, weight = torch.randn(9, CHANNELS), torch.randn(CHANNELS, 5)
     with pytest.raises(ValueError, match=r"native cannot be used: .*(at most 4, not 5|no C\+\+ compiler)"):
         causal_conv1d(x, weight, backend="native")

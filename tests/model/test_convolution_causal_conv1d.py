@@ -1,4 +1,4 @@
-"""The convolution through causal-conv1d against the naive twin; without a GPU a stand-in takes the kernel's place."""
+"""The convolution of causal-conv1d against the naive twin; without a GPU, a stand-in replaces the kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
+def _clear_cache() -> Iterator[None]:
     causal_conv1d_unavailable_reason.cache_clear()
     yield
     causal_conv1d_unavailable_reason.cache_clear()
@@ -55,7 +55,7 @@ def test_equals_naive_twin(tokens: int, channels: int, width: int) -> None:
     FLOAT64.check_all(actual, with_gradients(inputs, naive_convolution(**inputs)[0]))
 
 
-def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_from_the_hub_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     (module,) = fake_kernels.causal_conv1d_modules()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(convolution_causal_conv1d, "hub_kernel", {"causal-conv1d": module}.get)
@@ -65,7 +65,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_installed")
-def test_no_bias() -> None:
+def test_the_bias_is_optional() -> None:
     inputs = random_inputs(9)
     del inputs["bias"]
     actual = with_gradients(inputs, causal_conv1d_run(**inputs, bias=None))
@@ -75,23 +75,24 @@ def test_no_bias() -> None:
 @pytest.mark.usefixtures("_installed")
 @pytest.mark.parametrize(("columns", "copied"), [(slice(8, 24), False), (slice(9, 25), True), (slice(0, 48, 3), True)])
 def test_reads_the_columns_of_a_wider_matrix(monkeypatch: pytest.MonkeyPatch, columns: slice, copied: bool) -> None:
-    wide, inputs = torch.randn(9, 48).double(), random_inputs(9)
-    given = []
+    wide = torch.randn(9, 48).double()
+    inputs = random_inputs(9)
+    received = []
     monkeypatch.setattr(
         sys.modules["causal_conv1d"],
         "causal_conv1d_fn",
-        lambda x, *rest: given.append(x) or fake_kernels.causal_conv1d_fn(x, *rest),
+        lambda x, *rest: received.append(x) or fake_kernels.causal_conv1d_fn(x, *rest),
     )
     x = wide[:, columns]
     FLOAT64.check(
         causal_conv1d_run(x, inputs["weight"], inputs["bias"]),
         naive_convolution(x, inputs["weight"], inputs["bias"])[0],
     )
-    assert (given[0].data_ptr() != x.data_ptr()) == copied
+    assert (received[0].data_ptr() != x.data_ptr()) == copied
 
 
 @pytest.mark.usefixtures("_installed")
-def test_bias_is_given_in_the_type_of_the_weight() -> None:
+def test_the_bias_is_converted_to_the_dtype_of_the_weight() -> None:
     inputs = {name: x.detach() for name, x in random_inputs(9).items()}
     narrow = [inputs["x"].bfloat16(), inputs["weight"].bfloat16(), inputs["bias"].float()]
     y = causal_conv1d_run(*narrow)
@@ -100,22 +101,22 @@ def test_bias_is_given_in_the_type_of_the_weight() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 5])
-def test_takes_no_other_widths(width: int) -> None:
+def test_other_widths_are_unsupported(width: int) -> None:
     assert (
         causal_conv1d_unsupported_reason(Task("cuda", torch.float32, taps=width))
-        == f"it takes widths from 2 to 4, not {width}"
+        == f"it supports widths from 2 to 4, not {width}"
     )
     assert causal_conv1d_unsupported_reason(Task("cuda", torch.float32, taps=4)) is None
 
 
-def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="causal-conv1d cannot be used: not installed"):
         causal_conv1d_run(**random_inputs(9))
 
 
 @pytest.mark.usefixtures("_installed")
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gives_the_reason_if_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert causal_conv1d_unavailable_reason() is None
     reasons = {
         ModuleNotFoundError("No module named 'causal_conv1d'", name="causal_conv1d"): "not installed",

@@ -1,4 +1,4 @@
-"""Malformed inputs are refused, with the row and what was expected."""
+"""Malformed inputs are refused with a message that names the row and what was expected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"position_ids": torch.tensor([[1, 2, 3, 4, 5, 6]])},
         "position_ids of row 0 jump to 1 at its token 0",
     ),
-    "positions_that_go_on_in_the_next_row": (
+    "positions_that_continue_in_the_next_row": (
         {"position_ids": torch.arange(12).view(2, 6)},
         "position_ids of row 1 jump to 6 at its token 0",
     ),
@@ -71,7 +71,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "foreign_cache": ({"cache": DynamicCache()}, "the cache is a DynamicCache; expected a HymbaCache"),
     "cache_of_packed_rows": (
         {"use_cache": True, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
-        "4 texts in 2 rows; a cache takes one text a row",
+        "4 texts in 2 rows; a cache needs one text per row",
     ),
 }
 
@@ -102,5 +102,5 @@ def test_mask_of_another_shape_is_refused_with_a_cache(shape: tuple[int, int]) -
 
 def test_cache_of_growing_bases_is_refused() -> None:
     model = tiny_model(rope_type="dynamic_ntk")
-    with pytest.raises(ValueError, match="rope_type dynamic_ntk turns all keys anew as a text grows"):
+    with pytest.raises(ValueError, match="rope_type dynamic_ntk rotates all keys anew as a text grows"):
         model(IDS, cache=HymbaCache(model.config))

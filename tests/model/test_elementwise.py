@@ -1,4 +1,4 @@
-"""Norm, gate and rotation against the formulas as they are written: outputs and every gradient, in torch and in C++."""
+"""Norm, gate and rotation against their formulas: outputs and all gradients, in torch and in C++."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str
 @pytest.mark.parametrize(
     ("shape", "weight_shape"), [((7, 12), (12,)), ((1, 1), (1,)), ((5, 3, 4), (3, 4)), ((5, 3, 33), (33,))], ids=str
 )
-def test_norm_is_its_formula(shape: tuple[int, ...], weight_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norm_equals_its_formula(shape: tuple[int, ...], weight_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(weight_shape, dtype=dtype)
     expected = with_gradients(naive_norm, x.double(), weight.double())
     actual = with_gradients(lambda *both: rms_norm(*both, 1e-3), x, weight)
@@ -44,34 +44,34 @@ def test_norm_is_its_formula(shape: tuple[int, ...], weight_shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_gate_is_its_formula(dtype: torch.dtype) -> None:
+def test_gate_equals_its_formula(dtype: torch.dtype) -> None:
     gate, up = torch.randn(2, 7, 12, dtype=dtype)
     expected = with_gradients(naive_gate, gate.double(), up.double())
     TOLERANCES[dtype].check_all(with_gradients(gated_silu, gate, up), expected)
 
 
-def test_norm_of_narrow_inputs_takes_a_wide_weight() -> None:
+def test_norm_of_bfloat16_inputs_supports_a_float32_weight() -> None:
     x, weight = torch.randn(7, 12).bfloat16(), torch.randn(12)
     y = rms_norm(x, weight, 1e-3)
-    assert y.dtype == torch.float32  # as x times the weight is
+    assert y.dtype == torch.float32  # the dtype of x times the weight
     BFLOAT16.check(y, naive_norm(x.double(), weight.double()))
 
 
-def test_norm_of_large_and_of_no_values() -> None:
+def test_norm_of_large_values_of_zeros_and_of_no_rows() -> None:
     assert torch.equal(rms_norm(torch.full((1, 4), 1e15), torch.ones(4), 1e-6), torch.ones(1, 4))
     assert torch.equal(rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-6), torch.zeros(1, 4))
     assert rms_norm(torch.zeros(0, 4), torch.ones(4), 1e-6).shape == (0, 4)
 
 
-def test_inputs_are_left_as_they_were() -> None:
-    x, weight, up, given = torch.randn(7, 12), torch.randn(12), torch.randn(7, 12), torch.randn(7, 12)
-    before = [tensor.clone() for tensor in (x, weight, up, given)]
+def test_inputs_are_not_changed() -> None:
+    x, up, d_y = torch.randn(3, 7, 12)
+    before = [tensor.clone() for tensor in (x, up, d_y)]
     for function in (lambda a, b: rms_norm(a, b[0], 1e-3), gated_silu):
         first, second = x.clone().requires_grad_(), up.clone().requires_grad_()
-        torch.autograd.grad(function(first, second), [first, second], given)
+        torch.autograd.grad(function(first, second), [first, second], d_y)
         assert torch.equal(first, before[0])
-        assert torch.equal(second, before[2])
-    assert torch.equal(given, before[3])
+        assert torch.equal(second, before[1])
+    assert torch.equal(d_y, before[2])
 
 
 @pytest.mark.parametrize("function", [lambda x, weight: rms_norm(x, weight, 1e-3), gated_silu], ids=["norm", "gate"])
@@ -80,18 +80,18 @@ def test_gradcheck(function: Callable[..., Tensor]) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_only_the_inputs_are_kept() -> None:
-    kept: list[Tensor] = []
+def test_only_the_inputs_are_saved() -> None:
+    saved: list[Tensor] = []
     x, weight = torch.randn(7, 12).bfloat16().requires_grad_(), torch.ones(12).bfloat16()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         rms_norm(x, weight, 1e-3)
         gated_silu(x, x)
-    assert {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()} == {x.data_ptr()}
+    assert {tensor.data_ptr() for tensor in saved if tensor.numel() == x.numel()} == {x.data_ptr()}
 
 
 @pytest.fixture(params=["torch", "native"])
 def kernels(request: pytest.FixtureRequest) -> Elementwise:
-    """Each way to compute."""
+    """Return the functions of each backend."""
     backend = ELEMENTWISE.backends[request.param]
     if reason := backend.unavailable_reason():
         pytest.skip(reason)
@@ -115,14 +115,16 @@ def naive_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [2, 14, 16, 34, 80])
 @pytest.mark.parametrize("rows", [1, 7, 65])
-def test_every_way_equals_the_formulas(kernels: Elementwise, rows: int, width: int, dtype: torch.dtype) -> None:
+def test_every_backend_equals_the_formulas(kernels: Elementwise, rows: int, width: int, dtype: torch.dtype) -> None:
     tolerance = TOLERANCES[dtype]
-    # Columns of a wider matrix, as the pieces of one projection are.
+    # The inputs are columns of a wider matrix, like the outputs of one projection.
     wide = torch.randn(rows, 6 * width).to(dtype)
     x, a, b, _ = wide.split([3 * width, width, width, width], -1)
     heads = x.unflatten(-1, (3, width))
     weight, other, *_ = per_head = torch.randn(3, width).to(dtype)
-    cos, sin = torch.randn(2, rows, 1, width // 2).to(dtype).repeat(1, 1, 1, 2)  # both features of a pair turn alike
+    cos, sin = (
+        torch.randn(2, rows, 1, width // 2).to(dtype).repeat(1, 1, 1, 2)
+    )  # both features of a pair are rotated by the same angle
 
     def naive_mean(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
         return (naive_norm(a, a_weight) + naive_norm(b, b_weight)) / 2
@@ -141,7 +143,7 @@ def test_every_way_equals_the_formulas(kernels: Elementwise, rows: int, width: i
         tolerance.check_all(actual, all_gradients(naive, [x.double() for x in inputs]))
 
 
-def test_what_needs_no_gradient_gets_none(kernels: Elementwise) -> None:
+def test_inputs_that_need_no_gradient_get_none(kernels: Elementwise) -> None:
     x, weight = torch.randn(7, 12), torch.randn(12)
     for needs_x, needs_weight in ((True, False), (False, True)):
         leaf, leaf_weight = x.clone().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight)
@@ -160,7 +162,7 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
     assert all(tensor.equal(results[0][name]) for result in results for name, tensor in result.items())
 
 
-def test_few_numbers_without_gradients_are_the_same() -> None:
+def test_small_inputs_without_gradients_give_the_same_results() -> None:
     x, weight, tables = torch.randn(3, 2, 8), torch.randn(8), tuple(torch.randn(2, 3, 1, 4).repeat(1, 1, 1, 2))
     flat = x[:, 0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`generate` writes, in any batch and by any strategy, what the uncached model would write for each prompt alone."""
+"""`generate` with a cache gives, in any batch, the tokens that the uncached model gives for each prompt alone."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def expected_rows(name: str = "as_released") -> list[list[int]]:
-    """What each prompt alone is gone on with, without a cache."""
-    model = writer(**MODELS[name])
+    """Return the greedy continuation of each prompt alone, without a cache."""
+    model = generator(**MODELS[name])
     return [greedy(model, prompt) for prompt in PROMPTS]
 
 
-def writer(**overrides: Any) -> HymbaForCausalLM:
-    """A model that does not repeat itself (its head is not its embedding) and writes no end."""
+def generator(**overrides: Any) -> HymbaForCausalLM:
+    """Return a model without a tied head, so that it does not repeat itself, and without an end-of-text token."""
     return tiny_model(torch.float64, tie_word_embeddings=False, eos_token_id=None, **overrides)
 
 
 def greedy(model: HymbaForCausalLM, prompt: Tensor, new: int = NEW) -> list[int]:
-    """The likeliest tokens after a prompt ``(L,)``, by one whole pass for each."""
+    """Return the most likely tokens after a prompt ``(L,)``, each from a pass over the whole text."""
     ids = prompt
     with torch.no_grad():
         for _ in range(new):
@@ -51,12 +51,13 @@ def padded(prompts: list[Tensor], *, left: bool) -> dict[str, Tensor]:
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         place = slice(longest - len(prompt), None) if left else slice(0, len(prompt))
-        ids[row, place], mask[row, place] = prompt, 1
+        ids[row, place] = prompt
+        mask[row, place] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def written(model: HymbaForCausalLM, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
-    """The new tokens of each row."""
+def new_tokens(model: HymbaForCausalLM, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
+    """Return the new tokens of each row."""
     options = {"max_new_tokens": NEW, "do_sample": False} | options
     ids = model.generate(**inputs, **options)
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
@@ -65,34 +66,34 @@ def written(model: HymbaForCausalLM, inputs: dict[str, Tensor], **options: Any) 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("left", [True, False], ids=["padded_left", "padded_right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_batch_writes_what_each_prompt_alone_does(name: str, left: bool, use_cache: bool) -> None:
-    model = writer(**MODELS[name])
-    assert written(model, padded(PROMPTS, left=left), use_cache=use_cache) == expected_rows(name)
+def test_a_batch_gives_the_tokens_of_each_prompt_alone(name: str, left: bool, use_cache: bool) -> None:
+    model = generator(**MODELS[name])
+    assert new_tokens(model, padded(PROMPTS, left=left), use_cache=use_cache) == expected_rows(name)
 
 
-def test_prompts_are_gone_on_with_in_many_ways() -> None:
-    """Else the other tests would say little."""
+def test_expected_tokens_are_diverse() -> None:
+    """A repeated token would hide mistakes from the other tests."""
     assert len({token for row in expected_rows() for token in row}) > 15
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["padded_left", "padded_right"])
-def test_embeddings_stand_for_ids(left: bool) -> None:
-    model = writer()
+def test_embeddings_give_the_tokens_of_their_ids(left: bool) -> None:
+    model = generator()
     inputs = padded(PROMPTS, left=left)
     embeds = model.model.embed_tokens(inputs["input_ids"])
     ids = model.generate(
         inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=NEW, do_sample=False
     )
-    assert ids.tolist() == written(model, inputs)
+    assert ids.tolist() == new_tokens(model, inputs)
 
 
-def test_row_that_ends_is_filled_with_padding() -> None:
-    model = writer()
+def test_a_finished_row_is_padded() -> None:
+    model = generator()
     rows = expected_rows()
     end = rows[0][4]
     expected = [row[: row.index(end) + 1] if end in row else row for row in rows]
     longest = max(map(len, expected))
-    actual = written(model, padded(PROMPTS, left=True), eos_token_id=end, pad_token_id=0)
+    actual = new_tokens(model, padded(PROMPTS, left=True), eos_token_id=end, pad_token_id=0)
     assert actual == [row + [0] * (longest - len(row)) for row in expected]
 
 
@@ -110,30 +111,32 @@ def test_row_that_ends_is_filled_with_padding() -> None:
 )
 @pytest.mark.parametrize("left", [True, False], ids=["padded_left", "padded_right"])
 def test_cache_changes_nothing(options: dict[str, Any], left: bool) -> None:
-    model, inputs = writer(), padded(PROMPTS, left=left)
+    model = generator()
+    inputs = padded(PROMPTS, left=left)
     torch.manual_seed(3)
-    expected = written(model, inputs, use_cache=False, **options)
+    expected = new_tokens(model, inputs, use_cache=False, **options)
     torch.manual_seed(3)
-    assert written(model, inputs, use_cache=True, **options) == expected
+    assert new_tokens(model, inputs, use_cache=True, **options) == expected
 
 
 def test_beams_of_a_batch_are_those_of_each_prompt_alone() -> None:
-    model = writer()
-    expected = [written(model, {"input_ids": prompt[None]}, num_beams=3)[0] for prompt in PROMPTS]
-    assert written(model, padded(PROMPTS, left=True), num_beams=3) == expected
+    model = generator()
+    expected = [new_tokens(model, {"input_ids": prompt[None]}, num_beams=3)[0] for prompt in PROMPTS]
+    assert new_tokens(model, padded(PROMPTS, left=True), num_beams=3) == expected
     assert expected != expected_rows()
 
 
-def test_returned_cache_goes_on() -> None:
-    model, prompt = writer(), PROMPTS[0]
+def test_a_returned_cache_can_be_continued() -> None:
+    model = generator()
+    prompt = PROMPTS[0]
     first = model.generate(prompt[None], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     assert isinstance(first[CACHE_NAME], HymbaCache)
     ids = model.generate(first.sequences, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=NEW - 5, do_sample=False)
     assert ids[0, len(prompt) :].tolist() == expected_rows()[0]
 
 
-def test_given_cache_holds_an_earlier_turn() -> None:
-    model = writer()
+def test_a_cache_can_contain_an_earlier_turn() -> None:
+    model = generator()
     first, second = PROMPTS[2], PROMPTS[0]
     cache = model(first[None], use_cache=True)[CACHE_NAME]
     both = torch.cat([first, second])
@@ -143,50 +146,51 @@ def test_given_cache_holds_an_earlier_turn() -> None:
 
 
 def test_prefill_in_chunks_changes_nothing() -> None:
-    model = writer()
+    model = generator()
     inputs = {"input_ids": torch.stack(random_texts([14, 14]))}
-    assert written(model, inputs, prefill_chunk_size=4) == written(model, inputs)
+    assert new_tokens(model, inputs, prefill_chunk_size=4) == new_tokens(model, inputs)
 
 
 @pytest.mark.parametrize("size", [3, 4, 8])
 def test_prefill_in_chunks_of_a_padded_batch_changes_nothing(size: int) -> None:
     """The first chunks of the short prompts are all padding."""
-    assert written(writer(), padded(PROMPTS, left=True), prefill_chunk_size=size) == expected_rows()
+    assert new_tokens(generator(), padded(PROMPTS, left=True), prefill_chunk_size=size) == expected_rows()
 
 
-def test_released_generation_config_writes_the_same() -> None:
-    model, expected = writer(), expected_rows()
+def test_the_released_generation_config_gives_the_same_tokens() -> None:
+    model = generator()
+    expected = expected_rows()
     model.generation_config = GenerationConfig(
         **{"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}
     )
-    actual = written(model, padded(PROMPTS, left=True))
-    for row, own in zip(actual, expected, strict=True):
-        end = own.index(2) + 1 if 2 in own else NEW
-        assert row[:end] == own[:end]
+    actual = new_tokens(model, padded(PROMPTS, left=True))
+    for row, expected_row in zip(actual, expected, strict=True):
+        end = expected_row.index(2) + 1 if 2 in expected_row else NEW
+        assert row[:end] == expected_row[:end]
         assert not any(row[end:])
 
 
 def test_uses_a_cache_by_default() -> None:
-    model = writer()
+    model = generator()
     output = model.generate(PROMPTS[0][None], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert output[CACHE_NAME].get_seq_length() == len(PROMPTS[0]) + 2
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
-def test_foreign_kinds_of_cache_are_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"cache_implementation is '{kind}'; Hymba keeps a cache of its own"):
-        writer().generate(PROMPTS[0][None], max_new_tokens=2, cache_implementation=kind)
+def test_other_types_of_cache_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"cache_implementation is '{kind}'; Hymba has its own cache"):
+        generator().generate(PROMPTS[0][None], max_new_tokens=2, cache_implementation=kind)
 
 
-def test_dynamic_kind_of_cache_is_ours() -> None:
-    model = writer()
+def test_the_dynamic_type_of_cache_is_a_hymba_cache() -> None:
+    model = generator()
     inputs = {"input_ids": PROMPTS[0][None]}
-    assert written(model, inputs, cache_implementation="dynamic") == written(model, inputs)
+    assert new_tokens(model, inputs, cache_implementation="dynamic") == new_tokens(model, inputs)
 
 
 @pytest.mark.parametrize("by", ["model", "prompt_lookup"])
 def test_assisted_decoding_is_refused(by: str) -> None:
-    model = writer()
-    options = {"assistant_model": writer()} if by == "model" else {"prompt_lookup_num_tokens": 2}
+    model = generator()
+    options = {"assistant_model": generator()} if by == "model" else {"prompt_lookup_num_tokens": 2}
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models, such as Hymba"):
         model.generate(PROMPTS[0][None], max_new_tokens=4, do_sample=False, **options)

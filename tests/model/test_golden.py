@@ -1,4 +1,4 @@
-"""What NVIDIA's own code computed from small random models: every number of every file in `tests/golden`."""
+"""Results of NVIDIA's own code for small random models: all numbers of all files in `tests/golden`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "tests/golden").glob("*.safetensors"))
 
 
 class Golden:
-    """One file, and the model that it describes."""
+    """One file and the model that it describes."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
@@ -31,23 +31,24 @@ class Golden:
         self.ids, self.labels = self.tensors["input_ids"], self.tensors["labels"]
         self.weights, self.gradients = self.named("weight."), self.named("grad.")
         self.model = HymbaForCausalLM(self.config).eval()
-        unavailable_reason, extra = self.model.load_state_dict(self.weights, strict=False)
-        assert set(unavailable_reason) <= {"lm_head.weight"}
-        assert not extra
+        missing, unexpected = self.model.load_state_dict(self.weights, strict=False)
+        assert set(missing) <= {"lm_head.weight"}
+        assert not unexpected
 
     def named(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
 
     def hidden_states(self, rows: slice) -> list[Tensor]:
-        """``(M + T, d)`` before each layer, and after the final norm, seen by hooks: the model returns text only."""
-        seen: list[Tensor] = []
-        layers, norm = self.model.model.layers, self.model.model.final_layernorm
-        hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
-        hooks.append(layers[-1].register_forward_hook(lambda _, __, outputs: seen.append(norm(outputs[0]))))
+        """Return ``(M + T, d)`` before each layer and after the final norm, by hooks: the model returns texts only."""
+        states: list[Tensor] = []
+        layers = self.model.model.layers
+        norm = self.model.model.final_layernorm
+        hooks = [layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(lambda _, __, outputs: states.append(norm(outputs[0]))))
         self.model(self.ids[rows])
         for hook in hooks:
             hook.remove()
-        return seen
+        return states
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -57,7 +58,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(params=["batch", "each_row_alone"])
 def batches(request: pytest.FixtureRequest, golden: Golden) -> list[slice]:
-    """Rows that go through the model together."""
+    """Return the rows of each batch."""
     rows = golden.ids.shape[0]
     return [slice(0, rows)] if request.param == "batch" else [slice(row, row + 1) for row in range(rows)]
 
@@ -68,10 +69,10 @@ def test_logits(golden: Golden, batches: list[slice]) -> None:
 
 
 def test_loss_and_gradients(golden: Golden, batches: list[slice]) -> None:
-    learned = (golden.labels[:, 1:] != -100).sum()
+    count = (golden.labels[:, 1:] != -100).sum()
     total = torch.zeros(())
     for rows in batches:
-        loss = golden.model(golden.ids[rows], labels=golden.labels[rows], num_items_in_batch=learned).loss
+        loss = golden.model(golden.ids[rows], labels=golden.labels[rows], num_items_in_batch=count).loss
         loss.backward()
         total += loss.detach()
     GOLDEN.check(total, golden.tensors["loss"].squeeze())
@@ -110,14 +111,14 @@ def test_hidden_states_returned(golden: Golden) -> None:
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_greedy_generation(golden: Golden, use_cache: bool) -> None:
     prompt, expected = (golden.tensors.get(f"generate.{name}") for name in ("prompt", "output"))
-    if prompt is None or expected is None:  # only some files hold a generation
+    if prompt is None or expected is None:  # only some files contain a generation
         return
     output = golden.model.generate(prompt, max_length=expected.shape[1], do_sample=False, use_cache=use_cache)
     assert output.tolist() == expected.tolist()
 
 
 def test_naive_twin(golden: Golden) -> None:
-    """What the other tests compare with is itself held to the golden files."""
+    """The naive twin, with which other tests compare, is itself compared with the golden files."""
     for row, ids in enumerate(golden.ids):
         output = naive_hymba(golden.weights, golden.config.to_dict(), ids)
         GOLDEN.check(output.logits, golden.tensors["logits"][row])

@@ -1,4 +1,4 @@
-"""However texts are laid out in a batch, the model computes for each what it computes for it alone."""
+"""The results for a text do not depend on the layout of the batch that contains it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.tolerances import FLOAT32, TWINS
 
 TEXTS = random_texts([9, 1, 14, 6, 2, 21])
 LABELS = [text.where(torch.arange(len(text)) % 4 > 0, -100) for text in TEXTS]
-LABELS[1] = TEXTS[1]  # the label of a one-token text must not be learned by the text before it
-LABELS[3] = TEXTS[3]  # nor the first label of any other
+LABELS[1] = TEXTS[1]  # the label of a one-token text must not be a target of the text before it
+LABELS[3] = TEXTS[3]  # the first label of any other text must not be a target either
 GARBAGE = 7
-"""What stands at padding, as id and as label."""
+"""The id and label at padding."""
 
 
 class Batch(NamedTuple):
-    """Inputs of the model, and where each text lies in them."""
+    """Inputs of the model, and the position of each text in them."""
 
     inputs: dict[str, Tensor]
     places: list[tuple[int, slice]]
@@ -31,10 +31,10 @@ def lay_out(rows: list[list[int]], begins: list[int], *, restart: bool = False, 
     """Put texts into rows.
 
     Args:
-        rows: The texts of each row, by number.
-        begins: The column at which each row's texts begin; before and behind them is padding.
-        restart: Give position_ids that restart where a text begins.
-        offsets: Give cu_seq_lens_q.
+        rows: The indices of the texts of each row.
+        begins: The column at which the texts of each row begin, with padding before and after them.
+        restart: Whether to add position_ids that restart where a text begins.
+        offsets: Whether to add cu_seq_lens_q.
     """
     length = max(begin + sum(len(TEXTS[i]) for i in row) for row, begin in zip(rows, begins, strict=True))
     ids = torch.full((len(rows), length), GARBAGE)
@@ -43,7 +43,9 @@ def lay_out(rows: list[list[int]], begins: list[int], *, restart: bool = False, 
     for row, (texts, column) in enumerate(zip(rows, begins, strict=True)):
         for i in texts:
             place = places[i] = row, slice(column, column + len(TEXTS[i]))
-            ids[place], labels[place], mask[place] = TEXTS[i], LABELS[i], 1
+            ids[place] = TEXTS[i]
+            labels[place] = LABELS[i]
+            mask[place] = 1
             positions[place] = torch.arange(len(TEXTS[i]))
             column += len(TEXTS[i])
     inputs = {"input_ids": ids, "labels": labels}
@@ -68,7 +70,7 @@ LAYOUTS = {
     "packed_rows_by_positions": lay_out([[0, 1, 3], [2, 4], [5]], [0, 0, 0], restart=True),
     "packed_rows_padded_left_by_positions": lay_out([[0, 1, 3], [5], [2, 4]], [5, 0, 5], restart=True),
     "packed_rows_padded_right_by_offsets": lay_out([[4], [2, 3, 1], [0, 5]], [0, 0, 0], offsets=True),
-    "one_token_texts_beside_each_other": lay_out([[1, 4], [5, 0], [2, 3]], [0, 0, 1], restart=True),
+    "one_token_texts_next_to_each_other": lay_out([[1, 4], [5, 0], [2, 3]], [0, 0, 1], restart=True),
     "padded_with_positions": lay_out(EACH, [0, 2, 4, 1, 3, 0], restart=True),
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -76,11 +78,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "no_meta_tokens": {"num_memory_tokens": 0},
     "dynamic_ntk": {"rope_type": "dynamic_ntk"},
 }
-LEARNED = sum(int((labels[1:] != -100).sum()) for labels in LABELS)
+TARGETS = sum(int((labels[1:] != -100).sum()) for labels in LABELS)
 
 
 class Alone(NamedTuple):
-    """Each text in a pass of its own."""
+    """The results of a separate pass for each text."""
 
     logits: list[Tensor]
     loss: Tensor
@@ -92,7 +94,7 @@ def alone(name: str, dtype: torch.dtype) -> Alone:
     model = tiny_model(dtype, **MODELS[name])
     logits, losses = [], []
     for text, labels in zip(TEXTS, LABELS, strict=True):
-        output = model(text[None], labels=labels[None], num_items_in_batch=LEARNED)
+        output = model(text[None], labels=labels[None], num_items_in_batch=TARGETS)
         logits.append(output.logits[0].detach())
         losses.append(output.loss)
     loss = torch.stack(losses).sum()
@@ -104,7 +106,8 @@ def alone(name: str, dtype: torch.dtype) -> Alone:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_equals_each_text_alone(batch: Batch, name: str, dtype: torch.dtype) -> None:
-    expected, (close, close_gradient) = alone(name, dtype), TWINS[dtype]
+    expected = alone(name, dtype)
+    close, close_gradient = TWINS[dtype]
     model = tiny_model(dtype, **MODELS[name])
     output = model(**batch.inputs)
     output.loss.backward()
@@ -114,7 +117,7 @@ def test_equals_each_text_alone(batch: Batch, name: str, dtype: torch.dtype) -> 
     close_gradient.check_all(gradients(model), expected.gradients)
 
 
-def test_positions_of_one_row_stand_for_all() -> None:
+def test_positions_of_one_row_apply_to_all_rows() -> None:
     ids = torch.stack(random_texts([12, 12]))
     positions = torch.cat([torch.arange(5), torch.arange(7)])
     model = tiny_model(torch.float64)
@@ -123,7 +126,7 @@ def test_positions_of_one_row_stand_for_all() -> None:
     assert not torch.equal(once, model(ids).logits)
 
 
-def test_embeddings_stand_for_ids() -> None:
+def test_embeddings_give_the_results_of_their_ids() -> None:
     model = tiny_model(torch.float64)
     inputs = dict(LAYOUTS["padded_on_both_sides"].inputs)
     expected = model(**inputs)
@@ -135,20 +138,22 @@ def test_embeddings_stand_for_ids() -> None:
 
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 5, 20])], ids=["last", "last_four", "columns"])
 def test_logits_to_keep_are_those_columns(keep: int | Tensor) -> None:
-    model, inputs = tiny_model(), dict(LAYOUTS["left_padded"].inputs)
+    model = tiny_model()
+    inputs = dict(LAYOUTS["left_padded"].inputs)
     inputs.pop("labels")
     columns = slice(-keep, None) if isinstance(keep, int) else keep
     FLOAT32.check(model(**inputs, logits_to_keep=keep).logits, model(**inputs).logits[:, columns])
 
 
 def test_loss_needs_no_logits() -> None:
-    model, inputs = tiny_model(), LAYOUTS["left_padded"].inputs
+    model = tiny_model()
+    inputs = LAYOUTS["left_padded"].inputs
     output = model(**inputs, skip_logits=True)
     assert output.logits is None
     assert torch.equal(output.loss, model(**inputs).loss)
 
 
-def test_nothing_learned_costs_nothing() -> None:
+def test_the_loss_without_targets_is_zero() -> None:
     text = TEXTS[0][None]
     loss = tiny_model()(text, labels=torch.full_like(text, -100)).loss
     loss.backward()
@@ -162,8 +167,9 @@ def test_hidden_states_are_zero_at_padding_only() -> None:
 
 
 @pytest.mark.parametrize("return_dict", [False, True])
-def test_tuple_holds_what_the_output_holds(return_dict: bool) -> None:
-    model, inputs = tiny_model(), LAYOUTS["left_padded"].inputs
+def test_a_tuple_contains_the_fields_of_the_output(return_dict: bool) -> None:
+    model = tiny_model()
+    inputs = LAYOUTS["left_padded"].inputs
     loss, logits = model(**inputs, return_dict=return_dict)[:2]
     expected = model(**inputs)
     assert torch.equal(loss, expected.loss)

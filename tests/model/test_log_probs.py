@@ -1,4 +1,4 @@
-"""Scores of tokens are those of the whole logits, and so are their gradients."""
+"""Scores of tokens and their gradients equal those computed from all logits at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.tiny import random_texts, tiny_model
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """All logits at once."""
+    """Compute the log-probabilities from all logits at once."""
     logits = (hidden[:, :-1] @ weight.T).log_softmax(-1)
-    asked = labels[:, 1:] != -100
-    return logits.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * asked
+    is_scored = labels[:, 1:] != -100
+    return logits.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * is_scored
 
 
 def inputs(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a head and labels, some of them not asked for."""
+    """Return hidden states, the weight of a head, and labels, some of which are -100."""
     hidden, weight = torch.randn(rows, length, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
     labels = torch.randint(11, (rows, length))
     labels[torch.rand(rows, length) < 0.4] = -100
@@ -32,34 +32,36 @@ def test_log_probs_and_gradients_are_those_of_the_whole_logits(
 ) -> None:
     monkeypatch.setattr(log_probs, "CHUNK", 5)
     hidden, weight, labels = inputs(rows, length)
-    each = torch.randn(rows, length - 1, dtype=torch.float64)
+    weights = torch.randn(rows, length - 1, dtype=torch.float64)
     scores, expected = score_tokens(hidden, weight, labels).log_probs, plain(hidden, weight, labels)
     assert scores is not None
     torch.testing.assert_close(scores, expected)
-    gradients = torch.autograd.grad((scores * each).sum(), [hidden, weight])
-    torch.testing.assert_close(gradients, torch.autograd.grad((expected * each).sum(), [hidden, weight]))
+    gradients = torch.autograd.grad((scores * weights).sum(), [hidden, weight])
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weights).sum(), [hidden, weight]))
 
 
-def test_gradients_of_float64_are_numerical_ones() -> None:
+def test_gradcheck() -> None:
     hidden, weight, labels = inputs(2, 4)
     assert torch.autograd.gradcheck(lambda h, w: score_tokens(h, w, labels).log_probs, (hidden, weight))
 
 
 def test_other_scores_are_those_of_the_whole_logits() -> None:
     hidden, weight, labels = inputs(3, 9)
-    scores, asked = score_tokens(hidden, weight, labels), labels[:, 1:] != -100
+    scores = score_tokens(hidden, weight, labels)
+    is_scored = labels[:, 1:] != -100
     logits = hidden[:, :-1] @ weight.T
     assert scores.entropy is not None
     assert scores.mean_logits is not None
     assert scores.is_top1 is not None
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(scores.entropy, entropy * asked)
-    torch.testing.assert_close(scores.mean_logits, logits.mean(-1) * asked)
-    assert torch.equal(scores.is_top1, (logits.argmax(-1) == labels[:, 1:]) & asked)
+    torch.testing.assert_close(scores.entropy, entropy * is_scored)
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1) * is_scored)
+    assert torch.equal(scores.is_top1, (logits.argmax(-1) == labels[:, 1:]) & is_scored)
 
 
-def test_model_scores_a_text_as_its_logits_do_whatever_the_padding() -> None:
-    model, (text, other) = tiny_model(), random_texts([9, 6])
+def test_model_scores_do_not_depend_on_padding() -> None:
+    model = tiny_model()
+    text, other = random_texts([9, 6])
     ids = torch.stack([text, torch.cat([other, other.new_zeros(3)])])
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against PyTorch's own, on all logits at once."""
+"""The chunked cross-entropy against that of PyTorch on all logits at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, VOCABULARY = 6, 11
 
 
 def random_inputs(tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Hidden states, head and targets, a third of which are ignored."""
+    """Return hidden states, the weight of a head, and targets, a third of which are ignored."""
     inputs = {"hidden": torch.randn(tokens, WIDTH), "weight": torch.randn(VOCABULARY, WIDTH)}
     targets = torch.randint(VOCABULARY, (tokens,)).where(torch.arange(tokens) % 3 > 0, -100)
     return {name: x.double().requires_grad_() for name, x in inputs.items()}, targets
@@ -26,7 +26,7 @@ def chunked(inputs: dict[str, Tensor], targets: Tensor, counts: Tensor | None = 
 
 
 def with_gradients(inputs: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
-    """The loss, and the gradients of a multiple of it."""
+    """Return the loss, and the gradients of a multiple of it."""
     return {"loss": total} | dict(zip(inputs, torch.autograd.grad(0.3 * total, list(inputs.values())), strict=True))
 
 
@@ -40,7 +40,7 @@ def test_equals_cross_entropy(tokens: int, chunk: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_tokens_cost_what_they_count(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_weighted_by_their_counts(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", chunk)
     inputs, targets = random_inputs(7)
     counts = torch.rand(7).double()
@@ -48,31 +48,31 @@ def test_tokens_cost_what_they_count(chunk: int, monkeypatch: pytest.MonkeyPatch
     FLOAT64.check_all(with_gradients(inputs, chunked(inputs, targets, counts)), with_gradients(inputs, expected))
 
 
-def test_nothing_learned_costs_nothing() -> None:
+def test_the_loss_without_targets_is_zero() -> None:
     inputs, targets = random_inputs(7)
     for name, tensor in with_gradients(inputs, chunked(inputs, torch.full_like(targets, -100))).items():
         assert not tensor.any(), name
 
 
-def test_no_tokens_cost_nothing() -> None:
+def test_the_loss_of_no_tokens_is_zero() -> None:
     inputs, targets = random_inputs(0)
     for name, tensor in with_gradients(inputs, chunked(inputs, targets)).items():
         assert not tensor.any(), name
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_a_frozen_input_gets_no_gradient(frozen: str) -> None:
     inputs, targets = random_inputs(7)
     expected = with_gradients(inputs, chunked(inputs, targets))
     inputs[frozen].requires_grad_(False)
-    learned = {name: x for name, x in inputs.items() if name != frozen}
+    trained = {name: x for name, x in inputs.items() if name != frozen}
     total = chunked(inputs, targets)
-    grads = torch.autograd.grad(0.3 * total, list(learned.values()))
-    for name, gradient in zip(learned, grads, strict=True):
+    grads = torch.autograd.grad(0.3 * total, list(trained.values()))
+    for name, gradient in zip(trained, grads, strict=True):
         FLOAT64.check(gradient, expected[name], name)
 
 
-def test_nothing_needs_a_gradient() -> None:
+def test_the_loss_without_gradients_is_the_same() -> None:
     inputs, targets = random_inputs(7)
     expected = chunked(inputs, targets)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How C++ is built, kept, shared and done without."""
+"""The C++ is compiled once, cached, shared by processes, and replaced by torch if it is not available."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_native import LIBRARY, native_scan
 from hymba_tune.model.scan_native_source import SOURCE
 
-SCANNED = torch.ones(3, 17), torch.ones(3, 17), -torch.ones(17, 5), torch.ones(3, 5), torch.ones(3, 5)
+SCAN_INPUTS = torch.ones(3, 17), torch.ones(3, 17), -torch.ones(17, 5), torch.ones(3, 5), torch.ones(3, 5)
 
 
 def documents(tokens: int) -> Documents:
@@ -33,14 +33,14 @@ def documents(tokens: int) -> Documents:
 
 @pytest.fixture
 def native_code() -> None:
-    """Skips where there is no compiler, which other tests here do without."""
+    """Skip if there is no compiler; other tests in this file need none."""
     if reason := LIBRARY.unavailable_reason():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and no library loaded yet."""
+    """Use an empty cache folder, with no library loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     LIBRARY.load.cache_clear()
     yield tmp_path / "hymba-tune"
@@ -48,24 +48,25 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 @pytest.mark.usefixtures("cache_folder")
-def test_without_a_compiler_torch_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_torch_is_used_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     reason = LIBRARY.unavailable_reason()
     assert reason == ("no C++ compiler: no-such-compiler was not found; install g++ or clang++, or name one in $CXX")
-    assert selective_scan(*SCANNED, backend="auto")[0].equal(selective_scan(*SCANNED, backend="torch")[0])
+    assert selective_scan(*SCAN_INPUTS, backend="auto")[0].equal(selective_scan(*SCAN_INPUTS, backend="torch")[0])
     with pytest.raises(ValueError, match=r"native cannot be used: no C\+\+ compiler: no-such-compiler"):
-        selective_scan(*SCANNED, backend="native")
+        selective_scan(*SCAN_INPUTS, backend="native")
     with pytest.raises(RuntimeError, match=r"native scan cannot run: no C\+\+ compiler: no-such-compiler"):
-        native_scan(ScanInputs(*SCANNED, None, None, None, None, (0, 3)))
+        native_scan(ScanInputs(*SCAN_INPUTS, None, None, None, None, (0, 3)))
 
 
 @pytest.mark.usefixtures("native_code")
 @pytest.mark.parametrize("operation", ["scan", "convolution", "elementwise", "attention"])
 def test_tensors_without_memory_are_refused(operation: str) -> None:
-    weight, x = torch.ones(17, device="meta"), torch.ones(3, 17)
+    weight = torch.ones(17, device="meta")
+    x = torch.ones(3, 17)
     heads = x[:, None]
     computations: dict[str, tuple[str, Callable[[], object]]] = {
-        "scan": ("D", lambda: native_scan(ScanInputs(*SCANNED, weight, None, None, None, (0, 3)))),
+        "scan": ("D", lambda: native_scan(ScanInputs(*SCAN_INPUTS, weight, None, None, None, (0, 3)))),
         "convolution": ("bias", lambda: native_conv1d(x, torch.ones(17, 4), weight)),
         "elementwise": ("weight", lambda: native_rms_norm(x, weight, 1e-6)),
         "attention": ("v", lambda: native_attention(heads, heads, heads.to("meta"), documents(3), None)),
@@ -76,7 +77,7 @@ def test_tensors_without_memory_are_refused(operation: str) -> None:
 
 
 @pytest.mark.usefixtures("native_code")
-def test_a_shard_is_refused() -> None:
+def test_a_sharded_tensor_is_refused() -> None:
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     weight = distribute_tensor(torch.ones(17), init_device_mesh("cpu", (1,)))
     try:
@@ -104,31 +105,31 @@ def test_a_compiler_that_fails_is_reported(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(ValueError, match=f"native cannot be used: .*({reason})"):
-        selective_scan(*SCANNED, backend="native")
-    selective_scan(*SCANNED, backend="auto")
+        selective_scan(*SCAN_INPUTS, backend="native")
+    selective_scan(*SCAN_INPUTS, backend="auto")
 
 
 @pytest.mark.usefixtures("native_code")
-def test_compiled_once_and_kept(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_compiled_once_and_cached(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIBRARY.unavailable_reason() is None
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
     LIBRARY.load.cache_clear()
-    asked: list[list[str]] = []
+    commands: list[list[str]] = []
     output = native._output
-    monkeypatch.setattr(native, "_output", lambda command: asked.append(command) or output(command))
+    monkeypatch.setattr(native, "_output", lambda command: commands.append(command) or output(command))
     assert LIBRARY.unavailable_reason() is None
-    assert ["-E" in command for command in asked] == [True]  # only what the compiler and the CPU are
+    assert ["-E" in command for command in commands] == [True]  # only the query for the compiler and the CPU
 
 
 @pytest.mark.usefixtures("native_code")
-def test_another_constant_is_another_library(cache_folder: Path) -> None:
+def test_another_constant_gives_another_library(cache_folder: Path) -> None:
     for chunk in (8, 16):
         assert Library("scan", SOURCE, CHUNK=chunk, GROUP=64).unavailable_reason() is None
     assert len(list(cache_folder.iterdir())) == 2
 
 
 @pytest.mark.usefixtures("native_code")
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_without_a_writable_cache_the_library_is_compiled_elsewhere(
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocked = tmp_path / "file"

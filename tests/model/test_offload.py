@@ -1,4 +1,4 @@
-"""Weights that are in memory only while the module that owns them runs: offloaded to disk or CPU, or sharded."""
+"""Weights that are in memory only while their module is called: offloaded to disk or CPU, or sharded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.tolerances import FLOAT32
 
 IDS = torch.stack(random_texts([16, 16]))
 PLAIN = {"scan": "torch", "attention": "blocks", "conv": "torch", "elementwise": "torch"}
-each_kind = pytest.mark.parametrize("kernels", [{}, PLAIN], ids=["fastest", "plain"])
+each_kernels = pytest.mark.parametrize("kernels", [{}, PLAIN], ids=["fastest", "plain"])
 Offload = Callable[[HymbaForCausalLM, Path], HymbaForCausalLM]
 
 
 @pytest.fixture(autouse=True)
-def _chosen_as_before() -> Iterator[None]:
+def _restore_kernels() -> Iterator[None]:
     yield
     use_kernels(**dict.fromkeys(OPERATIONS, "auto"))
 
@@ -55,7 +55,7 @@ def in_cpu_memory(model: HymbaForCausalLM, _: Path) -> HymbaForCausalLM:
 
 
 def computed(model: HymbaForCausalLM) -> dict[str, Tensor]:
-    """What a model is used for without training it."""
+    """Return the results of each use of a model without training."""
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
     with torch.no_grad():
@@ -63,20 +63,20 @@ def computed(model: HymbaForCausalLM) -> dict[str, Tensor]:
         first = model(IDS[:, :9], use_cache=True)
         later = model(IDS[:, 9:], cache=first[CACHE_NAME])
         scores = model(IDS, labels=IDS, fused_lm_head=True).log_probs
-        written = model.generate(IDS, max_new_tokens=3, do_sample=False)
+        generated = model.generate(IDS, max_new_tokens=3, do_sample=False)
     return {
         "logits": output.logits,
         "loss": output.loss,
         "later": later.logits,
         "scores": scores,
-        "written": written.float(),
+        "generated": generated.float(),
     }
 
 
-@each_kind
+@each_kernels
 @pytest.mark.parametrize("config", [{}, {"kq_norm": "perhead-rms", "tie_word_embeddings": False}], ids=["tied", "not"])
 @pytest.mark.parametrize("offload", [on_disk, layers_on_disk, in_cpu_memory])
-def test_an_offloaded_model_computes_what_it_did(
+def test_an_offloaded_model_gives_the_same_results(
     offload: Offload, config: dict[str, Any], kernels: dict[str, str], tmp_path: Path
 ) -> None:
     use_kernels(**kernels)
@@ -92,9 +92,9 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process")
-@each_kind
-def test_a_model_trains_whose_every_module_is_sharded_alone(kernels: dict[str, str]) -> None:
-    """No layer gathers for the modules in it: a parameter read by another module than its owner is a shard."""
+@each_kernels
+def test_a_model_with_separately_sharded_modules_trains(kernels: dict[str, str]) -> None:
+    """A parameter is gathered only while its own module is called, so another module would read a shard."""
     use_kernels(**kernels)
     expected = tiny_model(tie_word_embeddings=False)
     loss = expected(IDS, labels=IDS).loss
@@ -106,12 +106,13 @@ def test_a_model_trains_whose_every_module_is_sharded_alone(kernels: dict[str, s
     sharded = model(IDS, labels=IDS).loss
     sharded.backward()
     FLOAT32.check(sharded, loss)
-    found = {name: x.full_tensor() if x is not None else None for name, x in gradients(model).items()}
-    FLOAT32.check_all(found, gradients(expected))
+    gathered = {name: x.full_tensor() if x is not None else None for name, x in gradients(model).items()}
+    FLOAT32.check_all(gathered, gradients(expected))
 
 
-def test_no_parameter_belongs_to_a_module_that_is_not_called() -> None:
-    model, called = tiny_model(kq_norm="rms"), set[nn.Module]()
+def test_every_module_with_parameters_is_called() -> None:
+    model = tiny_model(kq_norm="rms")
+    called = set[nn.Module]()
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: called.add(module))
     model(IDS)
@@ -121,4 +122,4 @@ def test_no_parameter_belongs_to_a_module_that_is_not_called() -> None:
         if next(module.parameters(recurse=False), None) is not None
     }
     unused = {name for name, module in owners.items() if module not in called}
-    assert unused == {"model.layers.2.mamba.self_attn.k_norm"}  # the layer takes its keys from another one
+    assert unused == {"model.layers.2.mamba.self_attn.k_norm"}  # the layer reuses the keys of another one

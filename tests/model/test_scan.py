@@ -1,4 +1,4 @@
-"""The selective scan of many texts against the naive twin on each: outputs, final states, every gradient."""
+"""The selective scan of many texts against the naive twin on each: outputs, final states and all gradients."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LENGTHS = {
 
 def scan(inputs: dict[str, Tensor], lengths: list[int], backend: str = "auto") -> tuple[Tensor, Tensor]:
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    given = {name: x for name, x in inputs.items() if name != "initial"}
-    return selective_scan(**given, initial_state=inputs.get("initial"), cu_seqlens=offsets, backend=backend)
+    tensors = {name: x for name, x in inputs.items() if name != "initial"}
+    return selective_scan(**tensors, initial_state=inputs.get("initial"), cu_seqlens=offsets, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -46,7 +46,9 @@ def test_one_initial_state_for_every_text(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "native", "torch", "reference"])
 def test_float32_is_close_to_float64(backend: str) -> None:
-    if backend == "native" and LIBRARY.unavailable_reason():  # `doctor` says why; "auto" then takes another
+    if (
+        backend == "native" and LIBRARY.unavailable_reason()
+    ):  # `doctor` gives the reason; "auto" then selects another backend
         backend = "auto"
     lengths = LENGTHS["many_texts"]
     wide = random_inputs(lengths)
@@ -58,7 +60,7 @@ def test_float32_is_close_to_float64(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
-def test_bfloat16_keeps_a_float32_state(backend: str) -> None:
+def test_bfloat16_has_a_float32_state(backend: str) -> None:
     lengths = LENGTHS["many_texts"]
     inputs = {name: x.detach().bfloat16() for name, x in random_inputs(lengths).items()}
     expected = naive({name: x.double() for name, x in inputs.items()}, lengths)
@@ -79,16 +81,17 @@ def test_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_texts_go_on_from_their_final_states() -> None:
+def test_texts_continue_from_their_final_states() -> None:
     lengths = [20, 3]
     inputs = random_inputs(lengths)
     y, final = scan(inputs, lengths)
     first = [torch.arange(11), torch.arange(20, 22)]
     rest = [torch.arange(11, 20), torch.arange(22, 23)]
-    state, parts = inputs["initial"], []
+    state = inputs["initial"]
+    parts = []
     for rows in (first, rest):
-        own = {name: x[torch.cat(rows)] if len(x) == 23 else x for name, x in inputs.items()}
-        part, state = scan(own | {"initial": state}, [len(row) for row in rows])
+        selected = {name: x[torch.cat(rows)] if len(x) == 23 else x for name, x in inputs.items()}
+        part, state = scan(selected | {"initial": state}, [len(row) for row in rows])
         parts.append(part)
     FLOAT64.check(torch.cat(parts)[torch.cat([*first, *rest]).argsort()], y)
     FLOAT64.check(state, final)

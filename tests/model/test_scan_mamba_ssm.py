@@ -1,4 +1,4 @@
-"""The scan through mamba-ssm against the naive twin; without a GPU a stand-in takes the kernel's place."""
+"""The scan of mamba-ssm against the naive twin; without a GPU, a stand-in replaces the kernel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHANNELS, STATES = 5, 3
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
+def _clear_cache() -> Iterator[None]:
     mamba_ssm_unavailable_reason.cache_clear()
     yield
     mamba_ssm_unavailable_reason.cache_clear()
@@ -43,7 +43,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random_inputs(lengths: list[int], *, optional: bool = True) -> dict[str, Tensor]:
-    """Float64 leaves; rows are columns of one wide matrix, as a projection leaves them."""
+    """Return float64 leaves, some of which are columns of one wide matrix, like the outputs of a projection."""
     tokens = sum(lengths)
     u, dt, z = torch.randn(tokens, 3 * CHANNELS).double().split(CHANNELS, 1)
     inputs = {"u": u, "dt": dt, "A": -torch.rand(CHANNELS, STATES), "B": torch.randn(tokens, STATES)}
@@ -60,19 +60,19 @@ def scan(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]
 
 
 def naive(inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Each text alone; one without tokens leaves the zeros that it begins with."""
+    """Scan each text alone; the final state of a text without tokens is zero."""
     rows = {name: x.split(lengths) for name, x in inputs.items() if name in ("u", "dt", "B", "C", "z")}
     outputs, finals = [inputs["u"] * 0], []
     for text, length in enumerate(lengths):
-        own = inputs | {name: parts[text] for name, parts in rows.items()}
-        y, final = naive_scan(**own) if length else (own["u"], torch.zeros_like(inputs["A"]))
+        inputs_of_text = inputs | {name: parts[text] for name, parts in rows.items()}
+        y, final = naive_scan(**inputs_of_text) if length else (rows["u"][text], torch.zeros_like(inputs["A"]))
         outputs.append(y)
         finals.append(final)
     return torch.cat(outputs[1:]), torch.stack(finals)
 
 
 def with_gradients(inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a random weighing of both."""
+    """Return the outputs, and the gradients of a randomly weighted sum of both."""
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     total = torch.stack([(x * weight).sum() for x, weight in zip(outputs, weights, strict=True)]).sum()
@@ -89,11 +89,11 @@ def test_equals_naive_twin(lengths: list[int], optional: bool) -> None:
     FLOAT64.check_all(actual, with_gradients(inputs, naive(inputs, lengths)))
 
 
-def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_from_the_hub_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = SimpleNamespace(selective_scan_fn=fake_kernels.selective_scan_fn)
-    found = SimpleNamespace(ops=SimpleNamespace(selective_scan_interface=interface))
+    kernel = SimpleNamespace(ops=SimpleNamespace(selective_scan_interface=interface))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(scan_mamba_ssm, "hub_kernel", {"mamba-ssm": found}.get)
+    monkeypatch.setattr(scan_mamba_ssm, "hub_kernel", {"mamba-ssm": kernel}.get)
     assert mamba_ssm_unavailable_reason() is None
     lengths = [7, 1, 20]
     inputs = random_inputs(lengths)
@@ -116,7 +116,7 @@ def test_bfloat16_inputs_and_float32_time_steps() -> None:
 
 
 @pytest.mark.usefixtures("_installed")
-def test_nothing_is_missing_where_it_is_installed() -> None:
+def test_it_is_available_if_it_is_installed() -> None:
     assert mamba_ssm_unavailable_reason() is None
 
 
@@ -125,13 +125,13 @@ def test_nothing_is_missing_where_it_is_installed() -> None:
     ("absent", "reason"),
     [("mamba_ssm", "not installed"), ("selective_scan_cuda", "rebuild with MAMBA_KEEP_CUDA_BUILD=TRUE")],
 )
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, absent: str, reason: str) -> None:
+def test_gives_the_reason_if_a_module_is_missing(monkeypatch: pytest.MonkeyPatch, absent: str, reason: str) -> None:
     for name in [name for name in sys.modules if name == absent or name.startswith(f"{absent}.")]:
         monkeypatch.delitem(sys.modules, name)
     assert reason in str(mamba_ssm_unavailable_reason())
 
 
-def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gives_the_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert mamba_ssm_unavailable_reason() == "no CUDA device"
 
@@ -144,7 +144,7 @@ def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ModuleNotFoundError("No module named 'einops'", name="einops"),
     ],
 )
-def test_says_that_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: ImportError) -> None:
+def test_gives_the_error_if_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: ImportError) -> None:
     original = __import__
 
     def importing(name: str, *arguments: object) -> object:
@@ -156,7 +156,7 @@ def test_says_that_it_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, error: I
     assert mamba_ssm_unavailable_reason() == f"installed, but cannot be loaded: {error}"
 
 
-def test_refuses_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="mamba-ssm cannot be used: not installed"):
         scan(random_inputs([3]), [3])

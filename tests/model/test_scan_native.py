@@ -15,13 +15,13 @@ from tests.tolerances import FLOAT32, Tolerance
 
 BFLOAT16_ROUNDING = Tolerance(4e-3, float("inf"), "the result alone is rounded, once, to eight bits")
 LENGTHS = {1: [1], 7: [3, 0, 4], 65: [0, 1, 32, 0, 32]}
-"""By their tokens, texts of which some are empty, of one token, or end with a chunk."""
+"""Texts by their total length; some are empty, have one token, or end with a chunk."""
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 
 
 @pytest.fixture
 def native() -> None:
-    """Skips where there is no compiler: the scan then takes another way, which the tests of the fallback check."""
+    """Skip if there is no compiler; the tests of the fallback cover this case."""
     if reason := LIBRARY.unavailable_reason():
         pytest.skip(reason)
 
@@ -49,7 +49,7 @@ def scan(inputs: Mapping[str, Tensor], lengths: list[int], backend: str = "nativ
 
 
 def with_gradients(inputs: Mapping[str, Tensor], lengths: list[int], backend: str = "native") -> dict[str, Tensor]:
-    """Outputs, and the gradients of a random weighing of them."""
+    """Return the outputs, and the gradients of a randomly weighted sum of them."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outputs = scan(leaves, lengths, backend)
     generator = torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def test_one_initial_state_for_every_text() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("narrow", [("u", "dt", "B", "C", "z"), ("u",), ("dt", "C"), ("B", "z")], ids="-".join)
-def test_bfloat16_is_widened_inside(narrow: tuple[str, ...]) -> None:
+def test_bfloat16_inputs_are_computed_in_float32(narrow: tuple[str, ...]) -> None:
     inputs = random_inputs(LENGTHS[65])
     inputs |= {name: inputs[name].bfloat16() for name in narrow}
     actual, expected = with_gradients(inputs, LENGTHS[65]), reference(inputs, LENGTHS[65])
@@ -107,7 +107,7 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_halves_and_doubles_in_other_places_are_cast() -> None:
+def test_inputs_of_other_dtypes_are_cast() -> None:
     inputs = random_inputs(LENGTHS[65])
     inputs |= {"dt": inputs["dt"].half(), "A": inputs["A"].double(), "initial_state": inputs["initial_state"].half()}
     actual = with_gradients(inputs, LENGTHS[65])
@@ -116,7 +116,7 @@ def test_halves_and_doubles_in_other_places_are_cast() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
+def test_columns_of_a_wider_matrix_and_transposed_inputs_give_the_same() -> None:
     inputs = random_inputs(LENGTHS[65])
     wide = torch.cat([inputs["u"], inputs["dt"], inputs["z"], inputs["B"]], 1)
     u, dt, z, B = wide.split([17, 17, 17, 5], 1)
@@ -128,7 +128,7 @@ def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("name", random_inputs([1]))
-def test_gradient_of_one_input_alone(name: str) -> None:
+def test_the_gradient_of_one_input_alone_is_the_same(name: str) -> None:
     inputs = random_inputs(LENGTHS[7])
     leaf = inputs[name].clone().requires_grad_()
     y, _ = scan(inputs | {name: leaf}, LENGTHS[7])
@@ -151,7 +151,7 @@ def test_gradient_of_the_final_state_alone() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_the_same_bits_on_any_number_of_threads_and_in_any_company() -> None:
+def test_the_result_does_not_depend_on_threads_or_other_texts() -> None:
     lengths = [300, 1, 410]
     inputs = random_inputs(lengths, 200, 16)
     results = []
@@ -168,15 +168,15 @@ def test_the_same_bits_on_any_number_of_threads_and_in_any_company() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_keeps_one_state_for_a_chunk_of_tokens() -> None:
+def test_one_state_per_chunk_of_tokens_is_saved() -> None:
     lengths = [256, 64]
     inputs = random_inputs(lengths, 64, 16)
     saved: list[Tensor] = []
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(leaves, lengths)
-    given = sum(x.numel() for name, x in inputs.items() if name != "initial_state")
-    assert sum(x.numel() for x in saved) == given + 320 // CHUNK * 64 * 16
+    expected = sum(x.numel() for name, x in inputs.items() if name != "initial_state")
+    assert sum(x.numel() for x in saved) == expected + 320 // CHUNK * 64 * 16
     saved.clear()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(leaves, lengths)
@@ -184,22 +184,22 @@ def test_keeps_one_state_for_a_chunk_of_tokens() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_what_is_not_finite_stays_in_its_channel_and_reaches_the_outputs() -> None:
+def test_values_that_are_not_finite_stay_in_their_channel() -> None:
     inputs = random_inputs([20])
     clean, _ = scan(inputs, [20])
     for value in (float("nan"), float("inf"), -float("inf")):
         u = inputs["u"].clone()
         u[4, 6] = value
         y, final = scan(inputs | {"u": u}, [20])
-        touched = ~y.isfinite()
-        assert touched[4:, 6].all()
+        affected = ~y.isfinite()
+        assert affected[4:, 6].all()
         assert not final[0, 6].isfinite().any()
-        assert touched.sum() == 16
-        assert y[~touched].equal(clean[~touched])
+        assert affected.sum() == 16
+        assert y[~affected].equal(clean[~affected])
 
 
 @pytest.mark.usefixtures("native")
-def test_extreme_time_steps_and_growth() -> None:
+def test_extreme_time_steps_and_growth_equal_the_reference() -> None:
     one = {"u": torch.ones(5, 1), "A": torch.tensor([[-1.0]]), "B": torch.ones(5, 1), "C": torch.ones(5, 1)}
     dt = torch.tensor([-200.0, -90.0, -20.0, 30.0, 1e6])[:, None]
     expected, _ = scan({**one, "dt": dt}, [1] * 5, "reference")
@@ -208,7 +208,7 @@ def test_extreme_time_steps_and_growth() -> None:
     assert scan(grows | {"initial_state": torch.ones(1, 1)}, [5])[0].isinf().all()
 
 
-def test_shapes_and_devices_that_do_not_fit_are_refused() -> None:
+def test_wrong_shapes_and_devices_are_refused() -> None:
     inputs = random_inputs([3, 4])
     wrong = {"dt": (7, 16), "B": (8, 5), "A": (16, 5), "D": (16,), "initial_state": (3, 17, 5)}
     for name, shape in wrong.items():
@@ -221,10 +221,11 @@ def test_shapes_and_devices_that_do_not_fit_are_refused() -> None:
             selective_scan(**random_inputs([7], without=OPTIONAL), cu_seqlens=torch.tensor(offsets))
 
 
-def test_what_native_cannot_take_is_refused_when_forced() -> None:
+def test_unsupported_inputs_are_refused_by_a_chosen_backend() -> None:
     inputs = {name: x.double() for name, x in random_inputs([3]).items()}
     with pytest.raises(
-        ValueError, match=r"native cannot be used: it takes float32 and bfloat16, not float64; torch and reference can"
+        ValueError,
+        match=r"native cannot be used: it supports float32 and bfloat16, not float64; torch and reference can",
     ):
         scan(inputs, [3])
     meta = {name: x.float().to("meta") for name, x in inputs.items()}
@@ -234,7 +235,7 @@ def test_what_native_cannot_take_is_refused_when_forced() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("lengths", [[7], [20, 1, 0, 33], [0, 5, 17], [16, 16, 48]], ids=str)
-def test_chained_texts_go_on_from_the_first(lengths: list[int]) -> None:
+def test_fused_texts_continue_from_the_first(lengths: list[int]) -> None:
     inputs = random_inputs(lengths, without=("initial_state", "dt_bias"))
 
     def fuses_meta_prefix() -> tuple[Tensor, Tensor]:

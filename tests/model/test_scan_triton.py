@@ -1,4 +1,4 @@
-"""The Triton scan against the naive twin, interpreted where there is no GPU, and its kernels compiled for one."""
+"""The Triton scan against the naive twin, interpreted without a GPU; its kernels also compile for a GPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 0, 5]
-"""Texts of one chunk, of none, and of two."""
+"""Texts of one chunk, no chunk and two chunks."""
 
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that a few tokens and channels fill several; skips where Triton is not installed."""
+    """Use blocks so small that a few tokens and channels need several; skip if Triton is not installed."""
     if reason := triton_unavailable_reason():
         pytest.skip(reason)
     sizes = {"CHUNK": 4, "STATES": 16, "GRADIENT_STATES": 8, "GROUP": 4, "CARRIED": 2, "CARRYING": 4}
@@ -41,8 +41,8 @@ def scan(inputs: Mapping[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tens
     state = inputs.get("initial")
     if state is not None and state.ndim == 2:
         state = state.expand(len(lengths), -1, -1)
-    given = {field: inputs.get(field) for field in ScanInputs._fields}
-    return triton_scan(ScanInputs(**given | {"state": state, "offsets": (0, *accumulate(lengths))}))
+    tensors = {field: inputs.get(field) for field in ScanInputs._fields}
+    return triton_scan(ScanInputs(**tensors | {"state": state, "offsets": (0, *accumulate(lengths))}))
 
 
 def leaves(inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def leaves(inputs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> 
 
 
 def expected(inputs: Mapping[str, Tensor], lengths: list[int], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The naive twin's outputs, y rounded to a dtype, and gradients; a text without tokens keeps its state."""
+    """Return outputs, y rounded to a dtype, and gradients of the naive twin; an empty text keeps its state."""
     wide = {name: x.detach().to("cpu", torch.float64).requires_grad_() for name, x in inputs.items()}
     state = wide.get("initial", torch.zeros(len(lengths), *wide["A"].shape).double())
     state = state.expand(len(lengths), *wide["A"].shape)
@@ -78,7 +78,9 @@ def test_equals_naive_twin(without: tuple[str, ...]) -> None:
     ("tokens", "channels", "states", "chunk"),
     [(1, 1, 1, 4), (7, 2, 16, 4), (7, 9, 2, 2), (65, 2, 4, 32)],
 )
-def test_sizes(tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_one_and_odd_sizes_equal_the_naive_twin(
+    tokens: int, channels: int, states: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scan_triton, "CHUNK", chunk)
     inputs = leaves(random_inputs([tokens], channels=channels, states=states))
     check(with_gradients(inputs, scan(inputs, [tokens])), expected(inputs, [tokens]))
@@ -107,7 +109,7 @@ def test_each_input_has_its_own_dtype(dtype: torch.dtype, narrow: tuple[str, ...
 
 
 @pytest.mark.usefixtures("triton")
-def test_results_under_autocast_are_those_without() -> None:
+def test_autocast_does_not_change_the_results() -> None:
     inputs = leaves(random_inputs([5]))
     plain = with_gradients(inputs, scan(inputs, [5]))
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -116,7 +118,7 @@ def test_results_under_autocast_are_those_without() -> None:
 
 
 @pytest.mark.usefixtures("triton")
-def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
+def test_columns_of_a_wider_matrix_and_transposed_inputs_give_the_same() -> None:
     inputs = leaves(random_inputs([5]))
     u, dt, z, B = torch.cat([inputs[name] for name in ("u", "dt", "z", "B")], 1).split([5, 5, 5, 3], 1)
     strided = inputs | {"u": u, "dt": dt, "z": z, "B": B}
@@ -126,7 +128,7 @@ def test_columns_of_a_wider_matrix_and_transposed_inputs() -> None:
 
 
 @pytest.mark.usefixtures("triton")
-def test_the_same_bits_every_time_and_in_any_company() -> None:
+def test_the_result_is_deterministic_and_does_not_depend_on_other_texts() -> None:
     inputs = leaves(random_inputs([2, 5]))
     first, second = (with_gradients(inputs, scan(inputs, [2, 5])) for _ in range(2))
     assert all(second[name].equal(x) for name, x in first.items())
@@ -143,22 +145,22 @@ def test_gradients_of_some_inputs_from_one_output(wanted: tuple[str, ...], outpu
     inputs = random_inputs([3])
     narrow = {name: x.requires_grad_(name in wanted) for name, x in leaves(inputs).items()}
     grads = [
-        torch.autograd.grad(outputs[output].sum(), [own[name] for name in wanted], materialize_grads=True)
-        for own, outputs in ((narrow, scan(narrow, [3])), (inputs, naive(inputs, [3])))
+        torch.autograd.grad(outputs[output].sum(), [leaves_of[name] for name in wanted], materialize_grads=True)
+        for leaves_of, outputs in ((narrow, scan(narrow, [3])), (inputs, naive(inputs, [3])))
     ]
     for name, actual, exact in zip(wanted, *grads, strict=True):
         FLOAT32_GRADIENT.check(actual.cpu(), exact, name)
 
 
 @pytest.mark.usefixtures("triton")
-def test_keeps_one_state_for_a_chunk() -> None:
+def test_one_state_per_chunk_is_saved() -> None:
     inputs = leaves(random_inputs([6, 3]))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(inputs, [6, 3])
         chunks = 3
-        given = sum(x.numel() for name, x in inputs.items() if name != "initial")
-        assert sum(x.numel() for x in saved) == given + chunks * inputs["A"].numel()
+        input_elements = sum(x.numel() for name, x in inputs.items() if name != "initial")
+        assert sum(x.numel() for x in saved) == input_elements + chunks * inputs["A"].numel()
         saved.clear()
         with torch.no_grad():
             scan(inputs, [6, 3])
@@ -166,7 +168,7 @@ def test_keeps_one_state_for_a_chunk() -> None:
 
 
 @pytest.mark.usefixtures("triton")
-def test_time_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_steps_of_any_size_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_triton, "STATES", 256)
     dt = torch.cat([torch.linspace(-80, 80, 151), torch.tensor([-1e30, 1e30])])[None].to(DEVICE)
     one = torch.ones(1, 1, device=DEVICE)
@@ -176,7 +178,7 @@ def test_time_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("triton")
-def test_what_is_not_finite_stays_in_its_channel() -> None:
+def test_values_that_are_not_finite_stay_in_their_channel() -> None:
     inputs = leaves(random_inputs([4]))
     clean, _ = scan(inputs, [4])
     u = inputs["u"].detach().clone()
@@ -187,7 +189,7 @@ def test_what_is_not_finite_stays_in_its_channel() -> None:
     assert y.equal(clean)
 
 
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gives_the_reason_if_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(scan_triton, "INSTALLED", True)
@@ -248,7 +250,7 @@ sum(x.float().sum() for x in triton_scan(inputs)).backward()
 
 @pytest.mark.skipif(not scan_triton_kernels.INSTALLED, reason="triton is not installed")
 @pytest.mark.parametrize("arguments", [["80"], pytest.param(["90", "bare"], marks=pytest.mark.slow)], ids="-".join)
-def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments: list[str], tmp_path: Path) -> None:
+def test_every_kernel_compiles_without_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "error", "-c", COMPILE, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -265,9 +267,9 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(arguments: list[str], 
 def test_compiled_equals_torch(dtype: torch.dtype, lengths: list[int]) -> None:
     inputs = random_inputs(lengths, channels=3200, states=16)
     narrow = leaves(inputs) | leaves({name: inputs[name] for name in ("u", "B", "C", "z")}, dtype)
-    given = {name: x for name, x in narrow.items() if name != "initial"}
+    tensors = {name: x for name, x in narrow.items() if name != "initial"}
     wanted = selective_scan(
-        **given, initial_state=narrow["initial"], cu_seqlens=(0, *accumulate(lengths)), backend="torch"
+        **tensors, initial_state=narrow["initial"], cu_seqlens=(0, *accumulate(lengths)), backend="torch"
     )
     exact = {name: x.cpu() for name, x in with_gradients(narrow, wanted).items()}
     actual, again = (with_gradients(narrow, scan(narrow, lengths)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Hymba under transformers' own Trainer, and what it hands to a model."""
+"""Hymba with the Trainer of transformers, and the inputs that it passes to a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ROWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
 def trainer(model: nn.Module, folder: Path, **changes: Any) -> Trainer:
-    usual: dict[str, Any] = {"per_device_eval_batch_size": 2, "per_device_train_batch_size": 3, "use_cpu": True}
-    arguments = TrainingArguments(str(folder), report_to="none", disable_tqdm=True, **usual | changes)
+    defaults: dict[str, Any] = {"per_device_eval_batch_size": 2, "per_device_train_batch_size": 3, "use_cpu": True}
+    arguments = TrainingArguments(str(folder), report_to="none", disable_tqdm=True, **defaults | changes)
     return Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS)
 
 
@@ -31,36 +31,37 @@ def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         output = model(IDS, labels=IDS)
-    used = trainer(model, tmp_path)
-    assert used.evaluate()["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
-    predicted = used.predict(ROWS)
+    tested = trainer(model, tmp_path)
+    assert tested.evaluate()["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    predicted = tested.predict(ROWS)
     FLOAT32.check(torch.tensor(predicted.predictions), output.logits)
     assert predicted.label_ids.tolist() == IDS.tolist()
 
 
 def test_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
     model = tiny_model()
-    used = trainer(model, tmp_path, label_smoothing_factor=0.1)
+    tested = trainer(model, tmp_path, label_smoothing_factor=0.1)
     logits = model(IDS).logits[:, :-1].flatten(0, 1)
     expected = cross_entropy(logits, IDS[:, 1:].flatten(), label_smoothing=0.1)
-    loss = used.compute_loss(model, {"input_ids": IDS, "labels": IDS})
+    loss = tested.compute_loss(model, {"input_ids": IDS, "labels": IDS})
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def shifted(ids: Tensor, mask: Tensor) -> Tensor:
-    """What each token is to predict, nothing where it or its successor is padding."""
+    """Return the label that each position predicts, -100 if it or the next token is padding."""
     labels = torch.nn.functional.pad(ids.masked_fill(mask == 0, -100), (0, 1), value=-100)[:, 1:]
     return labels.masked_fill(mask == 0, -100)
 
 
-@pytest.mark.parametrize("beside_labels", [False, True])
+@pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_shifted_labels_are_not_shifted_again(side: str, beside_labels: bool) -> None:
-    model, mask = tiny_model(torch.float64), torch.ones_like(IDS)
+def test_shifted_labels_are_not_shifted_again(side: str, with_labels: bool) -> None:
+    model = tiny_model(torch.float64)
+    mask = torch.ones_like(IDS)
     if side != "none":
         mask[1, slice(5) if side == "left" else slice(-5, None)] = 0
     expected = model(IDS, attention_mask=mask, labels=IDS.masked_fill(mask == 0, -100)).loss
-    labels = {"labels": IDS} if beside_labels else {}
+    labels = {"labels": IDS} if with_labels else {}
     actual = model(IDS, attention_mask=mask, shift_labels=shifted(IDS, mask), **labels).loss
     FLOAT64.check(actual, expected)
 
@@ -74,8 +75,8 @@ def test_shifted_labels_of_the_last_token_count() -> None:
     FLOAT64.check(-scores.mean(), expected)
     weights = torch.rand(3, 9, dtype=torch.float64)
     losses = cross_entropy(logits.mT, IDS[:, 1:10], reduction="none")
-    weighed = model(IDS[:, :9], shift_labels=IDS[:, 1:10], loss_weights=weights).loss
-    FLOAT64.check(weighed, (losses * weights).sum() / weights.sum())
+    weighted = model(IDS[:, :9], shift_labels=IDS[:, 1:10], loss_weights=weights).loss
+    FLOAT64.check(weighted, (losses * weights).sum() / weights.sum())
 
 
 def test_auto_model_is_the_layers_without_the_head(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_auto_model_is_the_layers_without_the_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapted_head_learns_from_the_loss() -> None:
+def test_an_adapted_head_gets_gradients_from_the_loss() -> None:
     model = tiny_model(tie_word_embeddings=False)
     adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     output = adapted(IDS, labels=IDS)
@@ -101,7 +102,7 @@ def test_an_adapted_head_learns_from_the_loss() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_resized_head_is_still_ours(tied: bool) -> None:
+def test_a_resized_head_is_still_a_hymba_head(tied: bool) -> None:
     model = tiny_model(tie_word_embeddings=tied)
     model.resize_token_embeddings(70, mean_resizing=False)
     assert isinstance(model.lm_head, HymbaHead)

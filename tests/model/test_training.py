@@ -1,4 +1,4 @@
-"""A fresh model trains, in every precision and with checkpointed activations."""
+"""A newly initialized model trains in every precision and with checkpointed activations."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_fresh_models_of_one_seed_are_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_fresh_time_steps_lie_between_a_thousandth_and_a_tenth() -> None:
+def test_initial_time_steps_are_between_a_thousandth_and_a_tenth() -> None:
     for layer in fresh_model(hidden_size=240).model.layers:
         steps = softplus(layer.mamba.dt_proj[0].bias.detach())
         assert 0.001 <= steps.min() < 0.0015
         assert 0.07 < steps.max() <= 0.1
 
 
-def test_fresh_states_decay_at_whole_rates() -> None:
+def test_initial_decay_rates_are_whole_numbers() -> None:
     for layer in fresh_model().model.layers:
         assert torch.allclose(layer.mamba.A_log[0].exp(), torch.tensor([1.0, 2.0, 3.0]).expand(48, 3))
         assert (layer.mamba.D[0] == 1).all()
@@ -77,14 +77,15 @@ def test_checkpointed_activations_change_no_gradient(rope_type: str, use_reentra
     model = tiny_model(torch.float64, rope_type=rope_type).train()
     calls: list[Tensor] = []
     model.model.layers[2].mamba.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
-    expected, once = gradients_of_a_padded_batch(model), len(calls)
+    expected = gradients_of_a_padded_batch(model)
+    once = len(calls)
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     FLOAT64.check_all(gradients_of_a_padded_batch(model), expected)
     assert len(calls) == once + 2 * once  # the backward computed the layer again
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-def test_checkpointed_activations_of_a_frozen_model_reach_what_is_learned(use_reentrant: bool) -> None:
+def test_checkpointed_activations_of_a_frozen_model_give_gradients_to_trained_parameters(use_reentrant: bool) -> None:
     model = tiny_model(torch.float64).train().requires_grad_(False)
     for layer in model.model.layers:
         layer.mamba.in_proj.weight.requires_grad_()
@@ -94,17 +95,19 @@ def test_checkpointed_activations_of_a_frozen_model_reach_what_is_learned(use_re
     FLOAT64.check_all(gradients_of_a_padded_batch(model), expected)
 
 
-def test_checkpointed_activations_leave_generation_as_it_is() -> None:
+def test_checkpointed_activations_do_not_change_generation() -> None:
     model = tiny_model(tie_word_embeddings=False)
     expected = model.generate(IDS, max_new_tokens=5, do_sample=False)
     model.train().activation_checkpointing_enable({"use_reentrant": False})
     assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_cache_beside_checkpointed_activations_is_refused() -> None:
+def test_a_cache_with_checkpointed_activations_is_refused() -> None:
     model = tiny_model().train()
     model.activation_checkpointing_enable()
-    with pytest.raises(ValueError, match="checkpointed layers run again in the backward and no cache fits"):
+    with pytest.raises(
+        ValueError, match="gradient checkpointing runs layers again in the backward, so no cache is valid"
+    ):
         model(IDS, use_cache=True)
 
 
@@ -129,30 +132,31 @@ def test_autocast_is_close_to_float32(kq_norm: str) -> None:
 
 def test_decays_and_skips_of_a_bfloat16_model_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(torch.bfloat16)
-    seen: list[tuple[Tensor, ...]] = []
+    calls: list[tuple[Tensor, ...]] = []
     scan = layers.packed_scan
 
     def spy(*args: Any) -> Any:
-        seen.append(args)
+        calls.append(args)
         return scan(*args)
 
     monkeypatch.setattr(layers, "packed_scan", spy)
     model(IDS)
-    for layer, (_, dt, A, *_) in zip(model.model.layers, seen, strict=True):
+    for layer, (_, dt, A, *_) in zip(model.model.layers, calls, strict=True):
         assert dt.dtype == torch.float32
         assert torch.equal(A, -torch.exp(layer.mamba.A_log[0].float()))
 
 
-def test_layers_are_kept_whole_when_spread_over_devices() -> None:
+def test_layers_are_not_split_over_devices() -> None:
     model = tiny_model()
     assert list(model._no_split_modules) == [type(model.model.layers[0]).__name__]
 
 
-def test_texts_longer_than_the_model_was_made_for_get_one_warning(
+def test_texts_longer_than_the_context_get_one_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = tiny_model(), torch.zeros(1, 65, dtype=torch.long) + 5
-    transformers_logging.warning_once.cache_clear()  # another test may have had its warning
+    model = tiny_model()
+    ids = torch.zeros(1, 65, dtype=torch.long) + 5
+    transformers_logging.warning_once.cache_clear()  # another test may have caused the same warning
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="transformers"), torch.no_grad():
         model(ids[:, :64])

@@ -1,4 +1,4 @@
-"""What the libraries' users pass to a model, and Hymba does not read, is not lost in silence."""
+"""Inputs that Hymba does not read cause a warning or an error, unless they have no effect."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What was warned of."""
-    transformers_logging.warning_once.cache_clear()  # another test may have had its warning
+    """Return a function that returns the warnings."""
+    transformers_logging.warning_once.cache_clear()  # another test may have caused the same warning
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="transformers")
     return lambda: caplog.messages
@@ -47,7 +47,7 @@ def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
         ("output_router_logits", True, ""),
     ],
 )
-def test_an_input_that_is_not_read_is_warned_of_once(
+def test_an_unread_input_causes_one_warning(
     name: str, value: Any, hint: str, backbone: bool, warned: Callable[[], list[str]]
 ) -> None:
     model = tiny_model().model if backbone else tiny_model()
@@ -59,7 +59,7 @@ def test_an_input_that_is_not_read_is_warned_of_once(
 
 
 @pytest.mark.parametrize("backbone", [False, True], ids=["whole", "backbone"])
-def test_what_the_libraries_pass_is_not_warned_of(backbone: bool, warned: Callable[[], list[str]]) -> None:
+def test_inputs_of_the_libraries_cause_no_warning(backbone: bool, warned: Callable[[], list[str]]) -> None:
     model = tiny_model().model if backbone else tiny_model()
     ids = IDS.view(1, -1)
     model(ids, **PACKED, labels=ids, num_items_in_batch=torch.tensor(16), use_cache=False)
@@ -70,7 +70,7 @@ def test_what_the_libraries_pass_is_not_warned_of(backbone: bool, warned: Callab
 
 
 @PEFT_WARNS
-def test_generate_and_peft_pass_nothing_that_is_warned_of(warned: Callable[[], list[str]]) -> None:
+def test_generate_and_peft_cause_no_warning(warned: Callable[[], list[str]]) -> None:
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["in_proj"]))
     model(IDS, labels=IDS)
     model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)
@@ -83,7 +83,7 @@ def by_configuration(model: HymbaForCausalLM) -> Any:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "call",
     [
         lambda model: model(IDS, output_attentions=True),
         lambda model: model.model(IDS, output_attentions=True),
@@ -92,9 +92,9 @@ def by_configuration(model: HymbaForCausalLM) -> Any:
     ],
     ids=["whole", "backbone", "generate", "configuration"],
 )
-def test_attention_weights_are_refused(ask: Callable[[HymbaForCausalLM], Any]) -> None:
+def test_attention_weights_are_refused(call: Callable[[HymbaForCausalLM], Any]) -> None:
     with pytest.raises(ValueError, match="output_attentions=True: Hymba's kernels never hold attention weights"):
-        ask(tiny_model())
+        call(tiny_model())
 
 
 def test_attention_in_both_directions_is_refused() -> None:
@@ -102,7 +102,7 @@ def test_attention_in_both_directions_is_refused() -> None:
         tiny_model()(IDS, is_causal=False)
 
 
-def test_the_configuration_asks_for_hidden_states_and_tuples() -> None:
+def test_the_configuration_can_request_hidden_states_and_tuples() -> None:
     model = tiny_model()
     assert model(IDS).hidden_states is None
     model.config.output_hidden_states = True

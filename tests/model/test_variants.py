@@ -1,4 +1,4 @@
-"""Every variant of the architecture against the naive twin: logits, loss, and all gradients."""
+"""Every variant of the architecture against the naive twin: logits, loss and all gradients."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LABELS = [text.where(torch.arange(len(text)) % 3 > 0, -100) for text in TEXTS]
 
 
 class Expected(NamedTuple):
-    """What the naive twin computes in float64."""
+    """The results of the naive twin in float64."""
 
     logits: list[Tensor]
     loss: Tensor

@@ -1,7 +1,7 @@
-"""Stand-ins in plain torch for kernels that need a GPU or another package, under the names and signatures of those.
+"""Stand-ins in plain torch for kernels that need a GPU or another package, with the same names and signatures.
 
-They assert what the real ones demand. Sources: FlashAttention 2 from flash_attn/flash_attn_interface.py and 3 from
-hopper/flash_api_stable.cpp of github.com/Dao-AILab/flash-attention; PyTorch's operators from its own schemas and
+They assert the requirements of the real kernels. Sources: FlashAttention 2 from flash_attn/flash_attn_interface.py and
+3 from hopper/flash_api_stable.cpp of github.com/Dao-AILab/flash-attention; PyTorch's operators from its own schemas and
 flash_api.cpp; the scan from mamba_ssm/ops/selective_scan_interface.py and csrc/selective_scan/selective_scan.cpp of
 github.com/state-spaces/mamba; the convolution from csrc/causal_conv1d.cpp of github.com/Dao-AILab/causal-conv1d.
 """
@@ -38,29 +38,30 @@ FLASH_ATTN_3 = (
 
 
 class Layout:
-    """How a call of FlashAttention lays out its runs, checked as the kernels check it."""
+    """The layout of the runs in a call of FlashAttention, with the checks of the kernels."""
 
     def __init__(self, cu_q: Tensor, cu_k: Tensor, most: tuple[int, int], causal: bool, left: int, right: int) -> None:
         self.offsets = cu_q.tolist(), cu_k.tolist()
         lengths = [[end - begin for begin, end in pairwise(offsets)] for offsets in self.offsets]
         assert cu_q.dtype == cu_k.dtype == torch.int32
         assert most == (max(lengths[0]), max(lengths[1]))
-        assert min(lengths[0]) > 0  # a run without queries breaks the kernels' path for runs of one
+        assert min(lengths[0]) > 0  # the kernels' code path for runs of one query fails for an empty run
         self.left, self.right = left, 0 if causal else right
 
     def runs(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The rows of queries and of keys of each run, and ``(queries, keys)`` True where one is hidden."""
+        """Yield the rows of queries and of keys of each run, and a ``(queries, keys)`` mask of the hidden keys."""
         for (q, q_end), (k, k_end) in zip(*map(pairwise, self.offsets), strict=True):
-            # The kernels level the last query with the last key.
+            # The kernels align the last query with the last key.
             ahead = torch.arange(k_end - k) - torch.arange(q_end - q)[:, None] - (k_end - k) + (q_end - q)
             hidden = (ahead > self.right) & (self.right >= 0) | (-ahead > self.left) & (self.left >= 0)
             yield slice(q, q_end), slice(k, k_end), hidden
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention ``(queries, H, a)`` of runs, and the logarithm of its denominator ``(H, queries)``."""
+    """Return the attention ``(queries, H, a)`` of runs, and the logarithm of its denominator ``(H, queries)``."""
     _check_heads(q, k, v)
-    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
+    dtype = q.dtype
+    q, k, v = _wide(q, k, v)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     for queries, keys, hidden in layout.runs():
         scores = _scores(q[queries], k[keys], hidden, scale)
@@ -72,7 +73,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float)
 def flash_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from whatever out and lse are given, as the kernels compute them."""
+    """Return the gradients of q, k and v from the given out and lse, as the kernels compute them."""
     _check_heads(q, k, v)
     assert d_out.shape == out.shape == q.shape
     assert d_out.dtype == out.dtype == q.dtype
@@ -80,7 +81,8 @@ def flash_backward(
     assert lse.shape == (q.shape[1], q.shape[0])
     assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
     assert lse.is_contiguous()
-    dtype, (d_out, q, k, v, out) = q.dtype, _wide(d_out, q, k, v, out)
+    dtype = q.dtype
+    d_out, q, k, v, out = _wide(d_out, q, k, v, out)
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, hidden in layout.runs():
         weights = (_scores(q[queries], k[keys], hidden, scale) - lse[:, queries, None]).exp()
@@ -94,7 +96,7 @@ def flash_backward(
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels compute in float32, whatever they read."""
+    """Convert to float32 at least, in which the kernels compute."""
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
@@ -119,7 +121,7 @@ def _per_group(x: Tensor, k: Tensor) -> Tensor:
 
 
 def register_aten() -> Library:
-    """Give PyTorch's operators a kernel for the CPU, which has none, for as long as the result is not destroyed."""
+    """Register CPU kernels for PyTorch's operators, which have none, until the result is destroyed."""
 
     def forward(
         query: Tensor,
@@ -176,30 +178,30 @@ def register_aten() -> Library:
 
 
 def register_flash_attn_3() -> Library:
-    """Define FlashAttention 3's operators as its extension does, for as long as the result is not destroyed."""
+    """Define the operators of FlashAttention 3 as its extension does, until the result is destroyed."""
 
     def fwd(*arguments: Any) -> tuple[Tensor, ...]:
-        given = _named("fwd", arguments)
-        assert given["num_splits"] == 1
-        layout = _flash_attn_layout(given, "is_causal")
-        out, lse = flash_forward(given["q"], given["k"], given["v"], layout, given["softmax_scale"])
+        named = _named("fwd", arguments)
+        assert named["num_splits"] == 1
+        layout = _flash_attn_layout(named, "is_causal")
+        out, lse = flash_forward(named["q"], named["k"], named["v"], layout, named["softmax_scale"])
         return out, lse, torch.empty(0), torch.empty(0)
 
     def bwd(*arguments: Any) -> tuple[Tensor, ...]:
-        given = _named("bwd", arguments)
-        layout = _flash_attn_layout(given, "is_causal")
-        saved = (given[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
-        computed = flash_backward(*saved, layout, given["softmax_scale"])
-        gradients = given["dq"], given["dk"], given["dv"]
+        named = _named("bwd", arguments)
+        layout = _flash_attn_layout(named, "is_causal")
+        saved = (named[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
+        computed = flash_backward(*saved, layout, named["softmax_scale"])
+        gradients = named["dq"], named["dk"], named["dv"]
         for gradient, value in zip(gradients, computed, strict=True):
             gradient.copy_(value)
         return *gradients, *(torch.empty(0) for _ in range(5))
 
     def _named(operator: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
-        """The dispatcher hands over positions, and leaves defaults out."""
+        """Return the arguments by name: the dispatcher passes them by position and omits defaults."""
         declared = getattr(torch.ops.flash_attn_3, operator).default._schema.arguments
-        given = {argument.name: argument.default_value for argument in declared}
-        return given | dict(zip(given, arguments, strict=False))
+        named = {argument.name: argument.default_value for argument in declared}
+        return named | dict(zip(named, arguments, strict=False))
 
     library = Library("flash_attn_3", "DEF")
     for schema, function in zip(FLASH_ATTN_3, (fwd, bwd), strict=True):
@@ -208,20 +210,20 @@ def register_flash_attn_3() -> Library:
     return library
 
 
-def _flash_attn_layout(given: dict[str, Any], causal: str) -> Layout:
-    most = given["max_seqlen_q"], given["max_seqlen_k"]
-    window = given["window_size_left"], given["window_size_right"]
-    return Layout(given["cu_seqlens_q"], given["cu_seqlens_k"], most, given[causal], *window)
+def _flash_attn_layout(named: dict[str, Any], causal: str) -> Layout:
+    most = named["max_seqlen_q"], named["max_seqlen_k"]
+    window = named["window_size_left"], named["window_size_right"]
+    return Layout(named["cu_seqlens_q"], named["cu_seqlens_k"], most, named[causal], *window)
 
 
 def flash_attn_modules() -> list[ModuleType]:
-    """The package flash-attn from 2.7 on."""
+    """Return the modules of the package flash-attn, version 2.7 or later."""
 
     def _flash_attn_varlen_forward(
-        q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, softmax_scale: float, **given: Any
+        q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, softmax_scale: float, **named: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert dropout_p == 0
-        out, lse = flash_forward(q, k, v, _flash_attn_layout(given, "causal"), softmax_scale)
+        out, lse = flash_forward(q, k, v, _flash_attn_layout(named, "causal"), softmax_scale)
         return out, lse, torch.empty(0), torch.empty(2)
 
     def _flash_attn_varlen_backward(
@@ -240,10 +242,10 @@ def flash_attn_modules() -> list[ModuleType]:
         softcap: float,
         alibi_slopes: Tensor | None,
         deterministic: bool,
-        **given: Any,
+        **named: Any,
     ) -> Tensor:
         assert (dropout_p, softcap, alibi_slopes, deterministic) == (0, 0, None, False)
-        layout = _flash_attn_layout(given, "causal")
+        layout = _flash_attn_layout(named, "causal")
         computed = flash_backward(dout, q, k, v, out, softmax_lse, layout, softmax_scale)
         for gradient, value in zip((dq, dk, dv), computed, strict=True):
             gradient.copy_(value)
@@ -258,19 +260,19 @@ def flash_attn_modules() -> list[ModuleType]:
 
 
 def flash_attn_4_modules() -> list[ModuleType]:
-    """The package flash-attn-4, which lives in a folder of flash_attn."""
+    """Return the modules of the package flash-attn-4, which is in a folder of flash_attn."""
 
-    def layout(given: dict[str, Any]) -> Layout:
-        left, right = (-1 if given[side] is None else given[side] for side in ("window_size_left", "window_size_right"))
-        assert not given["causal"] or (left, right) == (-1, -1)
-        sides = {"window_size_left": left, "window_size_right": 0 if given["causal"] else right}
-        return _flash_attn_layout(given | sides, "causal")
+    def layout(named: dict[str, Any]) -> Layout:
+        left, right = (-1 if named[side] is None else named[side] for side in ("window_size_left", "window_size_right"))
+        assert not named["causal"] or (left, right) == (-1, -1)
+        sides = {"window_size_left": left, "window_size_right": 0 if named["causal"] else right}
+        return _flash_attn_layout(named | sides, "causal")
 
     def _flash_attn_fwd(
-        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_lse: bool, **given: Any
+        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_lse: bool, **named: Any
     ) -> tuple[Tensor, Tensor]:
         assert return_lse
-        return flash_forward(q, k, v, layout(given), softmax_scale)
+        return flash_forward(q, k, v, layout(named), softmax_scale)
 
     def _flash_attn_bwd(
         q: Tensor,
@@ -282,11 +284,11 @@ def flash_attn_4_modules() -> list[ModuleType]:
         *,
         softmax_scale: float,
         deterministic: bool,
-        **given: Any,
+        **named: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert not deterministic
         assert out.shape == dout.shape == (*q.shape[:2], v.shape[-1])
-        d_q, d_k, d_v = flash_backward(dout, q, k, v, out, lse, layout(given), softmax_scale)
+        d_q, d_k, d_v = flash_backward(dout, q, k, v, out, lse, layout(named), softmax_scale)
         return d_q, d_k, d_v
 
     package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
@@ -297,7 +299,7 @@ def flash_attn_4_modules() -> list[ModuleType]:
 
 
 def mamba_ssm_modules() -> list[ModuleType]:
-    """The package mamba-ssm, built with its Mamba-1 scan."""
+    """Return the modules of the package mamba-ssm, built with its Mamba-1 scan."""
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
     vars(interface).update(selective_scan_fn=selective_scan_fn)
     names = "mamba_ssm", "mamba_ssm.ops", "selective_scan_cuda"
@@ -316,7 +318,7 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor:
-    """The scan of mamba-ssm: rows ``(batch, channels, length)``, B and C ``(batch, N, length)``."""
+    """Compute the scan of mamba-ssm for rows ``(batch, channels, length)``, B and C ``(batch, N, length)``."""
     batch, channels, length = u.shape
     assert not return_last_state  # it has no gradient
     assert delta_softplus
@@ -330,10 +332,11 @@ def selective_scan_fn(
         assert projection.shape == (batch, A.shape[1], length)
         assert projection.dtype == u.dtype
         assert projection.stride(-1) == 1
-    # The kernel takes float32 here whatever the rows are; the tests' float64 stands for it.
+    # The kernel requires float32 for these, whatever the dtype of the rows; the tests use float64 instead.
     assert {x.dtype for x in (A, D, delta_bias) if x is not None} <= {torch.float32, torch.float64}
     delta = softplus(delta if delta_bias is None else delta + delta_bias[:, None])
-    state, outputs = u.new_zeros(batch, channels, A.shape[1]), []
+    state = u.new_zeros(batch, channels, A.shape[1])
+    outputs = []
     for t in range(length):
         state = torch.exp(delta[:, :, t, None] * A) * state + (delta * u)[:, :, t, None] * B[:, None, :, t]
         outputs.append((state * C[:, None, :, t]).sum(-1))
@@ -343,7 +346,7 @@ def selective_scan_fn(
 
 
 def causal_conv1d_modules() -> list[ModuleType]:
-    """The package causal-conv1d."""
+    """Return the module of the package causal-conv1d."""
     package = ModuleType("causal_conv1d")
     vars(package).update(causal_conv1d_fn=causal_conv1d_fn)
     return [package]
@@ -352,7 +355,7 @@ def causal_conv1d_modules() -> list[ModuleType]:
 def causal_conv1d_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *_unused: Any, activation: str | None = None
 ) -> Tensor:
-    """The convolution of causal-conv1d: x ``(batch, channels, length)``, whose channels or length lie side by side."""
+    """Compute the convolution of causal-conv1d for x ``(batch, channels, length)`` with one contiguous axis."""
     assert activation is None
     channels, width = weight.shape
     assert x.shape[1] == channels
@@ -361,7 +364,7 @@ def causal_conv1d_fn(
     if x.stride(1) == 1 and x.stride(2) > 1:
         assert channels % 8 == 0
         assert x.stride(2) % 8 == x.stride(0) % 8 == 0
-        assert x.data_ptr() % 16 == 0  # it reads sixteen bytes at a time, and does not check
+        assert x.data_ptr() % 16 == 0  # the kernel reads 16 bytes at a time without a check
     if bias is not None:
         assert bias.dtype == weight.dtype
         assert bias.stride(-1) == 1

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def naive_attention(query: Tensor, key: Tensor, value: Tensor, meta: int, window: int | None) -> Tensor:
-    """Attention over one text behind its meta tokens.
+    """Compute attention over one text after its meta tokens.
 
     Args:
         query: ``(rows, H, a)``.
         key: ``(rows, G, a)``.
         value: ``(rows, G, v)``.
-        meta: How many of the rows, the first ones, are meta tokens.
-        window: How far a query looks back; None for the whole text. Meta tokens are always in sight.
+        meta: The number of meta tokens, which are the first rows.
+        window: The number of earlier tokens that a query sees; None for the whole text. Meta tokens are always visible.
 
     Returns:
         ``(rows, H, v)``.

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution, a token and a tap at a time."""
+"""The causal depthwise convolution, one token and one tap at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def naive_convolution(
         x: ``(T, E)``.
         weight: ``(E, K)``.
         bias: ``(E,)``.
-        initial: ``(K - 1, E)`` inputs before the text; zeros when not given.
+        initial: The inputs before the text, ``(K - 1, E)``. The default is zeros.
 
     Returns:
-        ``(T, E)``, and the last K - 1 inputs, those before the text included.
+        ``(T, E)``, and the last K - 1 inputs, including those before the text.
     """
     taps = weight.shape[1]
     before = x.new_zeros(taps - 1, x.shape[1]) if initial is None else initial
-    seen = torch.cat([before, x])
-    y = torch.stack([sum(seen[t + k] * weight[:, k] for k in range(taps)) for t in range(x.shape[0])])
-    return (y if bias is None else y + bias), seen[x.shape[0] :]
+    padded = torch.cat([before, x])
+    y = torch.stack([sum(padded[t + k] * weight[:, k] for k in range(taps)) for t in range(x.shape[0])])
+    return (y if bias is None else y + bias), padded[x.shape[0] :]

@@ -1,7 +1,7 @@
-"""Hymba, written out from its description: one text at a time, every step in the plainest way.
+"""Hymba, implemented from its description: one text at a time, with every step in its simplest form.
 
-It reads a plain dict of weights under the released names and a plain dict of the released config's keys, shares no
-code with the package, and computes throughout in the dtype of the weights.
+It reads a dict of weights with the released names and a dict with the keys of the released config. It shares no code
+with the package, and computes in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Config = Mapping[str, Any]
 
 
 class NaiveOutput(NamedTuple):
-    """What the model makes of one text of L tokens, behind M meta tokens."""
+    """The results of the model for one text of L tokens after M meta tokens."""
 
     logits: Tensor
     """``(L, V)``."""
@@ -32,17 +32,18 @@ class NaiveOutput(NamedTuple):
 
 def naive_hymba(weights: Weights, config: Config, ids: Tensor) -> NaiveOutput:
     """Run the model over one text ``(L,)``."""
-    meta, eps = config["num_memory_tokens"], config["rms_norm_eps"]
+    meta = config["num_memory_tokens"]
+    eps = config["rms_norm_eps"]
     embedding = weights["model.embed_tokens.weight"]
     hidden = embedding[ids]
     if meta:
         hidden = torch.cat([weights["model.memory_tokens"], hidden])
     hidden_states = [hidden]
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer in range(config["num_hidden_layers"]):
-        own = _Layer(weights, config, layer)
-        hidden = hidden + own.mixer(rms_norm(hidden, own["input_layernorm.weight"], eps), made)
-        hidden = hidden + own.mlp(rms_norm(hidden, own["pre_moe_layernorm.weight"], eps))
+    keys_and_values: dict[int, tuple[Tensor, Tensor]] = {}
+    for number in range(config["num_hidden_layers"]):
+        layer = _Layer(weights, config, number)
+        hidden = hidden + layer.mixer(rms_norm(hidden, layer["input_layernorm.weight"], eps), keys_and_values)
+        hidden = hidden + layer.mlp(rms_norm(hidden, layer["pre_moe_layernorm.weight"], eps))
         hidden_states.append(hidden)
     final = rms_norm(hidden, weights["model.final_layernorm.weight"], eps)
     head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
@@ -50,10 +51,10 @@ def naive_hymba(weights: Weights, config: Config, ids: Tensor) -> NaiveOutput:
 
 
 def naive_loss(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
-    """Mean next-token cross-entropy over the learned tokens of all texts; a text's first token is never learned."""
+    """Return the mean next-token cross-entropy over the targets of all texts, which exclude their first tokens."""
     losses = [cross_entropy(x[:-1], y[1:], reduction="sum") for x, y in zip(logits, labels, strict=True)]
-    learned = sum(int((y[1:] != -100).sum()) for y in labels)
-    return torch.stack(losses).sum() / learned
+    targets = sum(int((y[1:] != -100).sum()) for y in labels)
+    return torch.stack(losses).sum() / targets
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(heads: Tensor, base: float) -> Tensor:
-    """Turn ``(rows, heads, width)`` by the row's number; feature i is paired with i + width / 2."""
+    """Rotate ``(rows, heads, width)`` by the index of the row; feature i is paired with i + width / 2."""
     rows, _, width = heads.shape
     half = width // 2
     angles = torch.tensor(
@@ -74,7 +75,8 @@ def rope(heads: Tensor, base: float) -> Tensor:
 
 def rope_base(config: Config, length: int) -> float:
     """The base for a text of this length, meta tokens included."""
-    trained, width = config["orig_max_position_embeddings"], config["hidden_size"] // config["num_attention_heads"]
+    trained = config["orig_max_position_embeddings"]
+    width = config["hidden_size"] // config["num_attention_heads"]
     if config["rope_type"] == "ntk":
         stretched = config["max_position_embeddings"]
     elif config["rope_type"] == "dynamic_ntk" and length > trained:
@@ -103,8 +105,9 @@ class _Layer:
             return self.linear(torch.relu(up) ** 2, "moe.experts.0.down_proj")
         return self.linear(silu(self.linear(x, "moe.experts.0.gate_proj")) * up, "moe.experts.0.down_proj")
 
-    def mixer(self, x: Tensor, made: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        config, eps = self.config, self.config["rms_norm_eps"]
+    def mixer(self, x: Tensor, keys_and_values: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        config = self.config
+        eps = self.config["rms_norm_eps"]
         size, expand = config["hidden_size"], config["mamba_expand"]
         width = size // config["num_attention_heads"]
         key_size = config["num_key_value_heads"] * width
@@ -115,23 +118,24 @@ class _Layer:
         query, key, value, x, gate = self.linear(x, "mamba.in_proj").split(widths, -1)
         if producer:
             key = self.positioned(key.unflatten(-1, (-1, width)), "k_norm")
-            made[self.layer] = key, value.unflatten(-1, (-1, width * expand))
+            keys_and_values[self.layer] = key, value.unflatten(-1, (-1, width * expand))
         query = self.positioned(query.unflatten(-1, (-1, width)), "q_norm")
         window = None if self.layer in config["global_attn_idx"] else config["sliding_window"]
-        attended = naive_attention(query, *made[group[0]], config["num_memory_tokens"], window).flatten(1)
+        attended = naive_attention(query, *keys_and_values[group[0]], config["num_memory_tokens"], window).flatten(1)
         attended = rms_norm(attended, self["mamba.pre_avg_layernorm1.weight"], eps)
         scanned = rms_norm(self.ssm(x, gate), self["mamba.pre_avg_layernorm2.weight"], eps)
         return self.linear((attended + scanned) / 2, "mamba.out_proj")
 
     def positioned(self, heads: Tensor, norm: str) -> Tensor:
-        """Norm the heads, then turn them by their positions."""
+        """Normalize the heads, then rotate them by their positions."""
         if self.config["kq_norm"] != "none":
             weight = self[f"mamba.self_attn.{norm}.weight"]
             heads = rms_norm(heads, weight if weight.ndim == 1 else weight[0, :, 0], self.config["rms_norm_eps"])
         return rope(heads, rope_base(self.config, heads.shape[0])) if self.config["rope"] else heads
 
     def ssm(self, x: Tensor, gate: Tensor) -> Tensor:
-        config, eps = self.config, self.config["rms_norm_eps"]
+        config = self.config
+        eps = self.config["rms_norm_eps"]
         bias = self["mamba.conv1d.bias"] if config["mamba_conv_bias"] else None
         c = silu(naive_convolution(x, self["mamba.conv1d.weight"][:, 0], bias)[0])
         widths = [config["mamba_dt_rank"], config["mamba_d_state"], config["mamba_d_state"]]

@@ -1,4 +1,4 @@
-"""Mamba's selective scan, a token at a time."""
+"""The selective scan of Mamba, one token at a time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def naive_scan(
     """Scan one text.
 
     Args:
-        u: ``(T, E)``, like dt and z.
-        dt: Time steps before softplus.
-        A: ``(E, N)``.
-        B: ``(T, N)``, like C.
-        C: Output projections.
-        D: ``(E,)``.
-        z: Gates.
-        dt_bias: ``(E,)``.
-        initial: ``(E, N)``; zeros when not given.
+        u: Inputs, ``(T, E)``.
+        dt: Time steps before softplus, ``(T, E)``.
+        A: State matrix, ``(E, N)``.
+        B: Input projections, ``(T, N)``.
+        C: Output projections, ``(T, N)``.
+        D: The weight of the skip connection, ``(E,)``.
+        z: Gates, ``(T, E)``.
+        dt_bias: The bias of the time steps, ``(E,)``.
+        initial: The initial state, ``(E, N)``. The default is zeros.
 
     Returns:
         ``(T, E)`` and the final state ``(E, N)``.
