@@ -76,7 +76,7 @@ def check(
 
     if flags.html:
         check_file("--html", flags.html, overwrite=flags.overwrite, inputs=local_files(files))
-    sources = open_sources(_required(files))
+    sources = open_sources(_required(files), escape=flags.escape_special_tokens)
     check_inputs(flags)
     tokenizer = _tokenizer(flags)
     with (Screen() if as_json else RichScreen()).working("checking") as progress:
@@ -123,7 +123,7 @@ def preview(
     from hymba_tune.data.preview import previews
     from hymba_tune.inputs import check_inputs
 
-    sources = open_sources(_required(files))
+    sources = open_sources(_required(files), escape=flags.escape_special_tokens)
     check_inputs(flags)
     rows = previews(sources, _tokenizer(flags), mapping=as_mapping(flags.map), learn=flags.learn)
     for row in islice(rows, flags.skip, flags.skip + flags.rows):

@@ -196,7 +196,7 @@ def _rows_and_tokens(
     config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None
 ) -> tuple[float, float]:
     """Return the rows and tokens of one epoch, without held-out rows."""
-    sources = open_sources(config.data, config.weights, config.caps)
+    sources = open_sources(config.data, config.weights, config.caps, escape=config.escape_special_tokens)
     tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
     rows = tokens = 0.0
     for one in sources:

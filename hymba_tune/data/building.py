@@ -208,5 +208,5 @@ def _nothing_left(report: DataReport, purpose: str, needed: str) -> DataError:
         f"Nothing to {purpose} in {listing(source.name for source in report.sources)}: of {report.rows:,} rows, "
         f"{report.too_long:,} are too long and {report.bad_rows:,} bad.{what}",
         expected=f"at least one row {needed} within --max-length",
-        fix="a larger --max-length" if report.too_long else "fix the rows, or name their columns with --map",
+        fix="a larger --max-length" if report.too_long else (first and first.fix) or "fix the rows",
     )

@@ -64,7 +64,7 @@ def entry_key(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, **s
     # Versions of the tokenizers library may tokenize differently, and so may an edited copy of this package.
     parts = {
         "sources": [
-            [source.name, content, source.weight, source.max_rows, dict(source.mapping)]
+            [source.name, content, source.weight, source.max_rows, dict(source.mapping), source.escape]
             for content, source in zip(contents, sources, strict=True)
         ],
         "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],

@@ -28,6 +28,7 @@ IGNORED = -100
 """Label of a token without loss: the default ``ignore_index`` of PyTorch's cross-entropy."""
 
 PLACEHOLDER = "\ue000answer\ue000"
+OTHER_TEMPLATE = "--chat-template hymba or alpaca (of a teacher: --teacher-chat-template), or a file of your own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +110,25 @@ def render_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
     """Render a conversation up to the start of the next answer, exactly as in training.
 
     Args:
-        prompt: A conversation whose last message is not from the assistant. Earlier answers end as in training.
+        prompt: A conversation whose last message is not from the assistant. Earlier answers end as in training; a
+            template may change them, as those that leave out earlier reasoning do.
         tokenizer: A tokenizer with a chat template.
 
     Raises:
         DataError: If `render` would raise it.
     """
-    prompt = _without_ends(prompt, _eos_token(tokenizer))
+    prompt = _as_context(_without_ends(prompt, _eos_token(tokenizer)))
     generation, header = _openings(prompt, len(prompt.messages), tokenizer)
     # A template's generation prompt may lack the header of an answer. White space alone is no such header: it belongs
     # to the answer's first token.
     source = generation if header.startswith(generation) and not header[len(generation) :].strip() else header
+    last = prompt.messages[-1]
+    if last.role == "user" and last.content.strip() not in source:
+        raise DataError(
+            f"the chat template leaves out message {len(prompt.messages)}, the question",
+            expected="a chat template that shows every message",
+            fix=OTHER_TEMPLATE,
+        )
     return _mark_answers(source, prompt, tokenizer).text
 
 
@@ -138,6 +147,11 @@ def _without_ends(conversation: Conversation, eos: str) -> Conversation:
         return message
 
     return replace(conversation, messages=tuple(bare(message) for message in conversation.messages))
+
+
+def _as_context(conversation: Conversation) -> Conversation:
+    """Set the weight of every answer to 0."""
+    return replace(conversation, messages=tuple(replace(message, weight=0.0) for message in conversation.messages))
 
 
 def _with_last_learned(conversation: Conversation) -> Conversation:
@@ -161,7 +175,7 @@ def _with_last_learned(conversation: Conversation) -> Conversation:
 def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Locate the answers in a rendered conversation, and end each with the end-of-sequence token.
 
-    Answers without loss end with it as well.
+    Answers without loss end with it as well, unless the template changes them: then they are as it writes them.
     """
     eos = _eos_token(tokenizer)
     text = ""
@@ -171,7 +185,12 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
         if message.role != "assistant":
             continue
 
-        start, end = _find_answer(source, conversation, index, tokenizer)
+        span = _find_answer(source, conversation, index, tokenizer)
+        if span is None and not message.learned:
+            continue
+        if span is None:
+            raise _changed_answer(conversation, index)
+        start, end = span
         after = source[end:].lstrip()
         if after.startswith(eos):  # the template's own, perhaps after a space
             end = len(source) - len(after) + len(eos)
@@ -187,24 +206,34 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
 
 def _find_answer(
     source: str, conversation: Conversation, index: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
-    """Return the span of an answer in ``source``, with the white space that the model must generate before it."""
+) -> tuple[int, int] | None:
+    """Return the span of an answer in ``source``, with the white space that the model must generate before it.
+
+    `None` if the template changes the answer, or the text before it.
+    """
     answer = conversation.messages[index].content.strip()
     for opening in _openings(conversation, index, tokenizer):
         start = len(source) - len(source[len(opening) :].lstrip())
         if source.startswith(opening) and source.startswith(answer, start):
             return len(opening), start + len(answer)
-    raise DataError(
+    return None
+
+
+def _changed_answer(conversation: Conversation, index: int) -> DataError:
+    """Build the error of an answer with loss that the template does not write as it is."""
+    is_last = not any(message.role == "assistant" for message in conversation.messages[index + 1 :])
+    return DataError(
         f"the chat template rewrites the conversation around message {index + 1}, an answer",
-        expected="a chat_template that keeps answers unchanged, and earlier messages as they were",
-        fix="remove chat_template from the tokenizer to use Hymba's",
+        expected="a chat template that keeps answers unchanged, and earlier messages as they were",
+        fix=OTHER_TEMPLATE if is_last else f"--learn last, if it only changes earlier answers; or {OTHER_TEMPLATE}",
     )
 
 
 def _openings(conversation: Conversation, index: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the text before an answer at ``index``: as a generation prompt, and as the text before a known answer."""
     messages = conversation.messages[:index]
-    yield _apply_template(conversation, messages, tokenizer, add_generation_prompt=True)
+    if messages:  # transformers renders no empty conversation
+        yield _apply_template(conversation, messages, tokenizer, add_generation_prompt=True)
     placeholder = Message("assistant", PLACEHOLDER)
     yield _apply_template(conversation, (*messages, placeholder), tokenizer).rpartition(PLACEHOLDER)[0]
 
@@ -228,8 +257,8 @@ def _apply_template(
     except (TemplateError, TypeError) as error:  # a template that adds a number to a text
         raise DataError(
             f"the chat template refuses the conversation ({error})",
-            expected="roles in the order that the tokenizer's chat_template allows",
-            fix="reorder the messages, or remove chat_template from the tokenizer to use Hymba's",
+            expected="roles in the order that the chat template allows",
+            fix=f"reorder the messages, or {OTHER_TEMPLATE}",
         ) from error
     return text
 

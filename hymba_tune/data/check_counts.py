@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hymba_tune.data.duplicates import Duplicates
+from hymba_tune.data.formats import Example
+from hymba_tune.data.rows import RowLocation
+from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.errors import DataError
 
 EXAMPLES = 3
@@ -123,6 +127,7 @@ class Check:
         problems: The problems of the bad rows, by kind.
         notes: Oddities that do not stop a run.
         hidden: Columns and keys of messages that the model does not see, with the number of rows that have a value.
+        labels: Rows whose answer is labeled, by the label's column and by whether it is good.
         lengths: Row lengths in tokens.
         tokens: Tokens that are trained on.
         learned: Tokens with loss among them.
@@ -141,6 +146,7 @@ class Check:
     problems: Findings = field(default_factory=Findings)
     notes: Findings = field(default_factory=Findings)
     hidden: Counter[str] = field(default_factory=Counter)
+    labels: Counter[tuple[str, bool | None]] = field(default_factory=Counter)
     lengths: Lengths = field(default_factory=Lengths)
     tokens: int = 0
     learned: int = 0
@@ -155,3 +161,10 @@ class Check:
     def usable(self) -> bool:
         """Whether a run can train on the files."""
         return not self.bad_rows and not any(file.problem for file in self.files) and self.learned > 0
+
+
+def note_special_tokens(examples: Sequence[Example], place: RowLocation, special: SpecialTokens, check: Check) -> None:
+    """Note the special tokens, and the markers of turns, that the texts of a row contain."""
+    for token in dict.fromkeys(token for example in examples for token in special.find(example)):
+        what = f"its text contains {token}, which the model reads as a special token"
+        check.notes.add(what, str(place), "--escape-special-tokens, or remove it")

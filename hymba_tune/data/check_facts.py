@@ -85,6 +85,10 @@ def problems(check: Check) -> list[DataProblem]:
         bias = f"the {side} answer is the longer one in {max(shares):.0%} of the pairs"
         result.append(DataProblem(bias, "balance them, or the model learns to prefer a length"))
 
+    if len({good for _, good in check.labels}) == 1:
+        only = "good" if next(iter(check.labels))[1] else "bad"
+        result.append(DataProblem(f"every label says that the answer is {only}", "kto needs good and bad answers"))
+
     for note in check.notes.values():
         result.append(DataProblem(f"{counted(note.rows, 'row')}: {note.what}", note.fix, tuple(note.examples)))
     return result
@@ -152,9 +156,11 @@ def next_commands(
     commands = [] if check.pairs else [("look", look)]
     if not check.learned:
         return commands
-    commands.append(("train", shlex.join(train)))
-    if "label" in check.hidden:  # it may hold the labels of unpaired preferences
-        commands.append(("kto", shlex.join(["hymba-tune", "kto", *train[2:]])))
+    if not any(good is False for _, good in check.labels):  # sft would learn the bad answers, too
+        commands.append(("train", shlex.join(train)))
+    if columns := {column for column, _ in check.labels}:
+        renamed = [word for column in columns - {"label"} for word in ("--map", f"label={column}")]
+        commands.append(("kto", shlex.join(["hymba-tune", "kto", *train[2:], *renamed])))
     return commands
 
 

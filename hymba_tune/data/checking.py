@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import fit
-from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, general
+from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, general, note_special_tokens
 from hymba_tune.data.checking_pairs import check_pairs, holds_pairs
 from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import ExampleReading, encoded_batches, readings
-from hymba_tune.data.formats import Conversation, Names, recognize
-from hymba_tune.data.messages import SHOWN_KEYS
+from hymba_tune.data.formats import Conversation, Example, Names, is_good, judgment_column, messages_in, recognize
+from hymba_tune.data.messages import REASONING_KEYS, SHOWN_KEYS
 from hymba_tune.data.sources import Source
+from hymba_tune.data.special_tokens import SpecialTokens
+from hymba_tune.data.values import is_empty
 from hymba_tune.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
@@ -24,11 +26,17 @@ TWO_QUESTIONS = "two messages from the user in a row"
 TWO_ANSWERS = "two answers in a row"
 NO_ANSWER_LAST = "the last message is not an answer, so it has no loss"
 EMPTY_QUESTION = "an empty message from the user"
+GREETING = "it begins with an answer, which is context without loss"
+REASONING = "its reasoning is read as <think>…</think> before the answer"
+LABELED_BAD = "its label says that the answer is bad, which sft would learn"
 ODDITIES = {
     TWO_QUESTIONS: "merge them, or insert the missing answer",
     TWO_ANSWERS: "merge them, or insert the missing question",
     NO_ANSWER_LAST: "remove it, or add the answer",
     EMPTY_QUESTION: "fill it in, or remove the row",
+    GREETING: "",
+    REASONING: "",
+    LABELED_BAD: "train with hymba-tune kto",
 }
 """What a run accepts although it is rarely intended, and what to do about it."""
 
@@ -68,9 +76,10 @@ def check_sources(
                 check_pairs(source, tokenizer, mapping, check, file, seen, progress)
                 continue
             names = Names.parse({**mapping, **source.mapping})
+            special = SpecialTokens.of(tokenizer)
             for batch in encoded_batches(readings([source], tokenizer, mapping=mapping, learn=learn), tokenizer):
                 for reading in batch:
-                    _count(reading, names, check, file, seen)
+                    _count(reading, names, check, file, seen, special)
                 if progress:
                     progress(check.rows)
         except DataError as problem:
@@ -79,7 +88,9 @@ def check_sources(
     return check
 
 
-def _count(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows) -> None:
+def _count(
+    reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows, special: SpecialTokens
+) -> None:
     place = reading.row.place
     check.rows += 1
     file.rows += 1
@@ -92,9 +103,20 @@ def _count(reading: ExampleReading, names: Names, check: Check, file: FileCheck,
 
     assert reading.example
     seen.add(reading.example, place)
-    for oddity in _oddities(reading):
+    note_special_tokens([reading.example], place, special, check)
+    fields = names.rename(cast(Mapping[str, object], reading.row.value))
+    form = recognize(fields, names)
+    keys = {(name, key) for name in form.required for key in _message_keys(fields[name])}
+    good = None
+    if label := judgment_column(fields) if form.turns else "":
+        good = is_good(fields[label])
+        check.labels[label, good] += 1
+    for oddity in _oddities(reading.example, {key for _, key in keys}, bad=good is False):
         check.notes.add(oddity, str(place), ODDITIES[oddity])
-    check.hidden.update(_hidden_keys(reading, names, known=check.hidden))
+
+    hidden = {str(key) for key, value in fields.items() if not is_empty(value) and key not in form.fields}
+    hidden |= {f"{name}[].{key}" for name, key in keys if key not in SHOWN_KEYS}
+    check.hidden.update(key if key in check.hidden or len(check.hidden) < KINDS else OTHERS for key in hidden)
     _count_tokens(reading, check)
 
 
@@ -123,11 +145,11 @@ def _format_of(reading: ExampleReading, names: Names) -> str:
         return "unknown"
 
 
-def _oddities(reading: ExampleReading) -> Iterator[str]:
-    """Yield the `ODDITIES` of a row."""
-    if not isinstance(reading.example, Conversation):
+def _oddities(example: Example, keys: Collection[str], *, bad: bool) -> Iterator[str]:
+    """Yield the `ODDITIES` of a row whose messages have these keys."""
+    if not isinstance(example, Conversation):
         return
-    messages = reading.example.messages
+    messages = example.messages
     roles = [message.role for message in messages]
     if ("user", "user") in pairwise(roles):
         yield TWO_QUESTIONS
@@ -137,17 +159,17 @@ def _oddities(reading: ExampleReading) -> Iterator[str]:
         yield NO_ANSWER_LAST
     if any(message.role == "user" and not message.content.strip() for message in messages):
         yield EMPTY_QUESTION
+    if roles[0] == "assistant":
+        yield GREETING
+    if not REASONING_KEYS.isdisjoint(keys):
+        yield REASONING
+    if bad:
+        yield LABELED_BAD
 
 
-def _hidden_keys(reading: ExampleReading, names: Names, known: Mapping[str, int]) -> set[str]:
-    """Return the columns, and the keys of messages, that have a value which the model does not see."""
-    row = reading.row.value
-    assert isinstance(row, Mapping)
-    fields = names.rename(row)
-    form = recognize(fields, names)
-    hidden = {str(key) for key, value in fields.items() if value and key not in form.fields}
-    for name in form.required:
-        messages = fields[name]
-        for message in messages if isinstance(messages, list) else []:
-            hidden |= {f"{name}[].{key}" for key, value in message.items() if value and key not in SHOWN_KEYS}
-    return {key if key in known or len(known) < KINDS else OTHERS for key in hidden}
+def _message_keys(value: object) -> Iterator[str]:
+    """Yield the keys of messages that have a value."""
+    messages = messages_in(value)
+    for message in messages if isinstance(messages, list) else []:
+        if isinstance(message, Mapping):
+            yield from (str(key) for key, value in message.items() if not is_empty(value))

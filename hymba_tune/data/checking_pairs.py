@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hymba_tune.data.check_counts import Check, FileCheck, PairCounts, general
-from hymba_tune.data.comparisons import comparisons, split_answers
+from hymba_tune.data.check_counts import Check, FileCheck, PairCounts, general, note_special_tokens
+from hymba_tune.data.comparisons import FittedAnswers, comparisons, fit_answers
 from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import encoded_batches
 from hymba_tune.data.preferences import IdenticalPairError
 from hymba_tune.data.sources import Source
+from hymba_tune.data.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def check_pairs(
     """
     check.pairs = check.pairs or PairCounts()
     rows = comparisons([source], tokenizer, paired=True, mapping=mapping)
+    special = SpecialTokens.of(tokenizer)
     for batch in encoded_batches(rows, tokenizer):
         for pair in batch:
             check.rows += 1
@@ -70,26 +72,25 @@ def check_pairs(
 
             chosen, rejected = pair.conversations
             seen.add(chosen, pair.row.place, rejected=rejected)
-            prompt, answers = split_answers(pair.encoded)
-            _count_tokens(prompt, answers, check, check.pairs)
+            note_special_tokens(pair.conversations, pair.row.place, special, check)
+            _count_tokens(fit_answers(pair.encoded, check.max_length), check, check.pairs)
             check.pairs.ties += pair.tie
         if progress:
             progress(check.rows)
 
 
-def _count_tokens(prompt: list[int], answers: list[list[int]], check: Check, pairs: PairCounts) -> None:
-    sizes = [len(answer) for answer in answers]
-    room = check.max_length - len(prompt)
+def _count_tokens(fitted: FittedAnswers, check: Check, pairs: PairCounts) -> None:
+    prompt, uncut = fitted.prompt, [len(answer) for answer in fitted.uncut]
     pairs.rows += 1
-    pairs.chosen_longer += sizes[0] > sizes[1]
-    pairs.rejected_longer += sizes[0] < sizes[1]
-    check.lengths.rows[len(prompt) + max(sizes)] += 1
-    if room <= 0:
+    pairs.chosen_longer += uncut[0] > uncut[1]
+    pairs.rejected_longer += uncut[0] < uncut[1]
+    check.lengths.rows[len(prompt) + max(uncut)] += 1
+    if fitted.unusable:
         check.too_long += 1
         return
 
-    fitting = [min(size, room) for size in sizes]
-    check.cut += fitting != sizes
-    check.tokens_lost += sum(sizes) - sum(fitting)
-    check.learned += sum(fitting)
-    check.tokens += 2 * len(prompt) + sum(fitting)
+    sizes = [len(answer) for answer in fitted.answers]
+    check.cut += sizes != uncut
+    check.tokens_lost += sum(uncut) - sum(sizes)
+    check.learned += sum(sizes)
+    check.tokens += 2 * len(prompt) + sum(sizes)

@@ -11,9 +11,10 @@ from hymba_tune.config import Learn
 from hymba_tune.data.chat import IGNORED, Encoded, render
 from hymba_tune.data.encoding import Reading, drawn
 from hymba_tune.data.formats import Conversation, Names
-from hymba_tune.data.preferences import FIELDS, parse_pair, parse_unpaired
+from hymba_tune.data.preferences import FIELDS, IdenticalPairError, parse_pair, parse_unpaired
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
+from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
@@ -57,11 +58,16 @@ def comparisons(
         ConfigError: If a mapping names a field or role that does not exist.
     """
     names = [Names.parse({**(mapping or {}), **source.mapping}, FIELDS) for source in sources]
+    special = SpecialTokens.of(tokenizer) if any(source.escape for source in sources) else None
     for number, source in enumerate(sources):
         for row in drawn(source, seed + number):
             try:
                 for comparison in read_comparisons(row, names[number], paired=paired, source=number):
+                    if special and source.escape:
+                        comparison.conversations = tuple(map(special.escape_conversation, comparison.conversations))
                     texts = [render(conversation, tokenizer, Learn.last) for conversation in comparison.conversations]
+                    if len(texts) == 2 and texts[0].text == texts[1].text:  # a template trims what differs
+                        raise IdenticalPairError
                     comparison.rendered = texts
                     yield comparison
             except DataError as problem:
@@ -87,6 +93,43 @@ def read_comparisons(row: SourceRow, names: Names, *, paired: bool, source: int 
         return [Comparison(source, row, conversations=(pair.chosen, pair.rejected), tie=pair.tie)]
     answers = parse_unpaired(row.value, names)
     return [Comparison(source, row, conversations=(answer.conversation,), good=answer.good) for answer in answers]
+
+
+@dataclass(frozen=True)
+class FittedAnswers:
+    """A prompt and its answers as tokens, cut to the maximum length.
+
+    Attributes:
+        prompt: The prompt's tokens.
+        answers: The answers' tokens, as far as they fit after the prompt.
+        uncut: The answers' tokens in full.
+        unusable: The reason why cut answers cannot be trained on; empty if they can be.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    uncut: list[list[int]]
+    unusable: str = ""
+
+
+def fit_answers(conversations: Sequence[Encoded], max_length: int) -> FittedAnswers:
+    """Cut the answers to one prompt to the maximum length.
+
+    Args:
+        conversations: Encoded conversations, as for `split_answers`.
+        max_length: Maximum tokens of the prompt with an answer.
+    """
+    prompt, uncut = split_answers(conversations)
+    answers = [answer[: max(0, max_length - len(prompt))] for answer in uncut]
+    reason = ""
+    if not all(answers):
+        size = len(prompt) + max(map(len, uncut))
+        reason = f"its answer begins at token {len(prompt) + 1:,} of {size:,}, past --max-length {max_length:,}"
+    elif len(answers) == 2 and answers[0] == answers[1]:
+        # The tokenizer may normalize both to the same tokens.
+        cut = uncut[0] != uncut[1]
+        reason = f"its answers differ only past --max-length {max_length:,}" if cut else "its answers have equal tokens"
+    return FittedAnswers(prompt, answers, uncut, reason)
 
 
 def split_answers(conversations: Sequence[Encoded]) -> tuple[list[int], list[list[int]]]:

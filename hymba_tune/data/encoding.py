@@ -12,6 +12,7 @@ from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
 from hymba_tune.data.formats import Example, Names, parse
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
+from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
@@ -76,11 +77,13 @@ def readings(
         ConfigError: If a mapping names a field or role that does not exist.
     """
     names = [Names.parse({**(mapping or {}), **source.mapping}) for source in sources]
+    special = SpecialTokens.of(tokenizer) if any(source.escape for source in sources) else None
     for number, source in enumerate(sources):
         for row in drawn(source, seed + number):
             reading = ExampleReading(number, row)
             try:
-                reading.example = read_example(row, names[number])
+                example = read_example(row, names[number])
+                reading.example = special.escape(example) if special and source.escape else example
                 reading.rendered = (render(reading.example, tokenizer, learn),)
             except DataError as problem:
                 reading.problem = problem

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hymba_tune.data.messages import (
+    MEDIA,
     ROLE_PREFIX,
     ROLES,
     Message,
-    kind_of,
+    holds_messages,
     read_messages,
-    read_text,
     turn,
-    without_nulls,
+    with_context_first,
 )
 from hymba_tune.data.rows import listing
+from hymba_tune.data.values import is_empty, kind_of, parse_written, read_text, without_nulls
 from hymba_tune.errors import ConfigError, DataError, did_you_mean, nearest
 
-LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem", "user")
-LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "assistant")
+LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem")
+LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
+LIKELY_CONTEXTS = ("context", "passage", "paragraph", "document")
+LIKELY_TEXTS = ("content", "body", "article", "document", "passage", "story", "page", "raw_content")
+LIKELY_LABELS = ("label", "kto_tag")
+"""Columns that judge an answer, if they hold true or false."""
+JUDGMENTS = (True, False, 1, 0, "true", "false", "1", "0")
+MEDIA_MARKS = ("<image>", "<video>", "<audio>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +144,15 @@ def parse(row: object, names: Names | None = None) -> Example:
         text = read_text(fields["text"], names.column("text"))
         if not text.strip():
             raise DataError(f"{names.column('text')} is empty", expected="text to train on", fix="remove the row")
+        _check_media(fields, [text])
         return Text(text)
-    return _conversation(form.turns(fields, names), fields, names)
+    conversation = _conversation(form.turns(fields, names), fields, names)
+    _check_media(fields, (message.content for message in conversation.messages))
+    return conversation
+
+
+EXTRAS = ("system", "tools", "functions", "contexts")
+"""Columns that every format of conversations reads; ``functions`` is an older name of ``tools``."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ class Format:
     name: str
     required: tuple[str, ...]
     turns: Callable[[Fields, Names], list[Message]] | None
-    optional: tuple[str, ...] = ("system", "tools", "contexts")
+    optional: tuple[str, ...] = EXTRAS
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -164,24 +178,24 @@ class Format:
 
 
 def _messages_turns(fields: Fields, names: Names) -> list[Message]:
-    return _turns(_from_json(fields["messages"]), "messages", names)
+    return _turns(fields["messages"], "messages", names)
 
 
 def _sharegpt_turns(fields: Fields, names: Names) -> list[Message]:
-    return _turns(_from_json(fields["conversations"]), "conversations", names)
+    return _turns(fields["conversations"], "conversations", names)
 
 
 def _prompt_turns(fields: Fields, names: Names) -> list[Message]:
     roles = {"prompt": "user", "completion": "assistant"}
     turns: list[Message] = []
     for name, role in roles.items():
-        value = fields[name]
+        value = messages_in(fields[name])
         messages = [turn(role, value, names.column(name))] if isinstance(value, str) else _turns(value, name, names)
         if name == "prompt":
             # Answers inside the prompt are context: no loss on them.
             messages = [replace(message, weight=float(message.role != "assistant")) for message in messages]
         turns += messages
-    return turns
+    return [*_history(fields, names), *turns]
 
 
 def _alpaca_turns(fields: Fields, names: Names) -> list[Message]:
@@ -189,15 +203,30 @@ def _alpaca_turns(fields: Fields, names: Names) -> list[Message]:
     context = read_text(fields.get("input", ""), names.column("input"))
     if context.strip():
         question = f"{question}\n\n{context}"
-    return [Message("user", question), turn("assistant", fields["output"], names.column("output"))]
+    answer = turn("assistant", fields["output"], names.column("output"))
+    return [*_history(fields, names), Message("user", question), answer]
+
+
+def _history(fields: Fields, names: Names) -> Iterator[Message]:
+    """Yield the earlier turns of Alpaca's ``history``: pairs of a question and an answer."""
+    value = _written(fields.get("history"))
+    if is_empty(value):
+        return
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        what = f"{names.column('history')} is {kind_of(value)}, but not one of pairs"
+        raise DataError(what, expected='a list such as [["question", "answer"]]')
+    for number, (question, answer) in enumerate(value, start=1):
+        where = f"pair {number} of {names.column('history')}"
+        yield turn("user", question, where)
+        yield turn("assistant", answer, where)
 
 
 # Stanford's Alpaca also has a "text" column, and UltraChat a "prompt" next to its "messages": the fuller format wins.
 FORMATS = (
     Format("messages", ("messages",), _messages_turns),
     Format("ShareGPT", ("conversations",), _sharegpt_turns),
-    Format("prompt and completion", ("prompt", "completion"), _prompt_turns),
-    Format("Alpaca", ("instruction", "output"), _alpaca_turns, ("input", "system", "tools", "contexts")),
+    Format("prompt and completion", ("prompt", "completion"), _prompt_turns, ("history", *EXTRAS)),
+    Format("Alpaca", ("instruction", "output"), _alpaca_turns, ("input", "history", *EXTRAS)),
     Format("text", ("text",), None, ()),
 )
 
@@ -228,66 +257,92 @@ def recognize(fields: Fields, names: Names) -> Format:
     )
 
 
+def judgment_column(fields: Mapping[str, object]) -> str:
+    """Return the column that says whether a row's answer is good or bad; empty if there is none."""
+    return next((name for name in LIKELY_LABELS if name in fields and is_good(fields[name]) is not None), "")
+
+
+def is_good(value: object) -> bool | None:
+    """Return whether a label says that an answer is good; `None` if it says neither."""
+    plain = value.strip().lower() if isinstance(value, str) else value
+    return plain in (True, 1, "true", "1") if plain in JUDGMENTS else None
+
+
 def _suggested_map(fields: Fields) -> str:
+    """Propose names for a row's columns, as far as their names and values leave no doubt."""
     if {"chosen", "rejected"} <= fields.keys():
         return "hymba-tune dpo trains on pairs of a better and a worse answer"
-    lists = [
-        name for name, value in fields.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)
-    ]
-    if lists:
-        return f"--map messages={lists[0]}"
-    prompt = next((name for name in LIKELY_PROMPTS if name in fields), None)
-    answer = next((name for name in LIKELY_ANSWERS if name in fields and name != prompt), None)
-    if len(fields) == 1 and not prompt:
-        return f"--map text={next(iter(fields))}"
-    flags = {"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"}
-    return " ".join(f"--map {name}={column}" for name, column in flags.items() if name != column)
+    lists = [name for name, value in fields.items() if holds_messages(_written(value))]
+    if len(lists) == 1:
+        return _map_flags({"messages": lists[0]})
+
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip()]
+    prompt = next((name for name in LIKELY_PROMPTS if name in texts), None)
+    answer = next((name for name in LIKELY_ANSWERS if name in texts and name != prompt), None)
+    context = next((name for name in LIKELY_CONTEXTS if name in texts), None)
+    if prompt and answer and context:  # the one format that shows a context after the question
+        return _map_flags({"instruction": prompt, "input": context, "output": answer})
+    if not prompt and not answer and len(texts) == 1 and texts[0] in LIKELY_TEXTS:
+        return _map_flags({"text": texts[0]})
+    return _map_flags({"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
+
+
+def _map_flags(columns: Mapping[str, str]) -> str:
+    return " ".join(shlex.join(["--map", f"{name}={column}"]) for name, column in columns.items() if name != column)
+
+
+def _check_media(fields: Fields, texts: Iterable[str]) -> None:
+    """Refuse a row whose text refers to an image, a video or a sound in another column."""
+    column = next((name for name in MEDIA if not is_empty(fields.get(name))), None)
+    if column and any(mark in text for text in texts for mark in MEDIA_MARKS):
+        raise DataError(
+            f'its text refers to "{column}", which the model cannot see',
+            expected="text only",
+            fix="remove the row",
+        )
 
 
 def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conversation:
-    body = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
-    for number, message in enumerate(messages[body:], start=body + 1):
-        if message.role == "system":
-            raise DataError(f"message {number} is a system message after others", expected="system messages first")
-
     system = read_text(fields.get("system", ""), names.column("system"))
-    if system.strip() and body == 0:
+    if system.strip() and (not messages or messages[0].role != "system"):
         messages = [Message("system", system), *messages]
+    messages = with_context_first(messages)
 
     if not any(message.role == "assistant" for message in messages):
         raise DataError("it has no message from the assistant", expected="an answer to train on", fix="remove the row")
     if not any(message.role == "assistant" and message.learned for message in messages):
         raise DataError("all its answers have weight 0", expected="an answer to train on", fix="remove the row")
-    if messages[0].role == "assistant":
-        raise DataError("it begins with an answer", expected="a message from the user first", fix="remove the answer")
     return Conversation(
         tuple(messages),
-        tuple(_list_of(dict, fields, "tools", names)),
+        tuple(_list_of(dict, fields, "tools" if "tools" in fields else "functions", names)),
         tuple(_list_of(str, fields, "contexts", names)),
     )
 
 
 def _turns(value: object, name: str, names: Names) -> list[Message]:
     is_whole = name in ("messages", "conversations")
+    value = _written(value)
     if not isinstance(value, list):
         expected = "a list of messages" if is_whole else "text, or a list of messages"
         raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)
     return read_messages(value, names.roles, "" if is_whole else f" of {names.column(name)}")
 
 
+def messages_in(value: object) -> object:
+    """Return the messages that a value holds: one object, or a list written as text. Else the value itself."""
+    value = [value] if isinstance(value, Mapping) else value
+    written = _written(value)
+    return written if holds_messages(written) else value
+
+
 def _list_of(item_type: type, fields: Fields, name: str, names: Names) -> list[Any]:
-    value = _from_json(fields.get(name) or [])
+    value = _written(fields.get(name) or [])
     if not isinstance(value, list) or not all(isinstance(item, item_type) for item in value):
         expected = "a list of objects" if item_type is dict else "a list of texts"
         raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)
     return [without_nulls(item) for item in value]
 
 
-def _from_json(value: object) -> object:
-    """Parse a text as JSON if it is any: tables without nested columns hold lists as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _written(value: object) -> object:
+    """Return the list or object that a text holds; any other value as it is."""
+    return parse_written(value) if isinstance(value, str) else value

@@ -19,13 +19,16 @@ KEYS = ("path", "weight", "max_rows", "map", "eval_data")
 EXPECTED = f"a list of sources, each with path and at most {listing(KEYS[1:])}"
 
 
-def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequence[int] = ()) -> list[Source]:
+def open_sources(
+    names: Sequence[str], weights: Sequence[float] = (), caps: Sequence[int] = (), *, escape: bool = False
+) -> list[Source]:
     """Open every source.
 
     Args:
         names: Names for `open_source`, or files for `open_mix`.
         weights: Sampling weights, one for each name, or none.
         caps: Maximum rows, one for each name, or none.
+        escape: Whether special tokens inside texts are written as plain text.
 
     Raises:
         ConfigError: If the number of weights or caps is wrong, or one is not positive.
@@ -49,7 +52,12 @@ def open_sources(names: Sequence[str], weights: Sequence[float] = (), caps: Sequ
         else:
             weight = weights[index] if weights else 1.0
             sources.append(replace(open_source(name), weight=weight, max_rows=caps[index] if caps else None))
-    return sources
+    return [escaped(source) for source in sources] if escape else sources
+
+
+def escaped(source: Source) -> Source:
+    """Return a source, and its evaluation data, with special tokens inside texts written as plain text."""
+    return replace(source, escape=True, held_out=source.held_out and escaped(source.held_out))
 
 
 def open_mix(path: Path) -> list[Source]:

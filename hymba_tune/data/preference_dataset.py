@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from hymba_tune.config import OnBadRow
 from hymba_tune.data.building import IDS, RowSchema, build
-from hymba_tune.data.comparisons import Comparison, comparisons, read_comparisons, split_answers
+from hymba_tune.data.comparisons import Comparison, comparisons, fit_answers, read_comparisons
 from hymba_tune.data.formats import Conversation, Names
 from hymba_tune.data.preferences import FIELDS, IdenticalPairError
 from hymba_tune.data.report import DataReport
@@ -115,16 +115,16 @@ def _numbers(value: list[int] | int) -> list[int]:
 
 
 def _fit(comparison: Comparison, max_length: int, report: PreferenceReport) -> list[dict[str, Any]] | str:
-    prompt, uncut = split_answers(comparison.encoded)
-    answers = [answer[: max(0, max_length - len(prompt))] for answer in uncut]
-    if reason := _drop_reason(prompt, uncut, answers, max_length):
-        return reason
+    fitted = fit_answers(comparison.encoded, max_length)
+    if fitted.unusable:
+        return fitted.unusable
 
+    prompt, answers = fitted.prompt, fitted.answers
     sizes = [len(answer) for answer in answers]
     report.tokens += sum(len(prompt) + size for size in sizes)
     report.learned += sum(sizes)
     report.longest = max(report.longest, len(prompt) + max(sizes))
-    report.cut += answers != uncut
+    report.cut += answers != fitted.uncut
 
     if len(answers) == 1:
         report.good += comparison.good
@@ -134,16 +134,6 @@ def _fit(comparison: Comparison, max_length: int, report: PreferenceReport) -> l
     report.ties += comparison.tie
     report.chosen_longer += sizes[0] > sizes[1]
     return [{"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}]
-
-
-def _drop_reason(prompt: list[int], uncut: list[list[int]], answers: list[list[int]], max_length: int) -> str:
-    """Return the reason why cut answers cannot be trained on; empty if they can be."""
-    if not answers[0] or not answers[-1]:
-        size = len(prompt) + max(map(len, uncut))
-        return f"its answer begins at token {len(prompt) + 1:,} of {size:,}, past --max-length {max_length:,}"
-    if len(answers) == 2 and answers[0] == answers[1]:
-        return f"its answers differ only past --max-length {max_length:,}"
-    return ""
 
 
 def sample_preferred(

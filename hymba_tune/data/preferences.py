@@ -9,21 +9,37 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hymba_tune.data.formats import Conversation, Names, parse
-from hymba_tune.data.messages import kind_of
+from hymba_tune.data.formats import (
+    EXTRAS,
+    FORMATS,
+    LIKELY_LABELS,
+    Conversation,
+    Names,
+    is_good,
+    judgment_column,
+    messages_in,
+    parse,
+)
+from hymba_tune.data.messages import MEDIA, known_role
 from hymba_tune.data.rows import listing
+from hymba_tune.data.values import kind_of, shown
 from hymba_tune.errors import DataError
 
-FIELDS = ("prompt", "chosen", "rejected", "completion", "messages", "label", "system", "tools", "contexts")
+PROMPTS = ("prompt", "messages", "conversations", "instruction")
+"""Columns that hold the prompt of a pair; the first that a row has counts."""
+FIELDS = (
+    *("prompt", "chosen", "rejected", "completion", "messages", "label", "conversations", "instruction", "output"),
+    *("input", "history", *EXTRAS),
+)
 """Columns that these formats read."""
+JUDGED = {*LIKELY_LABELS, "score", "rating", "reward", "rank", "feedback", "vote", "votes", "quality"}
+"""Columns whose presence says that answers may be bad."""
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 """Columns with the scores of the two answers of a pair; only their equality is used."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 EXPECTED = "chosen + rejected (with prompt, unless both are whole conversations)"
 EXPECTED_UNPAIRED = "prompt + completion + label, messages + label, or chosen + rejected"
-GOOD = (True, 1, "true", "1")
-BAD = (False, 0, "false", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +71,22 @@ class UnpairedPreference:
 
 
 class IdenticalPairError(DataError):
-    """The answers of a pair are the same."""
+    """The answers of a pair are the same.
+
+    Args:
+        answers: The two answers, by the names of their columns.
+    """
+
+    def __init__(self, answers: str = "its two answers, as the model reads them,") -> None:
+        super().__init__(f"{answers} are the same", expected="two different answers", fix="remove the row")
 
 
 def parse_pair(row: object, names: Names | None = None) -> PreferencePair:
     """Recognize a pair by its columns.
 
-    ``chosen`` and ``rejected`` are answers to ``prompt``, as texts or as messages, or whole conversations: lists of
-    messages (as in UltraFeedback), or texts with ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
+    ``chosen`` and ``rejected`` are answers to ``prompt`` (or to ``messages``, ``conversations`` or ``instruction``), as
+    texts, as a message or as messages; or whole conversations: lists of messages (as in UltraFeedback), or texts with
+    ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
 
     Args:
         row: The value that a reader returned.
@@ -77,15 +101,11 @@ def parse_pair(row: object, names: Names | None = None) -> PreferencePair:
     for side in ("chosen", "rejected"):
         if side not in fields:
             what = f"it has no {names.column(side)} (but {listing(fields)})"
-            raise DataError(what, expected=EXPECTED, fix=_other_verb(fields) or f"--map {side}=COLUMN")
+            raise DataError(what, expected=EXPECTED, fix=_other_verb(row, fields) or f"--map {side}=COLUMN")
 
     chosen, rejected = (_conversation(fields, side, names) for side in ("chosen", "rejected"))
     if chosen == rejected:
-        raise IdenticalPairError(
-            f"{names.column('chosen')} and {names.column('rejected')} are the same",
-            expected="two different answers",
-            fix="remove the row",
-        )
+        raise IdenticalPairError(f"{names.column('chosen')} and {names.column('rejected')}")
     _check_same_prompt(chosen, rejected)
 
     tie = any(fields.get(one) is not None and fields.get(one) == fields.get(other) for one, other in SCORES)
@@ -111,20 +131,32 @@ def parse_unpaired(row: object, names: Names | None = None) -> list[UnpairedPref
         return [UnpairedPreference(pair.chosen, True), UnpairedPreference(pair.rejected, False)]
 
     if "label" not in fields:
-        what = f"it has no {names.column('label')} (but {listing(fields)})"
-        raise DataError(what, expected=EXPECTED_UNPAIRED, fix=_other_verb(fields) or "--map label=COLUMN")
-    side = "completion" if "completion" in fields else "messages"
-    if side not in fields:
+        raise _without_label(row, fields, names)
+    form = next((form for form in FORMATS if fields.keys() >= {*form.required}), None)
+    if form is None or form.turns is None:
         raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_UNPAIRED)
-    return [UnpairedPreference(_conversation(fields, side, names), _label(fields["label"], names))]
+    columns = {name: names.columns.get(name, name) for name in form.fields if name in fields}
+    return [UnpairedPreference(_parse(fields, columns, names), _label(fields["label"], names))]
 
 
-def _other_verb(fields: Mapping[str, object]) -> str:
-    """Name the verb that trains on rows with these fields; empty if none does."""
-    if "label" in fields:
-        return "hymba-tune kto trains on single answers with labels"
-    answers = {"messages", "conversations", "completion", "output", "text"} & fields.keys()
-    return "hymba-tune sft trains on answers that are all good" if answers else ""
+def _without_label(row: object, fields: dict[str, object], names: Names) -> DataError:
+    """Build the error of a row without a label, or with a null one."""
+    if isinstance(row, Mapping) and names.columns.get("label", "label") in row:
+        what, fix = f"{names.column('label')} is null", "fill it in, or remove the row"
+        return DataError(what, expected="true or false (or 1 or 0)", fix=fix)
+    column = judgment_column(fields)
+    fix = f"--map label={column}" if column else _other_verb(row, fields) or "--map label=COLUMN"
+    return DataError(f"it has no {names.column('label')} (but {listing(fields)})", expected=EXPECTED_UNPAIRED, fix=fix)
+
+
+def _other_verb(row: object, fields: Mapping[str, object]) -> str:
+    """Name the verb that trains on rows with these fields; empty if that is not sure."""
+    if column := judgment_column(fields):
+        flag = "" if column == "label" else f", here with --map label={column}"
+        return f"hymba-tune kto trains on single answers with labels{flag}"
+    has_answer = any(fields.keys() >= {*form.required} for form in FORMATS)
+    is_judged = isinstance(row, Mapping) and not JUDGED.isdisjoint(row)
+    return "hymba-tune sft trains on answers that are all good" if has_answer and not is_judged else ""
 
 
 def _fields(row: object, names: Names) -> dict[str, object]:
@@ -134,39 +166,76 @@ def _fields(row: object, names: Names) -> dict[str, object]:
 
 
 def _label(value: object, names: Names) -> bool:
-    value = value.strip().lower() if isinstance(value, str) else value
-    if value not in (*GOOD, *BAD):
-        raise DataError(f"{names.column('label')} is {value!r}", expected="true or false (or 1 or 0)")
-    return value in GOOD
+    good = is_good(value)
+    if good is None:
+        raise DataError(f"{names.column('label')} is {shown(repr(value))}", expected="true or false (or 1 or 0)")
+    return good
 
 
-def _conversation(fields: dict[str, object], side: str, names: Names) -> Conversation:
+def _conversation(fields: Mapping[str, object], side: str, names: Names) -> Conversation:
     """Parse the conversation that ends with the answer in the column ``side``."""
-    fields = {name: _turns_of_text(value) if name in ("prompt", side) else value for name, value in fields.items()}
-    answer = fields[side]
-    prompt = fields.get("prompt")
-    if isinstance(answer, list) and (prompt is None or _is_whole(answer)):
+    answer = messages_in(_turns_of_text(fields[side]))
+    if isinstance(answer, list) and _ends_empty(answer):
+        raise DataError(f"{names.column(side)} is an empty answer", expected="text to train on", fix="remove the row")
+
+    prompt = next((name for name in PROMPTS if name in fields), None)
+    if isinstance(answer, list) and (prompt is None or _is_whole(answer, names)):
         columns = {"messages": side}
     elif prompt is None:
         raise DataError(f"it has no {names.column('prompt')} (but {listing(fields)})", expected=EXPECTED)
+    elif prompt == "instruction":
+        columns = {"instruction": "instruction", "input": "input", "output": side}
     else:
-        columns = {"prompt": "prompt", "completion": side}
+        columns = {"prompt": prompt, "completion": side}
+        if prompt != "prompt":
+            _check_prompt(fields[prompt], names.column(prompt), names)
+    columns |= {name: name for name in (EXTRAS if "messages" in columns else ("history", *EXTRAS))}
+    return _parse(fields, {name: column for name, column in columns.items() if column in fields}, names)
 
-    # With the user's own columns in the row and its names, the errors of `parse` name them.
-    user_names = Names({name: names.columns.get(column, column) for name, column in columns.items()}, names.roles)
-    row = {name: fields[name] for name in ("system", "tools", "contexts") if name in fields}
-    row |= {user_names.columns[name]: fields[column] for name, column in columns.items()}
-    conversation = parse(row, user_names)
+
+def _parse(fields: Mapping[str, object], columns: Mapping[str, str], names: Names) -> Conversation:
+    """Parse a row as a conversation that ends with an answer.
+
+    Args:
+        fields: The row's fields.
+        columns: Maps the names of a format's fields to names in ``fields``.
+        names: The user's names, so that errors name the user's own columns.
+    """
+    row: dict[str, object] = {name: fields[name] for name in MEDIA if name in fields}
+    user_columns = {name: names.columns.get(column, column) for name, column in columns.items()}
+    for name, column in columns.items():
+        turns = _turns_of_text(fields[column])
+        if name == "prompt" and isinstance(turns, list) and _ends_empty(turns):
+            turns = turns[:-1]  # a prompt that ends where the answer begins
+        row[user_columns[name]] = turns
+    conversation = parse(row, Names(user_columns, names.roles))
     assert isinstance(conversation, Conversation)
     if conversation.messages[-1].role != "assistant":
-        raise DataError(f"{names.column(side)} does not end with an answer", expected="a last message by the assistant")
+        answer = next(name for name in ("messages", "conversations", "completion", "output") if name in columns)
+        what = f'"{user_columns[answer]}" does not end with an answer'
+        raise DataError(what, expected="a last message by the assistant")
     return conversation
 
 
-def _is_whole(messages: list[object]) -> bool:
+def _is_whole(messages: list[object], names: Names) -> bool:
     """Return whether messages are a whole conversation rather than only its answer."""
-    first = messages[0] if messages else None
-    return isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt")
+    return any(_role_of(message, names) in ("system", "user") for message in messages)
+
+
+def _check_prompt(value: object, column: str, names: Names) -> None:
+    """Check that a conversation is only a prompt, whose answers are in other columns."""
+    messages = messages_in(value)
+    if isinstance(messages, list) and messages and _role_of(messages[-1], names) == "assistant":
+        raise DataError(
+            f"{column} ends with an answer, as if there were a third one",
+            expected="the messages before the two answers",
+            fix="remove its last message",
+        )
+
+
+def _role_of(message: object, names: Names) -> str:
+    role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+    return known_role(role, names.roles) if isinstance(role, str) else ""
 
 
 def _turns_of_text(value: object) -> object:
@@ -174,12 +243,13 @@ def _turns_of_text(value: object) -> object:
     if not isinstance(value, str) or not re.match(r"\s*Human:", value):
         return value
     parts = HH_TURN.split("\n\n" + value.strip())
-    turns = [
+    return [
         {"role": HH_ROLES[role], "content": text.strip()} for role, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
-    if turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()  # a prompt that ends where the answer begins
-    return turns
+
+
+def _ends_empty(messages: list[object]) -> bool:
+    return messages[-1:] == [{"role": "assistant", "content": ""}]
 
 
 def _check_same_prompt(chosen: Conversation, rejected: Conversation) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hymba_tune.data.formats import Conversation, Names
-from hymba_tune.data.messages import Message, kind_of, read_messages, turn
+from hymba_tune.data.formats import Conversation, Names, messages_in
+from hymba_tune.data.messages import Message, read_messages, turn, with_context_first
+from hymba_tune.data.values import kind_of
 from hymba_tune.errors import DataError
 
-FIELDS = ("prompt", "messages", "system")
+FIELDS = ("prompt", "messages", "conversations", "system")
 
 
 def parse_prompt(row: object, names: Names) -> Conversation:
@@ -24,7 +25,7 @@ def parse_prompt(row: object, names: Names) -> Conversation:
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {kind_of(row)}", expected='an object such as {"prompt": "…"}')
     fields = names.rename(row)
-    prompt = fields.get("prompt", fields.get("messages"))
+    prompt = messages_in(next((fields[name] for name in FIELDS[:3] if name in fields), None))
     if prompt is None:
         raise DataError(
             f"it has neither a prompt nor messages (but {', '.join(map(str, fields))})", fix="--map prompt=COLUMN"
@@ -42,4 +43,4 @@ def parse_prompt(row: object, names: Names) -> Conversation:
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
         messages.insert(0, Message("system", system))
-    return Conversation(tuple(messages))
+    return Conversation(tuple(with_context_first(messages)))

@@ -21,11 +21,13 @@ class Dropped:
         place: Where the row was read.
         reason: Either ``bad row`` or ``too long``.
         what: The reason in detail.
+        fix: What to do about it; may be empty.
     """
 
     place: RowLocation
     reason: str
     what: str
+    fix: str = ""
 
     def as_row(self) -> dict[str, str | int]:
         """Return the dropped row as values for JSON."""
@@ -107,7 +109,7 @@ class DataReport:
     def drop_bad(self, place: RowLocation, problem: DataError, listing: TextIO) -> None:
         """Count a row that cannot be used, and list it."""
         self.bad_rows += 1
-        self._drop(Dropped(place, "bad row", problem.what), listing)
+        self._drop(Dropped(place, "bad row", problem.what, problem.details["to fix"]), listing)
 
     def drop_long(self, place: RowLocation, what: str, listing: TextIO) -> None:
         """Count a row whose answers begin past the maximum length, and list it."""

@@ -34,6 +34,7 @@ class Source:
         weight: Sampling weight: below 1, the share of the rows; above 1, how often each row is repeated.
         max_rows: Maximum number of rows.
         mapping: The source's own column and role names, in the form of ``--map``.
+        escape: Whether special tokens inside its texts are written as plain text.
         download: Downloads the rows if they are not on this machine; reading them also does so.
     """
 
@@ -44,6 +45,7 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
+    escape: bool = False
     download: Callable[[], object] = lambda: None
 
     def __iter__(self) -> Iterator[SourceRow]:

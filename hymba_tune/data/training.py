@@ -127,8 +127,11 @@ def opened(options: DataOptions) -> tuple[list[Source], list[Source]]:
         HubError: If the Hub cannot be reached or has no such dataset.
         ConfigError: If weights, caps or names do not match the data.
     """
-    sources = open_sources(options.data, options.weights, options.caps)
-    eval_sources = open_sources(options.eval_data) or [source.held_out for source in sources if source.held_out]
+    escape = options.escape_special_tokens
+    sources = open_sources(options.data, options.weights, options.caps, escape=escape)
+    eval_sources = open_sources(options.eval_data, escape=escape) or [
+        source.held_out for source in sources if source.held_out
+    ]
     for source in (*sources, *eval_sources):
         source.download()  # before the first is read, which may take long
     mapping = as_mapping(options.map)

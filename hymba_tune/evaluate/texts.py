@@ -64,7 +64,7 @@ class ScoringTexts:
         Raises:
             HymbaTuneError: If a source cannot be found.
         """
-        sources = open_sources(config.data)
+        sources = open_sources(config.data, escape=config.escape_special_tokens)
         if config.max_rows:
             sources = [replace(source, max_rows=config.max_rows) for source in sources]
         return cls(sources, tokenizer, config.max_length, as_mapping(config.map), config.learn, config.on_bad_row)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data import Conversation, encode_prompt
-from hymba_tune.data.messages import read_messages
+from hymba_tune.data.messages import read_messages, with_context_first
 from hymba_tune.errors import DataError
 from hymba_tune.generate import Generation, Sampling, TokenScore
 from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
@@ -137,7 +137,7 @@ class Service:
         request = read_request(ChatRequest, await self._read_body(http))
         self._check_model(request.model)
         try:
-            messages = read_messages(list(request.messages), {"developer": "system"})
+            messages = with_context_first(read_messages(list(request.messages), {}))
             if messages[-1].role == "assistant":
                 raise ApiError(400, "messages: the last one is the assistant's; expected a user's.", param="messages")
             prompt = encode_prompt(Conversation(tuple(messages)), self._tokenizer)

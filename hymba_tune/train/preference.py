@@ -142,6 +142,9 @@ class PreferenceTask(Generic[P]):
         report = data.report
         warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
         summary = _summary(report)
+        if not report.pairs and not (report.good and report.bad):
+            kind = "good" if report.good else "bad"
+            screen.note(f"every answer is labeled {kind}: KTO compares good answers with bad ones and needs both")
         rows = Data(data.train, data.held_out, data.held_out_sources, report, summary, data.prompts, warning)
         return self.run(config, setup, rows, report, screen)
 

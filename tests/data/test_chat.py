@@ -214,13 +214,58 @@ def test_template_that_changes_answers_is_refused() -> None:
     tokenizer = sentencepiece_like(MISTRAL.replace("message.content | trim", "message.content | upper"))
     with pytest.raises(DataError, match="rewrites the conversation around message 2, an answer") as refusal:
         encode(Conversation(turns("Hi", "Hello")), tokenizer, ENOUGH)
-    assert "remove chat_template from the tokenizer" in str(refusal.value)
+    assert "--chat-template hymba or alpaca (of a teacher: --teacher-chat-template)" in str(refusal.value)
+    assert "--learn last" not in str(refusal.value)
 
 
 def test_template_that_moves_messages_is_refused() -> None:
     reversed_history = "{% for message in messages | reverse %}{{ message.content + '\n' }}{% endfor %}"
     with pytest.raises(DataError, match="rewrites the conversation"):
         encode(Conversation(turns("Hi", "Hello", "Bye", "So long")), sentencepiece_like(reversed_history), ENOUGH)
+
+
+def test_prompt_whose_question_the_template_leaves_out_is_refused() -> None:
+    tokenizer = sentencepiece_like("{% for message in messages[:1] %}{{ message.content + '\\n' }}{% endfor %}")
+    with pytest.raises(DataError, match="leaves out message 3, the question"):
+        render_prompt(Conversation(turns("Hi", "Hello", "Bye")), tokenizer)
+
+
+class TestTemplateThatStripsThinking:
+    """As Qwen's: answers before the last question lose their reasoning."""
+
+    conversation = Conversation(
+        turns("2+0?", "<think>\nadd\n</think>\n\n2", "3+0?", "<think>\nadd again\n</think>\n\n3")
+    )
+
+    @pytest.fixture
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        template = (Path(__file__).parent / "cases" / "strips_thinking.jinja").read_text()
+        return byte_level(template, CHATML_TOKENS, "<|im_end|>")
+
+    def test_last_answer_is_learned_whole(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        last = render(self.conversation, tokenizer, Learn.last)
+        assert [last.text[start:end] for start, end in last.learned] == ["<think>\nadd again\n</think>\n\n3<|im_end|>"]
+        assert "<|im_start|>assistant\n2<|im_end|>" in last.text
+
+    def test_all_answers_are_refused_with_what_to_do(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match="rewrites the conversation around message 2") as refusal:
+            render(self.conversation, tokenizer)
+        assert "--learn last" in refusal.value.details["to fix"]
+        assert "--teacher-chat-template" in refusal.value.details["to fix"]
+
+    def test_prompt_is_the_text_before_the_last_answer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        prompt = render_prompt(replace(self.conversation, messages=self.conversation.messages[:3]), tokenizer)
+        assert prompt.startswith("<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n")
+
+
+def test_greeting_is_context(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    greeting = Message("assistant", "Welcome!", weight=0.0)
+    (row,) = encode(Conversation((greeting, *turns("Hi", "Hello"))), any_tokenizer, ENOUGH)
+    eos = any_tokenizer.eos_token
+    assert [run.strip() for run in learned_runs(row, any_tokenizer)] == [f"Hello{eos}"]
+    prompt = encode_prompt(Conversation((greeting, *turns("Hi"))), any_tokenizer)
+    assert row.input_ids[: len(prompt)] == prompt
+    assert f"Welcome!{eos}" in any_tokenizer.decode(prompt)
 
 
 def test_error_of_the_template_is_part_of_the_message() -> None:

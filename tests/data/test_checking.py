@@ -103,7 +103,8 @@ def test_oddities_are_noted_and_do_not_make_data_unusable(hymba: PreTrainedToken
     rows = [
         {"messages": [USER, USER, ANSWER, ANSWER]},
         {"messages": [{**USER, "content": " "}, ANSWER, USER]},
-        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "reasoning": "…"}], "id": 3, "source": "x"},
+        {"messages": [{**USER, "name": "Ann"}, {**ANSWER, "reasoning": "…"}], "id": 3, "source": "x", "kept": False},
+        {"messages": [ANSWER, USER, ANSWER]},
     ]
     result = check(rows, hymba)
     assert {note.what: (note.rows, note.examples) for note in result.notes.values()} == {
@@ -111,8 +112,10 @@ def test_oddities_are_noted_and_do_not_make_data_unusable(hymba: PreTrainedToken
         "two answers in a row": (1, ["support.jsonl, line 1"]),
         "the last message is not an answer, so it has no loss": (1, ["support.jsonl, line 2"]),
         "an empty message from the user": (1, ["support.jsonl, line 2"]),
+        "its reasoning is read as <think>…</think> before the answer": (1, ["support.jsonl, line 3"]),
+        "it begins with an answer, which is context without loss": (1, ["support.jsonl, line 4"]),
     }
-    assert result.hidden == {"id": 1, "source": 1, "messages[].name": 1, "messages[].reasoning": 1}
+    assert result.hidden == {"id": 1, "source": 1, "kept": 1, "messages[].name": 1}
     label, keys = overview(result)[-1]
     assert label == "not shown"
     assert {"id (1)", "messages[].name (1)"} <= set(keys.split(", "))
@@ -136,6 +139,26 @@ def test_answers_with_labels_can_be_trained_on_with_sft_and_kto(hymba: PreTraine
     commands = dict(next_commands(check([labeled], hymba), ["a"], "m", [], 64))
     assert commands["train"].replace("sft", "kto") == commands["kto"]
     assert "kto" not in dict(next_commands(check([GOOD], hymba), ["a"], "m", [], 64))
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_answers_labeled_bad_are_for_kto_only(column: str, hymba: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "a", "completion": answer, column: answer == "good"} for answer in ("good", "bad", "worse")]
+    result = check(rows, hymba)
+    commands = dict(next_commands(result, ["a"], "m", [], 64))
+    assert "train" not in commands
+    assert commands["kto"].startswith("hymba-tune kto --data a")
+    assert commands["kto"].endswith("--map label=kto_tag") == (column == "kto_tag")
+    whats = [problem.what for problem in problems(result)]
+    assert "2 rows: its label says that the answer is bad, which sft would learn" in whats
+    assert not [what for what in whats if what.startswith("every label")]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_labels_of_one_kind_are_named(good: bool, hymba: PreTrainedTokenizerFast) -> None:
+    result = check([{"prompt": "a", "completion": "b", "label": good}] * 2, hymba)
+    only = {True: "good", False: "bad"}[good]
+    assert f"every label says that the answer is {only}" in [problem.what for problem in problems(result)]
 
 
 def test_data_without_an_answer_within_max_length_is_not_usable(hymba: PreTrainedTokenizerFast) -> None:

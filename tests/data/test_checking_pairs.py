@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
+from hymba_tune.config import OnBadRow
 from hymba_tune.data.check_counts import Check
 from hymba_tune.data.check_facts import facts, next_commands, overview, problems
 from hymba_tune.data.check_page import check_page
 from hymba_tune.data.checking import check_sources
 from hymba_tune.data.preference_dataset import build_preferences
+from hymba_tune.errors import DataError
 from tests.data.inputs import source
 
 LONGER = {"prompt": "Hi", "chosen": "Hello to you all, and welcome", "rejected": "No"}
@@ -21,12 +24,37 @@ def check(rows: Sequence[object], tokenizer: PreTrainedTokenizerFast, max_length
 
 
 def test_counts_equal_those_of_a_run(hymba: PreTrainedTokenizerFast) -> None:
-    rows = [LONGER, TIE, {**TIE, "prompt": "word " * 100}, {**LONGER, "chosen": "word " * 100}]
+    differ_late = {"prompt": "Hi", "chosen": "word " * 100 + "a", "rejected": "word " * 100 + "b"}
+    rows = [LONGER, TIE, {**TIE, "prompt": "word " * 100}, {**LONGER, "chosen": "word " * 100}, differ_late]
     result = check(rows, hymba)
     _, report = build_preferences([source(rows)], hymba, paired=True, max_length=64)
     same = ("rows", "bad_rows", "too_long", "cut", "tokens", "learned")
     assert [getattr(result, name) for name in same] == [getattr(report, name) for name in same]
+    assert result.too_long == 2
     assert result.usable
+
+
+def test_answers_that_the_template_makes_equal_are_identical_in_check_and_run(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"prompt": "u", "chosen": "good", "rejected": "good "},
+        {"prompt": "u", "chosen": "good", "rejected": "bad"},
+    ]
+    result = check(rows, hymba)
+    assert result.pairs is not None
+    data, report = build_preferences([source(rows)], hymba, paired=True, max_length=64, on_bad_row=OnBadRow.skip)
+    assert (result.pairs.identical, result.bad_rows, result.too_long) == (1, 1, 0)
+    assert (report.identical, report.bad_rows, report.too_long, len(data)) == (1, 1, 0, 1)
+    with pytest.raises(DataError, match="as the model reads them, are the same"):
+        build_preferences([source(rows)], hymba, paired=True, max_length=64)
+
+
+def test_answers_with_equal_tokens_are_no_pair(hymba: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "u", "chosen": "a b", "rejected": "a▁b"}, LONGER]  # SentencePiece writes a space as ▁
+    result = check(rows, hymba)
+    _, report = build_preferences([source(rows)], hymba, paired=True, max_length=64)
+    assert result.too_long == report.too_long == 1
+    assert report.first_dropped is not None
+    assert report.first_dropped.what == "its answers have equal tokens"
 
 
 def test_ties_identical_pairs_and_length_bias_are_reported(hymba: PreTrainedTokenizerFast) -> None:

@@ -39,7 +39,7 @@ BAD = {
     b"<html>": "not JSON at column 1",
     answer(""): "is an empty answer",
     b'{"question": "x", "answer": "y"}': "match no format",
-    json.dumps({"messages": TALK["messages"][::-1]}).encode(): "it begins with an answer",
+    json.dumps({"messages": TALK["messages"][1:]}).encode(): "it has an answer but no question",
     b'{"prompt": "\\ud83d", "completion": "y"}': "has half a character",
     b'{"prompt": "\xe9", "completion": "y"}': "is not UTF-8",
     b'{"prompt": "x\x00", "completion": "y"}': "not JSON at column 14",

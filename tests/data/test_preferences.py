@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -43,6 +44,19 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "hh": {"chosen": "\n\nHuman: Is it?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Is it?\n\nAssistant: No."},
     "hh with prompt": {"prompt": "\n\nHuman: Is it?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+    "one message each": {"prompt": "Is it?", "chosen": ASSISTANT[0][0], "rejected": ASSISTANT[1][0]},
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "Is it?"}],
+        "chosen": {"from": "gpt", "value": "Yes."},
+        "rejected": {"from": "gpt", "value": "No."},
+    },
+    "LLaMA-Factory, Alpaca": {"instruction": "Is it?", "input": "", "chosen": "Yes.", "rejected": "No."},
+    "prompt in messages": {"messages": messages("Is it?"), "chosen": "Yes.", "rejected": "No."},
+    "lists as text": {
+        "prompt": repr(messages("Is it?")),
+        "chosen": json.dumps(ASSISTANT[0]),
+        "rejected": json.dumps(ASSISTANT[1]),
+    },
     "sharegpt": {
         "chosen": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}],
         "rejected": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "No."}],
@@ -56,6 +70,26 @@ def test_same_pair_in_every_format(form: str) -> None:
     assert [(role, text.strip()) for role, text in roles_and_contents(pair.chosen)] == expected("Is it?", "Yes.")
     assert [(role, text.strip()) for role, text in roles_and_contents(pair.rejected)] == expected("Is it?", "No.")
     assert not pair.tie
+
+
+def test_mapped_conversation_is_a_prompt() -> None:
+    names = Names.parse({"prompt": "conversations"}, FIELDS)
+    assert parse_pair(SAME["LLaMA-Factory"], names) == parse_pair(SAME["LLaMA-Factory"])
+
+
+def test_input_and_history_are_part_of_the_prompt() -> None:
+    row = {"instruction": "Is", "input": "it?", "history": [["a", "b"]], "chosen": "Yes.", "rejected": "No."}
+    assert roles_and_contents(parse_pair(row).chosen) == expected("a", "b", "Is\n\nit?", "Yes.")
+
+
+def test_greeting_of_a_whole_conversation_is_context() -> None:
+    greeting = {"role": "assistant", "content": "Welcome!"}
+    sides = {
+        side: [greeting, *messages("Is it?", answer)] for side, answer in (("chosen", "Yes."), ("rejected", "No."))
+    }
+    for row in (sides, {**sides, "prompt": "Is it?"}):
+        pair = parse_pair(row)
+        assert [message.weight for message in pair.chosen.messages] == [0, 1, 1]
 
 
 def test_turns_of_hh_become_messages() -> None:
@@ -98,6 +132,25 @@ def test_identical_answers_are_refused() -> None:
         "answers": ({"messages": messages("a", "b")}, r'it has no "chosen" (.|\n)*to fix +hymba-tune sft'),
         "other names": ({"q": "a", "yes": "b", "rejected": "c"}, r'no "chosen" (.|\n)*to fix +--map chosen=COLUMN'),
         "no prompt": ({"chosen": "b", "rejected": "c"}, r'it has no "prompt" \(but chosen, rejected\)'),
+        "empty answer in text turns": (
+            {"chosen": "\n\nHuman: a?\n\nAssistant: ", "rejected": "\n\nHuman: a?\n\nAssistant: b"},
+            r'^"chosen" is an empty answer',
+        ),
+        "empty list": ({"prompt": "a", "chosen": [], "rejected": "c"}, "it has no message from the assistant"),
+        "prompt with an answer": (
+            {"messages": messages("a", "b"), "chosen": "c", "rejected": "d"},
+            r'"messages" ends with an answer, as if there were a third one',
+        ),
+        "image": (
+            {"images": ["a.png"], "prompt": "<image> a", "chosen": "b", "rejected": "c"},
+            r'its text refers to "images"',
+        ),
+        "judged": ({"prompt": "a", "completion": "b", "label": None}, r'it has no "chosen" (.|\n)*--map chosen=COLUMN'),
+        "scored": ({"prompt": "a", "completion": "b", "score": 3}, r'it has no "chosen" (.|\n)*--map chosen=COLUMN'),
+        "kto_tag": (
+            {"messages": messages("a", "b"), "kto_tag": True},
+            r"to fix +hymba-tune kto trains on single answers with labels, here with --map label=kto_tag",
+        ),
         "empty": ({"prompt": "a", "chosen": " ", "rejected": "c"}, r'"chosen" is an empty answer'),
         "number": ({"prompt": "a", "chosen": 3, "rejected": "c"}, r'"chosen" is a number'),
         "role": (
@@ -123,6 +176,21 @@ def test_row_that_is_not_a_pair_is_refused(row: object, message: str) -> None:
         parse_pair(row)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]},
+        {"instruction": "Is it?", "output": "Yes."},
+        {"prompt": messages("Is it?"), "completion": {"role": "assistant", "content": "Yes."}},
+        {"prompt": "\n\nHuman: Is it?\n\nAssistant:", "completion": "Yes."},
+    ],
+)
+def test_label_belongs_to_the_answer_in_every_format(row: dict[str, Any]) -> None:
+    (preference,) = parse_unpaired({**row, "kto_tag": False}, Names.parse({"label": "kto_tag"}, FIELDS))
+    assert roles_and_contents(preference.conversation) == expected("Is it?", "Yes.")
+    assert not preference.good
+
+
 @pytest.mark.parametrize("label", [True, 1, "true", "True ", "1"])
 def test_label_is_read_in_every_notation(label: object) -> None:
     (preference,) = parse_unpaired({"prompt": "Is it?", "completion": "Yes.", "label": label})
@@ -146,7 +214,11 @@ def test_pair_gives_a_good_and_a_bad_answer() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "completion": "b"}, r'it has no "label" \(but prompt, completion\)'),
+        ({"prompt": "a", "completion": "b"}, r'it has no "label" \(but prompt, completion\)(.|\n)*hymba-tune sft'),
+        ({"prompt": "a", "completion": "b", "label": None}, r'^"label" is null\n(.|\n)*remove the row'),
+        ({"messages": messages("a", "b"), "kto_tag": "true"}, r'it has no "label" (.|\n)*to fix +--map label=kto_tag'),
+        ({"messages": messages("a", "b", "c"), "label": True}, '"messages" does not end with an answer'),
+        ({"text": "a", "label": True}, 'it has no "completion"'),
         ({"prompt": "a", "answer": "b"}, r'it has no "label" (.|\n)*to fix +--map label=COLUMN'),
         ({"prompt": "a", "label": True}, r'it has no "completion" \(but prompt, label\)'),
         ({"prompt": "a", "completion": "b", "label": "maybe"}, r""""label" is 'maybe'\n  expected   true or false"""),

@@ -258,6 +258,14 @@ def test_kto_learns_from_labeled_answers(small_model: Path, judged: Path, tmp_pa
     assert isinstance(run.read_config(), KTOConfig)
 
 
+def test_kto_warns_of_answers_of_one_kind(small_model: Path, judged: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in judged.read_text().splitlines()]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps({**row, "label": False}) + "\n" for row in rows))
+    notes = Notes()
+    kto(small_model, tmp_path / "one.jsonl", tmp_path / "out", notes, steps=1, eval_split=0)
+    assert [text for text in notes.notes if text.startswith("every answer is labeled bad: KTO compares")]
+
+
 def test_card_of_answers_that_are_all_good_or_all_bad_has_no_margin_and_no_nats(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step, loss in enumerate((0.5, 0.4)):
