@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import IGNORED, Encoded, render
 from hymba_tune.data.encoding import Reading, drawn
-from hymba_tune.data.formats import Conversation, Names
+from hymba_tune.data.formats import Conversation, Names, needed_columns
 from hymba_tune.data.preferences import FIELDS, IdenticalPairError, parse_pair, parse_unpaired
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
@@ -60,7 +61,7 @@ def comparisons(
     names = [Names.parse({**(mapping or {}), **source.mapping}, FIELDS) for source in sources]
     special = SpecialTokens.of(tokenizer) if any(source.escape for source in sources) else None
     for number, source in enumerate(sources):
-        for row in drawn(source, seed + number):
+        for row in drawn(source.only(partial(needed_columns, names[number])), seed + number):
             try:
                 for comparison in read_comparisons(row, names[number], paired=paired, source=number):
                     if special and source.escape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 from hymba_tune.config import OnBadRow
 from hymba_tune.data.duplicates import content_hash
 from hymba_tune.data.encoding import read_example
-from hymba_tune.data.formats import Conversation, Example, Names
+from hymba_tune.data.formats import Conversation, Example, Names, needed_columns
 from hymba_tune.data.messages import Message
 from hymba_tune.data.report import Dropped
 from hymba_tune.data.rows import RowError, SourceRow, listing
@@ -218,7 +219,7 @@ def _attempts(
     """Yield every row, its example, and the example in the target's format or the error that prevents it."""
     for source in sources:
         names = Names.parse({**mapping, **source.mapping})
-        for row in source:
+        for row in source.only(partial(needed_columns, names)):
             example = None
             try:
                 example = read_example(row, names)

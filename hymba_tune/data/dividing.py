@@ -120,14 +120,17 @@ def _divide(
         writing(out / EVAL, {}, overwrite=overwrite) as held_out,
     ):
         for (row, _), to_eval in zip(_rows(sources, mapping), is_held_out, strict=True):
-            if row.error:
-                done.unreadable += 1
-            elif to_eval:
-                held_out(row.value)
-                done.held_out += 1
-            else:
-                train(row.value)
-                done.train += 1
+            try:
+                if row.error:
+                    done.unreadable += 1
+                elif to_eval:
+                    held_out(row.value)
+                    done.held_out += 1
+                else:
+                    train(row.value)
+                    done.train += 1
+            except DataError as problem:
+                raise RowError(row.place, problem) from problem
     return done
 
 

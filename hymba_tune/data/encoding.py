@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
-from hymba_tune.data.formats import Example, Names, parse
+from hymba_tune.data.formats import Example, Names, needed_columns, parse
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.data.special_tokens import SpecialTokens
@@ -79,7 +80,7 @@ def readings(
     names = [Names.parse({**(mapping or {}), **source.mapping}) for source in sources]
     special = SpecialTokens.of(tokenizer) if any(source.escape for source in sources) else None
     for number, source in enumerate(sources):
-        for row in drawn(source, seed + number):
+        for row in drawn(source.only(partial(needed_columns, names[number])), seed + number):
             reading = ExampleReading(number, row)
             try:
                 example = read_example(row, names[number])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,9 @@ LIKELY_TEXTS = ("content", "body", "article", "document", "passage", "story", "p
 LIKELY_LABELS = ("label", "kto_tag")
 """Columns that judge an answer, if they hold true or false."""
 JUDGMENTS = (True, False, 1, 0, "true", "false", "1", "0")
+PAIR = ("chosen", "rejected")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+"""Columns with the scores of the two answers of a pair; only their equality is used."""
 MEDIA_MARKS = ("<image>", "<video>", "<audio>")
 
 
@@ -266,6 +269,24 @@ def is_good(value: object) -> bool | None:
     """Return whether a label says that an answer is good; `None` if it says neither."""
     plain = value.strip().lower() if isinstance(value, str) else value
     return plain in (True, 1, "true", "1") if plain in JUDGMENTS else None
+
+
+def has_format(columns: Collection[str]) -> bool:
+    """Return whether a row with these columns has a known format."""
+    return any({*required} <= {*columns} for required in (*(form.required for form in FORMATS), PAIR))
+
+
+def needed_columns(names: Names, columns: Sequence[str]) -> Collection[str]:
+    """Return the columns of a table that matter to a row of any format; all of them if their format is unknown."""
+    known = {
+        *PAIR,
+        *MEDIA,
+        *LIKELY_LABELS,
+        *(name for form in FORMATS for name in form.fields),
+        *(name for pair in SCORES for name in pair),
+    }
+    needed = {*known.intersection(columns), *names.columns.values()}
+    return needed if has_format({*needed, *names.columns}) else columns
 
 
 def _suggested_map(fields: Fields) -> str:

@@ -93,7 +93,8 @@ def local_files(names: Sequence[str]) -> list[Path]:
             named = [str(entry[key]) for entry in entries for key in ("path", "eval_data") if key in entry]
             files += [path.parent / Path(name).expanduser() for name in named]
             files += [Path(name).expanduser() for name in named]
-    return [path for path in files if path.is_file()]
+    inside = [file for path in files if path.is_dir() for file in (*path.glob("*"), *path.glob("*/*"))]
+    return [path for path in (*files, *inside) if path.is_file()]
 
 
 def _entries(path: Path) -> list[Any]:

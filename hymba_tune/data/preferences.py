@@ -13,6 +13,7 @@ from hymba_tune.data.formats import (
     EXTRAS,
     FORMATS,
     LIKELY_LABELS,
+    SCORES,
     Conversation,
     Names,
     is_good,
@@ -34,8 +35,6 @@ FIELDS = (
 """Columns that these formats read."""
 JUDGED = {*LIKELY_LABELS, "score", "rating", "reward", "rank", "feedback", "vote", "votes", "quality"}
 """Columns whose presence says that answers may be bad."""
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-"""Columns with the scores of the two answers of a pair; only their equality is used."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 EXPECTED = "chosen + rejected (with prompt, unless both are whole conversations)"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hymba_tune.errors import DataError
+
+ColumnChoice = Callable[[Sequence[str]], Collection[str]]
+"""Returns those of a table's columns that have to be read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,12 @@ class UnreadValue:
 
     why: str
 
+    def __str__(self) -> str:
+        return f"({self.why})"
+
+
+NOT_NEEDED = UnreadValue("its column is not needed")
+
 
 def kind_of(value: object) -> str:
     """Name the type of a value in words."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hymba_tune.data.readers import KINDS, kind
 from hymba_tune.data.rows import listing
+from hymba_tune.data.values import UnreadValue, kind_of
 from hymba_tune.errors import DataError
 from hymba_tune.files import atomic_write, check_file, write_errors
 
@@ -81,12 +82,19 @@ def _writer(path: Path, part: Path, columns: Mapping[str, pa.DataType]) -> Itera
 
 
 def _json(row: dict[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=False, default=_as_json)
     try:
         text.encode()
     except UnicodeEncodeError:  # half a character, in a row that has not been parsed
-        return json.dumps(row)
+        return json.dumps(row, default=_as_json)
     return text
+
+
+def _as_json(value: object) -> str:
+    """Write a value of a table that JSON lacks, such as a date, as text."""
+    if isinstance(value, bytes | UnreadValue):
+        raise DataError(f"it holds {kind_of(value)}", expected="values that JSON can hold", fix="remove the column")
+    return str(value)
 
 
 @contextmanager

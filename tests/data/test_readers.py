@@ -177,9 +177,11 @@ def test_open_quote_is_a_bad_row(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b'[{"a": 1},\n {"a": }]', r"a\.json: not JSON at line 2, column 8"),
-        (b'{"a": 1}', "it holds no list of rows"),
         (b'{"a": [], "b": []}', r"it holds 2 lists \(a, b\)"),
-        (b"3", "it holds no list of rows"),
+        (b"3", "it holds a number and no rows"),
+        (b'"text"', "it holds text and no rows"),
+        (b"{}", "it has no rows"),
+        (b'{"prompt": {"0": "a", "1": "b"}}', r'it holds columns instead of rows(.|\n)*orient="records"'),
         ('["é"]'.encode("latin-1"), "byte 3 is not UTF-8"),
         (b"[" * 100_000, "JSON that cannot be read"),
     ],
@@ -209,3 +211,90 @@ def test_file_without_rows_is_refused(tmp_path: Path, name: str, content: bytes)
 def test_container_without_rows_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(DataError, match="it has no rows"):
         read(write(tmp_path / name, content))
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PAIR_ROW = {"prompt": "a", "completion": "b"}
+SHAPES: dict[str, tuple[object, list[object]]] = {
+    "one conversation": (TALK, [{"messages": TALK}]),
+    "list of conversations": ([TALK, TALK], [{"messages": TALK}] * 2),
+    "one row with messages": ({"messages": TALK}, [{"messages": TALK}]),
+    "one row with messages in another column": ({"id": 1, "talk": TALK}, [{"id": 1, "talk": TALK}]),
+    "one row": (PAIR_ROW, [PAIR_ROW]),
+    "one row of other columns": ({"a": 1}, [{"a": 1}]),
+    "object of rows": ({"0": PAIR_ROW, "x": PAIR_ROW}, [PAIR_ROW] * 2),
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_of_every_shape_is_read(tmp_path: Path, shape: str, indent: int | None) -> None:
+    document, rows = SHAPES[shape]
+    assert values(write(tmp_path / "a.json", json.dumps(document, indent=indent).encode())) == rows
+
+
+def test_objects_over_several_lines_follow_each_other(tmp_path: Path) -> None:
+    content = "\n".join(json.dumps(row, indent=2) for row in ROWS) + "\n\n"
+    path = write(tmp_path / "a.json", content.encode())
+    assert values(path) == ROWS
+    assert numbers(path) == [1, 2]
+    with pytest.raises(DataError, match="not JSON at line 5, column 1"):
+        read(write(path, (content[: content.index("}") + 2] + "{ x").encode()))
+
+
+def test_line_that_is_a_conversation_is_a_row(tmp_path: Path) -> None:
+    assert values(write(tmp_path / "a.jsonl", json.dumps(TALK).encode())) == [{"messages": TALK}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_key_twice_is_named_unless_its_values_are_equal(tmp_path: Path, name: str) -> None:
+    twice = b'{"prompt": "a", "prompt": "b", "completion": "c"}'
+    path = write(tmp_path / name, twice + b"\n" + twice.replace(b'"b"', b'"a"'))
+    if name == "a.jsonl":
+        first, second = read(path)
+        assert problem(first) == 'JSON that cannot be read (the key "prompt" twice, with different values)'
+        assert second.value == {"prompt": "a", "completion": "c"}
+    else:
+        with pytest.raises(DataError, match='the key "prompt" twice, with different values'):
+            read(path)
+
+
+@pytest.mark.parametrize("levels", [64, 65, 500, 100_000])
+def test_deep_nesting_is_refused_where_it_is_read(tmp_path: Path, levels: int) -> None:
+    nested = "[" * (levels - 1) + "]" * (levels - 1)
+    (row,) = read(write(tmp_path / "a.jsonl", f'{{"tools": {nested}}}'.encode()))
+    assert (row.error is None) == (levels <= 64)
+    if row.error:
+        assert problem(row) == "JSON that cannot be read (more than 64 levels of nesting)"
+
+
+@pytest.mark.parametrize("separator", [";", "|", ","])
+def test_line_of_excel_names_the_separator(tmp_path: Path, separator: str) -> None:
+    lines = [
+        f"sep={separator}",
+        f"prompt{separator}completion",
+        f"foo{separator}bar; baz" if separator != ";" else "foo;b",
+    ]
+    path = write(tmp_path / "a.csv", "\r\n".join(lines).encode())
+    assert values(path) == [{"prompt": "foo", "completion": "b" if separator == ";" else "bar; baz"}]
+    assert numbers(path) == [3]
+
+
+def test_spaces_after_separators_are_no_part_of_cells(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b'prompt, completion , id\nfoo, "bar, baz", 1\n')
+    assert values(path) == [{"prompt": "foo", "completion": "bar, baz", "id": "1"}]
+    assert values(write(path, b"prompt,completion\nfoo, bar\n")) == [{"prompt": "foo", "completion": " bar"}]
+    path = write(path, b"\n\nprompt;completion\nfoo;b,a,r\n")
+    assert values(path) == [{"prompt": "foo", "completion": "b,a,r"}]
+    assert numbers(path) == [4]
+
+
+def test_column_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"prompt,completion,prompt\na,b,c\n")
+    with pytest.raises(DataError, match=r'a\.csv: it has the column "prompt" twice'):
+        read(path)
+    assert values(write(path, b",prompt,\n1,a,2\n")) == [{"": "2", "prompt": "a"}]
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r'a\.parquet: it has the column "prompt" twice'):
+        read(tmp_path / "a.parquet")
