@@ -256,7 +256,7 @@ def recognize(fields: Fields, names: Names) -> Format:
     raise DataError(
         what,
         expected="; ".join(" + ".join(form.required) for form in forms),
-        fix=_suggested_map(fields),
+        fix=_suggestion(fields),
     )
 
 
@@ -289,10 +289,19 @@ def needed_columns(names: Names, columns: Sequence[str]) -> Collection[str]:
     return needed if has_format({*needed, *names.columns}) else columns
 
 
-def _suggested_map(fields: Fields) -> str:
-    """Propose names for a row's columns, as far as their names and values leave no doubt."""
-    if {"chosen", "rejected"} <= fields.keys():
+def _suggestion(fields: Fields) -> str:
+    """Propose what to do with a row that matches no format; an answer that may be bad is not proposed to `sft`."""
+    if {*PAIR} <= fields.keys():
         return "hymba-tune dpo trains on pairs of a better and a worse answer"
+    flags = suggested_map(fields)
+    if column := judgment_column(fields):
+        label = _map_flags({"label": column})
+        return f"hymba-tune kto trains on single answers with labels, here with {f'{flags} {label}'.strip()}"
+    return flags
+
+
+def suggested_map(fields: Mapping[str, object]) -> str:
+    """Propose names for a row's columns, as far as their names and values leave no doubt."""
     lists = [name for name, value in fields.items() if holds_messages(_written(value))]
     if len(lists) == 1:
         return _map_flags({"messages": lists[0]})

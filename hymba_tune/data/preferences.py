@@ -13,6 +13,7 @@ from hymba_tune.data.formats import (
     EXTRAS,
     FORMATS,
     LIKELY_LABELS,
+    LIKELY_PROMPTS,
     SCORES,
     Conversation,
     Names,
@@ -20,6 +21,7 @@ from hymba_tune.data.formats import (
     judgment_column,
     messages_in,
     parse,
+    suggested_map,
 )
 from hymba_tune.data.messages import MEDIA, known_role
 from hymba_tune.data.rows import listing
@@ -133,8 +135,9 @@ def parse_unpaired(row: object, names: Names | None = None) -> list[UnpairedPref
         raise _without_label(row, fields, names)
     form = next((form for form in FORMATS if fields.keys() >= {*form.required}), None)
     if form is None or form.turns is None:
-        raise DataError(f"it has no {names.column('completion')} (but {listing(fields)})", expected=EXPECTED_UNPAIRED)
-    columns = {name: names.columns.get(name, name) for name in form.fields if name in fields}
+        what = f"it has no {names.column('completion')} (but {listing(fields)})"
+        raise DataError(what, expected=EXPECTED_UNPAIRED, fix=suggested_map(fields))
+    columns = {name: name for name in form.fields if name in fields}
     return [UnpairedPreference(_parse(fields, columns, names), _label(fields["label"], names))]
 
 
@@ -181,7 +184,9 @@ def _conversation(fields: Mapping[str, object], side: str, names: Names) -> Conv
     if isinstance(answer, list) and (prompt is None or _is_whole(answer, names)):
         columns = {"messages": side}
     elif prompt is None:
-        raise DataError(f"it has no {names.column('prompt')} (but {listing(fields)})", expected=EXPECTED)
+        likely = next((name for name in LIKELY_PROMPTS if isinstance(fields.get(name), str)), "COLUMN")
+        what = f"it has no {names.column('prompt')} (but {listing(fields)})"
+        raise DataError(what, expected=EXPECTED, fix=f"--map prompt={likely}")
     elif prompt == "instruction":
         columns = {"instruction": "instruction", "input": "input", "output": side}
     else:
