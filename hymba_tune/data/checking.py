@@ -12,7 +12,16 @@ from hymba_tune.data.check_counts import KINDS, OTHERS, Check, FileCheck, genera
 from hymba_tune.data.checking_pairs import check_pairs, holds_pairs
 from hymba_tune.data.duplicates import SeenRows
 from hymba_tune.data.encoding import ExampleReading, encoded_batches, readings
-from hymba_tune.data.formats import Conversation, Example, Names, is_good, judgment_column, messages_in, recognize
+from hymba_tune.data.formats import (
+    LIKELY_LABELS,
+    Conversation,
+    Example,
+    Names,
+    is_good,
+    judgment_column,
+    messages_in,
+    recognize,
+)
 from hymba_tune.data.messages import REASONING_KEYS, SHOWN_KEYS
 from hymba_tune.data.sources import Source
 from hymba_tune.data.special_tokens import SpecialTokens
@@ -28,6 +37,7 @@ NO_ANSWER_LAST = "the last message is not an answer, so it has no loss"
 EMPTY_QUESTION = "an empty message from the user"
 GREETING = "it begins with an answer, which is context without loss"
 REASONING = "its reasoning is read as <think>…</think> before the answer"
+NO_LABEL = "its label is null"
 LABELED_BAD = "its label says that the answer is bad, which sft would learn"
 ODDITIES = {
     TWO_QUESTIONS: "merge them, or insert the missing answer",
@@ -36,6 +46,7 @@ ODDITIES = {
     EMPTY_QUESTION: "fill it in, or remove the row",
     GREETING: "",
     REASONING: "",
+    NO_LABEL: "fill it in; hymba-tune kto trains on answers with labels",
     LABELED_BAD: "train with hymba-tune kto",
 }
 """What a run accepts although it is rarely intended, and what to do about it."""
@@ -104,14 +115,18 @@ def _count(
     assert reading.example
     seen.add(reading.example, place)
     note_special_tokens([reading.example], place, special, check)
-    fields = names.rename(cast(Mapping[str, object], reading.row.value))
+    row = cast(Mapping[str, object], reading.row.value)
+    fields = names.rename(row)
     form = recognize(fields, names)
     keys = {(name, key) for name in form.required for key in _message_keys(fields[name])}
     good = None
     if label := judgment_column(fields) if form.turns else "":
         good = is_good(fields[label])
         check.labels[label, good] += 1
-    for oddity in _oddities(reading.example, {key for _, key in keys}, bad=good is False):
+    oddities = [*_oddities(reading.example, {key for _, key in keys})]
+    oddities += [LABELED_BAD] if good is False else []
+    oddities += [NO_LABEL] if form.turns and any(row.get(name, 0) is None for name in LIKELY_LABELS) else []
+    for oddity in oddities:
         check.notes.add(oddity, str(place), ODDITIES[oddity])
 
     hidden = {str(key) for key, value in fields.items() if not is_empty(value) and key not in form.fields}
@@ -145,7 +160,7 @@ def _format_of(reading: ExampleReading, names: Names) -> str:
         return "unknown"
 
 
-def _oddities(example: Example, keys: Collection[str], *, bad: bool) -> Iterator[str]:
+def _oddities(example: Example, keys: Collection[str]) -> Iterator[str]:
     """Yield the `ODDITIES` of a row whose messages have these keys."""
     if not isinstance(example, Conversation):
         return
@@ -163,8 +178,6 @@ def _oddities(example: Example, keys: Collection[str], *, bad: bool) -> Iterator
         yield GREETING
     if not REASONING_KEYS.isdisjoint(keys):
         yield REASONING
-    if bad:
-        yield LABELED_BAD
 
 
 def _message_keys(value: object) -> Iterator[str]:

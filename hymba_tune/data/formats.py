@@ -293,15 +293,19 @@ def _suggestion(fields: Fields) -> str:
     """Propose what to do with a row that matches no format; an answer that may be bad is not proposed to `sft`."""
     if {*PAIR} <= fields.keys():
         return "hymba-tune dpo trains on pairs of a better and a worse answer"
-    flags = suggested_map(fields)
     if column := judgment_column(fields):
-        label = _map_flags({"label": column})
-        return f"hymba-tune kto trains on single answers with labels, here with {f'{flags} {label}'.strip()}"
-    return flags
+        flags = f"{suggested_map(fields)} {_map_flags({'label': column})}".strip()
+        return f"hymba-tune kto trains on single answers with labels, here with {flags}"
+    return suggested_map(fields, plain=True)
 
 
-def suggested_map(fields: Mapping[str, object]) -> str:
-    """Propose names for a row's columns, as far as their names and values leave no doubt."""
+def suggested_map(fields: Mapping[str, object], *, plain: bool = False) -> str:
+    """Propose names for a row's columns, as far as their names and values leave no doubt.
+
+    Args:
+        fields: The row's fields.
+        plain: Whether the row may be plain text.
+    """
     lists = [name for name, value in fields.items() if holds_messages(_written(value))]
     if len(lists) == 1:
         return _map_flags({"messages": lists[0]})
@@ -312,7 +316,7 @@ def suggested_map(fields: Mapping[str, object]) -> str:
     context = next((name for name in LIKELY_CONTEXTS if name in texts), None)
     if prompt and answer and context:  # the one format that shows a context after the question
         return _map_flags({"instruction": prompt, "input": context, "output": answer})
-    if not prompt and not answer and len(texts) == 1 and texts[0] in LIKELY_TEXTS:
+    if plain and not prompt and not answer and len(texts) == 1 and texts[0] in LIKELY_TEXTS:
         return _map_flags({"text": texts[0]})
     return _map_flags({"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
 
@@ -336,17 +340,23 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
     system = read_text(fields.get("system", ""), names.column("system"))
     if system.strip() and (not messages or messages[0].role != "system"):
         messages = [Message("system", system), *messages]
-    messages = with_context_first(messages)
-
     if not any(message.role == "assistant" for message in messages):
         raise DataError("it has no message from the assistant", expected="an answer to train on", fix="remove the row")
-    if not any(message.role == "assistant" and message.learned for message in messages):
+    if not _has_learned(messages):
         raise DataError("all its answers have weight 0", expected="an answer to train on", fix="remove the row")
+    messages = with_context_first(messages)
+    if not _has_learned(messages):
+        what = "it has no answer to train on after its first question"
+        raise DataError(what, expected="an answer to a question", fix="remove the row")
     return Conversation(
         tuple(messages),
         tuple(_list_of(dict, fields, "tools" if "tools" in fields else "functions", names)),
         tuple(_list_of(str, fields, "contexts", names)),
     )
+
+
+def _has_learned(messages: Sequence[Message]) -> bool:
+    return any(message.role == "assistant" and message.learned for message in messages)
 
 
 def _turns(value: object, name: str, names: Names) -> list[Message]:

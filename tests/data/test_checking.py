@@ -154,10 +154,16 @@ def test_answers_labeled_bad_are_for_kto_only(column: str, hymba: PreTrainedToke
     assert not [what for what in whats if what.startswith("every label")]
 
 
+def test_null_label_is_noted(hymba: PreTrainedTokenizerFast) -> None:
+    result = check([{"prompt": "a", "completion": "b", "label": None}, {"text": "a", "label": None}], hymba)
+    assert {note.what: note.rows for note in result.notes.values()} == {"its label is null": 1}
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_labels_of_one_kind_are_named(good: bool, hymba: PreTrainedTokenizerFast) -> None:
     result = check([{"prompt": "a", "completion": "b", "label": good}] * 2, hymba)
     only = {True: "good", False: "bad"}[good]
+    assert not [note for note in result.notes if "null" in note]
     assert f"every label says that the answer is {only}" in [problem.what for problem in problems(result)]
 
 

@@ -204,6 +204,8 @@ class TestGreeting:
         for row in (chat(ANSWER), chat(ANSWER, ANSWER)):
             with pytest.raises(DataError, match="it has an answer but no question"):
                 parse(row)
+        with pytest.raises(DataError, match="it has no answer to train on after its first question"):
+            parse(chat(ANSWER, USER))
         assert weights(chat({"role": "system", "content": "Write a poem."}, ANSWER)) == [1]
 
     def test_late_system_message_is_refused_in_prompts_too(self) -> None:
