@@ -19,6 +19,7 @@ from hymba_tune.config import (
     DataConvertConfig,
     DataPreviewConfig,
     DataSplitConfig,
+    Learn,
     as_mapping,
 )
 from hymba_tune.errors import ConfigError
@@ -89,7 +90,10 @@ def check(
             progress=progress,
         )
 
-    commands = next_commands(result, files, flags.model, flags.map, flags.max_length)
+    reading = ["--chat-template", flags.chat_template] if flags.chat_template else []
+    reading += ["--learn", flags.learn] if flags.learn is not Learn.all else []
+    reading += ["--escape-special-tokens"] if flags.escape_special_tokens else []
+    commands = next_commands(result, files, flags.model, flags.map, flags.max_length, reading)
     if flags.html:
         page = check_page(result, model=flags.model, commands=commands)
         with write_errors("--html", flags.html):

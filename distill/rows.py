@@ -180,8 +180,7 @@ class _Builder:
     def _parts(self, reading: ExampleReading, row: Alignment | Unaligned) -> list[Alignment] | DataError:
         """Return the alignment of each row of a reading, or the reason why it cannot be used."""
         if isinstance(row, Unaligned):
-            fix = "--teacher-chat-template alpaca, which accepts most conversations" if row.reason == "template" else ""
-            return DataError(f"not aligned ({row.reason}): {row.what}", fix=fix)
+            return DataError(f"not aligned ({row.reason}): {row.what}")
         (encoded,), (rendered,) = reading.encoded, reading.rendered
         if rendered.weights:
             return DataError(

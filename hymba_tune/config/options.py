@@ -70,7 +70,7 @@ class ReadingOptions(Config):
     learn: Learn = Learn.all
     """Compute the loss on all answers of a conversation, or only on the last."""
     escape_special_tokens: bool = False
-    """Write special tokens inside texts (</s>) as plain text (< /s>), so that they end no answer and begin no turn."""
+    """Write special tokens inside texts as plain text, with a space in them, so that they end no answer."""
     max_length: int = Field(default=2048, ge=8)
     """Maximum tokens of a row; longer rows are cut (common: 512 to 8192)."""
 

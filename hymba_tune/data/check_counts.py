@@ -20,7 +20,7 @@ EXAMPLES = 3
 KINDS = 40
 """Kinds of findings that are counted separately; all others are counted together, so that memory has a bound."""
 OTHERS = "something else"
-NUMBERS = re.compile(r"(?<![-\w])\d[\d,.]*")
+NUMBERS = re.compile(r"(?<![-\w])\d+(?:[.,]\d+)*")
 ASIDES = re.compile(r" \([^()]*\)")
 
 

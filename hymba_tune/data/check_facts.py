@@ -143,12 +143,26 @@ def _formats(file: FileCheck) -> str:
 
 
 def next_commands(
-    check: Check, files: Sequence[str], model: str, mapping: Sequence[str], max_length: int
+    check: Check,
+    files: Sequence[str],
+    model: str,
+    mapping: Sequence[str],
+    max_length: int,
+    reading: Sequence[str] = (),
 ) -> list[tuple[str, str]]:
-    """Propose what to do with the files next: a label and a command line each."""
+    """Propose what to do with the files next: a label and a command line each.
+
+    Args:
+        check: The result of the check.
+        files: The files that were checked.
+        model: The model whose tokenizer was used.
+        mapping: Column and role names, as ``--map`` has them.
+        max_length: Maximum tokens of a row.
+        reading: Further flags of how the rows were read.
+    """
     if any(file.problem for file in check.files):
         return []
-    flags = [*files, "--model", model, *(word for pair in mapping for word in ("--map", pair))]
+    flags = [*files, "--model", model, *(word for pair in mapping for word in ("--map", pair)), *reading]
     train = ["hymba-tune", "dpo" if check.pairs else "sft", "--data", *flags, "--max-length", str(max_length)]
     if not check.usable:
         train += ["--on-bad-row", "skip"]

@@ -59,6 +59,27 @@ def test_check_of_bad_data_exits_with_two_and_lists_problems(command: Command, b
     assert "\x1b" not in result.out
 
 
+def test_next_commands_of_a_check_read_the_rows_as_it_did(command: Command, good: str) -> None:
+    flags = ("--chat-template", "alpaca", "--learn", "last", "--escape-special-tokens")
+    result = command("data", "check", good, *NANO, *flags)
+    assert f"train   hymba-tune sft --data good.jsonl --model hymba-nano {' '.join(flags)} --max-length" in result.out
+    assert f"look    hymba-tune data preview good.jsonl --model hymba-nano {' '.join(flags)}\n" in result.out
+    assert command("data", "preview", good, *NANO, *flags).code == 0
+
+
+def test_template_that_strips_thinking_is_checked_with_the_last_answers(command: Command) -> None:
+    thought = "<think>\nadd\n</think>\n\n"
+    talk = [{"role": role, "content": text} for role, text in (("user", "2?"), ("assistant", f"{thought}2"))] * 2
+    Path("talks.jsonl").write_text(json.dumps({"messages": talk}))
+    template = str(Path(__file__).parents[1] / "data" / "cases" / "strips_thinking.jinja")
+    refused = command("data", "check", "talks.jsonl", *NANO, "--chat-template", template)
+    assert refused.code == 2
+    words = " ".join(refused.out.split())
+    assert "around message N, an answer" in words
+    assert "→ --learn last" in words
+    assert command("data", "check", "talks.jsonl", *NANO, "--chat-template", template, "--learn", "last").code == 0
+
+
 def test_check_prints_json(command: Command, bad: str) -> None:
     result = command("data", "check", bad, *NANO, "--json")
     assert result.code == 2

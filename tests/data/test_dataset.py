@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_data_without_a_usable_row_is_refused(tmp_path: Path, hymba: PreTrainedT
     ):
         build_dataset([source([EMPTY])], hymba, max_length=64, on_bad_row=OnBadRow.skip, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_the_template_refuses_names_another_template(hymba: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(hymba)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusal + hymba.get_chat_template()
+    rows = [{"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}]
+    for on_bad_row in OnBadRow:
+        with pytest.raises(
+            DataError, match=r"no system role(.|\n)*to fix .*--chat-template hymba or alpaca \(of a tea"
+        ):
+            build_dataset([source(rows)], tokenizer, max_length=64, on_bad_row=on_bad_row)
 
 
 def test_wrong_mapping_is_refused_before_any_row_is_read(hymba: PreTrainedTokenizerFast) -> None:

@@ -37,6 +37,12 @@ def files(small_model: Path, tmp_path: Path) -> Any:
     return make
 
 
+def test_greeting_before_the_question_is_context(files: Any, tmp_path: Path) -> None:
+    greeting = [{"role": "assistant", "content": "Welcome!"}, {"role": "user", "content": "Hi"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": greeting}) + "\n")
+    assert answer_file(files(), working) == (1, 0)
+
+
 def test_answers_are_in_the_order_of_the_rows_and_an_interrupted_run_resumes(
     files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
