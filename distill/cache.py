@@ -30,7 +30,7 @@ from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, write_text
 
-VERSION = 1
+VERSION = 2
 """The version of the file format, which is part of every key."""
 SHARD = 256
 """Rows in a shard, which is the most work that an interruption can lose."""

@@ -12,7 +12,8 @@ occurrence in the user's texts. The second sum returns the mass of the longer to
 
 Teacher tokens that end exactly where the student's next token begins do not say what that token is. Their mass,
 p'(t') · p(bytes = u) + p'(bytes = v) for a u that is not empty, is the rest mass: one outcome that covers every token
-outside the support. Mass and rest mass are scaled to sum to 1.
+outside the support. The mass of tokens that the student cannot write belongs to the rest mass too. Mass and rest mass
+are scaled to sum to 1.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ from hymba_tune.distill.alignment import Alignment, Indices
 from hymba_tune.distill.chunks import Head, expand
 from hymba_tune.distill.tables import NOWHERE, FirstTokens, Tables
 
-ROWS = 64
-"""Rows of the teacher's outputs that are projected at a time, which bounds the copies."""
 FLOOR = 1e-6
-"""Mass below which a position has no target, because it would be rounding error only."""
+"""Mass, relative to p'(t'), below which a position has no target, because it would be rounding error only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +109,15 @@ class ProjectedTarget:
     Attributes:
         probs: ``(N, V)``, over the student's vocabulary; with the rest mass they sum to 1.
         rest_mass: ``(N,)``: the probability of all tokens outside the support, which is where ``probs`` is positive.
-        mass: ``(N,)``: the sum before scaling, which is the share of the teacher's probability that the place keeps.
-        known: ``(N,)`` bool: whether there is a target. The mass must be above `FLOOR`, and a student token that
-            continues into the teacher's next token must have some of it. Elsewhere ``probs`` and ``rest_mass`` are
-            meaningless.
-        coverage: ``(N,)``: the share of p that maps to student tokens or the rest mass, whatever came before. At a
-            shared boundary this is the mass on tokens that the student can write; within a token, the mass on tokens
-            that continue the bytes so far.
+        known: ``(N,)`` bool: whether there is a target. The sum before scaling, relative to the probability of the
+            teacher's token before, must be above `FLOOR`, and a student token that continues into the teacher's next
+            token must have some of it. Elsewhere ``probs`` and ``rest_mass`` are meaningless.
+        coverage: ``(N,)``: the share of p on tokens that the student can write (within a token, of those that continue
+            the bytes so far) or outside a server's top-k, whatever came before.
     """
 
     probs: Tensor
     rest_mass: Tensor
-    mass: Tensor
     known: Tensor
     coverage: Tensor
 
@@ -160,18 +156,20 @@ class Projection:
         tokens, student_tokens, shares = _first_tokens(tables, seen)
 
         # Most teacher tokens have one first student token: one scatter over the vocabulary maps all of these. The few
-        # with several get a smaller scatter with shares.
+        # with several get a smaller scatter with shares, and a column that is dropped in the first one.
         one = np.bincount(tokens)[tokens] == 1
-        begins = np.full(len(tables.first), vocabulary)
+        begins = np.full(len(tables.first), vocabulary)  # the column of tokens that the student cannot write
+        begins[tokens] = vocabulary + 1
         begins[tokens[one]] = student_tokens[one]
-        self._begins = moved(begins)  # tokens without one go to a last column, which is dropped
+        self._begins = moved(begins)
         self._several_token = moved(tokens[~one])
         self._several_student_token = moved(student_tokens[~one])
         self._several_share = moved(shares[~one]).to(dtype)
 
         self._after_start = moved(tables.after_start)
         self._after_token = moved(tables.after_token)
-        self._after_student_token = moved(tables.after_student_token)
+        following = tables.after_student_token
+        self._after_student_token = moved(np.where(following == NOWHERE, vocabulary, following))
         self._exact_start = moved(tables.exact_start)
         self._exact_token = moved(tables.exact_token)
 
@@ -191,33 +189,38 @@ class Projection:
         covered = places.before >= 0
         earlier = probs[places.before.clamp(min=0)[:, None], places.previous[:, None]].squeeze(1)
         earlier = torch.where(covered, earlier, 1)
-        shared = (places.inside == 0).nonzero().squeeze(1)
-        inside = places.inside.nonzero().squeeze(1)
 
         # At shared boundaries every teacher token counts by its first student token.
-        mass = probs.new_zeros(len(places), self.vocabulary)
-        for part in shared.split(ROWS):
-            mass[part] = self._begin(probs[places.now[part]]).mul_(earlier[part, None])
-        rest_mass = torch.zeros_like(earlier) if cut is None else earlier * cut[places.now]
+        mass = self._begin(probs)[places.now].mul_((places.inside == 0)[:, None])
+        rest_mass = torch.zeros_like(earlier) if cut is None else cut[places.now]
 
         # Within a token only those count that continue its bytes so far. Tokens that end here do not say what follows.
+        inside = places.inside.nonzero().squeeze(1)
         rows, tokens, student_tokens = self._entries(inside, places.inside[inside])
-        _add(mass, rows, student_tokens, probs[places.now[rows], tokens] * earlier[rows])
+        _add(mass, rows, student_tokens, probs[places.now[rows], tokens])
         rows, tokens = self._exact(inside, places.inside[inside])
-        rest_mass.index_add_(0, rows, probs[places.now[rows], tokens] * earlier[rows])
-
-        # The share is measured before the second sum, relative to the mass that reached this place.
-        coverage = (mass.sum(-1) + rest_mass) / earlier.clamp(min=torch.finfo(mass.dtype).tiny)
+        rest_mass = rest_mass.index_add(0, rows, probs[places.now[rows], tokens])
+        coverage = mass[:, :-1].sum(-1) + rest_mass
 
         # Longer tokens than the one that ended here were possible too: their mass returns to what they continue with.
         beyond = (covered & (places.beyond != NOWHERE)).nonzero().squeeze(1)
         rows, tokens, student_tokens = self._entries(beyond, places.beyond[beyond])
-        _add(mass, rows, student_tokens, probs[places.before[rows], tokens])
+        longer = probs[places.before[rows], tokens]
         # At a shared boundary the token that ends here is the actual one, whose mass the first sum has distributed.
         both = beyond[places.inside[beyond] > 0]
-        rows, tokens = self._exact(both, places.beyond[both])
-        rest_mass.index_add_(0, rows, probs[places.before[rows], tokens])
-        return _normalized(mass, rest_mass, coverage, places)
+        exact_rows, tokens = self._exact(both, places.beyond[both])
+        exact = probs[places.before[exact_rows], tokens]
+
+        # Both sums are divided by the larger of their factors: a product with a tiny p'(t') would be rounding error.
+        returned = torch.zeros_like(earlier).index_add_(0, rows, longer).index_add_(0, exact_rows, exact)
+        larger = torch.maximum(earlier, returned)
+        impossible = larger == 0  # in float32; then only what comes now counts
+        larger = larger.masked_fill(impossible, 1)
+        share = (earlier / larger).masked_fill(impossible, 1)
+        mass.mul_(share[:, None])
+        _add(mass, rows, student_tokens, longer / larger[rows])
+        rest_mass = (rest_mass * share).index_add_(0, exact_rows, exact / larger[exact_rows])
+        return _normalized(mass, rest_mass, share, coverage, places)
 
     @torch.no_grad()
     def from_outputs(
@@ -245,12 +248,15 @@ class Projection:
         return self.from_outputs(lambda rows: ((teacher.logits(rows) / temperature).softmax(-1), None), places)
 
     def _begin(self, probs: Tensor) -> Tensor:
-        """Turn probabilities ``(n, V)`` of the teacher's tokens into those of the student tokens they begin with."""
-        mass = probs.new_zeros(len(probs), self.vocabulary + 1)
+        """Turn probabilities ``(n, V)`` of the teacher's tokens into those of the student tokens they begin with.
+
+        A last column has those of the tokens that the student cannot write.
+        """
+        mass = probs.new_zeros(len(probs), self.vocabulary + 2)
         mass.scatter_add_(1, self._begins.expand_as(probs), probs)
         several = probs.index_select(1, self._several_token).mul_(self._several_share)
         mass.scatter_add_(1, self._several_student_token.expand_as(several), several)
-        return mass[:, : self.vocabulary]
+        return mass[:, :-1]
 
     def _entries(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the row, teacher token and student token of each table entry of these nodes."""
@@ -288,12 +294,15 @@ def _add(mass: Tensor, rows: Tensor, student_tokens: Tensor, values: Tensor) -> 
     mass.view(-1).index_add_(0, rows * mass.shape[1] + student_tokens, values)
 
 
-def _normalized(mass: Tensor, rest_mass: Tensor, coverage: Tensor, places: Places) -> ProjectedTarget:
-    """Scale mass and rest mass to probabilities."""
-    # With a full support there is no token that the rest mass could belong to.
-    rest_mass = rest_mass.masked_fill(mass.amin(-1) > 0, 0)
+def _normalized(mass: Tensor, rest_mass: Tensor, share: Tensor, coverage: Tensor, places: Places) -> ProjectedTarget:
+    """Scale mass and rest mass to probabilities; ``share`` is the factor that p'(t') has got."""
     total = mass.sum(-1) + rest_mass
+    mass, unwritable = mass[:, :-1], mass[:, -1]
+
+    # With a full support there is no token that the rest mass could belong to.
+    full = mass.amin(-1) > 0
+    rest_mass = (rest_mass + unwritable).masked_fill(full, 0)
     reached = mass.gather(1, places.student_token[:, None]).squeeze(1) > 0
-    known = (total > FLOOR) & (reached | ~places.crossing)
-    scale = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return ProjectedTarget(mass.div_(scale[:, None]), rest_mass / scale, total, known, coverage)
+    known = (total > FLOOR * share) & (reached | ~places.crossing)
+    scale = (mass.sum(-1) + rest_mass).clamp(min=torch.finfo(total.dtype).tiny)
+    return ProjectedTarget(mass.div_(scale[:, None]), rest_mass / scale, known, coverage)

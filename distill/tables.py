@@ -23,7 +23,7 @@ from hymba_tune.distill.segments import Segmenter, StudentTokens
 from hymba_tune.distill.spelling import END, describe
 from hymba_tune.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 """The version of the arrays' meaning, which is part of their cache key."""
 NOWHERE = -1
 """The node of bytes that no token of the teacher begins with."""
@@ -45,9 +45,11 @@ class Tables:
         parent: ``(K,)``: the node of the same bytes without the last one.
         byte: ``(K,)``: the last byte of each node.
         after_start: ``(K + 1,)``: the index of each node's first entry. The entries of a node are the teacher tokens
-            that continue it and in which the student has a boundary exactly there.
+            that continue it and in which the student has a boundary exactly there, and those that the student cannot
+            write.
         after_token: ``(E,)``: the teacher token of each entry.
-        after_student_token: ``(E,)``: the student token that follows the boundary.
+        after_student_token: ``(E,)``: the student token that follows the boundary; -1 if the student cannot write the
+            token.
         exact_start: ``(K + 1,)``: the index in ``exact_token`` of the first token that spells exactly a node.
         exact_token: The tokens that spell each node exactly. Several may spell the same bytes.
     """
@@ -147,10 +149,13 @@ def build_tables(pair: TokenizerPair) -> Tables:
     lengths = pair.student.spelling.lengths.tolist()
     for token, student_tokens in enumerate(_segments(pair)):
         first.append(student_tokens[0] if student_tokens else NOWHERE)
-        if not student_tokens:
+        if student_tokens is None:
             continue
-        exact.extend((nodes[spelled[token]], token))
-        at = int(node_start[token])
+        at, size = int(node_start[token]), len(spelled[token])
+        exact.extend((node_at[at + size], token))
+        if not student_tokens:
+            for node in node_at[at + 1 : at + size]:
+                after.extend((node, token, NOWHERE))
         for student_token, following in pairwise(student_tokens):
             at += lengths[student_token]
             after.extend((node_at[at], token, following))
@@ -172,7 +177,10 @@ def build_tables(pair: TokenizerPair) -> Tables:
 
 
 def _segments(pair: TokenizerPair) -> Iterator[StudentTokens]:
-    """Segment each teacher token into student tokens; None for special tokens other than the end tokens."""
+    """Segment each teacher token into student tokens; none for a token that the student cannot write.
+
+    It is None for what spells no text: special tokens other than the end tokens, and ids without a token.
+    """
     spelled = pair.teacher.spelling.tokens
     if same_tokenizer(pair):
         yield from ([token] for token in range(len(spelled)))
@@ -182,7 +190,7 @@ def _segments(pair: TokenizerPair) -> Iterator[StudentTokens]:
         if spelled[token] == END:
             yield [pair.student.end]
         else:
-            yield None if token in special else student_tokens
+            yield None if token in special or not spelled[token] else student_tokens or []
 
 
 def _grouped(flat: array[int], columns: int, groups: int) -> list[Array]:

@@ -38,7 +38,7 @@ def target(support: int = 7) -> ProjectedTarget:
     weights /= weights.sum(-1, keepdim=True)
     known = torch.arange(TOKENS) < TOKENS - 1
     ones = torch.ones(TOKENS, dtype=torch.float64)
-    return ProjectedTarget(weights[:, :-1], weights[:, -1], ones, known, ones)
+    return ProjectedTarget(weights[:, :-1], weights[:, -1], known, ones)
 
 
 def check(loss: Loss, twin: Loss, student: Tensor, *others: Tensor, **settings: float) -> None:
@@ -137,7 +137,7 @@ def test_full_support_leaves_no_rest_mass() -> None:
     student, student_tokens = logits().requires_grad_(), torch.arange(VOCABULARY).expand(TOKENS, -1)
     probs = logits().softmax(-1)
     ones = torch.ones(TOKENS)
-    full = ProjectedTarget(probs, torch.zeros(TOKENS), ones, torch.ones(TOKENS, dtype=torch.bool), ones)
+    full = ProjectedTarget(probs, torch.zeros(TOKENS), torch.ones(TOKENS, dtype=torch.bool), ones)
     left_over = SparseTarget(student_tokens, probs.log(), torch.full((TOKENS,), -30.0))
     for found in (losses.projection_kl(student, full), losses.sparse_projection_kl(student, left_over)):
         FLOAT64.check(found, losses.forward_kl(student, probs.log()))

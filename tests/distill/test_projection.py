@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
         probs = random_probs(len(row.teacher_ids), len(teacher))
         places = find_places(row, tables)
         target = projection(probs, places)
-        assert len(target.mass) == len(row.student)
+        assert len(target.known) == len(row.student)
         for place, (at, spelled) in enumerate(zip(row.teacher.tolist(), row.spelled.tolist(), strict=True)):
             before = None if row.first[place] or at < 2 else probs[at - 2].tolist()
             u, previous = teacher[row.teacher_ids[at]][:spelled], row.teacher_ids[at - 1]
@@ -88,11 +89,15 @@ def test_mass_is_the_enumerated_formula(one: Drawn) -> None:
             expected = torch.zeros(vocabulary, dtype=torch.float64)
             expected[list(mass)] = torch.tensor(list(mass.values()), dtype=torch.float64)
             total = sum(mass.values()) + rest_mass
-            FLOAT64.check(target.mass[place], float64(total), "mass")
             alone, rest = naive.mass(teacher, probs[at - 1].tolist(), None, previous, u, first, segment, spell)
-            FLOAT64.check(target.coverage[place], float64(sum(alone.values()) + rest), "coverage")
+            unwritable = [bytes_ != u and bytes_.startswith(u) and segment(bytes_) is None for bytes_ in teacher]
+            unwritable = unwritable if u else [not first(token) for token in range(len(teacher))]
+            covered = sum(alone.values()) + rest - float(probs[at - 1][torch.tensor(unwritable)].sum())
+            FLOAT64.check(target.coverage[place], float64(covered), "coverage")
+            relative = total / (before[previous] if before else 1)
             student_token = row.student_ids[row.student[place]]
-            assert target.known[place] == (total > 1e-6 and (mass.get(student_token, 0) > 0 or not row.crossing[place]))
+            reached = mass.get(student_token, 0) > 0 or not row.crossing[place]
+            assert target.known[place] == (relative > 1e-6 and reached)
             if total:
                 FLOAT64.check(target.probs[place], expected / total, "probabilities")
                 FLOAT64.check(target.rest_mass[place], float64(rest_mass / total), "rest_mass")
@@ -129,12 +134,14 @@ def test_same_tokenizer_is_the_identity(name: str) -> None:
     assert target.known.all()
 
 
+PAIR = make_pair(ALL["hymba"], ALL["llama3"])
+
+
 @pytest.fixture(scope="module")
 def sample() -> tuple[Alignment, Projection, Places, Tensor]:
-    pair = make_pair(ALL["hymba"], ALL["llama3"])
-    row = talk(SAMPLE, pair)
-    projection, tables = projection_of(pair, [row])
-    return row, projection, find_places(row, tables), random_probs(len(row.teacher_ids), len(pair.teacher.spelling))
+    row = talk(SAMPLE, PAIR)
+    projection, tables = projection_of(PAIR, [row])
+    return row, projection, find_places(row, tables), random_probs(len(row.teacher_ids), len(PAIR.teacher.spelling))
 
 
 Sample = tuple[Alignment, Projection, Places, Tensor]
@@ -154,7 +161,7 @@ def test_chunks_of_places_are_the_whole(sample: Sample) -> None:
         projection(probs, places),
         [projection(probs, places[at : at + 7]) for at in range(0, len(places), 7)],
     )
-    for name in ("probs", "rest_mass", "mass"):
+    for name in ("probs", "rest_mass", "known", "coverage"):
         FLOAT64.check(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), name)
 
 
@@ -179,8 +186,7 @@ def test_from_hidden_states_as_from_probabilities(sample: Sample, temperature: f
 
 def test_float32_is_enough(sample: Sample) -> None:
     row, exact, places, probs = sample
-    pair = make_pair(ALL["hymba"], ALL["llama3"])
-    projection, _ = projection_of(pair, [row], torch.float32)
+    projection, _ = projection_of(PAIR, [row], torch.float32)
     found, expected = projection(probs.float(), places), exact(probs, places)
     FLOAT32.check(found.probs, expected.probs, "probabilities")
     FLOAT32.check(found.rest_mass, expected.rest_mass, "rest_mass")
@@ -191,10 +197,41 @@ def test_mass_outside_a_servers_top_k_is_rest_mass(sample: Sample) -> None:
     top = torch.where(probs >= probs.topk(20).values[:, -1:], probs, 0)
     top = top.scatter(1, places.previous[:, None].new_zeros(len(top), 1), 0.0)
     cut = 1 - top.sum(-1)
-    without, target = projection(top, places), projection(top, places, cut)
-    earlier = torch.where(places.before >= 0, top[places.before, places.previous], 1.0)
-    FLOAT64.check(target.mass, without.mass + earlier * cut[places.now])
-    FLOAT64.check(target.rest_mass * target.mass, without.rest_mass * without.mass + earlier * cut[places.now])
+    alone = replace(places, before=torch.full_like(places.before, -1))  # then nothing comes back from longer tokens
+    without, target = projection(top, alone), projection(top, alone, cut)
+    FLOAT64.check(target.coverage, without.coverage + cut[places.now])
+    shared = places.inside == 0  # all of the teacher's probability counts here, so the scale is the whole of it
+    FLOAT64.check(target.probs[shared], without.probs[shared] * (1 - cut[places.now[shared]])[:, None])
+    FLOAT64.check(target.probs.sum(-1) + target.rest_mass, torch.ones(len(places), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("surprise", [1e-3, 1e-7, 1e-30, 0.0])
+def test_surprising_tokens_have_targets(sample: Sample, surprise: float) -> None:
+    """After a name or a number that the teacher hardly expected, what comes next is as certain as anywhere."""
+    row, projection, places, probs = sample
+    probs = probs.clone()
+    before = places.before >= 0
+    probs[places.before[before], places.previous[before]] = surprise
+    target = projection(probs, places)
+    assert target.known[~places.crossing].all()
+    assert target.known[places.crossing].any()
+    assert target.probs[target.known].isfinite().all()
+    single = projection_of(PAIR, [row], torch.float32)[0](probs.float(), places)
+    assert torch.equal(single.known, target.known)
+
+
+def test_mass_on_what_the_student_cannot_write_is_rest_mass(sample: Sample) -> None:
+    """Special tokens, such as the header of the next message."""
+    row, projection, places, probs = sample
+    special = PAIR.teacher.tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    first = int((places.before < 0).nonzero()[0])
+    probs = torch.zeros_like(probs)
+    probs[places.now[first], special] = 0.75
+    probs[places.now[first], row.teacher_ids[row.teacher[first]]] = 0.25
+    target = projection(probs, places[first : first + 1])
+    assert target.known.all()
+    FLOAT64.check(target.rest_mass, torch.tensor([0.75], dtype=torch.float64))
+    FLOAT64.check(target.coverage, torch.tensor([0.25], dtype=torch.float64))
 
 
 def test_full_support_has_no_rest_mass() -> None:
@@ -212,7 +249,6 @@ def test_no_target_where_no_token_matches(sample: Sample) -> None:
     _, projection, places, probs = sample
     target = projection(torch.zeros_like(probs), places)
     assert not target.known.any()
-    assert not target.mass.any()
     assert target.probs.isfinite().all()
 
 

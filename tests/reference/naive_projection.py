@@ -21,11 +21,20 @@ def merge(text: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[str]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
+REST = -1
+"""Stands for any token outside the support."""
+
+
 def student_token_after(token: bytes, beginning: bytes, segment: Segment, spell: Spell) -> int | None:
-    """The student_token of a token's segmentation that begins right after this beginning of it, if one does."""
+    """The student_token of a token's segmentation that begins right after this beginning of it, if one does.
+
+    The rest where the token ends there, or the student cannot write it.
+    """
     student_tokens = segment(token)
-    if not token.startswith(beginning) or student_tokens is None:
+    if not token.startswith(beginning):
         return None
+    if token == beginning or student_tokens is None:
+        return REST
     at = b""
     for student_token in student_tokens:
         if at == beginning:
@@ -44,7 +53,7 @@ def mass(
     segment: Segment,
     spell: Spell,
 ) -> tuple[dict[int, float], float]:
-    """Mass by student_token, and the rest_mass's.
+    """Mass by student_token, and the rest_mass's: of tokens that end here, and of those that the student cannot write.
 
     Args:
         vocabulary: What the teacher's tokens spell.
@@ -56,23 +65,18 @@ def mass(
         segment: The student's student_tokens of some bytes, or None.
         spell: Bytes of a student_token.
     """
-    mass_of: dict[int, float] = {}
-    rest_mass = 0.0
+    mass_of: dict[int, float] = {REST: 0.0}
     earlier = 1.0 if before is None else before[previous]
     for token, bytes_ in enumerate(vocabulary):
-        if not u:
-            for student_token, share in first(token).items():
-                mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token] * share
-        elif (student_token := student_token_after(bytes_, u, segment, spell)) is not None:
-            mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token]
-        elif bytes_ == u and segment(u) is not None:
-            rest_mass += earlier * now[token]
-    if before is None:
-        return mass_of, rest_mass
+        student_token = student_token_after(bytes_, u, segment, spell)
+        shares = first(token) or {REST: 1.0}
+        if u:
+            shares = {} if student_token is None else {student_token: 1.0}
+        for student_token, share in shares.items():
+            mass_of[student_token] = mass_of.get(student_token, 0) + earlier * now[token] * share
     v = vocabulary[previous] + u
-    for token, bytes_ in enumerate(vocabulary):
-        if bytes_ != v and (student_token := student_token_after(bytes_, v, segment, spell)) is not None:
+    for token, bytes_ in enumerate(vocabulary if before else ()):
+        student_token = student_token_after(bytes_, v, segment, spell)
+        if student_token is not None and (u or bytes_ != v):
             mass_of[student_token] = mass_of.get(student_token, 0) + before[token]
-        elif u and bytes_ == v and segment(v) is not None:
-            rest_mass += before[token]
-    return mass_of, rest_mass
+    return mass_of, mass_of.pop(REST)
