@@ -7,9 +7,9 @@ only has (a template's white space, SentencePiece's first space) are removed fro
 
 from __future__ import annotations
 
-from collections import Counter
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from os.path import commonprefix
 from typing import NamedTuple
@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 
 from hymba_tune.config import Learn
 from hymba_tune.data.formats import Example
-from hymba_tune.distill.pair import Answer, Side, TokenizedRow, TokenizerPair, Unaligned, for_teacher, tokenize_examples
+from hymba_tune.distill.pair import (
+    Answer,
+    Side,
+    TokenizedRow,
+    TokenizerPair,
+    Unaligned,
+    for_teacher,
+    shorten,
+    tokenize_examples,
+    without_output,
+)
 from hymba_tune.distill.spelling import END
 
 Indices = NDArray[np.int64]
@@ -69,9 +79,10 @@ def align(examples: Sequence[Example], pair: TokenizerPair, learn: Learn = Learn
 
     Returns:
         For each example its alignment, or the reason why there is none: its bytes differ between the sides, it has half
-        a character (a lone surrogate, which no tokenizer reads), or a template cannot render it.
+        a character (a lone surrogate, which no tokenizer reads), a template cannot render it or leaves out a text of
+        it, or it has a token for which the teacher has no output.
     """
-    shown = [for_teacher(example, pair.teacher_system) for example in examples]
+    shown = [for_teacher(example, pair) for example in examples]
     students = tokenize_examples(examples, pair.student, learn)
     teachers = tokenize_examples(shown, pair.teacher, learn)
     return align_rows(students, teachers, pair)
@@ -118,24 +129,38 @@ def _check(
     size = sum(len(answer.content) for answer in student.answers)
     if isinstance(teacher, Unaligned):
         return replace(teacher, bytes=size)
-    if [answer.content for answer in student.answers] != [answer.content for answer in teacher.answers]:
-        return Unaligned("bytes differ", "the chat templates write the answers in different ways", size)
+    if problem := without_output(teacher.ids, pair):
+        return Unaligned("no output", problem, size)
     answers = []
-    for ours, theirs in zip(student.answers, teacher.answers, strict=True):
-        student_bytes = _token_bytes(student.ids, ours, pair.student)
-        teacher_bytes = _token_bytes(teacher.ids, theirs, pair.teacher)
-        student_lead = _lead(student_bytes, ours.content)
-        teacher_lead = _lead(teacher_bytes, theirs.content)
-        if student_lead is None or teacher_lead is None:
-            side = "student" if student_lead is None else "teacher"
-            return Unaligned("bytes differ", f"the {side}'s tokens do not spell the answer", size)
+    for number, (ours, theirs) in enumerate(zip(student.answers, teacher.answers, strict=True), start=1):
+        if ours.content != theirs.content:
+            what = f"the teacher's chat template writes answer {number} in another way than the student's"
+            return _differing(what, ours.content, theirs.content, size)
+        sides = (ours, student.ids, pair.student), (theirs, teacher.ids, pair.teacher)
+        spelled = [_token_bytes(ids, answer, side) for answer, ids, side in sides]
+        leads = [_lead(token_bytes, ours.content) for token_bytes in spelled]
+        if None in leads:
+            which = leads.index(None)
+            what = f"the tokens of the {sides[which][2].whose}'s tokenizer do not spell answer {number}"
+            return _differing(what, ours.content, b"".join(spelled[which]).removesuffix(END), size)
 
         # White space that both templates write before an answer is aligned with it.
+        student_lead, teacher_lead = (lead or b"" for lead in leads)
         same = len(commonprefix([student_lead[::-1], teacher_lead[::-1]]))
-        student_spelled = _Spelled(ours.begin, list(map(len, student_bytes)), len(student_lead) - same)
-        teacher_spelled = _Spelled(theirs.begin, list(map(len, teacher_bytes)), len(teacher_lead) - same)
+        student_spelled = _Spelled(ours.begin, list(map(len, spelled[0])), len(student_lead) - same)
+        teacher_spelled = _Spelled(theirs.begin, list(map(len, spelled[1])), len(teacher_lead) - same)
         answers.append(_Common(student_spelled, teacher_spelled, len(ours.content) + same))
     return _Checked(student, teacher, answers)
+
+
+def _differing(what: str, content: bytes, other: bytes, size: int) -> Unaligned:
+    """Return the reason for an answer that is other bytes on one side, with the first of them."""
+    texts = [side.decode("utf-8", "replace").strip() for side in (content, other)]
+    at = len(commonprefix(texts))
+    first, second = (shorten(text[at:]) for text in texts)
+    place = f"at byte {len(texts[0][:at].encode()) + 1:,} of {len(content):,}, {second} instead of {first}"
+    composed, other_composed = (unicodedata.normalize("NFC", text) for text in texts)
+    return Unaligned("Unicode form" if composed == other_composed else "bytes differ", f"{what}: {place}", size)
 
 
 def _token_bytes(ids: list[int], answer: Answer, side: Side) -> list[bytes]:
@@ -244,56 +269,3 @@ def _cuts(rows: Indices, count: int) -> list[int]:
     """Return the bounds of each row's elements, from the row of every element."""
     cuts: list[int] = np.searchsorted(rows, np.arange(count + 1)).tolist()
     return cuts
-
-
-@dataclass
-class AlignmentReport:
-    """Counts of aligned and dropped rows, and of the positions of their tokens.
-
-    Attributes:
-        rows: The number of rows.
-        dropped: The rows that are not aligned, by reason.
-        bytes: The bytes of the aligned rows' answers.
-        lost: The bytes of the other rows' answers, as far as they are known.
-        positions: The student's tokens by position: they begin at a ``shared`` boundary or ``inside`` a teacher token
-            and end within it, or they are ``crossing`` into the next one.
-        matched: The student's tokens whose bytes are also one teacher token.
-        spans: The number of smallest spans whose ends are boundaries on both sides.
-    """
-
-    rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0
-    lost: int = 0
-    positions: Counter[str] = field(default_factory=Counter)
-    matched: int = 0
-    spans: int = 0
-
-    @property
-    def share(self) -> float:
-        """The share of the rows that are aligned, or of their bytes if that is lower."""
-        rows = self.rows - self.dropped.total()
-        return min(rows / max(self.rows, 1), self.bytes / max(self.bytes + self.lost, 1))
-
-    def add(self, aligned: Sequence[Alignment | Unaligned], pair: TokenizerPair) -> None:
-        """Add the counts of a batch."""
-        whole = set(pair.teacher.spelling.tokens)
-        for row in aligned:
-            self.rows += 1
-            if isinstance(row, Unaligned):
-                self.dropped[row.reason] += 1
-                self.lost += row.bytes
-                continue
-            token_bytes = [pair.student.spelling.tokens[row.student_ids[index]] for index in row.student]
-            self.bytes += sum(len(token) for token in token_bytes if token != END)
-            self.matched += sum(token in whole for token in token_bytes)
-            self.positions["crossing"] += int(row.crossing.sum())
-            self.positions["shared"] += int(((row.spelled == 0) & ~row.crossing).sum())
-            self.positions["inside"] += int(((row.spelled > 0) & ~row.crossing).sum())
-            self.spans += len(row.spans)
-
-
-def matched_vocabulary(pair: TokenizerPair) -> float:
-    """Return the share of the student's vocabulary whose bytes are also one teacher token."""
-    whole = {token for token in pair.teacher.spelling.tokens if token}
-    return sum(token in whole for token in pair.student.spelling.tokens) / len(pair.student.spelling)

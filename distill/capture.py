@@ -20,6 +20,7 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, load_config
 from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
 from hymba_tune.data.mixes import local_files
+from hymba_tune.distill.alignment_report import check_aligned
 from hymba_tune.distill.cache import (
     FLAG,
     SHARD,
@@ -37,7 +38,7 @@ from hymba_tune.distill.cache import (
 from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import TokenizerPair, make_pair
-from hymba_tune.distill.preflight import Preflight, check_aligned, run_preflight
+from hymba_tune.distill.preflight import Preflight, run_preflight
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
 from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
@@ -72,7 +73,9 @@ def pair_of(options: TeacherOptions, student: PreTrainedTokenizerBase, teacher: 
         tokenizer,
         teacher_end=options.teacher_end,
         teacher_system=options.teacher_system,
+        teacher_system_as=options.teacher_system_as,
         teacher_template=values | as_mapping(options.teacher_template),
+        teacher_outputs=teacher.config.get_text_config().vocab_size if teacher.config is not None else None,
     )
 
 
@@ -123,6 +126,7 @@ def cache_key(
         "student's chat template": template(pair.student.tokenizer),
         "teacher's chat template": template(pair.teacher.tokenizer),
         "teacher's system message": pair.teacher_system,
+        "role of the teacher's system message": pair.teacher_system_as,
         "vocabulary": vocabulary,
         "top_k": min(options.top_k, vocabulary),
         "temperature": options.temperature,
@@ -311,7 +315,15 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
             **({"bias": teacher.bias} if teacher.bias else {}),
         }
     )
-    data = read_rows(config, pair, context=teacher.context, seed=config.seed, prompts=0, working=screen.working)
+    data = read_rows(
+        config,
+        pair,
+        context=teacher.context,
+        seed=config.seed,
+        prompts=0,
+        working=screen.working,
+        normalize=config.normalize,
+    )
     return open_targets(
         config,
         data,

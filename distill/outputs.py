@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.distill.chunks import Head
@@ -155,14 +156,18 @@ class HeadOutputs:
     Attributes:
         head: The hidden states after each of the row's L tokens, and the output layer.
         ids: ``(L,)``: the tokens of the row.
+        vocabulary: The size of the tokenizer's vocabulary. Tokens without a row of the output layer get no probability.
     """
 
     head: Head
     ids: Tensor
+    vocabulary: int
 
     def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """Return next-token distributions; see `Outputs`."""
         logits = self.head.logits(rows)
         log_probs = logits.log_softmax(-1)
         own = log_probs.gather(1, self.ids[rows + 1, None]).squeeze(1)
-        return TokenDistribution(log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1), own)
+        probs = log_probs.exp_() if temperature == 1 else (logits / temperature).softmax(-1)
+        without = self.vocabulary - probs.shape[1]
+        return TokenDistribution(pad(probs, (0, without)) if without else probs, own)

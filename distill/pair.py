@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,8 +18,11 @@ from hymba_tune.data import Conversation, Encoded, Message, with_chat_template
 from hymba_tune.data.chat import Rendered, render, tokenize
 from hymba_tune.data.formats import Example
 from hymba_tune.distill.ends import find_end, tokens_after_answers
-from hymba_tune.distill.spelling import Spelling, read_spelling
+from hymba_tune.distill.spelling import Spelling, describe, read_spelling
 from hymba_tune.errors import ConfigError, DataError
+
+SHOWN = 40
+"""Characters of a text that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Side:
     """The student's or the teacher's tokenizer, with the spelling of its tokens.
 
     Attributes:
+        whose: ``student`` or ``teacher``, for messages.
         tokenizer: The tokenizer, whose end-of-sequence token is the end token of answers.
         spelling: The spelling of its tokens; those of ``ends`` spell `END`.
         end: The id of the token that ends an answer.
         text_end: The token that ends a plain text, to which no chat template applies.
     """
 
+    whose: str
     tokenizer: PreTrainedTokenizerBase
     spelling: Spelling
     end: int
@@ -42,6 +49,11 @@ class Side:
         text_end: int = self.tokenizer.get_vocab()[self.text_end]
         return (self.end,) if text_end == self.end else (self.end, text_end)
 
+    @cached_property
+    def key(self) -> str:
+        """The SHA-256 of its ``tokenizer.json`` and the end tokens."""
+        return hashlib.sha256(json.dumps([describe(self.tokenizer), *self.ends], sort_keys=True).encode()).hexdigest()
+
     def end_of(self, rendered: Rendered) -> str:
         """The token that ends a rendered example's answers, or its text."""
         return self.text_end if rendered.plain else str(self.tokenizer.eos_token)
@@ -49,17 +61,22 @@ class Side:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """Both sides, and the teacher's additional system message.
+    """Both sides, and how the teacher reads conversations.
 
     Attributes:
         student: The student's side.
         teacher: The teacher's side.
         teacher_system: A system message for conversations that have none, on the teacher's side only.
+        teacher_system_as: The role in which the teacher reads system messages; ``user`` puts them before the first
+            question.
+        teacher_outputs: The number of tokens that the teacher has an output for; None if unknown.
     """
 
     student: Side
     teacher: Side
     teacher_system: str | None = None
+    teacher_system_as: str = "system"
+    teacher_outputs: int | None = None
 
 
 def make_pair(
@@ -68,7 +85,9 @@ def make_pair(
     *,
     teacher_end: str | None = None,
     teacher_system: str | None = None,
+    teacher_system_as: str = "system",
     teacher_template: Mapping[str, object] | None = None,
+    teacher_outputs: int | None = None,
 ) -> TokenizerPair:
     """Create a pair of copies of two tokenizers.
 
@@ -80,8 +99,10 @@ def make_pair(
         teacher_end: The teacher's end token; None finds it in the chat template.
         teacher_system: A system message for conversations without one, on the teacher's side only. Some templates write
             a default one.
+        teacher_system_as: ``system``, or ``user`` for a template without a system role; see `TokenizerPair`.
         teacher_template: Values for the teacher's chat template, such as ``{"date_string": "26 Jul 2024"}``. Some
             templates write today's date without it, so the same data would give different rows on another day.
+        teacher_outputs: The number of tokens that the teacher has an output for, if known.
 
     Raises:
         ConfigError: If an end token does not exist or cannot be found, or a value has an invalid name.
@@ -92,7 +113,13 @@ def make_pair(
     if end != teacher.eos_token and end in tokens_after_answers(teacher):
         # The template must still write its own end-of-sequence token after the tokenizer's has changed.
         teacher = _with_template_values(teacher, {"eos_token": teacher.eos_token})
-    return TokenizerPair(_side(student, student.eos_token, "student"), _side(teacher, end, "teacher"), teacher_system)
+    return TokenizerPair(
+        _side(student, student.eos_token, "student"),
+        _side(teacher, end, "teacher"),
+        teacher_system,
+        teacher_system_as,
+        teacher_outputs,
+    )
 
 
 def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Side:
@@ -106,7 +133,7 @@ def _side(tokenizer: PreTrainedTokenizerBase, end: str | None, whose: str) -> Si
     text_end = tokenizer.eos_token if tokenizer.eos_token in vocabulary else end
     tokenizer = copy.deepcopy(with_chat_template(tokenizer))
     tokenizer.eos_token = end  # rendering ends answers with it
-    return Side(tokenizer, read_spelling(tokenizer, {token, vocabulary[text_end]}), token, text_end)
+    return Side(whose, tokenizer, read_spelling(tokenizer, {token, vocabulary[text_end]}), token, text_end)
 
 
 def _with_template_values(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, object]) -> PreTrainedTokenizerBase:
@@ -152,23 +179,87 @@ class Unaligned:
     what: str
     bytes: int = 0
 
+    @property
+    def in_full(self) -> str:
+        """The reason in full, with the bytes."""
+        return self.what + f" ({self.bytes:,} bytes of answers)" * bool(self.bytes)
 
-def for_teacher(example: Example, system: str | None) -> Example:
-    """Return the example, with a system message if it is a conversation that has none."""
-    return with_system(example, system) if isinstance(example, Conversation) else example
+
+def for_teacher(example: Example, pair: TokenizerPair) -> Example:
+    """Return the example as the teacher reads it: with its system message, in the role that its template has."""
+    if not isinstance(example, Conversation):
+        return example
+    if pair.teacher_system is not None and example.messages[0].role != "system":
+        example = replace(example, messages=(Message("system", pair.teacher_system), *example.messages))
+    return _with_system_in_question(example) if pair.teacher_system_as == "user" else example
 
 
-def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """Return the conversation with this system message, if there is one and the conversation has none."""
-    if system is None or conversation.messages[0].role == "system":
+def _with_system_in_question(conversation: Conversation) -> Conversation:
+    """Return the conversation with its system messages before the first question, in the same message."""
+    system = [message.content.strip() for message in conversation.messages if message.role == "system"]
+    first, *others = (message for message in conversation.messages if message.role != "system")
+    if not system:
         return conversation
-    return replace(conversation, messages=(Message("system", system), *conversation.messages))
+    if first.role != "user":
+        first, others = Message("user", ""), [first, *others]
+    content = "\n\n".join(filter(None, [*system, first.content]))
+    return replace(conversation, messages=(replace(first, content=content), *others))
+
+
+def left_out(example: Example, text: str) -> str | None:
+    """Find what a chat template has left out of a conversation.
+
+    Args:
+        example: The example.
+        text: The example as the template has rendered it.
+
+    Returns:
+        The first message, context or tool that is not in the text; None if all are. A text may be written as JSON.
+        Answers are not checked, because `render` locates them.
+    """
+    if not isinstance(example, Conversation):
+        return None
+    named = [(f"message {n} ({m.role})", m.content.strip()) for n, m in enumerate(example.messages, start=1)]
+    named += [(f"context {n}", context.strip()) for n, context in enumerate(example.contexts, start=1)]
+    parts = [part for _, part in named]
+    if not _in_order(parts, text):
+        together = "\0".join(parts)  # a short text may also occur within another
+        for name, part in sorted(named, key=lambda named: -len(named[1])):  # the text that is missing itself first
+            written = {part, json.dumps(part, ensure_ascii=False)[1:-1]}
+            missing = bool(part) and sum(map(text.count, written)) < together.count(part)
+            if missing and not name.endswith("(assistant)"):
+                return f"{name}: {shorten(part)}"
+    for n, tool in enumerate(example.tools, start=1):
+        name = tool.get("function", tool)
+        name = name.get("name") if isinstance(name, dict) else None
+        if isinstance(name, str) and name not in text:
+            return f"tool {n}: {shorten(name)}"
+    return None
+
+
+def _in_order(parts: Sequence[str], text: str) -> bool:
+    """Return whether a text has all parts, one after the other."""
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def shorten(text: str) -> str:
+    """Return the beginning of a text in quotes, with all but ASCII as escapes, which show how it is encoded."""
+    return ascii(text[:SHOWN]) + "…" * (len(text) > SHOWN)
 
 
 def tokenize_examples(
     examples: Sequence[Example], side: Side, learn: Learn = Learn.all
 ) -> list[TokenizedRow | Unaligned]:
-    """Tokenize examples on one side, and find the answers among the tokens."""
+    """Tokenize examples on one side, and find the answers among the tokens.
+
+    An example is unaligned if the chat template refuses it or leaves out a text of it, or if it has half a character.
+    """
     rendered = [_render(example, side, learn) for example in examples]
     texts = [text for text in rendered if isinstance(text, Rendered)]
     encoded = iter(tokenize(texts, side.tokenizer) if texts else ())
@@ -183,17 +274,35 @@ def _render(example: Example, side: Side, learn: Learn) -> Rendered | Unaligned:
             rendered = replace(rendered, text=text, learned=((0, len(text)),))
         rendered.text.encode()
     except DataError as error:
-        return Unaligned("template", error.what)
+        return Unaligned("template", f"for the {side.whose}, {error.what}")
     except UnicodeEncodeError as error:
         return Unaligned("half a character", f"{error.object[error.start]!r} at character {error.start + 1:,}")
-    return rendered
+    return swallowed(example, rendered, side) or rendered
+
+
+def swallowed(example: Example, rendered: Rendered, side: Side) -> Unaligned | None:
+    """Return why an example cannot be used on a side whose chat template leaves out a text of it; see `left_out`."""
+    missing = left_out(example, rendered.text)
+    return Unaligned("text left out", f"the {side.whose}'s chat template leaves out {missing}") if missing else None
+
+
+def without_output(teacher_ids: Sequence[int], pair: TokenizerPair) -> str | None:
+    """Return why the teacher cannot read a row; None if it has an output for each token."""
+    largest = max(teacher_ids)
+    if pair.teacher_outputs is None or largest < pair.teacher_outputs:
+        return None
+    token = shorten(str(pair.teacher.tokenizer.convert_ids_to_tokens(largest)))
+    return (
+        f"the teacher's tokenizer writes {token} (id {largest:,}), and the teacher has {pair.teacher_outputs:,} outputs"
+    )
 
 
 def find_answers(rendered: Rendered, encoded: Encoded, side: Side) -> TokenizedRow | Unaligned:
     """Find the answers among the tokens of a rendered example."""
     spans = encoded.spans
     if any(end >= start for (_, end), (start, _) in pairwise(spans)):
-        return Unaligned("template", "two answers follow each other with nothing between them")
+        what = f"the {side.whose}'s chat template writes two answers with nothing between them"
+        return Unaligned("template", what)
     answers = []
     for (begin, end), (start, stop) in zip(spans, rendered.learned, strict=True):
         content = rendered.text[start:stop].removesuffix(side.end_of(rendered))

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import datasets
 
-from hymba_tune.distill.alignment import AlignmentReport, matched_vocabulary
+from hymba_tune.distill.alignment_report import (
+    AlignmentReport,
+    alignment_lines,
+    check_aligned,
+    matched_vocabulary,
+)
 from hymba_tune.distill.cache import Columns, encode, write_shard
 from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.rows import alignment
@@ -23,13 +28,6 @@ SAMPLE_TOKENS = 1 << 14
 READ_ROWS = 10_000
 SELDOM = 0.5
 """Mean probability of the end token below which the line says that it is low."""
-CAUSES = {
-    "bytes differ": "a chat template that trims or rewrites answers (--teacher-chat-template), or a tokenizer that "
-    "changes text before it splits it",
-    "template": "a chat template that refuses such conversations (--teacher-chat-template alpaca accepts most)",
-    "half a character": "text that was cut within a character, or read in the wrong encoding",
-}
-"""The likely cause why rows are not aligned, by their most frequent reason."""
 
 
 @dataclass(frozen=True)
@@ -155,35 +153,6 @@ def _sizes(rows: datasets.Dataset) -> tuple[list[int], list[int]]:
         tokens += table["teacher_tokens"].combine_chunks().value_lengths().to_pylist()
         places += table["at"].combine_chunks().value_lengths().to_pylist()
     return tokens, places
-
-
-def check_aligned(aligned: AlignmentReport, least: float) -> None:
-    """Check that enough of the data is aligned.
-
-    Raises:
-        TrainingError: If the share is lower. The message names the likely cause.
-    """
-    if aligned.share >= least:
-        return
-    (reason, count) = aligned.dropped.most_common(1)[0]
-    raise TrainingError(
-        f"Only {aligned.share:.1%} of the data aligns: of {aligned.rows:,} rows {count:,} are dropped ({reason}).",
-        expected=f"{least:.0%} or more",
-        fix=f"likely, {CAUSES[reason]}; or --min-aligned {aligned.share * 0.99:.2g}",
-    )
-
-
-def alignment_lines(aligned: AlignmentReport, vocabulary: float) -> dict[str, str]:
-    """Return the alignment as lines for the screen, by label."""
-    rows, places = aligned.rows - aligned.dropped.total(), max(aligned.positions.total(), 1)
-    dropped = " · ".join(f"{count:,} dropped: {reason}" for reason, count in aligned.dropped.most_common())
-    kinds = {"shared": "at shared boundaries", "inside": "inside a teacher token", "crossing": "across two"}
-    return {
-        "aligned": f"{rows:,} of {aligned.rows:,} rows, {aligned.share:.1%} of the bytes"
-        + (f" ({dropped})" if dropped else ""),
-        "matched": f"{vocabulary:.1%} of the student's vocabulary, {aligned.matched / places:.1%} of what it writes",
-        "tokens": " · ".join(f"{aligned.positions[kind] / places:.1%} {words}" for kind, words in kinds.items()),
-    }
 
 
 def end_line(stats: CaptureStats, end: str) -> dict[str, str]:

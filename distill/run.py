@@ -18,7 +18,7 @@ from hymba_tune.config import DistillConfig
 from hymba_tune.config.distill import Stage
 from hymba_tune.data import cache_folder
 from hymba_tune.data.training import opened
-from hymba_tune.distill.alignment import matched_vocabulary
+from hymba_tune.distill.alignment_report import alignment_lines, check_aligned, matched_vocabulary
 from hymba_tune.distill.cache import TargetCache
 from hymba_tune.distill.capture import (
     check_preflight,
@@ -32,9 +32,9 @@ from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
-from hymba_tune.distill.preflight import alignment_lines, check_aligned, end_line
+from hymba_tune.distill.preflight import end_line
 from hymba_tune.distill.rollouts import RolloutGenerator
-from hymba_tune.distill.rows import AlignedData, read_rows
+from hymba_tune.distill.rows import AlignedData, normalized, read_rows
 from hymba_tune.distill.tables import same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import parameters_of, smaller_than
@@ -84,6 +84,7 @@ class DistillTask:
             seed=config.seed,
             prompts=SAMPLES,
             working=screen.working,
+            normalize=config.normalize,
             instead=generated_data(config, teacher, pair, setup.device, screen),
         )
         if teacher.parameters is not None and (warning := smaller_than(teacher, parameters_of(setup.model_config))):
@@ -101,7 +102,8 @@ def generated_data(
     """
     if not config.teacher_writes or config.dry_run:
         return None
-    generator = TeacherGenerator(config, opened(config)[0], pair, lambda: teacher.fingerprint)
+    sources = normalized(opened(config)[0], config.normalize)
+    generator = TeacherGenerator(config, sources, pair, lambda: teacher.fingerprint)
     load = partial(teacher.load, device, choose_dtype(config.teacher_dtype, device))
     with screen.working("reading the conversations for the teacher") as progress:
         key = generator.key(progress)

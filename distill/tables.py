@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hymba_tune.distill.alignment import Alignment, Indices
-from hymba_tune.distill.pair import Side, TokenizerPair
+from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.segments import Segmenter, StudentTokens
 from hymba_tune.distill.spelling import END, describe
 from hymba_tune.files import atomic_write
@@ -117,20 +117,12 @@ def open_tables(pair: TokenizerPair, cache_dir: Path) -> Tables:
 
 def pair_key(pair: TokenizerPair) -> str:
     """Return the SHA-256 of what determines a pair's tables: both ``tokenizer.json`` files and the end tokens."""
-    return _digest([VERSION, _side_key(pair.student), _side_key(pair.teacher)])
+    return hashlib.sha256(json.dumps([VERSION, pair.student.key, pair.teacher.key]).encode()).hexdigest()
 
 
 def same_tokenizer(pair: TokenizerPair) -> bool:
     """Return whether both sides have the same tokens and the same end tokens."""
-    return _side_key(pair.student) == _side_key(pair.teacher)
-
-
-def _side_key(side: Side) -> str:
-    return _digest([describe(side.tokenizer), *side.ends])
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return pair.student.key == pair.teacher.key
 
 
 def build_tables(pair: TokenizerPair) -> Tables:

@@ -241,7 +241,8 @@ class ModelTeacher:
     Args:
         model: A causal language model in evaluation mode, whose logits are its last hidden states times the weight of
             its output layer, or a multiple of that.
-        tokenizer: The model's tokenizer. Rows of the output layer after its last token are removed.
+        tokenizer: The model's tokenizer. Rows of the output layer after its last token are removed. Tokens after the
+            last row have no probability, and no row may contain them.
         name: The name that messages use.
 
     Raises:
@@ -254,14 +255,9 @@ class ModelTeacher:
         size = 1 + max(tokenizer.get_vocab().values())
         if head is None or self._backbone is model or not head.weight.is_floating_point():
             raise ConfigError(f"The teacher {name} has no output layer that can be read.")
-        if len(head.weight) < size:
-            raise ConfigError(
-                f"The teacher {name} has {len(head.weight):,} outputs, and its tokenizer {size:,} tokens.",
-                expected="an output for every token",
-                fix="remove the added tokens from its tokenizer.json",
-            )
         self._scale = self._check_logits(model)
         self._weight: Tensor = head.weight[:size]
+        self._vocabulary = size
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +274,7 @@ class ModelTeacher:
             for place, index in enumerate(batch):
                 size = len(rows[index])
                 head = Head(hidden[place, :size] * self._scale, self._weight)
-                yield index, HeadOutputs(head, ids[place, :size].to(self.device))
+                yield index, HeadOutputs(head, ids[place, :size].to(self.device), self._vocabulary)
 
     def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
         """Return the outputs for all rows, in their order; see `Teacher`."""

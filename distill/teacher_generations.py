@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hymba_tune.config import DistillConfig, OnBadRow
-from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.data import Conversation, Message
 from hymba_tune.data.building import stopped
+from hymba_tune.data.chat import Rendered, render_prompt, tokenize
 from hymba_tune.data.converting import TARGETS
 from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
+from hymba_tune.distill.alignment_report import CAUSES
 from hymba_tune.distill.outputs import Teacher
-from hymba_tune.distill.pair import TokenizerPair, with_system
+from hymba_tune.distill.pair import TokenizerPair, for_teacher, left_out, without_output
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import LOCK, locked, write_text
 
@@ -76,8 +78,8 @@ class TeacherGenerator:
         config = self._config
         digest = hashlib.sha256()
         number = 0
-        for number, talk in enumerate(self._talks(), start=1):
-            digest.update(json.dumps(self._prompt(talk)).encode())
+        for number, (_, prompt) in enumerate(self._talks(), start=1):
+            digest.update(json.dumps(prompt).encode())
             progress(number)
         if not number:
             raise DataError(
@@ -121,15 +123,16 @@ class TeacherGenerator:
         with part.open("a", encoding="utf-8") as file:
             while batch := list(islice(talks, BATCH)):
                 teacher = teacher or load()
-                for talk, answer in zip(batch, self._answer(teacher, batch, done // BATCH), strict=True):
+                answers = self._answer(teacher, [prompt for _, prompt in batch], done // BATCH)
+                for (talk, _), answer in zip(batch, answers, strict=True):
                     file.write(json.dumps(_row(talk, answer), ensure_ascii=False) + "\n")
                 file.flush()
                 done += len(batch)
                 progress(done)
 
-    def _answer(self, teacher: Teacher, talks: Sequence[Conversation], number: int) -> list[str | None]:
-        """Generate answers to a batch of conversations. The seed depends on the number of the batch only."""
-        config, prompts = self._config, [self._prompt(talk) for talk in talks]
+    def _answer(self, teacher: Teacher, prompts: Sequence[list[int]], number: int) -> list[str | None]:
+        """Generate answers to a batch of prompts. The seed depends on the number of the batch only."""
+        config = self._config
         seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
         return teacher.generate(
             prompts,
@@ -150,11 +153,29 @@ class TeacherGenerator:
             return None
 
     def _prompt(self, talk: Conversation) -> list[int]:
-        prompt = replace(talk, messages=talk.messages[: _last_answer(talk)])
-        return encode_prompt(with_system(prompt, self._pair.teacher_system), self._pair.teacher.tokenizer)
+        """Return the teacher's tokens up to the last answer.
 
-    def _talks(self) -> Iterator[Conversation]:
-        """Yield the conversations of the data that can be used."""
+        Raises:
+            DataError: If the chat template refuses the conversation or leaves out a text of it, or the teacher cannot
+                read a token.
+        """
+        prompt = for_teacher(replace(talk, messages=talk.messages[: _last_answer(talk)]), self._pair)
+        tokenizer, fix = self._pair.teacher.tokenizer, f"likely, {CAUSES['template']}"
+        try:
+            text = render_prompt(prompt, tokenizer)
+        except DataError as error:
+            raise DataError(f"for the teacher, {error.what}", fix=fix) from error
+        if missing := left_out(prompt, text):
+            raise DataError(
+                f"the teacher's chat template leaves out {missing}", fix=f"likely, {CAUSES['text left out']}"
+            )
+        ids = tokenize([Rendered(text, ())], tokenizer)[0].input_ids
+        if problem := without_output(ids, self._pair):
+            raise DataError(problem, fix=f"likely, {CAUSES['no output']}")
+        return ids
+
+    def _talks(self) -> Iterator[tuple[Conversation, list[int]]]:
+        """Yield the conversations of the data that can be used, with the teacher's prompts."""
         config, self._texts = self._config, 0
         rows = readings(
             self._sources,
@@ -163,11 +184,17 @@ class TeacherGenerator:
             seed=config.seed,
         )
         for reading in rows:
+            prompt: list[int] = []
+            if not reading.problem and isinstance(reading.example, Conversation):
+                try:
+                    prompt = self._prompt(reading.example)
+                except DataError as problem:
+                    reading.problem = problem
             if reading.problem:
                 if config.on_bad_row is OnBadRow.stop:
                     raise stopped(reading, rows)
             elif isinstance(reading.example, Conversation):
-                yield reading.example
+                yield reading.example, prompt
             else:
                 self._texts += 1
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
-from hymba_tune.config.options import DataOptions, ModelOptions, OutputOptions
+from hymba_tune.config.options import KeptDataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
 from hymba_tune.errors import did_you_mean
 
@@ -74,6 +74,9 @@ class TeacherOptions(Config):
     """Load the teacher in 8 or 4 bits."""
     teacher_system: str | None = None
     """System message for the teacher only, in conversations without one."""
+    teacher_system_as: Literal["system", "user"] = "system"
+    """Role in which the teacher reads system messages; user puts them before the first question, for a chat template
+    that has no system role."""
     teacher_tokenizer: str | None = None
     """Tokenizer of a teacher behind a server: a Hub id, an alias or a folder."""
     teacher_chat_template: str | None = None
@@ -87,6 +90,8 @@ class TeacherOptions(Config):
     top_k: int = Field(default=64, ge=1)
     """Teacher probabilities to store per token, the largest ones (common: 32 to 64); the remaining mass is stored as
     one value."""
+    normalize: Literal["nfc"] | None = None
+    """Unicode form of all texts, for both sides: nfc composes accents, as many tokenizers do."""
     temperature: float = Field(default=1.0, gt=0)
     """Distillation temperature; above 1, the teacher's unlikely tokens count more."""
     min_aligned: float = Field(default=0.9, ge=0, le=1)
@@ -104,7 +109,7 @@ class TeacherOptions(Config):
         return self.teacher.startswith(SERVED)
 
 
-class DistillConfig(TeacherOptions, TrainingConfig):
+class DistillConfig(TeacherOptions, TrainingConfig, KeptDataOptions):
     """Settings of `hymba-tune distill`: distillation from a teacher with any tokenizer."""
 
     group: ClassVar[Group] = DISTILLATION
@@ -242,7 +247,7 @@ def _stage(text: str, defaults: Stage) -> Stage:
     return Stage(**{**vars(defaults), **changes})
 
 
-class DistillCaptureConfig(OutputOptions, TeacherOptions, DataOptions, ModelOptions):
+class DistillCaptureConfig(OutputOptions, TeacherOptions, KeptDataOptions, ModelOptions):
     """Settings of `hymba-tune distill capture`: a teacher's targets for a student, stored on disk."""
 
     group: ClassVar[Group] = DATA

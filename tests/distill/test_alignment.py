@@ -15,7 +15,8 @@ from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import Learn
 from hymba_tune.data import Conversation, Message, Text
 from hymba_tune.data.formats import Example
-from hymba_tune.distill.alignment import Alignment, AlignmentReport, Unaligned, align, align_rows, matched_vocabulary
+from hymba_tune.distill.alignment import Alignment, Unaligned, align, align_rows
+from hymba_tune.distill.alignment_report import AlignmentReport, matched_vocabulary
 from hymba_tune.distill.pair import TokenizedRow, TokenizerPair, make_pair, tokenize_examples
 from hymba_tune.distill.spelling import END
 from hymba_tune.errors import ConfigError
@@ -142,7 +143,7 @@ def test_sides_that_differ_are_dropped_and_counted() -> None:
         [talk("What?", "a ▁ b"), talk("What?", "fine"), talk("What?", "half \ud83d"), talk("a", "b", "c")], both
     )
     assert isinstance(found[0], Unaligned)
-    assert "the student's tokens do not spell the answer" in found[0].what
+    assert "the tokens of the student's tokenizer do not spell answer 1: at byte 3 of 7, " in found[0].what
     assert isinstance(found[2], Unaligned)
     assert "'\\ud83d' at character" in found[2].what
     report = AlignmentReport()
@@ -166,7 +167,9 @@ def test_answers_written_differently_are_dropped() -> None:
     )
     (found,) = align_rows([student], [teacher], both)
     assert isinstance(found, Unaligned)
-    assert "in different ways" in found.what
+    assert found.what.endswith(
+        "writes answer 1 in another way than the student's: at byte 1 of 3, 'no' instead of 'yes'"
+    )
 
 
 def test_teacher_that_spells_something_else_is_dropped() -> None:
@@ -179,7 +182,7 @@ def test_teacher_that_spells_something_else_is_dropped() -> None:
     ids = teacher.ids[: teacher.answers[0].begin] + teacher.ids[:2] + teacher.ids[teacher.answers[0].begin + 2 :]
     (found,) = align_rows([student], [TokenizedRow(ids, teacher.answers)], both)
     assert isinstance(found, Unaligned)
-    assert "the teacher's tokens do not spell the answer" in found.what
+    assert "the tokens of the teacher's tokenizer do not spell answer 1: at byte " in found.what
 
 
 def test_answers_side_by_side_are_dropped() -> None:
@@ -188,7 +191,7 @@ def test_answers_side_by_side_are_dropped() -> None:
     both = make_pair(byte_level(bare, LLAMA3_TOKENS, "<|eot_id|>"), ALL["llama3"])
     (found,) = align([Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))], both)
     assert isinstance(found, Unaligned)
-    assert "two answers follow each other" in found.what
+    assert "the student's chat template writes two answers with nothing between" in found.what
 
 
 def test_teacher_sees_its_own_date_and_system_message() -> None:

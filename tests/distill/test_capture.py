@@ -14,9 +14,9 @@ import torch
 
 from hymba_tune.config import DistillCaptureConfig
 from hymba_tune.distill import capture
-from hymba_tune.distill.alignment import AlignmentReport
+from hymba_tune.distill.alignment_report import AlignmentReport, check_aligned
 from hymba_tune.distill.capture import pair_of, run_capture
-from hymba_tune.distill.preflight import Preflight, check_aligned
+from hymba_tune.distill.preflight import Preflight
 from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.teacher import LocalTeacherSpec, find_teacher
 from hymba_tune.errors import ConfigError, TrainingError

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune import registry
 from hymba_tune.config import DistillConfig
 from hymba_tune.data import Conversation, Text
-from hymba_tune.distill.alignment import Alignment, AlignmentReport, align
+from hymba_tune.distill.alignment import Alignment, align
+from hymba_tune.distill.alignment_report import AlignmentReport
 from hymba_tune.distill.capture import pair_of
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight

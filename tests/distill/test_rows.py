@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from tokenizers import normalizers
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import Conversation, Message
 from hymba_tune.data.formats import Example
+from hymba_tune.distill import rows as module
 from hymba_tune.distill.alignment import Alignment, align
+from hymba_tune.distill.alignment_report import check_aligned
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.rows import AlignedData, alignment, read_rows
-from hymba_tune.errors import DataError
+from hymba_tune.errors import DataError, TrainingError
 from tests.distill.inputs import ANSWERS, QUESTION, quiet, talks, write
 from tests.distill.tokenizers import ALL
 
@@ -134,6 +141,75 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted(tmp_path: Path) -> N
 def test_no_rows_left_names_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the teacher's context is 3 tokens(.|\n)*both tokenizers spell"):
         read(talks(tmp_path / "a.jsonl"), pair_of(), context=3)
+
+
+def test_row_with_a_token_that_the_teacher_has_no_output_for_is_dropped(tmp_path: Path) -> None:
+    """All others are used."""
+    teacher = copy.deepcopy(ALL["llama3"])
+    teacher.add_tokens(["<image>"])
+    pair = make_pair(ALL["hymba"], teacher, teacher_outputs=len(teacher) - 1)
+    data = read(write(tmp_path / "a.jsonl", [{"text": "as it is"}, {"text": "an <image>"}]), pair)
+    assert data.alignment.dropped == {"no output": 1}
+    (first,) = data.alignment.first.values()
+    assert first.endswith(
+        f"a.jsonl, line 2: the teacher's tokenizer writes '<image>' (id {len(teacher) - 1}), and the teacher has "
+        f"{len(teacher) - 1} outputs (10 bytes of answers)"
+    )
+
+
+def test_composed_text_aligns_with_a_tokenizer_that_composes(tmp_path: Path) -> None:
+    teacher = copy.deepcopy(ALL["llama3"])
+    teacher.backend_tokenizer.normalizer = normalizers.NFC()
+    pair = make_pair(ALL["hymba"], teacher)
+    rows = [{"prompt": "A cafe\u0301?", "completion": "un cafe\u0301 noir"}, {"prompt": "A", "completion": "b"}]
+    options = SFTConfig.model_validate({"data": [write(tmp_path / "a.jsonl", rows)], "eval_split": 0})
+    read_as = partial(read_rows, options, pair, context=None, seed=0, prompts=2, working=quiet)
+    found = read_as()
+    assert found.alignment.dropped == {"Unicode form": 1}
+    (first,) = found.alignment.first.values()
+    assert first.endswith(
+        "a.jsonl, line 1: the tokens of the teacher's tokenizer do not spell answer 1: at byte 7 of 14, "
+        r"'\xe9 noir' instead of 'e\u0301 noir' (14 bytes of answers)"
+    )
+    with pytest.raises(TrainingError, match=r"The first, .*a\.jsonl, line 1: (.|\n)*--normalize nfc"):
+        check_aligned(found.alignment, 0.9)
+    composed = read_as(normalize="nfc")
+    assert len(composed.rows) == 2
+    assert not composed.alignment.dropped
+    row = alignment(composed.rows[0])
+    for side, ids in ((pair.student, row.student_ids), (pair.teacher, row.teacher_ids)):
+        assert "caf\u00e9 noir".encode() in side.spelling.spell(ids)
+    assert composed.prompts[0][0].messages[0].content == "A caf\u00e9?"
+
+
+def test_cached_rows_are_neither_tokenized_nor_aligned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(talks(tmp_path / "a.jsonl"))
+    path.write_text(path.read_text() + json.dumps({"text": "as ▁ it is"}) + "\n")
+    first = read(str(path), pair_of(), cache=True)
+    for name in ("find_answers", "tokenize_examples", "align_rows"):
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError(f"{name} again")))
+    again = read(str(path), pair_of(), cache=True)
+    assert again.rows[:] == first.rows[:]
+    assert again.alignment == first.alignment
+    assert again.alignment.dropped == {"bytes differ": 1}
+    assert again.report.fingerprint == first.report.fingerprint
+    assert again.report.counts() == first.report.counts()
+
+
+def test_cached_rows_are_those_of_their_settings(tmp_path: Path) -> None:
+    data = talks(tmp_path / "a.jsonl")
+    seen = {read(data, pair_of(), cache=True).report.fingerprint}
+    for pair, changes in (
+        (make_pair(ALL["hymba"], ALL["llama3"], teacher_system="Be kind."), {}),
+        (make_pair(ALL["hymba"], ALL["llama3"], teacher_system="Be kind.", teacher_system_as="user"), {}),
+        (pair_of(teacher="chatml"), {}),
+        (pair_of(), {"max_length": 30}),
+    ):
+        found = read(data, pair, cache=True, **changes).report.fingerprint
+        assert found not in seen
+        seen.add(found)
+    with pytest.raises(DataError, match="the teacher's context is 3 tokens"):
+        read(data, pair_of(), context=3, cache=True)
 
 
 def test_fingerprint_is_of_both_sides(tmp_path: Path) -> None:

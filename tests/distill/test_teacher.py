@@ -63,9 +63,15 @@ def test_logits_that_are_something_else_are_refused(family: str) -> None:
         ModelTeacher(random_model(family, SIZE), TOKENIZER, "it")
 
 
-def test_tokenizer_larger_than_the_output_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"has {SIZE - 1} outputs, and its tokenizer {SIZE} tokens"):
-        ModelTeacher(random_model("llama", SIZE - 1), TOKENIZER, "it")
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_beyond_the_output_layer_have_no_probability(temperature: float) -> None:
+    """Gemma 3's tokenizer has a token for images that its language model has no row for."""
+    teacher = ModelTeacher(random_model("llama", SIZE - 2), TOKENIZER, "it")
+    ((_, outputs),) = teacher.outputs([[1, 2, 3]])
+    found = outputs.probabilities(torch.arange(2), temperature)
+    assert found.probs.shape == (2, SIZE)
+    assert not found.probs[:, -2:].any()
+    FLOAT32.check(found.probs.sum(-1), torch.ones(2))
 
 
 def test_output_layer_that_cannot_be_read_is_refused() -> None:

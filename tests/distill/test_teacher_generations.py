@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -175,3 +176,25 @@ def test_folder_in_use_by_another_process_raises(generator: Callable[..., Teache
     with locked(folder / LOCK), pytest.raises(ConfigError, match=r"teacher's answers, .*answers, is in use by another"):
         generator().write(folder, Scripted, quiet)
     assert not list(folder.iterdir())
+
+
+def test_conversation_that_the_teacher_does_not_read_whole_is_named_before_it_answers(tmp_path: Path) -> None:
+    """Not with a prompt that lacks a message, and not with a token that it has no output for."""
+    silent = copy.deepcopy(ALL["llama3"])
+    silent.chat_template = silent.chat_template.replace("in messages %}", "in messages if message.role != 'system' %}")
+    few = make_pair(ALL["hymba"], ALL["llama3"], teacher_outputs=10)
+    refusing = make_pair(ALL["hymba"], ALL["mistral"])
+    tool = {"messages": [{"role": role, "content": role} for role in ("user", "tool", "assistant")]}
+    sources = open_sources([write(tmp_path / "data.jsonl", [TALKS[0] | {"system": "Be brief."}, tool])])
+    for pair, message in (
+        (
+            make_pair(ALL["hymba"], silent),
+            r"line 1: the teacher's chat template leaves out message 1 \(system\): 'Be brief\.'",
+        ),
+        (few, r"line 1: the teacher's tokenizer writes .*, and the teacher has 10 outputs(.|\n)*added tokens"),
+        (refusing, r"line 2: for the teacher, the chat template refuses(.|\n)*--teacher-system-as user"),
+    ):
+        with pytest.raises(DataError, match=message):
+            TeacherGenerator(DistillConfig(), sources, pair, lambda: "teacher").key(quiet)
+    skipping = TeacherGenerator(DistillConfig(on_bad_row="skip"), sources, refusing, lambda: "teacher")
+    assert [talk.messages[0].content for talk, _ in skipping._talks()] == ["Be brief."]
