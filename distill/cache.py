@@ -2,7 +2,8 @@
 
 A folder contains ``key.json``, with everything that determines the targets; shards ``00000.arrow`` and so on, `SHARD`
 rows each; and ``done.json`` once it is complete. A shard is written to a temporary file and renamed, so a shard with
-its final name is complete. A probability takes two bytes and so does a token, before compression.
+its final name is complete. A probability takes two bytes and so does a token, before compression. Each row is
+compressed on its own, so that reading one in any order decodes no other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -34,8 +36,7 @@ VERSION = 2
 """The version of the file format, which is part of every key."""
 SHARD = 256
 """Rows in a shard, which is the most work that an interruption can lose."""
-GROUP = 8
-"""Rows that are read at a time."""
+CODEC = "zstd"
 KEY, DONE = "key.json", "done.json"
 FLAG = "--teacher-cache"
 TARGETS = FolderKind("a folder of teacher's targets", {KEY: '"teacher"'}, (KEY, DONE, "?????.arrow", f"{REPLACED}.*"))
@@ -63,7 +64,7 @@ class TargetCache(Sequence[Targets]):
             self._rows, self.stats = int(done["rows"]), CaptureStats(**done["kept"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(folder / DONE, error) from error
-        self._open: dict[int, pa.RecordBatchFileReader] = {}
+        self._open: dict[int, pa.RecordBatch] = {}
 
     def __len__(self) -> int:
         return self._rows
@@ -77,12 +78,12 @@ class TargetCache(Sequence[Targets]):
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows}")
         shard, place = divmod(row, SHARD)
-        group, index = divmod(place, GROUP)
         try:
             if shard not in self._open:
-                self._open[shard] = open_shard(shard_path(self.folder, shard))
-            return _decode(self._open[shard].get_batch(group), index, self._key["top_k"])
-        except (OSError, pa.ArrowException) as error:
+                self._open[shard] = open_shard(shard_path(self.folder, shard)).get_batch(0)
+            stored = {name: column[place] for name, column in zip(_COLUMNS, self._open[shard].columns, strict=True)}
+            return _decode(stored, self._key["top_k"], self._key["vocabulary"] > WIDE)
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise _damaged(shard_path(self.folder, shard), error) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,38 +237,63 @@ def _steps(sorted_halves: NDArray[np.float16]) -> NDArray[np.uint16]:
     return np.diff(bits, axis=1, prepend=np.zeros_like(bits[:, :1]))
 
 
+_COLUMNS = {
+    "tokens": pa.uint32(),
+    "spans": pa.uint32(),
+    "checksum": pa.uint32(),
+    "content": pa.large_binary(),
+}
+"""The columns of a shard: the numbers of a row's tokens and spans, and its columns one after the other, compressed."""
+
+
 def write_shard(path: Path, rows: Sequence[Columns], stats: CaptureStats) -> None:
-    """Write rows, `GROUP` in each record batch, and the statistics of their pass."""
-    types = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in rows[0].items()}
-    schema = pa.schema(types, metadata={"kept": json.dumps(asdict(stats))})
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-
-    # A group is the unit of reading and of compression: large enough to compress, small enough to read for one row.
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
-        for begin in range(0, len(rows), GROUP):
-            group = rows[begin : begin + GROUP]
-            columns = [_lists([row[name] for row in group], kind) for name, kind in types.items()]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(rows)), type=kind)
+    """Write rows, and the statistics of their pass."""
+    schema = pa.schema(_COLUMNS, metadata={"kept": json.dumps(asdict(stats))})
+    contents = [pa.compress(b"".join(map(bytes, row.values())), codec=CODEC, asbytes=True) for row in rows]
+    columns: list[Sequence[Any]] = [
+        [len(row["gaps"]) for row in rows],
+        [len(row["span_gaps"]) for row in rows],
+        [zlib.crc32(content) for content in contents],
+        contents,
+    ]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, _COLUMNS.values(), strict=True)]
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def _decode(group: pa.RecordBatch, index: int, top_k: int) -> Targets:
-    column = {name: group[name][index].values.to_numpy(zero_copy_only=False) for name in group.schema.names}
+def _decode(stored: Mapping[str, pa.Scalar], top_k: int, wide: bool) -> Targets:
+    tokens, spans = stored["tokens"].as_py(), stored["spans"].as_py()
+    sizes = {
+        "gaps": (np.uint32, tokens),
+        "pieces": (np.uint32 if wide else np.uint16, tokens * top_k),
+        "steps": (np.uint16, tokens * top_k),
+        "bucket": (np.float16, tokens),
+        "span_gaps": (np.uint32, spans),
+        "span_sizes": (np.uint32, spans),
+        "span_log_likelihoods": (np.float16, spans),
+    }
+    content = stored["content"].as_buffer()
+    if zlib.crc32(content) != stored["checksum"].as_py():
+        raise ValueError("its checksum differs, so that its bytes have changed")
+    size = sum(np.dtype(kind).itemsize * count for kind, count in sizes.values())
+    content, at, column = pa.decompress(content, size, codec=CODEC), 0, {}
+    for name, (kind, count) in sizes.items():
+        column[name] = np.frombuffer(content, kind, count, at)
+        at += column[name].nbytes
 
     def logs(halves: NDArray[Any]) -> Tensor:
         return torch.from_numpy(halves.astype(np.float32))
 
-    at = torch.from_numpy(column["gaps"].astype(np.int64).cumsum())
+    positions = torch.from_numpy(column["gaps"].astype(np.int64).cumsum())
     begin = torch.from_numpy(column["span_gaps"].astype(np.int64).cumsum())
-    student_tokens = torch.from_numpy(column["pieces"].astype(np.int64)).view(len(at), top_k)
-    bits = column["steps"].reshape(len(at), top_k).cumsum(1, dtype=np.uint16)
+    bits = column["steps"].reshape(tokens, top_k).cumsum(1, dtype=np.uint16)
     return Targets(
-        at,
-        SparseTarget(student_tokens, logs(bits.view(np.float16)), logs(column["bucket"])),
+        positions,
+        SparseTarget(
+            torch.from_numpy(column["pieces"].astype(np.int64)).view(tokens, top_k),
+            logs(bits.view(np.float16)),
+            logs(column["bucket"]),
+        ),
         torch.stack([begin, begin + torch.from_numpy(column["span_sizes"].astype(np.int64))], 1),
         logs(column["span_log_likelihoods"]),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from hymba_tune.distill.target_maker import CaptureStats
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from tests.conftest import ROOT
-from tests.distill.random_targets import KEY, RandomMaker, numbered_rows, random_targets
+from tests.distill.random_targets import KEY, K, RandomMaker, numbered_rows, random_targets
 
 
 def ignore(_: int) -> None:
@@ -33,7 +34,6 @@ def ignore(_: int) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD", 5)
-    monkeypatch.setattr(cache, "GROUP", 2)
 
 
 def same(one: Targets, other: Targets, halves: bool) -> bool:
@@ -64,10 +64,37 @@ def test_read_as_written_in_any_order(tmp_path: Path) -> None:
         made[13]
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_shuffled_reads_decode_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fill(tmp_path / "it", KEY, numbered_rows(13), RandomMaker(), ignore)
+    decompress = Mock(side_effect=pa.decompress)
+    monkeypatch.setattr(cache.pa, "decompress", decompress)
+    order = random.Random(0).sample(range(13), 13)
+    for row in order:
+        assert same(made[row], random_targets(row % 7, row), halves=True)
+    # A token takes 4 bytes for its position, K tokens and their probabilities, and its rest mass; a span takes 10.
+    sizes = [(row % 7) * (4 + K * (2 + 2) + 2 + 10) for row in order]
+    assert [call.args[1] for call in decompress.call_args_list] == sizes
+
+
+def test_changed_byte_of_a_row_is_found(tmp_path: Path) -> None:
+    fill(tmp_path, KEY, numbered_rows(4), RandomMaker(), ignore)
+    path = tmp_path / "00000.arrow"
+    content = bytearray(path.read_bytes())
+    stored = pa.ipc.open_file(path).get_batch(0)["content"][3].as_buffer().to_pybytes()
+    content[content.index(stored) + len(stored) // 2] ^= 1
+    path.write_bytes(content)
+    cached = TargetCache(tmp_path)
+    for row in (0, 1, 2):
+        assert same(cached[row], random_targets(row, row), halves=True)
+    with pytest.raises(CheckpointError, match=r"00000\.arrow cannot be read: its checksum differs"):
+        cached[3]
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     targets = random_targets(3, 0, vocabulary=200_000)
     cache.write_shard(tmp_path / "00000.arrow", [encode(targets, wide=True)], CaptureStats())
-    (tmp_path / "key.json").write_text(json.dumps(KEY))
+    (tmp_path / "key.json").write_text(json.dumps(KEY | {"vocabulary": 200_000}))
     (tmp_path / "done.json").write_text(json.dumps({"rows": 1, "kept": vars(CaptureStats())}))
     assert same(TargetCache(tmp_path)[0], targets, halves=True)
     assert int(targets.top.student_tokens.max()) > 65536
@@ -104,8 +131,8 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from hymba_tune.distill import cache
-from tests.distill.random_targets import KEY, RandomMaker, numbered_rows
-cache.SHARD, cache.GROUP = 5, 2
+from tests.distill.random_targets import KEY, K, RandomMaker, numbered_rows
+cache.SHARD = 5
 print("ready", flush=True)
 cache.fill(Path(sys.argv[1]), KEY, numbered_rows(60), RandomMaker(), lambda _: time.sleep(0.004))
 """
@@ -113,7 +140,6 @@ cache.fill(Path(sys.argv[1]), KEY, numbered_rows(60), RandomMaker(), lambda _: t
 
 def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD", 5)
-    monkeypatch.setattr(cache, "GROUP", 2)
     expected = contents(fill(tmp_path / "whole", KEY, numbered_rows(60), RandomMaker(), ignore).folder)
     draw, folder, kills = random.Random(0), tmp_path / "killed", 0
     for _ in range(30):
