@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,7 +30,14 @@ class TokenDistribution(NamedTuple):
 
 
 class Outputs(Protocol):
-    """A teacher's outputs for a row."""
+    """A teacher's outputs for a row, or for several joined ones."""
+
+    def __len__(self) -> int:
+        """Return the number of outputs."""
+
+    @classmethod
+    def joined(cls, rows: Sequence[Self]) -> Self:
+        """Join the outputs of rows, one row after the other."""
 
     def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """Return the next-token distributions after some of the row's tokens.
@@ -151,17 +158,26 @@ class TeacherSpec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """A loaded model's outputs for a row.
+    """A loaded model's outputs; see `Outputs`.
 
     Attributes:
-        head: The hidden states after each of the row's L tokens, and the output layer.
-        ids: ``(L,)``: the tokens of the row.
+        head: The hidden states after each of L tokens, and the output layer.
+        ids: ``(L,)``: the tokens.
         vocabulary: The size of the tokenizer's vocabulary. Tokens without a row of the output layer get no probability.
     """
 
     head: Head
     ids: Tensor
     vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def joined(cls, rows: Sequence[Self]) -> Self:
+        """Join rows of one teacher; see `Outputs`."""
+        head = Head(torch.cat([row.head.hidden for row in rows]), rows[0].head.weight)
+        return cls(head, torch.cat([row.ids for row in rows]), rows[0].vocabulary)
 
     def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """Return next-token distributions; see `Outputs`."""

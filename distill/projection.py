@@ -18,7 +18,7 @@ are scaled to sum to 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -63,6 +63,18 @@ class Places:
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, rows: Sequence[Self], offsets: Sequence[int]) -> Self:
+        """Concatenate the places of several rows.
+
+        Args:
+            rows: The places of each row.
+            offsets: For each row, the index of its first row of outputs.
+        """
+        joined = cls(*(torch.cat([getattr(row, field.name) for row in rows]) for field in fields(cls)))
+        moved = torch.tensor(offsets).repeat_interleave(torch.tensor([len(row) for row in rows]))
+        return replace(joined, now=joined.now + moved, before=torch.where(joined.before < 0, -1, joined.before + moved))
 
     def to(self, device: torch.device) -> Self:
         """Return the same places on another device."""

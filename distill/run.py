@@ -36,7 +36,7 @@ from hymba_tune.distill.preflight import end_line
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, normalized, read_rows
 from hymba_tune.distill.tables import same_tokenizer
-from hymba_tune.distill.target_maker import TargetMaker
+from hymba_tune.distill.target_maker import CHUNKS, TargetMaker
 from hymba_tune.distill.teacher import parameters_of, smaller_than
 from hymba_tune.distill.teacher_generations import TeacherGenerator
 from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
@@ -54,6 +54,8 @@ ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
 """Losses that need one tokenizer on both sides."""
 LOSS_CHUNKS = 6
 """Memory of a loss, in multiples of a chunk's logits."""
+PROJECTION_CHUNKS = 4
+"""Memory of a projection, in multiples of the chunks that it computes at once."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
@@ -149,7 +151,8 @@ class AlignedRun:
         """Bytes of the teacher, if it stays in memory, and of the loss's chunks."""
         teacher, setup = self.teacher, self.setup
         held = teacher_bytes(self.config, teacher.config, teacher.parameters or 0, setup.model_config, setup.device)
-        return held + LOSS_CHUNKS * CHUNK_BYTES
+        chunks = PROJECTION_CHUNKS * CHUNKS.get(setup.device.type, 1) if self.config.keeps_teacher else 0
+        return held + max(LOSS_CHUNKS, chunks) * CHUNK_BYTES
 
     @property
     def uses_targets(self) -> bool:

@@ -17,10 +17,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.distill.outputs import HeadOutputs, TokenDistribution
@@ -216,6 +217,19 @@ class ServedOutputs:
     probs: Tensor
     own: Tensor
     vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    @classmethod
+    def joined(cls, rows: Sequence[Self]) -> Self:
+        """Join rows of one server; see `Outputs`."""
+        width = max(row.tokens.shape[1] for row in rows)
+        tokens, probs = (
+            torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
+            for parts in ([row.tokens for row in rows], [row.probs for row in rows])
+        )
+        return cls(tokens, probs, torch.cat([row.own for row in rows]), rows[0].vocabulary)
 
     def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         """Return next-token distributions; see `Outputs`.

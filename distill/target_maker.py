@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hymba_tune.distill.alignment import Alignment
@@ -19,6 +21,9 @@ from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
 from hymba_tune.distill.tables import FirstTokens, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
+
+CHUNKS = {"cuda": 8}
+"""Chunks of tokens that are projected at once, by device: a kernel of few tokens takes less time than its launch."""
 
 
 @dataclass
@@ -68,7 +73,7 @@ class CaptureStats:
 
 @dataclass(frozen=True, slots=True)
 class TargetBatch:
-    """The targets of a row, and the statistics of its pass."""
+    """The targets of a row, and its statistics."""
 
     targets: Targets
     stats: CaptureStats
@@ -77,7 +82,7 @@ class TargetBatch:
 def _find_alone(row: Alignment, tables: Tables) -> Places:
     """Find the places of a row when both sides have one tokenizer, where the previous-token term is zero."""
     places = find_places(row, tables)
-    return replace(places, before=torch.full_like(places.before, -1))
+    return replace(places, before=torch.from_numpy(np.full(len(places), -1)))
 
 
 @dataclass(frozen=True)
@@ -132,52 +137,119 @@ class TargetMaker:
         find = _find_alone if same_tokenizer(pair) else find_places
         return cls(teacher, tables, projection, top_k, temperature, find, pair.teacher.end)
 
-    @torch.no_grad()
-    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
-        """Compute the targets of aligned rows: each row's index and targets, in the order the teacher reads them."""
-        for index, outputs in self.teacher.outputs([row.teacher_ids for row in rows]):
-            yield index, self.teach(rows[index], outputs)
+    @property
+    def _step(self) -> int:
+        """The number of student tokens that are projected at a time."""
+        step = chunk_rows(len(self.tables.first), self.projection.vocabulary)
+        return step * CHUNKS.get(self.projection.device.type, 1)
 
     @torch.no_grad()
-    def teach(self, row: Alignment, outputs: Outputs) -> TargetBatch:
-        """Compute the targets of one row from the teacher's outputs for it."""
-        device = self.projection.device
-        places = self.find(row, self.tables).to(device)
-        spans = torch.from_numpy(row.spans).to(device)
-        own = torch.full((len(row.teacher_ids),), math.nan, device=device)
+    def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:
+        """Compute the targets of aligned rows: each row's index and targets, in the order the teacher reads them.
+
+        The targets are on the CPU. As many rows as fit are projected at a time.
+        """
+        waiting: dict[int, Outputs] = {}
+        places = 0
+        for index, outputs in self.teacher.outputs([row.teacher_ids for row in rows]):
+            waiting[index] = outputs
+            places += len(rows[index].student)
+            if places >= self._step:
+                yield from self._teach(rows, waiting)
+                waiting, places = {}, 0
+        yield from self._teach(rows, waiting)
+
+    def _teach(self, rows: Sequence[Alignment], read: dict[int, Outputs]) -> Iterator[tuple[int, TargetBatch]]:
+        batches = self.teach([rows[index] for index in read], [*read.values()], device=torch.device("cpu"))
+        yield from zip(read, batches, strict=True)
+
+    @torch.no_grad()
+    def teach(
+        self, rows: Sequence[Alignment], outputs: Sequence[Outputs], *, device: torch.device | None = None
+    ) -> list[TargetBatch]:
+        """Compute the targets of rows from the teacher's outputs for them, in one pass over all of their tokens.
+
+        Args:
+            rows: The aligned rows.
+            outputs: The teacher's outputs for each row.
+            device: The device of the result; by default that of the projection.
+        """
+        if not rows:
+            return []
+        here = self.projection.device
+        starts = np.cumsum([0, *map(len, outputs)])[:-1].tolist()
+        places = Places.joined([self.find(row, self.tables) for row in rows], starts).to(here)
+        student = torch.from_numpy(np.concatenate([row.student for row in rows])).to(here)
+        spans = torch.from_numpy(np.concatenate([row.spans for row in rows])).to(here)
+        ranges = np.concatenate([row.spans[:, 2:] - 1 + start for row, start in zip(rows, starts, strict=True)])
+        first, last = torch.from_numpy(ranges).to(here).unbind(1)
+
+        top, known, coverage, own = self._project(type(outputs[0]).joined(outputs), places, expand(first, last)[1])
+        targets = Targets(student[known], top, spans[:, :2], span_sums(own, first, last)).to(device or here)
+        stats = [*self._stats(rows, starts, known.cpu().numpy(), coverage.cpu().numpy(), own.cpu().exp().numpy())]
+        split = targets.split([one.known for one in stats], [len(row.spans) for row in rows])
+        return [TargetBatch(*both) for both in zip(split, stats, strict=True)]
+
+    def _project(
+        self, outputs: Outputs, places: Places, answered: Tensor
+    ) -> tuple[SparseTarget, Tensor, Tensor, Tensor]:
+        """Project the teacher's outputs at all places, a chunk at a time.
+
+        Args:
+            outputs: The outputs that the places index.
+            places: The places.
+            answered: The outputs whose likelihoods of the actual next token are needed, whatever the places need.
+
+        Returns:
+            The most likely tokens where there is a target; where there is one; the coverage of each place; and for each
+            output the log-likelihood of the actual next token, NaN where it is not needed.
+        """
+        own = torch.full((len(outputs),), math.nan, device=self.projection.device)
 
         def probabilities(at: Tensor) -> tuple[Tensor, Tensor | None]:
             distribution = outputs.probabilities(at, self.temperature)
             own[at] = distribution.own
             return distribution.probs, distribution.cut
 
-        step = chunk_rows(len(self.tables.first), self.projection.vocabulary)
         tops, known, coverage = [], [], []
-        for begin in range(0, max(1, len(places)), step):
-            target = self.projection.from_outputs(probabilities, places[begin : begin + step])
-            tops.append(SparseTarget(*(part[target.known] for part in target.top(self.top_k))))
+        for begin in range(0, max(1, len(places)), self._step):
+            target = self.projection.from_outputs(probabilities, places[begin : begin + self._step])
+            tops.append(target.top(self.top_k))
             known.append(target.known)
             coverage.append(target.coverage)
 
         # No target needs the outputs of teacher tokens that lie within one student token, but the spans do.
-        first, last = spans[:, 2] - 1, spans[:, 3] - 1
-        answered = expand(first, last)[1]
-        for rest in answered[own[answered].isnan()].split(step):
+        for rest in answered[own[answered].isnan()].split(self._step):
             probabilities(rest)
+        where = torch.cat(known)
+        top = SparseTarget(*(torch.cat(parts)[where] for parts in zip(*tops, strict=True)))
+        return top, where, torch.cat(coverage), own
 
-        at = torch.from_numpy(row.student).to(device)[torch.cat(known)]
-        top = SparseTarget(*map(torch.cat, zip(*tops, strict=True)))
-        shared = places.inside == 0
-        ending = last[torch.tensor(row.teacher_ids, device=device)[last] == self.end]
-        ends = own[ending[:0] if row.plain else ending - 1].exp()
-        stats = CaptureStats(
-            places=len(places),
-            known=len(at),
-            shared=int(shared.sum()),
-            mass=float(torch.cat(coverage)[shared].sum()),
-            tokens=len(answered),
-            own=float(own[answered].exp().sum()),
-            ends=len(ends),
-            end=float(ends.sum()),
-        )
-        return TargetBatch(Targets(at, top, spans[:, :2], span_sums(own, first, last)), stats)
+    def _stats(
+        self,
+        rows: Sequence[Alignment],
+        starts: Sequence[int],
+        known: NDArray[np.bool_],
+        coverage: NDArray[np.float32],
+        own: NDArray[np.float32],
+    ) -> Iterator[CaptureStats]:
+        """Compute each row's statistics; see `_project`, with ``own`` as probabilities."""
+        begin = 0
+        for row, start in zip(rows, starts, strict=True):
+            part = slice(begin, begin + len(row.student))
+            begin = part.stop
+            shared = row.spelled == 0
+            answered = np.concatenate([np.arange(0), *map(np.arange, row.spans[:, 2] - 1, row.spans[:, 3] - 1)])
+            last = row.spans[:, 3] - 1
+            ending = last[np.array(row.teacher_ids, np.int64)[last] == self.end] - 1
+            ends = ending[:0] if row.plain else ending
+            yield CaptureStats(
+                places=len(row.student),
+                known=int(known[part].sum()),
+                shared=int(shared.sum()),
+                mass=float(coverage[part][shared].sum()),
+                tokens=len(answered),
+                own=float(own[start + answered].sum()),
+                ends=len(ends),
+                end=float(own[start + ends].sum()),
+            )

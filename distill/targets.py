@@ -43,6 +43,22 @@ class Targets:
             torch.cat([row.span_log_likelihoods for row in rows]),
         )
 
+    def split(self, tokens: Sequence[int], spans: Sequence[int]) -> list[Self]:
+        """Return the targets of single rows from those of several, all of whose positions count from their own row.
+
+        Args:
+            tokens: For each row, the number of its tokens that have a target.
+            spans: For each row, the number of its spans.
+        """
+        columns = self.at, *self.top
+        by_row = zip(*(column.split(list(tokens)) for column in columns), strict=True)
+        span_columns = zip(
+            *(column.split(list(spans)) for column in (self.spans, self.span_log_likelihoods)), strict=True
+        )
+        return [
+            type(self)(at, SparseTarget(*top), *rest) for (at, *top), rest in zip(by_row, span_columns, strict=True)
+        ]
+
     def to(self, device: torch.device) -> Self:
         """Return the same targets on another device."""
         top = SparseTarget(*(part.to(device) for part in self.top))

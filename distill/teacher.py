@@ -270,11 +270,11 @@ class ModelTeacher:
         for batch in batches([len(row) for row in rows], BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])):
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[index]) for index in batch], batch_first=True)
             lengths = torch.tensor([len(rows[index]) for index in batch])
-            hidden = self._read(ids.to(self.device), lengths.to(self.device))
+            ids = ids.to(self.device)
+            hidden = self._read(ids, lengths.to(self.device)) * self._scale
             for place, index in enumerate(batch):
                 size = len(rows[index])
-                head = Head(hidden[place, :size] * self._scale, self._weight)
-                yield index, HeadOutputs(head, ids[place, :size].to(self.device), self._vocabulary)
+                yield index, HeadOutputs(Head(hidden[place, :size], self._weight), ids[place, :size], self._vocabulary)
 
     def full_vocabulary(self, rows: Sequence[Sequence[int]]) -> list[HeadOutputs]:
         """Return the outputs for all rows, in their order; see `Teacher`."""

@@ -132,7 +132,7 @@ class OnlineTeacher:
 
     def make_targets(self, rows: Sequence[Alignment], row_outputs: Sequence[HeadOutputs]) -> list[Targets]:
         """Compute targets from the teacher's outputs."""
-        return [self.maker.teach(row, outputs).targets for row, outputs in zip(rows, row_outputs, strict=True)]
+        return [batch.targets for batch in self.maker.teach(rows, row_outputs)]
 
     def full_terms(
         self,

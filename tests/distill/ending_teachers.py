@@ -91,6 +91,13 @@ class Saying:
     probs: Tensor
     row: Tensor
 
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @classmethod
+    def joined(cls, rows: Sequence[Saying]) -> Saying:
+        return cls(torch.cat([row.probs for row in rows]), torch.cat([row.row for row in rows]))
+
     def probabilities(self, rows: Tensor, temperature: float) -> TokenDistribution:
         del temperature
         return TokenDistribution(self.probs[rows], self.probs[rows, self.row[rows + 1]].log())

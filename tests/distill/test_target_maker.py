@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.data import Conversation, Message
 from hymba_tune.distill import chunks
 from hymba_tune.distill.alignment import Alignment, align
+from hymba_tune.distill.losses import sparse_projection_kl
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.projection import Projection, find_places
 from hymba_tune.distill.tables import build_tables, count_first_tokens
@@ -31,11 +34,11 @@ def aligned(pair: TokenizerPair) -> list[Alignment]:
     return [row for row in rows if isinstance(row, Alignment)]
 
 
-def taught(
+def maker_of(
     pair: TokenizerPair, rows: list[Alignment], folder: Path, *, top_k: int, temperature: float = 1.0
-) -> list[TargetBatch]:
+) -> TargetMaker:
     teacher = pair.teacher.tokenizer
-    maker = TargetMaker.of(
+    return TargetMaker.of(
         ModelTeacher(random_model("llama", tokenizer_size(teacher) + 2), teacher, "it"),
         pair,
         count_first_tokens(rows),
@@ -45,7 +48,10 @@ def taught(
         device=torch.device("cpu"),
         tables_dir=folder,
     )
-    found = dict(maker(rows))
+
+
+def taught(pair: TokenizerPair, rows: list[Alignment], folder: Path, **settings: Any) -> list[TargetBatch]:
+    found = dict(maker_of(pair, rows, folder, **settings)(rows))
     return [found[index] for index in range(len(rows))]
 
 
@@ -100,6 +106,66 @@ def test_one_tokenizers_targets_are_the_teachers_likeliest_tokens(tmp_path: Path
         FLOAT32.check(one.targets.top.rest_mass.exp(), 1 - likeliest.values.exp().sum(-1))
         assert one.stats.known == one.stats.shared == one.stats.places == len(row.student)
         assert one.stats.mass == pytest.approx(one.stats.places, rel=1e-4)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute or copy something, each of which is a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = [returned.alias_info for returned in func._schema.returns]
+        self.count += not all(view is not None and not view.is_write for view in views)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(maker: TargetMaker, rows: list[Alignment], read: list[Any]) -> int:
+    with Launches() as counted:
+        maker.teach(rows, read)
+    return counted.count
+
+
+@pytest.mark.parametrize("names", [("hymba", "llama3"), ("llama3", "llama3")])
+def test_many_rows_take_as_many_launches_as_one(names: tuple[str, str], tmp_path: Path) -> None:
+    pair = make_pair(*(ALL[name] for name in names))
+    rows = aligned(pair) * 20
+    maker = maker_of(pair, rows, tmp_path, top_k=4)
+    read = maker.teacher.full_vocabulary([row.teacher_ids for row in rows])
+    assert launches(maker, rows, read) <= launches(maker, rows[:1], read[:1]) + 5
+
+
+@pytest.mark.parametrize("step", [5, 40, 10_000])
+@pytest.mark.parametrize("names", [("hymba", "llama3"), ("llama3", "hymba")])
+def test_rows_together_have_the_targets_and_gradients_of_each_alone(
+    names: tuple[str, str], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the chunks, which rows share and which end within a row."""
+    pair = make_pair(*(ALL[name] for name in names))
+    rows = aligned(pair) * 2
+    maker = maker_of(pair, rows, tmp_path, top_k=4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", step * 4 * (len(maker.tables.first) + maker.projection.vocabulary))
+    read = maker.teacher.full_vocabulary([row.teacher_ids for row in rows])
+    together = maker.teach(rows, read)
+    alone = [maker.teach([row], [one])[0] for row, one in zip(rows, read, strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.targets.at, other.targets.at)
+        assert torch.equal(one.targets.spans, other.targets.spans)
+        FLOAT32.check(one.targets.span_log_likelihoods, other.targets.span_log_likelihoods, "spans")
+        assert vars(one.stats) == pytest.approx(vars(other.stats), rel=1e-5)
+        for found, expected, what in zip(
+            *(learned(part, pair) for part in (one, other)), ("loss", "gradient"), strict=True
+        ):
+            FLOAT32.check(found, expected, what)
+
+
+def learned(one: TargetBatch, pair: TokenizerPair) -> tuple[Tensor, Tensor]:
+    """Those of a student whose logits are always the same."""
+    vocabulary = len(pair.student.spelling) + 3
+    logits = torch.linspace(-1, 1, len(one.targets.at) * vocabulary).reshape(-1, vocabulary).sin().requires_grad_()
+    loss = sparse_projection_kl(logits, one.targets.top)
+    return loss, torch.autograd.grad(loss.sum(), logits)[0]
 
 
 def test_statistics_of_rows_are_summed() -> None:
