@@ -87,7 +87,7 @@ def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> 
         verb: The verb of the settings. When None, the recipe's verb, or that of the flags.
 
     Raises:
-        ConfigError: In the cases of `combine`, or if there is no such verb, or it has no such setting.
+        ConfigError: If `combine` raises it, or if there is no such verb, or it has no such setting.
     """
     try:
         own = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb.name)

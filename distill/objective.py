@@ -20,7 +20,7 @@ class TokenTerm:
 
     Attributes:
         at: ``(N,)`` int64, ascending: the positions of the tokens.
-        loss: From the student's logits ``(n, V)`` of the tokens ``at[part]``, and the part, to their losses ``(n,)``.
+        loss: Maps the student's logits ``(n, V)`` of the tokens ``at[part]``, and the part, to their losses ``(n,)``.
         weight: The weight of the term in KD.
         vocabulary: The columns of the teacher's logits that ``loss`` holds in addition to the student's; 0 for none.
     """

@@ -4,5 +4,5 @@ import logging
 
 __version__ = "0.1.0"
 
-# Bitsandbytes, which PEFT imports, warns of a kernel it could do without, to whoever has not said where warnings go.
+# Bitsandbytes, which PEFT imports, logs a warning about an optional kernel where no logging is configured.
 logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())

@@ -43,7 +43,7 @@ def read_header(path: Path) -> Recipe:
     """What the comment at the head of a recipe says; empty where it says nothing."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
-    said = {label: text.strip() for label, _, text in (line.partition(":") for line in header) if label in LABELS}
+    labels = {label: text.strip() for label, _, text in (line.partition(":") for line in header) if label in LABELS}
     commands = [line for line in header if line.startswith("hymba-tune ")]
     what = re.split(r"(?<=[.:])\s", header[0])[0].rstrip(".:") if header else ""
     return Recipe(
@@ -51,5 +51,5 @@ def read_header(path: Path) -> Recipe:
         path,
         what,
         commands[0] if commands else "",
-        *(said.get(label, "") for label in LABELS),
+        *(labels.get(label, "") for label in LABELS),
     )

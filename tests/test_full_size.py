@@ -146,8 +146,8 @@ def test_merging_takes_less_than_one_and_a_third_of_the_model(full_size: Path, t
     load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(run / "adapter")
     facts = {"model": str(full_size), "quantized": "nf4", "dtype": "torch.bfloat16"}
     (run / "run.json").write_text(json.dumps(facts))
-    said = subprocess.check_output([sys.executable, "-c", MERGE, str(run), str(tmp_path / "merged")], cwd=ROOT)
-    found = json.loads(said)
+    output = subprocess.check_output([sys.executable, "-c", MERGE, str(run), str(tmp_path / "merged")], cwd=ROOT)
+    found = json.loads(output)
     assert found["size"] > 3e9
     assert found["share"] < 1.3, found
     assert found["divergence"]["dequantized"] < found["divergence"]["original"]

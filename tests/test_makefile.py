@@ -73,8 +73,8 @@ def test_pytorch_for_the_cpu_is_installed_where_there_is_no_gpu(checkout: Checko
     assert checkout.installed() == [FROM_CPU_INDEX, "--editable ."]
 
 
-@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "asked"])
-def test_pytorch_comes_from_the_users_index_where_there_is_a_gpu_or_it_is_asked(checkout: Checkout, gpu: bool) -> None:
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "no-index"])
+def test_pytorch_comes_from_the_users_index_with_a_gpu_or_without_an_index(checkout: Checkout, gpu: bool) -> None:
     if gpu:
         checkout.program("nvidia-smi", "#!/bin/sh\n")
     assert checkout.make(".venv/torch", *([] if gpu else ["TORCH_INDEX="])).returncode == 0

@@ -145,7 +145,7 @@ def corpus_rows() -> list[tuple[str, Row]]:
 
 
 def split_rows(rows: Iterable[tuple[str, Row]]) -> tuple[list[Row], list[Row]]:
-    """Part the rows by module, so that what is said about an object is on one side only."""
+    """Split the rows by module, so that all facts about an object are in one part."""
     parts: tuple[list[Row], list[Row]] = [], []
     for module, row in rows:
         digest = hashlib.sha256(module.encode()).digest()

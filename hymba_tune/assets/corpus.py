@@ -73,7 +73,7 @@ def documents(entries: Iterable[Entry], max_chars: int) -> Iterator[tuple[str, s
     """Lay the entries of a module end to end and cut them at paragraphs.
 
     Args:
-        entries: In order; those of one module side by side.
+        entries: The entries in order; those of one module are neighbors.
         max_chars: A document's length limit; only a paragraph longer than it is longer.
 
     Yields:

@@ -54,7 +54,7 @@ class Encoded:
 
     Attributes:
         input_ids: Token ids.
-        labels: As many labels, each the token id itself or `IGNORED`. The first is always `IGNORED`, since no token
+        labels: One label a token: the token id itself or `IGNORED`. The first is always `IGNORED`, since no token
             comes before it to predict it from.
         begin: Position of the row's first token in the text that it is a part of.
         spans: Spans with loss of a whole text, ``[start, end)`` in tokens.

@@ -95,7 +95,7 @@ def parse_json_documents(text: str) -> list[Any]:
     """Parse JSON values that follow each other, each over any number of lines.
 
     Raises:
-        ValueError: As `parse_json`.
+        ValueError: If `parse_json` raises it.
     """
     documents = []
     position = 0
