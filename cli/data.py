@@ -69,7 +69,6 @@ def check(
     """
     from hymba_tune.data import open_sources
     from hymba_tune.data.check_facts import facts, next_commands
-    from hymba_tune.data.check_page import check_page
     from hymba_tune.data.checking import check_sources
     from hymba_tune.data.mixes import local_files
     from hymba_tune.files import check_file, write_errors, write_text
@@ -95,6 +94,8 @@ def check(
     reading += ["--escape-special-tokens"] if flags.escape_special_tokens else []
     commands = next_commands(result, files, flags.model, flags.map, flags.max_length, reading)
     if flags.html:
+        from hymba_tune.data.check_page import check_page  # which draws plots
+
         page = check_page(result, model=flags.model, commands=commands)
         with write_errors("--html", flags.html):
             write_text(flags.html, page, overwrite=flags.overwrite)

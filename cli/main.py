@@ -10,48 +10,62 @@ from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, ValidationError
 from cyclopts.config import Env
-from pydantic import ValidationError as PydanticError
 
 from hymba_tune import __version__
-from hymba_tune.cli.chat import chat
-from hymba_tune.cli.data import data
-from hymba_tune.cli.distill import distill
-from hymba_tune.cli.doctor import doctor
-from hymba_tune.cli.dpo import dpo
-from hymba_tune.cli.eval import measure
-from hymba_tune.cli.export import export
-from hymba_tune.cli.kto import kto
-from hymba_tune.cli.merge import merge
-from hymba_tune.cli.orpo import orpo
-from hymba_tune.cli.plan import plan
-from hymba_tune.cli.quantize import quantize
-from hymba_tune.cli.recipes import recipes
-from hymba_tune.cli.report import report
+from hymba_tune.cli.other_tools import other_flags, other_verb
 from hymba_tune.cli.screen import error_console
-from hymba_tune.cli.serve import serve
-from hymba_tune.cli.settings import explain
-from hymba_tune.cli.sft import sft
-from hymba_tune.config import TrainingConfig
-from hymba_tune.errors import ConfigError, HymbaTuneError, nearest
+from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest
 
 USER_ERROR, INTERRUPTED = 2, 130
-TAKE_DATA = (*TrainingConfig.by_verb(), "plan")
+VERBS = {
+    "sft": "Fine-tune a model on conversations or texts.",
+    "dpo": "Train a model to prefer the better of two answers.",
+    "kto": "Train a model on single answers that are labeled good or bad.",
+    "orpo": "Train a model on pairs of a better and a worse answer, without a reference model.",
+    "distill": "Distill a teacher into a model; the two tokenizers may differ.",
+    "data": "Check, preview, convert and split data before training.",
+    "chat": "Chat with a model or with several side by side.",
+    "eval": "Evaluate a model, or compare several: loss, perplexity, bits per byte, exact match, lm-eval tasks.",
+    "serve": "Serve a model over OpenAI's HTTP API: chat and text completions, several at once.",
+    "merge": "Merge a run's adapter into its base model, as one model with the released tensor names.",
+    "quantize": "Quantize the weights of a model, or of a run with its adapter merged, and check the written folder.",
+    "export": "Export a run or a model for any library, check it, write its model card, and publish it.",
+    "report": "Write a run's report.html again, or compare several runs on one page.",
+    "plan": "Estimate the memory and time of a run, and what to change where it does not fit. Loads no weights.",
+    "recipes": "List the packaged recipes, show or copy one, or check one of your own.",
+    "doctor": "Show this machine's hardware and libraries, the kernels that are used on it, and why others are not.",
+}
+"""The verbs, with the first sentences of their help. Listing them imports none of them."""
+TAKE_DATA = ("sft", "dpo", "kto", "orpo", "distill", "plan")
+FUNCTIONS = {"eval": "measure"}
+"""Functions that do not have the name of their verb."""
 
-app = App(
-    name="hymba-tune",
-    help="Fine-tune Hymba models on the machine you have.",
-    help_epilogue="Try it: hymba-tune sft --model hymba-nano --data demo --steps 100. With --debug, errors show where.",
-    version=__version__,
-    config=Env("HYMBA_TUNE_", command=True),
-    default_parameter=Parameter(show_env_var=False),
-    result_action="return_value",
-)
-for verb in (sft, dpo, kto, orpo, chat, merge, quantize, export, report, plan, recipes, doctor):
-    app.command(verb)
-app.command(measure, name="eval")
-app.command(serve)
-app.command(data)
-app.command(distill)
+
+def build_app(*, summaries: bool = False) -> App:
+    """Build the command line. Each verb is imported when it is used.
+
+    Args:
+        summaries: Whether verbs have the help of `VERBS` only, so that listing them imports none of them.
+    """
+    app = App(
+        name="hymba-tune",
+        help="Fine-tune Hymba models on the machine you have.",
+        help_epilogue="Try it: hymba-tune sft --model hymba-nano --data demo --steps 100. "
+        "With --debug, errors show where.",
+        help_format="plaintext",
+        version=__version__,
+        version_flags=("--version", "-v", "-V"),
+        config=Env("HYMBA_TUNE_", command=True),
+        default_parameter=Parameter(show_env_var=False),
+        result_action="return_value",
+    )
+    for verb, summary in VERBS.items():
+        path = f"hymba_tune.cli.{verb}:{FUNCTIONS.get(verb, verb)}"
+        app.command(path, name=verb, help=summary if summaries else None)
+    return app
+
+
+app = build_app()
 
 CACHED_KERNELS = "64"
 """The most kernels that oneDNN caches. On a CPU it compiles one for each shape of a bfloat16 product: a layer has fewer
@@ -67,27 +81,49 @@ def main(words: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a piped table shows each row at once
     debug = "--debug" in words
-    sys.exit(_run([word for word in words if word != "--debug"], debug=debug))
+    sys.exit(_run(_as_flags([word for word in words if word != "--debug"]), debug=debug))
+
+
+def _as_flags(words: list[str]) -> list[str]:
+    """Turn ``help``, ``help sft`` and ``version``, which other programs have as verbs, into flags."""
+    if words[:1] == ["help"]:
+        return [*words[1:], "--help"]
+    if len(words) == 2 and words[1] == "help":
+        return [words[0], "--help"]
+    return ["--version"] if words == ["version"] else words
 
 
 def _run(words: list[str], *, debug: bool) -> int:
+    lists_verbs = not words or words[0] in ("--help", "-h")
     try:
-        result = app(words, exit_on_error=False, print_error=False)
+        result = (build_app(summaries=True) if lists_verbs else app)(words, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (HymbaTuneError, CycloptsError) as error:
         if debug:
             raise
-        error_console.print(_message(error), markup=False, highlight=False, soft_wrap=True)
+        message = error if isinstance(error, HymbaTuneError) else _message(error, words)
+        error_console.print(str(message), markup=False, highlight=False, soft_wrap=True)
         return USER_ERROR
     return result if isinstance(result, int) else 0
 
 
-def _message(error: HymbaTuneError | CycloptsError) -> str:
+def _message(error: CycloptsError, words: list[str]) -> object:
+    """Describe why a command line cannot be used, in terms of this command line."""
+    from pydantic import ValidationError as PydanticError
+
+    from hymba_tune.cli.settings import explain
+
+    chain = error.command_chain or ()
+    verb = reduce(lambda parent, name: parent[name], chain, app)
+    if chain and (own := other_flags(words, verb.assemble_argument_collection())):
+        return own
+    if not chain and words and (own := other_verb(words[0])):
+        return own
     cause = error.__cause__
     if isinstance(error, ValidationError) and isinstance(cause, PydanticError):
         return explain(cause)
-    return str(_unexpected(error) if isinstance(error, UnusedCliTokensError) else error)
+    return _unexpected(error) if isinstance(error, UnusedCliTokensError) else error
 
 
 def _unexpected(error: UnusedCliTokensError) -> ConfigError:
@@ -95,10 +131,10 @@ def _unexpected(error: UnusedCliTokensError) -> ConfigError:
     word = (error.unused_tokens or [""])[0]
     chain = error.command_chain or ()
     verb = " ".join(("hymba-tune", *chain))
-    command = reduce(lambda parent, name: parent[name], chain, app)
-    verbs = [name for name in command if not name.startswith("-")]
+    parent = reduce(lambda parent, name: parent[name], chain, app)
+    verbs = [name for name in parent if not name.startswith("-")]
     near = nearest(word, verbs)
     fix = f"{verb} {near or '--help'}"
     if chain and chain[0] in TAKE_DATA and not near:
-        fix = f"{verb} --data {word}"
+        fix = command(*chain, "--data", word)
     return ConfigError(f"{verb}: unexpected argument {word!r}.", expected=", ".join(verbs), fix=fix)

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from hymba_tune.cli.other_tools import nearest_value, other_flag
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
 from hymba_tune.errors import ConfigError, did_you_mean
@@ -21,6 +22,8 @@ C = TypeVar("C", bound=Config)
 Recipe = Annotated[str | None, Parameter(group=RUN)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", group=RESULT)]
 Overwrite = Annotated[bool, Parameter(negative="", group=RESULT)]
+CHOICES = ("enum", "literal_error")
+"""Kinds of errors of settings that have a few values."""
 LIMITS = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be more than {gt:g}",
@@ -57,7 +60,10 @@ def combine(recipe: str | None, flags: C) -> C:
     known = type(flags).model_fields
     for key in settings:
         if key not in known:
-            fix = did_you_mean(str(key), known) or "remove it"
+            flags_of_keys = {f"--{name.replace('_', '-')}": name for name in known}
+            flag, _, value = other_flag(str(key), flags_of_keys).partition(" ")
+            own = f"{flags_of_keys[flag]}: {value or '…'}" if flag else ""
+            fix = own or did_you_mean(str(key), known) or "remove it"
             raise ConfigError(f"{recipe}: there is no setting {key!r}.", fix=fix)
     settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
     try:
@@ -116,7 +122,9 @@ def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None
     values = problem["input"] if isinstance(problem["input"], list) else [problem["input"]]
     value = "" if problem["type"] == "missing" else f" {' '.join(map(str, values))}"
-    return f"{flag}{value}: {reason}{common[0] if common else ''}."
+    near = nearest_value(str(problem["input"]), re.findall("'(.+?)'", reason)) if problem["type"] in CHOICES else ""
+    meant = f"\n  {'to fix':<10} {flag} {near}" if near else ""
+    return f"{flag}{value}: {reason}{common[0] if common else ''}.{meant}"
 
 
 def find_recipe(recipe: str) -> Path:

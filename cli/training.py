@@ -31,14 +31,16 @@ def read_settings(recipe: str | None, flags: C) -> C:
     Raises:
         HymbaTuneError: If a setting, a file or the machine must be changed first.
     """
-    from hymba_tune.train.resuming import resume_config
-    from hymba_tune.train.tracking import check_trackers
-
     settings = combine(recipe, flags)
     if settings.resume:
+        from hymba_tune.train.resuming import resume_config
+
         settings = resume_config(settings)
     check_first(settings)
-    check_trackers(settings.track)
+    if settings.track:
+        from hymba_tune.train.tracking import check_trackers
+
+        check_trackers(settings.track)
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -25,6 +26,11 @@ class HymbaTuneError(Exception):
         lines = [self.what]
         lines += [f"  {label:<10} {text}" for label, text in self.details.items() if text]
         return "\n".join(lines)
+
+
+def command(*words: object) -> str:
+    """Return a `hymba-tune` command that can be pasted into a shell, whatever characters the words have."""
+    return shlex.join(["hymba-tune", *map(str, words)])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

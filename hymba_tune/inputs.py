@@ -17,10 +17,7 @@ from hymba_tune.config import (
 )
 from hymba_tune.config.inference import ScoringOptions
 from hymba_tune.config.options import HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
-from hymba_tune.data.mixes import open_sources
-from hymba_tune.data.sources import open_source
-from hymba_tune.data.templates import read_template
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.registry import ALIASES, TEACHERS, find_local
 
 
@@ -40,11 +37,21 @@ def check_inputs(config: Config, *, complete: bool = True) -> None:
     """
     if complete:
         _check_complete(config)
+    _check_sources(config)
     for flag, name, aliases in _models(config):
         _check_model(flag, name, aliases)
     for flag, template in _templates(config):
-        if template is not None:
-            read_template(template, flag=flag)
+        from hymba_tune.data.templates import read_template
+
+        read_template(template, flag=flag)
+
+
+def _check_sources(config: Config) -> None:
+    if not isinstance(config, SourceOptions | HeldOutOptions | ScoringOptions | ChatConfig):
+        return
+    from hymba_tune.data.mixes import open_sources  # after what can be checked without pyarrow
+    from hymba_tune.data.sources import open_source
+
     if isinstance(config, SourceOptions):
         open_sources(config.data, config.weights, config.caps)
     if isinstance(config, HeldOutOptions):
@@ -76,10 +83,10 @@ def _check_model(flag: str, name: str, aliases: Mapping[str, str]) -> None:
         found = find_local(found.base)
 
 
-def _templates(config: Config) -> Iterator[tuple[str, str | None]]:
-    if isinstance(config, ReadingOptions | ServeConfig):
+def _templates(config: Config) -> Iterator[tuple[str, str]]:
+    if isinstance(config, ReadingOptions | ServeConfig) and config.chat_template is not None:
         yield "--chat-template", config.chat_template
-    if isinstance(config, TeacherOptions):
+    if isinstance(config, TeacherOptions) and config.teacher_chat_template is not None:
         yield "--teacher-chat-template", config.teacher_chat_template
 
 
@@ -125,9 +132,9 @@ def _check_teacher(options: TeacherOptions) -> None:
 def _check_evaluation(config: EvalConfig) -> None:
     has_questions = config.answers or config.extract
     if not config.data and not config.tasks:
-        raise ConfigError(
-            "Nothing to evaluate on.", expected="--data or --tasks", fix=f"hymba-tune eval {config.model} --data demo"
-        )
+        _check_model("--model", config.model, ALIASES)  # otherwise the command below fails too
+        fix = command("eval", config.model, "--data", "demo")
+        raise ConfigError("Nothing to evaluate on.", expected="--data or --tasks", fix=fix)
     if has_questions and not config.data:
         raise ConfigError("--answers and --extract need --data, for its prompts and answers.", fix="--data FILE")
     if config.answers and config.extract:

@@ -9,16 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
 from hymba_tune.errors import CheckpointError, ConfigError, HubError, nearest
 
 ALIASES = {
@@ -46,6 +36,8 @@ TEACHERS = {
 """Aliases of teachers for distillation."""
 NANO = "hymba-nano"
 """The packaged model."""
+RUNS = Path("runs")
+"""The folder of runs. A name in it is no name on the Hub, even where there is no such folder."""
 ADAPTER = "adapter"
 """The folder of the adapter in a run directory."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,7 +120,7 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
         return _local(name, path)
     hub_id, _ = _hub_name(name, aliases)
     is_alias = hub_id != name.partition("@")[0]
-    if not is_hub_id(hub_id) or (path.parent.is_dir() and not is_alias):
+    if not is_hub_id(hub_id) or ((path.parent.is_dir() or path.parent == RUNS) and not is_alias):
         neighbors = path.parent.iterdir() if path.parent.is_dir() else ()
         near = nearest(name, [NANO, *aliases, *(str(p) for p in neighbors if p.is_dir())])
         raise ConfigError(
@@ -166,11 +158,16 @@ def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form ``owner/name`` that the Hub accepts."""
+    if name.count("/") != 1:
+        return False
+    from huggingface_hub.errors import HFValidationError  # takes a while, and a name of a folder needs none of it
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1
+    return True
 
 
 def lasting_name(name: str) -> str:
@@ -238,6 +235,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _download(hub_id: str, revision: str | None, files: Sequence[str], fix: str) -> Path:
     """Download files of a repository and return the folder of the snapshot; errors suggest ``fix``."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:

@@ -178,7 +178,9 @@ class Config(BaseModel):
         for name in cls.__annotations__.keys() & cls.model_fields.keys():
             bases = (base for base in reversed(cls.__mro__) if issubclass(base, Config))
             first = next(base for base in bases if name in base.__annotations__)
-            cls.model_fields[name].metadata.append(Parameter(group=first.group))
+            field = cls.model_fields[name]
+            # The source's line breaks would show in --help.
+            field.metadata.append(Parameter(group=first.group, help=" ".join((field.description or "").split())))
 
     @classmethod
     def kinds(cls) -> Iterator[type[Config]]:
@@ -187,4 +189,4 @@ class Config(BaseModel):
             yield kind
             yield from kind.kinds()
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, defer_build=True)

@@ -10,13 +10,16 @@ from functools import cache
 from importlib import resources
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import pyarrow as pa
 
 from hymba_tune.data.readers import BATCH_ROWS, KINDS, kind, read_arrow, read_file, unreadable
 from hymba_tune.data.rows import ColumnChoice, SourceRow, listing
 from hymba_tune.errors import DataError, HubError, nearest
+
+if TYPE_CHECKING:
+    import datasets
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
@@ -174,6 +177,8 @@ def _file_source(path: Path, name: str) -> Source:
 def _saved_dataset(path: Path, name: str) -> Source:
     @cache
     def rows() -> datasets.Dataset:
+        import datasets  # takes a second, which few sources need
+
         try:
             return datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -223,6 +228,8 @@ def _dataset_source(name: str, rows: Callable[[], datasets.Dataset]) -> Source:
 
 
 def _load_hub(name: str, path: str, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
     try:
         return datasets.load_dataset(path, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:

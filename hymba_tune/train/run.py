@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 import yaml
 
 from hymba_tune.config import SFTConfig, TrainingConfig
@@ -163,6 +161,9 @@ class Run:
     @contextmanager
     def capturing_logs(self) -> Iterator[None]:
         """Write the logs and warnings of libraries to ``log.txt`` instead of the screen."""
+        import datasets
+        import transformers
+
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         transformers_logger = transformers.utils.logging

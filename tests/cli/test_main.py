@@ -11,7 +11,7 @@ import pytest
 from cyclopts import App
 
 import hymba_tune
-from hymba_tune.cli.main import app, main
+from hymba_tune.cli.main import VERBS, app, main
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 
@@ -80,19 +80,50 @@ def test_few_kernels_are_cached_by_default(
 
 
 def test_version(command: Command) -> None:
-    assert command("--version").out.strip() == hymba_tune.__version__
+    for word in ("--version", "-v", "-V", "version"):
+        assert command(word).out.strip() == hymba_tune.__version__
 
 
-def test_help_comes_without_importing_torch() -> None:
-    code = (
-        "import sys\n"
-        "from hymba_tune.cli.main import main\n"
-        "try: main(['sft', '--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+def test_help_is_also_a_verb(command: Command) -> None:
+    assert command("help").out == command("--help").out
+    assert command("help", "sft").out == command("sft", "help").out == command("sft", "--help").out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_summary_of_a_verb_begins_its_help(verb: str, command: Command) -> None:
+    help_of_verb = " ".join(command(verb, "--help").out.split())
+    assert f"hymba-tune {verb}" in help_of_verb
+    assert VERBS[verb] in help_of_verb
+
+
+LARGE = {"torch", "transformers", "peft", "trl", "datasets", "pandas", "pyarrow", "huggingface_hub", "matplotlib"}
+IMPORTED = """
+import sys
+from hymba_tune.cli.main import main
+try: main(sys.argv[1:])
+except SystemExit: pass
+print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [
+        ("--help", ""),
+        ("sft --help", ""),
+        ("sft --rank 0", ""),
+        ("sft --learning-rate 1", ""),
+        ("sft", ""),
+        ("distill --data demo", ""),
+        ("eval gone", ""),
+        ("sft --data gone.jsonl", "pyarrow"),
+        ("data check gone.jsonl", "pyarrow"),
+    ],
+)
+def test_help_and_first_errors_import_at_most_one_large_library(words: str, imported: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IMPORTED, *words.split()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert LARGE & set(done.stderr.splitlines()[-1].split()) == set(imported.split())
 
 
 def test_bitsandbytes_warns_only_where_warnings_go() -> None:
@@ -110,8 +141,8 @@ MISTAKES = {
     "--lr 0": "--lr 0: must be more than 0.\n",
     "--lr fast": "--lr fast: must be a number.\n",
     "--eval-split 1": "--eval-split 1: must be less than 1.\n",
-    "--method lara": "--method lara: must be 'lora', 'dora' or 'full'.\n",
-    "--dtype int8": "--dtype int8: must be 'auto', 'float32', 'bfloat16' or 'float16'.\n",
+    "--method lara": "--method lara: must be 'lora', 'dora' or 'full'.\n  to fix     --method lora\n",
+    "--method xyz": "--method xyz: must be 'lora', 'dora' or 'full'.\n",
     "--map prompt": "--map prompt: 'prompt' is not a pair such as name=value.\n",
     "--rank 0 --lr 0": "--rank 0: must be at least 1 (common: 8 to 64).\n--lr 0: must be more than 0.\n",
     "--rnk 3": "Unknown option: --rnk. Did you mean --rank?\n",
@@ -130,6 +161,13 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
     ("words", "message"),
     [
         (["sfft"], 'Did you mean "sft"?'),
+        (
+            ["train"],
+            "There is no verb train.\n  expected   sft, dpo, kto, orpo and distill train\n  to fix     hymba-tune sft",
+        ),
+        (["generate"], "There is no verb generate.\n  to fix     hymba-tune chat MODEL"),
+        (["eval", "gone"], "--model gone: no such folder"),
+        (["eval", "runs/gone"], "--model runs/gone: no such folder"),
         (["sft"], "--data is missing."),
         (
             ["sft", "my.jsonl"],
