@@ -22,7 +22,7 @@ from hymba_tune.config import (
     Learn,
     as_mapping,
 )
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.formatting import format_bytes
 from hymba_tune.train.screen import Screen
 
@@ -201,7 +201,7 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
     if done.unreadable:
         were = "row could not be read and was" if done.unreadable == 1 else "rows could not be read and were"
         _lines([f"{done.unreadable:,} {were} left out"])
-    _lines([f"next  hymba-tune sft --data {flags.out / TRAIN} --eval-data {flags.out / EVAL}"])
+    _lines([f"next  {command('sft', '--data', flags.out / TRAIN, '--eval-data', flags.out / EVAL)}"])
 
 
 @data.command

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ExportConfig
+from hymba_tune.errors import command
 from hymba_tune.formatting import format_bytes
 
 
@@ -46,6 +47,6 @@ def export(
         lines.append(("checked", f"loaded again: logits differ by at most {done.difference:.2g}; SHA256SUMS"))
     if done.address is not None:
         lines.append(("uploaded", done.address))
-    lines.append(("chat with it", f"hymba-tune chat {done.folder}"))
+    lines.append(("chat with it", command("chat", done.folder)))
     for label, line in lines:
         console.print(f" {label:<14}{line}", markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
+from hymba_tune.errors import command
 from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def merge(
     lines = [
         ("merged", f"{done.folder} ({format_bytes(done.size)})"),
         *_drifts(done),
-        ("chat with it", f"hymba-tune chat {done.folder}"),
+        ("chat with it", command("chat", done.folder)),
     ]
     for label, line in lines:
         console.print(f" {label:<14}{line}", markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from cyclopts import Argument
 
-from hymba_tune.errors import ConfigError, nearest
+from hymba_tune.errors import ConfigError, command, nearest
 
 _VERBS = {
     "sft --data FILE": "train training fit run start finetune fine-tune fine_tune tune lora qlora instruct pretrain",
@@ -152,7 +152,7 @@ def other_verb(word: str) -> ConfigError | None:
     if usual is None:
         return None
     trains = "sft, dpo, kto, orpo and distill train" if usual[0].startswith("sft") else ""
-    return ConfigError(f"There is no verb {word}.", expected=trains, fix=f"hymba-tune {usual[0]}")
+    return ConfigError(f"There is no verb {word}.", expected=trains, fix=command(*usual[0].split()))
 
 
 def other_flag(name: str, known: Collection[str]) -> str:

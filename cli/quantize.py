@@ -11,6 +11,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
+from hymba_tune.errors import command
 from hymba_tune.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def _print_written(done: QuantizedModel) -> None:
         ("weights", f"off by {errors}"),
         ("kept", f"{', '.join(damage.kept)} (why: {done.folder}/damage.html)"),
         ("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"),
-        ("talk to it", f"hymba-tune chat {done.folder}"),
-        ("publish it", f"hymba-tune export {done.folder} --push USER/NAME"),
+        ("talk to it", command("chat", done.folder)),
+        ("publish it", command("export", done.folder, "--push", "USER/NAME")),
     )
 
 
@@ -99,8 +100,8 @@ def _print_search(result: Searched, flags: QuantizeConfig) -> None:
     what = f"leave {' '.join(tried.skip)}" if tried.skip else "all may be quantized"
     _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
     if not result.written:
-        skip = f" --skip {' '.join(result.skip)}" if result.skip else ""
-        _lines(("to do it", f"hymba-tune quantize {flags.model} --scheme {scheme}{skip}"))
+        skip = ["--skip", *result.skip] if result.skip else []
+        _lines(("to do it", command("quantize", flags.model, "--scheme", scheme, *skip)))
 
 
 def _lines(*lines: tuple[str, str]) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import console
 from hymba_tune.cli.settings import Overwrite, combine_for, find_recipe
 from hymba_tune.config import SFTConfig
+from hymba_tune.errors import command
 from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.recipes import packaged
 
@@ -77,7 +78,8 @@ def copy(name: str, file: Path | None = None, *, overwrite: Overwrite = False) -
     check_file("FILE", target, overwrite=overwrite, inputs=[source])
     with write_errors("FILE", target):
         write_text(target, source.read_text(encoding="utf-8"), overwrite=overwrite)
-    console.print(f" copied to {target}\n check it  hymba-tune recipes validate {target}", markup=False, soft_wrap=True)
+    check = command("recipes", "validate", target)
+    console.print(f" copied to {target}\n check it  {check}", markup=False, soft_wrap=True)
 
 
 @recipes.command
@@ -93,4 +95,4 @@ def validate(file: str) -> None:
     """
     settings = combine_for(file, SFTConfig(), None)
     console.print(f" {file} is well-formed: {len(settings.model_fields_set)} settings.", markup=False)
-    console.print(f" use it    hymba-tune {settings.verb} --config {file}", markup=False, soft_wrap=True)
+    console.print(f" use it    {command(settings.verb, '--config', file)}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import console
 from hymba_tune.cli.settings import Overwrite
 from hymba_tune.config.groups import RESULT
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 
 if TYPE_CHECKING:
     from hymba_tune.report import RunRecord, Verdict
@@ -50,7 +50,7 @@ def report(
     elif out is not None:
         raise ConfigError(
             "--out is for a comparison; a run's own page is its report.html.",
-            fix=f"hymba-tune report {run}, or name a second run",
+            fix=f"{command('report', run)}, or name a second run",
         )
     else:
         page, verdict = write_report(run)

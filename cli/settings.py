@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from hymba_tune.cli.other_tools import nearest_value, other_flag
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
-from hymba_tune.errors import ConfigError, did_you_mean
+from hymba_tune.errors import ConfigError, command, did_you_mean
 from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
@@ -56,7 +56,7 @@ def combine(recipe: str | None, flags: C) -> C:
     settings = read_recipe(path)
     own = flags.verb.name if isinstance(flags, TrainingConfig) else None
     if (verb := settings.pop("verb", own)) != own:
-        raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=f"hymba-tune {verb} --config {recipe}")
+        raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=command(verb, "--config", recipe))
     known = type(flags).model_fields
     for key in settings:
         if key not in known:

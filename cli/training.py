@@ -11,6 +11,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import check_first, combine
 from hymba_tune.config import TrainingConfig, Verb
+from hymba_tune.errors import command
 
 if TYPE_CHECKING:
     from hymba_tune.train.run import Run
@@ -58,7 +59,7 @@ def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:
         run = train(settings, RichScreen())
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
-            resume = f"hymba-tune {settings.verb} --resume {interrupt.args[0]}"
+            resume = command(settings.verb, "--resume", interrupt.args[0])
             console.print(f"\n stopped and saved; to resume: {resume}", markup=False, soft_wrap=True)
             console.print(f" report so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
         raise
@@ -98,7 +99,7 @@ def _show_result(run: Run, verb: Verb) -> None:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
             console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))
     lines = [f"run directory        {run.path}", f"report               {run.path}/report.html"]
-    lines.append(f"chat with it         hymba-tune chat {run.path}")
+    lines.append(f"chat with it         {command('chat', run.path)}")
     if run.adapter.is_dir():
-        lines.append(f"merge into one model hymba-tune merge {run.path} --out {run.name}-merged")
+        lines.append(f"merge into one model {command('merge', run.path, '--out', f'{run.name}-merged')}")
     console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)

@@ -27,7 +27,7 @@ from hymba_tune.checkpoint import read_header, weight_files
 from hymba_tune.config import Scheme
 from hymba_tune.distill.chunks import Head
 from hymba_tune.distill.outputs import HeadOutputs, TeacherSpec
-from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.errors import CheckpointError, ConfigError, command
 from hymba_tune.generate import write
 from hymba_tune.registry import TEACHERS, ModelSource, fetch_weights, has_weights, resolve_model
 from hymba_tune.schemes import decide_quantization
@@ -161,7 +161,7 @@ def find_teacher(name: str, quantize: Scheme | None = None) -> LocalTeacherSpec:
     if quantize and source.adapter:
         raise ConfigError(
             f"--teacher-quantize: {source.name} is an adapter, which must be merged first.",
-            fix=f"hymba-tune merge {source.name} --out merged, then --teacher merged",
+            fix=f"{command('merge', source.name, '--out', 'merged')}, then --teacher merged",
         )
     if quantize:
         decide_quantization(config, quantize, torch.float32, flag="--teacher-quantize", name=source.name)

@@ -17,7 +17,7 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, l
 from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
-from hymba_tune.errors import DataError
+from hymba_tune.errors import DataError, command
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
@@ -215,7 +215,7 @@ def _rows_and_tokens(
         tokens += times * checked.tokens
     if not rows:
         names = ", ".join(config.data)
-        raise DataError(f"Nothing to train on in {names}.", fix=f"hymba-tune data check {names}")
+        raise DataError(f"Nothing to train on in {names}.", fix=command("data", "check", *config.data))
     separate = bool(config.eval_data) or any(one.held_out for one in sources)
     train_share = 1.0 if separate else 1 - config.eval_split
     return train_share * rows, train_share * tokens

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hymba_tune.errors import CheckpointError, ConfigError, HubError, nearest
+from hymba_tune.errors import CheckpointError, ConfigError, HubError, command, nearest
 
 ALIASES = {
     "hymba-1.5b": "nvidia/Hymba-1.5B-Base",
@@ -222,7 +222,7 @@ def _run(path: Path) -> ModelSource:
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, which is written at the end of a run",
-        fix=f"finish it: hymba-tune {run.get('verb', 'sft')} --resume {path}",
+        fix=f"finish it: {command(run.get('verb', 'sft'), '--resume', path)}",
     )
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
-from hymba_tune.errors import did_you_mean, nearest
+from hymba_tune.errors import command, did_you_mean, nearest
 
 
 @pytest.mark.parametrize(("word", "near"), [("rnk", "rank"), ("packing", ""), ("", "")])
@@ -10,3 +12,8 @@ def test_nearest_known_word_is_suggested_if_one_is_close(word: str, near: str) -
     known = ["alpha", "rank", "ranks"]
     assert nearest(word, known) == nearest(word, iter(known)) == near
     assert did_you_mean(word, known) == (f"did you mean {near}?" if near else "")
+
+
+def test_command_can_be_pasted_into_a_shell() -> None:
+    words = ["chat", "runs/my run; rm -rf ~", "$(id)", "it's"]
+    assert shlex.split(command(*words)) == ["hymba-tune", *words]

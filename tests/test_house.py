@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -123,6 +124,20 @@ def test_a_public_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(module)
     assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
+def test_names_in_printed_commands_are_quoted_for_the_shell() -> None:
+    """They go through `hymba_tune.errors.command`; only the verb of a command may be put into it as it is."""
+    unquoted = [
+        f"{module}:{text.lineno}"
+        for module, path in modules().items()
+        for text in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(text, ast.JoinedStr)
+        if re.search(
+            r"hymba-tune (?:[^{.,;(`]|\{[\w.]*(verb|version__)\})*\{(?![\w.]*(verb|version__)\})", ast.unparse(text)
+        )
+    ]
+    assert unquoted == []
 
 
 def test_no_test_module_imports_another() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hymba_tune.data.check_counts import Check, FileCheck, Lengths, PairCounts
+from hymba_tune.errors import command
 
 BARS = 10
 """Approximate number of bars in a histogram with bars of even width."""
@@ -163,18 +163,18 @@ def next_commands(
     if any(file.problem for file in check.files):
         return []
     flags = [*files, "--model", model, *(word for pair in mapping for word in ("--map", pair)), *reading]
-    train = ["hymba-tune", "dpo" if check.pairs else "sft", "--data", *flags, "--max-length", str(max_length)]
+    train = ["dpo" if check.pairs else "sft", "--data", *flags, "--max-length", str(max_length)]
     if not check.usable:
         train += ["--on-bad-row", "skip"]
-    look = shlex.join(["hymba-tune", "data", "preview", *flags])
+    look = command("data", "preview", *flags)
     commands = [] if check.pairs else [("look", look)]
     if not check.learned:
         return commands
     if not any(good is False for _, good in check.labels):  # sft would learn the bad answers, too
-        commands.append(("train", shlex.join(train)))
+        commands.append(("train", command(*train)))
     if columns := {column for column, _ in check.labels}:
         renamed = [word for column in columns - {"label"} for word in ("--map", f"label={column}")]
-        commands.append(("kto", shlex.join(["hymba-tune", "kto", *train[2:], *renamed])))
+        commands.append(("kto", command("kto", *train[1:], *renamed)))
     return commands
 
 

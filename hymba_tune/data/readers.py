@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +76,9 @@ def read_file(path: Path, name: str, choose: ColumnChoice | None = None) -> Iter
 def unreadable(name: str, error: Exception) -> DataError:
     """Build the error of a file that cannot be opened or read to its end."""
     if isinstance(error, PermissionError):
-        return DataError(f"Cannot read {name}: permission denied.", expected="a readable file", fix=f"chmod u+r {name}")
+        return DataError(
+            f"Cannot read {name}: permission denied.", expected="a readable file", fix=f"chmod u+r {shlex.quote(name)}"
+        )
     return DataError(f"Cannot read {name}: {error}.", fix="check that the file is complete and readable")
 
 

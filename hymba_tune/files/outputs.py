@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,9 @@ def check_file(flag: str, path: Path, *, overwrite: bool = False, inputs: Iterab
     if os.path.lexists(path) and not overwrite:
         raise ConfigError(f"{output} exists.", fix=OVERWRITE)
     if not path.parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {path.parent}.", fix=f"mkdir -p {path.parent}")
+        raise ConfigError(
+            f"{output}: there is no folder {path.parent}.", fix=f"mkdir -p {shlex.quote(str(path.parent))}"
+        )
 
 
 def check_folder(

@@ -12,7 +12,7 @@ import yaml
 from hymba_tune import __version__
 from hymba_tune.config import ExportConfig
 from hymba_tune.data.readers import KINDS, kind
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.hub.lineage import CARD, Lineage
 from hymba_tune.quant import Damage
 from hymba_tune.report import RunRecord, judge, loss_picture
@@ -85,7 +85,7 @@ def write_card(
         f"{relation} {lineage.base or 'a Hymba model'}, a Hymba: attention heads and Mamba heads side by side "
         "([arXiv 2411.13676](https://arxiv.org/abs/2411.13676)).",
         *("", f"{size}.", *(["", _cost(damage)] if damage else []), "", "## Use", "", code),
-        f"With hymba-tune: `hymba-tune chat {name}`",
+        f"With hymba-tune: `{command('chat', name)}`",
     ]
     for number, run in enumerate(lineage.runs):
         lines += ["", *_training(run, folder, number)]

@@ -27,7 +27,7 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, load
 from hymba_tune.config import ExportConfig, QuantizeConfig
 from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
-from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.errors import CheckpointError, ConfigError, command
 from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
@@ -94,8 +94,8 @@ def export(config: ExportConfig, working: Working) -> Exported:
     note = None if config.adapter_only else folding_note(source)
     address = None
     if target is not None:
-        retry = f"hymba-tune export {folder} --push {target.repository}"
-        retry += f" --revision {target.revision}" if target.revision else ""
+        revision = ["--revision", target.revision] if target.revision else []
+        retry = command("export", folder, "--push", target.repository, *revision)
         with working(f"uploading to {target.repository}"):
             address = push(folder, target, message="Upload by hymba-tune", retry=retry)
     return Exported(folder, sum(file.stat().st_size for file in folder.iterdir()), difference, address, note)

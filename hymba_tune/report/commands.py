@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from hymba_tune.config import TrainingConfig, Verb
+from hymba_tune.errors import command
 from hymba_tune.report.record import RunRecord
 
 
@@ -24,22 +24,21 @@ def chosen(record: RunRecord) -> dict[str, Any]:
 
 def repeat(record: RunRecord) -> str:
     """Return the command that repeats a run in another directory."""
-    words = ["hymba-tune", record.verb.name]
+    words = [record.verb.name]
     for name, value in chosen(record).items():
         words += _flag(name, value)
-    return shlex.join(words)
+    return command(*words)
 
 
 def next_commands(record: RunRecord) -> dict[str, str]:
     """Return the commands that may follow a run, by their labels."""
-    path = shlex.quote(str(record.path))
     commands = {}
     if any(record.path.glob("checkpoints/checkpoint-*")):
-        commands["resume it"] = f"hymba-tune {record.verb} --resume {path}"
+        commands["resume it"] = command(record.verb, "--resume", record.path)
     if any((record.path / folder).is_dir() for folder in ("adapter", "model")):
-        commands["chat with it"] = f"hymba-tune chat {path}"
+        commands["chat with it"] = command("chat", record.path)
     if (record.path / "adapter").is_dir():
-        commands["merge it into one model"] = f"hymba-tune merge {path} --out {shlex.quote(record.name + '-merged')}"
+        commands["merge it into one model"] = command("merge", record.path, "--out", f"{record.name}-merged")
     return commands
 
 

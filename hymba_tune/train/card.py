@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hymba_tune.config import TrainingConfig
+from hymba_tune.errors import command
 from hymba_tune.files import write_text
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow
@@ -42,7 +43,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
         f"Data: {data['rows']:,} rows; {' · '.join(summary)}; SHA-256 of the encoded rows {data['fingerprint']}.",
         f"Training: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens; all settings are in config.yaml.",
         "",
-        f"The {trained}/ folder holds the {trained}. Chat with it: `hymba-tune chat {run.path}`",
+        f"The {trained}/ folder holds the {trained}. Chat with it: `{command('chat', run.path)}`",
     ]
     write_text(run.path / "README.md", "\n".join(lines) + "\n")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from hymba_tune.config import TrainingConfig
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.train.run import Run
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -30,7 +30,7 @@ def resume_config(flags: C) -> C:
     if not isinstance(saved, type(flags)):
         raise ConfigError(
             f"{flags.resume} is a run of hymba-tune {saved.verb}, not of {flags.verb}.",
-            fix=f"hymba-tune {saved.verb} --resume {flags.resume}",
+            fix=command(saved.verb, "--resume", flags.resume),
         )
     changed = {name: getattr(flags, name) for name in flags.model_fields_set}
     if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:

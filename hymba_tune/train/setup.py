@@ -25,7 +25,7 @@ from hymba_tune.checkpoint import (
 )
 from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
@@ -153,7 +153,7 @@ def base_quantization(
     if merges and (config.quantize or stored_quantization(model_config)):
         raise ConfigError(
             f"{source.name} is an adapter: it has to be merged before its model is quantized.",
-            fix=f"hymba-tune merge {config.model} --out merged, then --model merged",
+            fix=f"{command('merge', config.model, '--out', 'merged')}, then --model merged",
         )
     quantization = decide_quantization(model_config, config.quantize, dtype, flag="--quantize", name=source.name)
     if quantization is None:

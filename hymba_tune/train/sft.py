@@ -13,7 +13,7 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.data.training import opened
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction, Question, check_questions
 from hymba_tune.train.flow import train
 from hymba_tune.train.outline import PACKING
@@ -41,10 +41,11 @@ class SFTTask:
         count = config.eval_max_rows if config.answers else SAMPLES
         held_out = opened(config)[1] if config.answers else []
         if config.answers and not held_out:
+            split = command("data", "split", config.data[0], "--eval", "0.1", "--out", "parts")
             raise ConfigError(
                 "--answers: the prompts of held-out data are answered, and no held-out data is given.",
                 expected="--eval-data, or data that comes with it",
-                fix=f"hymba-tune data split {config.data[0]} --eval 0.1 --out parts, then --data and --eval-data",
+                fix=f"{split}, then --data and --eval-data",
             )
 
         data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
