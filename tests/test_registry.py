@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hymba_tune import registry
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
 from hymba_tune.registry import ALIASES, fetch_weights, has_weights, resolve_model
 
@@ -26,7 +25,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
     """A mock of the Hub that returns a folder for every download."""
     (tmp_path / "downloaded").mkdir()
     download = Mock(return_value=str(tmp_path / "downloaded"))
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return download
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune import registry
 from hymba_tune.config import DistillConfig
 from hymba_tune.data import Conversation, Text
 from hymba_tune.distill.alignment import Alignment, align
@@ -168,7 +167,7 @@ def test_alias_of_a_base_model_ends_as_its_template_does(tmp_path: Path, monkeyp
     tokenizer = qwen_base()
     random_model("qwen2", tokenizer_size(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(registry, "snapshot_download", Mock(return_value=str(tmp_path)))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(return_value=str(tmp_path)))
     found = find_teacher("qwen2.5-7b")
     pair = pair_of(DistillConfig(), ALL["hymba"], found)
     assert pair.teacher.tokenizer.eos_token == "<|im_end|>"

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hymba_tune import registry
 from hymba_tune.config import Scheme
 from hymba_tune.distill.teacher import ModelTeacher, batches, find_teacher, smaller_than
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
@@ -243,12 +242,12 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-3.2-3b", "Qwen2.5-7B-Instruct", *ALIASES])
 def test_aliases(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     download = Mock(return_value=str(save_teacher(tmp_path)))
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find_teacher(name).name == download.call_args.args[0] == TEACHERS[name.lower()]
 
 
 def test_gated_teacher_names_the_page_of_its_license(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "snapshot_download", Mock(side_effect=GatedRepoError("401", response=Mock())))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=GatedRepoError("401", response=Mock())))
     with pytest.raises(HubError, match=r"ask for access at https://huggingface\.co/meta-llama/Llama-3\.2-3B, .*login"):
         find_teacher("llama-3.2-3b")
 
