@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ChatConfig
 from hymba_tune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hymba_tune.generate import ChatSession
+    with loading():
+        from hymba_tune.generate import ChatSession
 
 
 def chat(
@@ -57,7 +59,8 @@ def chat(
     console.print(f" {names} · /help lists commands, /quit or Ctrl-D quits", style="dim", markup=False)
     while True:
         try:
-            line = console.input(Text("\n> ", style="bold")).strip()
+            console.print()
+            line = input(_prompt()).strip()
         except EOFError:
             return
         if line == "/quit":
@@ -67,6 +70,16 @@ def chat(
         elif line:
             with suppress(KeyboardInterrupt):  # stops this answer only
                 _reply(session, line)
+
+
+def _prompt() -> str:
+    """Return the prompt of the input line, bold on a terminal.
+
+    GNU readline takes what stands between the characters 1 and 2 to need no room. Without them it would draw a line
+    that wraps in the wrong place.
+    """
+    bold = sys.stdin.isatty() and console.is_terminal and not console.no_color
+    return "\001\033[1m\002> \001\033[0m\002" if bold else "> "
 
 
 def _reply(session: ChatSession, text: str) -> None:

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries, visible
+from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries, visible
 from hymba_tune.cli.settings import AsJson
 from hymba_tune.config import (
     DataCheckConfig,
@@ -234,7 +234,8 @@ def _required(files: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _tokenizer(flags: DataCheckConfig | DataPreviewConfig) -> PreTrainedTokenizerBase:
-    from hymba_tune.adapters import tokenizer_of
+    with loading():
+        from hymba_tune.adapters import tokenizer_of
     from hymba_tune.data import with_chat_template
     from hymba_tune.registry import resolve_model
 

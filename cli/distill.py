@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from hymba_tune.cli.distill_capture import capture
+from hymba_tune.cli.screen import loading
 from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import DistillConfig
@@ -30,7 +31,8 @@ def train(*, config: Recipe = None, flags: Annotated[DistillConfig, Parameter(na
         A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
     """
     settings = read_settings(config, flags)
-    from hymba_tune.distill.run import run_distill
+    with loading():
+        from hymba_tune.distill.run import run_distill
 
     run_verb(settings, run_distill)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
 from hymba_tune.formatting import format_bytes
@@ -20,7 +20,8 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
     check_first(flags)
-    from hymba_tune.distill.capture import run_capture
+    with loading():
+        from hymba_tune.distill.capture import run_capture
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import console, quiet_libraries
+from hymba_tune.cli.screen import console, loading, quiet_libraries
 from hymba_tune.cli.settings import AsJson
 from hymba_tune.config import DoctorConfig
 
@@ -32,7 +32,8 @@ def doctor(
     as_json
         Print the diagnosis as JSON.
     """
-    from hymba_tune.doctor import examine
+    with loading():
+        from hymba_tune.doctor import examine
 
     quiet_libraries()
     with console.status(Text("examining", style="dim")):

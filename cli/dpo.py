@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.screen import loading
 from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import DPOConfig
@@ -25,6 +26,7 @@ def dpo(*, config: Recipe = None, flags: Annotated[DPOConfig, Parameter(name="*"
         A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
     """
     settings = read_settings(config, flags)
-    from hymba_tune.train.preference import run_dpo
+    with loading():
+        from hymba_tune.train.preference import run_dpo
 
     run_verb(settings, run_dpo)

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import AsJson, check_first
 from hymba_tune.config import EvalConfig
 from hymba_tune.train.screen import Screen
@@ -37,8 +37,9 @@ def measure(
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.evaluate import add_to_run, evaluate, facts, run_of, save
-    from hymba_tune.report import write_report
+    with loading():
+        from hymba_tune.evaluate import add_to_run, evaluate, facts, run_of, save
+        from hymba_tune.report import write_report
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ExportConfig
 from hymba_tune.errors import command
@@ -35,7 +35,8 @@ def export(
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.hub import export as export_model
+    with loading():
+        from hymba_tune.hub import export as export_model
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.screen import loading
 from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import KTOConfig
@@ -24,6 +25,7 @@ def kto(*, config: Recipe = None, flags: Annotated[KTOConfig, Parameter(name="*"
         A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
     """
     settings = read_settings(config, flags)
-    from hymba_tune.train.preference import run_kto
+    with loading():
+        from hymba_tune.train.preference import run_kto
 
     run_verb(settings, run_kto)

@@ -12,11 +12,12 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, Valida
 from cyclopts.config import Env
 
 from hymba_tune import __version__
+from hymba_tune.cli.crash import as_own_error, describe_crash
 from hymba_tune.cli.other_tools import other_flags, other_verb
 from hymba_tune.cli.screen import error_console
-from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest
+from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, without_passwords
 
-USER_ERROR, INTERRUPTED = 2, 130
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 VERBS = {
     "sft": "Fine-tune a model on conversations or texts.",
     "dpo": "Train a model to prefer the better of two answers.",
@@ -73,7 +74,7 @@ than this, and the next texts seldom have the same shapes. The default limit of 
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command and exit: with 0, with 2 for a mistake of the user, or with 130 when interrupted."""
+    """Run one command and exit: with 0, 2 for a mistake of the user, 1 for an internal error, or 130 if interrupted."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)
     # TRL reports each new trainer to the Hub. huggingface_hub reads this variable when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -99,12 +100,18 @@ def _run(words: list[str], *, debug: bool) -> int:
         result = (build_app(summaries=True) if lists_verbs else app)(words, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (HymbaTuneError, CycloptsError) as error:
+    except Exception as error:
         if debug:
             raise
-        message = error if isinstance(error, HymbaTuneError) else _message(error, words)
-        error_console.print(str(message), markup=False, highlight=False, soft_wrap=True)
-        return USER_ERROR
+        code = USER_ERROR
+        if isinstance(error, CycloptsError):
+            message = _message(error, words)
+        elif isinstance(error, HymbaTuneError) or (own := as_own_error(error)):
+            message = error if isinstance(error, HymbaTuneError) else own
+        else:
+            code, message = INTERNAL_ERROR, describe_crash(error, words)
+        error_console.print(without_passwords(str(message)), markup=False, highlight=False, soft_wrap=True)
+        return code
     return result if isinstance(result, int) else 0
 
 

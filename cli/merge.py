@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import MergeConfig, Onto
 from hymba_tune.errors import command
@@ -35,7 +35,8 @@ def merge(
     """
     flags.model = run
     check_first(flags)
-    from hymba_tune.hub import merge as merge_model
+    with loading():
+        from hymba_tune.hub import merge as merge_model
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

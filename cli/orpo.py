@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.screen import loading
 from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import ORPOConfig
@@ -25,6 +26,7 @@ def orpo(*, config: Recipe = None, flags: Annotated[ORPOConfig, Parameter(name="
         A recipe: a YAML file with these settings, or the name of a packaged one. Flags win over it.
     """
     settings = read_settings(config, flags)
-    from hymba_tune.train.orpo import run_orpo
+    with loading():
+        from hymba_tune.train.orpo import run_orpo
 
     run_verb(settings, run_orpo)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries
 from hymba_tune.cli.settings import AsJson, combine_for
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.groups import RUN
@@ -48,7 +48,8 @@ def plan(
 
     settings = combine_for(config, flags, verb)
     check_inputs(settings, complete=False)
-    from hymba_tune.plan import plan as plan_run
+    with loading():
+        from hymba_tune.plan import plan as plan_run
 
     quiet_libraries()
     with (Screen() if as_json else RichScreen()).working("planning") as progress:

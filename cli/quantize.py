@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import QuantizeConfig
 from hymba_tune.errors import command
@@ -43,8 +43,9 @@ def quantize(
     """
     flags.model = model
     check_first(flags)
-    from hymba_tune.hub import quantize as write_quantized
-    from hymba_tune.hub import search_skips
+    with loading():
+        from hymba_tune.hub import quantize as write_quantized
+        from hymba_tune.hub import search_skips
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

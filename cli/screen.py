@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.formatting import format_bytes
 from hymba_tune.train.screen import MetricsRow, Screen
 
-console = Console(highlight=False, emoji=False)
-error_console = Console(stderr=True, highlight=False, emoji=False)
+MOVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Replace characters that would move the cursor, color the screen or reverse the line by visible symbols."""
+    return MOVES.sub(lambda match: _symbol(ord(match[0])), text)
+
+
+def _symbol(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
+
+
+class SafeConsole(Console):
+    """A console that makes every text `visible`: the data, the models and the servers write none of its controls."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render an object as segments of text; rich's own controls stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+console = SafeConsole(highlight=False, emoji=False)
+error_console = SafeConsole(stderr=True, highlight=False, emoji=False)
 COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
 PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "tok/s": 8, "left": 8}
 """The columns of preference training."""
 QUIET_SECONDS = 2.0
 """The shortest work whose progress is worth showing."""
-MOVES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+LOADING = "loading torch and transformers"
 SHOWN_SPEED = 100
 """The amount of work after which its speed is shown."""
 
@@ -96,13 +119,16 @@ def _listed(items: Iterable[str], indent: int) -> list[str]:
     return [" " * indent + line.replace("\xa0", " ") for line in lines]
 
 
-def visible(text: str) -> str:
-    """Replace characters that would move the cursor, color the screen or reverse the line by visible symbols."""
-    return MOVES.sub(lambda match: _symbol(ord(match[0])), text)
-
-
-def _symbol(code: int) -> str:
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say that libraries are being imported, which takes seconds, unless that has happened already."""
+    if "torch" in sys.modules:
+        yield
+        return
+    if not error_console.is_terminal:
+        error_console.print(f" {LOADING}", style="dim", markup=False)
+    with error_console.status(Text(LOADING, style="dim")):
+        yield
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from hymba_tune.cli.screen import RichScreen, console, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ServeConfig
 from hymba_tune.errors import ConfigError
@@ -33,7 +33,8 @@ def serve(
         raise ConfigError(f"serve needs {missing[0]}, which is not installed.", fix="pip install 'hymba-tune[serve]'")
     flags.model = model
     check_first(flags)
-    from hymba_tune.serve import Server
+    with loading():
+        from hymba_tune.serve import Server
 
     quiet_libraries()
     print_chosen_gpu(flags.device)

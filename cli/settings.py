@@ -11,8 +11,10 @@ import yaml
 from cyclopts import Parameter
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from rich.text import Text
 
 from hymba_tune.cli.other_tools import nearest_value, other_flag
+from hymba_tune.cli.screen import error_console
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
 from hymba_tune.errors import ConfigError, command, did_you_mean
@@ -80,8 +82,9 @@ def check_first(config: Config) -> None:
     """
     from hymba_tune.inputs import check_inputs
 
-    check_single_process()
-    check_inputs(config)
+    with error_console.status(Text("checking the settings", style="dim")):
+        check_single_process()
+        check_inputs(config)
 
 
 def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> TrainingConfig:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_PASSWORD = re.compile(r"(?<=://)[^\s/]+(?=@)")
 
 
 class HymbaTuneError(Exception):
@@ -26,6 +29,11 @@ class HymbaTuneError(Exception):
         lines = [self.what]
         lines += [f"  {label:<10} {text}" for label, text in self.details.items() if text]
         return "\n".join(lines)
+
+
+def without_passwords(text: str) -> str:
+    """Replace the user names and passwords of addresses in a text."""
+    return _PASSWORD.sub("…", text)
 
 
 def command(*words: object) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -241,3 +242,57 @@ def test_libraries_are_told_to_send_no_telemetry(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit):
         main(["--version"])
     assert clean["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+def crash(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hymba_tune.train.sft.run_sft", fail)
+
+
+def test_internal_error_is_a_line_that_says_where_its_log_is(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    crash(monkeypatch, KeyError("http://me:secret@host\x1b[2J\n" + "x" * 1000))
+    result = command("sft", "--data", "demo", "--out", "http://me:secret@host")
+    (log,) = tmp_path.glob("hymba-tune/errors/error-*.log")
+    assert result.code == 1
+    assert (result.out, result.err.count("\n")) == ("", 1)
+    assert result.err.startswith("Internal error: KeyError: 'http://…@host")
+    assert result.err.endswith(f" (log: {log}; report it: the project's issue tracker)\n")
+    assert "\x1b" not in result.err
+    assert log.stat().st_mode & 0o077 == 0
+    written = log.read_text()
+    assert written.startswith("hymba-tune sft --data demo --out http://…@host\nhymba-tune ")
+    assert "in fail\n    raise error\nKeyError: 'http" in written
+    assert "secret" not in result.err + written
+
+
+def test_log_of_an_internal_error_needs_no_cache(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    crash(monkeypatch, ValueError("x"))
+    assert f"(log: {tmp_path}/error-" in command("sft", "--data", "demo").err
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert "(log: cannot be written: No such file or directory;" in command("sft", "--data", "demo").err
+
+
+def test_internal_error_is_shown_whole_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    crash(monkeypatch, KeyError("why"))
+    with pytest.raises(KeyError, match="why"):
+        main(["sft", "--data", "demo", "--debug"])
+
+
+def test_name_that_the_system_refuses_is_a_mistake_of_the_user(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(monkeypatch, OSError(errno.ENAMETOOLONG, "File name too long", "q" * 300))
+    result = command("sft", "--data", "demo")
+    assert (result.code, result.err.count("q")) == (2, 200)
+    assert "…" in result.err
+    assert ": File name too long.\n  to fix     another name" in result.err

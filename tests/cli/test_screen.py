@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
 
 from hymba_tune.cli import screen as screens
-from hymba_tune.cli.screen import RichScreen
+from hymba_tune.cli.screen import MOVES, RichScreen, SafeConsole, loading
 from hymba_tune.train.screen import MetricsRow
 
 
@@ -111,3 +118,40 @@ def test_progress_of_so_many_says_how_long_it_still_takes(monkeypatch: pytest.Mo
     assert screens._progress("asking", 0, 10.0, 1500) == "asking · 0 of 1,500"
     assert screens._progress("asking", 500, 10.0, 1500) == "asking · 500 of 1,500 · 4 min to go"
     assert screens._progress("asking", 500, 129.0, 1500) == "asking · 500 of 1,500"
+
+
+CONTROLS = st.sampled_from("\x1b\x9b\x07\r\b\x00\u202e\u2066\ud800")
+ANY_TEXT = st.text(st.characters() | CONTROLS | st.sampled_from("]0;[2Jm"))
+
+
+@given(ANY_TEXT)
+def test_no_text_controls_the_terminal(text: str) -> None:
+    """Neither as a string nor styled, in a cell, as a title, in JSON, or below a spinner."""
+    file = io.StringIO()
+    console = SafeConsole(file=file, width=40)
+    table = Table(title=Text(text))
+    table.add_column(text)
+    table.add_row(Text(text))
+    for written in (text, Text(text, style="bold red"), table):
+        console.print(written, markup=False)
+        console.print(written, markup=False, soft_wrap=True, end="")
+    with console.status(Text(text)):
+        console.print_json(data={"text": text})
+    assert MOVES.findall(file.getvalue()) == []
+
+
+def test_own_styles_reach_the_terminal() -> None:
+    file = io.StringIO()
+    SafeConsole(file=file, force_terminal=True, color_system="standard").print(Text("a\x1b[31mb", style="bold"), end="")
+    assert file.getvalue() == "\x1b[1ma␛[31mb\x1b[0m"
+
+
+def test_imports_that_take_seconds_are_announced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loading():
+        pass
+    monkeypatch.delitem(sys.modules, "torch")
+    with loading():
+        shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", " loading torch and transformers\n")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from hymba_tune.cli import chat as chats
+from hymba_tune.cli.screen import SafeConsole
 from hymba_tune.generate import Chat
 from tests.cli.conftest import Command
 from tests.cli.inputs import assert_plain
@@ -178,6 +182,15 @@ def test_chat_ends_at_the_end_of_input(
     typed += ["hello"]
     assert command("chat", small_model, "--dtype", "float32").code == 0
     assert received == ["hello"]
+
+
+def test_prompt_of_the_input_line_tells_readline_what_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chats._prompt() == "> "
+    monkeypatch.setattr("sys.stdin", Mock(isatty=Mock(return_value=True)))
+    monkeypatch.setattr(chats, "console", SafeConsole(force_terminal=True))
+    prompt = chats._prompt()
+    assert "\033" in prompt
+    assert re.sub("\001.*?\002", "", prompt) == "> "
 
 
 def test_chat_prints_an_answer_in_lines_as_it_was_written(
