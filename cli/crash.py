@@ -14,9 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from hymba_tune import __version__
-from hymba_tune.errors import ConfigError, without_passwords
+from hymba_tune.errors import ConfigError, shortened, without_passwords
 
-SHOWN_CHARACTERS = 200
 OF_THE_MACHINE = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
     *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE),
@@ -26,22 +25,23 @@ OF_THE_MACHINE = {
 
 def as_own_error(error: Exception) -> ConfigError | None:
     """Return the user's error for a file that cannot be used, whichever step found it; None for other errors."""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return ConfigError("A name begins with ~ and a user that this machine does not have.", fix="the whole path")
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
+        return ConfigError(f"{shortened(str(error))}.", fix="another name")
     if not isinstance(error, OSError) or error.errno not in OF_THE_MACHINE:
         return None
     name = str(error.filename or "a file")
-    return ConfigError(f"Cannot use {shortened(name)}: {error.strerror}.", fix="another name, or free or unlock it")
+    return ConfigError(
+        f"Cannot use {shortened(name)}: {error.strerror}.",
+        fix="another name or folder, or change its permissions, or free space on its disk",
+    )
 
 
 def describe_crash(error: Exception, words: Sequence[str]) -> str:
     """Write the log of an unexpected error, and return a line that says where it is and where to report it."""
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return f"Internal error: {shortened(without_passwords(what))} (log: {_log(error, words)}; report it: {_tracker()})"
-
-
-def shortened(text: str) -> str:
-    """Cut the middle out of a long text."""
-    half = SHOWN_CHARACTERS // 2
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]}…{text[-half:]}"
 
 
 def _log(error: Exception, words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries, visible
-from hymba_tune.cli.settings import AsJson
+from hymba_tune.cli.settings import AsJson, checking
 from hymba_tune.config import (
     DataCheckConfig,
     DataConvertConfig,
@@ -67,17 +67,18 @@ def check(
     as_json
         Print the result as JSON.
     """
-    from hymba_tune.data import open_sources
-    from hymba_tune.data.check_facts import facts, next_commands
-    from hymba_tune.data.checking import check_sources
-    from hymba_tune.data.mixes import local_files
-    from hymba_tune.files import check_file, write_errors, write_text
-    from hymba_tune.inputs import check_inputs
+    with checking():
+        from hymba_tune.data import open_sources
+        from hymba_tune.data.check_facts import facts, next_commands
+        from hymba_tune.data.checking import check_sources
+        from hymba_tune.data.mixes import local_files
+        from hymba_tune.files import check_file, write_errors, write_text
+        from hymba_tune.inputs import check_inputs
 
-    if flags.html:
-        check_file("--html", flags.html, overwrite=flags.overwrite, inputs=local_files(files))
-    sources = open_sources(_required(files), escape=flags.escape_special_tokens)
-    check_inputs(flags)
+        if flags.html:
+            check_file("--html", flags.html, overwrite=flags.overwrite, inputs=local_files(files))
+        sources = open_sources(_required(files), escape=flags.escape_special_tokens)
+        check_inputs(flags)
     tokenizer = _tokenizer(flags)
     with (Screen() if as_json else RichScreen()).working("checking") as progress:
         result = check_sources(
@@ -124,12 +125,13 @@ def preview(
     files
         Data, as for sft --data.
     """
-    from hymba_tune.data import open_sources
-    from hymba_tune.data.preview import previews
-    from hymba_tune.inputs import check_inputs
+    with checking():
+        from hymba_tune.data import open_sources
+        from hymba_tune.data.preview import previews
+        from hymba_tune.inputs import check_inputs
 
-    sources = open_sources(_required(files), escape=flags.escape_special_tokens)
-    check_inputs(flags)
+        sources = open_sources(_required(files), escape=flags.escape_special_tokens)
+        check_inputs(flags)
     rows = previews(sources, _tokenizer(flags), mapping=as_mapping(flags.map), learn=flags.learn)
     for row in islice(rows, flags.skip, flags.skip + flags.rows):
         _show_preview(row, flags.max_length)

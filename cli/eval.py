@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
+from hymba_tune.cli.screen import RichScreen, console, error_console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import AsJson, check_first
 from hymba_tune.config import EvalConfig
 from hymba_tune.train.screen import Screen
@@ -41,6 +42,9 @@ def measure(
         from hymba_tune.evaluate import add_to_run, evaluate, facts, run_of, save
         from hymba_tune.report import write_report
 
+    for folder in (name for name in flags.tasks if Path(name).expanduser().is_dir()):
+        note = f"--tasks {folder}: lm-eval runs the Python code of the tasks in this folder"
+        error_console.print(f" {note}", markup=False, soft_wrap=True)
     quiet_libraries()
     print_chosen_gpu(flags.device)
     if as_json:

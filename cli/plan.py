@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries
-from hymba_tune.cli.settings import AsJson, combine_for
+from hymba_tune.cli.settings import AsJson, checking, combine_for
 from hymba_tune.config import SFTConfig
 from hymba_tune.config.groups import RUN
 from hymba_tune.formatting import duration, format_bytes
@@ -44,10 +44,11 @@ def plan(
     as_json
         Print the plan as JSON.
     """
-    from hymba_tune.inputs import check_inputs
+    with checking():
+        from hymba_tune.inputs import check_inputs
 
-    settings = combine_for(config, flags, verb)
-    check_inputs(settings, complete=False)
+        settings = combine_for(config, flags, verb)
+        check_inputs(settings, complete=False)
     with loading():
         from hymba_tune.plan import plan as plan_run
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from cyclopts import Parameter
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from rich.status import Status
 from rich.text import Text
 
 from hymba_tune.cli.other_tools import nearest_value, other_flag
 from hymba_tune.cli.screen import error_console
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
-from hymba_tune.errors import ConfigError, command, did_you_mean
+from hymba_tune.errors import ConfigError, command, did_you_mean, shortened
+from hymba_tune.files import read_yaml
 from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
@@ -33,6 +35,11 @@ LIMITS = {
     "less_than": "must be less than {lt:g}",
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
+    "int_parsing_size": "must be a whole number, and a smaller one",
+    "finite_number": "must be a finite number",
+    "string_type": 'must be text, in "quotes"',
+    "string_pattern_mismatch": "must be auto, cpu, cuda or cuda:1; other kinds of devices are not supported",
+    "path_type": "must be the name of a file or folder",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
@@ -58,6 +65,7 @@ def combine(recipe: str | None, flags: C) -> C:
     settings = read_recipe(path)
     own = flags.verb.name if isinstance(flags, TrainingConfig) else None
     if (verb := settings.pop("verb", own)) != own:
+        verb = shortened(str(verb))
         raise ConfigError(f"The recipe {recipe} is for hymba-tune {verb}.", fix=command(verb, "--config", recipe))
     known = type(flags).model_fields
     for key in settings:
@@ -66,12 +74,17 @@ def combine(recipe: str | None, flags: C) -> C:
             flag, _, value = other_flag(str(key), flags_of_keys).partition(" ")
             own = f"{flags_of_keys[flag]}: {value or '…'}" if flag else ""
             fix = own or did_you_mean(str(key), known) or "remove it"
-            raise ConfigError(f"{recipe}: there is no setting {key!r}.", fix=fix)
+            raise ConfigError(f"{recipe}: there is no setting {reprlib.repr(key)}.", fix=fix)
     settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
     try:
         return type(flags).model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"{recipe}: {explain(error)}") from error
+
+
+def checking() -> Status:
+    """Show on a terminal that settings are being checked, before the imports that this takes."""
+    return error_console.status(Text("checking the settings", style="dim"))
 
 
 def check_first(config: Config) -> None:
@@ -82,7 +95,7 @@ def check_first(config: Config) -> None:
     """
     from hymba_tune.inputs import check_inputs
 
-    with error_console.status(Text("checking the settings", style="dim")):
+    with checking():
         check_single_process()
         check_inputs(config)
 
@@ -117,6 +130,7 @@ def explain(error: ValidationError) -> str:
 def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     limit = LIMITS.get(problem["type"], "")
     reason = limit.format(**problem.get("ctx", {})) if limit else problem["msg"].removeprefix("Value error, ")
+    reason = shortened(reason, 400)
     if not problem["loc"]:
         name, colon, rest = str(reason).partition(":")
         return f"--{name.replace('_', '-')}:{rest}" if name in fields else f"{name}{colon}{rest}"
@@ -124,10 +138,14 @@ def _explain_one(problem: dict[str, Any], fields: dict[str, FieldInfo]) -> str:
     flag = "--" + field.replace("_", "-")
     common = re.search(r" \(common: .*?\)", fields[field].description or "") if field in fields else None
     values = problem["input"] if isinstance(problem["input"], list) else [problem["input"]]
-    value = "" if problem["type"] == "missing" else f" {' '.join(map(str, values))}"
+    value = "" if problem["type"] == "missing" else f" {shortened(' '.join(map(_shown, values[:9])))}"
     near = nearest_value(str(problem["input"]), re.findall("'(.+?)'", reason)) if problem["type"] in CHOICES else ""
     meant = f"\n  {'to fix':<10} {flag} {near}" if near else ""
     return f"{flag}{value}: {reason}{common[0] if common else ''}.{meant}"
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, str | Path) else reprlib.repr(value)
 
 
 def find_recipe(recipe: str) -> Path:
@@ -157,8 +175,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: If it cannot be read.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        settings = read_yaml(path)
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}", expected="YAML with one setting a line") from error
     if settings is None:
         return {}

@@ -36,6 +36,11 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub("…", text)
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """Cut the middle out of a text of more than ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+
+
 def command(*words: object) -> str:
     """Return a `hymba-tune` command that can be pasted into a shell, whatever characters the words have."""
     return shlex.join(["hymba-tune", *map(str, words)])
@@ -43,7 +48,7 @@ def command(*words: object) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that is spelled most like ``word``; empty if none is close."""
-    return next(iter(get_close_matches(word, list(known), n=1)), "")
+    return next(iter(get_close_matches(word[:100], list(known), n=1)), "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

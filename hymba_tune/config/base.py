@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+MAX_NUMBER = 2**32 - 1
+"""The largest number that any setting takes; seeds go so far."""
+MAX_WEIGHT = 1000
+"""The most that rows of a source are repeated."""
+MAX_NAME_BYTES = 255
+"""The longest name of a file that file systems take."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 LIST = Parameter(negative="", consume_multiple=True, show_default=False)
 Names = Annotated[list[str], LIST]
-Weights = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], LIST]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
+Weights = Annotated[list[Annotated[float, Field(gt=0, le=MAX_WEIGHT)]], LIST]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], LIST]
 
 
@@ -24,7 +33,7 @@ def _written_as_pairs(value: Any) -> Any:
 
 def _checked_pairs(value: list[str]) -> list[str]:
     if wrong := [pair for pair in value if not all(pair.partition("="))]:
-        raise ValueError(f"{wrong[0]!r} is not a pair such as name=value")
+        raise ValueError(f"{reprlib.repr(wrong[0])} is not a pair such as name=value")
     return value
 
 
@@ -189,4 +198,30 @@ class Config(BaseModel):
             yield kind
             yield from kind.kinds()
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # it may be huge, or hold a password
+        validate_assignment=True,
+        use_attribute_docstrings=True,
+        defer_build=True,  # of the schemas: a command needs that of its verb only
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """Refuse numbers that no computation can use, and names that no file can have."""
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and abs(one) > MAX_NUMBER:
+                raise ValueError(f"must be at most {MAX_NUMBER:,}")
+            if isinstance(one, Path):
+                _check_name(one)
+        return value
+
+
+def _check_name(path: Path) -> None:
+    if "\0" in str(path):
+        raise ValueError("must be a name without NUL characters")
+    longest = max((len(part.encode(errors="surrogatepass")) for part in path.parts), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise ValueError(f"must be a name of at most {MAX_NAME_BYTES} bytes; it has {longest}")

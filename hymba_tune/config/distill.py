@@ -103,6 +103,16 @@ class TeacherOptions(Config):
     """Minimum mean probability that the teacher gives its end token after an answer; below it the run stops, as
     the student would learn not to stop."""
 
+    @model_validator(mode="after")
+    def _check_secrets(self) -> Self:
+        address = self.teacher.partition("#")[0]
+        if self.served and ("@" in address or "?" in address):
+            raise ValueError(
+                "teacher: an address with a user, a password or parameters would end up in the files of the run; "
+                "use --teacher http://HOST:PORT/v1, and put a key into the environment variable HYMBA_TUNE_TEACHER_KEY"
+            )
+        return self
+
     @property
     def served(self) -> bool:
         """Whether the teacher is behind a server."""

@@ -86,7 +86,8 @@ class EvalConfig(ScoringOptions, OutputOptions, GenerationOptions):
     save_answers: Path | None = None
     """Write the answers to this file (.jsonl, one row per question)."""
     tasks: Names = Field(default_factory=list)
-    """Names of lm-eval tasks, or folders of tasks: --tasks arc_easy my-tasks/ (needs the extra eval)."""
+    """Names of lm-eval tasks, or folders of tasks (their Python code is run): --tasks arc_easy my-tasks/ (needs the
+    extra eval)."""
     fewshot: int | None = Field(default=None, ge=0)
     """Solved examples before each question of a task. Default: the task's own number."""
     as_chat: bool = False

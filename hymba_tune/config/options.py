@@ -12,6 +12,7 @@ from hymba_tune.config.base import (
     Comparison,
     Config,
     Counts,
+    Device,
     Fraction,
     Keep,
     Learn,
@@ -43,7 +44,7 @@ class ModelOptions(ModelChoice):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto is bfloat16 if the device computes in it, else float32."""
-    device: str = "auto"
+    device: Device = "auto"
     """Device: auto (the first CUDA device, else the CPU), cpu, cuda, cuda:1."""
 
 
@@ -156,7 +157,7 @@ class TrainingOptions(Config):
 
     group: ClassVar[Group] = TRAINING
 
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, le=1e6)
     """Passes over the data; ignored with --steps."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""

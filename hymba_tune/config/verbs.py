@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -13,6 +14,7 @@ from hymba_tune.config.base import (
     NATS_PER_TOKEN,
     Accuracy,
     Config,
+    Device,
     Keep,
     MetaTokens,
     Method,
@@ -55,8 +57,8 @@ class TrainingConfig(
             ValueError: If there is no such verb.
         """
         known = cls.by_verb()
-        if verb not in known:
-            raise ValueError(f"verb is {verb!r}, expected one of {', '.join(known)}")
+        if not isinstance(verb, str) or verb not in known:
+            raise ValueError(f"verb is {reprlib.repr(verb)}, expected one of {', '.join(known)}")
         return known[verb]
 
     @classmethod
@@ -317,7 +319,7 @@ class DoctorConfig(Config):
 
     group: ClassVar[Group] = COMPUTING
 
-    device: str = "auto"
+    device: Device = "auto"
     """Device to check: auto, cpu, cuda, cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type to check."""

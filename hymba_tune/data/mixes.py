@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hymba_tune.config.base import MAX_NUMBER, MAX_WEIGHT
 from hymba_tune.data.formats import Names
 from hymba_tune.data.rows import listing
 from hymba_tune.data.sources import Source, open_source
-from hymba_tune.errors import ConfigError, DataError, did_you_mean
+from hymba_tune.errors import ConfigError, DataError, did_you_mean, shortened
+from hymba_tune.files import read_yaml
 
 KINDS = (".yaml", ".yml")
 KEYS = ("path", "weight", "max_rows", "map", "eval_data")
@@ -99,8 +99,8 @@ def local_files(names: Sequence[str]) -> list[Path]:
 
 def _entries(path: Path) -> list[Any]:
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = read_yaml(path)
+    except ValueError as error:
         raise DataError(f"Cannot read the mix {path}: {error}.", expected=EXPECTED) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"Cannot use the mix {path}: it is not a list.", expected=EXPECTED)
@@ -144,10 +144,10 @@ def _positive(what: str, value: Any, *, whole: bool = False) -> Any:
     kind = "whole number" if whole else "number"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(f"{what} {value!r} is not a {kind}.", expected=f"a {kind} above 0")
-    if not 0 < value < float("inf"):
+    if not 0 < value <= (MAX_NUMBER if whole else MAX_WEIGHT):
         raise ConfigError(
-            f"{what} {value} is not above 0.",
-            expected=f"a {kind} above 0",
+            f"{what} {shortened(str(value))} is {'too large' if value > 0 else 'not above 0'}.",
+            expected=f"a {kind} above 0, at most {MAX_NUMBER if whole else MAX_WEIGHT:,}",
             fix="remove the source to use none of its rows",
         )
     return value

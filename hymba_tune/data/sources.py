@@ -102,6 +102,10 @@ def open_source(name: str) -> Source:
         if kind(path) not in KINDS:
             raise DataError(f"Cannot use {name}: its ending is unknown.", expected=NAMEABLE)
         return _file_source(path, name)
+    if path.is_symlink():
+        raise DataError(
+            f"Cannot find {name}: it is a link to {path.readlink()}, which is not there.", expected=NAMEABLE
+        )
     hub = HUB_NAME.fullmatch(name)
     if hub and kind(path) not in KINDS and not path.parent.is_dir():
         return _open_hub(name, hub["path"], hub["config"], hub["split"] or "train")

@@ -4,6 +4,7 @@ from hymba_tune.files.folders import atomic_folder, check_new_folder, make_folde
 from hymba_tune.files.kinds import MODEL, REPLACED, RUN, FolderKind, entries, remove
 from hymba_tune.files.locks import LOCK, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
+from hymba_tune.files.reading import read_yaml
 from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "make_folders",
     "new_folder",
     "put_in_place",
+    "read_yaml",
     "remove",
     "remove_empty",
     "replacing",

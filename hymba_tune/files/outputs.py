@@ -68,7 +68,8 @@ def check_folder(
     if (owner := _owner(out, RUN)) is not None:
         raise ConfigError(f"{flag} {out} is a part of a run, {owner[1]}.", fix=f"another {flag}")
     if os.path.lexists(out) and not out.is_dir():
-        raise ConfigError(f"{flag} {out} is a file.", expected="a new or empty directory")
+        what = "a file" if out.exists() else "a link to a folder that is not there"
+        raise ConfigError(f"{flag} {out} is {what}.", expected="a new or empty directory")
     if not any(entries(out)):
         return
     if not overwrite:

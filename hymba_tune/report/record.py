@@ -9,10 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
+from hymba_tune.files import read_yaml
 
 SHOWN_DROPPED = 10
 """The number of dropped rows that are read in full; the others are only counted."""
@@ -56,7 +55,7 @@ class RunRecord:
         if not (path / "config.yaml").is_file():
             raise CheckpointError(f"{path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
-            settings = dict(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+            settings = dict(read_yaml(path / "config.yaml"))
             facts = _json(path / "run.json", {})
             dropped, reasons = _dropped(path / "dropped.jsonl")
             return cls(
@@ -71,7 +70,7 @@ class RunRecord:
                 dropped=dropped,
                 reasons=reasons,
             )
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}", fix="restore its files as the run wrote them"
             ) from error

@@ -17,7 +17,7 @@ import yaml
 
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, remove, write_text
+from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, read_yaml, remove, write_text
 from hymba_tune.train.checkpoints import forget_torn, newest_whole
 from hymba_tune.train.screen import MetricsRow
 
@@ -92,10 +92,10 @@ class Run:
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
-            settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            settings = dict(read_yaml(path))
             verb = settings.pop("verb", SFTConfig.verb.name)  # the first version had one verb and did not write it
             return TrainingConfig.of(verb).model_validate(settings)
-        except (yaml.YAMLError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
 
     def newest_checkpoint(self) -> Path | None:

@@ -80,6 +80,11 @@ def test_mistakes_are_reported_before_the_weights_load(
     assert message in result.err
 
 
+def test_folder_of_tasks_is_said_to_run_python(command: Command, small_model: Path, tmp_path: Path) -> None:
+    result = command("eval", small_model, "--tasks", tmp_path)
+    assert result.err.startswith(f" --tasks {tmp_path}: lm-eval runs the Python code of the tasks in this folder\n")
+
+
 def test_tasks_need_lm_eval(command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     result = command("eval", small_model, "--tasks", "arc_easy")

@@ -162,3 +162,38 @@ def test_gpu_that_is_used_of_several_is_said(
     assert result.code == 2
     assert result.err.startswith(" 2 GPUs are visible\n")
     assert "2 GPUs" not in result.out
+
+
+LONG = "n" * 300
+NAMES = {
+    **{f"sft --data {name}": "Cannot use nnn" for name in (LONG, f"{LONG}/rows.jsonl")},
+    f"sft --data rows.jsonl --model {LONG}": "Cannot use nnn",
+    f"sft --data rows.jsonl --config {LONG}": "Cannot use nnn",
+    f"sft --data rows.jsonl --out {LONG}": "--out nnn",
+    f"sft --resume {LONG}": "--resume nnn",
+    f"sft --data rows.jsonl --chat-template {LONG}": "--chat-template nnn",
+    f"chat {LONG}": "Cannot use nnn",
+    f"report {LONG}": "Cannot use nnn",
+    f"recipes show {LONG}": "Cannot use nnn",
+    f"recipes copy demo {LONG}": "Cannot use nnn",
+    f"data check {LONG}": "Cannot use nnn",
+    f"data split rows.jsonl --out {LONG}": "--out nnn",
+    f"eval hymba-nano --tasks ./{LONG}": "Cannot use nnn",
+    "sft --data dangling.jsonl": "Cannot find dangling.jsonl: it is a link to gone, which is not there.",
+    "sft --data loop.jsonl": "Cannot find loop.jsonl: it is a link to loop.jsonl, which is not there.",
+    "chat dangling.jsonl": "--model dangling.jsonl: no such folder",
+    "report loop.jsonl": "loop.jsonl is not a run",
+    "recipes copy demo dangling.jsonl": "FILE dangling.jsonl exists.",
+    "data split rows.jsonl --out dangling.jsonl": "--out dangling.jsonl cannot be written: Not a directory.",
+    "chat ~nobody-of-this-name/x": "A name begins with ~ and a user that this machine does not have.",
+}
+
+
+def test_names_that_no_file_can_have_are_one_message_each(here: Path) -> None:
+    for name, target in {"dangling": "gone", "loop": "loop.jsonl"}.items():
+        (here / f"{name}.jsonl").symlink_to(target)
+    answers = run_all(NAMES, here)
+    for words, message in NAMES.items():
+        code, error, torch_imported = answers[words]
+        assert (code, error.startswith(message), torch_imported) == (2, True, False), (words, error)
+        assert len(error) < 700

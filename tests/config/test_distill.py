@@ -19,6 +19,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "packed answers of the student": ({"on_policy": 0.5, "packing": True}, "cannot be packed in advance"),
     "server with --online": ({"teacher": "http://x", "online": True}, "most likely tokens, and --online needs all"),
     "server that scores rollouts": ({"teacher": "http://x", "on_policy": 1.0}, "and --on-policy needs all"),
+    "password in an address": (
+        {"teacher": "http://me:secret@x"},
+        "^(?!(.|\n)*secret)(.|\n)*a user, a password or parameters",
+    ),
+    "key in an address": (
+        {"teacher": "https://x?key=secret#m"},
+        "key into the environment variable HYMBA_TUNE_TEACHER_KEY",
+    ),
     "server's hidden states": ({"teacher": "https://x", "match_hidden": "mse"}, "and --match-hidden needs all"),
     "teacher's answers in one stage only": ({"stages": ["0.5", "0.5:loss=seq"]}, "use it in every stage or in none"),
     "stages of too few steps": ({"stages": ["0.5", "0.4"]}, r"sum to 0\.9, not 1"),
