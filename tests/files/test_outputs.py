@@ -35,6 +35,12 @@ def test_input_is_refused_under_any_name(name: str, tmp_path: Path) -> None:
             check_file("--out", out, overwrite=overwrite, inputs=[tmp_path / "none", tmp_path / "data.jsonl"])
 
 
+def test_link_to_nothing_is_refused_as_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(ConfigError, match=r"--out .*link is a link to a folder that is not there\."):
+        check_folder(tmp_path / "link", RUN, overwrite=True)
+
+
 def test_file_inside_an_input_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/one.yaml").touch()
