@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .native_cache import cache_folder, find_libraries, store_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 """The dtypes that the C++ reads and writes; it computes in float32."""
@@ -148,33 +151,42 @@ class Library:
         """Return the compiled library, or why there is none."""
         try:
             command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
-            library = ctypes.CDLL(str(self._compiled(command)))
+            library = self._opened(command)
         except FileNotFoundError as error:
             return f"no C++ compiler: {error.filename} was not found; install g++ or clang++, or name one in $CXX"
         except subprocess.CalledProcessError as error:
             return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # AttributeError: a function is missing
             return str(error)
         library.share_threads(_torch_threads())
         return library
 
-    def _compiled(self, command: list[str]) -> Path:
+    def _opened(self, command: list[str]) -> ctypes.CDLL:
         """Return the library for this source, compiler and CPU, compiled unless the cache contains it."""
         # The predefined macros of a compiler name its version and every instruction set of the CPU.
         macros = _output([*command, *self._flags, "-dM", "-E", "-x", "c++", os.devnull])
         key = hashlib.sha256("\0".join([self._source, *command, *self._flags, macros]).encode()).hexdigest()[:16]
+        folder, stem = cache_folder(), f"{self.name}-{key}"
+        for path in find_libraries(folder, stem):
+            with suppress(OSError, AttributeError):  # a library that cannot be used counts as missing
+                return self._checked(path)
+        # Several processes may compile it at once: each has its own folder, and a rename is atomic.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            source, built = Path(scratch, f"{self.name}.cpp"), Path(scratch, f"{self.name}.so")
+            source.write_text(self._source)
+            _output([*command, *self._flags, str(source), "-o", str(built)])
+            return self._checked(store_library(built, folder, stem))
 
-        folder = _cache_folder()
-        library = folder / f"{self.name}-{key}.so"
-        if not library.exists():
-            # Several processes may compile it at once: each has its own folder, and a rename is atomic.
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                source, built = Path(scratch, f"{self.name}.cpp"), Path(scratch, f"{self.name}.so")
-                source.write_text(self._source)
-                _output([*command, *self._flags, str(source), "-o", str(built)])
-                with built.open("rb+") as file:
-                    os.fsync(file.fileno())  # after a crash, a truncated library would stay in the cache
-                built.replace(library)
+    def _checked(self, path: Path) -> ctypes.CDLL:
+        """Open a library.
+
+        Raises:
+            OSError: If it is not one.
+            AttributeError: If a function of the source is missing.
+        """
+        library = ctypes.CDLL(str(path))
+        for function in re.findall(r'extern "C" void (\w+)\(', self._source):
+            getattr(library, function)
         return library
 
 
@@ -191,15 +203,3 @@ def _torch_threads() -> ctypes.c_void_p | None:
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
-
-
-def _cache_folder() -> Path:
-    """Return the user's cache folder, or if it is not writable a temporary one that is removed at exit."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
-        folder = Path(tempfile.mkdtemp(prefix="hymba-tune-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

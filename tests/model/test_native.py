@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from torch.distributed import HashStore, destroy_process_group, init_process_gro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
-from hymba_tune.model import native
+from hymba_tune.model import native, native_cache
 from hymba_tune.model.attention_native import native_attention
 from hymba_tune.model.convolution_native import native_conv1d
 from hymba_tune.model.documents import Documents, find_documents
@@ -43,7 +44,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     """Use an empty cache folder, with no library loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     LIBRARY.load.cache_clear()
-    yield tmp_path / "hymba-tune"
+    yield tmp_path / "hymba-tune" / "native"
     LIBRARY.load.cache_clear()
 
 
@@ -145,3 +146,93 @@ def test_two_processes_may_compile_at_once(cache_folder: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.suffix for path in cache_folder.iterdir()] == [".so"]
+
+
+TINY = 'extern "C" void share_threads(void *) {}'
+
+
+@pytest.fixture
+def tiny(cache_folder: Path) -> Library:
+    """A library that compiles in no time, into an empty cache."""
+    assert not cache_folder.exists()
+    if not any(map(shutil.which, native.COMPILERS)):
+        pytest.skip("no C++ compiler")
+    return Library("tiny", TINY)
+
+
+def test_cache_is_private(cache_folder: Path, tiny: Library) -> None:
+    cache_folder.mkdir(parents=True, mode=0o777)
+    cache_folder.chmod(0o777)
+    assert tiny.unavailable_reason() is None
+    (library,) = cache_folder.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (cache_folder, library)] == [0o700, 0o700]
+
+
+@pytest.fixture
+def kept(cache_folder: Path, tiny: Library) -> Path:
+    """The library in the cache."""
+    assert tiny.unavailable_reason() is None
+    tiny.load.cache_clear()
+    return next(cache_folder.iterdir())
+
+
+def replace_content(library: Path, content: bytes) -> None:
+    library.unlink()  # its own memory is that of this process
+    library.write_bytes(content)
+
+
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "other content": lambda library: replace_content(library, library.read_bytes() + b"x"),
+    "no content": lambda library: replace_content(library, b""),
+    "writable by others": lambda library: library.chmod(0o777),
+    "a link": lambda library: library.symlink_to(library.rename(library.parent.parent / "elsewhere.so")),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_library_that_cannot_be_trusted_is_compiled_again(
+    name: str, kept: Path, tiny: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SPOILED[name](kept)
+    opened: list[Path] = []
+    commands: list[list[str]] = []
+    output, checked = native._output, Library._checked
+    monkeypatch.setattr(native, "_output", lambda command: commands.append(command) or output(command))
+    monkeypatch.setattr(Library, "_checked", lambda self, path: opened.append(path) or checked(self, path))
+    assert tiny.unavailable_reason() is None
+    assert (len(opened), len(commands)) == (1, 2)  # compiled, and only the new one is opened
+
+
+def test_folder_of_another_user_is_not_used(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native_cache.cache_folder() == cache_folder
+    monkeypatch.setattr("os.geteuid", lambda: cache_folder.stat().st_uid + 1)
+    other = native_cache.cache_folder()
+    assert other != cache_folder
+    assert other.stat().st_mode & 0o777 == 0o700
+
+
+def test_library_of_another_user_is_not_used(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_folder.mkdir(parents=True)
+    (cache_folder / "built.so").touch()
+    stored = native_cache.store_library(cache_folder / "built.so", cache_folder, "scan-0")
+    assert list(native_cache.find_libraries(cache_folder, "scan-0")) == [stored]
+    monkeypatch.setattr("os.geteuid", lambda: stored.stat().st_uid + 1)
+    assert list(native_cache.find_libraries(cache_folder, "scan-0")) == []
+
+
+def test_library_without_a_function_counts_as_missing(kept: Path, tiny: Library, tmp_path: Path) -> None:
+    built = tmp_path / "built.so"
+    compiler = next(filter(shutil.which, native.COMPILERS))
+    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", str(built)], check=True)
+    stem = kept.name.rpartition("-")[0]
+    kept.unlink()
+    empty = native_cache.store_library(built, kept.parent, stem)
+    assert list(native_cache.find_libraries(kept.parent, stem)) == [empty]
+    assert tiny.unavailable_reason() is None
+    assert sorted(kept.parent.iterdir()) == sorted([empty, kept])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_compiler_that_leaves_a_function_out_is_reported() -> None:
+    library = Library("tiny", TINY + '// extern "C" void gone(')
+    assert "undefined symbol: gone" in str(library.unavailable_reason())
