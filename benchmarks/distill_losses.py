@@ -111,7 +111,7 @@ def rows_with_targets(examples: Sequence[Example], folder: Path, setting: Settin
             result[index],
             targets=batch.targets,
             begins=torch.from_numpy(row.student[begins]),
-            hidden=teacher.hidden[row.teacher[begins] - 1].to(torch.bfloat16),
+            hidden=teacher.hidden.pop(index)[row.teacher[begins] - 1].to(torch.bfloat16),
         )
     return result
 
@@ -121,17 +121,18 @@ def _fits(row: Alignment | Unaligned) -> bool:
 
 
 class _HiddenStateRecorder:
-    """A teacher that also provides the hidden states of its last row."""
+    """A teacher that also provides the hidden states of each row."""
 
     def __init__(self, teacher: ModelTeacher) -> None:
         self.name = teacher.name
         self.tokenizer = teacher.tokenizer
         self._teacher = teacher
+        self.hidden: dict[int, Tensor] = {}
 
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, HeadOutputs]]:
         """See `ModelTeacher`."""
         for index, outputs in self._teacher.outputs(rows):
-            self.hidden = outputs.head.hidden
+            self.hidden[index] = outputs.head.hidden
             yield index, outputs
 
 
