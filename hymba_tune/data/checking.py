@@ -23,6 +23,7 @@ from hymba_tune.data.formats import (
     recognize,
 )
 from hymba_tune.data.messages import REASONING_KEYS, SHOWN_KEYS
+from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.data.values import is_empty
@@ -115,24 +116,29 @@ def _count(
     assert reading.example
     seen.add(reading.example, place)
     note_special_tokens([reading.example], place, special, check)
-    row = cast(Mapping[str, object], reading.row.value)
-    fields = names.rename(row)
+    _note_columns(reading.example, reading.row, names, check)
+    _count_tokens(reading, check)
+
+
+def _note_columns(example: Example, row: SourceRow, names: Names, check: Check) -> None:
+    """Note the oddities of a row, its label, and the columns and keys that the model does not see."""
+    value = cast(Mapping[str, object], row.value)
+    fields = names.rename(value)
     form = recognize(fields, names)
     keys = {(name, key) for name in form.required for key in _message_keys(fields[name])}
-    good = None
-    if label := judgment_column(fields) if form.turns else "":
-        good = is_good(fields[label])
-        check.labels[label, good] += 1
-    oddities = [*_oddities(reading.example, {key for _, key in keys})]
-    oddities += [LABELED_BAD] if good is False else []
-    oddities += [NO_LABEL] if form.turns and any(row.get(name, 0) is None for name in LIKELY_LABELS) else []
+
+    oddities = [*_oddities(example, {key for _, key in keys})]
+    if isinstance(example, Conversation):
+        if label := judgment_column(fields):
+            check.labels[label, is_good(fields[label])] += 1
+            oddities += [] if is_good(fields[label]) else [LABELED_BAD]
+        oddities += [NO_LABEL] if any(value.get(name, 0) is None for name in LIKELY_LABELS) else []
     for oddity in oddities:
-        check.notes.add(oddity, str(place), ODDITIES[oddity])
+        check.notes.add(oddity, str(row.place), ODDITIES[oddity])
 
     hidden = {str(key) for key, value in fields.items() if not is_empty(value) and key not in form.fields}
     hidden |= {f"{name}[].{key}" for name, key in keys if key not in SHOWN_KEYS}
     check.hidden.update(key if key in check.hidden or len(check.hidden) < KINDS else OTHERS for key in hidden)
-    _count_tokens(reading, check)
 
 
 def _count_tokens(reading: ExampleReading, check: Check) -> None:
