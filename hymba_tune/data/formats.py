@@ -27,6 +27,7 @@ LIKELY_CONTEXTS = ("context", "passage", "paragraph", "document")
 LIKELY_TEXTS = ("content", "body", "article", "document", "passage", "story", "page", "raw_content")
 LIKELY_LABELS = ("label", "kto_tag")
 """Columns that judge an answer, if they hold true or false."""
+KTO = "hymba-tune kto trains on single answers with labels"
 JUDGMENTS = (True, False, 1, 0, "true", "false", "1", "0")
 PAIR = ("chosen", "rejected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
@@ -294,8 +295,7 @@ def _suggestion(fields: Fields) -> str:
     if {*PAIR} <= fields.keys():
         return "hymba-tune dpo trains on pairs of a better and a worse answer"
     if column := judgment_column(fields):
-        flags = f"{suggested_map(fields)} {_map_flags({'label': column})}".strip()
-        return f"hymba-tune kto trains on single answers with labels, here with {flags}"
+        return f"{KTO}, here with {suggested_map(fields)} {map_flags({'label': column})}".rstrip()
     return suggested_map(fields, plain=True)
 
 
@@ -308,20 +308,21 @@ def suggested_map(fields: Mapping[str, object], *, plain: bool = False) -> str:
     """
     lists = [name for name, value in fields.items() if holds_messages(_written(value))]
     if len(lists) == 1:
-        return _map_flags({"messages": lists[0]})
+        return map_flags({"messages": lists[0]})
 
     texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip()]
     prompt = next((name for name in LIKELY_PROMPTS if name in texts), None)
     answer = next((name for name in LIKELY_ANSWERS if name in texts and name != prompt), None)
     context = next((name for name in LIKELY_CONTEXTS if name in texts), None)
     if prompt and answer and context:  # the one format that shows a context after the question
-        return _map_flags({"instruction": prompt, "input": context, "output": answer})
+        return map_flags({"instruction": prompt, "input": context, "output": answer})
     if plain and not prompt and not answer and len(texts) == 1 and texts[0] in LIKELY_TEXTS:
-        return _map_flags({"text": texts[0]})
-    return _map_flags({"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
+        return map_flags({"text": texts[0]})
+    return map_flags({"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
 
 
-def _map_flags(columns: Mapping[str, str]) -> str:
+def map_flags(columns: Mapping[str, str]) -> str:
+    """Return the flags of ``--map`` that name these columns, quoted for the shell; none for those with equal names."""
     return " ".join(shlex.join(["--map", f"{name}={column}"]) for name, column in columns.items() if name != column)
 
 

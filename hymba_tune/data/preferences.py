@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from hymba_tune.data.formats import (
     EXTRAS,
     FORMATS,
+    KTO,
     LIKELY_LABELS,
     LIKELY_PROMPTS,
     SCORES,
@@ -19,6 +20,7 @@ from hymba_tune.data.formats import (
     Names,
     is_good,
     judgment_column,
+    map_flags,
     messages_in,
     parse,
     suggested_map,
@@ -147,15 +149,14 @@ def _without_label(row: object, fields: dict[str, object], names: Names) -> Data
         what, fix = f"{names.column('label')} is null", "fill it in, or remove the row"
         return DataError(what, expected="true or false (or 1 or 0)", fix=fix)
     column = judgment_column(fields)
-    fix = f"--map label={column}" if column else _other_verb(row, fields) or "--map label=COLUMN"
+    fix = map_flags({"label": column}) if column else _other_verb(row, fields) or "--map label=COLUMN"
     return DataError(f"it has no {names.column('label')} (but {listing(fields)})", expected=EXPECTED_UNPAIRED, fix=fix)
 
 
 def _other_verb(row: object, fields: Mapping[str, object]) -> str:
     """Name the verb that trains on rows with these fields; empty if that is not sure."""
     if column := judgment_column(fields):
-        flag = "" if column == "label" else f", here with --map label={column}"
-        return f"hymba-tune kto trains on single answers with labels{flag}"
+        return KTO if column == "label" else f"{KTO}, here with {map_flags({'label': column})}"
     has_answer = any(fields.keys() >= {*form.required} for form in FORMATS)
     is_judged = isinstance(row, Mapping) and not JUDGED.isdisjoint(row)
     return "hymba-tune sft trains on answers that are all good" if has_answer and not is_judged else ""
