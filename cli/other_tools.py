@@ -46,6 +46,8 @@ _FLAGS = {
     "--eval-split": "val_set_size val_size test_size validation_split eval_size validation_split_percentage",
     "--eval-max-rows": "max_eval_samples",
     "--on-bad-row skip": "skip_errors",
+    "--desirable-weight": "good_weight kto_chosen_weight",  # the first is what this kit itself once had, as below
+    "--undesirable-weight": "bad_weight kto_rejected_weight",
     "--epochs": "num_epochs num_train_epochs n_epochs epoch max_epochs",
     "--steps": "max_steps num_steps total_steps iters num_iters",
     "--batch-size": "per_device_train_batch_size train_batch_size micro_batch_size per_device_batch_size bs bsz "
@@ -127,6 +129,7 @@ _VALUES = {
     "frozen": "none no false freeze",
     "sigmoid": "dpo",
     "kto": "kto_pair",
+    "dequantized": "dequantised",
     "gsm8k": "gsm",
     "exact": "exact_match em",
     "messages": "openai chatml conversations chat",

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from cyclopts import Group, Parameter
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 MAX_NUMBER = 2**32 - 1
 """The largest number that any setting takes; seeds go so far."""
@@ -206,6 +206,15 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
         defer_build=True,  # of the schemas: a command needs that of its verb only
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as a number: YAML reads ``yes`` and ``on`` as true, which pydantic would read as 1."""
+        types = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (types, *get_args(types)):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
 
     @field_validator("*")
     @classmethod

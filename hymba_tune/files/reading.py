@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def read_yaml(path: Path) -> Any:
             return None
         if _count(node, {}) > MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES:,} values, or aliases that repeat them as often")
+        _refuse_repeated_keys(node)
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -60,3 +62,11 @@ def _count(node: yaml.Node, counts: dict[int, int]) -> int:
         flat = [child for pair in children for child in pair] if pairs else children
         counts[id(node)] = 1 + sum(_count(child, counts) for child in flat)
     return counts[id(node)]
+
+
+def _refuse_repeated_keys(node: yaml.Node) -> None:
+    """Raise an error for a key that a mapping has twice: YAML would use the last one and drop the others."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"the key {reprlib.repr(repeated[0])} is there twice")

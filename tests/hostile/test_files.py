@@ -177,7 +177,7 @@ QUIET = {
     "same-names.csv": "(?i)column|bad|cannot",
     "nul.csv": "1 row",
     "label-null.jsonl": "label is null",
-    **dict.fromkeys(("label-text.jsonl", "label-number.jsonl", "label-nan.jsonl"), "not read: label"),
+    **dict.fromkeys(("label-text.jsonl", "label-number.jsonl", "label-nan.jsonl"), r"label \(1\)|not shown"),
 }
 """Files that may be used, and what is then said of them."""
 
@@ -199,7 +199,15 @@ def test_paths_that_are_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "nowhere.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
     (tmp_path / "empty").mkdir()
-    names = ("folder.jsonl", "nowhere.jsonl", "circle.jsonl", "empty", "gone/rows.jsonl", "a\nb.jsonl", "a\x1b[31m.jsonl")
+    names = (
+        "folder.jsonl",
+        "nowhere.jsonl",
+        "circle.jsonl",
+        "empty",
+        "gone/rows.jsonl",
+        "a\nb.jsonl",
+        "a\x1b[31m.jsonl",
+    )
     attempts = [
         (repr(name), Attempt([*verb, str(tmp_path / name), "--model", "hymba-nano"], "(?i)cannot|no |not "))
         for name in names

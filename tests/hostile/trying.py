@@ -26,7 +26,8 @@ class Attempt:
     Attributes:
         words: The words after ``hymba-tune``.
         says: A pattern that the output must contain, so that the user knows what is wrong.
-        refused: Whether the command must end with exit code 2; otherwise it may also use the input and say what is wrong.
+        refused: Whether the command must end with exit code 2. Otherwise it may also use the input, and say what is
+            wrong.
     """
 
     words: Sequence[str]
