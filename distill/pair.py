@@ -186,12 +186,16 @@ class Unaligned:
 
 
 def for_teacher(example: Example, pair: TokenizerPair) -> Example:
-    """Return the example as the teacher reads it: with its system message, in the role that its template has."""
-    if not isinstance(example, Conversation):
-        return example
-    if pair.teacher_system is not None and example.messages[0].role != "system":
-        example = replace(example, messages=(Message("system", pair.teacher_system), *example.messages))
-    return _with_system_in_question(example) if pair.teacher_system_as == "user" else example
+    """Return the example as the teacher reads it; see `conversation_for_teacher`."""
+    return conversation_for_teacher(example, pair) if isinstance(example, Conversation) else example
+
+
+def conversation_for_teacher(conversation: Conversation, pair: TokenizerPair) -> Conversation:
+    """Return the conversation with the teacher's system message if it has none, in the role that the pair says."""
+    if pair.teacher_system is not None and conversation.messages[0].role != "system":
+        messages = Message("system", pair.teacher_system), *conversation.messages
+        conversation = replace(conversation, messages=messages)
+    return _with_system_in_question(conversation) if pair.teacher_system_as == "user" else conversation
 
 
 def _with_system_in_question(conversation: Conversation) -> Conversation:
@@ -230,10 +234,10 @@ def left_out(example: Example, text: str) -> str | None:
             if missing and not name.endswith("(assistant)"):
                 return f"{name}: {shorten(part)}"
     for n, tool in enumerate(example.tools, start=1):
-        name = tool.get("function", tool)
-        name = name.get("name") if isinstance(name, dict) else None
-        if isinstance(name, str) and name not in text:
-            return f"tool {n}: {shorten(name)}"
+        function = tool.get("function", tool)
+        called = function.get("name") if isinstance(function, dict) else None
+        if isinstance(called, str) and called not in text:
+            return f"tool {n}: {shorten(called)}"
     return None
 
 

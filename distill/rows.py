@@ -79,7 +79,7 @@ class AlignedReport(DataReport):
 
 
 @dataclass(frozen=True)
-class AlignedData(TrainingData[AlignedReport]):
+class AlignedData(TrainingData[DataReport]):
     """The data of a run of distillation. The report's fingerprint covers the tokens of both sides.
 
     Attributes:
@@ -158,19 +158,25 @@ def read_rows(
 
 def normalized(sources: Sequence[Source], form: str | None) -> list[Source]:
     """Return the sources with all texts of their rows in a Unicode form; None leaves them as they are."""
-    return [replace(source, read=partial(_in_form, source, form)) if form else source for source in sources]
+    return [_in_form(source, form.upper()) if form else source for source in sources]
 
 
-def _in_form(source: Source, form: str) -> Iterator[SourceRow]:
+def _in_form(source: Source, form: str) -> Source:
     def composed(value: Any) -> Any:
         if isinstance(value, str):
-            return unicodedata.normalize(form.upper(), value)  # type: ignore[arg-type]
+            return unicodedata.normalize(form, value)  # type: ignore[arg-type]
         if isinstance(value, Mapping):
             return {name: composed(inner) for name, inner in value.items()}
         return [*map(composed, value)] if isinstance(value, list) else value
 
-    for row in source.read():
-        yield replace(row, value=composed(row.value))
+    def each(rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+        return (replace(row, value=composed(row.value)) for row in rows)
+
+    return replace(
+        source,
+        read=lambda: each(source.read()),
+        read_columns=lambda choose: each(source.only(choose).read()),
+    )
 
 
 def _numbered(rows: Dataset, first: int) -> Dataset:

@@ -19,7 +19,7 @@ from hymba_tune.data.encoding import readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.alignment_report import CAUSES
 from hymba_tune.distill.outputs import Teacher
-from hymba_tune.distill.pair import TokenizerPair, for_teacher, left_out, without_output
+from hymba_tune.distill.pair import TokenizerPair, conversation_for_teacher, left_out, without_output
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import LOCK, locked, write_text
 
@@ -159,7 +159,8 @@ class TeacherGenerator:
             DataError: If the chat template refuses the conversation or leaves out a text of it, or the teacher cannot
                 read a token.
         """
-        prompt = for_teacher(replace(talk, messages=talk.messages[: _last_answer(talk)]), self._pair)
+        before = replace(talk, messages=talk.messages[: _last_answer(talk)])
+        prompt = conversation_for_teacher(before, self._pair)
         tokenizer, fix = self._pair.teacher.tokenizer, f"likely, {CAUSES['template']}"
         try:
             text = render_prompt(prompt, tokenizer)
