@@ -5,6 +5,7 @@ from __future__ import annotations
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hymba_tune.data.rendering import apply_template
 from hymba_tune.errors import ConfigError
 
 FLAG = "--teacher-end"
@@ -26,8 +27,8 @@ def tokens_after_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None
     turns = zip(("user", "assistant") * 2, (QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1]), strict=True)
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError):
+        text = apply_template(tokenizer, messages)
+    except TemplateError:
         return None, None
     if not all(content in text for content in (*QUESTIONS, *ANSWERS)):
         return None, None

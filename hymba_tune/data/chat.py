@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from hymba_tune.config import Learn
 from hymba_tune.data.formats import Conversation, Example
 from hymba_tune.data.messages import Message
+from hymba_tune.data.rendering import apply_template
 from hymba_tune.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
@@ -247,20 +248,19 @@ def _apply_template(
 ) -> str:
     """Render messages with the tokenizer's template, and with the tools and contexts of the conversation."""
     try:
-        text: str = tokenizer.apply_chat_template(
+        return apply_template(
+            tokenizer,
             [{"role": message.role, "content": message.content} for message in messages],
             tools=list(conversation.tools) or None,
             contexts=list(conversation.contexts) or None,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
         )
-    except (TemplateError, TypeError) as error:  # a template that adds a number to a text
+    except TemplateError as error:
         raise DataError(
             f"the chat template refuses the conversation ({error})",
             expected="roles in the order that the chat template allows",
             fix=f"reorder the messages, or {OTHER_TEMPLATE}",
         ) from error
-    return text
 
 
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:

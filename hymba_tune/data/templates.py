@@ -11,8 +11,9 @@ from jinja2 import TemplateError
 from hymba_tune.data.chat import render
 from hymba_tune.data.formats import Conversation
 from hymba_tune.data.messages import Message
+from hymba_tune.data.rendering import TemplateFailureError, apply_template
 from hymba_tune.data.rows import listing
-from hymba_tune.errors import ConfigError, DataError
+from hymba_tune.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
@@ -86,8 +87,10 @@ def with_chat_template(
 
     Raises:
         ConfigError: If there is no such template, or answers cannot be located in its output.
+        CheckpointError: If the tokenizer's own template fails.
     """
     if template is None and tokenizer.chat_template is not None and not _renders_released_format(tokenizer):
+        _check_own_template(tokenizer)
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = HYMBA_TEMPLATE if template is None else read_template(template, flag=flag)
@@ -126,16 +129,33 @@ def read_template(template: str, *, flag: str = "--chat-template") -> str:
 def _renders_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer's own template renders as Hymba's released template, on a probe with every feature."""
     roles = ("system", "user", "assistant", "tool", "assistant", "user")
+    messages = [{"role": role, "content": f" {role} "} for role in roles]
     probe: dict[str, Any] = {
-        "conversation": [{"role": role, "content": f" {role} "} for role in roles],
         "tools": [{"name": "tool"}],
         "contexts": [" context "],
         "add_generation_prompt": True,
-        "tokenize": False,
     }
     without_marks = {"bos_token": "", "eos_token": ""}
     try:
-        own = tokenizer.apply_chat_template(**probe)
+        own = apply_template(tokenizer, messages, **probe)
     except TemplateError:
         return False
-    return bool(own == tokenizer.apply_chat_template(**probe, **without_marks, chat_template=HYMBA_TEMPLATE))
+    return own == apply_template(tokenizer, messages, **probe, **without_marks, chat_template=HYMBA_TEMPLATE)
+
+
+def _check_own_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a CheckpointError if a tokenizer's template fails at a question and its answer.
+
+    A template may refuse this conversation, as it may refuse any.
+    """
+    messages = [{"role": message.role, "content": message.content} for message in PROBE.messages]
+    try:
+        apply_template(tokenizer, messages)
+    except TemplateFailureError as error:
+        raise CheckpointError(
+            f"The chat template of {tokenizer.name_or_path} fails: {error}.",
+            expected="a template that renders a question and its answer",
+            fix="--chat-template hymba, or remove chat_template from the tokenizer",
+        ) from error
+    except TemplateError:
+        return

@@ -58,7 +58,10 @@ def test_template_of_a_file_survives_saving(tmp_path: Path) -> None:
     [
         (None, r"mine\.jinja cannot be read: No such file(.|\n)*one of hymba, alpaca, or a Jinja file"),
         (b"\xff", "it is not UTF-8"),
-        (b"{% for message in messages %}", "the chat template refuses the conversation .Unexpected end of template"),
+        (
+            b"{% for message in messages %}",
+            "the chat template refuses the conversation .line 1: Unexpected end of template",
+        ),
         (b"{{ messages[0].content + 1 }}", "refuses the conversation .can only concatenate"),
         (b"{{ messages[0].content }}", "rewrites the conversation around message 2, an answer"),
     ],
