@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,13 +24,36 @@ from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
 from hymba_tune.registry import ModelSource, fetch_weights
-from hymba_tune.schemes import fix_loaded_quantization, quantized, stored_quantization, stored_shapes, stored_state
+from hymba_tune.schemes import (
+    fix_loaded_quantization,
+    quantized,
+    stored_dtypes,
+    stored_quantization,
+    stored_shapes,
+    stored_state,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that are never opened, because reading them can run code."""
 META_TOKENS = "model.memory_tokens"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights that are not quantized, as safetensors files name them."""
+MAX_HEADER = 100_000_000
+"""The most bytes that the safetensors library accepts as a header."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file, according to the header.
+
+    Attributes:
+        shape: Its shape.
+        dtype: The name of its dtype in the header: ``F32``, ``BF16``, ``I8``.
+    """
+
+    shape: list[int]
+    dtype: str
 
 
 def choose_device(name: str) -> torch.device:
@@ -204,46 +228,79 @@ def check_weights(folder: Path, config: Any) -> None:
     Reads headers only.
 
     Raises:
-        CheckpointError: If a file or tensor is missing, unexpected or truncated, or has the wrong shape.
+        CheckpointError: If a file or tensor is missing, unexpected or truncated, or has the wrong shape or dtype.
     """
-    present: dict[str, tuple[list[int], str]] = {}
+    files: dict[str, Path] = {}
+    present: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        present.update({name: (shape, file.name) for name, shape in read_header(file).items()})
+        for name, tensor in read_header(file).items():
+            if name in present:
+                raise CheckpointError(
+                    f"{file}: tensor {name} is in {files[name].name} as well.",
+                    expected="each tensor in one file",
+                    fix="download or copy the model again",
+                )
+            files[name], present[name] = file, tensor
+
     expected = _expected(config, present)
     if config.tie_word_embeddings:
         # The head is tied to the embedding, but some tools save it as well.
         head = expected.pop("lm_head.weight")
-        if "lm_head.weight" in present and present["lm_head.weight"][0] == head:
+        if "lm_head.weight" in present and present["lm_head.weight"].shape == head.shape:
             del present["lm_head.weight"]
-    for name, shape in expected.items():
+    for name, wanted in expected.items():
         if name not in present:
-            raise CheckpointError(f"{folder}: tensor {name} is missing.", expected=f"a tensor of shape {shape}")
-        if present[name][0] != shape:
+            raise CheckpointError(f"{folder}: tensor {name} is missing.", expected=f"a tensor of shape {wanted.shape}")
+        if present[name].shape != wanted.shape:
             raise CheckpointError(
-                f"{folder / present[name][1]}: tensor {name} has shape {present[name][0]}.",
-                expected=f"the shape {shape}, from config.json",
+                f"{files[name]}: tensor {name} has shape {present[name].shape}.",
+                expected=f"the shape {wanted.shape}, from config.json",
             )
+        check_dtype(files[name], name, present[name], wanted.dtypes)
     if extra := [name for name in present if name not in expected]:
         raise CheckpointError(
-            f"{folder / present[extra[0]][1]}: tensor {extra[0]} is not part of the model"
+            f"{files[extra[0]]}: tensor {extra[0]} is not part of the model"
             + (f", nor are {len(extra) - 1} others." if len(extra) > 1 else "."),
             expected="only the tensors that config.json describes",
         )
 
 
-def _expected(config: Any, present: Mapping[str, tuple[list[int], str]]) -> dict[str, list[int]]:
-    """Return the shapes that the tensors of a checkpoint must have, by their names."""
+def check_dtype(file: Path, name: str, tensor: StoredTensor, dtypes: Sequence[str] = FLOATS) -> None:
+    """Check that a tensor has one of several dtypes; integers would be read as weights that mean nothing.
+
+    Raises:
+        CheckpointError: If it has another one.
+    """
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(
+            f"{file}: tensor {name} has the dtype {tensor.dtype}.",
+            expected=" or ".join(dtypes),
+            fix="get the weights in one of these dtypes; only those that bitsandbytes has quantized may be integers",
+        )
+
+
+class _Expected(NamedTuple):
+    """The shape of a tensor, and the dtypes that it may have."""
+
+    shape: list[int]
+    dtypes: Sequence[str]
+
+
+def _expected(config: Any, present: Mapping[str, StoredTensor]) -> dict[str, _Expected]:
+    """Return what the tensors of a checkpoint must be, by their names."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {
-        name.replace(f"{META_TOKENS}.weight", META_TOKENS): list(t.shape) for name, t in model.state_dict().items()
+        name.replace(f"{META_TOKENS}.weight", META_TOKENS): _Expected(list(t.shape), FLOATS)
+        for name, t in model.state_dict().items()
     }
     if (quantization := stored_quantization(config)) is not None:
         for name, layer in quantized(model, quantization).items():
-            expected |= stored_shapes(name, layer, quantization)
+            for part, shape in stored_shapes(name, layer, quantization).items():
+                expected[part] = _Expected(shape, stored_dtypes(part, quantization))
             state = stored_state(name, quantization)
-            if state is not None and state in present:
-                expected[state] = present[state][0]  # its length depends on the description that it holds
+            if state is not None and state in present:  # its length depends on the description that it holds
+                expected[state] = _Expected(present[state].shape, ["U8"])
     return expected
 
 
@@ -278,28 +335,40 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_header(file: Path) -> dict[str, list[int]]:
-    """Read the names and shapes of the tensors in a safetensors file.
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file, which must describe every byte of the file exactly once.
 
     Raises:
-        CheckpointError: If the header cannot be read, or if the size of the file contradicts it.
+        CheckpointError: If the header cannot be read, contradicts itself, or contradicts the size of the file.
     """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
+            if length > size - 8:
                 raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
+            if length > MAX_HEADER:
+                raise ValueError(f"the header has {length:,} bytes, more than {MAX_HEADER:,}")
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
-        shapes = {name: entry["shape"] for name, entry in header.items()}
+        tensors = {name: StoredTensor(entry["shape"], entry["dtype"]) for name, entry in header.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        if size == end:
+            with safe_open(file, framework="pt"):  # checks offsets, shapes and dtypes against each other
+                return tensors
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}", fix="download or copy it again") from error
-    if size != end:
-        last = max(header, key=lambda name: header[name]["data_offsets"][1])
-        raise CheckpointError(
-            f"{file} is truncated: it has {size:,} bytes, and its last tensor {last} ends at {end:,}.",
-            fix="download or copy it again",
-        )
-    return shapes
+    last = max(header, key=lambda name: header[name]["data_offsets"][1], default="none")
+    raise CheckpointError(
+        f"{file} is truncated: it has {size:,} bytes, and its last tensor {last} ends at {end:,}."
+        if size < end
+        else f"{file} has {size:,} bytes, {size - end:,} more than its header describes.",
+        fix="download or copy it again",
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the header has {max(names, key=names.count)!r} twice")
+    return dict(pairs)

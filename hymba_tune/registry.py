@@ -208,7 +208,7 @@ def _downloaded(hub_id: str, revision: str, folder: Path) -> ModelSource:
 
 
 def _base_of_adapter(folder: Path) -> str:
-    return str(_read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    return _text(_read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path", folder / ADAPTER_CONFIG) or ""
 
 
 def _run(path: Path) -> ModelSource:
@@ -217,8 +217,8 @@ def _run(path: Path) -> ModelSource:
         return ModelSource(path.name, path / "model")
     adapter = path / ADAPTER
     if (adapter / ADAPTER_CONFIG).is_file():
-        record = {name: run.get(name) for name in ("quantized", "dtype")}
-        return ModelSource(path.name, adapter, adapter=adapter, base=str(run["model"]), **record)
+        record = {name: _text(run, name, path / "run.json") for name in ("model", "quantized", "dtype")}
+        return ModelSource(path.name, adapter, adapter=adapter, base=record.pop("model"), **record)
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, which is written at the end of a run",
@@ -228,9 +228,24 @@ def _run(path: Path) -> ModelSource:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError(f"it is a JSON {type(contents).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
+    return contents
+
+
+def _text(contents: Mapping[str, Any], name: str, path: Path) -> str | None:
+    """Return a text in the contents of a file; None if it is missing or null."""
+    value = contents.get(name)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(
+            f"{path}: {name} is {str(value)[:80]!r}, a {type(value).__name__}.",
+            expected="a text, or null",
+            fix="copy or download it again",
+        )
+    return value
 
 
 def _download(hub_id: str, revision: str | None, files: Sequence[str], fix: str) -> Path:

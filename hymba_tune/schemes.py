@@ -226,6 +226,21 @@ def stored_shapes(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> di
     return {f"{name}.{part}": shape for part, shape in shapes.items()}
 
 
+def stored_dtypes(part: str, config: BitsAndBytesConfig) -> list[str]:
+    """Return the dtypes that a tensor of a quantized layer may have, as safetensors files name them.
+
+    Args:
+        part: The name of the tensor, from `stored_shapes`.
+        config: The quantization, as for `stored_shapes`.
+    """
+    kind = part.rpartition(".")[2]
+    if kind == "weight":
+        return ["I8"] if config.load_in_8bit else ["U8"]
+    if kind == "weight_format":
+        return ["U8"]
+    return ["U8"] if kind == "absmax" and config.bnb_4bit_use_double_quant else ["F32"]
+
+
 def stored_state(name: str, config: BitsAndBytesConfig) -> str | None:
     """Return the name of the tensor that describes a 4-bit layer, whose size varies; None for 8 bits."""
     return None if config.load_in_8bit else f"{name}.weight.quant_state.bitsandbytes__{config.bnb_4bit_quant_type}"

@@ -152,13 +152,30 @@ def test_adapter_folder_names_its_base(finished_run: Path, small_model: Path) ->
     assert source.adapter == finished_run / "adapter"
 
 
+@pytest.mark.parametrize("value", [3, ["x"], {"x": 1}, True])
+def test_base_of_the_wrong_type_is_refused(value: object, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": value}))
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json: base_model_name_or_path is .*\n  expected   a text"
+    ):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["model", "quantized", "dtype"])
+def test_run_record_of_the_wrong_type_is_refused(field: str, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "mine", "adapter/adapter_config.json")
+    (run / "run.json").write_text(json.dumps({"model": "hymba-nano", field: ["x"]}))
+    with pytest.raises(CheckpointError, match=rf"run\.json: {field} is .*a list"):
+        resolve_model(str(run))
+
+
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model in this folder\.\n  expected   a config\.json"):
         resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("file", ["run.json", "adapter_config.json"])
-@pytest.mark.parametrize("text", ["{", "3"])
+@pytest.mark.parametrize("text", ["{", "3", "[]", '[["model", "x"]]', "[" * 100_000])
 def test_unreadable_record_is_refused(file: str, text: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(text)
     with pytest.raises(CheckpointError, match=rf"{file} cannot be read"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,13 +21,14 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hymba_tune.adapters.initialization import ADAPTER, check_initialization
+from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import rows_outside
+from hymba_tune.adapters.settings import read_settings
+from hymba_tune.checkpoint import check_dtype, read_header
 from hymba_tune.errors import CheckpointError, ConfigError
 
 
@@ -96,12 +96,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     """
     config = read_config(folder)
     tensors = _read_tensors(folder)
+    _check_rank(folder, config, tensors)
     config.inference_mode = not trainable
     without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
             adapted = PeftModelForCausalLM(model, config, ADAPTER, low_cpu_mem_usage=without_memory)
-    except (ValueError, TypeError) as error:  # PEFT found no target module, or a rank or alpha of the wrong type
+    except Exception as error:  # PEFT found no target module, or fails in its own way at settings that do not fit
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_load_on_own_base(config)) from error
     _widen_meta_tokens(adapted)
     _save_offline(adapted)
@@ -152,20 +153,18 @@ def read_config(folder: Path) -> LoraConfig:
     """Read the configuration of an adapter.
 
     Raises:
-        CheckpointError: If it is missing or unreadable, if its type is not LoRA, or if its initialization changed the
-            base model in a way that cannot be repeated.
+        CheckpointError: If it is missing or unreadable, if the adapter cannot be merged, or if its initialization
+            changed the base model in a way that cannot be repeated.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, so {folder} contains no adapter.")
+    read_settings(path)  # before PEFT warns or fails
     try:
-        check_initialization(json.loads(path.read_text(encoding="utf-8")), folder)  # before PEFT warns or fails
         config = PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        peft_type = getattr(config.peft_type, "value", None)
-        raise CheckpointError(f"{path} is not a LoRA adapter: its peft_type is {peft_type}.", expected="LORA")
+    except Exception as error:  # PEFT raises errors of many kinds for settings that contradict each other
+        raise CheckpointError(f"{path} cannot be used: {error}", fix="copy or download it again") from error
+    assert isinstance(config, LoraConfig)  # as `read_settings` has checked
     return config
 
 
@@ -173,11 +172,22 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.", expected="the weights of an adapter, only as safetensors")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or broken: {error}", fix="copy or download it again") from error
+    for name, tensor in read_header(path).items():
+        check_dtype(path, name, tensor)
+    tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def _check_rank(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Refuse a rank that no tensor has, before PEFT allocates factors of that size."""
+    stated = max([config.r, *(config.rank_pattern or {}).values()])
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if stated > largest:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: the rank is {stated:,}, and no tensor of the adapter is that large.",
+            expected="the rank with which it was trained",
+            fix=f"correct r and rank_pattern, or copy {CONFIG_NAME} again",
+        )
 
 
 def _check_fit(folder: Path, tensors: dict[str, Tensor], model: PeftModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,31 @@ def base_of(source: ModelSource) -> ModelSource:
     return resolve_model(source.base)
 
 
-def weights_of(source: ModelSource) -> ModelSource:
-    """Find the model with full weights below all adapters; raises as `base_of` does."""
-    while source.adapter is not None:
+def sources_of(source: ModelSource) -> Iterator[ModelSource]:
+    """Yield a model, its base model if it is an adapter, and so on down to the model with full weights.
+
+    Raises:
+        CheckpointError: If a model is its own base model, also through others; or as `base_of` does.
+    """
+    names: dict[Path, str] = {}
+    while True:
+        folder = source.folder.resolve()
+        names[folder] = source.name
+        yield source
+        if source.adapter is None:
+            return
         source = base_of(source)
-    return source
+        if source.folder.resolve() in names:
+            raise CheckpointError(
+                f"{source.adapter} is its own base model: {' -> '.join([*names.values(), source.name])}.",
+                expected="adapters whose last base model has full weights",
+                fix="correct base_model_name_or_path in adapter_config.json",
+            )
+
+
+def weights_of(source: ModelSource) -> ModelSource:
+    """Find the model with full weights below all adapters; raises as `sources_of` does."""
+    return list(sources_of(source))[-1]
 
 
 def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -54,25 +75,24 @@ def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
 
     Raises:
         CheckpointError: If there is no tokenizer, or it cannot be read.
-        HymbaTuneError: If the base model cannot be found; see `base_of`.
+        HymbaTuneError: If the base model cannot be found; see `sources_of`.
     """
     return load_tokenizer(tokenizer_folder(source))
 
 
 def tokenizer_folder(source: ModelSource) -> Path:
     """Return the folder from which `tokenizer_of` loads."""
-    while source.adapter is not None and not any((source.folder / file).is_file() for file in TOKENIZERS):
-        source = base_of(source)
-    return source.folder
+    with_tokenizer = (
+        found.folder
+        for found in sources_of(source)
+        if found.adapter is None or any((found.folder / file).is_file() for file in TOKENIZERS)
+    )
+    return next(with_tokenizer)
 
 
 def folders_of(source: ModelSource) -> list[Path]:
     """Return the folders that a model is read from, including those of the models below its adapters."""
-    folders = [source.folder]
-    while source.adapter is not None:
-        source = base_of(source)
-        folders.append(source.folder)
-    return folders
+    return [found.folder for found in sources_of(source)]
 
 
 def quantized_base(source: ModelSource) -> WeightQuantization | None:
@@ -131,10 +151,9 @@ def folding_note(source: ModelSource) -> str | None:
     Raises:
         HymbaTuneError: If the base model or the run's record cannot be used; see `quantized_base`.
     """
-    while source.adapter is not None:
-        if (base := quantized_base(source)) is not None:
-            return f"{source.name}: merged into the weights it was trained on, {base.scheme} dequantized"
-        source = base_of(source)
+    for adapter in sources_of(source):
+        if (base := quantized_base(adapter)) is not None:
+            return f"{adapter.name}: merged into the weights it was trained on, {base.scheme} dequantized"
     return None
 
 
@@ -153,6 +172,7 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
         CheckpointError: If the weights or an adapter cannot be used; see `check_weights` and `load_adapter`.
         HubError: If they cannot be downloaded.
     """
+    weights_of(source)  # raises if the base models never end
     fetch_weights(source)
     if source.adapter is None:
         config = load_config(source)

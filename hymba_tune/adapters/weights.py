@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hymba_tune.adapters.attach import load_adapter
 from hymba_tune.adapters.initialization import ADAPTER, change_base
+from hymba_tune.adapters.settings import MERGEABLE
 from hymba_tune.checkpoint import META_TOKENS, read_header, weight_files
 from hymba_tune.errors import CheckpointError
 from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
 """The tensors of a model by their released names, each of which is computed when it is read."""
-MERGEABLE = "an adapter on linear layers or on meta tokens, or a full copy of the meta tokens"
 
 
 class StoredWeights(Weights):

@@ -44,7 +44,9 @@ def trace(source: ModelSource) -> Lineage:
     """
     runs = []
     steps = 0
+    seen: set[Path] = set()
     while True:
+        seen.add(source.folder.resolve())
         if (run := _run_of(source)) is not None:
             runs.append(run)
         base_name = source.base or (str(run.facts.get("model") or "") if run else "")
@@ -52,6 +54,12 @@ def trace(source: ModelSource) -> Lineage:
             break
         source = resolve_model(base_name)
         steps += 1
+        if source.folder.resolve() in seen:
+            raise CheckpointError(
+                f"{source.folder} is its own base model.",
+                expected="models that were trained from each other, down to a first one",
+                fix="correct model in run.json, or base_model_name_or_path in adapter_config.json",
+            )
     card = card_data(source.folder)
     base = source.published or _first(card.get("base_model"))
     return Lineage(base, license_of(card), tuple(runs), source.published, steps)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hymba_tune.adapters import base_of, folders_of, folding_note, open_model, short_count, tokenizer_of, weights_of
+from hymba_tune.adapters import folders_of, folding_note, open_model, short_count, sources_of, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config, weight_files
 from hymba_tune.config import ExportConfig, QuantizeConfig, Scheme, as_mapping
 from hymba_tune.data import Encoded, open_sources, with_chat_template
@@ -203,8 +203,7 @@ def write_quantized(plan: QuantizationPlan, folder: Path, base: str | None, work
 
 def _file_bytes(source: ModelSource) -> int:
     """Return the bytes of the weight files of a model, including those of adapters."""
-    size = 0
-    while source.adapter is not None:
-        size += sum(file.stat().st_size for file in source.adapter.glob("*.safetensors"))
-        source = base_of(source)
-    return size + sum(file.stat().st_size for file in weight_files(source.folder))
+    files: list[Path] = []
+    for found in sources_of(source):
+        files += weight_files(found.folder) if found.adapter is None else found.adapter.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
