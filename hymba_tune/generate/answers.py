@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList
 
 from hymba_tune.data import Conversation, encode_prompt
+from hymba_tune.generate.decoding import relative_logits
 
 
 class _TextStreamer(BaseStreamer):
@@ -39,6 +40,17 @@ class _TextStreamer(BaseStreamer):
         if new := text[self._sent :]:
             self._on_text(new)
             self._sent = len(text)
+
+
+class _Temperature(LogitsProcessor):
+    """A sampling temperature that may be arbitrarily small; that of transformers divides logits to infinity."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        """Divide the logits ``(S, V)`` of the next tokens."""
+        return relative_logits(scores, self._temperature)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -127,7 +139,8 @@ def _generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         # By default, transformers samples from the 50 likeliest tokens only.
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": 1.0, "top_p": top_p, "top_k": 0}
+        sampling["logits_processor"] = LogitsProcessorList([_Temperature(temperature)])
     training = model.training
     model.eval()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,9 @@ class Generation:
         number: The caller's index for this generation.
         ids: The generated token ids, including the end token.
         scores: The recorded score of each generated token.
-        finish_reason: "stop" after the end token or a stop string, "length" at ``max_new_tokens``, None until then.
+        finish_reason: "stop" after the end token or a stop string, "length" at ``max_new_tokens``, "error" after an
+            error, None until then.
+        error: The error that ended this generation; the others of its batch continue.
     """
 
     prompt: Sequence[int]
@@ -67,7 +69,13 @@ class Generation:
     number: int = 0
     ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "error"] | None = None
+    error: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """End this generation with an error."""
+        self.error = error
+        self.finish_reason = "error"
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The generated text so far, cut before the first stop string."""
@@ -111,21 +119,36 @@ class Decoder:
 
     @torch.inference_mode()
     def add(self, generations: Sequence[Generation]) -> None:
-        """Prefill the prompts of further sequences, and generate the first token of each."""
+        """Prefill the prompts of further sequences, and generate the first token of each.
+
+        A sequence whose prefill fails ends with the error; the others continue.
+        """
+        try:
+            output = self._prefill(generations)
+        except Exception as error:
+            if len(generations) == 1:
+                generations[0].fail(error)
+                return
+            for one in generations:  # one long prompt may need more memory than there is, where the others fit
+                self.add([one])
+            return
+
+        if self._cache is None:
+            self._cache = output[CACHE_NAME]
+        else:
+            self._cache.join(output[CACHE_NAME])
+        self.active += generations
+        self._append_tokens(generations, output.logits[:, -1])
+
+    def _prefill(self, generations: Sequence[Generation]) -> Any:
+        """Run the model on the prompts; the output has their cache and their last logits."""
         longest = max(len(one.prompt) for one in generations)
         padded = [[0] * (longest - len(one.prompt)) + list(one.prompt) for one in generations]
         ids = torch.tensor(padded, device=self._model.device)
         sizes = torch.tensor([len(one.prompt) for one in generations], device=ids.device)
         mask = torch.arange(longest, device=ids.device) >= longest - sizes[:, None]
 
-        output = self._model(ids, attention_mask=mask.long(), use_cache=True, logits_to_keep=1)
-        if self._cache is None:
-            self._cache = output[CACHE_NAME]
-        else:
-            self._cache.join(output[CACHE_NAME])
-
-        self.active += generations
-        self._append_tokens(generations, output.logits[:, -1])
+        return self._model(ids, attention_mask=mask.long(), use_cache=True, logits_to_keep=1)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -142,17 +165,31 @@ class Decoder:
 
     def _append_tokens(self, generations: Sequence[Generation], logits: Tensor) -> None:
         likeliest = logits.argmax(-1).tolist()
-        for one, row, greedy in zip(generations, logits, likeliest, strict=True):
-            token = greedy if one.sampling.temperature == 0 else self._sample(one, row)
-            one.ids.append(token)
-            if one.top is not None:
-                one.scores.append(token_score(row.log_softmax(-1), token, one.top))
-
-            if token == self._tokenizer.eos_token_id or self._at_stop_string(one):
-                one.finish_reason = "stop"
-            elif len(one.ids) >= one.max_new_tokens:
-                one.finish_reason = "length"
+        finite = logits.amax(-1).isfinite().tolist()
+        for one, row, greedy, is_finite in zip(generations, logits, likeliest, finite, strict=True):
+            try:
+                if not is_finite:
+                    raise CheckpointError(
+                        f"The model's logits are NaN or infinite after {len(one.prompt) + len(one.ids):,} tokens.",
+                        expected="finite numbers",
+                        fix="--dtype float32, or another checkpoint",
+                    )
+                self._append(one, row, greedy)
+            except Exception as error:  # the other texts of the batch continue
+                one.fail(error)
         self._remove_finished()
+
+    def _append(self, one: Generation, logits: Tensor, greedy: int) -> None:
+        """Choose the next token of one sequence from its logits ``(V,)``."""
+        token = greedy if one.sampling.temperature == 0 else self._sample(one, logits)
+        one.ids.append(token)
+        if one.top is not None:
+            one.scores.append(token_score(logits.log_softmax(-1), token, one.top))
+
+        if token == self._tokenizer.eos_token_id or self._at_stop_string(one):
+            one.finish_reason = "stop"
+        elif len(one.ids) >= one.max_new_tokens:
+            one.finish_reason = "length"
 
     def _sample(self, generation: Generation, logits: Tensor) -> int:
         generator = self._generators.get(generation)
@@ -161,10 +198,8 @@ class Decoder:
             seed = generation.sampling.seed
             generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
-        probabilities, tokens = (logits / generation.sampling.temperature).softmax(-1).sort(descending=True)
-        likelier_mass = probabilities.cumsum(-1) - probabilities
-        nucleus = probabilities.where(likelier_mass < generation.sampling.top_p, 0.0)
-        return int(tokens[torch.multinomial(nucleus, 1, generator=generator)])
+        probabilities, tokens = sampling_probabilities(logits, generation.sampling)
+        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
     def _at_stop_string(self, generation: Generation) -> bool:
         text = generation.full_text(self._tokenizer) if generation.stop else ""
@@ -180,6 +215,36 @@ class Decoder:
             self._cache = None
         elif self._cache is not None:
             self._cache.batch_select_indices(torch.tensor(rows))
+
+
+def relative_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities at a temperature, up to a constant: 0 for the likeliest token, negative for others.
+
+    Unlike logits divided by a small temperature, they never overflow to infinity at the likeliest token.
+
+    Args:
+        logits: ``(..., V)``, any float dtype; computed in float32 at least.
+        temperature: Sampling temperature, greater than 0.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # A smaller temperature would be 0 in this dtype.
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+
+
+def sampling_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The nucleus of one position.
+
+    Args:
+        logits: ``(V,)``, any float dtype.
+        sampling: The temperature, greater than 0, and ``top_p``.
+
+    Returns:
+        The probabilities ``(V,)`` of all tokens, likeliest first and 0 outside the nucleus, and the tokens ``(V,)``.
+    """
+    probabilities, tokens = relative_logits(logits, sampling.temperature).softmax(-1).sort(descending=True)
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    outside[0] = False  # the likeliest token stays in, also where top_p is 0 in this dtype
+    return probabilities.masked_fill(outside, 0.0), tokens
 
 
 def token_score(log_probs: Tensor, token: int, top: int) -> TokenScore:
@@ -201,6 +266,8 @@ def generate_texts(
 ) -> Iterator[Generation]:
     """Generate texts in batches of up to ``batch_size``, and yield each one as soon as it is finished.
 
+    The first text that fails ends the iteration with its error.
+
     Args:
         model: A model in evaluation mode.
         tokenizer: Its end token ends a text.
@@ -218,5 +285,9 @@ def generate_texts(
             decoder.step()
         else:
             return
-        yield from (one for one in active if one.finish_reason)
+        for one in active:
+            if one.error:
+                raise one.error
+            if one.finish_reason:
+                yield one
         active = [one for one in active if not one.finish_reason]

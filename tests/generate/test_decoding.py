@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hymba_tune.errors import CheckpointError
-from hymba_tune.generate import Decoder, Generation, Sampling, generate_texts
+from hymba_tune.generate import Decoder, Generation, Sampling, generate_texts, write
+from hymba_tune.generate.decoding import sampling_probabilities
 from tests.tiny import random_texts, tiny_model
 
 PROMPTS = [text.tolist() for text in random_texts([9, 1, 30, 4, 12])]
@@ -105,6 +108,97 @@ def test_top_p_samples_from_the_likeliest_tokens_only(model: Any) -> None:
     sampled = {one.ids[0] for one in generate_texts(model, Letters(), generations, batch_size=8)}
     assert sampled <= allowed
     assert len(sampled) > 1
+
+
+@given(
+    exponent=st.floats(-323, 2),
+    top_p=st.sampled_from([1.0, 0.5, 1e-8, 1e-300, 5e-324]),
+    scale=st.sampled_from([1e-3, 1.0, 80.0, 1e30]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_temperature_and_top_p_give_probabilities(
+    exponent: float, top_p: float, scale: float, dtype: torch.dtype, seed: int
+) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = (logits * scale).clamp(-6e4, 6e4).to(dtype)
+    sampling = Sampling(10.0**exponent or 5e-324, top_p)
+    probabilities, tokens = sampling_probabilities(logits, sampling)
+    assert probabilities.isfinite().all()
+    assert (probabilities >= 0).all()
+    assert probabilities[0] > 0
+    assert logits[tokens[0]] == logits.max()
+    if exponent < -20 or top_p < 1e-7:
+        assert (logits[tokens[probabilities > 0]] == logits.max()).all()
+
+
+def test_extreme_sampling_is_greedy_and_leaves_other_texts_alone(model: Any) -> None:
+    samplings = [Sampling(1e-45), Sampling(1.0, 1e-300), Sampling(0.0)]
+    generations = [Generation(PROMPTS[0], 6, sampling) for sampling in samplings]
+    list(generate_texts(model.float(), Letters(), generations, batch_size=3))
+    model.double()
+    assert generations[0].ids == generations[1].ids == generations[2].ids
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 5e-324])
+def test_a_chat_takes_any_temperature(model: Any, temperature: float) -> None:
+    limits: dict[str, Any] = {"ends": [END], "max_new_tokens": 6}
+    written = write(model.float(), PROMPTS[:1], temperature=temperature, **limits)
+    assert written == write(model, PROMPTS[:1], temperature=0.0, **limits)
+    model.double()
+
+
+def test_an_error_of_one_text_ends_that_text_only(model: Any) -> None:
+    class Failing(Letters):
+        def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+            raise ValueError("no text")
+
+    generations = [Generation(PROMPTS[0], 5), Generation(PROMPTS[1], 5, stop=("a",)), Generation(PROMPTS[2], 5)]
+    decoder = Decoder(model, Failing())
+    decoder.add(generations)
+    while decoder.active:
+        decoder.step()
+    assert [one.finish_reason for one in generations].count("error") == 1
+    assert str(generations[1].error) == "no text"
+    assert [generations[i].ids for i in (0, 2)] == [greedy(model, PROMPTS[i], 5) for i in (0, 2)]
+
+
+def test_a_prompt_that_does_not_fit_into_memory_fails_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = Decoder._prefill
+
+    def limited(self: Decoder, generations: list[Generation]) -> Any:
+        if max(len(one.prompt) for one in generations) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return prefill(self, generations)
+
+    monkeypatch.setattr(Decoder, "_prefill", limited)
+    generations = [Generation(prompt, 5) for prompt in PROMPTS[:3]]
+    decoder = Decoder(model, Letters())
+    decoder.add(generations)
+    while decoder.active:
+        decoder.step()
+    assert isinstance(generations[2].error, torch.OutOfMemoryError)
+    assert [generations[i].ids for i in (0, 1)] == [greedy(model, PROMPTS[i], 5) for i in (0, 1)]
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        list(generate_texts(model, Letters(), [Generation(PROMPTS[2], 5)], batch_size=1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(model: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    prefill = Decoder._prefill
+
+    def broken(self: Decoder, generations: list[Generation]) -> Any:
+        output = prefill(self, generations)
+        output.logits[0] = float("nan")
+        return output
+
+    monkeypatch.setattr(Decoder, "_prefill", broken)
+    generations = [Generation(prompt, 3, Sampling(temperature)) for prompt in PROMPTS[:2]]
+    Decoder(model, Letters()).add(generations)
+    assert generations[1].error is None
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite after 9 tokens"):
+        list(generate_texts(model, Letters(), [Generation(PROMPTS[0], 3)], batch_size=1))
 
 
 def test_log_probabilities_are_recorded(model: Any) -> None:
