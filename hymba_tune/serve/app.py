@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.data import Conversation, encode_prompt
-from hymba_tune.data.messages import read_messages, with_context_first
-from hymba_tune.errors import DataError
-from hymba_tune.generate import Generation, Sampling, TokenScore
-from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
+from hymba_tune.generate import Generation, TokenScore
+from hymba_tune.serve.exchange import (
+    Choice,
+    disconnected,
+    full_queue,
+    handle_api_error,
+    handle_http_error,
+    handle_internal_error,
+    read_body,
+    stream_events,
+    while_connected,
+    worker_errors,
+)
+from hymba_tune.serve.reading import Limits, RequestReader
+from hymba_tune.serve.requests import ApiError, BaseRequest, CompletionRequest
 from hymba_tune.serve.responses import (
     AnswerStream,
     TokenTexts,
@@ -33,28 +42,10 @@ from hymba_tune.serve.responses import (
     score_prompt,
     usage,
 )
-from hymba_tune.serve.worker import Job, QueueFullError, Worker
+from hymba_tune.serve.worker import Job, Worker
 
-BODY_SECONDS = 30
-"""Time limit for receiving a request's body, in seconds."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-Choice = Callable[[AnswerStream, bool], dict[str, Any]]
-"""Builds a response's choice from a generation; if the flag is set, a chunk with only what is new."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits of a request.
-
-    Attributes:
-        context: Maximum number of tokens of prompt and answer together.
-        new_tokens: Maximum number of tokens of an answer.
-        body: Maximum size of a request's body, in bytes.
-    """
-
-    context: int
-    new_tokens: int
-    body: int
+Read = TypeVar("Read")
 
 
 class Service:
@@ -73,6 +64,10 @@ class Service:
         self._worker = worker
         self._limits = limits
         self._tokens = TokenTexts(tokenizer)
+        self._reader = RequestReader(name, tokenizer, limits)
+        self._reading = ThreadPoolExecutor(1, "requests")
+        self._waiting = 0
+        """The number of requests that are being read, or wait for it."""
 
     def app(self, *, local: bool) -> Starlette:
         """The ASGI application.
@@ -91,8 +86,17 @@ class Service:
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ],
             middleware=hosts,
-            exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
+            exception_handlers={
+                ApiError: handle_api_error,
+                HTTPException: handle_http_error,
+                ClientDisconnect: disconnected,
+                Exception: handle_internal_error,
+            },
         )
+
+    def close(self) -> None:
+        """End the thread that reads requests."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -101,52 +105,32 @@ class Service:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
+        self._reader.check_model(request.path_params["name"])
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
         return {"id": self._name, "object": "model", "owned_by": "hymba-tune", "max_model_len": self._limits.context}
 
-    def _check_model(self, name: str) -> None:
-        if name != self._name:
-            raise ApiError(
-                404,
-                f"The model {name!r} does not exist; this server has {self._name!r}.",
-                param="model",
-                code="model_not_found",
-            )
-
-    async def _read_body(self, request: Request) -> Any:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise ApiError(415, "The body must be JSON, with Content-Type: application/json.")
-        limit = self._limits.body
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > limit:
-                        raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
-            return json.loads(body)
-        except TimeoutError:
-            raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds.") from None
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"The body is not JSON: {error}.") from None
-
     async def _chat(self, http: Request) -> Response:
-        request = read_request(ChatRequest, await self._read_body(http))
-        self._check_model(request.model)
-        try:
-            messages = with_context_first(read_messages(list(request.messages), {}))
-            if messages[-1].role == "assistant":
-                raise ApiError(400, "messages: the last one is the assistant's; expected a user's.", param="messages")
-            prompt = encode_prompt(Conversation(tuple(messages)), self._tokenizer)
-        except DataError as error:
-            raise ApiError(400, f"messages: {error.what}.", param="messages") from None
+        body = await read_body(http, self._limits.body)
+        return await while_connected(http, self._chat_response(body))
 
-        top = (request.top_logprobs or 0) if request.logprobs else None
-        limit = request.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
-        generations = self._generations(request, [prompt], limit, top, continues_prompt=False)
+    async def _complete(self, http: Request) -> Response:
+        body = await read_body(http, self._limits.body)
+        return await while_connected(http, self._completion_response(body))
+
+    async def _read(self, read: Callable[[bytes], Read], body: bytes) -> Read:
+        """Read a request on the thread for that, so that a long one does not hold up the streams of others."""
+        if self._waiting >= self._limits.texts:
+            raise full_queue()
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reading, read, body)
+        finally:
+            self._waiting -= 1
+
+    async def _chat_response(self, body: bytes) -> Response:
+        request, generations = await self._read(self._reader.chat, body)
 
         def choice(stream: AnswerStream, streamed: bool) -> dict[str, Any]:
             text = stream.next()
@@ -155,7 +139,7 @@ class Service:
             return {
                 "index": stream.generation.number,
                 **({"delta": {"content": text} if text else {}} if streamed else {"message": message}),
-                "logprobs": chat_logprobs(scores, self._tokens) if top is not None else None,
+                "logprobs": chat_logprobs(scores, self._tokens) if request.logprobs else None,
                 "finish_reason": stream.finish_reason,
             }
 
@@ -163,23 +147,14 @@ class Service:
             {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(request.n)
         ]
         begin = head("chat.completion.chunk" if request.stream else "chat.completion", self._name)
-        return await self._answer(http, request, generations, begin, choice, len(prompt), first_chunks, stripped=True)
+        return await self._answer(request, generations, begin, choice, first_chunks, stripped=True)
 
-    async def _complete(self, http: Request) -> Response:
-        request = read_request(CompletionRequest, await self._read_body(http))
-        self._check_model(request.model)
-        prompts = [self._ids(prompt) for prompt in request.prompts]
-        if not prompts or not all(prompts):
-            raise ApiError(400, "prompt is empty; expected text or token ids.", param="prompt")
-        scored = request.prompt_logprobs is not None or (request.echo and request.logprobs is not None)
-        if request.stream and (request.echo or scored):
-            raise ApiError(400, "echo and prompt_logprobs cannot be streamed.", param="stream")
-        if not request.max_tokens and not (request.echo or scored):
-            raise ApiError(400, "max_tokens: 0 needs echo or prompt_logprobs.", param="max_tokens")
-
-        generations = self._generations(request, prompts, request.max_tokens, request.logprobs, continues_prompt=True)
-        top = max(request.prompt_logprobs or 0, request.logprobs or 0)
-        prompt_scores = [await self._score(ids, top) for ids in prompts] if scored else None
+    async def _completion_response(self, body: bytes) -> Response:
+        request, generations = await self._read(self._reader.completion, body)
+        prompt_scores: list[list[TokenScore | None]] = []
+        if request.scores_prompt:
+            top = max(request.prompt_logprobs or 0, request.logprobs or 0)
+            prompt_scores = [await self._score(one.prompt, top) for one in generations[:: request.n]]
 
         def choice(stream: AnswerStream, streamed: bool) -> dict[str, Any]:
             text = stream.next()
@@ -196,8 +171,7 @@ class Service:
             return choice
 
         begin = head("text_completion", self._name)
-        count = sum(map(len, prompts))
-        return await self._answer(http, request, generations, begin, choice, count, [], stripped=False)
+        return await self._answer(request, generations, begin, choice, [], stripped=False)
 
     def _completion_scores(
         self,
@@ -216,91 +190,42 @@ class Service:
         by_id = request.return_tokens_as_token_ids
         return {"text": prompt + text, "logprobs": completion_logprobs(all_scores, ids, self._tokens, by_id=by_id)}
 
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-            return ids
-        if not all(0 <= token < len(self._tokenizer) for token in prompt):
-            raise ApiError(400, f"prompt: token ids must be from 0 to {len(self._tokenizer) - 1:,}.", param="prompt")
-        return prompt
-
-    def _generations(
-        self,
-        request: BaseRequest,
-        prompts: Sequence[list[int]],
-        limit: int,
-        top: int | None,
-        *,
-        continues_prompt: bool,
-    ) -> list[Generation]:
-        if limit > self._limits.new_tokens:
-            raise ApiError(400, f"max_tokens: at most {self._limits.new_tokens:,} on this server.", param="max_tokens")
-        for prompt in prompts:
-            if len(prompt) + limit > self._limits.context:
-                raise ApiError(
-                    400,
-                    f"{len(prompt):,} prompt tokens and {limit:,} new tokens exceed the model's context of "
-                    f"{self._limits.context:,} tokens.",
-                    param="messages" if isinstance(request, ChatRequest) else "prompt",
-                    code="context_length_exceeded",
-                )
-        return [
-            Generation(
-                prompts[number // request.n],
-                limit,
-                Sampling(
-                    request.temperature,
-                    request.top_p,
-                    None if request.seed is None else request.seed % 2**62 + number,
-                ),
-                stop=tuple(request.stop or ()),
-                continues_prompt=continues_prompt,
-                top=top,
-                number=number,
-            )
-            for number in range(request.n * len(prompts))
-        ]
-
-    async def _score(self, ids: list[int], top: int) -> list[TokenScore | None]:
-        with _full_queue_as_error():
-            scores = self._worker.call(lambda model: score_prompt(model, ids, top))
-        result: list[TokenScore | None] = await asyncio.wrap_future(scores)
-        return result
+    async def _score(self, ids: Sequence[int], top: int) -> list[TokenScore | None]:
+        with worker_errors():
+            scores: Future[list[TokenScore | None]] = self._worker.call(lambda model: score_prompt(model, ids, top))
+            return await asyncio.wrap_future(scores)
 
     async def _answer(
         self,
-        http: Request,
         request: BaseRequest,
         generations: list[Generation],
         begin: dict[str, Any],
         choice: Choice,
-        prompt_tokens: int,
         first_chunks: list[dict[str, Any]],
         *,
         stripped: bool,
     ) -> Response:
         streams = [AnswerStream(one, self._tokenizer, stripped=stripped) for one in generations]
+        prompt_tokens = sum(len(one.prompt) for one in generations[:: request.n])
 
         def whole() -> Response:
             choices = [choice(stream, False) for stream in streams]
             return JSONResponse(begin | {"choices": choices, "usage": usage(prompt_tokens, generations)})
 
-        if not generations[0].max_new_tokens:  # the request is for the prompt's scores alone
-            return whole()
-        changes = self._changes(generations)
-        if request.stream:
-            await anext(changes)  # a full queue raises here, before the response's status is sent
-            counted = request.stream_options is not None and request.stream_options.include_usage
-            return StreamingResponse(
-                _stream(changes, streams, begin, choice, first_chunks, prompt_tokens if counted else None),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-store"},
-            )
-        async for _ in changes:
-            if await http.is_disconnected():
-                await changes.aclose()
-                return Response(status_code=499)  # the client has closed the connection and gets no response
-        return whole()
+        if generations[0].max_new_tokens:  # otherwise the request is for the prompt's scores alone
+            changes = self._changes(generations)
+            if request.stream:
+                await anext(changes)  # a full queue raises here, before the response's status is sent
+                counted = request.stream_options is not None and request.stream_options.include_usage
+                return StreamingResponse(
+                    stream_events(changes, streams, begin, choice, first_chunks, prompt_tokens if counted else None),
+                    media_type="text/event-stream",
+                    headers={"Cache-Control": "no-store"},
+                )
+            async with aclosing(changes):
+                async for _ in changes:
+                    pass
+        return await asyncio.to_thread(whole)  # a response with many log-probabilities takes seconds
 
     async def _changes(self, generations: list[Generation]) -> AsyncGenerator[None, None]:
         """Yields once the generations are queued, and after each change; closing the iterator cancels them."""
@@ -312,78 +237,17 @@ class Service:
                 loop.call_soon_threadsafe(changed.set)
 
         job = Job(generations, notify)
-        with _full_queue_as_error():
+        with worker_errors():
             self._worker.submit(job)
-        try:
-            yield
-            while not job.done:
-                await changed.wait()
-                changed.clear()
-                if not job.error:
-                    yield
-            if job.error:  # may have occurred before the first check
-                raise ApiError(500, f"The model failed: {job.error}", kind="server_error")
-            yield  # for tokens that were generated while the caller handled the last change
-        finally:
-            if not job.done:
+            try:
+                yield
+                while not job.done:
+                    await changed.wait()
+                    changed.clear()
+                    if not job.error:
+                        yield
+                if job.error:  # may have occurred before the first check
+                    raise job.error
+                yield  # for tokens that were generated while the caller handled the last change
+            finally:
                 self._worker.drop(job)
-
-
-async def _stream(
-    changes: AsyncGenerator[None, None],
-    streams: Sequence[AnswerStream],
-    begin: dict[str, Any],
-    choice: Choice,
-    first_chunks: list[dict[str, Any]],
-    prompt_tokens: int | None,
-) -> AsyncIterator[str]:
-    """Server-sent events: what is new of each generation, and at the end the usage, if ``prompt_tokens`` is given."""
-    try:
-        for first in first_chunks:
-            yield _event(begin | {"choices": [first]})
-
-        active = list(streams)
-        async for _ in changes:
-            for stream in active:
-                chunk = choice(stream, True)
-                if chunk.get("text") or chunk.get("delta") or chunk["logprobs"] or stream.finish_reason:
-                    yield _event(begin | {"choices": [chunk]})
-            active = [stream for stream in active if not stream.finish_reason]
-
-        if prompt_tokens is not None:
-            totals = usage(prompt_tokens, [stream.generation for stream in streams])
-            yield _event(begin | {"choices": [], "usage": totals})
-        yield "data: [DONE]\n\n"
-    except ApiError as error:  # the status is already sent
-        yield _event(error.body)
-    finally:
-        await changes.aclose()
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-@contextmanager
-def _full_queue_as_error() -> Iterator[None]:
-    try:
-        yield
-    except QueueFullError:
-        raise ApiError(
-            429, "The queue is full; try again later.", kind="rate_limit_error", code="rate_limit_exceeded"
-        ) from None
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").body
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-async def _internal_error(_: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, type(error).__name__, kind="server_error").body, 500)

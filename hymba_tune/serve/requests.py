@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 128
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Fields of OpenAI's API that do not change an answer; accepted and ignored."""
+MOST_SHOWN = 500
+"""Maximum number of characters of an error message, which may quote a part of a request."""
 EMPTY: tuple[object, ...] = (None, False, 0, "", [], {})
 
 
@@ -35,6 +38,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
+        message = message if len(message) <= MOST_SHOWN else f"{message[:MOST_SHOWN]}…"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -47,13 +51,22 @@ Stop = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """Fields of a request. Null means the default, in every field that has one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: object) -> object:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(Fields):
     """Options of streamed responses."""
 
     include_usage: bool = False
 
 
-class BaseRequest(BaseModel):
+class BaseRequest(Fields):
     """The fields that chat and text completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -87,6 +100,11 @@ class CompletionRequest(BaseRequest):
     return_tokens_as_token_ids: bool = False
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the response has the log-probabilities of the prompt."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str):
@@ -100,6 +118,7 @@ class ChatRequest(BaseRequest):
     """A conversation to answer."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -114,14 +133,18 @@ class ChatRequest(BaseRequest):
 RequestType = TypeVar("RequestType", bound=BaseRequest)
 
 
-def read_request(kind: type[RequestType], body: object) -> RequestType:
-    """Validate a request's body.
+def read_request(kind: type[RequestType], body: bytes) -> RequestType:
+    """Parse and validate a request's body.
 
     Raises:
-        ApiError: If a field is missing, wrong or unknown.
+        ApiError: If it is not JSON, or a field is missing, wrong or unknown.
     """
     try:
-        return kind.model_validate(body)
+        fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}.") from None
+    try:
+        return kind.model_validate(fields)
     except ValidationError as error:
         problem = error.errors()[0]
         param = ".".join(map(str, problem["loc"][:1])) or None

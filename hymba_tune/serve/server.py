@@ -12,7 +12,9 @@ from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate import find_model
 from hymba_tune.inputs import check_inputs
-from hymba_tune.serve.app import Limits, Service
+from hymba_tune.serve.app import Service
+from hymba_tune.serve.connections import Connection, HttpServer
+from hymba_tune.serve.reading import Limits
 from hymba_tune.serve.worker import Worker
 
 
@@ -44,18 +46,19 @@ class Server:
         """A note for the user on how the adapters were merged, if there is one."""
         self.worker = Worker(model, loadable.tokenizer, batch_size=config.batch_size, queue=config.queue)
         context = int(loadable.config.max_position_embeddings)
-        limits = Limits(context, min(config.max_new_tokens, context - 1), config.max_body * 1024)
-        app = Service(self.name, loadable.tokenizer, self.worker, limits).app(local=self.local)
-        self._server = uvicorn.Server(
+        limits = Limits(context, min(config.max_new_tokens, context - 1), config.queue, config.max_body * 1024)
+        self._service = Service(self.name, loadable.tokenizer, self.worker, limits)
+        self._server = HttpServer(
             uvicorn.Config(
-                app,
+                self._service.app(local=self.local),
+                http=Connection,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 lifespan="off",
                 timeout_graceful_shutdown=5,
-                limit_concurrency=config.queue + config.batch_size + 64,
-            )
+            ),
+            self.worker.stop,
         )
 
     @property
@@ -70,6 +73,8 @@ class Server:
             self._server.run(sockets=[self._socket])
         finally:
             self.worker.stop()
+            self.worker.join()
+            self._service.close()
             self._socket.close()
 
     def stop(self) -> None:

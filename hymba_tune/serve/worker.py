@@ -19,6 +19,10 @@ class QueueFullError(Exception):
     """The queue has no room for a request."""
 
 
+class StoppedError(Exception):
+    """The worker stops: it ends all requests and accepts no more."""
+
+
 @dataclass(eq=False)
 class Job:
     """A request's generations.
@@ -31,12 +35,17 @@ class Job:
 
     generations: Sequence[Generation]
     on_change: Callable[[], None]
-    error: str | None = None
+    error: Exception | None = None
 
     @property
     def done(self) -> bool:
         """Whether all generations are finished, or an error occurred."""
         return self.error is not None or all(one.finish_reason for one in self.generations)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, unless it has one."""
+        self.error = self.error or error
+        self.on_change()
 
 
 class Worker:
@@ -73,8 +82,10 @@ class Worker:
 
         Raises:
             QueueFullError: If the queue has no room for them.
+            StoppedError: If the worker stops.
         """
         with self._changed:
+            self._check_running()
             if len(self._waiting) + len(job.generations) > self._queue:
                 raise QueueFullError
             self._waiting.extend(job.generations)
@@ -86,8 +97,10 @@ class Worker:
 
         Raises:
             QueueFullError: If too many computations wait.
+            StoppedError: If the worker stops.
         """
         with self._changed:
+            self._check_running()
             if len(self._calls) >= self._queue:
                 raise QueueFullError
             result: Future[Any] = Future()
@@ -108,11 +121,27 @@ class Worker:
             return bool(self._jobs)
 
     def stop(self) -> None:
-        """End the thread after its current step."""
+        """End all requests with `StoppedError`, and the thread after its current step."""
         with self._changed:
             self._stopping = True
+            jobs = dict.fromkeys(self._jobs.values())
+            calls = [result for _, result in self._calls]
+            self._jobs.clear()
+            self._calls.clear()
             self._changed.notify()
+        for job in jobs:
+            job.fail(StoppedError())
+        for result in calls:
+            if result.set_running_or_notify_cancel():
+                result.set_exception(StoppedError())
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
         self._thread.join()
+
+    def _check_running(self) -> None:
+        if self._stopping:
+            raise StoppedError
 
     def _run(self) -> None:
         while True:
@@ -131,11 +160,9 @@ class Worker:
                 free = self._batch_size - len(self._decoder.active)
                 new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
-            for generation in dropped:
-                self._decoder.drop(generation)
             for compute, result in calls:
                 self._compute(compute, result)
-            self._generate(new)
+            self._generate(new, dropped)
 
     def _has_work(self) -> bool:
         return bool(self._stopping or self._waiting or self._calls or self._dropped or self._decoder.active)
@@ -148,24 +175,32 @@ class Worker:
         except Exception as error:  # only the caller gets the error; other requests continue
             result.set_exception(error)
 
-    def _generate(self, new: list[Generation]) -> None:
-        """Generate one token: for the new sequences if there are any, otherwise for all."""
+    def _generate(self, new: list[Generation], dropped: list[Generation]) -> None:
+        """Generate the first token of new sequences, and a further one of all: new ones never hold up the others."""
         batch = [*self._decoder.active, *new]
-        self.largest_batch = max(self.largest_batch, len(batch))
-        error = None
+        error: Exception | None = None
         try:
+            for generation in dropped:
+                self._decoder.drop(generation)
+            batch = [*self._decoder.active, *new]
+            self.largest_batch = max(self.largest_batch, len(batch))
             if new:
                 self._decoder.add(new)
-            elif batch:
+            if self._decoder.active:
                 self._decoder.step()
         except Exception as failure:  # most likely out of memory: this batch fails, the next starts with a new cache
-            error = f"{type(failure).__name__}: {failure}"
+            error = failure
             self._decoder = Decoder(self._model, self._tokenizer)
+        self._report(batch, error)
+
+    def _report(self, batch: list[Generation], error: Exception | None) -> None:
+        """Notify the requests of a batch of their new tokens, or of the error of a text or of the whole batch."""
         with self._changed:
-            jobs = dict.fromkeys(job for generation in batch if (job := self._jobs.get(generation)))
-            for generation in batch:
+            jobs = {generation: job for generation in batch if (job := self._jobs.get(generation))}
+            for generation in jobs:
                 if generation.finish_reason or error:
-                    self._jobs.pop(generation, None)
-        for job in jobs:
-            job.error = job.error or error
+                    del self._jobs[generation]
+        for generation, job in jobs.items():
+            job.error = job.error or generation.error or error
+        for job in dict.fromkeys(jobs.values()):
             job.on_change()

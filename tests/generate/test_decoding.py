@@ -151,7 +151,7 @@ def test_a_chat_takes_any_temperature(model: Any, temperature: float) -> None:
 
 def test_an_error_of_one_text_ends_that_text_only(model: Any) -> None:
     class Failing(Letters):
-        def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        def decode(self, *_: Any, **__: Any) -> str:
             raise ValueError("no text")
 
     generations = [Generation(PROMPTS[0], 5), Generation(PROMPTS[1], 5, stop=("a",)), Generation(PROMPTS[2], 5)]
@@ -185,7 +185,9 @@ def test_a_prompt_that_does_not_fit_into_memory_fails_alone(model: Any, monkeypa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error(model: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(
+    model: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
     prefill = Decoder._prefill
 
     def broken(self: Decoder, generations: list[Generation]) -> Any:
