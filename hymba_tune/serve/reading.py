@@ -16,6 +16,8 @@ from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, Comple
 
 ROLES = {"developer": "system"}
 """Roles of OpenAI's API under other names."""
+CACHED_TEXTS = 256
+"""Number of texts whose tokens the tokenizer keeps: the parts of a chat template that every request has."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class RequestReader:
         self._name = name
         self._tokenizer = tokenizer
         self._limits = limits
+        _limit_cache(tokenizer)
 
     def check_model(self, name: str) -> None:
         """Check that a request is for this server's model.
@@ -160,6 +163,16 @@ class RequestReader:
             )
             for number in range(request.n * len(prompts))
         ]
+
+
+def _limit_cache(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Limit the cache of a tokenizer that does not split texts into words.
+
+    It caches the tokens of 10,000 words, which then are whole texts: up to 100 MB that are never used again.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None and hasattr(backend.model, "_resize_cache"):
+        backend.model._resize_cache(CACHED_TEXTS)
 
 
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:

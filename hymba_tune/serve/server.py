@@ -60,6 +60,7 @@ class Server:
             ),
             self.worker.stop,
         )
+        self._socket.listen()  # clients that connect before `run` begins wait for it
 
     @property
     def url(self) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +19,11 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.generate import answer
 from hymba_tune.registry import resolve_model
 from hymba_tune.serve import Server
+from tests.serve.servers import QUESTION, raw, serving, wait_until_free, working
 
-QUESTION = [{"role": "user", "content": "I see two cats. What do I see?"}]
 ANSWER = {"role": "assistant", "content": "You see two cats."}
 PROMPT = "I see two"
 LONG = [{"role": "user", "content": "a b " * 90}]
-
-
-@contextmanager
-def working(_: str) -> Iterator[Any]:
-    yield lambda _: None
-
-
-@contextmanager
-def serving(model: Path, **settings: Any) -> Iterator[Server]:
-    usual: dict[str, Any] = {"model": str(model), "dtype": "float32", "port": 0, "max_new_tokens": 400, "max_body": 64}
-    server = Server(ServeConfig(**usual | settings), working)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(small_model: Path) -> Iterator[Server]:
-    with serving(small_model) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +45,6 @@ def model(small_model: Path) -> Any:
 @pytest.fixture(scope="module")
 def tokenizer(small_model: Path) -> Any:
     return load_tokenizer(small_model)
-
-
-def raw(server: Server, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
-    """Sends a request that OpenAI's client would not send."""
-    host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    return response.status, json.loads(text) if text.startswith(b"{") else text.decode()
 
 
 def test_chat_completion_is_the_models_answer(client: openai.OpenAI, name: str, model: Any, tokenizer: Any) -> None:
@@ -203,6 +163,7 @@ def test_models_are_listed(client: openai.OpenAI, name: str, server: Server) -> 
         ({"max_tokens": 400, "messages": LONG}, openai.BadRequestError, "exceed the model's context of 512 tokens"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools is not supported"),
         ({"n": 99}, openai.BadRequestError, "n: Input should be less than or equal to 16"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: Input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
 def test_errors_have_openais_types(
@@ -220,6 +181,7 @@ def test_errors_have_openais_types(
     [
         ({"prompt": []}, "prompt is empty; expected text or token ids"),
         ({"prompt": [[9999]]}, "prompt: token ids must be from 0 to"),
+        ({"prompt": ["a"] * 65}, "The request is for 65 texts; at most 64 on this server"),
         ({"max_tokens": 0}, "max_tokens: 0 needs echo or prompt_logprobs"),
         ({"echo": True, "stream": True}, "cannot be streamed"),
     ],
@@ -266,9 +228,7 @@ def test_a_full_queue_is_an_error_and_a_closed_connection_frees_its_place(small_
             client.completions.create(model=server.name, prompt=PROMPT, max_tokens=1)
         second.close()
         first.close()
-        deadline = time.monotonic() + 120
-        while server.worker.busy and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until_free(server)
         assert client.completions.create(model=server.name, prompt=PROMPT, max_tokens=1).choices[0].finish_reason
         assert server.worker.largest_batch == 1
 

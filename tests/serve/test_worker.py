@@ -1,0 +1,112 @@
+"""The worker's thread, with a decoder that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from hymba_tune.generate import Generation
+from hymba_tune.serve import worker as module
+from hymba_tune.serve.worker import Job, StoppedError, Worker
+
+
+class CountingDecoder:
+    """Generates numbers; a prompt of 13 fails."""
+
+    calls: list[str]
+
+    def __init__(self, *_: object) -> None:
+        self.active: list[Generation] = []
+
+    def add(self, generations: Sequence[Generation]) -> None:
+        self.calls.append("add")
+        self.active += generations
+        self._append(generations)
+
+    def step(self) -> None:
+        self.calls.append("step")
+        self._append(self.active)
+
+    def drop(self, _: Generation) -> None:
+        raise RuntimeError("no memory")
+
+    def _append(self, generations: Sequence[Generation]) -> None:
+        for one in generations:
+            one.ids.append(len(one.ids))
+            if one.prompt == [13]:
+                one.fail(ValueError("unlucky"))
+            elif len(one.ids) == one.max_new_tokens:
+                one.finish_reason = "length"
+        self.active = [one for one in self.active if one.finish_reason is None]
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(CountingDecoder, "calls", [], raising=False)
+    monkeypatch.setattr(module, "Decoder", CountingDecoder)
+    worker = Worker(None, None, batch_size=4, queue=8)  # type: ignore[arg-type]
+    yield worker
+    worker.stop()
+    worker.join()
+
+
+class Waiting(Job):
+    """A job that can be waited for."""
+
+    def __init__(self, *generations: Generation) -> None:
+        self._changes: SimpleQueue[None] = SimpleQueue()
+        super().__init__(generations, lambda: self._changes.put(None))
+
+    def wait(self) -> None:
+        while not self.done:
+            self._changes.get(timeout=60)
+
+
+def test_a_failing_text_ends_its_own_request_only(worker: Worker) -> None:
+    jobs = [Waiting(Generation([1], 5)), Waiting(Generation([13], 5)), Waiting(Generation([2], 5))]
+    for job in jobs:
+        worker.submit(job)
+    for job in jobs:
+        job.wait()
+    assert [str(job.error) for job in jobs] == ["None", "unlucky", "None"]
+    assert [len(job.generations[0].ids) for job in (jobs[0], jobs[2])] == [5, 5]
+
+
+def test_new_requests_do_not_hold_up_the_others(worker: Worker) -> None:
+    long = Waiting(Generation([1], 10_000_000))
+    worker.submit(long)
+    for _ in range(20):
+        short = Waiting(Generation([2], 1))
+        worker.submit(short)
+        short.wait()
+    worker.stop()
+    worker.join()
+    calls = "".join(call[0] for call in worker._decoder.calls)  # type: ignore[attr-defined]
+    assert "aa" not in calls
+
+
+def test_an_error_while_dropping_ends_the_batch_and_not_the_worker(worker: Worker) -> None:
+    dropped = Waiting(Generation([1], 10_000_000))
+    worker.submit(dropped)
+    worker.drop(dropped)
+    after = Waiting(Generation([2], 2))
+    worker.submit(after)
+    after.wait()
+    worker.submit(again := Waiting(Generation([2], 2)))
+    again.wait()
+    assert again.error is None
+
+
+def test_a_stopped_worker_ends_and_refuses_requests(worker: Worker) -> None:
+    job = Waiting(Generation([1], 10_000_000))
+    worker.submit(job)
+    worker.stop()
+    job.wait()
+    assert isinstance(job.error, StoppedError)
+    with pytest.raises(StoppedError):
+        worker.submit(Waiting(Generation([1], 1)))
+    with pytest.raises(StoppedError):
+        worker.call(lambda _: None)
