@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, l
 from hymba_tune.config import GenerationOptions, as_mapping
 from hymba_tune.data import with_chat_template
 from hymba_tune.registry import ModelSource, resolve_model
+
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's own limit and PyTorch's, read when the first matrix is multiplied."""
+CACHED_KERNELS = "64"
+"""Number of kernels to keep: enough for the layers of a model at a few batch sizes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class LoadableModel:
 
     def load(self) -> PreTrainedModel:
         """Load the weights, with adapters merged, in evaluation mode; raises what `open_model` raises."""
+        # In bfloat16 on a CPU, a kernel is compiled for each number of tokens, and 1,024 of them are kept: 4 MB more
+        # for every batch of prompts of a new length, up to a gigabyte.
+        for variable in KERNEL_CACHES:
+            os.environ.setdefault(variable, CACHED_KERNELS)
         return open_model(self.source, dtype=self.dtype, device=self.device).eval()
 
 
