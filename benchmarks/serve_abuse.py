@@ -233,7 +233,8 @@ def show(tally: Tally) -> None:
         counts = {status or "none": n for (own, status), n in sorted(tally.statuses.items()) if own == name}
         CONSOLE.print(f"{name:<20} {counts}" + (f" hung {tally.hung[name]}" if tally.hung[name] else ""))
     errors = sum(n for (_, status), n in tally.statuses.items() if status >= 500)
-    CONSOLE.print(f"responses {tally.statuses.total():,}, 5xx {errors}, hung {tally.hung.total()}, wrong {len(tally.wrong)}")
+    total, hung = tally.statuses.total(), tally.hung.total()
+    CONSOLE.print(f"responses {total:,}, 5xx {errors}, hung {hung}, wrong {len(tally.wrong)}")
     for what, seconds in (("answers", tally.seconds), ("/health", tally.health)):
         if len(seconds) < 2:
             continue

@@ -182,11 +182,12 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
     text = ""
     copied = 0  # characters of `source` that `text` already contains
     learned, weights = [], []
+    context = _find_context(source, conversation, tokenizer)
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
 
-        span = _find_answer(source, conversation, index, tokenizer)
+        span = _find_answer(source, conversation, index, tokenizer) if context is None else context.get(index)
         if span is None and not message.learned:
             continue
         if span is None:
@@ -203,6 +204,44 @@ def _mark_answers(source: str, conversation: Conversation, tokenizer: PreTrained
         copied = end
 
     return Rendered(text + source[copied:], tuple(learned), tuple(weights) if min(weights, default=1) < 1 else ())
+
+
+def _find_context(
+    source: str, conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, tuple[int, int]] | None:
+    """Locate all answers of a conversation without loss in one rendering, where `_find_answer` needs two for each.
+
+    Only the ends of such answers matter, so it is not needed where exactly they begin.
+
+    Returns:
+        The spans by index, without answers that the template changes; `None` if an answer has loss, or if the rest of
+        ``source`` depends on what the answers are.
+    """
+    if any(message.role == "assistant" and message.learned for message in conversation.messages):
+        return None
+    answers = {index: one.content for index, one in enumerate(conversation.messages) if one.role == "assistant"}
+    if not answers:
+        return {}
+    messages = list(conversation.messages)
+    for index, content in answers.items():
+        hidden = content.replace(content.strip(), PLACEHOLDER, 1) if content.strip() else content + PLACEHOLDER
+        messages[index] = replace(messages[index], content=hidden)
+    between = _apply_template(conversation, messages, tokenizer, add_generation_prompt=True).split(PLACEHOLDER)
+    if len(between) != len(answers) + 1 or not source.startswith(between[0]):
+        return None
+
+    spans = {}
+    end = len(between[0])
+    for (index, content), following in zip(answers.items(), between[1:], strict=True):
+        start, answer = end, content.strip()
+        if source.startswith(answer + following, start):
+            spans[index] = (start, start + len(answer))
+            end = start + len(answer) + len(following)
+        elif following and (place := source.find(following, start)) >= 0:  # the template changes this answer
+            end = place + len(following)
+        else:
+            return None
+    return spans
 
 
 def _find_answer(

@@ -9,13 +9,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.data import Conversation, Message, encode_prompt
-from hymba_tune.data.messages import read_message
+from hymba_tune.data.messages import read_message, with_context_first
 from hymba_tune.errors import DataError
 from hymba_tune.generate import Generation, Sampling
 from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
 
-ROLES = {"developer": "system"}
-"""Roles of OpenAI's API under other names."""
 CACHED_TEXTS = 256
 """Number of texts whose tokens the tokenizer keeps: the parts of a chat template that every request has."""
 
@@ -183,12 +181,12 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
         DataError: If a message cannot be used.
     """
     messages = [
-        Message("assistant", "") if _is_empty_answer(item) else read_message(item, f"message {number}", ROLES)
+        Message("assistant", "") if _is_empty_answer(item) else read_message(item, f"message {number}", {})
         for number, item in enumerate(items, start=1)
     ]
     if messages[-1].role == "assistant":
         raise ApiError(400, "messages: the last one is the assistant's; expected a user's.", param="messages")
-    return messages
+    return with_context_first(messages)
 
 
 def _is_empty_answer(item: Mapping[str, Any]) -> bool:

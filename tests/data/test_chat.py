@@ -17,6 +17,7 @@ from hymba_tune.data import (
     Encoded,
     Message,
     Text,
+    chat,
     encode,
     encode_prompt,
     render_prompt,
@@ -40,6 +41,7 @@ TWO_ANSWERS = turns("What is 6 times 7?", "  The answer\n\nis 42. ", "Sure?", "Y
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
 ANSWERS = WORDS.map(str.strip).filter(bool)
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+STRIPS_THINKING = (Path(__file__).parent / "cases" / "strips_thinking.jinja").read_text()
 
 
 def learned_runs(row: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -198,6 +200,35 @@ def test_prompt_equals_the_text_of_training(any_tokenizer: PreTrainedTokenizerFa
     assert learned_runs(Encoded(row.input_ids[len(second) :], row.labels[len(second) :]), any_tokenizer)[0].strip() == (
         TWO_ANSWERS[4].content + any_tokenizer.eos_token
     )
+
+
+TEMPLATES = [HYMBA_TEMPLATE, CHATML, CHATML.replace(" | trim", ""), MISTRAL, STRIPS_THINKING]
+TURNS = st.sampled_from(["", "a", " a ", "<think>\nb\n</think>\n\na", "<|im_end|>", "assistant\n", "</s>"]) | WORDS
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TURNS, min_size=3, max_size=7), template=st.sampled_from(TEMPLATES))
+def test_prompt_in_one_rendering_equals_that_of_a_rendering_for_each_answer(texts: list[str], template: str) -> None:
+    tokenizer = byte_level(template, CHATML_TOKENS, "<|im_end|>")
+    prompt = Conversation(turns(*texts[: len(texts) // 2 * 2], "Sure?"))
+    quick = render_prompt(prompt, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "_find_context", lambda *_: None)
+        assert quick == render_prompt(prompt, tokenizer)
+
+
+def test_prompt_takes_as_many_renderings_for_many_messages_as_for_few(
+    hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    apply = chat._apply_template
+    monkeypatch.setattr(chat, "_apply_template", lambda *args, **kwargs: calls.append(1) or apply(*args, **kwargs))
+    counts = []
+    for pairs in (1, 40):
+        calls.clear()
+        render_prompt(Conversation(turns(*["Hi", "Hello"] * pairs, "Bye")), hymba)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_prompt_follows_a_template_that_opens_the_last_answer_differently() -> None:

@@ -103,6 +103,19 @@ def test_an_earlier_answer_may_be_empty(reader: RequestReader, tokenizer: Any, c
     assert generation.prompt == encode_prompt(conversation, tokenizer)
 
 
+def test_a_conversation_that_begins_with_the_assistant_is_answered(reader: RequestReader, tokenizer: Any) -> None:
+    greeted = [{"role": "assistant", "content": "Welcome"}, *CHAT["messages"]]
+    _, (generation,) = reader.chat(body(CHAT | {"messages": greeted}))
+    conversation = Conversation((Message("assistant", "Welcome"), Message("user", "Hi")))
+    assert generation.prompt == encode_prompt(conversation, tokenizer)
+
+
+def test_a_late_system_message_is_refused(reader: RequestReader) -> None:
+    turns = [*CHAT["messages"], {"role": "assistant", "content": "Hello"}, {"role": "system", "content": "Be brief."}]
+    with pytest.raises(ApiError, match="messages: message 3 is a system message after others"):
+        reader.chat(body(CHAT | {"messages": [*turns, *CHAT["messages"]]}))
+
+
 def test_more_messages_than_the_context_has_tokens_are_refused_before_they_are_rendered(
     reader: RequestReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
