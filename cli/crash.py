@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -52,11 +53,11 @@ def _log(error: Exception, words: Sequence[str]) -> str:
         "",
         "".join(traceback.format_exception(error)),
     ]
-    try:
-        folder: Path | None = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune", "errors")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        folder = None
+    folder = None  # the system's for temporary files
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hymba-tune", "errors")
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = cache
     try:
         descriptor, path = tempfile.mkstemp(".log", "error-", folder)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -69,5 +70,5 @@ def _log(error: Exception, words: Sequence[str]) -> str:
 def _tracker() -> str:
     """Return the address of the package's issue tracker, if its metadata has one."""
     urls = metadata.metadata("hymba-tune").get_all("Project-URL") or []
-    addresses = {label.lower(): address for label, _, address in (url.partition(", ") for url in urls)}
+    addresses: dict[str, str] = {label.lower(): address for label, _, address in (url.partition(", ") for url in urls)}
     return addresses.get("issues", "the project's issue tracker")
