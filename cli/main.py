@@ -12,7 +12,6 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, Valida
 from cyclopts.config import Env
 
 from hymba_tune import __version__
-from hymba_tune.cli.crash import as_own_error, describe_crash
 from hymba_tune.cli.other_tools import other_flags, other_verb
 from hymba_tune.cli.screen import error_console
 from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, without_passwords
@@ -103,6 +102,8 @@ def _run(words: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        from hymba_tune.cli.crash import as_own_error, describe_crash  # most commands end well
+
         code = USER_ERROR
         if isinstance(error, CycloptsError):
             message = _message(error, words)

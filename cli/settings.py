@@ -19,7 +19,6 @@ from hymba_tune.cli.screen import error_console
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
 from hymba_tune.errors import ConfigError, command, did_you_mean, shortened
-from hymba_tune.files import read_yaml
 from hymba_tune.ranks import check_single_process
 
 C = TypeVar("C", bound=Config)
@@ -174,6 +173,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If it cannot be read.
     """
+    from hymba_tune.files import read_yaml  # most commands have no recipe
+
     try:
         settings = read_yaml(path)
     except ValueError as error:

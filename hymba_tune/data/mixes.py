@@ -148,6 +148,6 @@ def _positive(what: str, value: Any, *, whole: bool = False) -> Any:
         raise ConfigError(
             f"{what} {shortened(str(value))} is {'too large' if value > 0 else 'not above 0'}.",
             expected=f"a {kind} above 0, at most {MAX_NUMBER if whole else MAX_WEIGHT:,}",
-            fix="remove the source to use none of its rows",
+            fix="" if value > 0 else "remove the source to use none of its rows",
         )
     return value

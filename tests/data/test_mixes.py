@@ -65,7 +65,8 @@ def test_weight_above_one_repeats_training_rows_only(files: list[str], hymba: Pr
         ([1], [], r"--weights has 1 value, --data 2\.(.|\n)*one for each source"),
         ([], [1, 2, 3], r"--caps has 3 values, --data 2\."),
         ([1, 0], [], r"--weights 0 is not above 0"),
-        ([1, float("inf")], [], r"--weights inf is not above 0"),
+        ([1, float("inf")], [], r"--weights inf is too large\.\n  expected   a number above 0, at most 1,000$"),
+        ([1, 1e308], [], r"--weights 1e\+308 is too large"),
         ([], [-5, 1], r"--caps -5 is not above 0"),
     ],
 )
