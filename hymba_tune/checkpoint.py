@@ -168,7 +168,7 @@ def load_config(source: ModelSource) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
         raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")

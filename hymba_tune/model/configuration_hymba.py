@@ -3,12 +3,17 @@
 # No `from __future__ import annotations` here: `strict` does not check types that are strings.
 
 import math
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+MAX_SIZE = 2**20
+MAX_LAYERS = 1024
+"""Limits far beyond any model: the sizes of a damaged file would fill the memory before its weights are looked at."""
 
 
 @strict
@@ -152,8 +157,10 @@ class HymbaConfig(PreTrainedConfig):
 
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for field in (*sizes, "num_key_value_heads", "mamba_expand", "mamba_d_state", "mamba_d_conv", "mamba_dt_rank"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; expected a whole number of at least 1")
+            self._validate_size(field, 1, MAX_LAYERS if field == "num_hidden_layers" else MAX_SIZE)
+        self._validate_size("num_memory_tokens", 0, MAX_SIZE)
+        if self.sliding_window is not None:
+            self._validate_size("sliding_window", 1, sys.maxsize)
 
         for field, choices in {
             "kq_norm": ("none", "rms", "perhead-rms"),
@@ -176,6 +183,12 @@ class HymbaConfig(PreTrainedConfig):
                 "RoPE rotates pairs, so it must be even and at least 4"
             )
         self._validate_layers()
+
+    def _validate_size(self, field: str, least: int, most: int) -> None:
+        if not isinstance(size := getattr(self, field), int) or size < least:
+            raise ValueError(f"{field} is {size!r}; expected a whole number of at least {least}")
+        if size > most:
+            raise ValueError(f"{field} is {size!r}; expected at most {most:,}")
 
     def _validate_layers(self) -> None:
         layers = range(self.num_hidden_layers)
