@@ -52,7 +52,7 @@ class Server:
             uvicorn.Config(
                 self._service.app(local=self.local),
                 http=Connection,
-                log_level="warning",
+                log_level="error",
                 access_log=False,
                 server_header=False,
                 lifespan="off",
