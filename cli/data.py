@@ -242,7 +242,7 @@ def _tokenizer(flags: DataCheckConfig | DataPreviewConfig) -> PreTrainedTokenize
     from hymba_tune.registry import resolve_model
 
     quiet_libraries()
-    return with_chat_template(tokenizer_of(resolve_model(flags.model)), flags.chat_template)
+    return with_chat_template(tokenizer_of(resolve_model(flags.model), resize=True), flags.chat_template)
 
 
 def _lines(lines: Iterable[str]) -> None:

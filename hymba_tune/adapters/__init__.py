@@ -12,6 +12,7 @@ from hymba_tune.adapters.folding import (
     sources_of,
     tokenizer_folder,
     tokenizer_of,
+    vocabulary_of,
     weights_of,
 )
 from hymba_tune.adapters.moved import AdapterWatch
@@ -19,6 +20,7 @@ from hymba_tune.adapters.opening import open_model
 from hymba_tune.adapters.presets import PRESETS, lora_config
 from hymba_tune.adapters.summary import count_parameters, describe, short_count
 from hymba_tune.adapters.updates import Update, adapter_updates, full_updates
+from hymba_tune.adapters.vocabulary import tokens_past, widen_vocabulary
 from hymba_tune.adapters.weights import Weights, finite_tensor, released_name
 
 __all__ = [
@@ -48,5 +50,8 @@ __all__ = [
     "sources_of",
     "tokenizer_folder",
     "tokenizer_of",
+    "tokens_past",
+    "vocabulary_of",
     "weights_of",
+    "widen_vocabulary",
 ]

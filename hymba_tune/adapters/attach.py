@@ -19,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import rows_outside
 from hymba_tune.adapters.settings import read_settings
+from hymba_tune.adapters.vocabulary import vocabulary_with, widen_vocabulary
 from hymba_tune.checkpoint import check_dtype, read_header
 from hymba_tune.errors import CheckpointError, ConfigError
 
@@ -47,7 +49,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[st
     """
     with _quiet_peft():
         adapted = get_peft_model(model, config)
-    _widen_meta_tokens(adapted)
+    _widen_copies(adapted)
     for module in adapted.modules():
         # PEFT computes the magnitudes in the model's dtype and casts them to float32 afterwards. Rounded to bfloat16,
         # they are not the norms of the weights, and the new adapter would change the model.
@@ -87,7 +89,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     """Attach a saved adapter to a model, in place.
 
     Args:
-        model: The base model. A model on the meta device stays there, and only the adapter takes memory.
+        model: The base model, which gets rows for the tokens that the adapter adds. A model on the meta device stays
+            there, and only the adapter takes memory.
         folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
         trainable: Whether the adapter will be trained further; see also `restrict_rows`.
 
@@ -98,13 +101,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     tensors = _read_tensors(folder)
     _check_rank(folder, config, tensors)
     config.inference_mode = not trainable
+    widen_vocabulary(model, vocabulary_with(config, model.config.vocab_size, folder))
     without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
             adapted = PeftModelForCausalLM(model, config, ADAPTER, low_cpu_mem_usage=without_memory)
     except Exception as error:  # PEFT found no target module, or fails in its own way at settings that do not fit
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_load_on_own_base(config)) from error
-    _widen_meta_tokens(adapted)
+    _widen_copies(adapted)
     _save_offline(adapted)
     _check_fit(folder, tensors, adapted)
     if without_memory:  # PEFT then assigns the loaded tensors as they are, instead of copying their values
@@ -132,9 +136,12 @@ def _save_offline(model: PeftModel) -> None:
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
-def _widen_meta_tokens(model: PeftModel) -> None:
-    """Cast fully trained meta tokens to float32, as PEFT does for factors: bfloat16 rounds small steps away."""
+def _widen_copies(model: PeftModel) -> None:
+    """Cast fully trained meta tokens and rows to float32, as PEFT does factors: bfloat16 rounds small steps away."""
     for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.trainable_tokens_delta[ADAPTER]
+            rows.data = rows.data.to(torch.promote_types(rows.dtype, torch.float32))
         if isinstance(module, ModulesToSaveWrapper):
             tokens = module.modules_to_save[ADAPTER]
             tokens.to(torch.promote_types(tokens.weight.dtype, torch.float32))

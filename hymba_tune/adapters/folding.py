@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.adapters.attach import read_config
 from hymba_tune.adapters.initialization import changes_base
+from hymba_tune.adapters.vocabulary import check_vocabulary, vocabulary_with
 from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWeights, Weights
 from hymba_tune.checkpoint import check_weights, load_config, load_tokenizer
 from hymba_tune.config import Onto, Scheme
@@ -70,14 +71,35 @@ def weights_of(source: ModelSource) -> ModelSource:
     return list(sources_of(source))[-1]
 
 
-def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: ModelSource, *, resize: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. An adapter without a tokenizer, as PEFT saves it, has that of its base model.
 
+    Args:
+        source: The model.
+        resize: Whether the tokenizer may have tokens for which the model has no rows.
+
     Raises:
-        CheckpointError: If there is no tokenizer, or it cannot be read.
+        CheckpointError: If there is no tokenizer, it cannot be read, or the model has no row for one of its tokens.
         HymbaTuneError: If the base model cannot be found; see `sources_of`.
     """
-    return load_tokenizer(tokenizer_folder(source))
+    tokenizer = load_tokenizer(tokenizer_folder(source))
+    if not resize:
+        check_vocabulary(tokenizer, vocabulary_of(source), source.name)
+    return tokenizer
+
+
+def vocabulary_of(source: ModelSource) -> int:
+    """Return the number of tokens for which a model has rows, including those that its adapters add.
+
+    Raises:
+        CheckpointError: If an adapter adds a token without those before it.
+        HymbaTuneError: If a base model cannot be found; see `sources_of`.
+    """
+    *adapters, weights = sources_of(source)
+    vocabulary = int(load_config(weights).vocab_size)
+    for adapter in reversed(adapters):
+        vocabulary = vocabulary_with(read_config(adapter.folder), vocabulary, adapter.folder)
+    return vocabulary
 
 
 def tokenizer_folder(source: ModelSource) -> Path:
@@ -190,6 +212,7 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
 def plain_config(source: ModelSource) -> Any:
     """Return the configuration of a model after its adapters are merged, which is never quantized."""
     config = copy.deepcopy(load_config(weights_of(source)))
+    config.vocab_size = vocabulary_of(source)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -40,6 +41,7 @@ def lora_config(
     dropout: float,
     rslora: bool,
     meta_tokens: MetaTokens,
+    added_tokens: Sequence[int] = (),
 ) -> LoraConfig:
     """Return PEFT's configuration of an adapter.
 
@@ -53,6 +55,7 @@ def lora_config(
         rslora: Whether updates are scaled by alpha / sqrt(rank) instead (arXiv 2312.03732).
         meta_tokens: How meta tokens are trained: with LoRA, fully, or not at all. It is ignored for models without
             meta tokens.
+        added_tokens: The tokens whose rows of the embedding and the head are trained.
 
     Raises:
         ConfigError: If a target names no linear layer of the model.
@@ -60,6 +63,9 @@ def lora_config(
     names = _resolve(targets, linear_names(model))
     if getattr(model.base_model, META_TOKENS) is None:
         meta_tokens = MetaTokens.frozen
+    rows: Any = list(added_tokens) or None
+    if rows and not model.config.tie_word_embeddings:
+        rows = {"embed_tokens": rows, "lm_head": rows}
     return LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=[*names, META_TOKENS] if meta_tokens == MetaTokens.lora else names,
@@ -69,6 +75,7 @@ def lora_config(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=method == Method.dora,
+        trainable_token_indices=rows,
     )
 
 

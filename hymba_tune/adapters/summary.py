@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import META_TOKENS, kind_of
+from hymba_tune.adapters.vocabulary import trained_rows
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
@@ -40,13 +42,15 @@ def _describe_adapter(model: PeftModel, targets: Sequence[str]) -> str:
     layers = {name.split(".")[2] for name in linear}
     extent = f"{_count(kinds, 'kind')} × {_count(layers, 'layer')}"
     line = f"{method} r{config.r} on {', '.join(targets)} ({extent})"
+    if added := trained_rows(config):
+        line += f" + {_count(set(added), 'added token')}"
     tokens = getattr(model.get_base_model().base_model, META_TOKENS)
     if isinstance(tokens, ModulesToSaveWrapper):
         return f"{line} + full meta tokens"
     return f"{line} + meta tokens" if isinstance(tokens, LoraLayer) else line
 
 
-def _count(names: set[str], noun: str) -> str:
+def _count(names: set[Any], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) != 1 else ''}"
 
 

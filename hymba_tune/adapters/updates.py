@@ -92,6 +92,7 @@ def full_updates(model: PreTrainedModel, start: Path) -> list[Update]:
                 module = name.removesuffix(".weight")
                 if name in parameters and _kind(module) in {*GROUPS, "in_proj"}:
                     old, new = stored.get_tensor(name), parameters[name].detach().cpu()
+                    new = new[: len(old)]  # without the rows of added tokens
                     updates += _split(module, _squares(new.float() - old.float()), _squares(old), model)
     return updates
 

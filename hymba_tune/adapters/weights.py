@@ -16,7 +16,8 @@ import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -153,6 +154,8 @@ class FoldedWeights(Weights):
         if isinstance(place.module, ModulesToSaveWrapper):
             trained: Tensor = getattr(place.module.modules_to_save[ADAPTER], place.part).detach()
             return trained
+        if isinstance(place.module, TrainableTokensWrapper):
+            return _with_rows(self._base[name], place.module.token_adapter)
 
         layer = copy.deepcopy(place.module)  # the copy takes the base weights, which must not stay in memory
         plain = layer.get_base_layer()
@@ -225,6 +228,9 @@ def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
             places += [_Place(path, module, part) for part, _ in module.get_base_layer().named_parameters()]
         elif isinstance(module, ModulesToSaveWrapper):
             places += [_Place(path, module, part) for part, _ in module.modules_to_save[ADAPTER].named_parameters()]
+        elif isinstance(module, TrainableTokensWrapper):
+            if module.token_adapter.tied_adapter is None:
+                places.append(_Place(path, module, "weight"))
         else:
             continue
         known |= set(module.parameters())
@@ -232,6 +238,15 @@ def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
         if not parameter.is_meta and parameter not in known:
             raise _not_mergeable(adapter, name)
     return places
+
+
+def _with_rows(weight: Tensor, trained: TrainableTokensLayer) -> Tensor:
+    """Return the weight of an embedding or a head with the rows that an adapter has trained or added."""
+    rows = trained.trainable_tokens_delta[ADAPTER].detach()
+    weight = weight.to(torch.promote_types(weight.dtype, rows.dtype))
+    added = weight.new_empty(trained.get_base_layer().weight.shape[0] - len(weight), weight.shape[1])
+    numbers = torch.tensor(trained.token_indices[ADAPTER])
+    return torch.cat([weight, added]).index_copy(0, numbers, rows.to(weight))
 
 
 def _not_mergeable(adapter: Path, name: str) -> CheckpointError:

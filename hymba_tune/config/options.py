@@ -150,6 +150,8 @@ class AdapterOptions(Config):
     """A preset (all, attention-ssm, attention, ssm, mlp) or module names such as in_proj and x_proj.0."""
     meta_tokens: MetaTokens = MetaTokens.lora
     """How the meta tokens are trained when an adapter is: lora, full or frozen."""
+    resize: bool = False
+    """Add rows to the embedding and the head for tokens of the tokenizer that the model lacks, and train them."""
 
 
 class TrainingOptions(Config):

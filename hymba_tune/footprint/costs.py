@@ -71,7 +71,7 @@ def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:
         length: The tokens of each text.
     """
     config, layer = backbone.config, backbone.layers[index]
-    dtype = backbone.embed_tokens.weight.dtype
+    dtype = backbone.final_layernorm.weight.dtype  # no adapter wraps it
     documents = find_documents((texts, length), torch.device("cpu"), num_meta=config.num_memory_tokens)
     rows = len(documents.positions)
     tables = rotary_tables(documents.positions, config.rope_theta, config.head_dim, dtype) if config.rope else None

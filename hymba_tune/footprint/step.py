@@ -206,5 +206,6 @@ class StepMemory:
 
     def _loss(self, learned: int) -> LossCost:
         dtype, own_kernels = self._mode
+        weight = self._base.lm_head.weight  # outside of the block, as PEFT computes it if rows of it are trained
         with without_memory(dtype, own_kernels=own_kernels):
-            return loss_cost(self._base.lm_head.weight, learned)
+            return loss_cost(weight, learned)

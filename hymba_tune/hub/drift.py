@@ -62,7 +62,7 @@ def trained_model(source: ModelSource, base: WeightQuantization, device: torch.d
         weights = folded_weights(below)
         model = HymbaForCausalLM.from_pretrained(
             None,
-            config=plain_config(source),
+            config=plain_config(below),
             state_dict={name: _LazyTensor(weights, name) for name in weights},
             quantization_config=base.config,
             dtype=base.dtype,

@@ -83,6 +83,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     base = quantized_base(source)
     onto = config.onto or (Onto.dequantized if base else Onto.original)
     check_onto(source, onto)
+    tokenizer_of(source)  # raises, before anything is written, if the model lacks rows for tokens
     stored = load_config(weights_of(source)).dtype or torch.float32
     dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
     give_back_freed_memory()

@@ -9,7 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from hymba_tune.adapters import add_adapter, base_of, count_parameters, load_adapter, open_model, restrict_rows
+from hymba_tune.adapters import (
+    add_adapter,
+    base_of,
+    count_parameters,
+    load_adapter,
+    open_model,
+    restrict_rows,
+    widen_vocabulary,
+)
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
@@ -142,13 +150,15 @@ def _open(setup: Setup) -> PreTrainedModel:
     quantization = setup.quantization.while_loading if setup.quantization else None
     model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=quantization)
     model.name_or_path = setup.base
+    if setup.added_tokens:
+        widen_vocabulary(model, setup.model_config.vocab_size)
     if setup.continues and setup.source.adapter:
         adapted = load_adapter(model, setup.source.adapter, trainable=True)
         restrict_rows(adapted, config.targets)
         return adapted
     if config.method is Method.full:
         return model.requires_grad_(True)  # merging a run's adapter has frozen all of it
-    return add_adapter(model, adapter_config(config, model), config.targets)
+    return add_adapter(model, adapter_config(config, model, setup.added_tokens), config.targets)
 
 
 def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTrainedModel, screen: Screen) -> RunTrainer:

@@ -62,7 +62,7 @@ def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEst
     """
     config, device = setup.config, setup.device
     memory = StepMemory(
-        lay_out(config, setup.model_config, setup.weights_dtype),
+        lay_out(config, setup.model_config, setup.weights_dtype, setup.added_tokens),
         dtype=setup.dtype,
         own_kernels=device.type == "cpu",
     )

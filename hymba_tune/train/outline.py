@@ -52,7 +52,7 @@ def outline_of(trainer: RunTrainer) -> Outline:
 def outline_without_weights(setup: Setup, data: Data) -> Outline:
     """Return the outline of a run from its settings and its data."""
     config = setup.config
-    model = lay_out(config, setup.model_config, setup.weights_dtype)
+    model = lay_out(config, setup.model_config, setup.weights_dtype, setup.added_tokens)
     rows = data.train
     if config.packing:
         with _without_progress_bars():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hymba_tune.adapters import add_adapter, count_parameters, lora_config, tokenizer_of, weights_of
+from hymba_tune.adapters import (
+    add_adapter,
+    count_parameters,
+    lora_config,
+    tokenizer_of,
+    tokens_past,
+    vocabulary_of,
+    weights_of,
+)
 from hymba_tune.checkpoint import (
     check_weights,
     choose_device,
@@ -51,6 +59,7 @@ class Setup:
         model_config: The configuration of the model's weights.
         quantization: The quantization of the base weights, whether stored already or applied when they are loaded.
         kernels: The kernel chosen for each operation.
+        added_tokens: The tokens for which rows are added to the embedding and the head, and trained.
     """
 
     run: Run
@@ -62,6 +71,7 @@ class Setup:
     model_config: PretrainedConfig
     quantization: WeightQuantization | None
     kernels: dict[str, Choice]
+    added_tokens: Sequence[int] = ()
 
     @property
     def scheme(self) -> Scheme | None:
@@ -129,16 +139,18 @@ def check(config: TrainingConfig) -> Setup:
         )
     dtype = choose_dtype(config.dtype, device)
     source = resolve_model(config.model)
-    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
+    tokenizer = with_chat_template(tokenizer_of(source, resize=config.resize), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
     if weights.hub_id is None:
         check_weights(weights.folder, model_config)
+    model_config.vocab_size = vocabulary_of(source)
+    added_tokens = _added_tokens(config, tokenizer, model_config)
     quantization = base_quantization(config, source, model_config, dtype)
-    trained, total = count_parameters(lay_out(config, model_config, torch.float32))
+    trained, total = count_parameters(lay_out(config, model_config, torch.float32, added_tokens))
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
-    return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels)
+    return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels, added_tokens)
 
 
 def base_quantization(
@@ -177,22 +189,41 @@ def _continues(config: TrainingConfig) -> bool:
     return isinstance(config, ReferenceConfig) and config.start is Start.continue_
 
 
-def lay_out(config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _added_tokens(
+    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+) -> Sequence[int]:
+    """Return the tokens that the model lacks, and enlarge the vocabulary of its configuration by them."""
+    past = tokens_past(tokenizer, model_config.vocab_size)
+    if past and _continues(config):
+        raise ConfigError(
+            f"--resize adds rows for {next(iter(past.values()))[:80]} and other tokens with a new adapter, and "
+            "--start continue trains the present one.",
+            fix="--start merge",
+        )
+    added = range(model_config.vocab_size, max(past, default=model_config.vocab_size - 1) + 1)
+    model_config.vocab_size += len(added)
+    return added
+
+
+def lay_out(
+    config: TrainingConfig, model_config: PretrainedConfig, dtype: torch.dtype, added_tokens: Sequence[int] = ()
+) -> PreTrainedModel:
     """Return the model to be trained, with its adapter, on the meta device, where it takes no memory.
 
     Args:
         config: The run's settings.
         model_config: The model's configuration.
         dtype: The dtype of the weights.
+        added_tokens: The tokens whose rows are added, as in `Setup`.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         if config.method is not Method.full:
-            model = add_adapter(model, adapter_config(config, model), config.targets)
+            model = add_adapter(model, adapter_config(config, model, added_tokens), config.targets)
     return model
 
 
-def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:
+def adapter_config(config: TrainingConfig, model: PreTrainedModel, added_tokens: Sequence[int]) -> Any:
     """Return PEFT's configuration of the adapter."""
     return lora_config(
         model,
@@ -203,4 +234,5 @@ def adapter_config(config: TrainingConfig, model: PreTrainedModel) -> Any:
         dropout=config.lora_dropout,
         rslora=config.rslora,
         meta_tokens=config.meta_tokens,
+        added_tokens=added_tokens,
     )
