@@ -135,7 +135,7 @@ def _renders_released_format(tokenizer: PreTrainedTokenizerBase) -> bool:
         "contexts": [" context "],
         "add_generation_prompt": True,
     }
-    without_marks = {"bos_token": "", "eos_token": ""}
+    without_marks: dict[str, Any] = {"bos_token": "", "eos_token": ""}
     try:
         own = apply_template(tokenizer, messages, **probe)
     except TemplateError:

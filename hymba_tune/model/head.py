@@ -53,7 +53,8 @@ def head_loss(
     if isinstance(head, HymbaHead):
         total = head(states, partial(linear_cross_entropy, targets=targets, counts=counts))
     elif hasattr(head, "token_adapter"):  # PEFT has replaced rows of the weight, and nothing else
-        total = linear_cross_entropy(states, head.weight, targets=targets, counts=counts)
+        weight: Any = head.weight
+        total = linear_cross_entropy(states, weight, targets=targets, counts=counts)
     else:
         # An adapted or quantized head computes more than a product with its weight, so it has to return logits.
         logits = head(states)
@@ -73,7 +74,8 @@ def head_scores(head: nn.Module, hidden: Tensor, labels: Tensor, *, shifted: boo
         ValueError: If the head has an adapter or is quantized.
     """
     if hasattr(head, "token_adapter"):  # PEFT has replaced rows of the weight, and nothing else
-        return score_tokens(hidden, head.weight, labels=labels, shifted=shifted)
+        weight: Any = head.weight
+        return score_tokens(hidden, weight, labels=labels, shifted=shifted)
     if not isinstance(head, HymbaHead):
         raise ValueError(
             f"fused_lm_head reads the weight of lm_head, which is a {type(head).__name__} and computes more than a "
