@@ -12,7 +12,6 @@ from rich.text import Text
 from hymba_tune.cli.screen import console
 from hymba_tune.cli.settings import Overwrite
 from hymba_tune.config.groups import RESULT
-from hymba_tune.errors import ConfigError, command
 
 if TYPE_CHECKING:
     from hymba_tune.report import RunRecord, Verdict
@@ -38,22 +37,17 @@ def report(
     others
         Further run directories, to compare it with.
     out
-        The file of the comparison: compare.html when not given. A single run's page is in its own directory.
+        The file of the page. Default: report.html in the run directory, or compare.html for a comparison.
     overwrite
-        Replace the file of the comparison if it exists.
+        Replace the file of --out if it exists.
     """
     from hymba_tune.report import write_comparison, write_report
 
     if others:
         page = out or Path("compare.html")
         _show_comparison(write_comparison([run, *others], page, overwrite=overwrite))
-    elif out is not None:
-        raise ConfigError(
-            "--out is for a comparison; a run's own page is its report.html.",
-            fix=f"{command('report', run)}, or name a second run",
-        )
     else:
-        page, verdict = write_report(run)
+        page, verdict = write_report(run, out, overwrite=overwrite)
         _show_verdict(verdict)
     console.print(f"\n open it in a browser: {page}", markup=False, soft_wrap=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +11,7 @@ from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import check_first, combine
 from hymba_tune.config import TrainingConfig, Verb
 from hymba_tune.errors import command
+from hymba_tune.files import read_json
 
 if TYPE_CHECKING:
     from hymba_tune.train.run import Run
@@ -70,6 +70,8 @@ def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:
 
 
 def _show_result(run: Run, verb: Verb) -> None:
+    from hymba_tune.report import RunRecord, judge
+
     evaluations = list(run.evaluations())
     console.print()
     if len(evaluations) > 1:
@@ -90,16 +92,23 @@ def _show_result(run: Run, verb: Verb) -> None:
         if ended.eval_accuracy is not None and verb.accuracy is not None:
             label = f"held-out {verb.accuracy.subject} {verb.accuracy.verdict}"
             console.print(f" {label}: {ended.eval_accuracy:.0%}", markup=False)
-    if answers := run.facts().get("answers"):
+    if "before" in (answers := run.facts().get("answers", {})):
         counts = f"{answers['before']:,} → {answers['after']:,} of {answers['questions']:,}"
         console.print(f" right answers {counts}", markup=False)
-    samples = json.loads((run.path / "samples.json").read_text(encoding="utf-8"))
-    for sample in samples:
-        console.print()
-        for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
-            console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))
+    _show_samples(run)
+    for note in judge(RunRecord.read(run.path)).notes:
+        console.print(f"\n {note}", markup=False)
     lines = [f"run directory        {run.path}", f"report               {run.path}/report.html"]
     lines.append(f"chat with it         {command('chat', run.path)}")
     if run.adapter.is_dir():
         lines.append(f"merge into one model {command('merge', run.path, '--out', f'{run.name}-merged')}")
     console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)
+
+
+def _show_samples(run: Run) -> None:
+    for sample in read_json(run.path / "samples.json", list) or []:
+        console.print()
+        for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
+            if label not in sample:  # a crash has torn the file before the run was resumed
+                continue
+            console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))

@@ -5,6 +5,8 @@ from hymba_tune.files.kinds import MODEL, REPLACED, RUN, FolderKind, entries, re
 from hymba_tune.files.locks import LOCK, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
 from hymba_tune.files.reading import read_yaml
+from hymba_tune.files.sealing import WHOLE, is_whole, seal
+from hymba_tune.files.torn import read_json, read_json_lines
 from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "PARTIAL",
     "REPLACED",
     "RUN",
+    "WHOLE",
     "FolderKind",
     "aside",
     "atomic_folder",
@@ -22,14 +25,18 @@ __all__ = [
     "check_new_folder",
     "entries",
     "flush_to_disk",
+    "is_whole",
     "locked",
     "make_folders",
     "new_folder",
     "put_in_place",
+    "read_json",
+    "read_json_lines",
     "read_yaml",
     "remove",
     "remove_empty",
     "replacing",
+    "seal",
     "write_errors",
     "write_text",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -14,9 +15,12 @@ from hymba_tune.pages import render
 from hymba_tune.report.commands import defaults
 from hymba_tune.report.curves import overlaid_plots
 from hymba_tune.report.measures import measure
-from hymba_tune.report.record import RunRecord
+from hymba_tune.report.record import RunRecord, edits_explained
+from hymba_tune.report.verdict import FEW_ROWS, HARDLY
 
 MOST = len(ascii_uppercase)
+CHOOSING = ("model", "data", "caps", "eval_data", "eval_split", "eval_max_rows", "seed", "max_length", "learn", "map")
+"""The settings that choose the held-out rows of a run that has not recorded their digest."""
 
 
 def write_comparison(
@@ -40,18 +44,19 @@ def write_comparison(
         raise ConfigError(f"{len(paths)} runs are too many for one page.", expected=f"at most {MOST}")
     check_file("--out", out, overwrite=overwrite)
     records = dict(zip(ascii_uppercase, map(RunRecord.read, paths), strict=False))
-    figures = {letter: final_figures(record) for letter, record in records.items()}
-    settings = {letter: {"verb": r.verb.name, **defaults(r.verb), **r.settings} for letter, r in records.items()}
-    page = render(
-        "hymba_tune.report",
-        "compare.html.j2",
-        records=records,
-        best=_best(records),
-        figures=_aligned(figures),
-        plots=overlaid_plots(records),
-        differing=differing(settings),
-        samples=_samples(records),
-    )
+    with edits_explained(*paths):
+        figures = {letter: final_figures(record) for letter, record in records.items()}
+        settings = {letter: {"verb": r.verb.name, **defaults(r.verb), **r.settings} for letter, r in records.items()}
+        page = render(
+            "hymba_tune.report",
+            "compare.html.j2",
+            records=records,
+            best=_best(records),
+            figures=_aligned(figures),
+            plots=overlaid_plots(records),
+            differing=differing(settings),
+            samples=_samples(records),
+        )
     with write_errors("--out", out):
         write_text(out, page, overwrite=overwrite)
     return [(letter, record, figures[letter]) for letter, record in records.items()]
@@ -104,16 +109,33 @@ def _aligned(figures: dict[str, dict[str, str]]) -> dict[str, list[str]]:
 
 
 def _best(records: dict[str, RunRecord]) -> str:
-    """Say which run has the lowest held-out loss."""
+    """Say which run has the lowest held-out loss, or why that cannot be said."""
     lowest = {letter: min(record.series("eval_loss")[1], default=None) for letter, record in records.items()}
     known = {letter: loss for letter, loss in lowest.items() if loss is not None}
     if len(known) < 2:
         return "Fewer than two of these runs have a held-out loss, so they cannot be compared."
     if len({record.verb for record in records.values()}) > 1:
         return "These runs minimize different losses, which cannot be compared."
+    if len({_held_out_data(records[letter]) for letter in known}) > 1:
+        return "These runs were evaluated on different held-out data, so their losses cannot be compared."
     ranked = sorted(known, key=lambda letter: known[letter])
     losses = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
+    rows = min((rows for letter in known if (rows := records[letter].held_out_rows) is not None), default=FEW_ROWS)
+    if rows < FEW_ROWS:
+        return f"{rows} held-out rows are too few to say which run is best: {losses}."
+    best = known[ranked[0]]
+    close = [letter for letter in ranked if known[letter] - best <= HARDLY * abs(best)]
+    if len(close) > 1:
+        return f"{' and '.join(close)} are about equally good: {losses}."
     return f"{ranked[0]} is best, with the lowest held-out loss: {losses}."
+
+
+def _held_out_data(record: RunRecord) -> str:
+    """Return what is the same for runs with the same held-out data: its digest, or the settings that choose it."""
+    if (digest := record.facts.get("held_out", {}).get("fingerprint")) is not None:
+        return str(digest)
+    settings = {**defaults(record.verb), **record.settings}
+    return json.dumps({name: settings.get(name) for name in CHOOSING}, sort_keys=True, default=str)
 
 
 def _samples(records: dict[str, RunRecord]) -> list[tuple[str, list[tuple[str, str]]]]:

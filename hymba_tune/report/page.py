@@ -5,35 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hymba_tune.files import write_text
+from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.pages import render
 from hymba_tune.report.commands import chosen, next_commands, repeat
 from hymba_tune.report.curves import loss_plot, other_plots
 from hymba_tune.report.evaluations import tabulate
 from hymba_tune.report.heatmap import updates_plot
-from hymba_tune.report.record import RunRecord
+from hymba_tune.report.record import RunRecord, edits_explained
 from hymba_tune.report.verdict import Verdict, judge
 
 REPORT = "report.html"
 
 
-def write_report(path: Path) -> tuple[Path, Verdict]:
+def write_report(path: Path, out: Path | None = None, *, overwrite: bool = False) -> tuple[Path, Verdict]:
     """Write or refresh a run's ``report.html``.
 
     Args:
         path: The run's directory.
+        out: Another file for the page.
+        overwrite: Whether ``out`` is replaced if it exists; a ``report.html`` always is.
 
     Returns:
         The file of the page, and the verdict at its top.
 
     Raises:
-        CheckpointError: If the directory is not a run, or its files cannot be read.
-        OSError: If the page cannot be written.
+        CheckpointError: If the directory is not a run, or its files hold something unexpected.
+        ConfigError: If the page cannot be written.
     """
+    if out is not None:
+        check_file("--out", out, overwrite=overwrite)
     record = RunRecord.read(path)
-    verdict = judge(record)
-    page = render(
+    with edits_explained(path):
+        verdict = judge(record)
+        page = _page(record, verdict)
+    page_path = out or path / REPORT
+    with write_errors("--out", page_path):
+        write_text(page_path, page, overwrite=overwrite or out is None)
+    return page_path, verdict
+
+
+def _page(record: RunRecord, verdict: Verdict) -> str:
+    return render(
         "hymba_tune.report",
         "run.html.j2",
         record=record,
@@ -51,8 +64,6 @@ def write_report(path: Path) -> tuple[Path, Verdict]:
         repeat=repeat(record),
         next=next_commands(record),
     )
-    write_text(path / REPORT, page)
-    return path / REPORT, verdict
 
 
 def _state(record: RunRecord) -> str:

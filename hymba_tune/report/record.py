@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
-from hymba_tune.files import read_yaml
+from hymba_tune.files import read_json, read_json_lines, read_yaml
+from hymba_tune.train.screen import read_metrics
 
 SHOWN_DROPPED = 10
 """The number of dropped rows that are read in full; the others are only counted."""
@@ -32,6 +35,7 @@ class RunRecord:
         evaluations: The results of `hymba-tune eval` in ``evaluations.json``, the oldest first.
         dropped: The first rows of ``dropped.jsonl``.
         reasons: The number of dropped rows by reason.
+        damaged: What a crash has made unreadable, in words; the other attributes are without it.
     """
 
     path: Path
@@ -44,36 +48,49 @@ class RunRecord:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
-        """Read a run's directory.
+        """Read a run's directory. Files that a crash has torn count as absent, and `damaged` names them.
 
         Raises:
-            CheckpointError: If the directory is not a run, or one of its files cannot be read.
+            CheckpointError: If the directory is not a run, or its settings cannot be read.
         """
         if not (path / "config.yaml").is_file():
             raise CheckpointError(f"{path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
             settings = dict(read_yaml(path / "config.yaml"))
-            facts = _json(path / "run.json", {})
-            dropped, reasons = _dropped(path / "dropped.jsonl")
-            return cls(
-                path=path,
-                verb=_verb(settings.pop("verb", SFTConfig.verb.name)),
-                settings=settings,
-                facts=facts,
-                rows=_rows(path / "metrics.jsonl"),
-                samples=_json(path / "samples.json", []),
-                updates=_json(path / "updates.json", {}),
-                evaluations=_json(path / "evaluations.json", []),
-                dropped=dropped,
-                reasons=reasons,
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            verb = _verb(settings.pop("verb", SFTConfig.verb.name))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error}", fix="restore its files as the run wrote them"
+                f"{path / 'config.yaml'} cannot be read: {error}", fix="restore it as the run wrote it"
             ) from error
+
+        rows, torn = _rows(path / "metrics.jsonl")
+        samples = [one for one in read_json(path / "samples.json", list) or [] if _is_sample(one)]
+        evaluations = [one for one in read_json(path / "evaluations.json", list) or [] if isinstance(one, dict)]
+        dropped, reasons = _dropped(path / "dropped.jsonl")
+        kinds = {"run.json": dict, "samples.json": list, "updates.json": dict, "evaluations.json": list}
+        damaged = [
+            f"{name} cannot be read"
+            for name, kind in kinds.items()
+            if (path / name).is_file() and read_json(path / name, kind) is None
+        ]
+        damaged += [f"{torn:,} lines of metrics.jsonl cannot be read"] if torn else []
+        return cls(
+            path=path,
+            verb=verb,
+            settings=settings,
+            facts=read_json(path / "run.json", dict) or {},
+            rows=rows,
+            samples=samples,
+            updates=read_json(path / "updates.json", dict) or {},
+            evaluations=evaluations,
+            dropped=dropped,
+            reasons=reasons,
+            damaged=damaged,
+        )
 
     @property
     def name(self) -> str:
@@ -98,9 +115,41 @@ class RunRecord:
         return {name: self.series(f"eval_loss/{name}") for name in names}
 
     @property
+    def held_out_rows(self) -> int | None:
+        """The number of held-out rows; None if it is not recorded."""
+        rows = self.facts.get("held_out", {}).get("rows")
+        return rows if isinstance(rows, int) else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens of the model's head; None if it is not recorded."""
+        size = self.facts.get("vocabulary")
+        return size if isinstance(size, int) and size > 1 else None
+
+    @property
     def last_step(self) -> int:
         """The last step that was measured."""
         return int(max((row["step"] for row in self.rows), default=0))
+
+
+@contextmanager
+def edits_explained(*paths: Path) -> Iterator[None]:
+    """Explain errors that come from values of an unexpected kind in the files of runs, as people leave them.
+
+    Args:
+        paths: The directories of the runs.
+
+    Raises:
+        CheckpointError: Instead of these errors.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError) as error:
+        raise CheckpointError(
+            f"{', '.join(map(str, paths))}: a file holds something unexpected: {error!r}.",
+            expected="config.yaml, run.json, updates.json and evaluations.json as the run wrote them",
+            fix="restore them, or move away run.json, updates.json and evaluations.json",
+        ) from error
 
 
 def _verb(name: str) -> Verb:
@@ -113,27 +162,24 @@ def _verb(name: str) -> Verb:
     )
 
 
-def _json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else absent
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    # A killed run may have left an incomplete line.
-    whole = (json.loads(line) for line in lines if line.endswith("\n"))
-    rows = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in whole]
+def _rows(path: Path) -> tuple[list[dict[str, float]], int]:
+    rows, torn = read_metrics(path)
     for row in rows:
         # Before training both answers of a pair have the same reward, so an accuracy of 0 means nothing.
         if row.get("eval_margin") == 0:
             row.pop("eval_accuracy", None)
-    return rows
+    return rows, torn
+
+
+def _is_sample(one: Any) -> bool:
+    return isinstance(one, dict) and "prompt" in one and all(isinstance(text, str) for text in one.values())
 
 
 def _dropped(path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    if not path.is_file():
-        return [], {}
-    with path.open(encoding="utf-8") as file:
-        first = [json.loads(line) for line in islice(file, SHOWN_DROPPED)]
-        reasons = Counter(row["reason"] for row in first)
-        reasons.update(json.loads(line)["reason"] for line in file)
+    first: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    for row in read_json_lines(path):
+        if row is not None and {"file", "reason", "what"} <= row.keys():
+            reasons[str(row["reason"])] += 1
+            first += [row] if len(first) < SHOWN_DROPPED else []
     return first, dict(reasons)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import mean
 
 from hymba_tune.formatting import share
 from hymba_tune.report.measures import measure
@@ -11,6 +12,16 @@ from hymba_tune.report.record import RunRecord
 
 WORSE = 1.02
 """The least ratio to the best held-out loss that counts as worse; a smaller one may be chance."""
+FEW_ROWS = 10
+"""The fewest held-out rows whose loss says whether a run improved the model."""
+FEW_STEPS = 20
+"""The fewest steps that are not said to be few."""
+HARDLY = 0.01
+"""The change of a loss, as a share of it, below which it hardly changed."""
+UNMOVED = 0.003
+"""The change of the held-out loss, as a share of it, below which it did not move."""
+RISEN = 0.01
+"""The least rise of a reward that counts."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,16 @@ def judge(record: RunRecord) -> Verdict:
     """Judge a run by its held-out loss."""
     steps, losses = record.series("eval_loss")
     if len(losses) > 1 and all(map(math.isfinite, losses)):
-        return _held_out(record, steps, losses)
-    evaluated = len(losses)
+        verdict = _held_out(record, steps, losses)
+    else:
+        verdict = _without_held_out(record, evaluated=bool(losses))
+    stuck = _stuck(record)
+    notes = [*verdict.notes, *stuck, *_few_steps(record)]
+    notes += [f"A crash left its mark: {', '.join(record.damaged)}."] if record.damaged else []
+    return replace(verdict, notes=notes, better=False if stuck and verdict.better else verdict.better)
+
+
+def _without_held_out(record: RunRecord, *, evaluated: bool) -> Verdict:
     measured = measure("loss", record.verb)
     steps, losses = record.series("loss")
     if not losses:
@@ -56,13 +75,7 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     first, last = losses[0], losses[-1]
     best = min(range(1, len(losses)), key=lambda index: losses[index])
     measured = measure("loss", record.verb)
-    better = losses[best] < first
-    change = f"held-out loss {first:.3f} → {measured.written(losses[best])}"
-    accuracy = _accuracy(record)
-    sentence = f"It did not get better: {change}"
-    if better:
-        sentence = f"It got better: {change}, {share(first - losses[best], first)} less"
-    notes = []
+    sentence, better, notes = _change(record, first, losses[best])
     if last > WORSE * losses[best]:
         notes.append(
             f"After step {steps[best]:,} the held-out loss rose again, to {last:.3f}: the run overfits its "
@@ -71,7 +84,7 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     worse = [
         f"{name} {curve[0]:.3f} → {curve[best]:.3f}"
         for name, (_, curve) in record.source_losses.items()
-        if curve[best] > WORSE * curve[0]
+        if len(curve) > best and curve[best] > WORSE * curve[0]
     ]
     if better and worse:
         notes.append(f"The held-out loss rose on some sources: {', '.join(worse)}.")
@@ -83,7 +96,68 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
     if measured.unit:
         figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
     counted, counts = _answers(record)
-    return Verdict(f"{sentence}{accuracy}{counted}.", better, figures + counts + _others(record), notes)
+    return Verdict(f"{sentence}{_accuracy(record)}{counted}.", better, figures + counts + _others(record), notes)
+
+
+def _change(record: RunRecord, first: float, best: float) -> tuple[str, bool | None, list[str]]:
+    """Return how the held-out loss changed, in words; whether that is better, None if it is unknown; and notes."""
+    rows = record.held_out_rows
+    on = f" on {rows:,} rows" if rows is not None else ""
+    change = f"held-out loss {first:.3f} → {measure('loss', record.verb).written(best)}{on}"
+    if rows is not None and rows < FEW_ROWS:
+        few = "1 held-out row is" if rows == 1 else f"{rows} held-out rows are"
+        note = f"Hold out at least {FEW_ROWS} rows, or better 100: a larger --eval-split, or --eval-data FILE."
+        return f"{few} too few to say whether it got better: {change}", None, [note]
+    if (risen := _risen_reward(record)) and best < first:
+        return f"It is not clear that it got better: {change}", None, [risen]
+    if abs(first - best) < HARDLY * abs(first):
+        return f"It hardly changed: {change}", None, []
+    if best > first:
+        return f"It did not get better: {change}", False, []
+    return f"It got better: {change}, {share(first - best, first)} less", True, []
+
+
+def _risen_reward(record: RunRecord) -> str:
+    """Return a note if the reward of worse answers rose; empty otherwise."""
+    _, rewards = record.series("eval_rejected_reward")
+    if len(rewards) < 2 or not rewards[-1] - rewards[0] > RISEN:
+        return ""
+    kind = "rejected" if record.verb.paired else "bad"
+    return (
+        f"The reward of {kind} answers rose, {rewards[0]:.3f} → {rewards[-1]:.3f}: the model writes them more often "
+        "than before. Use a lower --lr, fewer --epochs, or pairs that differ more."
+    )
+
+
+def _few_steps(record: RunRecord) -> list[str]:
+    steps = record.last_step
+    if not 0 < steps < FEW_STEPS:
+        return []
+    few = "1 step is" if steps == 1 else f"{steps} steps are"
+    return [f"{few} few: most runs need a hundred or more. Try --steps 100, more --epochs, or a smaller --batch-size."]
+
+
+def _stuck(record: RunRecord) -> list[str]:
+    """Return a note if the loss did not move, or if it ended at that of a uniform guess."""
+    evaluated, trained = record.series("eval_loss")[1], record.series("loss")[1]
+    losses = evaluated if len(evaluated) > 1 else trained
+    if record.last_step < FEW_STEPS or len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return []
+    vocabulary = record.vocabulary if record.verb.loss_unit else None
+    if vocabulary and abs(losses[-1] / math.log(vocabulary) - 1) < HARDLY:
+        return [
+            f"The loss is stuck at {losses[-1]:.3f}, about ln({vocabulary:,}) = {math.log(vocabulary):.3f}: the model "
+            "gives every token the same probability. Use a lower --lr."
+        ]
+    # Batches differ; held-out rows are the same at every evaluation.
+    part, least = (1, UNMOVED) if losses is evaluated else (max(1, len(losses) // 3), HARDLY)
+    before, after = mean(losses[:part]), mean(losses[-part:])
+    if abs(after - before) >= least * abs(before):
+        return []
+    return [
+        f"The loss did not move in {record.last_step:,} steps: {before:.3f} at first, {after:.3f} at last. Try a "
+        "higher --lr, or a lower one if it is above the default."
+    ]
 
 
 def _answers(record: RunRecord) -> tuple[str, list[tuple[str, str, str]]]:

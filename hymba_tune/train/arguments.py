@@ -9,7 +9,6 @@ import torch
 from transformers import Trainer
 
 from hymba_tune.config import TrainingConfig
-from hymba_tune.train.limits import kept_checkpoints
 from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
@@ -50,7 +49,6 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "eval_strategy": "steps" if evaluate else "no",
         "eval_on_start": evaluate and config.resume is None,
         "save_strategy": "steps",
-        "save_total_limit": kept_checkpoints(config),
         "metric_for_best_model": "eval_loss" if config.keeps_best else None,
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from hymba_tune.train.checkpoints import seal
+from hymba_tune.files import seal
+from hymba_tune.train.checkpoints import forget_oldest
 from hymba_tune.train.optimizers import Rates, parameter_groups
 
 
@@ -30,9 +31,11 @@ class RunTrainer(Trainer):
             one source.
         step_batches: The batches of the current step, each with its share of the step's loss.
         step_grad_norm: The norm of the step's gradient before clipping.
+        kept_checkpoints: The number of checkpoints to keep; None for all.
     """
 
     rates: Rates | None = None
+    kept_checkpoints: int | None = None
     held_out_sources: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, **kwargs: Any) -> None:
@@ -143,8 +146,12 @@ class RunTrainer(Trainer):
         # TRL's own method writes a model card into every checkpoint.
         Trainer._save_checkpoint(self, model, trial)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir)
+        seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.kept_checkpoints is not None:
+            forget_oldest(folder, keep=self.kept_checkpoints, best=self.state.best_model_checkpoint)
 
 
 def use_one_device(args: TrainingArguments, device: torch.device) -> None:

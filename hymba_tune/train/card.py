@@ -32,7 +32,7 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     if evaluations:
         final = next((row for row in evaluations if row.step == facts["kept"]["step"]), evaluations[-1])
         lines += [*_table(evaluations[0], final), ""]
-    if answers := facts.get("answers"):
+    if "before" in (answers := facts.get("answers", {})):
         lines += [
             f"Right answers to the {answers['questions']:,} held-out prompts: {answers['before']:,} before training, "
             f"{answers['after']:,} after.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from hymba_tune.train.checkpoints import step_of
 from hymba_tune.train.claim import claimed
 from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard
-from hymba_tune.train.limits import limits_explained
+from hymba_tune.train.limits import kept_checkpoints, limits_explained
 from hymba_tune.train.memory_estimate import MemoryEstimate, bytes_needed_with, estimate_memory
 from hymba_tune.train.outline import Outline, outline_of, outline_without_weights
 from hymba_tune.train.rows import places_of
@@ -80,7 +82,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
             fix="--eval-data FILE, or an --eval-split above 0",
         )
     if resuming:
-        _check_same_data(run, data.report)
+        _check_same_data(run, data.report, screen)
 
     extra_bytes = task_with_data.extra_bytes
     with screen.working("estimating the memory"):
@@ -122,7 +124,10 @@ def _record_begin(
     setup.run.record(
         verb=config.verb.name,
         model=setup.base,
+        settings=config.model_dump(mode="json", exclude={"out", "resume"}),
         data=data.report.counts(),
+        held_out=_held_out_facts(data),
+        vocabulary=setup.model_config.vocab_size,
         described=described,
         device=str(setup.device),
         dtype=str(setup.dtype),
@@ -134,9 +139,22 @@ def _record_begin(
     )
 
 
-def _check_same_data(run: Run, report: DataReport) -> None:
+def _held_out_facts(data: Data) -> dict[str, Any]:
+    """Return the number of held-out rows, and a digest of their tokens, by which runs can be compared."""
+    if data.held_out is None:
+        return {"rows": 0}
+    digest = hashlib.sha256()
+    for name in sorted(data.held_out.column_names):
+        if name.endswith(("ids", "label", "labels")):
+            digest.update(json.dumps([name, data.held_out[name][:]]).encode())
+    return {"rows": len(data.held_out), "fingerprint": digest.hexdigest()}
+
+
+def _check_same_data(run: Run, report: DataReport, screen: Screen) -> None:
     before = run.facts().get("data", {}).get("fingerprint")
-    if before != report.fingerprint:
+    if before is None:
+        screen.note(f"{run.path}/run.json has no record of the data, so it is not known whether the data has changed")
+    elif before != report.fingerprint:
         raise DataError(
             f"The data of {run.path} has changed since the run was started.",
             expected="the same rows, so that the run can resume where it stopped",
@@ -171,6 +189,7 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
         trainer = builder.make_trainer(model, arguments, callbacks)
     trainer.rates = learning_rates(setup)
     trainer.held_out_sources = data.held_out_sources
+    trainer.kept_checkpoints = kept_checkpoints(config)
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
     trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))

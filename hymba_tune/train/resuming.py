@@ -13,6 +13,8 @@ C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
 CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
 """Settings that may change when a run is resumed."""
+MOVABLE = {"model", "data", "eval_data"}
+"""Settings in which ``config.yaml`` may name the same content at another place: the content is compared."""
 
 
 def resume_config(flags: C) -> C:
@@ -23,10 +25,12 @@ def resume_config(flags: C) -> C:
 
     Raises:
         CheckpointError: If it is not a run, or has no complete checkpoint.
-        ConfigError: If it is a run of another verb, or a setting differs that cannot change when a run is resumed.
+        ConfigError: If it is a run of another verb, or a setting differs that cannot change when a run is resumed,
+            in the flags or in an edited ``config.yaml``.
     """
     assert flags.resume is not None
-    saved = Run(flags.resume).read_config()
+    run = Run(flags.resume)
+    saved = run.read_config()
     if not isinstance(saved, type(flags)):
         raise ConfigError(
             f"{flags.resume} is a run of hymba-tune {saved.verb}, not of {flags.verb}.",
@@ -39,8 +43,23 @@ def resume_config(flags: C) -> C:
             expected=f"at most: {_as_flags(CHANGEABLE - {'resume'})}",
             fix="leave it out, or start a new run with --model RUN",
         )
-    Run(flags.resume).last_checkpoint()  # raises if there is none
+    _check_unedited(run, saved)
+    run.last_checkpoint()  # raises if there is none
     return saved.model_copy(update=changed)
+
+
+def _check_unedited(run: Run, saved: TrainingConfig) -> None:
+    """Check that ``config.yaml`` holds the settings that the run was started with, as far as they are recorded."""
+    recorded = run.facts().get("settings", {})
+    now = saved.model_dump(mode="json")
+    edited = sorted(name for name in now.keys() & recorded.keys() - CHANGEABLE - MOVABLE if now[name] != recorded[name])
+    if edited:
+        first = edited[0]
+        raise ConfigError(
+            f"{run.path / 'config.yaml'} was edited: {_as_flags(edited)} cannot change when a run is resumed.",
+            expected=f"{first}: {recorded[first]}, as the run was started, instead of {now[first]}",
+            fix="restore the file, or start a new run with --model RUN",
+        )
 
 
 def _as_flags(names: Iterable[str]) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, read_yaml, remove, write_text
+from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, read_json, read_yaml, remove, write_text
 from hymba_tune.train.checkpoints import forget_torn, newest_whole
-from hymba_tune.train.screen import MetricsRow
+from hymba_tune.train.screen import MetricsRow, read_metrics
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -95,6 +96,9 @@ class Run:
             settings = dict(read_yaml(path))
             verb = settings.pop("verb", SFTConfig.verb.name)  # the first version had one verb and did not write it
             return TrainingConfig.of(verb).model_validate(settings)
+        except ValidationError as error:
+            what = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in error.errors())
+            raise CheckpointError(f"{path} cannot be used: {what}.", fix="restore it as the run wrote it") from error
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="restore it as the run wrote it") from error
 
@@ -127,9 +131,8 @@ class Run:
         write_text(self.path / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, Any]:
-        """Return the content of ``run.json``; empty before the first `record`."""
-        path = self.path / "run.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """Return the content of ``run.json``; empty before the first `record`, and where a crash has torn the file."""
+        return read_json(self.path / "run.json", dict) or {}
 
     def log(self, row: MetricsRow) -> None:
         """Add a line to ``metrics.jsonl``."""
@@ -137,10 +140,8 @@ class Run:
             file.write(_as_line(row))
 
     def rows(self) -> list[MetricsRow]:
-        """Return the lines of ``metrics.jsonl``, without a last one that is incomplete."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [MetricsRow.of_columns(json.loads(line)) for line in lines if line.endswith("\n")]
+        """Return the lines of ``metrics.jsonl``, without those that a crash has torn."""
+        return [MetricsRow.of_columns(columns) for columns in read_metrics(self.path / "metrics.jsonl")[0]]
 
     def forget_leftovers(self) -> None:
         """Remove incomplete files of a killed process, and a run that this one has replaced."""

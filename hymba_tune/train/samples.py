@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.data import encode_prompt
 from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
-from hymba_tune.files import write_text
+from hymba_tune.files import read_json, write_text
 from hymba_tune.generate import answer, write
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
@@ -32,8 +32,8 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
     """
     path = setup.run.path / "samples.json"
     prompts = data.prompts[:SAMPLES]
-    samples = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    if not samples:
+    samples: list[dict[str, str]] = read_json(path, list) or []
+    if len(samples) != len(prompts) or not all(isinstance(sample, dict) for sample in samples):
         samples = [{"prompt": prompt.messages[-1].content, "reference": reference} for prompt, reference in prompts]
     with screen.working(f"answering {len(samples)} prompts, {when} training") as progress:
         for number, ((prompt, _), sample) in enumerate(zip(prompts, samples, strict=True), start=1):

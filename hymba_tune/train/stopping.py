@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hymba_tune.train.checkpoints import is_whole
+from hymba_tune.files import is_whole
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,12 @@ def test_what_is_wrong_is_said_in_one_message(command: Command) -> None:
     for words, message in (
         (["nowhere"], "nowhere is not a run: it has no config.yaml."),
         (["mine", "nowhere"], "nowhere is not a run"),
-        (["mine", "--out", "x.html"], "--out is for a comparison; a run's own page is its report.html."),
+        (["mine", "--out", "nowhere/x.html"], "--out nowhere/x.html: there is no folder nowhere."),
     ):
         result = command("report", *words)
         assert result.code == 2
         assert message in result.err
         assert not result.out
-    assert not Path("x.html").exists()
+    assert command("report", "mine", "--out", "x.html").code == 0
+    assert Path("x.html").is_file()
+    assert not Path("mine/report.html").exists()

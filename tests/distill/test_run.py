@@ -11,8 +11,8 @@ import pytest
 
 from hymba_tune.config import DistillConfig
 from hymba_tune.errors import ConfigError
+from hymba_tune.files import WHOLE
 from hymba_tune.plan import plan
-from hymba_tune.train.checkpoints import WHOLE
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.report import write_comparison, write_report
+from hymba_tune.report import RunRecord, judge, write_comparison, write_report
 from hymba_tune.report.compare import differing
 from tests.browser import DESK, PHONE, Browser, Page
 from tests.report.inputs import write_nasty_run, write_run
@@ -106,6 +113,33 @@ def test_comparison_names_the_best_and_what_differs(tmp_path: Path) -> None:
     assert rows == [("rank", "8", "16", "16"), ("lr", "–", "–", "0.1")]
 
 
+def test_runs_on_different_held_out_data_are_not_ranked(tmp_path: Path) -> None:
+    held_out = [{"held_out": {"rows": 100, "fingerprint": digest}} for digest in "xyx"]
+    one, two, three = (
+        write_run(tmp_path / name, [3.0], [4.0, loss], facts=facts)
+        for name, loss, facts in zip(("one", "two", "three"), (2.0, 1.5, 1.0), held_out, strict=True)
+    )
+    old = [write_run(tmp_path / f"old-{data}", [3.0], [4.0, 2.0], settings={"data": [data]}) for data in "ab"]
+    for number, runs in enumerate(([one, two], [one, old[0]], old)):
+        write_comparison(runs, tmp_path / f"{number}.html")
+        page = (tmp_path / f"{number}.html").read_text()
+        assert "were evaluated on different held-out data, so their losses cannot be compared." in page
+        assert "is best" not in page
+    write_comparison([one, three], tmp_path / "same.html")
+    assert "B is best, with the lowest held-out loss" in (tmp_path / "same.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("losses", "rows", "verdict"),
+    [((2.0, 1.99), 100, "B and A are about equally good"), ((2.0, 1.0), 2, "2 held-out rows are too few to say")],
+)
+def test_no_winner_by_chance(losses: tuple[float, float], rows: int, verdict: str, tmp_path: Path) -> None:
+    facts = {"held_out": {"rows": rows, "fingerprint": "x"}}
+    runs = [write_run(tmp_path / str(loss), [3.0], [4.0, loss], facts=facts) for loss in losses]
+    write_comparison(runs, tmp_path / "compare.html")
+    assert verdict in (tmp_path / "compare.html").read_text()
+
+
 def test_settings_that_are_the_same_do_not_differ() -> None:
     assert differing({"A": {"x": 1, "y": []}, "B": {"x": 1, "y": None}}) == {}
     assert differing({"A": {"x": [1, 2]}, "B": {}}) == {"x": ["1, 2", "–"]}
@@ -143,13 +177,95 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a run: it has no config\.yaml"):
         write_report(tmp_path)
     run = write_run(tmp_path / "torn", [2.0, 1.0])
-    (run / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match="torn cannot be read: Expecting property name"):
-        write_report(run)
+    for settings in ("[", "- a\n", "\0\0\0", "verb: [sft]\n"):
+        (run / "config.yaml").write_text(settings)
+        with pytest.raises(
+            CheckpointError, match=r"torn/config\.yaml cannot be read: (.|\n)*\n  to fix     restore it"
+        ):
+            write_report(run)
 
 
 def test_half_a_line_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "killed", [2.0, 1.0])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
-    assert "Training loss 2.000 nats a token → 1.000" in write_report(run)[1].sentence
+    verdict = write_report(run)[1]
+    assert "Training loss 2.000 nats a token → 1.000" in verdict.sentence
+    assert len(verdict.notes) == 1  # on held-out data only
+
+
+@pytest.mark.parametrize("name", ["run.json", "samples.json", "updates.json", "evaluations.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 99, b"\xff\xfe", b"7", b"[" * 9999], ids=range(6))
+def test_torn_files_count_as_absent_and_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "torn", [2.0, 1.0])
+    (run / name).write_bytes(content)
+    record = RunRecord.read(run)
+    assert record.damaged == [f"{name} cannot be read"]
+    assert judge(record).notes[-1] == f"A crash left its mark: {name} cannot be read."
+
+
+def test_torn_lines_of_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "torn", [2.0, 1.0])
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    torn = [
+        b"\0" * 100,
+        lines[0],
+        b'{"step": 15, "lo',
+        b"\0\0\n",
+        b'{"step": "x"}\n',
+        b"[1]\n",
+        b"\xff\n",
+        lines[1],
+        b'{"st',
+    ]
+    (run / "metrics.jsonl").write_bytes(b"".join(torn))
+    record = RunRecord.read(run)
+    assert record.series("loss") == ([10, 20], [2.0, 1.0])
+    assert record.damaged == ["4 lines of metrics.jsonl cannot be read"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ("data", "memory", "kept", "ended", "parameters", "described", "held_out", "vocabulary", "kernels", "versions")
+
+
+@given(
+    facts=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
+    lists=st.fixed_dictionaries({name: st.lists(JSON, max_size=2) for name in ("samples.json", "evaluations.json")}),
+    updates=st.dictionaries(st.sampled_from(("parts", "absent")), JSON),
+    settings=st.dictionaries(st.sampled_from(("data", "model", "targets", "method", "start")), JSON),
+)
+@hypothesis.settings(
+    max_examples=20, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_edited_files_give_a_page_or_one_message(
+    facts: dict[str, Any],
+    lists: dict[str, Any],
+    updates: dict[str, Any],
+    settings: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    run = write_run(tmp_path_factory.mktemp("runs") / "edited", settings=settings, facts=facts)
+    for name, content in {**lists, "updates.json": updates}.items():
+        (run / name).write_text(json.dumps(content))
+    with suppress(CheckpointError):
+        page, _ = write_report(run)
+        assert page.read_text().rstrip().endswith("</html>")
+
+
+def test_page_that_cannot_be_written_can_go_elsewhere(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [2.0, 1.0])
+    with (
+        patch("hymba_tune.report.page.write_text", side_effect=OSError(errno.EROFS, "Read-only file system")),
+        pytest.raises(ConfigError, match=r"report\.html cannot be written: Read-only file system\.\n.*another --out"),
+    ):
+        write_report(run)
+    page, _ = write_report(run, tmp_path / "page.html")
+    assert "Training loss" in page.read_text()
+    with pytest.raises(ConfigError, match=r"page\.html exists"):
+        write_report(run, tmp_path / "page.html")
+    write_report(run, tmp_path / "page.html", overwrite=True)
+    assert not (run / "report.html").exists()

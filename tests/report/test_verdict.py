@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +61,7 @@ def test_preference_runs_report_their_pairs(tmp_path: Path) -> None:
     columns = {"eval_accuracy": [0.0, 0.78], "eval_margin": [0.0, 0.4]}
     run = write_run(tmp_path / "run", [0.6], [0.693, 0.5], settings={"verb": "dpo"}, columns=columns)
     verdict = judge(RunRecord.read(run))
+    assert verdict.better
     assert verdict.sentence == (
         "It got better: held-out loss 0.693 → 0.500, 28 % less; 78 % of the pairs ranked correctly."
     )
@@ -82,3 +86,72 @@ def test_without_evaluations_before_and_after_nothing_is_claimed(
     assert verdict.better is None
     assert verdict.sentence.startswith(f"Whether it got better is unknown {why}.")
     assert how in verdict.notes[0]
+
+
+def facts_of(rows: int, vocabulary: int = 4096) -> dict[str, Any]:
+    return {"held_out": {"rows": rows}, "vocabulary": vocabulary}
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "1 held-out row is"), (2, "2 held-out rows are")])
+def test_few_held_out_rows_give_no_verdict(rows: int, words: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [2.0, 1.0], [4.0, 2.0, 1.0], facts=facts_of(rows))
+    verdict = judge(RunRecord.read(run))
+    assert verdict.better is None
+    assert verdict.sentence.startswith(f"{words} too few to say whether it got better: held-out loss 4.000 → 1.000")
+    assert "--eval-split" in verdict.notes[0]
+
+
+def test_verdict_has_its_size(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [2.0, 1.0], [4.0, 2.0, 1.0], facts=facts_of(200))
+    assert "4.000 → 1.000 nats a token on 200 rows, 75 % less" in judge(RunRecord.read(run)).sentence
+
+
+def test_small_change_is_no_improvement(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, [2.0, 2.0], [2.0, 1.99, 1.985])
+    assert verdict.better is None
+    assert verdict.sentence == "It hardly changed: held-out loss 2.000 → 1.985 nats a token."
+
+
+@pytest.mark.parametrize("steps", [1, 10, 20])
+def test_few_steps_are_said_to_be_few(steps: int, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [{"step": 0, "eval_loss": 3.0}, {"step": steps, "loss": 2.0, "eval_loss": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = [note for note in judge(RunRecord.read(run)).notes if "few" in note]
+    assert len(notes) == (steps < 20)
+    assert all("--steps 100" in note for note in notes)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "orpo"])
+def test_rising_reward_of_worse_answers_is_not_better(verb: str, tmp_path: Path) -> None:
+    columns = {"eval_rejected_reward": [0.0, 0.2, 0.5], "eval_margin": [0.0, 0.3, 0.4]}
+    run = write_run(tmp_path / "run", [0.6, 0.5], [0.7, 0.6, 0.5], settings={"verb": verb}, columns=columns)
+    verdict = judge(RunRecord.read(run))
+    assert verdict.better is None
+    assert verdict.sentence.startswith("It is not clear that it got better: held-out loss 0.700 → 0.500")
+    assert f"The reward of {'bad' if verb == 'kto' else 'rejected'} answers rose, 0.000 → 0.500" in verdict.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "evaluations", "note"),
+    [
+        ([5.0, 8.31, 8.32, 8.318], [4.9, 8.316, 8.318], r"stuck at 8\.318, about ln\(4,096\) = 8\.318.*lower --lr"),
+        ([8.5, 8.31, 8.32, 8.318], [9.1, 8.316, 8.318], r"stuck at 8\.318, about ln\(4,096\)"),
+        ([8.31, 8.32, 8.318], [], r"stuck at 8\.318, about ln\(4,096\)"),
+        ([5.01, 4.99, 5.0], [], r"did not move in 30 steps: 5\.010 at first, 5\.000 at last.*another|higher --lr"),
+        ([3.0, 2.0, 3.0], [5.0, 4.999, 5.001], r"did not move in 30 steps: 5\.000 at first, 5\.001 at last"),
+    ],
+)
+def test_loss_that_does_not_move_is_noted(
+    losses: list[float], evaluations: list[float], note: str, tmp_path: Path
+) -> None:
+    verdict = judge(RunRecord.read(write_run(tmp_path / "run", losses, evaluations, facts=facts_of(200))))
+    assert re.search(note, verdict.notes[-1])
+    assert not verdict.better
+
+
+def test_loss_of_preferences_has_no_uniform_guess(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", [0.69, 0.69], [0.693, 0.65, 0.6], settings={"verb": "dpo"}, facts=facts_of(200, vocabulary=2)
+    )
+    assert judge(RunRecord.read(run)).better

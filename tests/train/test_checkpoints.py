@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hymba_tune.train.checkpoints import WHOLE, forget_torn, is_whole, newest_whole, seal
+from hymba_tune.files import WHOLE, is_whole, seal
+from hymba_tune.train.checkpoints import forget_oldest, forget_torn, newest_whole, step_of
 
 FILES = {"adapter.safetensors": b"weights" * 40, "trainer_state.json": b"{}", "global_step/shard.pt": b"moments"}
 
@@ -65,3 +66,27 @@ def test_seal_without_files_is_invalid(tmp_path: Path) -> None:
     for content in ("{}", "[1]", "null", '{"a": 1}'):
         (path / WHOLE).write_text(content)
         assert not is_whole(path)
+
+
+def test_copies_that_people_leave_are_neither_checkpoints_nor_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        seal(checkpoint(tmp_path, step))
+    left = ["checkpoint-9.bak", "checkpoint-9 (copy)", "checkpoint-", "checkpoint-x", "checkpoint-4-old", "notes"]
+    for name in left:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-8").write_text("a file")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-3"
+    forget_torn(tmp_path)
+    forget_oldest(tmp_path, keep=1, best=None)
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "checkpoint-8", "checkpoint-3"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [(2, None, {3, 4}), (2, 1, {1, 4}), (2, 4, {3, 4}), (3, 1, {1, 3, 4}), (1, 1, {1, 4}), (9, 1, {1, 2, 3, 4})],
+)
+def test_newest_and_best_checkpoints_are_kept(keep: int, best: int | None, kept: set[int], tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        seal(checkpoint(tmp_path, step))
+    forget_oldest(tmp_path, keep=keep, best=best and str(tmp_path / f"checkpoint-{best}"))
+    assert {step_of(path) for path in tmp_path.iterdir()} == kept

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.files import seal
 from hymba_tune.model.layers import HymbaMLP
 from hymba_tune.model.modeling_hymba import HymbaModel
-from hymba_tune.train.checkpoints import seal
 from hymba_tune.train.optimizers import OPTIMIZERS
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
-from hymba_tune.train.checkpoints import WHOLE
+from hymba_tune.files import WHOLE
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
@@ -43,6 +44,16 @@ def losses(finished: Run) -> list[tuple[int, float | None, float | None]]:
 
 def resumed(path: Path, **changes: Any) -> Run:
     return run(resume_config(SFTConfig(resume=path, **changes)))
+
+
+class Noting(Screen):
+    """Records the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -168,14 +179,9 @@ def test_run_without_a_complete_checkpoint_cannot_be_resumed(finished_run: Path,
 
 def test_finished_run_notes_that_no_steps_are_left(finished_run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished_run, tmp_path / "copy"))
-    notes: list[str] = []
-
-    class Noting(Screen):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    run(resume_config(SFTConfig(resume=copy)), Noting())
-    assert notes == ["all 30 steps are done; to train longer, increase --steps or --epochs"]
+    screen = Noting()
+    run(resume_config(SFTConfig(resume=copy)), screen)
+    assert screen.notes == ["all 30 steps are done; to train longer, increase --steps or --epochs"]
 
 
 def test_run_with_changed_data_cannot_be_resumed(small_model: Path, tmp_path: Path) -> None:
@@ -192,3 +198,56 @@ def test_intervals_can_change_on_resuming(small_model: Path, questions: Path, tm
     rows = [row for row in finished.rows() if row.step > 3]
     assert [row.step for row in rows if row.loss is not None] == [4, 5, 6]
     assert [row.step for row in rows if row.eval_loss is not None] == [4, 6]
+
+
+def test_what_crashes_and_people_leave_is_survived(finished_run: Path, tmp_path: Path) -> None:
+    left = Path(shutil.copytree(finished_run, tmp_path / "left"))
+    backup = Path(shutil.copytree(left / "checkpoints/checkpoint-30", left / "checkpoints/checkpoint-1.bak"))
+    files = {path.name for path in backup.iterdir()}
+    for name in ("run.json", "samples.json"):
+        (left / name).write_text((left / name).read_text()[:40])
+    with (left / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 300 + b'\n{"step": 30, "lo')
+    screen = Noting()
+    finished = run(resume_config(SFTConfig(resume=left, steps=33, save_every=1)), screen, report=True)
+    assert finished.facts()["steps"] == 33
+    assert any("run.json has no record of the data" in note for note in screen.notes)
+    assert [row.step for row in finished.evaluations()] == [0, 10, 20, 30, 33]
+    assert {path.name for path in (left / "checkpoints").iterdir()} == {
+        "checkpoint-1.bak",
+        "checkpoint-32",
+        "checkpoint-33",
+    }
+    assert {path.name for path in backup.iterdir()} == files
+    assert (left / "samples.json").read_text().count('"after"') == 3
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank", 8), ("lr", 0.5), ("targets", ["mlp"]), ("batch_size", 3)])
+def test_edited_settings_are_named(name: str, value: Any, finished_run: Path, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    shutil.copytree(finished_run, left, ignore=shutil.ignore_patterns("checkpoints", "adapter"))
+    settings_of = yaml.safe_load((left / "config.yaml").read_text())
+    (left / "config.yaml").write_text(yaml.safe_dump(settings_of | {name: value}))
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=rf"config\.yaml was edited: {flag} cannot change(.|\n)*{name}: "):
+        resume_config(SFTConfig(resume=left))
+
+
+def test_settings_may_name_moved_files(finished_run: Path, questions: Path, small_model: Path, tmp_path: Path) -> None:
+    left = Path(shutil.copytree(finished_run, tmp_path / "left"))
+    settings_of = yaml.safe_load((left / "config.yaml").read_text())
+    shutil.copy(questions, tmp_path / "moved.jsonl")
+    moved = {"data": [str(tmp_path / "moved.jsonl")], "model": str(shutil.copytree(small_model, tmp_path / "moved"))}
+    (left / "config.yaml").write_text(yaml.safe_dump(settings_of | moved))
+    assert resume_config(SFTConfig(resume=left)).data == moved["data"]
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "message"),
+    [("verb: sft\nrank: 0\n", r"cannot be used: rank: Input should"), ("verb: nothing\n", "verb is 'nothing'")],
+)
+def test_settings_that_cannot_be_used_are_one_line(settings_of: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(settings_of)
+    with pytest.raises(CheckpointError, match=message) as error:
+        resume_config(SFTConfig(resume=tmp_path))
+    assert len(str(error.value).splitlines()) == 2
