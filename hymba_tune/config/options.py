@@ -196,7 +196,8 @@ class TrainingOptions(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped to it."""
     max_loss_spike: float | None = Field(default=5.0, gt=1)
-    """Stop before a step whose loss is above this multiple of the usual one: the median of 50 steps, at least 1 nat."""
+    """Stop before a step whose loss is above this multiple of the usual one (the median of 50 steps, at least 1 nat),
+    or near that of a uniform guess."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: scale of the noise on the embeddings during training (common: 5 to 15)."""
     gradient_checkpointing: bool = False

@@ -192,7 +192,9 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
     trainer.kept_checkpoints = kept_checkpoints(config)
     trainer.args.load_best_model_at_end = config.keeps_best
     places = partial(places_of, rows=data.train)
-    trainer.add_callback(LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, places=places))
+    vocabulary = setup.model_config.vocab_size if config.verb.loss_unit else None
+    guard = LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, vocabulary=vocabulary, places=places)
+    trainer.add_callback(guard)
     for noisy in list(trainer.callback_handler.callbacks):
         if type(noisy).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(noisy)

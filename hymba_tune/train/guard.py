@@ -23,6 +23,11 @@ USUAL_STEPS, FEWEST_STEPS = 50, 10
 """The number of steps over which the median loss is taken, and the fewest steps that give one."""
 LOWEST_USUAL = 1.0
 """Nats. A loss near zero is often many times as high on a hard batch, which is no sign of divergence."""
+UNIFORM, AWAY = 0.9, 1.5
+"""A loss at this share of a uniform guess's is a spike, if it is at least this multiple of the usual loss. In a small
+vocabulary, a model that has forgotten everything may lose less than five times the usual loss."""
+DEFAULT_SPIKE = 5.0
+"""The spike limit at which that share holds; a higher limit raises it."""
 NAMED_ROWS = 8
 
 
@@ -41,6 +46,7 @@ class LossGuard(TrainerCallback, ExportableState):
         trainer: The trainer whose steps are checked.
         run: The run, for the checkpoint that an error message names.
         max_spike: The largest loss of a step, as a multiple of the median loss; None for no limit.
+        vocabulary: The number of tokens, if the loss is in nats a token: a uniform guess loses its logarithm.
         places: Returns where the rows of a batch were read from.
     """
 
@@ -50,11 +56,13 @@ class LossGuard(TrainerCallback, ExportableState):
         run: Run,
         *,
         max_spike: float | None,
+        vocabulary: int | None = None,
         places: Callable[[dict[str, Any]], Sequence[str]],
     ) -> None:
         self._trainer = trainer
         self._run = run
         self._max_spike = max_spike
+        self._uniform = math.log(vocabulary) if vocabulary else math.inf
         self._places = places
         self._losses: deque[float] = deque(maxlen=USUAL_STEPS)
 
@@ -98,12 +106,17 @@ class LossGuard(TrainerCallback, ExportableState):
             raise self._error(what, "a finite gradient", inputs, args.learning_rate)
 
         usual = median(self._losses) if len(self._losses) >= FEWEST_STEPS else math.inf
-        if self._max_spike is not None and loss > self._max_spike * max(usual, LOWEST_USUAL):
+        if self._max_spike is not None and loss > (limit := self._limit(usual, self._max_spike)):
             before = f"{usual:.3f} (the median of {len(self._losses)} steps)"
             what = f"The loss jumped to {loss:.3f} at step {step}, from {before}"
-            limit = f"at most {self._max_spike:g} times the usual loss, or {self._max_spike:g} nats (--max-loss-spike)"
-            raise self._error(what, limit, [batch for batch, _ in batches], args.learning_rate)
+            expected = f"at most {limit:.3g} (--max-loss-spike {self._max_spike:g})"
+            raise self._error(what, expected, [batch for batch, _ in batches], args.learning_rate)
         self._losses.append(loss)
+
+    def _limit(self, usual: float, max_spike: float) -> float:
+        """Return the largest loss that is no spike."""
+        forgotten = UNIFORM * self._uniform * max(1.0, max_spike / DEFAULT_SPIKE)
+        return min(max_spike * max(usual, LOWEST_USUAL), max(forgotten, AWAY * usual))
 
     def on_evaluate(
         self,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import TrainingError
-from hymba_tune.train.guard import FEWEST_STEPS, listed
+from hymba_tune.train.guard import FEWEST_STEPS, LossGuard, listed
 from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
@@ -127,7 +132,7 @@ def test_jump_of_the_loss_stops_and_can_be_allowed(
         TrainingError, match=rf"The loss jumped to \d+\.\d+ at step {high}, from .* \(the median of {high - 1} steps\)"
     ) as error:
         run(settings(small_model, data, tmp_path / "out", **changes))
-    assert "at most 5 times the usual loss" in str(error.value)
+    assert re.search(r"expected   at most [\d.]+ \(--max-loss-spike 5\)", str(error.value))
     assert f"--resume {tmp_path / 'out'} --max-loss-spike 10" in str(error.value)
     # The losses before the checkpoint count after it as well: it stops again, unless a larger jump is allowed.
     with pytest.raises(TrainingError, match=rf"jumped .* at step {high}, from .* \(the median of {high - 1} steps\)"):
@@ -186,3 +191,54 @@ def test_preference_trainers_are_guarded_too(
     assert lines
     assert 1 <= len(lines[1].split(", ")) <= 2
     assert Run(tmp_path / "out").last_checkpoint().name == "checkpoint-1"
+
+
+class Steps:
+    """A trainer of whose steps only the losses are known."""
+
+    step_grad_norm = 1.0
+
+    def __init__(self) -> None:
+        self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
+
+
+def spikes(losses: list[float], tmp_path: Path, *, vocabulary: int | None, max_spike: float | None = 5.0) -> int | None:
+    """The first step that the guard stops at."""
+    trainer, state = Steps(), TrainerState()
+    guard = LossGuard(trainer, Run(tmp_path), max_spike=max_spike, vocabulary=vocabulary, places=lambda _: [])
+    arguments, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    for step, loss in enumerate(losses):
+        state.global_step = step
+        trainer.step_batches = [({}, torch.tensor(loss))]
+        try:
+            guard.on_pre_optimizer_step(arguments, state, control)
+        except TrainingError:
+            return step
+    return None
+
+
+@pytest.mark.parametrize("vocabulary", [61, 4096, 32001])
+@pytest.mark.parametrize("usual", [0.05, 0.2, 0.5])
+def test_model_that_forgets_everything_is_a_spike_in_any_vocabulary(
+    vocabulary: int, usual: float, tmp_path: Path
+) -> None:
+    uniform = math.log(vocabulary)
+    losses = [usual * uniform] * FEWEST_STEPS
+    assert spikes([*losses, uniform], tmp_path, vocabulary=vocabulary) == FEWEST_STEPS
+    # A higher limit, which the message names, allows it; and preference losses have no uniform guess.
+    assert spikes([*losses, uniform], tmp_path, vocabulary=vocabulary, max_spike=200) is None
+    assert spikes([*losses, uniform], tmp_path, vocabulary=vocabulary, max_spike=None) is None
+
+
+@given(
+    vocabulary=st.integers(32, 200_000),
+    shares=st.lists(st.floats(0.85, 1.2), min_size=12, max_size=20),
+    usual=st.floats(0.01, 0.99),
+)
+@hypothesis.settings(
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_ordinary_batches_are_no_spikes(vocabulary: int, shares: list[float], usual: float, tmp_path: Path) -> None:
+    """Whatever share of a uniform guess's the usual loss is."""
+    losses = [usual * math.log(vocabulary) * share for share in shares]
+    assert spikes(losses, tmp_path, vocabulary=vocabulary) is None
