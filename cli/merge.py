@@ -44,6 +44,7 @@ def merge(
     lines = [
         ("merged", f"{done.folder} ({format_bytes(done.size)})"),
         *_drifts(done),
+        *([("beware", done.change)] if done.change else []),
         ("chat with it", command("chat", done.folder)),
     ]
     for label, line in lines:

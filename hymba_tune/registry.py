@@ -40,6 +40,8 @@ RUNS = Path("runs")
 """The folder of runs. A name in it is no name on the Hub, even where there is no such folder."""
 ADAPTER = "adapter"
 """The folder of the adapter in a run directory."""
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in a run directory."""
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files of a repository that are downloaded first: configuration, tokenizer and model card."""
@@ -148,6 +150,14 @@ def fetch_weights(source: ModelSource) -> None:
 def has_weights(source: ModelSource) -> bool:
     """Return whether the weights of a model are on this machine, judging by their file names."""
     return source.hub_id is None or any(source.folder.glob(WEIGHT_FILES[0]))
+
+
+def run_directory(folder: Path) -> Path | None:
+    """The run that a folder of weights belongs to: its result, or one of its checkpoints; None if there is none."""
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
+    inside = folder.parent.name == CHECKPOINTS or folder.name in (ADAPTER, "model")
+    return run if inside and (run / "run.json").is_file() else None
 
 
 def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:

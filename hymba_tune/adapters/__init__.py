@@ -1,6 +1,7 @@
 """Adapters built on PEFT: their targets, saving and loading, merging."""
 
 from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
+from hymba_tune.adapters.base_digest import FACT, base_digest, changed_base, describe_difference, files_of
 from hymba_tune.adapters.folding import (
     base_of,
     check_onto,
@@ -24,16 +25,21 @@ from hymba_tune.adapters.vocabulary import tokens_past, widen_vocabulary
 from hymba_tune.adapters.weights import Weights, finite_tensor, released_name
 
 __all__ = [
+    "FACT",
     "PRESETS",
     "AdapterWatch",
     "Update",
     "Weights",
     "adapter_updates",
     "add_adapter",
+    "base_digest",
     "base_of",
+    "changed_base",
     "check_onto",
     "count_parameters",
     "describe",
+    "describe_difference",
+    "files_of",
     "finite_tensor",
     "folded_weights",
     "folders_of",

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.adapters.attach import read_config
+from hymba_tune.adapters.base_digest import changed_base
 from hymba_tune.adapters.initialization import changes_base
 from hymba_tune.adapters.vocabulary import check_vocabulary, vocabulary_with
 from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWeights, Weights
@@ -167,16 +168,26 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
         )
 
 
-def folding_note(source: ModelSource) -> str | None:
-    """Return a note for users of an adapter that was trained on quantized weights; None for all other models.
+def folding_note(source: ModelSource, *, whole: bool = False) -> str | None:
+    """Return notes for users of an adapter: that it was trained on quantized weights, or that its base has changed.
+
+    Args:
+        source: Of `resolve_model`.
+        whole: Whether all bytes of a base model are compared, as `changed_base` does.
+
+    Returns:
+        A line for each note; None if there is none.
 
     Raises:
         HymbaTuneError: If the base model or the run's record cannot be used; see `quantized_base`.
     """
-    for adapter in sources_of(source):
-        if (base := quantized_base(adapter)) is not None:
-            return f"{adapter.name}: merged into the weights it was trained on, {base.scheme} dequantized"
-    return None
+    notes = []
+    for adapter, below in pairwise(sources_of(source)):
+        if (base := quantized_base(adapter)) is not None and not notes:
+            notes.append(f"{adapter.name}: merged into the weights it was trained on, {base.scheme} dequantized")
+        if (change := changed_base(adapter, below, folders_of(below), whole=whole)) is not None:
+            notes.append(change)
+    return "\n".join(notes) or None
 
 
 def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device: torch.device = CPU) -> Weights:

@@ -45,9 +45,9 @@ class Chat:
         self._config = config
         self._on_note: Callable[[str], None] | None = on_note
         self._tokenizer = loadable.tokenizer
-        if note := loadable.note:
-            on_note(note)
         self._model = loadable.load()
+        if note := loadable.note:  # by now the weights of a Hub model are on this machine
+            on_note(note)
         self._system = config.system
         self._messages: list[Message] = []
         if config.seed is not None:

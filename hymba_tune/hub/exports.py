@@ -91,7 +91,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
     else:
         folder = config.out or default_folder(source, ending=f"-{config.quantize}" if config.quantize else "")
         difference = _export(config, source, folder, working)
-    note = None if config.adapter_only else folding_note(source)
+    note = None if config.adapter_only else folding_note(source, whole=True)
     address = None
     if target is not None:
         revision = ["--revision", target.revision] if target.revision else []

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hymba_tune.adapters import (
+    base_of,
+    changed_base,
     check_onto,
     finite_tensor,
     folded_weights,
@@ -51,6 +53,7 @@ class Merged:
         drifts: The difference from the trained model for each kind of weights, if the adapter was trained on quantized
             ones.
         alone: Whether the adapter has no run directory, whose record would state the quantization.
+        change: How the base model differs from the one that the adapter was trained on, if it does.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Merged:
     onto: Onto
     drifts: dict[Onto, MergeDrift]
     alone: bool
+    change: str | None = None
 
 
 def merge(config: MergeConfig, working: Working) -> Merged:
@@ -91,7 +95,9 @@ def merge(config: MergeConfig, working: Working) -> Merged:
         drifts = _drifts(source, base, dtype, device, working) if base else {}
         with working("merging"):
             size = _write(source, onto, dtype, device, folder)
-    return Merged(config.out, size, base, onto, drifts, alone=source.dtype is None)
+    below = base_of(source)
+    change = changed_base(source, below, folders_of(below), whole=True)
+    return Merged(config.out, size, base, onto, drifts, alone=source.dtype is None, change=change)
 
 
 def _drifts(

@@ -197,7 +197,11 @@ def write_quantized(plan: QuantizationPlan, folder: Path, base: str | None, work
     (folder / DAMAGE).write_text(json.dumps(damage.facts(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(damage_page(damage), encoding="utf-8")
     return QuantizedModel(
-        folder, damage, difference, f"{short_count(reloaded.num_parameters())} parameters", folding_note(plan.source)
+        folder,
+        damage,
+        difference,
+        f"{short_count(reloaded.num_parameters())} parameters",
+        folding_note(plan.source, whole=True),
     )
 
 

@@ -12,9 +12,14 @@ from typing import Any
 from transformers import PreTrainedModel, set_seed
 
 from hymba_tune.adapters import (
+    FACT,
     add_adapter,
+    base_digest,
     base_of,
     count_parameters,
+    describe_difference,
+    files_of,
+    folders_of,
     load_adapter,
     open_model,
     restrict_rows,
@@ -25,6 +30,7 @@ from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
 from hymba_tune.memory import keep_freed_memory
+from hymba_tune.registry import ModelSource
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
@@ -104,10 +110,11 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         set_seed(config.seed)
         with screen.working("loading the weights"):
             model = _open(setup)
+        digest = _base_digest(setup, screen)
         trainer = _trainer(setup, data, builder, model, screen)
         outline = outline_of(trainer)
         screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
-        _record_begin(setup, data, outline, memory_estimate, described)
+        _record_begin(setup, data, outline, memory_estimate, described, digest)
         if not resuming:
             data.report.write_dropped(run.path / "dropped.jsonl")
             answer_samples(setup, data, trainer.model, "before", screen)
@@ -117,7 +124,12 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
 
 
 def _record_begin(
-    setup: Setup, data: Data, outline: Outline, memory_estimate: MemoryEstimate, described: dict[str, str]
+    setup: Setup,
+    data: Data,
+    outline: Outline,
+    memory_estimate: MemoryEstimate,
+    described: dict[str, str],
+    digest: dict[str, Any],
 ) -> None:
     """Record what is known about a run before its first step."""
     config = setup.config
@@ -136,6 +148,7 @@ def _record_begin(
         memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
         optimizer={"name": config.optimizer, "groups": outline.groups},
         packed_share=outline.packed_share,
+        **{FACT: digest},
     )
 
 
@@ -162,9 +175,35 @@ def _check_same_data(run: Run, report: DataReport, screen: Screen) -> None:
         )
 
 
+def _base_digest(setup: Setup, screen: Screen) -> dict[str, Any]:
+    """Return the digest of the base that a run was started with; show a note if it is another one on resuming."""
+    now = base_digest(files_of(folders_of(_base(setup))))
+    started = setup.run.facts().get(FACT) if setup.config.resume else None
+    if not isinstance(started, dict):
+        return now
+    if (difference := describe_difference(started, now)) is not None:
+        screen.note(
+            f"the base model, {setup.base}, has changed since the run was started ({difference}): its adapter was "
+            "trained on other weights; restore them, or start a new run"
+        )
+    return started
+
+
+def _whole_digest(setup: Setup) -> dict[str, Any]:
+    """Return the digest of all bytes of a run's base at its end, unless the base has changed since its beginning."""
+    started = setup.run.facts()[FACT]
+    now = base_digest(files_of(folders_of(_base(setup))), whole=True)
+    return now if describe_difference(started, now) is None else started
+
+
+def _base(setup: Setup) -> ModelSource:
+    """Return the model that the trained adapter belongs to."""
+    return base_of(setup.source) if setup.continues else setup.source
+
+
 def _open(setup: Setup) -> PreTrainedModel:
     config = setup.config
-    source = base_of(setup.source) if setup.continues else setup.source
+    source = _base(setup)
     quantization = setup.quantization.while_loading if setup.quantization else None
     model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=quantization)
     model.name_or_path = setup.base
@@ -238,6 +277,7 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         peak_memory_bytes=account.peak_memory_bytes,
         memory={**run.facts()["memory"], "measured_bytes": account.peak_memory_bytes},
         parameters={"trainable": trainable, "total": total},
+        **{FACT: _whole_digest(setup)},
     )
     write_card(run, config, data.summary)
     return run
