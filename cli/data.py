@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
@@ -152,7 +153,9 @@ def convert(*files: str, flags: Annotated[DataConvertConfig, Parameter(name="*")
     from hymba_tune.data.converting import check_converted
     from hymba_tune.data.converting import convert as write
     from hymba_tune.data.mixes import local_files
+    from hymba_tune.files import remove_leftovers
 
+    remove_leftovers(flags.out, Path(f"{flags.out}.dropped.jsonl"))
     check_converted(flags.out, on_bad_row=flags.on_bad_row, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("converting") as progress:
         done = write(
@@ -186,7 +189,9 @@ def split(*files: str, flags: Annotated[DataSplitConfig, Parameter(name="*")]) -
     from hymba_tune.data import open_sources
     from hymba_tune.data.dividing import EVAL, TRAIN, check_divided, divide
     from hymba_tune.data.mixes import local_files
+    from hymba_tune.files import remove_leftovers
 
+    remove_leftovers(flags.out / TRAIN, flags.out / EVAL)
     check_divided(flags.out, overwrite=flags.overwrite, inputs=local_files(files))
     with RichScreen().working("splitting") as progress:
         done = divide(

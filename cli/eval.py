@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Table
@@ -15,7 +15,11 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, error_console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import AsJson, check_first
 from hymba_tune.config import EvalConfig
+from hymba_tune.errors import HymbaTuneError
 from hymba_tune.train.screen import Screen
+
+if TYPE_CHECKING:
+    from hymba_tune.evaluate import Evaluation
 
 
 def measure(
@@ -39,9 +43,11 @@ def measure(
     flags.model = model
     check_first(flags)
     with loading():
-        from hymba_tune.evaluate import add_to_run, evaluate, facts, run_of, save
-        from hymba_tune.report import write_report
+        from hymba_tune.evaluate import check_run, evaluate, facts, run_of, save
 
+    run = run_of(flags)
+    if run:
+        check_run(run)
     for folder in (name for name in flags.tasks if Path(name).expanduser().is_dir()):
         note = f"--tasks {folder}: lm-eval runs the Python code of the tasks in this folder"
         error_console.print(f" {note}", markup=False, soft_wrap=True)
@@ -52,16 +58,15 @@ def measure(
             evaluation = evaluate(flags, Screen().working)
     else:
         evaluation = evaluate(flags, RichScreen().working)
-    save(evaluation)
-    run = run_of(flags)
+    notes = [result.note for result in evaluation.results if result.note]
     if run:
-        add_to_run(evaluation, run)
-        write_report(run)
+        notes += _add_to_run(evaluation, run)
+    save(evaluation)  # last: once these files have their names, the command is done
     if as_json:
         console.print_json(json.dumps(facts(evaluation), ensure_ascii=False))
         return
     _show(facts(evaluation))
-    for note in filter(None, (result.note for result in evaluation.results)):
+    for note in notes:
         console.print(f" {note}", style="dim", markup=False, soft_wrap=True)
     for label, path in (
         ("results", flags.out),
@@ -70,6 +75,19 @@ def measure(
     ):
         if path:
             console.print(f" {label:<8} {path}", markup=False, soft_wrap=True)
+
+
+def _add_to_run(evaluation: Evaluation, run: Path) -> list[str]:
+    """Add an evaluation to the run's report, and return the reason if that cannot be written."""
+    from hymba_tune.evaluate import add_to_run
+    from hymba_tune.report import write_report
+
+    try:
+        add_to_run(evaluation, run)
+        write_report(run)
+    except HymbaTuneError as error:
+        return [f"not added to the run's report: {error.what}"]
+    return []
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -102,7 +102,8 @@ def _print_search(result: Searched, flags: QuantizeConfig) -> None:
     _lines(("proposal", f"{what}: {tried.whole[-1].drift.risen} (measured whole; {limit} allowed)"))
     if not result.written:
         skip = ["--skip", *result.skip] if result.skip else []
-        _lines(("to do it", command("quantize", flags.model, "--scheme", scheme, *skip)))
+        checkpoint = ["--checkpoint", flags.checkpoint] if flags.checkpoint else []
+        _lines(("to do it", command("quantize", flags.model, *checkpoint, "--scheme", scheme, *skip)))
 
 
 def _lines(*lines: tuple[str, str]) -> None:

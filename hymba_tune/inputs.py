@@ -16,9 +16,10 @@ from hymba_tune.config import (
     TeacherOptions,
 )
 from hymba_tune.config.inference import ScoringOptions
-from hymba_tune.config.options import HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
+from hymba_tune.config.options import CheckpointChoice, HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.registry import ALIASES, TEACHERS, find_local
+from hymba_tune.train.checkpoints import at_checkpoint
 
 
 def check_inputs(config: Config, *, complete: bool = True) -> None:
@@ -65,7 +66,8 @@ def _check_sources(config: Config) -> None:
 def _models(config: Config) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     """The models that settings name: the flag, the name, and the aliases that the flag takes."""
     if isinstance(config, ModelChoice):
-        yield "--model", config.model, ALIASES
+        chosen = config.checkpoint if isinstance(config, CheckpointChoice) else None
+        yield "--model", at_checkpoint(config.model, chosen), ALIASES
     if isinstance(config, ChatConfig | EvalConfig):
         yield from (("--against", name, ALIASES) for name in config.against)
     if isinstance(config, TeacherOptions):

@@ -189,6 +189,8 @@ def lasting_name(name: str) -> str:
 def _local(name: str, path: Path) -> ModelSource:
     if (path / "run.json").is_file():
         return _run(path)
+    if path.resolve().parent.name == CHECKPOINTS and (run := run_directory(path)) is not None:
+        return _checkpoint(run, path)
     if (path / "config.json").is_file():
         return ModelSource(name, path)
     if (path / ADAPTER_CONFIG).is_file():
@@ -227,13 +229,26 @@ def _run(path: Path) -> ModelSource:
         return ModelSource(path.name, path / "model")
     adapter = path / ADAPTER
     if (adapter / ADAPTER_CONFIG).is_file():
-        record = {name: _text(run, name, path / "run.json") for name in ("model", "quantized", "dtype")}
-        return ModelSource(path.name, adapter, adapter=adapter, base=record.pop("model"), **record)
+        return _adapter_of(path, path.name, adapter, run)
     raise CheckpointError(
         f"{path}: this run has no model yet.",
         expected="an adapter/ or model/ folder, which is written at the end of a run",
-        fix=f"finish it: {command(run.get('verb', 'sft'), '--resume', path)}",
+        fix=f"finish it: {command(run.get('verb', 'sft'), '--resume', path)}; chat, eval, merge and export also take "
+        "its last checkpoint: --checkpoint last",
     )
+
+
+def _checkpoint(run: Path, path: Path) -> ModelSource:
+    """A checkpoint of a run: an adapter, or all weights."""
+    name = f"{run.name}-{path.resolve().name}"
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapter_of(run, name, path, _read_json(run / "run.json"))
+    return ModelSource(name, path)
+
+
+def _adapter_of(run: Path, name: str, adapter: Path, facts: Mapping[str, Any]) -> ModelSource:
+    record = {fact: _text(facts, fact, run / "run.json") for fact in ("model", "quantized", "dtype")}
+    return ModelSource(name, adapter, adapter=adapter, base=record.pop("model"), **record)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,15 @@ class ModelChoice(Config):
     """A Hub id, an alias (hymba-1.5b, hymba-1.5b-instruct, hymba-nano), a folder, or a run directory."""
 
 
+class CheckpointChoice(Config):
+    """Setting of a run's checkpoint."""
+
+    group: ClassVar[Group] = MODEL
+
+    checkpoint: str | None = None
+    """Use a checkpoint of the run instead of its result: last, best (lowest held-out loss of those kept), or a step."""
+
+
 class ModelOptions(ModelChoice):
     """Settings of the model, its data type and its device."""
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hymba_tune.config.base import Names, Scheme
 from hymba_tune.config.groups import RESULT
 from hymba_tune.config.inference import ScoringOptions
-from hymba_tune.config.options import ModelOptions, OutputOptions
+from hymba_tune.config.options import CheckpointChoice, ModelOptions, OutputOptions
 
 
 def _without_sign(value: Any) -> Any:
@@ -19,7 +19,7 @@ def _without_sign(value: Any) -> Any:
     return value.removesuffix("%") if isinstance(value, str) else value
 
 
-class QuantizeConfig(ScoringOptions, OutputOptions, ModelOptions):
+class QuantizeConfig(ScoringOptions, OutputOptions, ModelOptions, CheckpointChoice):
     """Settings of `hymba-tune quantize`."""
 
     group: ClassVar[Group] = RESULT

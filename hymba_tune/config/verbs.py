@@ -28,6 +28,7 @@ from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
     AnswerOptions,
+    CheckpointChoice,
     DataOptions,
     EngineOptions,
     EvaluationOptions,
@@ -246,7 +247,7 @@ class KTOConfig(ReferenceConfig):
         return self
 
 
-class MergeConfig(OutputOptions, ModelOptions):
+class MergeConfig(OutputOptions, ModelOptions, CheckpointChoice):
     """Settings of `hymba-tune merge`."""
 
     group: ClassVar[Group] = RESULT
@@ -263,7 +264,7 @@ class MergeConfig(OutputOptions, ModelOptions):
     """Folder of the merged model; must not exist or be empty."""
 
 
-class ExportConfig(OutputOptions, ModelOptions):
+class ExportConfig(OutputOptions, ModelOptions, CheckpointChoice):
     """Settings of `hymba-tune export`."""
 
     group: ClassVar[Group] = RESULT

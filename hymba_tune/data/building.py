@@ -22,6 +22,7 @@ from hymba_tune.data.report import DataReport, SourceCounts
 from hymba_tune.data.rows import RowError, listing
 from hymba_tune.data.sources import Source
 from hymba_tune.errors import DataError
+from hymba_tune.files import is_whole
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
@@ -115,12 +116,14 @@ def build(
 
 
 def _load(kind: RowSchema[R, D], entry: Path) -> tuple[Dataset, D] | None:
+    if not entry.is_dir():
+        return None
     try:
+        if not is_whole(entry):
+            raise ValueError("a checksum differs")
         report = kind.report.load(entry / REPORT, entry / DROPPED)
         rows = Dataset.from_file(str(entry / ROWS))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, pa.ArrowException):  # the machine crashed while they were written
+    except (OSError, ValueError, TypeError, pa.ArrowException):  # a crash, or a disk that lost bytes
         shutil.rmtree(entry, ignore_errors=True)
         return None
     cache.touch(entry)

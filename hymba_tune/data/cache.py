@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tokenizers
 
 from hymba_tune.data.sources import Source
-from hymba_tune.files import flush_to_disk
+from hymba_tune.files import seal
 
 if TYPE_CHECKING:  # importing transformers imports torch
     from transformers import PreTrainedTokenizerBase
@@ -101,9 +101,9 @@ def unfinished(folder: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def store(finished: Path, folder: Path, name: str) -> Path:
-    """Move a finished entry to its name. If another process stored it first, that entry is used."""
+    """Seal a finished entry, and move it to its name. If another process stored it first, that entry is used."""
     entry = folder / name
-    flush_to_disk(finished)
+    seal(finished)
     try:
         # A rename is atomic, so no process ever sees half an entry under its name.
         finished.rename(entry)

@@ -26,10 +26,11 @@ from hymba_tune.evaluate.questions import (
 )
 from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
-from hymba_tune.files import check_file
+from hymba_tune.files import check_file, remove_leftovers
 from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
+from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass
@@ -107,6 +108,7 @@ def evaluate(config: EvalConfig, working: Working) -> Evaluation:
 
 
 def _check_outputs(config: EvalConfig) -> None:
+    remove_leftovers(*(path for path in (config.out, config.save_answers) if path))
     inputs = [*local_files(config.data), *map(Path, config.tasks), Path(config.chat_template or "")]
     for flag, path in (("--out", config.out), ("--save-answers", config.save_answers)):
         if path:
@@ -116,9 +118,10 @@ def _check_outputs(config: EvalConfig) -> None:
 
 
 def _names(config: EvalConfig) -> list[str]:
-    names = [config.model, *config.against]
+    model = at_checkpoint(config.model, config.checkpoint)
+    names = [model, *config.against]
     if config.base:
-        source = resolve_model(config.model)
+        source = resolve_model(model)
         if source.adapter is None:
             raise ConfigError(
                 f"--base: {source.name} has no adapter, so it has no base model.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hymba_tune import __version__
 from hymba_tune.config import EvalConfig
 from hymba_tune.errors import CheckpointError
 from hymba_tune.evaluate.evaluation import Evaluation, ModelResult
-from hymba_tune.files import locked, write_errors, write_text
+from hymba_tune.files import atomic_write, locked, read_json, write_errors, write_text
 
 EVALUATIONS = "evaluations.json"
 
@@ -45,12 +46,16 @@ def save(evaluation: Evaluation) -> None:
         ConfigError: If a file cannot be written.
     """
     config = evaluation.config
+    contents: dict[tuple[str, Path], str] = {}
     if config.out:
-        with write_errors("--out", config.out):
-            write_text(config.out, _json(facts(evaluation)), overwrite=config.overwrite)
+        contents["--out", config.out] = _json(facts(evaluation))
     if config.save_answers:
-        with write_errors("--save-answers", config.save_answers):
-            write_text(config.save_answers, "".join(_answer_lines(evaluation)), overwrite=config.overwrite)
+        contents["--save-answers", config.save_answers] = "".join(_answer_lines(evaluation))
+    with ExitStack() as files:  # all are written before the first one gets its name
+        for (flag, path), text in contents.items():
+            files.enter_context(write_errors(flag, path))
+            part = files.enter_context(atomic_write(path, overwrite=config.overwrite))
+            part.write_text(text, encoding="utf-8")
 
 
 def _json(value: Any) -> str:
@@ -83,20 +88,26 @@ def run_of(config: EvalConfig) -> Path | None:
     return path if (path / "run.json").is_file() else None
 
 
+def check_run(run: Path) -> None:
+    """Check that `add_to_run` can read the run's list, before hours are spent on an evaluation.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    path = run / EVALUATIONS
+    if path.is_file() and read_json(path, list) is None:
+        raise CheckpointError(f"{path} cannot be read.", fix="move the file away; it only lists evaluations")
+
+
 def add_to_run(evaluation: Evaluation, run: Path) -> None:
     """Append an evaluation to the run's list.
 
     Raises:
-        CheckpointError: If the list cannot be read or written.
+        CheckpointError: If the list cannot be read.
+        ConfigError: If it cannot be written.
     """
     path = run / EVALUATIONS
-    try:
-        with locked(run / ".evaluations.lock", wait=True):  # two evaluations of a run may end at the same time
-            earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-            write_text(path, _json([*earlier, facts(evaluation)]))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}", fix="move the file away; it only lists evaluations"
-        ) from error
+    with write_errors("the list of evaluations", path), locked(run / ".evaluations.lock", wait=True):
+        check_run(run)  # another evaluation of the run may have ended meanwhile
+        earlier = read_json(path, list) or []
+        write_text(path, _json([*earlier, facts(evaluation)]))

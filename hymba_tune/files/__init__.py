@@ -2,10 +2,11 @@
 
 from hymba_tune.files.folders import atomic_folder, check_new_folder, make_folders, new_folder, remove_empty, replacing
 from hymba_tune.files.kinds import MODEL, REPLACED, RUN, FolderKind, entries, remove
+from hymba_tune.files.leftovers import remove_leftovers
 from hymba_tune.files.locks import LOCK, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
 from hymba_tune.files.reading import read_yaml
-from hymba_tune.files.sealing import WHOLE, is_whole, seal
+from hymba_tune.files.sealing import WHOLE, checksum, is_whole, seal
 from hymba_tune.files.torn import read_json, read_json_lines
 from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_file",
     "check_folder",
     "check_new_folder",
+    "checksum",
     "entries",
     "flush_to_disk",
     "is_whole",
@@ -35,6 +37,7 @@ __all__ = [
     "read_yaml",
     "remove",
     "remove_empty",
+    "remove_leftovers",
     "replacing",
     "seal",
     "write_errors",

@@ -6,13 +6,17 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files.kinds import MODEL, REPLACED, FolderKind, entries, remove
+from hymba_tune.files.leftovers import held, left_behind, remove_leftovers
 from hymba_tune.files.outputs import check_folder, check_not_current, disk_errors, write_errors
-from hymba_tune.files.writing import aside, flush_to_disk
+from hymba_tune.files.writing import COMPLETE, aside, flush_to_disk
+
+OLD = ".old"
+"""Ending of the name aside of a folder that is being replaced."""
 
 
 @contextmanager
@@ -26,6 +30,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         OSError: If it cannot be written.
     """
     target = Path(os.path.realpath(path))
+    _recover(target)
     part = aside(target)
     part.mkdir()
     with _becoming(part, target, overwrite=True):
@@ -48,6 +53,7 @@ def new_folder(out: Path, *, overwrite: bool = False, inputs: Iterable[Path] = (
             there during the block; what was written is then kept aside.
     """
     check_not_current(out)
+    _recover(Path(os.path.realpath(out)))
     check_folder(out, MODEL, overwrite=overwrite, inputs=inputs)
     target = Path(os.path.realpath(out))
     made: list[Path] = []
@@ -75,27 +81,44 @@ class _UnusedError(Exception):
 @contextmanager
 def _becoming(part: Path, target: Path, *, overwrite: bool) -> Iterator[None]:
     """Rename a folder when the block ends without an error, and remove it otherwise."""
-    old = aside(target)
-    try:
-        yield
-        flush_to_disk(part)
+    old = aside(target, OLD)
+    with ExitStack() as held_folders:
+        held_folders.enter_context(held(part))
+        try:
+            yield
+            flush_to_disk(part)
+            if target.exists():
+                held_folders.enter_context(held(target))
+                target.rename(old)
+            if overwrite or not any(entries(old)):
+                part.rename(target)
+                flush_to_disk(target.parent)
+        except BaseException:
+            remove(part)
+            raise
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+        if part.exists():
+            kept = part.rename(aside(target, COMPLETE))
+            raise ConfigError(
+                f"{target} was filled by something else while it was being written.",
+                fix=f"move that away, then rename {kept}, which holds all that was written",
+            )
+        remove(old)
+
+
+def _recover(target: Path) -> None:
+    """Restore or remove what killed processes have left of a folder.
+
+    A process that was killed between two renames has left the old folder, whole, under a name aside.
+    """
+    remove_leftovers(target)
+    for old in left_behind(target, OLD):
         if target.exists():
-            target.rename(old)
-        if overwrite or not any(entries(old)):
-            part.rename(target)
-            flush_to_disk(target.parent)
-    except BaseException:
-        remove(part)
-        raise
-    finally:
-        if old.exists() and not target.exists():
+            remove(old)
+        else:
             old.rename(target)
-    if part.exists():
-        raise ConfigError(
-            f"{target} was filled by something else while it was being written.",
-            fix=f"move that away, then rename {part}, which holds all that was written",
-        )
-    remove(old)
 
 
 @contextmanager

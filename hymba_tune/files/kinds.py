@@ -35,7 +35,11 @@ class FolderKind:
 
     def has_part(self, name: str) -> bool:
         """Whether such folders hold something of this name."""
-        return any(fnmatch(name, f"{part}{ending}") for part in self.parts for ending in ("", ".????????.partial"))
+        return any(
+            fnmatch(name, f"{part}{ending}")
+            for part in self.parts
+            for ending in ("", ".????????.partial", ".????????.old")
+        )
 
     def refusal_reason(self, folder: Path) -> str | None:
         """Say why a folder must not be replaced; None if it is of this kind and holds nothing else."""

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hymba_tune.errors import ConfigError
+from hymba_tune.files.leftovers import held, remove_leftovers
 
-PARTIAL = ".partial"
-"""Ending of names that are written to before the result takes its place."""
+PARTIAL, COMPLETE = ".partial", ".complete"
+"""Endings of names that are written to before the result takes its place, and of a result whose place is taken."""
 
 
-def aside(path: Path) -> Path:
+def aside(path: Path, ending: str = PARTIAL) -> Path:
     """Return a new, unique name beside a path: ``model.json`` gives ``model.json.1f0c9a2e.partial``."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{ending}")
 
 
 @contextmanager
@@ -31,15 +32,18 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         ConfigError: If ``overwrite`` is off and ``path`` was created during the block; what was written is kept aside.
         OSError: If it cannot be written.
     """
+    remove_leftovers(path)
     part = aside(Path(os.path.realpath(path)))
-    try:
-        yield part
-        put_in_place(part, path, overwrite=overwrite)
-    except NameTakenError:  # all was written, and is kept
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    part.touch()
+    with held(part):
+        try:
+            yield part
+            put_in_place(part, path, overwrite=overwrite)
+        except NameTakenError:  # all was written, and is kept
+            raise
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 class NameTakenError(ConfigError):
@@ -68,9 +72,10 @@ def put_in_place(part: Path, path: Path, *, overwrite: bool = True) -> None:
             part.unlink()
         except OSError as error:
             if target.exists():
+                kept = part.rename(aside(target, COMPLETE)) if part.suffix == PARTIAL else part
                 raise NameTakenError(
                     f"{path} was created by something else while it was being written.",
-                    fix=f"move it away, then rename {part}, which holds all that was written",
+                    fix=f"move it away, then rename {kept}, which holds all that was written",
                 ) from error
             part.rename(target)  # a file system without hard links
     _flush(target.parent)

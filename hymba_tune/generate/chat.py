@@ -15,6 +15,7 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.generate.answers import answer
 from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
+from hymba_tune.train.checkpoints import at_checkpoint
 
 OnText = Callable[[str], None]
 """Called with each new part of an answer."""
@@ -40,7 +41,7 @@ class Chat:
         on_note: Callable[[str], None] = lambda _: None,
         loadable: LoadableModel | None = None,
     ) -> None:
-        loadable = loadable or find_model(config.model, config)
+        loadable = loadable or find_model(at_checkpoint(config.model, config.checkpoint), config)
         self.name = loadable.source.name
         self._config = config
         self._on_note: Callable[[str], None] | None = on_note
@@ -120,7 +121,7 @@ class ChatSession:
 
     def __init__(self, config: ChatConfig, on_note: Callable[[str], None] = lambda _: None) -> None:
         check_inputs(config)
-        names = dict.fromkeys([config.model, *config.against])
+        names = dict.fromkeys([at_checkpoint(config.model, config.checkpoint), *config.against])
         loadables = [find_model(name, config) for name in names]  # all are resolved before the first one loads
         self.chats = [Chat(config, on_note, loadable) for loadable in loadables]
         self._commands: dict[str, tuple[str, Callable[[str], str]]] = {

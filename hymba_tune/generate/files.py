@@ -22,6 +22,7 @@ from hymba_tune.generate.decoding import Generation, Sampling, generate_texts
 from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import lasting_name
+from hymba_tune.train.checkpoints import at_checkpoint
 
 ANSWER = "model_answer"
 """The column of the answers; a name that input data rarely has, so that rows keep their own columns."""
@@ -45,7 +46,7 @@ def answer_file(config: ChatConfig, working: Working) -> tuple[int, int]:
     """
     check_inputs(config)
     source, target = _files(config)
-    loadable = find_model(config.model, config)
+    loadable = find_model(at_checkpoint(config.model, config.checkpoint), config)
     names = Names.parse(as_mapping(config.map), FIELDS)
     with working("reading the prompts") as progress:
         for count, _ in enumerate(_prompts(source, names, config.system), start=1):
@@ -123,7 +124,7 @@ def _key(source: Source, config: ChatConfig) -> str:
     settings = config.model_dump(
         mode="json", include={"system", "max_new_tokens", "temperature", "top_p", "seed", "map"}
     )
-    key = json.dumps([content, lasting_name(config.model), settings])
+    key = json.dumps([content, lasting_name(at_checkpoint(config.model, config.checkpoint)), settings])
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 

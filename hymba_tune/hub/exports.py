@@ -39,6 +39,7 @@ from hymba_tune.hub.writing import default_folder, reload_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import scheme_of, stored_quantization
+from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
     if config.push is not None:
         target = UploadTarget(config.push, private=config.private, revision=config.revision, update=config.update)
         check_target(target)
-    source = resolve_model(config.model)
+    source = resolve_model(at_checkpoint(config.model, config.checkpoint))
     is_export = (source.folder / SUMS).is_file() and source.published is None
     if target and is_export and config.out is None and config.quantize is None:
         folder = source.folder
@@ -133,7 +134,7 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
 def _to_quantize(config: ExportConfig, working: Working) -> QuantizationPlan | None:
     if config.quantize is None:
         return None
-    shared_settings = config.model_dump(include={"model", "dtype", "device"})
+    shared_settings = config.model_dump(include={"model", "checkpoint", "dtype", "device"})
     return plan_quantization(QuantizeConfig(scheme=config.quantize, **shared_settings), working)
 
 

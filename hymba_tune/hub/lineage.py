@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from hymba_tune.errors import CheckpointError
-from hymba_tune.registry import ModelSource, resolve_model
+from hymba_tune.registry import ModelSource, resolve_model, run_directory
 from hymba_tune.report import RunRecord
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -89,8 +89,8 @@ def card_data(folder: Path) -> dict[str, Any]:
 
 def _run_of(source: ModelSource) -> RunRecord | None:
     """Return the run whose directory contains the model, if there is one."""
-    folder = source.folder.parent
-    return RunRecord.read(folder) if (folder / "run.json").is_file() and (folder / "config.yaml").is_file() else None
+    folder = run_directory(source.folder)
+    return RunRecord.read(folder) if folder is not None and (folder / "config.yaml").is_file() else None
 
 
 def _first(value: Any) -> str | None:

@@ -39,6 +39,7 @@ from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import give_back_freed_memory
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import WeightQuantization
+from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def merge(config: MergeConfig, working: Working) -> Merged:
     check_inputs(config)
     device = choose_device(config.device)
     check_folder(config.out, MODEL, overwrite=config.overwrite)
-    source = resolve_model(config.model)
+    source = resolve_model(at_checkpoint(config.model, config.checkpoint))
     if source.adapter is None:
         raise CheckpointError(
             f"{source.name} has no adapter, so there is nothing to merge.", expected="a run with an adapter"

@@ -28,6 +28,7 @@ from hymba_tune.inputs import check_inputs
 from hymba_tune.quant import Damage, check_quantizable, compare, damage_page, quantize_model, refer, weight_errors
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, reasons
+from hymba_tune.train.checkpoints import at_checkpoint
 
 DAMAGE, PAGE = "damage.json", "damage.html"
 
@@ -92,7 +93,7 @@ def plan_quantization(config: QuantizeConfig, working: Working) -> QuantizationP
     device = choose_device(config.device)
     if config.out:
         check_folder(config.out, MODEL, overwrite=config.overwrite)
-    source = resolve_model(config.model)
+    source = resolve_model(at_checkpoint(config.model, config.checkpoint))
     check_quantizable(source)
     model_config = load_config(weights_of(source))
     stored = model_config.dtype or torch.float32

@@ -68,25 +68,26 @@ class RunRecord:
             ) from error
 
         rows, torn = _rows(path / "metrics.jsonl")
-        samples = [one for one in read_json(path / "samples.json", list) or [] if _is_sample(one)]
-        evaluations = [one for one in read_json(path / "evaluations.json", list) or [] if isinstance(one, dict)]
         dropped, reasons = _dropped(path / "dropped.jsonl")
-        kinds = {"run.json": dict, "samples.json": list, "updates.json": dict, "evaluations.json": list}
-        damaged = [
-            f"{name} cannot be read"
-            for name, kind in kinds.items()
-            if (path / name).is_file() and read_json(path / name, kind) is None
-        ]
-        damaged += [f"{torn:,} lines of metrics.jsonl cannot be read"] if torn else []
+        facts, updates = (read_json(path / name, dict) for name in ("run.json", "updates.json"))
+        samples, evaluations = (read_json(path / name, list) for name in ("samples.json", "evaluations.json"))
+        contents = {
+            "run.json": facts,
+            "samples.json": samples,
+            "updates.json": updates,
+            "evaluations.json": evaluations,
+        }
+        damaged = [name for name, content in contents.items() if content is None and (path / name).is_file()]
+        damaged += [f"{torn:,} lines of metrics.jsonl"] if torn else []
         return cls(
             path=path,
             verb=verb,
             settings=settings,
-            facts=read_json(path / "run.json", dict) or {},
+            facts=facts or {},
             rows=rows,
-            samples=samples,
-            updates=read_json(path / "updates.json", dict) or {},
-            evaluations=evaluations,
+            samples=[one for one in samples or [] if _is_sample(one)],
+            updates=updates or {},
+            evaluations=[one for one in evaluations or [] if isinstance(one, dict)],
             dropped=dropped,
             reasons=reasons,
             damaged=damaged,

@@ -50,7 +50,7 @@ def judge(record: RunRecord) -> Verdict:
         verdict = _without_held_out(record, evaluated=bool(losses))
     stuck = _stuck(record)
     notes = [*verdict.notes, *stuck, *_few_steps(record)]
-    notes += [f"A crash left its mark: {', '.join(record.damaged)}."] if record.damaged else []
+    notes += [f"After a crash, these cannot be read: {', '.join(record.damaged)}."] if record.damaged else []
     return replace(verdict, notes=notes, better=False if stuck and verdict.better else verdict.better)
 
 

@@ -16,6 +16,7 @@ from hymba_tune.serve.app import Service
 from hymba_tune.serve.connections import Connection, HttpServer
 from hymba_tune.serve.reading import Limits
 from hymba_tune.serve.worker import Worker
+from hymba_tune.train.checkpoints import at_checkpoint
 
 
 class Server:
@@ -31,7 +32,7 @@ class Server:
 
     def __init__(self, config: ServeConfig, working: Working) -> None:
         check_inputs(config)
-        loadable = find_model(config.model, config, config.chat_template)
+        loadable = find_model(at_checkpoint(config.model, config.checkpoint), config, config.chat_template)
         self._socket = _listen(config.host, config.port)
         try:
             with working(f"loading {loadable.source.name}"):

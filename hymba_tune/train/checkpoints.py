@@ -1,4 +1,4 @@
-"""Sealed checkpoints: those known to be complete, at whatever moment a run was killed."""
+"""Checkpoints of a run: those known to be complete, at whatever moment the run was killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.files import is_whole
+from hymba_tune.registry import CHECKPOINTS
+from hymba_tune.train.screen import read_metrics
 
 NAME = re.compile(r"checkpoint-\d+")
 """Names of checkpoints. What has another name, such as a copy ``checkpoint-3.bak``, is the user's."""
@@ -49,3 +52,43 @@ def forget_oldest(folder: Path, *, keep: int, best: str | None) -> None:
     for path in newest_first:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def at_checkpoint(model: str, which: str | None) -> str:
+    """Return the name of a run's checkpoint, as ``--model`` accepts it.
+
+    Args:
+        model: The directory of the run.
+        which: ``last``, ``best`` (the lowest held-out loss of the checkpoints that are kept) or a step; None for the
+            model as it is.
+
+    Raises:
+        ConfigError: If ``which`` is none of these.
+        CheckpointError: If the model is not a run, or has no such checkpoint, or that is incomplete.
+    """
+    if which is None:
+        return model
+    if which not in ("last", "best") and not which.isdecimal():
+        raise ConfigError(f"--checkpoint {which}: no such checkpoint.", expected="last, best, or a step")
+    run = Path(model).expanduser()
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(
+            f"--checkpoint {which}: {model} is not a run: it has no config.yaml.",
+            expected="runs/<name>",
+            fix="leave --checkpoint out",
+        )
+    steps = {step_of(path): path for path in checkpoints(run / CHECKPOINTS) if is_whole(path)}
+    if which == "best":
+        rows, _ = read_metrics(run / "metrics.jsonl")
+        losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] in steps and "eval_loss" in row}
+        step = min(losses, key=lambda step: losses[step], default=None)
+    else:
+        step = max(steps, default=None) if which == "last" else int(which)
+    if step is None or step not in steps:
+        lacking = "has a held-out loss" if which == "best" and steps else "is there, or it is incomplete"
+        raise CheckpointError(
+            f"--checkpoint {which}: no such checkpoint of {run} {lacking}.",
+            expected=f"last, or one of the steps {', '.join(map(str, sorted(steps)))}" if steps else "",
+            fix="" if steps else "train again: no complete checkpoint is left",
+        )
+    return str(steps[int(step)])

@@ -5,8 +5,11 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from hymba_tune.config import Learn, OnBadRow
@@ -152,6 +155,30 @@ def test_damaged_entry_is_encoded_again(
     assert encoded == [5, 5]
 
 
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(1, 255))
+@hypothesis.settings(max_examples=10, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_corrupt_byte_is_found(
+    place: float,
+    byte: int,
+    file: Path,
+    hymba: PreTrainedTokenizerFast,
+    encoded: list[int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    first, report = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    expected = first.to_list()
+    rows = next(cache.glob("*/rows.arrow"))
+    content = bytearray(rows.read_bytes())
+    content[int(place * len(content))] ^= byte
+    rows.write_bytes(content)
+    encoded.clear()
+    again, reported = build_dataset(open_sources([str(file)]), hymba, max_length=64, cache_dir=cache)
+    assert encoded == [len(ROWS)]
+    assert again.to_list() == expected
+    assert reported == report
+
+
 def test_unwritable_cache_is_replaced_by_a_temporary_folder(
     file: Path, hymba: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -180,16 +207,17 @@ def test_entry_that_another_process_stored_first_is_used(tmp_path: Path) -> None
 
 
 def test_least_recently_used_entries_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_cache, "LIMIT_BYTES", 25)
+    monkeypatch.setattr(data_cache, "LIMIT_BYTES", 2500)
     for age, name in enumerate(["newest", "older", "oldest", "unfinished-old"]):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rows").write_bytes(b"x" * 10)
+        (tmp_path / name / "rows").write_bytes(b"x" * 1000)
         os.utime(tmp_path / name, (1000.0 - age, 1000.0 - age))
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "rows").write_bytes(b"x" * 10)
+    (tmp_path / "new" / "rows").write_bytes(b"x" * 1000)
     store(tmp_path / "new", tmp_path, "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "newest"]
-    assert clear(tmp_path) == (2, 20)
+    seal = (tmp_path / "mine/whole").stat().st_size
+    assert clear(tmp_path) == (2, 2000 + seal)
     assert clear(tmp_path / "no such folder") == (0, 0)
 
 

@@ -43,7 +43,7 @@ def test_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
 
 
 def test_folders_that_look_like_ours_are_left_alone(tmp_path: Path) -> None:
-    for name in ("out.partial", "out.00000000.partial", ".out.partial"):
+    for name in ("out.partial", "out.0000000g.partial", ".out.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
     write(tmp_path / "out")
@@ -114,7 +114,7 @@ def test_folder_that_fills_meanwhile_is_kept_and_so_is_what_was_written(tmp_path
             (folder / "file").write_text("first")
             write(out, text="second")
 
-    with pytest.raises(ConfigError, match=r"was filled by something else while it(.|\n)*rename .*out\..*partial"):
+    with pytest.raises(ConfigError, match=r"was filled by something else while it(.|\n)*rename .*out\..*complete"):
         interleaved()
     assert (out / "file").read_text() == "second"
     (part,) = tmp_path.glob("out.*.partial")

@@ -11,7 +11,7 @@ from hymba_tune.files import atomic_write, write_text
 
 
 def test_text_replaces_text_and_nothing_else_is_touched(tmp_path: Path) -> None:
-    for name in ("page.partial", ".page.part", "page.00000000.partial"):
+    for name in ("page.partial", ".page.part", "page.0000000g.partial"):
         (tmp_path / name).write_text("somebody else's")
     for text in ("one", "two"):
         write_text(tmp_path / "page", text)
@@ -83,7 +83,9 @@ def test_file_that_appears_meanwhile_is_kept_and_so_is_what_was_written(
         monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "file"
     write_text(path, "first", overwrite=False)
-    with pytest.raises(ConfigError, match=r"was created by something else while.*\n.*move it away, then rename .*part"):
+    with pytest.raises(
+        ConfigError, match=r"was created by something else while.*\n.*move it away, then rename .*complete"
+    ):
         write_text(path, "second", overwrite=False)
     assert path.read_text() == "first"
     (part,) = (other for other in tmp_path.iterdir() if other != path)

@@ -200,8 +200,8 @@ def test_torn_files_count_as_absent_and_are_named(name: str, content: bytes, tmp
     run = write_run(tmp_path / "torn", [2.0, 1.0])
     (run / name).write_bytes(content)
     record = RunRecord.read(run)
-    assert record.damaged == [f"{name} cannot be read"]
-    assert judge(record).notes[-1] == f"A crash left its mark: {name} cannot be read."
+    assert record.damaged == [name]
+    assert judge(record).notes[-1] == f"After a crash, these cannot be read: {name}."
 
 
 def test_torn_lines_of_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_torn_lines_of_metrics_are_left_out_and_counted(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"".join(torn))
     record = RunRecord.read(run)
     assert record.series("loss") == ([10, 20], [2.0, 1.0])
-    assert record.damaged == ["4 lines of metrics.jsonl cannot be read"]
+    assert record.damaged == ["4 lines of metrics.jsonl"]
 
 
 JSON = st.recursive(
