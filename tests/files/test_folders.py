@@ -117,7 +117,7 @@ def test_folder_that_fills_meanwhile_is_kept_and_so_is_what_was_written(tmp_path
     with pytest.raises(ConfigError, match=r"was filled by something else while it(.|\n)*rename .*out\..*complete"):
         interleaved()
     assert (out / "file").read_text() == "second"
-    (part,) = tmp_path.glob("out.*.partial")
+    (part,) = tmp_path.glob("out.*.complete")
     assert (part / "file").read_text() == "first"
 
 
