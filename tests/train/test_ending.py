@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import TrainingError
+from hymba_tune.report import RunRecord, judge
 from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run, settings
 
@@ -50,6 +51,25 @@ def test_finished_run_records_how_far_each_part_moved(finished_run: Path) -> Non
     groups = {part["group"] for part in updates["parts"]}
     assert groups == {"attention", "SSM", "attention + SSM", "MLP", "meta tokens"}
     assert all(0 < part["size"] < 10 for part in updates["parts"])
+
+
+def test_finished_run_records_what_its_verdict_needs(finished_run: Path) -> None:
+    facts = json.loads((finished_run / "run.json").read_text())
+    assert facts["vocabulary"] == 4096
+    assert facts["held_out"]["rows"] == 5
+    assert len(facts["held_out"]["fingerprint"]) == 64
+    assert facts["settings"]["rank"] == 4
+    assert {"tensors", "bytes", "sampled", "whole"} == facts["base_digest"].keys()
+
+
+def test_loss_stuck_at_a_uniform_guess_is_noted(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    """An exit code of 0 does not mean that anything was learned."""
+    config = settings(
+        small_model, questions, tmp_path / "out", steps=20, lr=1e6, log_every=5, eval_every=10, warmup=0.0
+    )
+    verdict = judge(RunRecord.read(run(config).path))
+    assert not verdict.better
+    assert any("stuck at 8.318, about ln(4,096) = 8.318" in note for note in verdict.notes)
 
 
 def test_interrupted_run_has_a_report(small_model: Path, questions: Path, tmp_path: Path) -> None:
