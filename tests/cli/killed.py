@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import hymba_tune.distill.capture
+import hymba_tune.evaluate
+import hymba_tune.generate
+import hymba_tune.hub
+import hymba_tune.report  # noqa: F401 (processes fork from a server that has imported everything)
+from hymba_tune.cli.main import main
 from tests.train.processes import FORKS, TIMEOUT_SECONDS
 
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -39,8 +45,6 @@ def run_killed(words: list[str], folder: Path, *, at: int | None) -> int:
 
 
 def _run(words: list[str], folder: Path, at: int | None, pipe: Connection) -> None:
-    from hymba_tune.cli.main import main
-
     os.chdir(folder)
     changes = 0
 

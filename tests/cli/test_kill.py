@@ -86,8 +86,8 @@ def check_killed(name: str, work: Path, command: Command, *, count: int) -> None
     before = contents(work)
     changes = run_killed(words, work, at=None)
     expected = contents(work)
-    chosen = random.Random(name).sample(range(1, changes), min(count, changes - 1))
-    for at in range(1, changes + 1) if name in AT_ALL else sorted({*chosen, changes}):
+    every = range(1, changes + 1)
+    for at in every if name in AT_ALL else sorted(random.Random(name).sample(every, min(count, changes))):
         renewed(work, fresh)
         run_killed(words, work, at=at)
         for path, content in contents(work).items():
