@@ -18,8 +18,8 @@ from hymba_tune.config import (
 from hymba_tune.config.inference import ScoringOptions
 from hymba_tune.config.options import CheckpointChoice, HeldOutOptions, ModelChoice, ReadingOptions, SourceOptions
 from hymba_tune.errors import ConfigError, command
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.registry import ALIASES, TEACHERS, find_local
-from hymba_tune.train.checkpoints import at_checkpoint
 
 
 def check_inputs(config: Config, *, complete: bool = True) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_tune.errors import CheckpointError, ConfigError, HubError, command, nearest
+from hymba_tune.files.checkpoints import CHECKPOINTS
 
 ALIASES = {
     "hymba-1.5b": "nvidia/Hymba-1.5B-Base",
@@ -40,8 +41,6 @@ RUNS = Path("runs")
 """The folder of runs. A name in it is no name on the Hub, even where there is no such folder."""
 ADAPTER = "adapter"
 """The folder of the adapter in a run directory."""
-CHECKPOINTS = "checkpoints"
-"""The folder of the checkpoints in a run directory."""
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS_FILES = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files of a repository that are downloaded first: configuration, tokenizer and model card."""

@@ -27,10 +27,10 @@ from hymba_tune.evaluate.questions import (
 from hymba_tune.evaluate.scoring import score_rows
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
 from hymba_tune.files import check_file, remove_leftovers
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
-from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass

@@ -7,7 +7,7 @@ from hymba_tune.files.locks import LOCK, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
 from hymba_tune.files.reading import read_yaml
 from hymba_tune.files.sealing import WHOLE, checksum, is_whole, seal
-from hymba_tune.files.torn import read_json, read_json_lines
+from hymba_tune.files.torn import read_json, read_json_lines, read_metrics
 from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "put_in_place",
     "read_json",
     "read_json_lines",
+    "read_metrics",
     "read_yaml",
     "remove",
     "remove_empty",

@@ -54,3 +54,18 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
                     return
                 row = None
             yield row if isinstance(row, dict) else None
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, float]], int]:
+    """Read a ``metrics.jsonl``.
+
+    Returns:
+        The numbers of each line by column, and the number of lines that cannot be read.
+    """
+    lines = list(read_json_lines(path))
+    rows = [
+        {name: value for name, value in line.items() if type(value) in (int, float)}
+        for line in lines
+        if line is not None and type(line.get("step")) is int
+    ]
+    return rows, len(lines) - len(rows)

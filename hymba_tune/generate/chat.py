@@ -12,10 +12,10 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.errors import ConfigError
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate.answers import answer
 from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
-from hymba_tune.train.checkpoints import at_checkpoint
 
 OnText = Callable[[str], None]
 """Called with each new part of an answer."""

@@ -29,6 +29,7 @@ from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError, ConfigError, command
 from hymba_tune.files import MODEL, check_folder, new_folder
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
 from hymba_tune.hub.layout import write_model, write_tokenizer
@@ -39,7 +40,6 @@ from hymba_tune.hub.writing import default_folder, reload_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
 from hymba_tune.schemes import scheme_of, stored_quantization
-from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from hymba_tune.data import with_chat_template
 from hymba_tune.data.training import Working
 from hymba_tune.errors import CheckpointError
 from hymba_tune.files import MODEL, check_folder, new_folder
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.hub.drift import MergeDrift, drift, logits_of, sample_texts, trained_model
 from hymba_tune.hub.layout import SHARD
 from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import give_back_freed_memory
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import WeightQuantization
-from hymba_tune.train.checkpoints import at_checkpoint
 
 
 @dataclass(frozen=True)

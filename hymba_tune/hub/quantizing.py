@@ -19,6 +19,7 @@ from hymba_tune.data.mixes import local_files
 from hymba_tune.data.training import Working
 from hymba_tune.evaluate.texts import ScoringTexts, TextCounts
 from hymba_tune.files import MODEL, check_folder, new_folder
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.hub.card import write_card
 from hymba_tune.hub.checks import sample_logits, write_sums
 from hymba_tune.hub.layout import write_model
@@ -28,7 +29,6 @@ from hymba_tune.inputs import check_inputs
 from hymba_tune.quant import Damage, check_quantizable, compare, damage_page, quantize_model, refer, weight_errors
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import quantization, reasons
-from hymba_tune.train.checkpoints import at_checkpoint
 
 DAMAGE, PAGE = "damage.json", "damage.html"
 

@@ -13,8 +13,7 @@ from jinja2 import UndefinedError
 
 from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
-from hymba_tune.files import read_json, read_json_lines, read_yaml
-from hymba_tune.train.screen import read_metrics
+from hymba_tune.files import read_json, read_json_lines, read_metrics, read_yaml
 
 SHOWN_DROPPED = 10
 """The number of dropped rows that are read in full; the others are only counted."""

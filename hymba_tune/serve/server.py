@@ -10,13 +10,13 @@ import uvicorn
 from hymba_tune.config import ServeConfig
 from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate import find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.serve.app import Service
 from hymba_tune.serve.connections import Connection, HttpServer
 from hymba_tune.serve.reading import Limits
 from hymba_tune.serve.worker import Worker
-from hymba_tune.train.checkpoints import at_checkpoint
 
 
 class Server:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.files import seal
-from hymba_tune.train.checkpoints import forget_oldest
+from hymba_tune.files.checkpoints import forget_oldest
 from hymba_tune.train.optimizers import Rates, parameter_groups
 
 

@@ -29,6 +29,7 @@ from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
+from hymba_tune.files.checkpoints import step_of
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.registry import ModelSource
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
@@ -36,7 +37,6 @@ from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
-from hymba_tune.train.checkpoints import step_of
 from hymba_tune.train.claim import claimed
 from hymba_tune.train.ending import reported
 from hymba_tune.train.guard import LossGuard

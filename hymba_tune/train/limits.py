@@ -13,10 +13,10 @@ import torch
 
 from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.files.checkpoints import forget_torn
 from hymba_tune.footprint import MOMENT_BYTES
 from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
-from hymba_tune.train.checkpoints import forget_torn
 from hymba_tune.train.run import Run
 
 SMALL_FILES = 2**23

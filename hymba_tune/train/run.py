@@ -18,9 +18,20 @@ from pydantic import ValidationError
 
 from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.files import PARTIAL, REPLACED, RUN, check_folder, entries, read_json, read_yaml, remove, write_text
-from hymba_tune.train.checkpoints import forget_torn, newest_whole
-from hymba_tune.train.screen import MetricsRow, read_metrics
+from hymba_tune.files import (
+    PARTIAL,
+    REPLACED,
+    RUN,
+    check_folder,
+    entries,
+    read_json,
+    read_metrics,
+    read_yaml,
+    remove,
+    write_text,
+)
+from hymba_tune.files.checkpoints import forget_torn, newest_whole
+from hymba_tune.train.screen import MetricsRow
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self
-
-from hymba_tune.files import read_json_lines
 
 OF_SOURCE = "eval_loss/"
 """Prefix of the columns with the held-out loss of each of several sources; the source's name follows."""
@@ -75,21 +72,6 @@ class MetricsRow:
         own = {one.name for one in fields(cls)} - {"more"}
         more = {name: value for name, value in columns.items() if name not in own}
         return cls(**{name: columns[name] for name in own & columns.keys()}, more=more)
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, float]], int]:
-    """Read a ``metrics.jsonl``.
-
-    Returns:
-        The numbers of each line by column, and the number of lines that cannot be read.
-    """
-    lines = list(read_json_lines(path))
-    rows = [
-        {name: value for name, value in line.items() if type(value) in (int, float)}
-        for line in lines
-        if line is not None and type(line.get("step")) is int
-    ]
-    return rows, len(lines) - len(rows)
 
 
 class Screen:

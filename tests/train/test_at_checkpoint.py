@@ -15,11 +15,11 @@ from hymba_tune.config import ChatConfig, EvalConfig, ExportConfig, MergeConfig,
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.evaluate import add_to_run, evaluate, run_of
 from hymba_tune.files import seal
+from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate import ChatSession
 from hymba_tune.hub import export, merge
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model, run_directory
-from hymba_tune.train.checkpoints import at_checkpoint
 from tests.hub.silent import silent
 from tests.runs import run, same_tensors, settings, tensors
 

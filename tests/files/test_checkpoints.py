@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hymba_tune.files import WHOLE, is_whole, seal
-from hymba_tune.train.checkpoints import forget_oldest, forget_torn, newest_whole, step_of
+from hymba_tune.files.checkpoints import forget_oldest, forget_torn, newest_whole, step_of
 
 FILES = {"adapter.safetensors": b"weights" * 40, "trainer_state.json": b"{}", "global_step/shard.pt": b"moments"}
 

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from hymba_tune.errors import CheckpointError, ConfigError
-from hymba_tune.files import is_whole
-from hymba_tune.registry import CHECKPOINTS
-from hymba_tune.train.screen import read_metrics
+from hymba_tune.files.sealing import is_whole
+from hymba_tune.files.torn import read_metrics
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in a run directory."""
 NAME = re.compile(r"checkpoint-\d+")
 """Names of checkpoints. What has another name, such as a copy ``checkpoint-3.bak``, is the user's."""
 
