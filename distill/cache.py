@@ -30,7 +30,7 @@ from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
-from hymba_tune.files import REPLACED, FolderKind, atomic_write, checksum, entries, write_text
+from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, write_text
 
 VERSION = 2
 """The version of the file format, which is part of every key."""
@@ -62,7 +62,6 @@ class TargetCache(Sequence[Targets]):
         self._key, done = _read(folder / KEY), _read(folder / DONE)
         try:
             self._rows, self.stats = int(done["rows"]), CaptureStats(**done["kept"])
-            self._checksums: list[int] = done.get("crc32", [])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(folder / DONE, error) from error
         self._open: dict[int, pa.RecordBatch] = {}
@@ -81,10 +80,7 @@ class TargetCache(Sequence[Targets]):
         shard, place = divmod(row, SHARD)
         try:
             if shard not in self._open:
-                path = shard_path(self.folder, shard)
-                if self._checksums and checksum(path) != self._checksums[shard]:
-                    raise ValueError("its checksum differs")
-                self._open[shard] = open_shard(path).get_batch(0)
+                self._open[shard] = open_shard(shard_path(self.folder, shard)).get_batch(0)
             stored = {name: column[place] for name, column in zip(_COLUMNS, self._open[shard].columns, strict=True)}
             return _decode(stored, self._key["top_k"], self._key["vocabulary"] > WIDE)
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
@@ -188,8 +184,7 @@ def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, pr
         total.add(stats)
         done += len(part)
         progress(done)
-    checksums = [checksum(shard_path(folder, shard)) for shard in range(-(-len(rows) // SHARD))]
-    write_text(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(total), "crc32": checksums}))
+    write_text(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(total)}))
 
 
 def _after(progress: Callable[[int], None], before: int, count: int) -> None:

@@ -6,7 +6,7 @@ from hymba_tune.files.leftovers import remove_leftovers
 from hymba_tune.files.locks import LOCK, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
 from hymba_tune.files.reading import read_yaml
-from hymba_tune.files.sealing import WHOLE, checksum, is_whole, seal
+from hymba_tune.files.sealing import WHOLE, is_whole, seal
 from hymba_tune.files.torn import read_json, read_json_lines, read_metrics
 from hymba_tune.files.writing import PARTIAL, aside, atomic_write, flush_to_disk, put_in_place, write_text
 
@@ -24,7 +24,6 @@ __all__ = [
     "check_file",
     "check_folder",
     "check_new_folder",
-    "checksum",
     "entries",
     "flush_to_disk",
     "is_whole",

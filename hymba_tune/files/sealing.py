@@ -27,18 +27,17 @@ def is_whole(folder: Path) -> bool:
         files = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
         # Sizes first: they show a truncated file without reading gigabytes.
         same_sizes = all((folder / name).stat().st_size == mark["bytes"] for name, mark in files.items())
-        return bool(files) and same_sizes and all(checksum(folder / name) == files[name]["crc32"] for name in files)
+        return bool(files) and same_sizes and all(_crc32(folder / name) == files[name]["crc32"] for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _mark(path: Path) -> dict[str, int]:
     flush_to_disk(path)
-    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def checksum(path: Path) -> int:
-    """Return the CRC-32 of a file."""
+def _crc32(path: Path) -> int:
     found = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
