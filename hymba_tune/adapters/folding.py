@@ -182,7 +182,7 @@ def folding_note(source: ModelSource, *, whole: bool = False) -> str | None:
     Raises:
         HymbaTuneError: If the base model or the run's record cannot be used; see `quantized_base`.
     """
-    notes = []
+    notes: list[str] = []
     for adapter, below in pairwise(sources_of(source)):
         if (base := quantized_base(adapter)) is not None and not notes:
             notes.append(f"{adapter.name}: merged into the weights it was trained on, {base.scheme} dequantized")

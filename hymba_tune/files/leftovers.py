@@ -63,7 +63,9 @@ def remove_leftovers(*paths: Path) -> None:
     left = {path: left_behind(path) for path in paths}
     there = [path for path in paths if os.path.lexists(path)]
     rest = [path for path in paths if path not in there]
-    if there and any(left[path] for path in rest) and not any(left[path] for path in there):
+    # A file that has its name may have its name aside as well for a moment.
+    others = [part for path in there for part in left[path] if not (path.exists() and part.samefile(path))]
+    if there and any(left[path] for path in rest) and not others:
         for path in there:
             remove(path)
     for parts in left.values():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import hymba_tune.generate
 import hymba_tune.hub
 import hymba_tune.report  # noqa: F401 (processes fork from a server that has imported everything)
 from hymba_tune.cli.main import main
+from tests.conftest import ROOT
 from tests.train.processes import FORKS, TIMEOUT_SECONDS
 
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -35,6 +37,8 @@ def run_killed(words: list[str], folder: Path, *, at: int | None) -> int:
     Returns:
         The number of changes that were begun.
     """
+    with contextlib.chdir(ROOT):  # from which the server imports what it is to have imported
+        forkserver.ensure_running()
     receiver, sender = FORKS.Pipe(duplex=False)
     process = FORKS.Process(target=_run, args=(words, folder, at, sender))
     process.start()

@@ -69,6 +69,14 @@ def test_files_of_one_command_that_was_killed_while_naming_them(named: tuple[str
     assert {path.name for path in tmp_path.iterdir()} == (set("abc") if len(named) == 3 else set())
 
 
+def test_file_with_both_names_has_its_name(tmp_path: Path) -> None:
+    for name in ("a.0123abcd.partial", "b.0123abcd.partial"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "a").hardlink_to(tmp_path / "a.0123abcd.partial")
+    remove_leftovers(tmp_path / "a", tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
 def test_earlier_files_stay_if_a_command_was_killed_before_naming_its_own(tmp_path: Path) -> None:
     for name in ("a", "a.0123abcd.partial", "b.0123abcd.partial"):
         (tmp_path / name).write_text("x")
