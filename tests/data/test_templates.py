@@ -62,7 +62,7 @@ def test_template_of_a_file_survives_saving(tmp_path: Path) -> None:
             b"{% for message in messages %}",
             "the chat template refuses the conversation .line 1: Unexpected end of template",
         ),
-        (b"{{ messages[0].content + 1 }}", "refuses the conversation .can only concatenate"),
+        (b"{{ messages[0].content + 1 }}", "refuses the conversation .TypeError: can only concatenate"),
         (b"{{ messages[0].content }}", "rewrites the conversation around message 2, an answer"),
     ],
 )
