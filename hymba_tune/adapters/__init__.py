@@ -1,6 +1,6 @@
 """Adapters built on PEFT: their targets, saving and loading, merging."""
 
-from hymba_tune.adapters.attach import add_adapter, load_adapter, restrict_rows
+from hymba_tune.adapters.attach import add_adapter, check_tensors, load_adapter, restrict_rows
 from hymba_tune.adapters.base_digest import FACT, base_digest, changed_base, describe_difference, files_of
 from hymba_tune.adapters.folding import (
     base_of,
@@ -36,6 +36,7 @@ __all__ = [
     "base_of",
     "changed_base",
     "check_onto",
+    "check_tensors",
     "count_parameters",
     "describe",
     "describe_difference",

@@ -176,13 +176,22 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    check_tensors(folder)
+    tensors: dict[str, Tensor] = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    return tensors
+
+
+def check_tensors(folder: Path) -> None:
+    """Check the header of an adapter's weights, without reading them.
+
+    Raises:
+        CheckpointError: If there is no such file, its header lies, or a tensor is no float.
+    """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.", expected="the weights of an adapter, only as safetensors")
     for name, tensor in read_header(path).items():
         check_dtype(path, name, tensor)
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 def _check_rank(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:

@@ -17,8 +17,10 @@ from transformers import (
 
 from hymba_tune.adapters import (
     add_adapter,
+    check_tensors,
     count_parameters,
     lora_config,
+    sources_of,
     tokenizer_of,
     tokens_past,
     vocabulary_of,
@@ -144,6 +146,9 @@ def check(config: TrainingConfig) -> Setup:
     model_config = load_config(weights)
     if weights.hub_id is None:
         check_weights(weights.folder, model_config)
+    for found in sources_of(source):
+        if found.adapter is not None and found.hub_id is None:
+            check_tensors(found.adapter)
     model_config.vocab_size = vocabulary_of(source)
     added_tokens = _added_tokens(config, tokenizer, model_config)
     quantization = base_quantization(config, source, model_config, dtype)

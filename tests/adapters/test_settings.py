@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +21,8 @@ from hymba_tune.errors import CheckpointError
 from hymba_tune.hub.lineage import trace
 from hymba_tune.registry import ModelSource, resolve_model
 from tests.adapters.small import adapted_model, merged
+from tests.runs import run
+from tests.runs import settings as run_settings
 from tests.tiny import tiny_model
 
 FIELDS = sorted(get_type_hints(LoraConfig))
@@ -161,6 +164,17 @@ def test_adapter_that_is_no_floats_is_refused(dtype: torch.dtype, tmp_path: Path
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: tensor .* has the dtype (I8|BOOL)"):
         load_adapter(tiny_model(), path.parent)
+
+
+def test_run_on_a_broken_adapter_ends_before_its_base_is_loaded(
+    finished_run: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Path(shutil.copytree(finished_run, tmp_path / "broken"))
+    path = broken / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    monkeypatch.setattr("hymba_tune.train.flow.open_model", None)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is truncated"):
+        run(run_settings(broken, questions, tmp_path / "run"))
 
 
 def circle(adapter: Path, folder: Path, count: int) -> Path:
