@@ -30,7 +30,7 @@ from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
-from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, write_text
+from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, remove_leftovers, write_text
 
 VERSION = 2
 """The version of the file format, which is part of every key."""
@@ -106,6 +106,7 @@ def check_key(folder: Path, key: Key) -> None:
         ConfigError: If the folder has something else; the message names the difference.
         CheckpointError: If the folder's key cannot be read.
     """
+    remove_leftovers(folder / KEY)
     if not folder.exists() or (folder.is_dir() and _is_empty(folder)):
         return
     if not (folder / KEY).is_file():

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files.kinds import MODEL, RUN, FolderKind, entries
+from hymba_tune.files.leftovers import remove_leftovers
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OVERWRITE = "another name, or --overwrite to replace it"
 
 
 def check_file(flag: str, path: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Check that a file can be written without destroying anything.
+    """Check that a file can be written without destroying anything, and remove what killed processes have left of it.
 
     Args:
         flag: The flag that named it.
@@ -35,6 +36,7 @@ def check_file(flag: str, path: Path, *, overwrite: bool = False, inputs: Iterab
         raise ConfigError(f"{output} is a part of {owner[0].name}, {owner[1]}.", fix="another name")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{output} is not a file.", expected="the name of a file")
+    remove_leftovers(path)
     if os.path.lexists(path) and not overwrite:
         raise ConfigError(f"{output} exists.", fix=OVERWRITE)
     if not path.parent.is_dir():
