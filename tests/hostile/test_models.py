@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hymba_tune.cli.main import main
 from tests.hostile.trying import Attempt, check
 
 Damage = Callable[[Path], object]
@@ -219,3 +221,47 @@ def test_reports_of_torn_runs(finished_run: Path, tmp_path: Path, capsys: pytest
         damage(folder)
         attempts.append((name, Attempt(["report", str(folder)], f"run-{number}", refused=False)))
     check(attempts, capsys)
+
+
+CACHED: dict[str, Damage] = {
+    **{
+        f"{name} {kind}": damage
+        for name in ("rows.arrow", "report.json", "dropped.jsonl")
+        for kind, damage in {
+            "cut": cut(name, -9),
+            "empty": write(name, ""),
+            "NUL": write(name, b"\0" * 1000),
+            "of something else": write(name, "[1, 2]"),
+            "gone": remove(name),
+            "is a folder": lambda folder, name=name: ((folder / name).unlink(), (folder / name).mkdir()),
+        }.items()
+    },
+    "a byte in the middle": lambda folder: flip(folder / "rows.arrow"),
+    "no seal": remove("whole"),
+}
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def test_damaged_cache_is_made_anew(
+    small_model: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["sft", "--model", str(small_model), "--data", str(questions), "--dry-run", "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit):
+        main(words)
+    tokens = re.search(r"conversations · [\d,]+ tokens, \d+% learned", capsys.readouterr().out)
+    assert tokens is not None
+    (entry_folder,) = (tmp_path / "hymba-tune" / "data").iterdir()
+    for name, damage in CACHED.items():
+        damage(entry_folder)
+        check([(name, Attempt(words, re.escape(tokens[0]), refused=False))], capsys)
