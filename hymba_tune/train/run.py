@@ -106,7 +106,14 @@ class Run:
         try:
             settings = dict(read_yaml(path))
             verb = settings.pop("verb", SFTConfig.verb.name)  # the first version had one verb and did not write it
-            return TrainingConfig.of(verb).model_validate(settings)
+            kind = TrainingConfig.of(verb)
+            if unknown := [str(name) for name in settings if name not in kind.model_fields]:
+                raise CheckpointError(
+                    f"{path} has settings that this version does not have: {', '.join(unknown)[:200]}.",
+                    expected="a run of this version; CHANGELOG.md lists the settings that were renamed",
+                    fix="start a new run, or resume this one with the version that began it",
+                )
+            return kind.model_validate(settings)
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in error.errors())
             raise CheckpointError(f"{path} cannot be used: {what}.", fix="restore it as the run wrote it") from error

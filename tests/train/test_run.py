@@ -75,7 +75,13 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
         Run(tmp_path).read_config()
 
 
-@pytest.mark.parametrize("text", ["rank: [", "rank: 0", "- 1", "no_such: 1", "verb: no_such"])
+def test_run_of_a_version_with_other_settings_is_refused_with_their_names(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verb: kto\ngood_weight: 2.0\nbeta: 0.1\n")
+    with pytest.raises(CheckpointError, match="that this version does not have: good_weight"):
+        Run(tmp_path).read_config()
+
+
+@pytest.mark.parametrize("text", ["rank: [", "rank: 0", "- 1", "verb: no_such"])
 def test_settings_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.yaml cannot be (read|used): "):
