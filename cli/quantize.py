@@ -70,8 +70,8 @@ def _print_written(done: QuantizedModel) -> None:
         ("", f"drift {drift.kl:.2g} nats a token (KL), over {damage.texts.tokens:,} tokens"),
         ("weights", f"off by {errors}"),
         ("kept", f"{', '.join(damage.kept)} (why: {done.folder}/damage.html)"),
-        ("checked", f"read again: logits differ by {done.difference:.2g} at most; SHA256SUMS"),
-        ("talk to it", command("chat", done.folder)),
+        ("checked", f"reloaded: logits differ by at most {done.difference:.2g}; SHA256SUMS"),
+        ("chat with it", command("chat", done.folder)),
         ("publish it", command("export", done.folder, "--push", "USER/NAME")),
     )
 

@@ -67,7 +67,7 @@ def copy(name: str, file: Path | None = None, *, overwrite: Overwrite = False) -
     name
         The name of a packaged recipe.
     file
-        The file to write. When not given: NAME.yaml in the current directory.
+        The file to write (default: NAME.yaml in the current directory).
     overwrite
         Replace a file that exists.
     """

@@ -118,7 +118,7 @@ def _check_teacher(options: TeacherOptions) -> None:
         return
     if options.temperature != 1:
         raise ConfigError(
-            f"--temperature {options.temperature:g}: a server tells its likeliest tokens as they are at 1.",
+            f"--temperature {options.temperature:g}: a server returns probabilities at temperature 1 only.",
             fix="leave it out, or name a model that is loaded here",
         )
     if options.teacher_quantize:

@@ -40,7 +40,7 @@ def find_libraries(folder: Path, stem: str) -> Iterator[Path]:
 
 
 def store_library(built: Path, folder: Path, stem: str) -> Path:
-    """Move a new library into the cache, under a name that tells its content."""
+    """Move a new library into the cache, under a name that contains its digest."""
     built.chmod(0o700)
     with built.open("rb+") as file:
         os.fsync(file.fileno())  # otherwise a crash could leave a truncated library

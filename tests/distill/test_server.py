@@ -255,15 +255,17 @@ def settings(server: Server, questions: Path, folder: Path, **changes: Any) -> D
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 2.0}, r"--temperature 2: a server tells its likeliest tokens as they are at 1"),
+        ({"temperature": 2.0}, r"--temperature 2: a server returns probabilities at temperature 1 only"),
         ({"teacher_quantize": "nf4"}, r"--teacher-quantize: a server has loaded its model already"),
         ({"teacher_tokenizer": None}, r"--teacher-tokenizer is missing"),
         ({"teacher_tokenizer": "llama-3.2-3bb"}, r"--teacher-tokenizer llama-3\.2-3bb: no such folder"),
     ],
 )
-def test_what_a_server_cannot_do(changes: dict[str, Any], message: str, server: Server, tmp_path: Path) -> None:
+def test_what_a_server_cannot_do(
+    changes: dict[str, Any], message: str, server: Server, questions: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_inputs(settings(server, tmp_path, tmp_path, **changes))
+        check_inputs(settings(server, questions, tmp_path, **changes))
 
 
 def test_one_of_several_models_is_named(server: Server) -> None:

@@ -121,7 +121,10 @@ def test_command_prints_its_folder_and_the_sizes(
     assert " quantized  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage     Perplexity on demo: " in done.out
     assert "hymba-tune chat exports/wide-nf4" in done.out
     refused = command("quantize", wide_model, "--scheme", "nf3")
-    assert (refused.code, refused.err) == (2, "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n")
+    assert (refused.code, refused.err) == (
+        2,
+        "--scheme nf3: must be 'nf4', 'fp4' or 'int8'.\n  to fix     --scheme nf4\n",
+    )
 
 
 def test_proposal_is_written_and_predicts_as_in_the_search(wide_model: Path, tmp_path: Path) -> None:

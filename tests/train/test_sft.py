@@ -311,7 +311,7 @@ def test_data_must_be_given(small_model: Path, tmp_path: Path) -> None:
         ({"targets": ["q_proj"]}, ConfigError, r"targets: the model has no linear layer called q_proj"),
         ({"max_length": 8}, DataError, r"Nothing to train on in .*questions\.jsonl"),
         ({"dtype": "float16", "device": "cpu"}, ConfigError, r"--dtype float16 needs a CUDA device"),
-        ({"device": "gpu"}, ConfigError, r"--device gpu: no such device"),
+        ({"device": "cuda:99"}, ConfigError, r"--device cuda:99: this machine has \d+ CUDA devices"),
         ({"map": ["prmpt=a"]}, ConfigError, r"prmpt"),
         ({"out": Path("broken.jsonl/out")}, ConfigError, r"--out broken\.jsonl/out cannot be written: Not a directory"),
     ],
