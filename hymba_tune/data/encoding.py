@@ -48,9 +48,11 @@ class ExampleReading(Reading):
 
     Attributes:
         example: The parsed row; `None` if it could not be parsed.
+        special: Whether special tokens are inside its text, which the model reads as the real ones.
     """
 
     example: Example | None = None
+    special: bool = False
 
 
 R = TypeVar("R", bound=Reading)
@@ -78,13 +80,14 @@ def readings(
         ConfigError: If a mapping names a field or role that does not exist.
     """
     names = [Names.parse({**(mapping or {}), **source.mapping}) for source in sources]
-    special = SpecialTokens.of(tokenizer) if any(source.escape for source in sources) else None
+    special = SpecialTokens.of(tokenizer)
     for number, source in enumerate(sources):
         for row in drawn(source.only(partial(needed_columns, names[number])), seed + number):
             reading = ExampleReading(number, row)
             try:
                 example = read_example(row, names[number])
-                reading.example = special.escape(example) if special and source.escape else example
+                reading.example = special.escape(example) if source.escape else example
+                reading.special = bool(special.find(reading.example))
                 reading.rendered = (render(reading.example, tokenizer, learn),)
             except DataError as problem:
                 reading.problem = problem

@@ -82,6 +82,7 @@ class DataReport:
         learned: Encoded tokens with loss.
         longest: Tokens of the longest encoded row.
         weighted: Encoded rows with loss weights.
+        special: Rows with special tokens inside their texts, which the model reads as the real ones.
         too_long: Rows dropped because their answers begin past the maximum length.
         bad_rows: Rows dropped because they cannot be used.
         first_dropped: The first dropped row.
@@ -99,6 +100,7 @@ class DataReport:
     learned: int = 0
     longest: int = 0
     weighted: int = 0
+    special: int = 0
     too_long: int = 0
     bad_rows: int = 0
     first_dropped: Dropped | None = None

@@ -115,6 +115,7 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         "learned": "tokens learned",
         "longest": "tokens in the longest row",
         "weighted": "rows with loss weights",
+        "special": "rows with special tokens inside their texts (--escape-special-tokens writes them as text)",
         "cut": "rows cut to --max-length",
         "too_long": "rows dropped: the answer begins past --max-length",
         "bad_rows": "rows dropped: invalid",

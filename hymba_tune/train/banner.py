@@ -56,7 +56,9 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
     if report.cut > 1:
         subject = "rows are longer than --max-length and were"
     cut = f"{report.cut:,} {subject} cut to it" if report.cut else None
-    if notes := [note for note in (cut, data.length_warning) if note]:
+    special = f"{report.special:,} {'row contains' if report.special == 1 else 'rows contain'} special tokens as text"
+    read = f"{special} (hymba-tune data check lists them; --escape-special-tokens)" if report.special else None
+    if notes := [note for note in (cut, read, data.length_warning) if note]:
         lines["note"] = " · ".join(notes)
     return lines
 

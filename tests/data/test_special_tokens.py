@@ -40,6 +40,13 @@ def test_they_are_counted_and_named(hymba: PreTrainedTokenizerFast) -> None:
     assert not check_sources([escaped(source([*ROWS, PAIR]))], hymba, max_length=256).notes
 
 
+def test_a_run_counts_the_rows_that_have_them(hymba: PreTrainedTokenizerFast) -> None:
+    _, report = build_dataset([source(ROWS)], hymba, max_length=256)
+    assert report.special == 3
+    _, report = build_dataset([escaped(source(ROWS))], hymba, max_length=256)
+    assert report.special == 0
+
+
 def ends(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, *, escape: bool) -> list[int]:
     """The number of end tokens of each encoded row."""
     read = escaped(source(rows)) if escape else source(rows)
