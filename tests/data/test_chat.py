@@ -21,7 +21,6 @@ from hymba_tune.data import (
     encode,
     encode_prompt,
     render_prompt,
-    with_chat_template,
 )
 from hymba_tune.data.chat import render
 from hymba_tune.errors import DataError
@@ -354,60 +353,3 @@ def test_prompts_of_gsm8k_equal_the_texts_of_training(shared: Path, released: Pr
         assert whole.input_ids[: len(prompt)] == prompt
         assert set(whole.labels[: len(prompt)]) == {IGNORED}
         assert whole.labels[len(prompt)] != IGNORED
-
-
-class TestHymbaTemplate:
-    """The corrected template against the released one."""
-
-    full = Conversation(
-        (*TWO_ANSWERS[:2], Message("tool", " {} "), *TWO_ANSWERS[2:], Message("user", "x")),
-        tools=({"name": "add", "description": "<é>", "parameters": {"a": 1}}, {"name": "b"}),
-        contexts=("one ", " two"),
-    )
-
-    @pytest.mark.parametrize("tools", [0, 1, 2])
-    @pytest.mark.parametrize("contexts", [0, 1, 2])
-    @pytest.mark.parametrize("first_message", [0, 1])
-    def test_renders_as_the_released_template(
-        self, released: PreTrainedTokenizerFast, tools: int, contexts: int, first_message: int
-    ) -> None:
-        arguments = {
-            "conversation": [{"role": m.role, "content": m.content} for m in self.full.messages[first_message:]],
-            "tools": list(self.full.tools[:tools]) or None,
-            "contexts": list(self.full.contexts[:contexts]) or None,
-            "add_generation_prompt": True,
-            "tokenize": False,
-        }
-        corrected = with_chat_template(released).apply_chat_template(**arguments)
-        assert corrected.count("<s>") == 1
-        assert corrected.count("</s>") == 2
-        assert corrected.replace("<s>", "").replace("</s>", "") == released.apply_chat_template(**arguments)
-
-    def test_encodes_as_the_released_template_with_end_of_sequence_added(
-        self, released: PreTrainedTokenizerFast
-    ) -> None:
-        assert encode(self.full, released, ENOUGH) == encode(self.full, with_chat_template(released), ENOUGH)
-
-    def test_begins_with_the_ids_of_the_released_tokenizer(self, released: PreTrainedTokenizerFast) -> None:
-        prompt = Conversation(turns("Hi"))
-        assert (
-            encode_prompt(prompt, with_chat_template(released)) == released(render_prompt(prompt, released)).input_ids
-        )
-
-    def test_replaces_the_released_template_and_survives_saving(
-        self, released: PreTrainedTokenizerFast, tmp_path: Path
-    ) -> None:
-        before = released.chat_template
-        corrected = with_chat_template(released)
-        assert (corrected.chat_template, released.chat_template) == (HYMBA_TEMPLATE, before)
-        corrected.save_pretrained(tmp_path)
-        again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-        assert encode(self.full, again, ENOUGH) == encode(self.full, corrected, ENOUGH)
-
-    def test_is_set_on_a_tokenizer_without_a_template(self) -> None:
-        assert with_chat_template(sentencepiece_like(None)).chat_template == HYMBA_TEMPLATE
-
-    @pytest.mark.parametrize("template", [CHATML, MISTRAL, HYMBA_TEMPLATE, "{{ raise_exception('never') }}"])
-    def test_other_templates_are_kept(self, template: str) -> None:
-        tokenizer = sentencepiece_like(template)
-        assert with_chat_template(tokenizer) is tokenizer
