@@ -35,8 +35,8 @@ demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, tal
 	$(BIN)/hymba-tune chat runs/demo --temperature 0 --prompt "How long does the ferry to Little Cross take?"
 	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged --overwrite
 
-test: .venv/developing  ## The whole suite.
-	$(BIN)/python -m pytest
+test: .venv/developing  ## The whole suite, in two processes.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/developing  ## Lint, format, types, and the wheel: built, installed elsewhere, its command run.
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def test_arguments_that_are_no_object_are_refused(arguments: object) -> None:
         parse(chat(USER, {**ANSWER, "tool_calls": [call]}))
 
 
-@pytest.mark.parametrize("key", REASONING_KEYS)
+@pytest.mark.parametrize("key", sorted(REASONING_KEYS))
 def test_reasoning_is_text_before_the_answer(key: str) -> None:
     assert contents(chat(USER, {**ANSWER, key: "think\n"})) == ["q", "<think>\nthink\n</think>\n\na"]
     assert contents(chat(USER, {**ANSWER, key: ""})) == ["q", "a"]
