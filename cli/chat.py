@@ -37,7 +37,9 @@ def chat(
         A run directory, or any model that --model accepts.
     """
     if model is not None:
-        flags.model = model
+        if "model" in flags.model_fields_set and flags.model != model:
+            raise ConfigError(f"The model is given twice, {model} and --model {flags.model}.", fix="leave --model out")
+        flags = flags.model_copy(update={"model": model})
     check_first(flags)
     from hymba_tune.generate import ChatSession, answer_file
 

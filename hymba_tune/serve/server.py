@@ -9,7 +9,7 @@ import uvicorn
 
 from hymba_tune.config import ServeConfig
 from hymba_tune.data.training import Working
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, shortened
 from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate import find_model
 from hymba_tune.inputs import check_inputs
@@ -94,6 +94,10 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name of a host can be written so
+        raise ConfigError(
+            f"--host {shortened(host)}: no such address.", expected="an address of this machine", fix="--host 127.0.0.1"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"--host {host} --port {port}: cannot listen on this address: {error.strerror or error}.",

@@ -251,3 +251,9 @@ def test_a_port_in_use_is_reported_before_the_weights_load(small_model: Path) ->
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}: cannot listen on this address: Address already in use"):
             Server(ServeConfig(model=str(small_model), port=port), working)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300])
+def test_address_of_no_machine_is_refused(small_model: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"--host .*: no such address\.\n.*\n  to fix     --host 127\.0\.0\.1"):
+        Server(ServeConfig(model=str(small_model), host=host), working)
