@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -12,7 +11,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ChatConfig
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import ConfigError, HymbaTuneError
 
 if TYPE_CHECKING:
     with loading():
@@ -55,6 +54,11 @@ def chat(
     if flags.prompt is not None:
         _reply(session, flags.prompt)
         return
+    _converse(session)
+
+
+def _converse(session: ChatSession) -> None:
+    """Answer the lines that are typed, until /quit or the end of the input."""
     import readline  # noqa: F401 (input() then edits lines and remembers them)
 
     names = " | ".join(chat.name for chat in session.chats)
@@ -70,8 +74,12 @@ def chat(
         if line.startswith("/"):
             _command(session, line)
         elif line:
-            with suppress(KeyboardInterrupt):  # stops this answer only
+            try:
                 _reply(session, line)
+            except KeyboardInterrupt:  # stops this answer only
+                pass
+            except HymbaTuneError as error:  # nor does a question that cannot be answered end the session
+                _note(str(error))
 
 
 def _prompt() -> str:

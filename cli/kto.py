@@ -15,7 +15,7 @@ from hymba_tune.config import KTOConfig
 def kto(*, config: Recipe = None, flags: Annotated[KTOConfig, Parameter(name="*")] = KTOConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Train a model on single answers that are labeled good or bad.
 
-    Example: hymba-tune kto --data judged.jsonl --model runs/my-sft
+    Example: hymba-tune kto --data labeled.jsonl --model runs/my-sft
 
     Rows have prompt, completion and label (true or false). A pair, as for hymba-tune dpo, counts as two answers.
 

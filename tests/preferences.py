@@ -35,7 +35,7 @@ def save_pairs(path: Path, count: int = 24) -> Path:
     return path
 
 
-def save_judged(path: Path, count: int = 24) -> Path:
+def save_labeled(path: Path, count: int = 24) -> Path:
     """The better answers of some pairs and the worse ones of others."""
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}

@@ -66,7 +66,7 @@ def read_text(value: object, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise DataError(f"{where} has half a character ({half})", expected="whole surrogate pairs") from None
+        raise DataError(f"{where} has half a character ({half})", expected="text in UTF-8") from None
     return value
 
 

@@ -11,6 +11,7 @@ from transformers import set_seed
 from hymba_tune.checkpoint import check_length
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.data.values import read_text
 from hymba_tune.errors import ConfigError
 from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate.answers import answer
@@ -82,8 +83,11 @@ class Chat:
 
         Raises:
             ConfigError: If ``strict_length`` is set and the longest possible reply does not fit into the context.
+            DataError: If a text is not UTF-8, or the chat template refuses the conversation.
         """
         conversation = Conversation((*self.messages, Message("user", text)))
+        for message in conversation.messages:
+            read_text(message.content, f"the {message.role} message")
         self._check_length(conversation)
         reply = answer(
             self._model,

@@ -200,3 +200,15 @@ def test_chat_prints_an_answer_in_lines_as_it_was_written(
 
     monkeypatch.setattr(Chat, "reply", lambda _, __, on_text: on_text(text))
     assert command("chat", small_model, "--prompt", "x").out == text + "\n"
+
+
+def test_text_that_is_not_utf8_is_refused_and_does_not_end_a_session(
+    command: Command, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = command("chat", small_model, "--prompt", "a\udcff")
+    assert (refused.code, "the user message has half a character (\\udcff)" in refused.err) == (2, True)
+    lines = iter(["a\udcff", "hello"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    session = command("chat", small_model, "--max-new-tokens", 1)
+    assert session.code == 0
+    assert "has half a character" in session.out

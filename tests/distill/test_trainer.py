@@ -236,7 +236,7 @@ def test_evaluation_is_of_all_learned_tokens(
 def test_online_teacher_equals_its_cached_targets(
     trainer: Callable[..., DistillTrainer], data: AlignedData, made: tuple[list[Targets], TargetMaker]
 ) -> None:
-    """Asked now, or from its targets: the same terms."""
+    """An online teacher and cached targets give the same terms."""
     shape = LossParameters(TEMPERATURE, TAU, BETA)
     kept = trainer(losses=LOSSES["projection and alm"])
     online = trainer(

@@ -1,4 +1,4 @@
-"""Connections that are idle, stuck, half-closed or abandoned, and what they are told when the server stops."""
+"""Connections that are idle, stuck, half-closed or abandoned, and the errors they get when the server stops."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from hymba_tune.train.preference_trainers import PairTrainer, UnpairedTrainer
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.trainer import HymbaTrainer
-from tests.preferences import dpo, kto, save_judged, save_pairs
+from tests.preferences import dpo, kto, save_labeled, save_pairs
 from tests.runs import run, same_tensors, save_questions, settings
 
 BAD_LINE = 25
@@ -176,7 +176,7 @@ def test_preference_trainers_are_guarded_too(
     verb: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their batches hold each prompt with its answers: the named rows are those of the batch."""
-    trainer, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (UnpairedTrainer, kto, save_judged)
+    trainer, train, save = (PairTrainer, dpo, save_pairs) if verb == "dpo" else (UnpairedTrainer, kto, save_labeled)
     data = save(tmp_path / "rows.jsonl")
     loss_of = trainer.compute_loss
 

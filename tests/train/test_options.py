@@ -155,7 +155,7 @@ class LargestTensor(TorchDispatchMode):
 def test_evaluation_never_holds_the_logits_of_all_tokens(
     chunked: bool, small_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told apart from a loss that does hold them, which is what chunks as large as the batch amount to."""
+    """The control is a loss with chunks as large as the batch, which does hold all logits."""
     monkeypatch.setattr("hymba_tune.model.loss.CHUNK", 8 if chunked else 2**20)
     largest: list[int] = []
     evaluate = HymbaTrainer.evaluation_loop

@@ -28,7 +28,7 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
-from tests.preferences import dpo, kto, orpo, run_short, save_judged, save_pairs
+from tests.preferences import dpo, kto, orpo, run_short, save_labeled, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
 
@@ -53,7 +53,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_judged(tmp_path_factory.mktemp("data") / "judged.jsonl")
+    return save_labeled(tmp_path_factory.mktemp("data") / "labeled.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_card_of_answers_that_are_all_good_or_all_bad_has_no_margin_and_no_nats(
     for step, loss in enumerate((0.5, 0.4)):
         run.log(MetricsRow(step, eval_loss=loss, eval_accuracy=0.75, eval_rejected_reward=-0.1))
     run.record(kept={"step": 1}, data={"rows": 4, "fingerprint": "ab"}, steps=1, tokens_seen=9)
-    write_card(run, KTOConfig(data=["judged.jsonl"]), ["4 answers"])
+    write_card(run, KTOConfig(data=["labeled.jsonl"]), ["4 answers"])
     assert "| held-out | step | loss | accuracy |\n" in (run.path / "README.md").read_text()
 
 
