@@ -38,7 +38,8 @@ ENOUGH = 100_000
 TWO_ANSWERS = turns("What is 6 times 7?", "  The answer\n\nis 42. ", "Sure?", "Yes: <42>, 漢字 😀", system="Be brief.")
 # ▁ is how SentencePiece spells a space, so it cannot come back; surrogates are no characters.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
-ANSWERS = WORDS.map(str.strip).filter(bool)
+ANSWERS = WORDS.map(str.strip).filter(lambda text: bool(text) and not text.endswith(">"))
+"""Answers that do not end with an end token of their own, which would not be doubled."""
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 STRIPS_THINKING = (Path(__file__).parent / "cases" / "strips_thinking.jinja").read_text()
 

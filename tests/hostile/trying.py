@@ -75,7 +75,9 @@ def fault(attempt: Attempt, capsys: pytest.CaptureFixture[str]) -> str | None:
         return f"traceback: exit code {code}: {text[:300]}"
     if attempt.refused and code == 0:
         return f"silent: exit code 0: {text[:300]}"
-    if not re.search(attempt.says, text):
+    says = attempt.says.replace("\\ ", "").replace(" ", "")
+    unwrapped = re.search(says, text.replace(" ", ""))  # a name may be wrapped anywhere
+    if not (re.search(attempt.says, text) or unwrapped):
         return f"silent: exit code {code}, nothing like {attempt.says!r}: {text[:300]}"
     if len(output.err) > LONGEST:
         return f"too long: {len(output.err)} characters: {output.err[:200]}"
