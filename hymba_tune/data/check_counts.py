@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hymba_tune.data.duplicates import Duplicates
-from hymba_tune.data.formats import Example
 from hymba_tune.data.rows import RowLocation
-from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.errors import DataError
 
 EXAMPLES = 3
@@ -163,8 +161,8 @@ class Check:
         return not self.bad_rows and not any(file.problem for file in self.files) and self.learned > 0
 
 
-def note_special_tokens(examples: Sequence[Example], place: RowLocation, special: SpecialTokens, check: Check) -> None:
+def note_special_tokens(tokens: Iterable[str], place: RowLocation, check: Check) -> None:
     """Note the special tokens, and the markers of turns, that the texts of a row contain."""
-    for token in dict.fromkeys(token for example in examples for token in special.find(example)):
+    for token in dict.fromkeys(tokens):
         what = f"its text contains {token}, which the model reads as a special token"
         check.notes.add(what, str(place), "--escape-special-tokens, or remove it")

@@ -25,7 +25,6 @@ from hymba_tune.data.formats import (
 from hymba_tune.data.messages import REASONING_KEYS, SHOWN_KEYS
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
-from hymba_tune.data.special_tokens import SpecialTokens
 from hymba_tune.data.values import is_empty
 from hymba_tune.errors import DataError
 
@@ -88,10 +87,9 @@ def check_sources(
                 check_pairs(source, tokenizer, mapping, check, file, seen, progress)
                 continue
             names = Names.parse({**mapping, **source.mapping})
-            special = SpecialTokens.of(tokenizer)
             for batch in encoded_batches(readings([source], tokenizer, mapping=mapping, learn=learn), tokenizer):
                 for reading in batch:
-                    _count(reading, names, check, file, seen, special)
+                    _count(reading, names, check, file, seen)
                 if progress:
                     progress(check.rows)
         except DataError as problem:
@@ -100,9 +98,7 @@ def check_sources(
     return check
 
 
-def _count(
-    reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows, special: SpecialTokens
-) -> None:
+def _count(reading: ExampleReading, names: Names, check: Check, file: FileCheck, seen: SeenRows) -> None:
     place = reading.row.place
     check.rows += 1
     file.rows += 1
@@ -115,7 +111,7 @@ def _count(
 
     assert reading.example
     seen.add(reading.example, place)
-    note_special_tokens([reading.example], place, special, check)
+    note_special_tokens(reading.special, place, check)
     _note_columns(reading.example, reading.row, names, check)
     _count_tokens(reading, check)
 

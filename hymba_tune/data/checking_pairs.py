@@ -72,7 +72,8 @@ def check_pairs(
 
             chosen, rejected = pair.conversations
             seen.add(chosen, pair.row.place, rejected=rejected)
-            note_special_tokens(pair.conversations, pair.row.place, special, check)
+            tokens = (token for conversation in pair.conversations for token in special.find(conversation))
+            note_special_tokens(tokens, pair.row.place, check)
             _count_tokens(fit_answers(pair.encoded, check.max_length), check, check.pairs)
             check.pairs.ties += pair.tie
         if progress:

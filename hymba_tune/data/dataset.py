@@ -118,7 +118,7 @@ def fit_reading(reading: ExampleReading, max_length: int, report: DataReport) ->
     report.learned += sum(row.learned for row in rows)
     report.longest = max(report.longest, *(len(row.input_ids) for row in rows))
     report.weighted += sum(row.loss_weights is not None for row in rows)
-    report.special += reading.special
+    report.special += bool(reading.special)
     return rows
 
 

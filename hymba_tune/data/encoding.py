@@ -48,11 +48,11 @@ class ExampleReading(Reading):
 
     Attributes:
         example: The parsed row; `None` if it could not be parsed.
-        special: Whether special tokens are inside its text, which the model reads as the real ones.
+        special: The special tokens inside its text, which the model reads as the real ones.
     """
 
     example: Example | None = None
-    special: bool = False
+    special: Sequence[str] = ()
 
 
 R = TypeVar("R", bound=Reading)
@@ -87,7 +87,7 @@ def readings(
             try:
                 example = read_example(row, names[number])
                 reading.example = special.escape(example) if source.escape else example
-                reading.special = bool(special.find(reading.example))
+                reading.special = special.find(reading.example)
                 reading.rendered = (render(reading.example, tokenizer, learn),)
             except DataError as problem:
                 reading.problem = problem

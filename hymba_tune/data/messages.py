@@ -171,7 +171,7 @@ def turn(role: str, content: object, where: str, weight: float = 1.0) -> Message
 
 
 def known_role(role: str, roles: Mapping[str, str]) -> str:
-    """Return the role of `ROLES` that a name in any case stands for; an unknown name as it is."""
+    """Return the role of `ROLES` for a name in any case; an unknown name is returned unchanged."""
     plain = role.strip().lower()
     return roles.get(role) or OTHER_ROLES.get(plain, plain)
 

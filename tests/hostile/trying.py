@@ -13,7 +13,7 @@ import pytest
 
 from hymba_tune.cli.main import main
 
-PATIENCE = 60
+TIMEOUT = 60
 """Seconds after which a command counts as endless. It is a limit for hangs, not for speed."""
 LONGEST = 1500
 """Characters that a message may have: values of the user's are cut."""
@@ -41,13 +41,13 @@ class Endless(BaseException):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Interrupt what runs longer than `PATIENCE`."""
+    """Interrupt what runs longer than `TIMEOUT`."""
 
     def stop(*_: Any) -> None:
         raise Endless
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE)
+    signal.alarm(TIMEOUT)
     try:
         yield
     finally:

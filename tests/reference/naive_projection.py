@@ -22,7 +22,7 @@ def merge(text: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[str]:
 
 
 REST = -1
-"""Stands for any token outside the support."""
+"""A placeholder for any token outside the support."""
 
 
 def student_token_after(token: bytes, beginning: bytes, segment: Segment, spell: Spell) -> int | None:
