@@ -10,6 +10,7 @@ from rich.text import Text
 from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import check_first, combine
 from hymba_tune.config import TrainingConfig, Verb
+from hymba_tune.distributed.environment import is_main
 from hymba_tune.errors import command
 from hymba_tune.files import read_json
 
@@ -54,15 +55,19 @@ def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from hymba_tune.train.screen import Screen
+
     disable_progress_bar()  # the run's log gets the libraries' messages
     try:
-        run = train(settings, RichScreen())
+        run = train(settings, RichScreen() if is_main() else Screen())
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
             resume = command(settings.verb, "--resume", interrupt.args[0])
             console.print(f"\n stopped and saved; to resume: {resume}", markup=False, soft_wrap=True)
             console.print(f" report so far: {interrupt.args[0]}/report.html", markup=False, soft_wrap=True)
         raise
+    if not is_main():
+        return
     if run is None:
         console.print(" dry run: nothing was trained or written; leave --dry-run out to train", markup=False)
     else:

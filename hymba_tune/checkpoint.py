@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hymba_tune.distributed.environment import local_rank
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.model import use_kernels  # this import registers Hymba with the Auto classes
 from hymba_tune.model.backends import AUTO, OPERATIONS, Choice, Task, survey
@@ -59,6 +60,8 @@ class StoredTensor(NamedTuple):
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; "auto" is the first CUDA device, or the CPU if there is none.
 
+    Each process of several on a machine has a CUDA device of its own.
+
     A CUDA device becomes the current device of the process, because some kernels always start on the current one.
 
     Raises:
@@ -72,7 +75,7 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name}: no such device.", expected="auto, cpu, cuda or cuda:1") from error
     if device.type != "cuda":
         return device
-    device = torch.device("cuda", device.index or 0)
+    device = torch.device("cuda", local_rank() if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.", fix="--device cpu"

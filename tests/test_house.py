@@ -20,8 +20,8 @@ PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["s
 
 FLOORS = [
     {"errors", "formatting"},
-    {"config", "files", "memory", "pages", "ranks"},
-    {"registry"},
+    {"config", "files", "memory", "pages"},
+    {"distributed", "registry"},
     {"model", "schemes"},
     {"checkpoint"},
     {"adapters", "data"},

@@ -32,6 +32,8 @@ class RunTrainer(Trainer):
         step_batches: The batches of the current step, each with its share of the step's loss.
         step_grad_norm: The norm of the step's gradient before clipping.
         kept_checkpoints: The number of checkpoints to keep; None for all.
+        stop_requested: Whether Ctrl-C was pressed in this process.
+        stop_agreed: Whether it was in any process by the time of the step.
     """
 
     rates: Rates | None = None
@@ -41,6 +43,8 @@ class RunTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
         self.step_grad_norm: float | None = None
+        self.stop_requested = False
+        self.stop_agreed = False
         use_one_device(kwargs["args"], kwargs["model"].device)
         super().__init__(**kwargs)
 

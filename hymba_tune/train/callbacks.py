@@ -12,8 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from hymba_tune.adapters import AdapterWatch
+from hymba_tune.distributed.processes import gathered
 from hymba_tune.errors import TrainingError
 from hymba_tune.memory import peak_memory
+from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import OF_SOURCE, MetricsRow, Screen
 
@@ -87,7 +89,7 @@ class Metrics(TrainerCallback):
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens_per_s=speed,
-            memory_bytes=peak_memory(args.device),
+            memory_bytes=max(gathered(peak_memory(args.device))),
             **{name: logs[key] for key, name in REWARDS.items() if key in logs},
             more={
                 name.replace(MORE, "", 1): value
@@ -199,10 +201,14 @@ class FirstStep(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ends a run on Ctrl-C after the current step, with a checkpoint. A second Ctrl-C ends it at once."""
+    """Ends a run on Ctrl-C after the current step, with a checkpoint. A second Ctrl-C ends it at once.
 
-    def __init__(self) -> None:
-        self.pressed = False
+    Args:
+        trainer: The run's trainer. Its processes agree at each step, when the loss is checked.
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self._trainer = trainer
         self._before: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -211,9 +217,9 @@ class Interrupt(TrainerCallback):
         self._before = signal.signal(signal.SIGINT, self._press)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop if Ctrl-C was pressed."""
+        """Save and stop if Ctrl-C was pressed in any process."""
         del args, state
-        if self.pressed:
+        if self._trainer.stop_agreed:
             control.should_save = control.should_training_stop = True
 
     def release(self) -> None:
@@ -223,5 +229,5 @@ class Interrupt(TrainerCallback):
 
     def _press(self, signal_number: int, frame: FrameType | None) -> None:
         del signal_number, frame
-        self.pressed = True
+        self._trainer.stop_requested = True
         signal.signal(signal.SIGINT, self._before)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from hymba_tune.adapters import folders_of
 from hymba_tune.config import TrainingConfig
 from hymba_tune.data.mixes import local_files
+from hymba_tune.distributed.processes import from_main
 from hymba_tune.files import LOCK, RUN, check_folder, locked, make_folders, remove_empty, replacing, write_errors
 from hymba_tune.registry import ModelSource
 from hymba_tune.train.run import Run
@@ -16,7 +17,7 @@ from hymba_tune.train.run import Run
 
 @contextmanager
 def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[None]:
-    """Create a run's folder and lock it while the run is in progress.
+    """Create a run's folder and lock it while the run is in progress; of several processes the first one does so.
 
     A new run that fails before its first checkpoint leaves no folder behind, and a run that it was to replace is
     restored. A dry run writes nothing, and leaves the folder as it was.
@@ -29,6 +30,18 @@ def claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[N
     Raises:
         ConfigError: If another process works in the folder, or if it must not or cannot be written.
     """
+    with ExitStack() as stack:
+
+        def claim() -> Path:
+            stack.enter_context(_claimed(run, config, source))
+            return run.path
+
+        run.path = from_main(claim, "taking the run's folder")
+        yield
+
+
+@contextmanager
+def _claimed(run: Run, config: TrainingConfig, source: ModelSource) -> Iterator[None]:
     if config.resume:
         with locked(run.path / LOCK, f"--resume {run.path}"):
             yield

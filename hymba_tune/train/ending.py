@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters import adapter_updates, full_updates
+from hymba_tune.distributed.environment import is_main
 from hymba_tune.files import write_text
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Setup
@@ -45,7 +46,7 @@ def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -
         raise
     finally:
         run = setup.run
-        if how == "finished" or run.newest_checkpoint() is not None:
+        if is_main() and (how == "finished" or run.newest_checkpoint() is not None):
             _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
             _try("updates.json", screen, lambda: _write_updates(setup, model))
             _try("report.html", screen, lambda: _write_report(run.path))

@@ -27,6 +27,8 @@ from hymba_tune.adapters import (
 )
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
+from hymba_tune.distributed.environment import is_main
+from hymba_tune.distributed.processes import agree, first_of_node, from_main, gathered, leave, reach
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
 from hymba_tune.files.checkpoints import step_of
@@ -48,7 +50,7 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup, adapter_config, check
-from hymba_tune.train.stopping import Stopping
+from hymba_tune.train.stopping import BestCheckpoint, Stopping
 from hymba_tune.train.task import TrainerBuilder, TrainingTask
 from hymba_tune.train.tracking import tracking
 
@@ -68,19 +70,24 @@ def train(task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
         KeyboardInterrupt: If Ctrl-C ended the run; with the run's path if its checkpoint is written.
     """
     config = task.config
-    setup = check(config)
-    with claimed(setup.run, config, setup.source):
-        return _train_claimed(setup, task, screen)
+    try:
+        setup = check(config)
+        with claimed(setup.run, config, setup.source):
+            return _train_claimed(setup, task, screen)
+    finally:
+        leave()
 
 
 def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Screen) -> Run | None:
-    """Train in a folder that this process has locked."""
+    """Train in a folder that the first process has locked."""
     config, run = setup.config, setup.run
     resuming = config.resume is not None
-    checkpoint = run.last_checkpoint() if resuming else None
+    checkpoint = from_main(run.last_checkpoint, "finding the last checkpoint") if resuming else None
 
-    task_with_data = task.read_data(setup, screen)
+    with first_of_node("reading the data"):
+        task_with_data = task.read_data(setup, screen)
     data = task_with_data.data
+    agree({"the data": data.report.fingerprint})
     if data.held_out is None and (config.keeps_best or config.early_stopping):
         raise ConfigError(
             f"--{'early-stopping' if config.early_stopping else 'keep best'} needs the held-out loss, and no data is "
@@ -95,7 +102,8 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         memory_estimate = estimate_memory(setup, data, extra_bytes)
     if not (memory_estimate.fits or config.dry_run):
         screen.note(describe_memory(setup, memory_estimate))  # before preparation, which may take hours
-    builder = task_with_data.prepare(screen)
+    with first_of_node("preparing the run"):
+        builder = task_with_data.prepare(screen)
     described = builder.describe()
     if config.dry_run:
         screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)
@@ -105,18 +113,20 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         run.forget_leftovers()
     else:
         run.create(config)
+    reach("the run's folder")
     needs = partial(bytes_needed_with, setup, data, extra_bytes)
     with run.capturing_logs(), limits_explained(run, config, setup.device, needs), tracking(run, config.track):
         set_seed(config.seed)
         with screen.working("loading the weights"):
             model = _open(setup)
-        digest = _base_digest(setup, screen)
+        digest = from_main(partial(_base_digest, setup, screen), "reading the base model")
         trainer = _trainer(setup, data, builder, model, screen)
         outline = outline_of(trainer)
         screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
         _record_begin(setup, data, outline, memory_estimate, described, digest)
         if not resuming:
-            data.report.write_dropped(run.path / "dropped.jsonl")
+            if is_main():
+                data.report.write_dropped(run.path / "dropped.jsonl")
             answer_samples(setup, data, trainer.model, "before", screen)
 
         with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
@@ -247,7 +257,7 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         run.forget_after(step_of(checkpoint))
         if step_of(checkpoint) >= trainer.args.max_steps:
             screen.note(f"all {trainer.args.max_steps:,} steps are done; to train longer, increase --steps or --epochs")
-    interrupt = Interrupt()
+    interrupt = Interrupt(trainer)
     account = Account()
     stopping = Stopping(keep_best=config.keeps_best, patience=config.early_stopping)
     for callback in (interrupt, account, stopping):
@@ -258,29 +268,48 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.release()
-    if interrupt.pressed:
+    if trainer.stop_agreed:
         raise KeyboardInterrupt(str(run.path))
 
     final = stopping.final_checkpoint(trainer.state)
     if final.ended or config.keeps_best:
         screen.note(final.described())
     answer_samples(setup, data, trainer.model, "after", screen)
+    memory = gathered(account.peak_memory_bytes)
+    from_main(partial(_write_result, setup, data, trainer, account, final, memory), "writing the result")
+    return run
+
+
+def _write_result(
+    setup: Setup, data: Data, trainer: RunTrainer, account: Account, final: BestCheckpoint, memory: list[int]
+) -> None:
+    """Save what was trained, and record how the run ended.
+
+    Args:
+        setup: The run's setup.
+        data: Its data.
+        trainer: Its trainer, at the end.
+        account: Its time.
+        final: The weights that it ended with.
+        memory: The peak memory of each process.
+    """
+    run = setup.run
     trained = trainer.accelerator.unwrap_model(trainer.model)
     _save(setup, trained)
     trainable, total = count_parameters(trained)
+    of_ranks = {"measured_bytes_by_rank": memory} if len(memory) > 1 else {}
     run.record(
         steps=trainer.state.global_step,
         kept=asdict(final),
         tokens_seen=trainer.state.num_input_tokens_seen,
         seconds=round(account.seconds, 1),
         tokens_per_s=round(trainer.state.num_input_tokens_seen / max(account.step_seconds, 1e-6), 1),
-        peak_memory_bytes=account.peak_memory_bytes,
-        memory={**run.facts()["memory"], "measured_bytes": account.peak_memory_bytes},
+        peak_memory_bytes=max(memory),
+        memory={**run.facts()["memory"], "measured_bytes": max(memory), **of_ranks},
         parameters={"trainable": trainable, "total": total},
         **{FACT: _whole_digest(setup)},
     )
-    write_card(run, config, data.summary)
-    return run
+    write_card(run, setup.config, data.summary)
 
 
 def _save(setup: Setup, trained: PreTrainedModel) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hymba_tune.distributed.environment import world_size
+from hymba_tune.distributed.processes import added, gathered
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.run import Run
 
@@ -37,10 +39,14 @@ class Watched(Protocol):
     step_batches: list[tuple[dict[str, Any], Tensor]]
     """Each batch, and its share of the step's loss."""
     step_grad_norm: float | None
+    stop_requested: bool
+    stop_agreed: bool
 
 
 class LossGuard(TrainerCallback, ExportableState):
     """Ends a run before a step whose loss or gradient is not finite, or whose loss jumps.
+
+    All processes of a run see the same loss, and so decide alike; here they also agree on stopping for Ctrl-C.
 
     Args:
         trainer: The trainer whose steps are checked.
@@ -93,7 +99,9 @@ class LossGuard(TrainerCallback, ExportableState):
         step = state.global_step + 1
         batches = self._trainer.step_batches
         shares = torch.stack([share.detach().float() for _, share in batches]).tolist()
-        loss = sum(shares)
+        total, stops = added([sum(shares), float(self._trainer.stop_requested)])
+        loss = total / world_size()
+        self._trainer.stop_agreed = stops > 0
         norm = self._trainer.step_grad_norm
 
         if not math.isfinite(loss):
@@ -138,7 +146,8 @@ class LossGuard(TrainerCallback, ExportableState):
             raise self._error(what, "a finite loss", [], args.learning_rate)
 
     def _error(self, what: str, expected: str, batches: list[dict[str, Any]], rate: float) -> TrainingError:
-        rows = [place for batch in batches for place in self._places(batch)]
+        of_ranks = gathered([place for batch in batches for place in self._places(batch)])
+        rows = [place for places in of_ranks for place in places]
         if rows:
             log.error("%s. Its rows: %s", what, listed(rows))
             more = f" and {len(rows) - NAMED_ROWS:,} more (in log.txt)" if len(rows) > NAMED_ROWS else ""

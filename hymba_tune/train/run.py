@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from hymba_tune.config import SFTConfig, TrainingConfig
+from hymba_tune.distributed.environment import is_main, rank
 from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.files import (
     PARTIAL,
@@ -37,7 +38,7 @@ LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate",
 
 
 class Run:
-    """The directory of a run, ``runs/<name>/``.
+    """The directory of a run, ``runs/<name>/``. Of several processes only the first one writes to it.
 
     Args:
         path: The directory, which need not exist yet.
@@ -86,6 +87,8 @@ class Run:
         Raises:
             ConfigError: If it cannot be written.
         """
+        if not is_main():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             settings = {"verb": config.verb.name}
@@ -143,6 +146,8 @@ class Run:
 
     def record(self, **facts: Any) -> None:
         """Add facts to ``run.json``, with the versions and the machine."""
+        if not is_main():
+            return
         facts = {**self.facts(), **facts}
         facts["versions"] = {name: metadata.version(name) for name in LIBRARIES}
         facts["machine"] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -154,6 +159,8 @@ class Run:
 
     def log(self, row: MetricsRow) -> None:
         """Add a line to ``metrics.jsonl``."""
+        if not is_main():
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_as_line(row))
 
@@ -163,6 +170,8 @@ class Run:
 
     def forget_leftovers(self) -> None:
         """Remove incomplete files of a killed process, and a run that this one has replaced."""
+        if not is_main():
+            return
         forget_torn(self.checkpoints)
         for path in entries(self.path):
             if RUN.has_part(path.name) and (path.name.endswith(PARTIAL) or path.name.startswith(f"{REPLACED}.")):
@@ -170,6 +179,8 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after the step that a run is resumed from."""
+        if not is_main():
+            return
         lines = [_as_line(row) for row in self.rows() if row.step <= step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
 
@@ -179,11 +190,12 @@ class Run:
 
     @contextmanager
     def capturing_logs(self) -> Iterator[None]:
-        """Write the logs and warnings of libraries to ``log.txt`` instead of the screen."""
+        """Write the logs and warnings of libraries to ``log.txt`` instead of the screen, or to ``log-RANK.txt``."""
         import datasets
         import transformers
 
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8", delay=True)
+        name = "log.txt" if is_main() else f"log-{rank()}.txt"
+        handler = logging.FileHandler(self.path / name, encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         transformers_logger = transformers.utils.logging
         progress_was_disabled = datasets.are_progress_bars_disabled()

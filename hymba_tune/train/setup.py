@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import datasets
@@ -35,15 +37,15 @@ from hymba_tune.checkpoint import (
 )
 from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
+from hymba_tune.distributed.processes import agree, first_of_node, from_main, join
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
 from hymba_tune.model.backends import Choice
-from hymba_tune.ranks import check_single_process
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
 from hymba_tune.schemes import WeightQuantization, decide_quantization, stored_quantization
 from hymba_tune.train.limits import check_disk, disk_needed
-from hymba_tune.train.run import Run
+from hymba_tune.train.run import LIBRARIES, Run
 from hymba_tune.train.tracking import check_trackers
 
 
@@ -129,18 +131,20 @@ def check(config: TrainingConfig) -> Setup:
     Raises:
         HymbaTuneError: If a setting, a file or the machine must be changed first.
     """
-    check_single_process()
     check_trackers(config.track)
     check_inputs(config)
-    run = Run(config.resume) if config.resume else Run.choose(config)
     device = choose_device(config.device)
+    join(device)
+    agree(_facts(config))
+    run = Run(config.resume) if config.resume else from_main(lambda: Run.choose(config), "choosing the run's folder")
     if config.activation_offload and device.type != "cuda":
         raise ConfigError(
             f"--activation-offload moves activations from a GPU to the CPU, and this run is on {device.type}.",
             fix="leave it out; --gradient-checkpointing saves memory on any device",
         )
     dtype = choose_dtype(config.dtype, device)
-    source = resolve_model(config.model)
+    with first_of_node("finding the model"):
+        source = resolve_model(config.model)
     tokenizer = with_chat_template(tokenizer_of(source, resize=config.resize), config.chat_template)
     weights = weights_of(source)
     model_config = load_config(weights)
@@ -156,6 +160,13 @@ def check(config: TrainingConfig) -> Setup:
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels, added_tokens)
+
+
+def _facts(config: TrainingConfig) -> dict[str, str]:
+    """Return what must be the same in all processes, by what it is called."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    settings = config.model_dump_json(exclude={"out", "resume", "node_rank", "device"})
+    return versions | {"the settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
 
 
 def base_quantization(

@@ -197,6 +197,7 @@ class Steps:
     """A trainer of whose steps only the losses are known."""
 
     step_grad_norm = 1.0
+    stop_requested = stop_agreed = False
 
     def __init__(self) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
