@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from hymba_tune.cli.processes import capture_in_processes, settings_if_worker
 from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
@@ -19,7 +20,11 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
 
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
-    check_first(flags)
+    if (started := settings_if_worker(flags)) is not None:
+        flags = started
+    else:
+        check_first(flags)
+        capture_in_processes("distill capture", flags, flags.device)
     with loading():
         from hymba_tune.distill.capture import run_capture
 

@@ -13,7 +13,8 @@ from cyclopts.config import Env
 
 from hymba_tune import __version__
 from hymba_tune.cli.other_tools import other_flags, other_verb
-from hymba_tune.cli.screen import error_console
+from hymba_tune.cli.screen import console, error_console
+from hymba_tune.distributed.environment import check_single_process, is_main
 from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, without_passwords
 
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -37,6 +38,10 @@ VERBS = {
 }
 """The verbs, with the first sentences of their help. Listing them imports none of them."""
 TAKE_DATA = ("sft", "dpo", "kto", "orpo", "distill", "plan")
+IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "distill")
+"""Verbs that work in several processes together."""
+ANYWHERE = ("doctor", "recipes")
+"""Verbs that do no work of which several processes would do the whole each."""
 FUNCTIONS = {"eval": "measure"}
 """Functions that do not have the name of their verb."""
 
@@ -80,6 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a piped table shows each row at once
+    console.quiet = error_console.quiet = not is_main()
     debug = "--debug" in words
     sys.exit(_run(_as_flags([word for word in words if word != "--debug"]), debug=debug))
 
@@ -96,9 +102,11 @@ def _as_flags(words: list[str]) -> list[str]:
 def _run(words: list[str], *, debug: bool) -> int:
     lists_verbs = not words or words[0] in ("--help", "-h")
     try:
+        if words and words[0] in VERBS.keys() - {*IN_SEVERAL_PROCESSES, *ANYWHERE}:
+            check_single_process(words[0])
         result = (build_app(summaries=True) if lists_verbs else app)(words, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _ended(INTERRUPTED, "")
     except Exception as error:
         if debug:
             raise
@@ -107,13 +115,26 @@ def _run(words: list[str], *, debug: bool) -> int:
         code = USER_ERROR
         if isinstance(error, CycloptsError):
             message = _message(error, words)
-        elif isinstance(error, HymbaTuneError) or (own := as_own_error(error)):
-            message = error if isinstance(error, HymbaTuneError) else own
+        elif isinstance(error, HymbaTuneError):
+            code, message = error.exit_code, error
+        elif own := as_own_error(error):
+            message = own
         else:
             code, message = INTERNAL_ERROR, describe_crash(error, words)
-        error_console.print(without_passwords(str(message)), markup=False, highlight=False, soft_wrap=True)
-        return code
+        return _ended(code, without_passwords(str(message)))
     return result if isinstance(result, int) else 0
+
+
+def _ended(code: int, message: str) -> int:
+    """Show why the command has ended, or write it for the process that has started this one, and return the code."""
+    from hymba_tune.distributed.launch import FINAL, error_file, write_ending
+
+    if error_file() is not None:
+        write_ending(code, message)
+        return 0 if code in FINAL else code
+    if message:
+        error_console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return code
 
 
 def _message(error: CycloptsError, words: list[str]) -> object:

@@ -18,7 +18,6 @@ from hymba_tune.cli.other_tools import nearest_value, other_flag
 from hymba_tune.cli.screen import error_console
 from hymba_tune.config import Config, TrainingConfig
 from hymba_tune.config.groups import RESULT, RUN
-from hymba_tune.distributed.environment import check_single_process
 from hymba_tune.errors import ConfigError, command, did_you_mean, shortened
 
 C = TypeVar("C", bound=Config)
@@ -95,8 +94,6 @@ def check_first(config: Config) -> None:
     from hymba_tune.inputs import check_inputs
 
     with checking():
-        if not isinstance(config, TrainingConfig):
-            check_single_process(type(config).__name__.removesuffix("Config").lower())
         check_inputs(config)
 
 

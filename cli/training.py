@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.text import Text
 
+from hymba_tune.cli.processes import if_restarted, settings_if_worker, train_in_processes
 from hymba_tune.cli.screen import RichScreen, console, visible
 from hymba_tune.cli.settings import check_first, combine
 from hymba_tune.config import TrainingConfig, Verb
@@ -24,15 +25,19 @@ C = TypeVar("C", bound=TrainingConfig)
 def read_settings(recipe: str | None, flags: C) -> C:
     """Return the settings of a run: a recipe's, overridden by flags, or those of the run that ``--resume`` names.
 
-    They are checked as far as possible without a download and without importing torch.
+    They are checked as far as possible without a download and without importing torch. Where several processes are
+    asked for, those are started then, and this function does not return.
 
     Args:
         recipe: A YAML file, or the name of a packaged recipe.
         flags: The verb's flags.
 
     Raises:
-        HymbaTuneError: If a setting, a file or the machine must be changed first.
+        HymbaTuneError: If a setting, a file or the machine must be changed first, or one of several processes has died.
+        SystemExit: If the run was done by several processes.
     """
+    if (started := settings_if_worker(flags)) is not None:
+        return if_restarted(started)
     settings = combine(recipe, flags)
     if settings.resume:
         from hymba_tune.train.resuming import resume_config
@@ -43,7 +48,7 @@ def read_settings(recipe: str | None, flags: C) -> C:
         from hymba_tune.train.tracking import check_trackers
 
         check_trackers(settings.track)
-    return settings
+    return train_in_processes(settings)
 
 
 def run_verb(settings: C, train: Callable[[C, Screen], Run | None]) -> None:

@@ -20,6 +20,9 @@ class HymbaTuneError(Exception):
         skip: How to continue without a fix.
     """
 
+    exit_code = 2
+    """The code with which the command line exits."""
+
     def __init__(self, what: str, *, expected: str = "", fix: str = "", skip: str = "") -> None:
         super().__init__(what)
         self.what = what

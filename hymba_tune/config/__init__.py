@@ -22,6 +22,7 @@ from hymba_tune.config.base import (
 )
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
+from hymba_tune.config.distributed import DistributedOptions, LaunchOptions
 from hymba_tune.config.inference import ChatConfig, EvalConfig, GenerationOptions, ServeConfig
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -58,6 +59,7 @@ __all__ = [
     "DataSplitConfig",
     "DistillCaptureConfig",
     "DistillConfig",
+    "DistributedOptions",
     "DoctorConfig",
     "EngineOptions",
     "EvalConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "KTOConfig",
     "Keep",
     "KeptDataOptions",
+    "LaunchOptions",
     "Learn",
     "MergeConfig",
     "MetaTokens",

@@ -11,6 +11,7 @@ from cyclopts import Group
 from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
+from hymba_tune.config.distributed import LaunchOptions
 from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
 from hymba_tune.config.options import KeptDataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
@@ -257,7 +258,7 @@ def _stage(text: str, defaults: Stage) -> Stage:
     return Stage(**{**vars(defaults), **changes})
 
 
-class DistillCaptureConfig(OutputOptions, TeacherOptions, KeptDataOptions, ModelOptions):
+class DistillCaptureConfig(LaunchOptions, OutputOptions, TeacherOptions, KeptDataOptions, ModelOptions):
     """Settings of `hymba-tune distill capture`: a teacher's targets for a student, stored on disk."""
 
     group: ClassVar[Group] = DATA

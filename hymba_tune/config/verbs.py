@@ -24,6 +24,7 @@ from hymba_tune.config.base import (
     Start,
     Verb,
 )
+from hymba_tune.config.distributed import DistributedOptions
 from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -41,7 +42,14 @@ from hymba_tune.config.options import (
 
 
 class TrainingConfig(
-    RunOptions, EvaluationOptions, TrainingOptions, AdapterOptions, DataOptions, EngineOptions, ModelOptions
+    DistributedOptions,
+    RunOptions,
+    EvaluationOptions,
+    TrainingOptions,
+    AdapterOptions,
+    DataOptions,
+    EngineOptions,
+    ModelOptions,
 ):
     """Settings of every verb that trains."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from hymba_tune.config import TrainingConfig
+from hymba_tune.config import LaunchOptions, TrainingConfig
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.train.run import Run
 
 C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
 CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
+CHANGEABLE |= LaunchOptions.model_fields.keys() | {"accelerate_config"}
 """Settings that may change when a run is resumed."""
 MOVABLE = {"model", "data", "eval_data"}
 """Settings in which ``config.yaml`` may name the same content at another place: the content is compared."""

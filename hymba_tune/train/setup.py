@@ -35,7 +35,7 @@ from hymba_tune.checkpoint import (
     choose_kernels,
     load_config,
 )
-from hymba_tune.config import Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
+from hymba_tune.config import LaunchOptions, Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.distributed.processes import agree, first_of_node, from_main, join
 from hymba_tune.errors import ConfigError, command
@@ -134,7 +134,7 @@ def check(config: TrainingConfig) -> Setup:
     check_trackers(config.track)
     check_inputs(config)
     device = choose_device(config.device)
-    join(device)
+    join(device, start_timeout=config.start_timeout, step_timeout=config.step_timeout)
     agree(_facts(config))
     run = Run(config.resume) if config.resume else from_main(lambda: Run.choose(config), "choosing the run's folder")
     if config.activation_offload and device.type != "cuda":
@@ -165,7 +165,8 @@ def check(config: TrainingConfig) -> Setup:
 def _facts(config: TrainingConfig) -> dict[str, str]:
     """Return what must be the same in all processes, by what it is called."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    settings = config.model_dump_json(exclude={"out", "resume", "node_rank", "device"})
+    of_this_machine = {"out", "resume", "device", "accelerate_config", *LaunchOptions.model_fields}
+    settings = config.model_dump_json(exclude=of_this_machine)
     return versions | {"the settings": hashlib.sha256(settings.encode()).hexdigest()[:12]}
 
 

@@ -1,0 +1,83 @@
+"""Commands that run in several processes: this one starts them, or is one of them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from hymba_tune.config import LaunchOptions, TrainingConfig
+from hymba_tune.distributed.accelerate_file import with_accelerate_config
+from hymba_tune.distributed.checks import accumulation, count_processes, is_started
+from hymba_tune.distributed.launch import launch, restarts, settings_of_parent
+from hymba_tune.distributed.watch import Watch
+from hymba_tune.errors import ConfigError
+
+C = TypeVar("C", bound=TrainingConfig)
+L = TypeVar("L", bound=LaunchOptions)
+
+
+def settings_if_worker(flags: L) -> L | None:
+    """Return the settings with which the first process has started this one, and begin to watch the others.
+
+    Returns:
+        The settings; None in the first process, and under another launcher.
+    """
+    settings = settings_of_parent()
+    if settings is None:
+        return None
+    assert isinstance(settings, type(flags))
+    Watch().start()
+    return settings
+
+
+def train_in_processes(settings: C) -> C:
+    """Return the settings of a run for its number of processes, or start these.
+
+    Raises:
+        HymbaTuneError: If this machine cannot start the processes, or one of them has ended by an error.
+        SystemExit: If other processes have done the work.
+    """
+    verb = settings.verb.name
+    if settings.accelerate_config is not None:
+        settings = with_accelerate_config(settings)
+    processes = count_processes(settings, settings.device, verb)
+    if settings.global_batch is not None:
+        grad_accum = accumulation(settings.global_batch, settings.batch_size, processes)
+        settings = settings.model_copy(update={"grad_accum": grad_accum})
+    if is_started() or (processes == 1 and settings.strategy == "ddp" and not settings.max_restarts):
+        return settings
+    if settings.nnodes > 1 and settings.out is None and settings.resume is None:
+        raise ConfigError(
+            f"--nnodes {settings.nnodes} needs --out: each machine would choose a name of its own.",
+            fix="--out DIR, the same on each machine",
+        )
+    from hymba_tune.train.run import Run
+
+    run = Run(settings.resume) if settings.resume else Run.choose(settings)
+    if settings.resume is None:
+        settings = settings.model_copy(update={"out": run.path})
+    launch(verb, settings, processes // settings.nnodes, run=run.path)
+    raise SystemExit(0)
+
+
+def capture_in_processes(verb: str, settings: LaunchOptions, device: str) -> None:
+    """Start the processes of a command that writes no run, if there are to be several.
+
+    Raises:
+        HymbaTuneError: If this machine cannot start the processes, or one of them has ended by an error.
+        SystemExit: If other processes have done the work.
+    """
+    processes = count_processes(settings, device, verb)
+    if not is_started() and processes > 1:
+        launch(verb, settings, processes // settings.nnodes)
+        raise SystemExit(0)
+
+
+def if_restarted(settings: C) -> C:
+    """Return the settings with which a run goes on, if one of its processes has died."""
+    from hymba_tune.train.run import Run
+
+    if not restarts() or settings.resume is not None or settings.out is None:
+        return settings
+    if Run(settings.out).has_checkpoint():
+        return settings.model_copy(update={"resume": settings.out, "out": None})
+    return settings.model_copy(update={"overwrite": True})  # what the first try has left
