@@ -111,13 +111,14 @@ def _run(words: list[str], *, debug: bool) -> int:
         if debug:
             raise
         from hymba_tune.cli.crash import as_own_error, describe_crash  # most commands end well
+        from hymba_tune.distributed.watch import explain
 
         code = USER_ERROR
         if isinstance(error, CycloptsError):
             message = _message(error, words)
         elif isinstance(error, HymbaTuneError):
             code, message = error.exit_code, error
-        elif own := as_own_error(error):
+        elif own := as_own_error(error) or explain(error):
             message = own
         else:
             code, message = INTERNAL_ERROR, describe_crash(error, words)
@@ -126,15 +127,14 @@ def _run(words: list[str], *, debug: bool) -> int:
 
 
 def _ended(code: int, message: str) -> int:
-    """Show why the command has ended, or write it for the process that has started this one, and return the code."""
-    from hymba_tune.distributed.launch import FINAL, error_file, write_ending
+    """Show why the command has ended, or leave that to another one of several processes, and return the code."""
+    from hymba_tune.distributed.launch import has_final_ending
+    from hymba_tune.distributed.watch import tell
 
-    if error_file() is not None:
-        write_ending(code, message)
-        return 0 if code in FINAL else code
-    if message:
+    if tell(code, message) and message:
+        error_console.quiet = False
         error_console.print(message, markup=False, highlight=False, soft_wrap=True)
-    return code
+    return 0 if has_final_ending() else code
 
 
 def _message(error: CycloptsError, words: list[str]) -> object:

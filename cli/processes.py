@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 from hymba_tune.config import LaunchOptions, TrainingConfig
+from hymba_tune.distributed import watch
 from hymba_tune.distributed.accelerate_file import with_accelerate_config
 from hymba_tune.distributed.checks import accumulation, count_processes, is_started
 from hymba_tune.distributed.launch import launch, restarts, settings_of_parent
-from hymba_tune.distributed.watch import Watch
 from hymba_tune.errors import ConfigError
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -25,7 +25,7 @@ def settings_if_worker(flags: L) -> L | None:
     if settings is None:
         return None
     assert isinstance(settings, type(flags))
-    Watch().start()
+    watch.start()
     return settings
 
 

@@ -64,6 +64,8 @@ class LaunchOptions(Config):
             raise ValueError(
                 f"node_rank: {self.node_rank} is not below --nnodes {self.nnodes}; machines are counted from 0"
             )
+        if self.nnodes > 1 and self.max_restarts and self.node_rank is None:
+            raise ValueError("max_restarts: several machines restart in their order; add --node-rank on each")
         return self
 
 

@@ -16,10 +16,12 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +40,11 @@ ENDED_BY_ANOTHER = 70
 INTERRUPTED = 130
 FINAL = (HymbaTuneError.exit_code, INTERRUPTED)
 """Exit codes of commands that another try would not change."""
-STOP_SECONDS = "15"
+PREFIX, ENDED = "hymba-tune", "ended"
+"""The prefix of all keys in the store, and the key under which the first process that ends by an error says so."""
+READ_SECONDS = 3.0
+"""The time in which every process of another machine has looked at the store."""
+STOP_SECONDS = "5"
 """The time that a worker has to end after SIGTERM, before it is killed."""
 
 
@@ -112,10 +118,24 @@ def read_ending(errors: Path, attempt: int | None = None) -> Ending | None:
     return Ending(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def settings_of_parent() -> Any:
-    """Return the settings with which `launch` has started this worker; None if it has not."""
+def has_final_ending() -> bool:
+    """Return whether this is a worker of `launch`, of which one has ended as a restart would not change."""
     path = error_file()
-    return None if path is None else pickle.loads(path.with_name(SETTINGS).read_bytes())
+    return path is not None and path.exists()
+
+
+def settings_of_parent() -> Any:
+    """Return the settings with which `launch` has started this worker; None if it has not.
+
+    Raises:
+        SystemExit: If the workers were restarted, but need not have been.
+    """
+    path = error_file()
+    if path is None:
+        return None
+    if path.exists():
+        raise SystemExit(0)
+    return pickle.loads(path.with_name(SETTINGS).read_bytes())
 
 
 def launch(verb: str, settings: LaunchOptions, processes: int, *, run: Path | None = None) -> None:
@@ -163,7 +183,10 @@ def _run_workers(verb: str, settings: LaunchOptions, processes: int, errors: Pat
         elastic_launch(_launch_config(settings, processes), sys.executable)(*worker)
     except ChildFailedError as failed:
         if read_ending(errors) is None and not errors.with_name(f"{INTERRUPT}1").exists():
-            raise _describe_failures(failed.failures, errors, verb, run) from failed
+            error = _describe_failures(failed.failures, errors, verb, run)
+            if settings.nnodes > 1:
+                _tell_other_machines(settings, error)
+            raise error from failed
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from stopped
     except Exception as error:
@@ -236,10 +259,12 @@ def _interrupts(errors: Path) -> Iterator[list[int]]:
 
 def _describe_failures(failures: dict[int, Any], errors: Path, verb: str, run: Path | None) -> RankError:
     """Return one error for the process that ended first, as far as that can be known."""
-    # Those that the launcher has stopped itself, and those that died of another's death, are no causes.
+    # What the launcher has stopped itself, or killed later, and what died of another's death, are no causes.
     consequences = (-signal.SIGTERM, ENDED_BY_ANOTHER)
+    began = min(failure.timestamp for failure in failures.values()) + 2
     number, failure = min(
-        failures.items(), key=lambda item: (item[1].exitcode in consequences, item[1].exitcode > 0, item[1].timestamp)
+        failures.items(),
+        key=lambda item: (item[1].timestamp > began, item[1].exitcode in consequences, item[1].exitcode > 0),
     )
     code: int = failure.exitcode
     where = f"rank {number} on {socket.gethostname()}"
@@ -260,6 +285,19 @@ def _describe_failures(failures: dict[int, Any], errors: Path, verb: str, run: P
     return RankError(
         f"{what}; the other processes were stopped.{last}", exit_code=code if code > 0 else 128 - code, fix=fix
     )
+
+
+def _tell_other_machines(settings: LaunchOptions, error: RankError) -> None:
+    """Say in the store that all processes share why those of this machine have ended, and let the others read it."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    host, _, port = str(settings.rendezvous).rpartition(":")
+    ending = Ending(ENDED_BY_ANOTHER, error.what, -1)
+    with suppress(RuntimeError):
+        store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        shared = PrefixStore(f"{PREFIX}/{settings.max_restarts}", store)
+        shared.compare_set(ENDED, "", json.dumps(asdict(ending)))
+        time.sleep(READ_SECONDS)
 
 
 def _signal_name(number: int) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,14 +20,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from hymba_tune.distributed import watch
 from hymba_tune.distributed.environment import is_main, local_rank, node, rank, world_size
+from hymba_tune.distributed.launch import PREFIX, restarts
 from hymba_tune.errors import ConfigError, HymbaTuneError, TrainingError
 
 T = TypeVar("T")
 START_TIMEOUT, STEP_TIMEOUT = 300.0, 600.0
 """Seconds that the start may take, and that a process may be silent or late for a step."""
-POLL, BEAT = 0.05, 1.0
-"""Seconds between two looks at the store, and between two heartbeats."""
+POLL = 0.05
+"""Seconds between two looks at the store."""
 
 
 @dataclass
@@ -40,13 +40,11 @@ class _Group:
         store: The store that all processes read and write.
         step_timeout: Seconds after which a silent process counts as lost.
         points: The number of points passed so far: the same in all processes, so it names the keys of a point.
-        ended: Set when the heartbeat shall stop.
     """
 
     store: Any
     step_timeout: float
     points: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
 
     def next_point(self) -> str:
         """Return the prefix of the keys of the next point."""
@@ -72,8 +70,7 @@ def join(device: torch.device, *, start_timeout: float = START_TIMEOUT, step_tim
     if world_size() == 1 or _group is not None:
         return
     _group = _Group(_open_store(start_timeout), step_timeout)
-    beating = threading.Thread(target=_beat, args=(_group,), daemon=True, name="heartbeat")
-    beating.start()
+    watch.start().attend(_group.store, step_timeout)
     missing = _wait_for_all(_group.next_point(), start_timeout)
     if missing:
         raise ConfigError(
@@ -97,7 +94,7 @@ def leave() -> None:
     """End the heartbeat and the process group, if there is one."""
     global _group
     if _group is not None:
-        _group.ended.set()
+        watch.start().leave()
         _group = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -229,20 +226,11 @@ def _open_store(timeout: float) -> Any:
             expected="the first machine to run, and its port to be open to this one",
             fix="check --rendezvous, or MASTER_ADDR and MASTER_PORT",
         ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"hymba-tune/{attempt}", store)
+    return PrefixStore(f"{PREFIX}/{restarts()}", store)
 
 
 def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
-
-
-def _beat(group: _Group) -> None:
-    """Show the others that this process lives. A stopped process is silent, and so is one whose machine is gone."""
-    group.store.set(f"host/{rank()}", socket.gethostname())
-    while not group.ended.is_set():
-        group.store.add(f"beat/{rank()}", 1)
-        group.ended.wait(BEAT)
 
 
 def _wait_for_all(key: str, timeout: float) -> list[int]:

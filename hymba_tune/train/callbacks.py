@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from hymba_tune.adapters import AdapterWatch
+from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.processes import gathered
 from hymba_tune.errors import TrainingError
 from hymba_tune.memory import peak_memory
@@ -21,6 +22,8 @@ from hymba_tune.train.screen import OF_SOURCE, MetricsRow, Screen
 
 LEAST_RATE = 1e-3
 """The least learning rate, as a share of its peak, at which every step is certain to change the weights."""
+ONE_PRESS_SECONDS = 1.0
+"""The time within which signals are one Ctrl-C: a launcher passes on what the terminal has sent as well."""
 REWARDS = {
     f"{mode}rewards/{name}": f"{mode}{ours}"
     for mode in ("", "eval_")
@@ -210,6 +213,7 @@ class Interrupt(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self._trainer = trainer
         self._before: Any = None
+        self._pressed_at = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Install the handler of the signal."""
@@ -229,5 +233,11 @@ class Interrupt(TrainerCallback):
 
     def _press(self, signal_number: int, frame: FrameType | None) -> None:
         del signal_number, frame
-        self._trainer.stop_requested = True
-        signal.signal(signal.SIGINT, self._before)
+        if not self._trainer.stop_requested:
+            self._trainer.stop_requested = True
+            self._pressed_at = time.monotonic()
+            if world_size() == 1:
+                signal.signal(signal.SIGINT, self._before)
+        elif time.monotonic() - self._pressed_at > ONE_PRESS_SECONDS:
+            signal.signal(signal.SIGINT, self._before)
+            raise KeyboardInterrupt
