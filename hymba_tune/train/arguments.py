@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from hymba_tune.config import TrainingConfig
+from hymba_tune.distributed.environment import world_size
 from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
@@ -43,6 +44,9 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "bf16": setup.dtype is torch.bfloat16,
         "fp16": setup.dtype is torch.float16,
         "use_cpu": device.type == "cpu",
+        # Every trained parameter has a gradient, and a search for others starts at the outputs of the forward: it would
+        # miss those of a loss that is computed from something else.
+        "ddp_find_unused_parameters": False,
         "seed": config.seed,
         "data_seed": config.seed,
         "max_length": config.max_length,
@@ -71,7 +75,7 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
         config: The run's settings.
         rows: The number of rows that the trainer draws batches from; packed rows if it packs them.
     """
-    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.grad_accum)
+    per_epoch = math.ceil(math.ceil(rows / (config.batch_size * world_size())) / config.grad_accum)
     return config.steps or max(1, math.ceil(config.epochs * per_epoch))
 
 

@@ -9,14 +9,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import datasets
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from hymba_tune.distributed.environment import world_size
+from hymba_tune.distributed.processes import sums
 from hymba_tune.files import seal
 from hymba_tune.files.checkpoints import forget_oldest
+from hymba_tune.train.even_batches import EvenOrder, EvenRows, FillerBatch, WithoutFillers
 from hymba_tune.train.optimizers import Rates, parameter_groups
 
 
@@ -45,6 +50,7 @@ class RunTrainer(Trainer):
         self.step_grad_norm: float | None = None
         self.stop_requested = False
         self.stop_agreed = False
+        self._order: EvenOrder | None = None
         use_one_device(kwargs["args"], kwargs["model"].device)
         super().__init__(**kwargs)
 
@@ -67,8 +73,34 @@ class RunTrainer(Trainer):
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".A_log.0", ".D.0"))]
 
+    def _get_dataloader(
+        self, dataset: datasets.Dataset, description: str, batch_size: int, *, is_training: bool = False, **others: Any
+    ) -> DataLoader[Any]:
+        # The batches of one process are those of transformers. Several take them in turn; see `even_batches`.
+        make = super()._get_dataloader
+        if world_size() == 1:
+            return make(dataset, description, batch_size, is_training=is_training, **others)
+        rows = self._remove_unused_columns(dataset, description=description)
+        even = EvenRows(rows, batch_size * world_size())
+        if is_training:
+            self._order = EvenOrder(self._train_order(rows), len(even))
+            others["sampler_fn"] = lambda _: self._order
+        collator, self.data_collator = self.data_collator, WithoutFillers(self.data_collator)
+        try:
+            return make(even, description, batch_size, is_training=is_training, **others)
+        finally:
+            self.data_collator = collator
+
+    def _train_order(self, rows: datasets.Dataset) -> Any:
+        """Return the order that Accelerate gives the rows of a single process."""
+        order = self._get_train_sampler(rows)
+        return SeedableRandomSampler(rows, data_seed=self.args.data_seed) if type(order) is RandomSampler else order
+
     def held_out_batches(self, dataloader: DataLoader[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the batches of held-out rows with their source's name. No batch holds rows of two sources.
+
+        Of several processes each yields its own batches, and all yield equally many, in which none has rows of another
+        source than the others: those that have none left yield a `FillerBatch`.
 
         Args:
             dataloader: The batches of all held-out rows.
@@ -107,27 +139,24 @@ class RunTrainer(Trainer):
         def zeros() -> Tensor:
             return torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
-        totals: dict[str, Tensor] = defaultdict(zeros)
-        losses: dict[str, Tensor] = defaultdict(zeros)
+        parts: dict[str, Tensor] = defaultdict(zeros)
         for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums = self.held_out_sums(inputs)
+                measured = self.held_out_sums(inputs)
+            if isinstance(inputs, FillerBatch):
+                continue  # measured all the same, as all processes must run their models equally often
 
-            for name, pair in sums.items():
+            for name, pair in measured.items():
                 part = torch.stack([torch.as_tensor(value).to(zeros()) for value in pair])
-                totals[name] += part
-                if name == "loss":
-                    losses[source] += part
+                parts[name] += part
+                if name == "loss" and source:
+                    parts[f"loss/{source}"] += part
 
-        if len(losses) > 1:
-            totals |= {f"loss/{source}": part for source, part in losses.items()}
-        means = {name: self._mean(part) for name, part in totals.items()}
+        totals = sums({name: float(part[0]) for name, part in parts.items()})
+        counts = sums({name: float(part[1]) for name, part in parts.items()})
+        means = {name: total / counts[name] if counts[name] else 0.0 for name, total in totals.items()}
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
-
-    def _mean(self, part: Tensor) -> float:
-        total, count = self.accelerator.reduce(part, "sum").tolist()
-        return total / count if count else 0.0
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -141,7 +170,14 @@ class RunTrainer(Trainer):
         self.step_grad_norm = float(super()._get_grad_norm(*args, **kwargs))
         return self.step_grad_norm
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if isinstance(inputs, FillerBatch):
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])  # Accelerate does not where the batches of an epoch are skipped
         # Resumed within an epoch after a run's last step, transformers would take one more step.
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
