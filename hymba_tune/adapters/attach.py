@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters.initialization import ADAPTER
@@ -63,7 +64,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[st
 def restrict_rows(model: PeftModel, targets: Sequence[str]) -> None:
     """Exclude the rows of `in_proj` outside of an `attention` or `ssm` preset from further training.
 
-    The adapter's files do not store this restriction: apply it again to a loaded adapter before training it further.
+    The adapter's files do not store this restriction: apply it again to a loaded adapter before training it, and
+    to a model that FSDP has divided, whose parameters are new ones.
 
     Args:
         model: The model with its adapter.
@@ -82,7 +84,11 @@ def restrict_rows(model: PeftModel, targets: Sequence[str]) -> None:
                 fix="method lora, or targets attention-ssm",
             )
         # A row of B without a gradient stays zero: its moments and its weight decay are zero too.
-        layer.mamba.in_proj.lora_B[ADAPTER].weight.register_hook(_without(rows))
+        weight = layer.mamba.in_proj.lora_B[ADAPTER].weight
+        if isinstance(weight, DTensor):
+            weight.register_post_accumulate_grad_hook(_without_divided(rows, weight))
+        else:
+            weight.register_hook(_without(rows))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -152,6 +158,19 @@ def _without(rows: slice) -> Callable[[Tensor], Tensor]:
         gradient = gradient.clone()
         gradient[rows] = 0
         return gradient
+
+    return zero
+
+
+def _without_divided(rows: slice, weight: DTensor) -> Callable[[Tensor], None]:
+    """Return a hook on a divided parameter, whose gradient never passes through the hooks of a tensor."""
+    mask = torch.ones(weight.shape)
+    mask[rows] = 0
+    divided = distribute_tensor(mask.to(weight.device), weight.device_mesh, weight.placements)
+
+    def zero(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad *= divided
 
     return zero
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from cyclopts import Group
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from hymba_tune.config.base import Config, Scheme
+from hymba_tune.config.base import Config
 from hymba_tune.config.groups import DISTRIBUTED
 
 
@@ -94,13 +94,9 @@ class DistributedOptions(LaunchOptions):
                 f"offload: --strategy {self.strategy} keeps its {self.offload} on the GPU; "
                 f"use --strategy {' or '.join(takes[self.offload])}"
             )
-        scheme = getattr(self, "quantize", None)
-        if scheme is not None and self.strategy.startswith("zero"):
+        if getattr(self, "quantize", None) is not None and self.strategy != "ddp":
             raise ValueError(
-                "quantize: DeepSpeed's ZeRO cannot divide quantized weights; use --strategy ddp, or remove --quantize"
-            )
-        if scheme is Scheme.int8 and self.strategy == "fsdp":
-            raise ValueError(
-                "quantize: FSDP cannot divide int8 weights; use --quantize nf4, --strategy ddp, or remove --quantize"
+                f"quantize: --strategy {self.strategy} cannot divide quantized weights; use --strategy ddp, which copies "
+                "them to each process, or remove --quantize"
             )
         return self

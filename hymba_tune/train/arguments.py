@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from hymba_tune.config import TrainingConfig
 from hymba_tune.distributed.environment import world_size
+from hymba_tune.distributed.strategies import strategy_arguments
 from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
 from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
@@ -57,8 +58,13 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",
         **tracker_arguments(setup.run, config.track),
+        **strategy_arguments(config.strategy, offload=config.offload, autocast=_autocast(setup.dtype)),
         "disable_tqdm": True,
     }
+
+
+def _autocast(dtype: torch.dtype) -> str | None:
+    return None if dtype is torch.float32 else str(dtype).removeprefix("torch.")
 
 
 def learning_rates(setup: Setup) -> Rates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +15,12 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.processes import sums
+from hymba_tune.distributed.sharding import load_optimizer_state, state_of, whole_optimizer_state, whole_weights
 from hymba_tune.files import seal
 from hymba_tune.files.checkpoints import forget_oldest
 from hymba_tune.train.even_batches import EvenOrder, EvenRows, FillerBatch, WithoutFillers
@@ -37,12 +39,14 @@ class RunTrainer(Trainer):
         step_batches: The batches of the current step, each with its share of the step's loss.
         step_grad_norm: The norm of the step's gradient before clipping.
         kept_checkpoints: The number of checkpoints to keep; None for all.
+        restrict: Excludes rows of an adapter from training again (`restrict_rows`), as FSDP replaces its parameters.
         stop_requested: Whether Ctrl-C was pressed in this process.
         stop_agreed: Whether it was in any process by the time of the step.
     """
 
     rates: Rates | None = None
     kept_checkpoints: int | None = None
+    restrict: Callable[[Any], None] | None = None
     held_out_sources: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, **kwargs: Any) -> None:
@@ -182,6 +186,54 @@ class RunTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    @property
+    def _is_divided(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        # A checkpoint is that of one process, whatever the strategy: transformers would look for FSDP's and DeepSpeed's
+        # own. The weights are read before they are divided, the optimizer's states after.
+        resumes = resume_from_checkpoint is not None and self._is_divided
+        if resumes:
+            with _as_one_process(self):
+                self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if resumes else resume_from_checkpoint
+        )
+        if self.is_deepspeed_enabled:
+            from hymba_tune.distributed.later_step import step_later  # DeepSpeed need not be installed
+
+            step_later(self.accelerator, self.optimizer)
+        if self.is_fsdp_enabled and self.restrict is not None:
+            self.restrict(self.model)
+        if resumes:
+            folder = Path(str(resume_from_checkpoint))
+            saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            load_optimizer_state(self.optimizer, self.parameter_groups(), saved)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained weights as one process does; of a divided model, all processes must call this."""
+        if not self._is_divided:
+            super().save_model(output_dir, _internal_call)
+            return
+        names = list(self.model.state_dict())
+        with whole_weights(self.model):  # PEFT also reads some of its modules itself, whatever state it is given
+            if self.args.should_save:
+                self._save(output_dir, state_of(self.model, names))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_divided:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer, self.parameter_groups())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # TRL's own method writes a model card into every checkpoint.
         Trainer._save_checkpoint(self, model, trial)
@@ -192,6 +244,17 @@ class RunTrainer(Trainer):
         seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.kept_checkpoints is not None:
             forget_oldest(folder, keep=self.kept_checkpoints, best=self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _as_one_process(trainer: Trainer) -> Iterator[None]:
+    """Let a trainer read a checkpoint as one process does."""
+    flags = {name: getattr(trainer, name) for name in ("is_fsdp_enabled", "is_deepspeed_enabled")}
+    vars(trainer).update(dict.fromkeys(flags, False))
+    try:
+        yield
+    finally:
+        vars(trainer).update(flags)
 
 
 def use_one_device(args: TrainingArguments, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from hymba_tune.adapters import AdapterWatch
 from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.processes import gathered
+from hymba_tune.distributed.sharding import whole_weights
 from hymba_tune.errors import TrainingError
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.base import RunTrainer
@@ -171,13 +172,15 @@ class FirstStep(TrainerCallback):
         """Record the adapter before the first step of a run, or before the first one after resuming."""
         del args, state, control
         if not self._moved and self._watch is None:
-            self._watch = AdapterWatch(model)
+            with whole_weights(model):
+                self._watch = AdapterWatch(model)
 
     def on_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any,
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
@@ -192,7 +195,8 @@ class FirstStep(TrainerCallback):
             group["lr"] < LEAST_RATE * group["initial_lr"] for group in optimizer.param_groups
         ):
             return
-        unmoved = self._watch.unmoved()
+        with whole_weights(model):
+            unmoved = self._watch.unmoved()
         self._watch = None
         self._moved = True
         if unmoved:

@@ -15,22 +15,24 @@ from transformers import PreTrainedModel
 
 from hymba_tune.adapters import adapter_updates, full_updates
 from hymba_tune.distributed.environment import is_main
+from hymba_tune.distributed.sharding import is_divided
 from hymba_tune.files import write_text
+from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.screen import Screen
-from hymba_tune.train.setup import Setup
+from hymba_tune.train.setup import Setup, whole_model
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -> Iterator[None]:
+def reported(setup: Setup, trainer: RunTrainer, screen: Screen) -> Iterator[None]:
     """Write ``report.html`` when the block ends: normally, by Ctrl-C, or by an error.
 
     An error in the report is shown, not raised: it must not cost the run.
 
     Args:
         setup: The run's setup.
-        model: The model being trained.
+        trainer: The run's trainer.
         screen: Shows a note if the report cannot be written.
     """
     how = "failed"
@@ -46,6 +48,9 @@ def reported(setup: Setup, model: PreTrainedModel | PeftModel, screen: Screen) -
         raise
     finally:
         run = setup.run
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if how != "failed":  # otherwise some processes may be gone, and their parts of divided weights with them
+            model = whole_model(setup, model)
         if is_main() and (how == "finished" or run.newest_checkpoint() is not None):
             _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
             _try("updates.json", screen, lambda: _write_updates(setup, model))
@@ -68,8 +73,10 @@ def _write_report(path: Path) -> None:
 
 def _write_updates(setup: Setup, model: PreTrainedModel | PeftModel) -> None:
     """Write how far each part of the model moved, or why that is unknown."""
-    if isinstance(model, PeftModel):
-        updates: dict[str, Any] = {"parts": [asdict(update) for update in adapter_updates(model)]}
+    if is_divided(model):
+        updates: dict[str, Any] = {"absent": "not measured: the run failed, and its weights are divided"}
+    elif isinstance(model, PeftModel):
+        updates = {"parts": [asdict(update) for update in adapter_updates(model)]}
     elif setup.source.adapter is None:
         updates = {"parts": [asdict(update) for update in full_updates(model, setup.source.folder)]}
     else:

@@ -29,6 +29,8 @@ from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.distributed.environment import is_main
 from hymba_tune.distributed.processes import agree, first_of_node, from_main, gathered, leave, reach
+from hymba_tune.distributed.sharding import whole_weights
+from hymba_tune.distributed.strategies import check_strategy
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
 from hymba_tune.files.checkpoints import step_of
@@ -49,7 +51,7 @@ from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
-from hymba_tune.train.setup import Data, Setup, adapter_config, check
+from hymba_tune.train.setup import Data, Setup, adapter_config, check, whole_model
 from hymba_tune.train.stopping import BestCheckpoint, Stopping
 from hymba_tune.train.task import TrainerBuilder, TrainingTask
 from hymba_tune.train.tracking import tracking
@@ -129,7 +131,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
                 data.report.write_dropped(run.path / "dropped.jsonl")
             answer_samples(setup, data, trainer.model, "before", screen)
 
-        with reported(setup, trainer.model, screen), limits_explained(run, config, setup.device, needs):
+        with reported(setup, trainer, screen), limits_explained(run, config, setup.device, needs):
             return _train(setup, data, trainer, checkpoint, screen)
 
 
@@ -236,10 +238,13 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
     arguments = shared_arguments(setup, evaluate=data.held_out is not None)
     with screen.working("handing the data to the trainer"), quantization_unseen(model):
         trainer = builder.make_trainer(model, arguments, callbacks)
+    check_strategy(config.strategy, trainer.accelerator)
     trainer.rates = learning_rates(setup)
     trainer.held_out_sources = data.held_out_sources
     trainer.kept_checkpoints = kept_checkpoints(config)
     trainer.args.load_best_model_at_end = config.keeps_best
+    if config.method is not Method.full:
+        trainer.restrict = partial(restrict_rows, targets=config.targets)
     places = partial(places_of, rows=data.train)
     vocabulary = setup.model_config.vocab_size if config.verb.loss_unit else None
     guard = LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, vocabulary=vocabulary, places=places)
@@ -274,14 +279,22 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
     final = stopping.final_checkpoint(trainer.state)
     if final.ended or config.keeps_best:
         screen.note(final.described())
-    answer_samples(setup, data, trainer.model, "after", screen)
+    with whole_weights(trainer.model):
+        answer_samples(setup, data, trainer.model, "after", screen)
+    trained = whole_model(setup, trainer.accelerator.unwrap_model(trainer.model))
     memory = gathered(account.peak_memory_bytes)
-    from_main(partial(_write_result, setup, data, trainer, account, final, memory), "writing the result")
+    from_main(partial(_write_result, setup, data, trainer, trained, account, final, memory), "writing the result")
     return run
 
 
 def _write_result(
-    setup: Setup, data: Data, trainer: RunTrainer, account: Account, final: BestCheckpoint, memory: list[int]
+    setup: Setup,
+    data: Data,
+    trainer: RunTrainer,
+    trained: PreTrainedModel,
+    account: Account,
+    final: BestCheckpoint,
+    memory: list[int],
 ) -> None:
     """Save what was trained, and record how the run ended.
 
@@ -289,12 +302,12 @@ def _write_result(
         setup: The run's setup.
         data: Its data.
         trainer: Its trainer, at the end.
+        trained: Its model, with all weights.
         account: Its time.
         final: The weights that it ended with.
         memory: The peak memory of each process.
     """
     run = setup.run
-    trained = trainer.accelerator.unwrap_model(trainer.model)
     _save(setup, trained)
     trainable, total = count_parameters(trained)
     of_ranks = {"measured_bytes_by_rank": memory} if len(memory) > 1 else {}
