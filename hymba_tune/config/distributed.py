@@ -94,9 +94,13 @@ class DistributedOptions(LaunchOptions):
                 f"offload: --strategy {self.strategy} keeps its {self.offload} on the GPU; "
                 f"use --strategy {' or '.join(takes[self.offload])}"
             )
+        if self.strategy.startswith("zero") and getattr(self, "dtype", None) == "float16":
+            raise ValueError(
+                f"strategy: {self.strategy} scales no loss, which float16 needs; use --dtype bfloat16, or fsdp"
+            )
         if getattr(self, "quantize", None) is not None and self.strategy != "ddp":
             raise ValueError(
-                f"quantize: --strategy {self.strategy} cannot divide quantized weights; use --strategy ddp, which copies "
-                "them to each process, or remove --quantize"
+                f"quantize: --strategy {self.strategy} cannot divide quantized weights; use --strategy ddp, which "
+                "copies them to each process, or remove --quantize"
             )
         return self

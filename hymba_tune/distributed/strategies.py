@@ -19,20 +19,19 @@ TYPES = {"ddp": "MULTI_", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSP
 """How the name of Accelerate's type of each strategy begins."""
 
 
-def strategy_arguments(strategy: str, *, offload: str | None, autocast: str | None) -> dict[str, Any]:
+def strategy_arguments(strategy: str, *, offload: str | None) -> dict[str, Any]:
     """Return the arguments of the trainer that ask for a strategy, by transformers' names.
 
     Args:
         strategy: ``ddp``, ``fsdp``, ``zero2`` or ``zero3``.
         offload: What is kept in the memory of the CPU: ``optimizer`` or ``parameters``; None for nothing.
-        autocast: The dtype of autocast, ``bfloat16`` or ``float16``; None where it is off.
     """
     if world_size() == 1:
         return {}
     if strategy == "fsdp":
         return {"fsdp": True, "fsdp_config": _fsdp(offload)}
     if strategy in STAGES:
-        return {"deepspeed": _deepspeed(STAGES[strategy], offload, autocast)}
+        return {"deepspeed": _deepspeed(STAGES[strategy], offload)}
     return {}
 
 
@@ -46,7 +45,7 @@ def _fsdp(offload: str | None) -> dict[str, Any]:
     }
 
 
-def _deepspeed(stage: int, offload: str | None, autocast: str | None) -> dict[str, Any]:
+def _deepspeed(stage: int, offload: str | None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": True}
     if offload is not None:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -55,16 +54,12 @@ def _deepspeed(stage: int, offload: str | None, autocast: str | None) -> dict[st
     if stage == 3:
         # Also small parameters are divided, and a checkpoint gathers all of them.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
-    config = {
+    return {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
-    if autocast is not None:
-        # DeepSpeed's own mixed precision would round the trained weights; by default it sends some rounded, too.
-        config["torch_autocast"] = {"enabled": True, "dtype": autocast, "lower_precision_safe_modules": []}
-    return config
 
 
 def check_strategy(strategy: str, accelerator: Any) -> None:

@@ -58,13 +58,9 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",
         **tracker_arguments(setup.run, config.track),
-        **strategy_arguments(config.strategy, offload=config.offload, autocast=_autocast(setup.dtype)),
+        **strategy_arguments(config.strategy, offload=config.offload),
         "disable_tqdm": True,
     }
-
-
-def _autocast(dtype: torch.dtype) -> str | None:
-    return None if dtype is torch.float32 else str(dtype).removeprefix("torch.")
 
 
 def learning_rates(setup: Setup) -> Rates:

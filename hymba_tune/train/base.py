@@ -186,6 +186,12 @@ class RunTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, with which FSDP leaves weights in their dtypes: autocast chooses those of a step."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
     @property
     def _is_divided(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -206,6 +212,10 @@ class RunTrainer(Trainer):
             from hymba_tune.distributed.later_step import step_later  # DeepSpeed need not be installed
 
             step_later(self.accelerator, self.optimizer)
+        if self._is_divided and self.args.mixed_precision != "no":
+            # As Accelerate does in one process; FSDP and DeepSpeed would round the trained weights instead.
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            self.model.forward = torch.autocast(self.args.device.type, dtype)(self.model.forward)
         if self.is_fsdp_enabled and self.restrict is not None:
             self.restrict(self.model)
         if resumes:
