@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
+from hymba_tune.cli.screen import error_console
 from hymba_tune.config import LaunchOptions, TrainingConfig
 from hymba_tune.distributed import watch
 from hymba_tune.distributed.accelerate_file import with_accelerate_config
-from hymba_tune.distributed.checks import accumulation, count_processes, is_started
+from hymba_tune.distributed.checks import accumulation, check_strategy, count_processes, is_started
 from hymba_tune.distributed.launch import launch, restarts, settings_of_parent
 from hymba_tune.errors import ConfigError
 
@@ -38,6 +40,7 @@ def train_in_processes(settings: C) -> C:
     """
     verb = settings.verb.name
     if settings.accelerate_config is not None:
+        count_processes(settings, settings.device, verb)  # before Accelerate is imported
         settings = with_accelerate_config(settings)
     processes = count_processes(settings, settings.device, verb)
     if settings.global_batch is not None:
@@ -73,11 +76,24 @@ def capture_in_processes(verb: str, settings: LaunchOptions, device: str) -> Non
 
 
 def if_restarted(settings: C) -> C:
-    """Return the settings with which a run goes on, if one of its processes has died."""
+    """Return the settings with which a run goes on, if one of its processes has died.
+
+    Raises:
+        ConfigError: If the dead process has left a lock.
+    """
+    if not restarts():
+        return settings
     from hymba_tune.train.run import Run
 
-    if not restarts() or settings.resume is not None or settings.out is None:
+    check_strategy(settings)
+    run = Run(settings.resume or settings.out or Path())
+    checkpoint = run.newest_checkpoint()
+    where = "from the start" if checkpoint is None else f"from {checkpoint}"
+    error_console.print(
+        f" a process has died; restart {restarts()} of {settings.max_restarts}, {where}", markup=False, soft_wrap=True
+    )
+    if settings.resume is not None:
         return settings
-    if Run(settings.out).has_checkpoint():
+    if checkpoint is not None:
         return settings.model_copy(update={"resume": settings.out, "out": None})
     return settings.model_copy(update={"overwrite": True})  # what the first try has left

@@ -84,6 +84,9 @@ def _as_settings(path: Path, arguments: Any) -> dict[str, Any]:
         found["offload"] = "parameters"
     elif strategy.startswith("zero") and arguments.offload_optimizer_device == "cpu":
         found["offload"] = "optimizer"
+    if arguments.use_deepspeed:
+        ours = {"grad_accum": arguments.gradient_accumulation_steps, "max_grad_norm": arguments.gradient_clipping}
+        found |= {name: value for name, value in ours.items() if value not in (None, "auto")}
     return found
 
 

@@ -6,6 +6,7 @@ import os
 from importlib import metadata
 
 from hymba_tune.config import DistributedOptions, LaunchOptions
+from hymba_tune.distributed.compilation import check_compilation
 from hymba_tune.distributed.devices import count_cores, count_gpus
 from hymba_tune.distributed.environment import check_single_process, world_size
 from hymba_tune.errors import ConfigError
@@ -47,7 +48,7 @@ def count_processes(options: LaunchOptions, device: str, verb: str) -> int:
             fix="--device cuda; CUDA_VISIBLE_DEVICES chooses among the GPUs",
         )
     if isinstance(options, DistributedOptions):
-        _check_strategy(options)
+        check_strategy(options)
     return processes
 
 
@@ -86,7 +87,12 @@ def processes_here(nproc: str, device: str) -> int:
     return int(nproc)
 
 
-def _check_strategy(options: DistributedOptions) -> None:
+def check_strategy(options: DistributedOptions) -> None:
+    """Check that what the strategy needs is installed and will not hang.
+
+    Raises:
+        ConfigError: If a package is missing or too old, or a killed compilation has left a lock.
+    """
     if not options.strategy.startswith("zero"):
         return
     least = ".".join(map(str, DEEPSPEED))
@@ -103,6 +109,7 @@ def _check_strategy(options: DistributedOptions) -> None:
             f"--strategy {options.strategy} needs DeepSpeed {least} or newer, and {version} is installed.",
             fix=f"pip install 'deepspeed>={least}'",
         )
+    check_compilation(alone=options.nnodes == 1 and not is_started())
 
 
 def accumulation(global_batch: int, batch_size: int, processes: int) -> int:

@@ -44,8 +44,6 @@ PREFIX, ENDED = "hymba-tune", "ended"
 """The prefix of all keys in the store, and the key under which the first process that ends by an error says so."""
 READ_SECONDS = 3.0
 """The time in which every process of another machine has looked at the store."""
-STOP_SECONDS = "5"
-"""The time that a worker has to end after SIGTERM, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def launch(verb: str, settings: LaunchOptions, processes: int, *, run: Path | No
     with tempfile.TemporaryDirectory(prefix="hymba-tune-processes-") as folder:
         errors = Path(folder, "error")
         (errors.parent / SETTINGS).write_bytes(pickle.dumps(settings))
-        environment = {ERRORS: str(errors), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": STOP_SECONDS}
+        environment = {ERRORS: str(errors)}
         # Each process would otherwise start as many threads as there are cores.
         environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // processes))
         for name, value in environment.items():

@@ -76,6 +76,7 @@ class Watch:
         self._store, self._publishing = store.clone(), store.clone()
         self._limit = SHARE * step_timeout
         self._store.set(f"host/{rank()}", socket.gethostname())
+        self._store.set(f"pid/{rank()}", str(os.getpid()))
         threading.Thread(target=self._listen, name="hymba-tune heartbeat", daemon=True).start()
 
     def leave(self) -> None:
@@ -147,6 +148,9 @@ class Watch:
             )
         if self._silence["next"] > self._limit and not self._publishing.check([f"left/{self._next}"]):
             host = self._publishing.get(f"host/{self._next}").decode()
+            if host == socket.gethostname():
+                with suppress(OSError):  # a stopped process does not end before it goes on
+                    os.kill(int(self._publishing.get(f"pid/{self._next}")), signal.SIGCONT)
             self._end(f"rank {self._next} on {host} has been silent for {self._limit:.0f} s")
 
     @property
