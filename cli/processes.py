@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,13 +40,16 @@ def train_in_processes(settings: C) -> C:
         SystemExit: If other processes have done the work.
     """
     verb = settings.verb.name
-    if settings.accelerate_config is not None:
-        count_processes(settings, settings.device, verb)  # before Accelerate is imported
-        settings = with_accelerate_config(settings)
     processes = count_processes(settings, settings.device, verb)
+    if settings.accelerate_config is not None:
+        _quiet_torch()
+        settings = with_accelerate_config(settings)
+        processes = count_processes(settings, settings.device, verb)
     if settings.global_batch is not None:
         grad_accum = accumulation(settings.global_batch, settings.batch_size, processes)
         settings = settings.model_copy(update={"grad_accum": grad_accum})
+    if processes > 1:
+        _quiet_torch()
     if is_started() or (processes == 1 and settings.strategy == "ddp" and not settings.max_restarts):
         return settings
     if settings.nnodes > 1 and settings.out is None and settings.resume is None:
@@ -70,9 +74,16 @@ def capture_in_processes(verb: str, settings: LaunchOptions, device: str) -> Non
         SystemExit: If other processes have done the work.
     """
     processes = count_processes(settings, device, verb)
+    if processes > 1:
+        _quiet_torch()
     if not is_started() and processes > 1:
         launch(verb, settings, processes // settings.nnodes)
         raise SystemExit(0)
+
+
+def _quiet_torch() -> None:
+    """Leave the messages about connections to this package; torch reads the variable when it is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def if_restarted(settings: C) -> C:

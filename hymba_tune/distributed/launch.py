@@ -34,6 +34,8 @@ from hymba_tune.files.checkpoints import CHECKPOINTS, newest_whole
 
 ERRORS = "HYMBA_TUNE_ERROR_FILE"
 """The variable that names the file to which a worker writes how it ended."""
+WORKER = ("-m", "hymba_tune.cli")
+"""The arguments of Python that run a command."""
 SETTINGS = "settings.pickle"
 ENDED_BY_ANOTHER = 70
 """Exit code of a worker that has ended because another one has."""
@@ -65,13 +67,18 @@ class RankError(TrainingError):
     """A process has died, or stopped answering.
 
     Args:
-        what: The process, its machine and what ended it.
+        cause: The process, its machine and what ended it.
         exit_code: The code with which the command exits.
         fix: What to do about it.
+        more: What has become of the others, and of the run.
+
+    Attributes:
+        cause: As above, for the other machines.
     """
 
-    def __init__(self, what: str, *, exit_code: int, fix: str) -> None:
-        super().__init__(what, fix=fix)
+    def __init__(self, cause: str, *, exit_code: int, fix: str, more: str = ".") -> None:
+        super().__init__(cause + more, fix=fix)
+        self.cause = cause
         self.exit_code = exit_code
 
 
@@ -175,7 +182,7 @@ def _run_workers(verb: str, settings: LaunchOptions, processes: int, errors: Pat
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    worker = ["-m", "hymba_tune.cli", *verb.split()]
+    worker = [*WORKER, *verb.split()]
     logging.disable(logging.CRITICAL)  # its messages are about itself
     try:
         elastic_launch(_launch_config(settings, processes), sys.executable)(*worker)
@@ -227,10 +234,12 @@ def _launch_config(settings: LaunchOptions, processes: int) -> Any:
         local_addr="localhost" if alone else None,
         max_restarts=settings.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is left to `_interrupts`
+        signals_to_handle=",".join(STOPPING),
     )
 
 
+STOPPING = ("SIGTERM", "SIGHUP", "SIGQUIT")
+"""Signals at which the launcher stops the workers; Ctrl-C is left to `_interrupts`."""
 INTERRUPT = "interrupt."
 """Beginning of the names of the files by which the workers learn that Ctrl-C was pressed."""
 
@@ -248,11 +257,13 @@ def _interrupts(errors: Path) -> Iterator[list[int]]:
         pressed.append(number)
         errors.with_name(f"{INTERRUPT}{len(pressed)}").touch()
 
-    before = signal.signal(signal.SIGINT, press)
+    before = {number: signal.getsignal(getattr(signal, number)) for number in (*STOPPING, "SIGINT")}
+    signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(getattr(signal, number), handler)
 
 
 def _describe_failures(failures: dict[int, Any], errors: Path, verb: str, run: Path | None) -> RankError:
@@ -265,23 +276,20 @@ def _describe_failures(failures: dict[int, Any], errors: Path, verb: str, run: P
         key=lambda item: (item[1].timestamp > began, item[1].exitcode in consequences, item[1].exitcode > 0),
     )
     code: int = failure.exitcode
-    where = f"rank {number} on {socket.gethostname()}"
+    cause = f"rank {number} on {socket.gethostname()}"
     attempts = [int(path.suffix[1:]) for path in errors.parent.glob(f"{errors.name}.*")]
     ending = read_ending(errors, max(attempts, default=0))
     if code < 0 and code not in consequences:
-        what = f"{where} was ended by {_signal_name(-code)}{_reason(-code)}"
-    elif ending is not None:
-        code = ending.code
-        what = (
-            ending.message
-            if code == ENDED_BY_ANOTHER
-            else f"rank {ending.rank} on {socket.gethostname()}: {ending.message}"
-        )
+        cause += f" was ended by {_signal_name(-code)}{_reason(-code)}"
+    elif ending is None:
+        cause += f" ended with exit code {code}"
+    elif ending.code == ENDED_BY_ANOTHER:
+        cause = ending.message
     else:
-        what = f"{where} ended with exit code {code}"
+        code, cause = ending.code, f"rank {ending.rank} on {socket.gethostname()}: {ending.message}"
     last, fix = _ways_on(verb, run)
     return RankError(
-        f"{what}; the other processes were stopped.{last}", exit_code=code if code > 0 else 128 - code, fix=fix
+        cause, exit_code=code if code > 0 else 128 - code, fix=fix, more=f"; the other processes were stopped.{last}"
     )
 
 
@@ -290,7 +298,7 @@ def _tell_other_machines(settings: LaunchOptions, error: RankError) -> None:
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     host, _, port = str(settings.rendezvous).rpartition(":")
-    ending = Ending(ENDED_BY_ANOTHER, error.what, -1)
+    ending = Ending(ENDED_BY_ANOTHER, error.cause, -1)
     with suppress(RuntimeError):
         store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
         shared = PrefixStore(f"{PREFIX}/{settings.max_restarts}", store)
