@@ -99,8 +99,10 @@ def test_interrupt_reaches_the_workers(launched: Launch) -> None:
 
 
 def test_rendezvous_that_nobody_answers_is_one_error(launched: Launch, capfd: pytest.CaptureFixture[str]) -> None:
-    settings = {"nnodes": 2, "rendezvous": "localhost:29873", "start_timeout": 1, "node_rank": 0}
-    with pytest.raises(ConfigError, match=r"--rendezvous localhost:29873: not all of the 2 machines .* 1 s\."):
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    settings = {"nnodes": 2, "rendezvous": address, "start_timeout": 1, "node_rank": 0}
+    with pytest.raises(ConfigError, match=rf"--rendezvous {address}: not all of the 2 machines .* 1 s\."):
         launched("done", **settings)
     assert capfd.readouterr().err == ""
 

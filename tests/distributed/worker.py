@@ -24,43 +24,46 @@ def end(code: int, message: str) -> NoReturn:
     sys.exit(0 if has_final_ending() else code)
 
 
-def meet() -> None:
+def stop() -> None:
     import torch
 
     from hymba_tune.distributed.processes import join
 
     join(torch.device("cpu"), start_timeout=60, step_timeout=3)
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill_once() -> None:
+    if restarts():
+        sys.exit(0)
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+BY_RANK_1 = {
+    "fail": lambda: end(2, "--rank 0: must be at least 1."),
+    "crash": lambda: end(1, "Internal error: KeyError"),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+    "interrupted": lambda: os.kill(os.getppid(), signal.SIGINT),
+}
+BY_BOTH = {"done": lambda: sys.exit(0), "stopped": stop, "killed once": kill_once}
 
 
 def main(what: str) -> None:
-    if what == "fail" and rank() == 1:
-        end(2, "--rank 0: must be at least 1.")
-    if what == "crash" and rank() == 1:
-        end(1, "Internal error: KeyError")
-    if what == "killed" and rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "exit" and rank() == 1:
-        os._exit(3)
-    if what == "killed once":
-        if restarts():
-            return
+    """Do it, and wait to be ended where it has not ended the process."""
+    settings_of_parent()
+    watch.GRACE_SECONDS = 0.0
+    watch.start()
+    try:
+        BY_BOTH.get(what, lambda: None)()
         if rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-    if what == "stopped":
-        meet()
-        if rank() == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-    if what == "interrupted" and rank() == 0:
-        os.kill(os.getppid(), signal.SIGINT)
-    if what != "done":
-        try:
-            wait()
-        except KeyboardInterrupt:
-            end(INTERRUPTED, "")
+            BY_RANK_1.get(what, lambda: None)()
+        wait()
+    except KeyboardInterrupt:
+        end(INTERRUPTED, "")
 
 
 if __name__ == "__main__":
-    started = settings_of_parent()
-    watch.GRACE_SECONDS = 0.0
-    watch.start()
     main(os.environ["TEST_WORKER"])
