@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from hymba_tune.distributed import watch
@@ -186,6 +187,25 @@ def added(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gathered_values(values: Tensor, most: int) -> Tensor:
+    """Return the values of all processes, in the order of their ranks; each may have another number of them.
+
+    Args:
+        values: ``(n,)``, or a single value, of this process.
+        most: The most values that a process may have: the same in all.
+    """
+    own = values.detach().reshape(-1)
+    if _group is None:
+        return own
+    # In one operation: how many there are, and then the values, which float64 holds exactly.
+    sent = torch.zeros(1 + most, dtype=torch.float64, device=own.device)
+    sent[0] = len(own)
+    sent[1 : 1 + len(own)] = own
+    received = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(received, sent)
+    return torch.cat([part[1 : 1 + int(part[0])] for part in received]).to(values.dtype)
 
 
 def agree(facts: Mapping[str, str]) -> None:

@@ -41,9 +41,6 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
         super().__init__(**kwargs)
         # The loss is a mean over pairs: transformers must divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
-        # Accelerate's method drops pairs in the last step of an epoch, where it takes every accumulated batch for the
-        # shorter last one. A run has one process, so there is nothing to gather.
-        self.accelerator.gather_for_metrics = self.accelerator.gather
         self.data_collator: Any = WithInputs(self.data_collator)
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
@@ -82,7 +79,8 @@ class OddsRatioTrainer(PreferenceTrainer, orpo.ORPOTrainer):
 
     def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
         """Return sums over the pairs of a batch."""
-        loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
+        with self.gathering(inputs):
+            loss, metrics = self.get_batch_loss_metrics(self.model, inputs, "eval")
         pairs = self.counts(inputs)["all"]
         sums: dict[str, tuple[Tensor | float, Tensor | float]] = {"loss": (pairs * loss, pairs)}
         for name, mean in metrics.items():
