@@ -2,8 +2,9 @@
 
 A folder contains ``key.json``, with everything that determines the targets; shards ``00000.arrow`` and so on, `SHARD`
 rows each; and ``done.json`` once it is complete. A shard is written to a temporary file and renamed, so a shard with
-its final name is complete. A probability takes two bytes and so does a token, before compression. Each row is
-compressed on its own, so that reading one in any order decodes no other.
+its final name is complete. Several processes can fill a folder together, on any machines that share it. A probability
+takes two bytes and so does a token, before compression. Each row is compressed on its own, so that reading one in any
+order decodes no other.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,22 @@ from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
+from hymba_tune.distributed.together import make_once, make_together
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
-from hymba_tune.files import REPLACED, FolderKind, atomic_write, entries, remove_leftovers, write_text
+from hymba_tune.files import PARTIAL, REPLACED, FolderKind, atomic_write, entries, remove_leftovers, write_text
 
 VERSION = 2
 """The version of the file format, which is part of every key."""
 SHARD = 256
 """Rows in a shard, which is the most work that an interruption can lose."""
+SHARDS = "?????.arrow"
+"""The pattern of the shards' names."""
 CODEC = "zstd"
 KEY, DONE = "key.json", "done.json"
 FLAG = "--teacher-cache"
-TARGETS = FolderKind("a folder of teacher's targets", {KEY: '"teacher"'}, (KEY, DONE, "?????.arrow", f"{REPLACED}.*"))
+TARGETS = FolderKind(
+    "a folder of teacher's targets", {KEY: '"teacher"'}, (KEY, DONE, SHARDS, "*.lock", f"{REPLACED}.*")
+)
 WIDE = 65536
 """Vocabularies larger than this take four bytes for a token."""
 
@@ -106,7 +111,6 @@ def check_key(folder: Path, key: Key) -> None:
         ConfigError: If the folder has something else; the message names the difference.
         CheckpointError: If the folder's key cannot be read.
     """
-    remove_leftovers(folder / KEY)
     if not folder.exists() or (folder.is_dir() and _is_empty(folder)):
         return
     if not (folder / KEY).is_file():
@@ -126,8 +130,8 @@ def check_key(folder: Path, key: Key) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, apart from targets that are being replaced."""
-    return all(path.name.startswith(f"{REPLACED}.") for path in entries(folder))
+    """Whether a folder holds nothing, apart from targets that are being replaced and a key that is being written."""
+    return all(path.name.startswith((f"{REPLACED}.", f"{KEY}.")) for path in entries(folder))
 
 
 def key_digest(key: Key) -> str:
@@ -143,14 +147,14 @@ def is_full(folder: Path) -> bool:
 def fill(
     folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, progress: Callable[[int], None]
 ) -> TargetCache:
-    """Compute a teacher's targets for all rows that are not in the folder yet.
+    """Compute a teacher's targets for all rows that are not in the folder yet, together with all processes that do so.
 
     Args:
         folder: A new folder, or a partly filled one with the same key.
         key: Everything that determines the targets; see `check_key`.
         rows: The rows from `read_rows`.
         maker: Computes the targets.
-        progress: Called with the number of rows that are done.
+        progress: Called with the number of rows that are done, whoever has done them.
 
     Raises:
         ConfigError: If the folder has something else.
@@ -158,7 +162,10 @@ def fill(
     """
     check_key(folder, key)
     try:
-        _fill(folder, key, rows, maker, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_once(folder / KEY, lambda: write_text(folder / KEY, json.dumps(key, indent=2)))
+        check_key(folder, key)  # another process may have been first, with other settings
+        _Filling(folder, key, rows, maker, progress).fill()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -169,27 +176,58 @@ def fill(
     return TargetCache(folder)
 
 
-def _fill(folder: Path, key: Key, rows: datasets.Dataset, maker: TargetMaker, progress: Callable[[int], None]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / KEY, json.dumps(key, indent=2))
-    total = CaptureStats()
-    done = 0
-    for shard in range(-(-len(rows) // SHARD)):
-        path = shard_path(folder, shard)
-        part = rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(rows))))
-        # A damaged shard counts as missing and is computed again.
-        stats = _stats_of(path)
-        if stats is None:
-            with atomic_write(path) as temporary:
-                stats = _write_shard(temporary, part, maker, key, partial(_after, progress, done))
-        total.add(stats)
-        done += len(part)
-        progress(done)
-    write_text(folder / DONE, json.dumps({"rows": len(rows), "kept": asdict(total)}))
+@dataclass
+class _Filling:
+    """The work of one process on the targets of rows; see `fill`.
 
+    Attributes:
+        stats: The statistics of the shards that are known to be complete.
+        done: The number of rows in complete shards when this was last looked up.
+    """
 
-def _after(progress: Callable[[int], None], before: int, count: int) -> None:
-    progress(before + count)
+    folder: Path
+    key: Key
+    rows: datasets.Dataset
+    maker: TargetMaker
+    progress: Callable[[int], None]
+    stats: dict[int, CaptureStats] = field(default_factory=dict)
+    done: int = 0
+
+    def fill(self) -> None:
+        paths = [shard_path(self.folder, shard) for shard in range(-(-len(self.rows) // SHARD))]
+        self._count()
+        make_together(paths, self._is_complete, self._make, self._count)
+        make_once(self.folder / DONE, self._close)
+        self._count()
+
+    def _is_complete(self, shard: int) -> bool:
+        """Whether a shard is there. A damaged one counts as missing and is computed again."""
+        if shard not in self.stats and (found := _stats_of(shard_path(self.folder, shard))) is not None:
+            self.stats[shard] = found
+        return shard in self.stats
+
+    def _make(self, shard: int) -> None:
+        path = shard_path(self.folder, shard)
+        part = self.rows.select(range(shard * SHARD, min((shard + 1) * SHARD, len(self.rows))))
+        with atomic_write(path, alone=False) as temporary:
+            stats = _write_shard(temporary, part, self.maker, self.key, lambda count: self.progress(self.done + count))
+        self.stats[shard] = stats
+        self._count()
+
+    def _count(self) -> None:
+        shards = {path.name for path in self.folder.glob(SHARDS)}
+        last = (len(self.rows) - 1) // SHARD
+        lacking = SHARD * (last + 1) - len(self.rows) if shard_path(self.folder, last).name in shards else 0
+        self.done = SHARD * len(shards) - lacking
+        self.progress(self.done)
+
+    def _close(self) -> None:
+        for left in self.folder.glob(f"{SHARDS}.*{PARTIAL}"):
+            remove_leftovers(self.folder / left.name[: len(SHARDS)])
+        total = CaptureStats()
+        for shard in sorted(self.stats):
+            total.add(self.stats[shard])
+        write_text(self.folder / DONE, json.dumps({"rows": len(self.rows), "kept": asdict(total)}))
 
 
 def _write_shard(

@@ -6,24 +6,25 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.adapters import folders_of, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, load_config
-from hymba_tune.config import DistillCaptureConfig, DistillConfig, TeacherOptions, as_mapping
+from hymba_tune.config import DistillCaptureConfig, TeacherOptions, as_mapping
 from hymba_tune.data import cache_folder, with_chat_template
 from hymba_tune.data.mixes import local_files
 from hymba_tune.distill.alignment_report import check_aligned
 from hymba_tune.distill.cache import (
     FLAG,
     SHARD,
+    SHARDS,
     TARGETS,
     VERSION,
     WIDE,
@@ -35,7 +36,6 @@ from hymba_tune.distill.cache import (
     key_digest,
     shard_path,
 )
-from hymba_tune.distill.matching import Layers, match_bytes
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import TokenizerPair, make_pair
 from hymba_tune.distill.preflight import Preflight, run_preflight
@@ -44,6 +44,7 @@ from hymba_tune.distill.server import find_server
 from hymba_tune.distill.tables import count_first_tokens, pair_key, same_tokenizer
 from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import find_teacher, parameters_of, read_tokenizer, smaller_than
+from hymba_tune.distributed.processes import agree, first_of_node, from_main, gathered, join, leave
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import LOCK, check_folder, locked, make_folders, remove_empty, replacing, write_errors
 from hymba_tune.formatting import format_bytes
@@ -164,6 +165,8 @@ def open_targets(
 ) -> TargetCache:
     """Open the teacher's targets of all rows. The teacher is loaded only if some are missing.
 
+    All processes of a run call it together, and each computes a part of what is missing.
+
     Args:
         options: The settings of the teacher and its targets.
         data: The rows in both sides' tokens.
@@ -180,17 +183,23 @@ def open_targets(
     """
     check_aligned(data.alignment, options.min_aligned)
     with screen.working("reading the data of the targets"):
-        key = cache_key(options, data.rows, pair, teacher, vocabulary=vocabulary)
+        key = from_main(
+            partial(cache_key, options, data.rows, pair, teacher, vocabulary=vocabulary),
+            "reading the data of the targets",
+        )
     folder = options.teacher_cache or cache_folder("targets") / key_digest(key)
-    replaces = overwrite is not None and _holds_others(folder, key)
+    what = "looking at the folder of the targets"
+    replaces = from_main(lambda: overwrite is not None and _holds_others(folder, key), what)
     if not replaces:
         check_key(folder, key)
-        if is_full(folder):
+        # Machines may have folders of their own, so that each process looks, and all of them go on in the same way.
+        if all(gathered(is_full(folder))):
             screen.note(f"the teacher's targets are in {folder} already: it is not loaded")
             return TargetCache(folder)
-    # In the user's cache the name of a folder is made of its key, and two processes write the same files.
-    held = _held(folder, key, overwrite if replaces else None) if options.teacher_cache else nullcontext()
-    with held:
+    with ExitStack() as held:
+        if options.teacher_cache is not None:  # in the user's cache the name of a folder is made of its key
+            hold = partial(_held, folder, key, overwrite if replaces else None)
+            from_main(lambda: held.enter_context(hold()), what)
         return _capture(options, data, pair, teacher, folder, key, vocabulary=vocabulary, device=device, screen=screen)
 
 
@@ -206,6 +215,8 @@ def _holds_others(folder: Path, key: Key) -> bool:
 def _held(folder: Path, key: Key, replaced: Iterable[Path] | None) -> Iterator[None]:
     """Lock the folder of the targets, and move other targets in it aside.
 
+    Other processes may fill the folder at the same time, but none may replace what it holds.
+
     Args:
         folder: The folder, which need not exist.
         key: Everything that determines the targets.
@@ -214,13 +225,13 @@ def _held(folder: Path, key: Key, replaced: Iterable[Path] | None) -> Iterator[N
     with write_errors(FLAG, folder):
         made = make_folders(folder)
     try:
-        with locked(folder / LOCK, f"{FLAG} {folder}"):
+        with locked(folder / LOCK, f"{FLAG} {folder}", shared=replaced is None):
             if replaced is None:
                 check_key(folder, key)
                 yield
             else:
                 check_folder(folder, TARGETS, flag=FLAG, overwrite=True, inputs=replaced)
-                with replacing(folder, TARGETS, lambda: shard_path(folder, 0).is_file()):
+                with replacing(folder, TARGETS, lambda: any(folder.glob(SHARDS))):
                     yield
     finally:
         remove_empty(made)
@@ -260,8 +271,10 @@ def try_teacher(
     """Load a teacher and try it on a few rows; see `open_targets` for the arguments."""
     with screen.working("loading the teacher"):
         maker = load_target_maker(options, data.rows, pair, teacher, vocabulary=vocabulary, device=device)
-    with screen.working("trying the teacher on a few rows"):
-        preflight = run_preflight(maker, data.rows, data.alignment, pair, wide=vocabulary > WIDE)
+    what = "trying the teacher on a few rows"
+    with screen.working(what):
+        wide = vocabulary > WIDE
+        preflight = from_main(lambda: run_preflight(maker, data.rows, data.alignment, pair, wide=wide), what)
     return maker, preflight
 
 
@@ -293,17 +306,26 @@ def check_space(folder: Path, preflight: Preflight, rows: int) -> None:
 
 
 def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
-    """Capture a teacher's targets for later runs of distillation.
+    """Capture a teacher's targets for later runs of distillation; several processes share the work.
 
     Raises:
         HymbaTuneError: If an input or a setting cannot be used.
     """
     check_inputs(config)
     device = choose_device(config.device)
-    source = resolve_model(config.model)
-    tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
-    student = load_config(weights_of(source))
-    teacher = open_teacher(config)
+    join(device)
+    try:
+        return _capture_all(config, device, screen)
+    finally:
+        leave()
+
+
+def _capture_all(config: DistillCaptureConfig, device: torch.device, screen: Screen) -> TargetCache:
+    with first_of_node("finding the models"):
+        source = resolve_model(config.model)
+        tokenizer = with_chat_template(tokenizer_of(source), config.chat_template)
+        student = load_config(weights_of(source))
+        teacher = open_teacher(config)
     if warning := smaller_than(teacher, parameters_of(student)):
         screen.note(warning)
     pair = pair_of(config, tokenizer, teacher)
@@ -315,15 +337,17 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
             **({"bias": teacher.bias} if teacher.bias else {}),
         }
     )
-    data = read_rows(
-        config,
-        pair,
-        context=teacher.context,
-        seed=config.seed,
-        prompts=0,
-        working=screen.working,
-        normalize=config.normalize,
-    )
+    with first_of_node("reading the data"):
+        data = read_rows(
+            config,
+            pair,
+            context=teacher.context,
+            seed=config.seed,
+            prompts=0,
+            working=screen.working,
+            normalize=config.normalize,
+        )
+    agree({"the data": data.report.fingerprint})
     return open_targets(
         config,
         data,
@@ -354,37 +378,3 @@ def open_teacher(options: TeacherOptions) -> TeacherSpec:
     if not (folder / "tokenizer.json").is_file():
         folder = resolve_model(name, flag="--teacher-tokenizer", aliases=TEACHERS).folder
     return find_server(options.teacher, read_tokenizer(folder, name), options.top_k)
-
-
-BITS = {"int8": 8.5, "nf4": 4.5, "fp4": 4.5}
-"""Bits of a quantized weight, including its scales."""
-
-
-def teacher_bytes(config: DistillConfig, teacher: Any, parameters: int, student: Any, device: torch.device) -> int:
-    """Estimate the bytes that the teacher takes during training.
-
-    Args:
-        config: The run's settings.
-        teacher: The teacher's configuration.
-        parameters: The number of the teacher's parameters.
-        student: The student's configuration.
-        device: The device of both models.
-    """
-    if not config.keeps_teacher:
-        return 0
-    dtype = choose_dtype(config.teacher_dtype, device)
-    weights = round(parameters * BITS.get(config.teacher_quantize or "", 8 * dtype.itemsize) / 8)
-    if not config.match_hidden:
-        return weights
-    tokens = config.batch_size * config.max_length
-    shapes = Layers.of(student), Layers.of(teacher)
-    return weights + match_bytes(*shapes, tokens=tokens, dtype=dtype, optimizer=config.optimizer)
-
-
-def plan_teacher(config: DistillConfig, student: Any, device: torch.device) -> int:
-    """Return `teacher_bytes` from the two configurations, without loading the teacher."""
-    if not config.keeps_teacher or not config.teacher:
-        return 0
-    source = resolve_model(config.teacher, flag="--teacher", aliases=TEACHERS)
-    known = AutoConfig.from_pretrained(weights_of(source).folder, local_files_only=True)
-    return teacher_bytes(config, known, parameters_of(known), student, device)

@@ -25,11 +25,11 @@ from hymba_tune.distill.capture import (
     open_targets,
     open_teacher,
     pair_of,
-    teacher_bytes,
     try_teacher,
 )
 from hymba_tune.distill.chunks import CHUNK_BYTES
 from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
+from hymba_tune.distill.memory import teacher_bytes
 from hymba_tune.distill.outputs import TeacherSpec
 from hymba_tune.distill.pair import Side, TokenizerPair
 from hymba_tune.distill.preflight import end_line
@@ -41,6 +41,7 @@ from hymba_tune.distill.teacher import parameters_of, smaller_than
 from hymba_tune.distill.teacher_generations import TeacherGenerator
 from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
 from hymba_tune.distill.trainer import DistillTrainer
+from hymba_tune.distributed.processes import first_of_node, from_main
 from hymba_tune.errors import ConfigError
 from hymba_tune.train.flow import train
 from hymba_tune.train.outline import PACKING
@@ -76,19 +77,22 @@ class DistillTask:
     def read_data(self, setup: Setup, screen: Screen) -> AlignedRun:
         """Find the teacher, and read and align the data."""
         config = self.config
-        teacher = open_teacher(config)
+        with first_of_node("finding the teacher"):
+            teacher = open_teacher(config)
         pair = pair_of(config, setup.tokenizer, teacher)
         stages = resolve_losses(config, pair)
-        aligned = read_rows(
-            config,
-            pair,
-            context=teacher.context,
-            seed=config.seed,
-            prompts=SAMPLES,
-            working=screen.working,
-            normalize=config.normalize,
-            instead=generated_data(config, teacher, pair, setup.device, screen),
-        )
+        generated = generated_data(config, teacher, pair, setup.device, screen)
+        with first_of_node("reading the data"):
+            aligned = read_rows(
+                config,
+                pair,
+                context=teacher.context,
+                seed=config.seed,
+                prompts=SAMPLES,
+                working=screen.working,
+                normalize=config.normalize,
+                instead=generated,
+            )
         if teacher.parameters is not None and (warning := smaller_than(teacher, parameters_of(setup.model_config))):
             screen.note(warning)
         return AlignedRun(config, setup, teacher, pair, stages, aligned)
@@ -97,20 +101,22 @@ class DistillTask:
 def generated_data(
     config: DistillConfig, teacher: TeacherSpec, pair: TokenizerPair, device: torch.device, screen: Screen
 ) -> Path | None:
-    """Generate the teacher's answers to the data, if the settings have the seq loss.
+    """Generate the teacher's answers to the data, if the settings have the seq loss; all processes do it together.
 
     Returns:
         The file of conversations with the teacher's answers; None where the data's own answers are used.
     """
     if not config.teacher_writes or config.dry_run:
         return None
-    sources = normalized(opened(config)[0], config.normalize)
+    with first_of_node("finding the data"):
+        sources = normalized(opened(config)[0], config.normalize)
     generator = TeacherGenerator(config, sources, pair, lambda: teacher.fingerprint)
     load = partial(teacher.load, device, choose_dtype(config.teacher_dtype, device))
-    with screen.working("reading the conversations for the teacher") as progress:
-        key = generator.key(progress)
-    with screen.working("generating the teacher's answers") as progress:
-        generations = generator.write(cache_folder("answers") / key, load, progress)
+    what = "reading the conversations for the teacher"
+    with screen.working(what) as progress:
+        questions = from_main(lambda: generator.questions(progress), what)
+    with screen.working("generating the teacher's answers", questions.conversations) as progress:
+        generations = generator.write(cache_folder("answers") / questions.key, questions, load, progress)
 
     lines = [f"the teacher answered {generations.rows:,} conversations → {generations.path}"]
     if generations.left_out:

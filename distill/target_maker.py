@@ -21,6 +21,7 @@ from hymba_tune.distill.pair import TokenizerPair
 from hymba_tune.distill.projection import Places, Projection, SparseTarget, find_places
 from hymba_tune.distill.tables import FirstTokens, Tables, open_tables, same_tokenizer
 from hymba_tune.distill.targets import Targets
+from hymba_tune.distributed.processes import first_of_node
 
 CHUNKS = {"cuda": 8}
 """Chunks of tokens that are projected at once, by device: a kernel of few tokens takes less time than its launch."""
@@ -132,7 +133,8 @@ class TargetMaker:
             device: The device of the targets.
             tables_dir: The cache folder of the pair's tables; see `open_tables`.
         """
-        tables = open_tables(pair, tables_dir)
+        with first_of_node("building the tables of the two tokenizers"):
+            tables = open_tables(pair, tables_dir)
         projection = Projection(tables, seen, vocabulary=vocabulary, device=device)
         find = _find_alone if same_tokenizer(pair) else find_places
         return cls(teacher, tables, projection, top_k, temperature, find, pair.teacher.end)

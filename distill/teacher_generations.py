@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hymba_tune.config import DistillConfig, OnBadRow
 from hymba_tune.data import Conversation, Message
@@ -20,13 +21,35 @@ from hymba_tune.data.sources import Source
 from hymba_tune.distill.alignment_report import CAUSES
 from hymba_tune.distill.outputs import Teacher
 from hymba_tune.distill.pair import TokenizerPair, conversation_for_teacher, left_out, without_output
+from hymba_tune.distributed.together import make_once, make_together
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.files import LOCK, locked, write_text
+from hymba_tune.files import atomic_write, remove_leftovers, write_text
 
 BATCH = 16
 """Prompts in a batch."""
+SHARD = 4
+"""Batches in a shard, which is the most work that an interruption can lose."""
+SHARDS = "?????.jsonl"
+"""The pattern of the shards' names."""
 ANSWERS, PART = "answers.jsonl", "answers.part.jsonl"
-"""The finished data; and the file in progress, with a line for each conversation, null where it has no answer."""
+"""The finished data; and all answers, with a line for each conversation, null where it has no answer.
+
+Until they are finished, shards have the answers of `SHARD` batches each, also with a line for each conversation.
+"""
+
+
+class Questions(NamedTuple):
+    """What the teacher is to answer.
+
+    Attributes:
+        key: A digest of what determines the answers: the teacher's prompts and the generation settings.
+        conversations: The number of conversations.
+        texts: The number of plain texts, which have no answer.
+    """
+
+    key: str
+    conversations: int
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -71,17 +94,27 @@ class TeacherGenerator:
             )
         self._config, self._sources, self._pair, self._teacher = config, sources, pair, teacher
         self._ends = pair.teacher.ends
-        self._texts = 0
 
-    def key(self, progress: Callable[[int], None]) -> str:
-        """Return a digest of what determines the answers: the teacher's prompts and the generation settings."""
+    def questions(self, progress: Callable[[int], None]) -> Questions:
+        """Read what the teacher is to answer.
+
+        Args:
+            progress: Called with the number of conversations read so far.
+
+        Raises:
+            DataError: If there are no conversations.
+        """
         config = self._config
         digest = hashlib.sha256()
-        number = 0
-        for number, (_, prompt) in enumerate(self._talks(), start=1):
+        conversations = texts = 0
+        for talk, prompt in self._examples():
+            if talk is None:
+                texts += 1
+                continue
+            conversations += 1
             digest.update(json.dumps(prompt).encode())
-            progress(number)
-        if not number:
+            progress(conversations)
+        if not conversations:
             raise DataError(
                 "--loss seq: the data has no conversations, only texts.",
                 expected="conversations whose answers the teacher generates",
@@ -90,22 +123,22 @@ class TeacherGenerator:
         settings: list[Any] = [self._teacher(), config.teacher_quantize, config.teacher_dtype, config.answer_tokens]
         settings += [config.answer_temperature, config.seed, BATCH, *self._ends]
         digest.update(json.dumps(settings).encode())
-        return digest.hexdigest()
+        return Questions(digest.hexdigest(), conversations, texts)
 
-    def write(self, folder: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> TeacherGenerations:
-        """Generate the missing answers. A complete folder needs no teacher.
+    def write(
+        self, folder: Path, questions: Questions, load: Callable[[], Teacher], progress: Callable[[int], None]
+    ) -> TeacherGenerations:
+        """Generate the missing answers, together with all processes that do so. A complete folder needs no teacher.
 
         Args:
-            folder: The folder of this `key`.
+            folder: The folder of these questions.
+            questions: What the teacher is to answer.
             load: Loads the teacher.
-            progress: Called with the number of conversations answered so far.
+            progress: Called with the number of conversations answered so far, by whatever process.
         """
         if not (folder / ANSWERS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / LOCK, f"The folder of the teacher's answers, {folder},"):
-                self._continue(folder / PART, load, progress)
-            rows = [line for line in _lines(folder / PART) if line != "null"]
-            write_text(folder / ANSWERS, "".join(f"{row}\n" for row in rows))
+            _Generating(self, folder, questions.conversations, load, progress).generate()
         rows, prompted = _lines(folder / ANSWERS), _lines(folder / PART)
         if not rows:
             raise DataError(
@@ -114,23 +147,13 @@ class TeacherGenerator:
                 expected="answers that end",
                 fix="a larger --answer-tokens; or --teacher-end, if its chat template ends answers with another token",
             )
-        return TeacherGenerations(folder / ANSWERS, len(rows), len(prompted) - len(rows), self._texts)
+        return TeacherGenerations(folder / ANSWERS, len(rows), len(prompted) - len(rows), questions.texts)
 
-    def _continue(self, part: Path, load: Callable[[], Teacher], progress: Callable[[int], None]) -> None:
-        done = len(_lines(part)) // BATCH * BATCH
-        _truncate(part, done)  # an interruption may have left half a batch
-        talks, teacher = islice(self._talks(), done, None), None
-        with part.open("a", encoding="utf-8") as file:
-            while batch := list(islice(talks, BATCH)):
-                teacher = teacher or load()
-                answers = self._answer(teacher, [prompt for _, prompt in batch], done // BATCH)
-                for (talk, _), answer in zip(batch, answers, strict=True):
-                    file.write(json.dumps(_row(talk, answer), ensure_ascii=False) + "\n")
-                file.flush()
-                done += len(batch)
-                progress(done)
+    def talks(self) -> Iterator[tuple[Conversation, list[int]]]:
+        """Yield the conversations of the data that can be used, with the teacher's prompts."""
+        return ((talk, prompt) for talk, prompt in self._examples() if talk is not None)
 
-    def _answer(self, teacher: Teacher, prompts: Sequence[list[int]], number: int) -> list[str | None]:
+    def answer(self, teacher: Teacher, prompts: Sequence[list[int]], number: int) -> list[str | None]:
         """Generate answers to a batch of prompts. The seed depends on the number of the batch only."""
         config = self._config
         seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:15], 16)
@@ -175,9 +198,9 @@ class TeacherGenerator:
             raise DataError(problem, fix=f"likely, {CAUSES['no output']}")
         return ids
 
-    def _talks(self) -> Iterator[tuple[Conversation, list[int]]]:
-        """Yield the conversations of the data that can be used, with the teacher's prompts."""
-        config, self._texts = self._config, 0
+    def _examples(self) -> Iterator[tuple[Conversation | None, list[int]]]:
+        """Yield the usable examples of the data: a conversation with the teacher's prompt, or None for a text."""
+        config = self._config
         rows = readings(
             self._sources,
             self._pair.student.tokenizer,
@@ -194,10 +217,70 @@ class TeacherGenerator:
             if reading.problem:
                 if config.on_bad_row is OnBadRow.stop:
                     raise stopped(reading, rows)
-            elif isinstance(reading.example, Conversation):
-                yield reading.example, prompt
             else:
-                self._texts += 1
+                yield reading.example if isinstance(reading.example, Conversation) else None, prompt
+
+
+@dataclass
+class _Generating:
+    """The work of one process on the answers; see `TeacherGenerator.write`."""
+
+    generator: TeacherGenerator
+    folder: Path
+    count: int
+    load: Callable[[], Teacher]
+    progress: Callable[[int], None]
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._size = SHARD * BATCH
+        self._paths = [self.folder / f"{shard:05}.jsonl" for shard in range(-(-self.count // self._size))]
+        self._talks, self._next = self.generator.talks(), 0
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return self.load()
+
+    def generate(self) -> None:
+        make_together(self._paths, self._is_complete, self._make, self._count)
+        make_once(self.folder / ANSWERS, self._close)
+
+    def _is_complete(self, shard: int) -> bool:
+        return self._paths[shard].is_file() or (self.folder / ANSWERS).is_file()
+
+    def _make(self, shard: int) -> None:
+        self._count()
+        lines: list[str] = []
+        talks = self._read(shard)
+        for begin in range(0, len(talks), BATCH):
+            batch = talks[begin : begin + BATCH]
+            number = shard * SHARD + begin // BATCH
+            answers = self.generator.answer(self._teacher, [prompt for _, prompt in batch], number)
+            rows = [_row(talk, answer) for (talk, _), answer in zip(batch, answers, strict=True)]
+            lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+            self.progress(self.done + len(lines))
+        with atomic_write(self._paths[shard], alone=False) as part:
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def _read(self, shard: int) -> list[tuple[Conversation, list[int]]]:
+        """Return the conversations of a shard; the data is read anew only for a shard that lies before the last one."""
+        if shard < self._next:
+            self._talks, self._next = self.generator.talks(), 0
+        skipped, self._next = self._size * (shard - self._next), shard + 1
+        return list(islice(self._talks, skipped, skipped + self._size))
+
+    def _count(self) -> None:
+        complete = sum(1 for _ in self.folder.glob(SHARDS))
+        self.done = min(self.count, self._size * complete)
+        self.progress(self.done)
+
+    def _close(self) -> None:
+        lines = [line for path in self._paths for line in _lines(path)]
+        write_text(self.folder / PART, "".join(f"{line}\n" for line in lines))
+        write_text(self.folder / ANSWERS, "".join(f"{line}\n" for line in lines if line != "null"))
+        for path in self._paths:
+            remove_leftovers(path)
+            path.unlink()
 
 
 def _last_answer(talk: Conversation) -> int:
@@ -220,12 +303,3 @@ def _lines(path: Path) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
-
-
-def _truncate(path: Path, lines: int) -> None:
-    """Truncate a file to its first lines, if it exists."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            for _ in range(lines):
-                file.readline()
-            file.truncate()

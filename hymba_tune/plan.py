@@ -163,7 +163,7 @@ def _teacher(config: TrainingConfig, student: Any, device: torch.device) -> int:
     """Return the bytes of a teacher; 0 where there is none."""
     if not isinstance(config, DistillConfig):
         return 0
-    from hymba_tune.distill.capture import plan_teacher  # imported here because it takes a second
+    from hymba_tune.distill.memory import plan_teacher  # imported here because it takes a second
 
     return plan_teacher(config, student, device)
 

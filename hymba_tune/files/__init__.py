@@ -3,7 +3,7 @@
 from hymba_tune.files.folders import atomic_folder, check_new_folder, make_folders, new_folder, remove_empty, replacing
 from hymba_tune.files.kinds import MODEL, REPLACED, RUN, FolderKind, entries, remove
 from hymba_tune.files.leftovers import remove_leftovers
-from hymba_tune.files.locks import LOCK, locked
+from hymba_tune.files.locks import LOCK, InUseError, locked
 from hymba_tune.files.outputs import check_file, check_folder, write_errors
 from hymba_tune.files.reading import read_yaml
 from hymba_tune.files.sealing import WHOLE, is_whole, seal
@@ -18,6 +18,7 @@ __all__ = [
     "RUN",
     "WHOLE",
     "FolderKind",
+    "InUseError",
     "aside",
     "atomic_folder",
     "atomic_write",

@@ -22,38 +22,46 @@ TAKEN = (BlockingIOError, PermissionError)
 """What the systems raise where another process holds a lock."""
 
 
+class InUseError(ConfigError):
+    """Another process holds a lock."""
+
+
 @contextmanager
-def locked(path: Path, what: str = "", *, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, what: str = "", *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Hold a lock. Its file is created, and removed at the end; a file that a dead process left is taken over.
 
     Args:
         path: The file.
         what: What is locked, for the message.
         wait: Wait until another process lets go, instead of giving up.
+        shared: Hold it together with all others that share it. Windows has no such locks: nothing is held there.
 
     Raises:
-        ConfigError: If another process or thread holds it, or the file cannot be created.
+        InUseError: If another process or thread holds it.
+        ConfigError: If the file cannot be created.
     """
     try:
-        file = _open_locked(path, what or str(path), wait=wait)
+        file = _open_locked(path, what or str(path), wait=wait, shared=shared)
     except OSError as error:
         raise ConfigError(f"{what or path} cannot be written: {error.strerror}.", fix="use another one") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # its folder is gone, or Windows, where open files cannot be removed
+        with suppress(OSError):  # others share it, its folder is gone, or Windows: it cannot remove open files
+            if shared:
+                _lock(file, wait=False, shared=False)
             path.unlink()
         file.close()
 
 
-def _open_locked(path: Path, what: str, *, wait: bool) -> IO[bytes]:
+def _open_locked(path: Path, what: str, *, wait: bool, shared: bool) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
-            _lock(file, wait=wait)
+            _lock(file, wait=wait, shared=shared)
         except TAKEN as error:
             file.close()
-            raise ConfigError(
+            raise InUseError(
                 f"{what} is in use by another process of hymba-tune.", fix="wait until that ends, or use another one"
             ) from error
         except OSError:
@@ -66,9 +74,11 @@ def _open_locked(path: Path, what: str, *, wait: bool) -> IO[bytes]:
 
 if sys.platform == "win32":
 
-    def _lock(file: IO[bytes], *, wait: bool) -> None:
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    def _lock(file: IO[bytes], *, wait: bool, shared: bool) -> None:
+        if not shared:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 else:
 
-    def _lock(file: IO[bytes], *, wait: bool) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(file: IO[bytes], *, wait: bool, shared: bool) -> None:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)

@@ -21,18 +21,20 @@ def aside(path: Path, ending: str = PARTIAL) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, overwrite: bool = True, alone: bool = True) -> Iterator[Path]:
     """Yield a file to write; it takes its place when the block ends without an error, and is removed otherwise.
 
     Args:
         path: The file. A link to a file stays, and that file is replaced.
         overwrite: Whether a file that is there by then is replaced.
+        alone: Whether no process of another machine writes it: what killed processes have left of it is then removed.
 
     Raises:
         ConfigError: If ``overwrite`` is off and ``path`` was created during the block; what was written is kept aside.
         OSError: If it cannot be written.
     """
-    remove_leftovers(path)
+    if alone:
+        remove_leftovers(path)
     part = aside(Path(os.path.realpath(path)))
     part.touch()
     with held(part):

@@ -28,7 +28,7 @@ from hymba_tune.adapters import (
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.distributed.environment import is_main
-from hymba_tune.distributed.processes import agree, first_of_node, from_main, gathered, leave, reach
+from hymba_tune.distributed.processes import agree, from_main, gathered, leave, reach
 from hymba_tune.distributed.sharding import whole_weights
 from hymba_tune.distributed.strategies import check_strategy
 from hymba_tune.errors import ConfigError, DataError
@@ -86,8 +86,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
     resuming = config.resume is not None
     checkpoint = from_main(run.last_checkpoint, "finding the last checkpoint") if resuming else None
 
-    with first_of_node("reading the data"):
-        task_with_data = task.read_data(setup, screen)
+    task_with_data = task.read_data(setup, screen)
     data = task_with_data.data
     agree({"the data": data.report.fingerprint})
     if data.held_out is None and (config.keeps_best or config.early_stopping):
@@ -104,8 +103,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         memory_estimate = estimate_memory(setup, data, extra_bytes)
     if not (memory_estimate.fits or config.dry_run):
         screen.note(describe_memory(setup, memory_estimate))  # before preparation, which may take hours
-    with first_of_node("preparing the run"):
-        builder = task_with_data.prepare(screen)
+    builder = task_with_data.prepare(screen)
     described = builder.describe()
     if config.dry_run:
         screen.banner(describe_run(setup, data, outline_without_weights(setup, data), memory_estimate) | described)

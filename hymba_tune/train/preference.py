@@ -13,6 +13,7 @@ from hymba_tune.adapters import short_count
 from hymba_tune.checkpoint import check_length
 from hymba_tune.config import AdapterOptions, DPOConfig, KTOConfig, PreferenceConfig, Start
 from hymba_tune.data import PreferenceReport, read_preferences
+from hymba_tune.distributed.processes import first_of_node
 from hymba_tune.errors import ConfigError
 from hymba_tune.registry import find_local
 from hymba_tune.train.flow import train
@@ -131,14 +132,15 @@ class PreferenceTask(Generic[P]):
     def read_data(self, setup: Setup, screen: Screen) -> PreferenceRun[P]:
         """Read pairs, or single answers with labels."""
         config = self.config
-        data = read_preferences(
-            config,
-            setup.tokenizer,
-            paired=config.verb.paired,
-            seed=config.seed,
-            prompts=SAMPLES,
-            working=screen.working,
-        )
+        with first_of_node("reading the data"):
+            data = read_preferences(
+                config,
+                setup.tokenizer,
+                paired=config.verb.paired,
+                seed=config.seed,
+                prompts=SAMPLES,
+                working=screen.working,
+            )
         report = data.report
         warning = check_length(report.longest, setup.model_config, strict=config.strict_length)
         summary = _summary(report)

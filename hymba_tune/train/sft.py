@@ -13,6 +13,7 @@ from hymba_tune.checkpoint import check_length
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import DataReport, TrainingData, read_training_data
 from hymba_tune.data.training import opened
+from hymba_tune.distributed.processes import first_of_node
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction, Question, check_questions
 from hymba_tune.train.flow import train
@@ -39,7 +40,8 @@ class SFTTask:
         """Read conversations or texts."""
         config = self.config
         count = config.eval_max_rows if config.answers else SAMPLES
-        held_out = opened(config)[1] if config.answers else []
+        with first_of_node("finding the data"):
+            held_out = opened(config)[1] if config.answers else []
         if config.answers and not held_out:
             split = command("data", "split", config.data[0], "--eval", "0.1", "--out", "parts")
             raise ConfigError(
@@ -48,7 +50,8 @@ class SFTTask:
                 fix=f"{split}, then --data and --eval-data",
             )
 
-        data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
+        with first_of_node("reading the data"):
+            data = read_training_data(config, setup.tokenizer, seed=config.seed, prompts=count, working=screen.working)
         if not config.answers:
             return SFTRun(setup, data_of(setup, data))
         extract = Extraction(config.answers, None)

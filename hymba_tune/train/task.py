@@ -28,6 +28,8 @@ class TrainingTask(Protocol[C]):
     def read_data(self, setup: Setup, screen: Screen) -> TaskWithData:
         """Read and encode the data, before any weights are downloaded or loaded.
 
+        Of several processes each one calls it; what is cached on disk is made once on each machine.
+
         Raises:
             HymbaTuneError: If the data cannot be used.
         """
@@ -46,6 +48,8 @@ class TaskWithData(Protocol):
 
     def prepare(self, screen: Screen) -> TrainerBuilder:
         """Load or compute what the trainer needs in addition to the model and the data; a dry run downloads nothing.
+
+        Of several processes each one calls it, and they may share the work.
 
         Raises:
             HymbaTuneError: If a part of it cannot be used.

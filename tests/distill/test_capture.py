@@ -134,14 +134,25 @@ def test_targets_are_replaced_on_demand_but_nothing_else(
         run_capture(config.model_copy(update={"top_k": 4}), Screen())
 
 
-def test_folder_that_another_process_fills_is_refused(teacher: Path, questions: Path, tmp_path: Path) -> None:
+def test_folder_that_another_process_replaces_is_refused(teacher: Path, questions: Path, tmp_path: Path) -> None:
     (tmp_path / "targets").mkdir()
     with (
-        locked(tmp_path / "targets/.lock"),
+        locked(tmp_path / "targets/.lock"),  # as it is held with --overwrite
         pytest.raises(ConfigError, match=r"--teacher-cache .*targets is in use by another process"),
     ):
         run_capture(settings(teacher, questions, teacher_cache=tmp_path / "targets"), Screen())
     assert not list((tmp_path / "targets").iterdir())
+
+
+def test_folder_that_another_process_fills_is_filled_with_it_but_not_replaced(
+    teacher: Path, questions: Path, tmp_path: Path
+) -> None:
+    config = settings(teacher, questions, teacher_cache=tmp_path / "targets")
+    (tmp_path / "targets").mkdir()
+    with locked(tmp_path / "targets/.lock", shared=True):
+        assert len(run_capture(config, Screen())) == 24
+        with pytest.raises(ConfigError, match=r"--teacher-cache .*targets is in use by another process"):
+            run_capture(config.model_copy(update={"top_k": 5, "overwrite": True}), Screen())
 
 
 def test_small_disk_is_an_error_before_the_pass(

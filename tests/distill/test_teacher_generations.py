@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from hymba_tune.data import open_sources
 from hymba_tune.distill import teacher, teacher_generations
 from hymba_tune.distill.pair import make_pair
 from hymba_tune.distill.spelling import END
-from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerator
+from hymba_tune.distill.teacher_generations import ANSWERS, PART, TeacherGenerations, TeacherGenerator
 from hymba_tune.errors import ConfigError, DataError
-from hymba_tune.files import LOCK, locked
 from tests.distill.ending_teachers import ENDS
 from tests.distill.inputs import write
 from tests.distill.runs import run, settings
@@ -62,6 +62,7 @@ class Scripted:
 @pytest.fixture
 def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TeacherGenerator]:
     monkeypatch.setattr(teacher_generations, "BATCH", 2)
+    monkeypatch.setattr(teacher_generations, "SHARD", 1)
 
     def make(rows: list[dict[str, Any]] | None = None, **changes: Any) -> TeacherGenerator:
         sources = open_sources([write(tmp_path / "data.jsonl", rows or TALKS)])
@@ -73,6 +74,10 @@ def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 def quiet(_: int) -> None: ...
 
 
+def generated(generator: TeacherGenerator, folder: Path, load: Callable[[], Any]) -> TeacherGenerations:
+    return generator.write(folder, generator.questions(quiet), load, quiet)
+
+
 def nobody() -> Any:
     raise AssertionError("the teacher is loaded, although no answer is missing")
 
@@ -81,7 +86,7 @@ def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
     generator: Callable[..., TeacherGenerator], tmp_path: Path
 ) -> None:
     script = Scripted(unended=1, unread=3)
-    found = generator([*TALKS, {"text": "no prompt"}]).write(tmp_path / "a", lambda: script, quiet)
+    found = generated(generator([*TALKS, {"text": "no prompt"}]), tmp_path / "a", lambda: script)
     assert (found.rows, found.left_out, found.texts) == (len(TALKS) - 2, 2, 1)
     rows = [json.loads(line) for line in found.path.read_text().splitlines()]
     assert [row["messages"][0]["content"] for row in rows] == ["Number 0?", "Number 2?", "Number 4?", "Hi"]
@@ -94,23 +99,23 @@ def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
 
 
 def test_interrupted_generation_continues(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
-    whole = generator().write(tmp_path / "whole", Scripted, quiet)
+    whole = generated(generator(), tmp_path / "whole", Scripted)
     with pytest.raises(KeyboardInterrupt):
-        generator().write(tmp_path / "a", lambda: Scripted(die_at=4), quiet)
+        generated(generator(), tmp_path / "a", lambda: Scripted(die_at=4))
     assert not (tmp_path / "a" / ANSWERS).exists()
-    with (tmp_path / "a" / PART).open("a") as file:
-        file.write('{"messages": [torn')
+    (tmp_path / "a" / "00002.jsonl.0123abcd.partial").write_text('{"messages": [torn')
     rest = Scripted()
-    found = generator().write(tmp_path / "a", lambda: rest, quiet)
+    found = generated(generator(), tmp_path / "a", lambda: rest)
     assert len(rest.prompts) == 2
     assert found.path.read_text() == whole.path.read_text()
-    again = generator().write(tmp_path / "a", nobody, quiet)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [ANSWERS, PART]
+    again = generated(generator(), tmp_path / "a", nobody)
     assert (again.rows, again.left_out) == (whole.rows, whole.left_out)
 
 
 def test_key_covers_everything_that_determines_the_answers(generator: Callable[..., TeacherGenerator]) -> None:
     keys = [
-        generator(rows, **changes).key(quiet)
+        generator(rows, **changes).questions(quiet).key
         for rows, changes in (
             (None, {}),
             (TALKS[:-1], {}),
@@ -120,14 +125,14 @@ def test_key_covers_everything_that_determines_the_answers(generator: Callable[.
         )
     ]
     assert len(set(keys)) == len(keys)
-    assert generator().key(quiet) == keys[0]
+    assert generator().questions(quiet).key == keys[0]
 
 
 def test_no_answers_to_train_on_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the data has no conversations, only texts"):
-        generator([{"text": "a text"}]).key(quiet)
+        generator([{"text": "a text"}]).questions(quiet)
     with pytest.raises(DataError, match=r"ended none of its 1 answers within --answer-tokens 256(.|\n)*--teacher-end"):
-        generator(TALKS[:1]).write(tmp_path / "a", lambda: Scripted(unended=0), quiet)
+        generated(generator(TALKS[:1]), tmp_path / "a", lambda: Scripted(unended=0))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -145,7 +150,7 @@ def test_answer_ends_at_the_templates_token_or_the_tokenizers(which: int, tmp_pa
 
     sources = open_sources([write(tmp_path / "data.jsonl", TALKS)])
     generator = TeacherGenerator(DistillConfig(), sources, pair, lambda: "teacher")
-    found = generator.write(tmp_path / "a", Answering, quiet)
+    found = generated(generator, tmp_path / "a", Answering)
     assert (found.rows, found.left_out) == (len(TALKS), 0)
     assert json.loads(found.path.read_text().splitlines()[0])["messages"][-1]["content"] == "So."
 
@@ -170,12 +175,34 @@ def test_student_trains_on_generated_answers(
     assert run(config.model_copy(update={"out": tmp_path / "ce", "loss": ["seq"]})).facts()["steps"] == 3
 
 
-def test_folder_in_use_by_another_process_raises(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    folder.mkdir()
-    with locked(folder / LOCK), pytest.raises(ConfigError, match=r"teacher's answers, .*answers, is in use by another"):
-        generator().write(folder, Scripted, quiet)
-    assert not list(folder.iterdir())
+def test_two_processes_answer_each_question_once(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    """The first one is slow with its first batch, so that the second one answers all the others, and waits for it."""
+    whole = generated(generator(), tmp_path / "whole", Scripted)
+    begun, waited = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    class Slow(Scripted):
+        def write(self, *args: Any, **options: Any) -> list[list[int]]:
+            begun.set()
+            assert waited.wait(60)
+            return super().write(*args, **options)
+
+    def progress(done: int) -> None:
+        seen.append(done)
+        if done == 4:
+            waited.set()
+
+    slow, quick = Slow(), Scripted()
+    first = threading.Thread(target=generated, args=(generator(), tmp_path / "a", lambda: slow))
+    first.start()
+    assert begun.wait(60)
+    second = generator()
+    found = second.write(tmp_path / "a", second.questions(quiet), lambda: quick, progress)
+    first.join(60)
+    assert (len(slow.prompts), len(quick.prompts)) == (2, 4)
+    assert found.path.read_text() == whole.path.read_text()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [ANSWERS, PART]
+    assert seen == sorted(seen)
 
 
 def test_conversation_that_the_teacher_does_not_read_whole_is_named_before_it_answers(tmp_path: Path) -> None:
@@ -195,6 +222,6 @@ def test_conversation_that_the_teacher_does_not_read_whole_is_named_before_it_an
         (refusing, r"line 2: for the teacher, the chat template refuses(.|\n)*--teacher-system-as user"),
     ):
         with pytest.raises(DataError, match=message):
-            TeacherGenerator(DistillConfig(), sources, pair, lambda: "teacher").key(quiet)
+            TeacherGenerator(DistillConfig(), sources, pair, lambda: "teacher").questions(quiet)
     skipping = TeacherGenerator(DistillConfig(on_bad_row="skip"), sources, refusing, lambda: "teacher")
-    assert [talk.messages[0].content for talk, _ in skipping._talks()] == ["Be brief."]
+    assert [talk.messages[0].content for talk, _ in skipping.talks()] == ["Be brief."]

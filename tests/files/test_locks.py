@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.errors import ConfigError
-from hymba_tune.files import locked, locks
+from hymba_tune.files import InUseError, locked, locks
 from tests.files.inputs import hold
 
 
@@ -31,14 +31,27 @@ def test_second_thread_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_shared_lock_keeps_out_only_those_that_do_not_share_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with locked(path, shared=True):
+        with locked(path, shared=True), pytest.raises(InUseError, match="in use by another process"):
+            locked(path).__enter__()
+        assert path.exists()
+        with pytest.raises(InUseError, match="in use by another process"):
+            locked(path).__enter__()
+    assert not path.exists()
+    with locked(path), pytest.raises(InUseError, match="in use by another process"):
+        locked(path, shared=True).__enter__()
+
+
 def test_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, opened, held = tmp_path / ".lock", threading.Event(), []
     lock = locks._lock
 
-    def noted(file: Any, *, wait: bool) -> None:
+    def noted(file: Any, *, wait: bool, shared: bool) -> None:
         if wait:
             opened.set()
-        lock(file, wait=wait)
+        lock(file, wait=wait, shared=shared)
 
     def second() -> None:
         with locked(path, wait=True):
