@@ -10,13 +10,15 @@ from hymba_tune.cli.processes import capture_in_processes, settings_if_worker
 from hymba_tune.cli.screen import RichScreen, console, loading, print_chosen_gpu, quiet_libraries
 from hymba_tune.cli.settings import check_first
 from hymba_tune.config import DistillCaptureConfig
+from hymba_tune.distributed.environment import is_main
 from hymba_tune.formatting import format_bytes
 
 
 def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = DistillCaptureConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Capture a teacher's targets for some data, so that later runs need no teacher in memory.
 
-    The same command continues a pass that was interrupted.
+    The same command continues a pass that was interrupted, and --nproc shares it among GPUs. Machines that are given
+    the same command with the same --teacher-cache, a folder that they share, fill it together.
 
     Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
     """
@@ -27,10 +29,13 @@ def capture(*, flags: Annotated[DistillCaptureConfig, Parameter(name="*")] = Dis
         capture_in_processes("distill capture", flags, flags.device)
     with loading():
         from hymba_tune.distill.capture import run_capture
+        from hymba_tune.train.screen import Screen
 
     quiet_libraries()
     print_chosen_gpu(flags.device)
-    cache = run_capture(flags, RichScreen())
+    cache = run_capture(flags, RichScreen() if is_main() else Screen())
+    if not is_main():
+        return
     lines = [
         f"targets of {len(cache):,} rows are in {cache.folder}",
         f"{format_bytes(cache.bytes)}, {cache.bytes / max(cache.stats.known, 1):.0f} bytes a token",

@@ -29,7 +29,7 @@ from hymba_tune.distill.projection import SparseTarget
 from hymba_tune.distill.rows import alignment
 from hymba_tune.distill.target_maker import CaptureStats, TargetMaker
 from hymba_tune.distill.targets import Targets
-from hymba_tune.distributed.together import make_once, make_together
+from hymba_tune.distributed.shared_files import make_once, make_together
 from hymba_tune.errors import CheckpointError, ConfigError, DataError
 from hymba_tune.files import PARTIAL, REPLACED, FolderKind, atomic_write, entries, remove_leftovers, write_text
 

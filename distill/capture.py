@@ -313,7 +313,7 @@ def run_capture(config: DistillCaptureConfig, screen: Screen) -> TargetCache:
     """
     check_inputs(config)
     device = choose_device(config.device)
-    join(device)
+    join(device, start_timeout=config.start_timeout, step_timeout=config.step_timeout)
     try:
         return _capture_all(config, device, screen)
     finally:

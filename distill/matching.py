@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -48,11 +48,12 @@ class HiddenMatch(nn.Module):
         self.layers = [(layer, round(layer * deeper)) for layer in range(1, student.layers + 1)]
         self.maps = nn.ModuleList(nn.Linear(student.width, teacher.width, bias=False) for _ in self.layers)
         self._kind = kind
+        self._teacher_width = teacher.width
         if student.width == teacher.width:
             for projection in self.maps:
                 nn.init.eye_(projection.weight)  # type: ignore[arg-type]
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
         """Compute the distance between the student's and the teacher's hidden states.
 
         Args:
@@ -73,9 +74,17 @@ class HiddenMatch(nn.Module):
                 total = total + mse_loss(projected, reference, reduction="none").mean(-1).sum()
         return total / len(self.layers)
 
-    def save(self, folder: Path) -> None:
-        """Save the projections in a checkpoint."""
-        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, folder / FILE)
+    def nothing(self, student: Sequence[Tensor]) -> Tensor:
+        """Compute the distance at no tokens: a zero, which gives all projections zero gradients."""
+        width = self._teacher_width
+        teacher = {theirs: student[0].new_zeros(0, width) for _, theirs in self.layers}
+        distance: Tensor = self([state.flatten(0, 1)[:0] for state in student], teacher)
+        return distance
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Save the projections in a checkpoint; their weights are given where each process has a part of them."""
+        found = self.state_dict() if weights is None else weights
+        save_file({name: weight.contiguous() for name, weight in found.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Load the projections of a checkpoint."""
@@ -107,6 +116,8 @@ class HiddenStateLoss:
         Returns:
             The unweighted sum over the tokens; see `HiddenMatch`.
         """
+        if not places:  # the projections take part all the same, as in the other processes
+            return self.match.nothing(states)
         rows = [self.teacher.row(place.row, rollouts) for place in places]
         # The state before a token predicts it.
         at = [torch.from_numpy(row.student - 1) + place.offset for row, place in zip(rows, places, strict=True)]

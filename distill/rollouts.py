@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
@@ -62,37 +61,37 @@ class RolloutGenerator:
         return tokenizer_within(self.pair.teacher)
 
     def rewrite(
-        self, model: PreTrainedModel, examples: Sequence[dict[str, Any]], share: float, moment: int, written: int
+        self, model: PreTrainedModel, examples: Sequence[dict[str, Any]], share: float, step: int, written: int
     ) -> tuple[list[dict[str, Any]], list[Alignment]]:
         """Replace answers of the data by answers of the student.
 
         A row keeps the answer of the data if it has no prompt, or if the student's answer is not a text that the
-        teacher can read: half a character, or nothing.
+        teacher can read: half a character, or nothing. What becomes of a row in a step depends on the row alone, not on
+        the batch or the process that it is in.
 
         Args:
             model: The student.
             examples: The examples of a batch, as its collator received them.
             share: The share of the examples to replace.
-            moment: The number of the batch in the run, which determines the sampling.
+            step: The number of the step in the run.
             written: The number of rollouts in the step so far.
 
         Returns:
             The batch's examples, and the alignments of the rollouts, whose numbers descend from -1 - ``written``.
         """
-        draw = random.Random(f"{self.seed} {moment}")
-        chosen = [number for number in range(len(examples)) if draw.random() < share]
+        draws = [random.Random(f"{self.seed} {step} {example['row'][0]}") for example in examples]
+        chosen = [number for number, draw in enumerate(draws) if draw.random() < share]
         prompts = [row for row in (self._prompt(number, examples[number]) for number in chosen) if row]
         if not prompts:
             return list(examples), []
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(draw.getrandbits(62))
-            answers = write(
-                model,
-                [row.prompt for row in prompts],
-                ends=self.pair.student.ends,
-                max_new_tokens=self.answer_tokens,
-                temperature=self.temperature,
-            )
+        answers = write(
+            model,
+            [row.prompt for row in prompts],
+            ends=self.pair.student.ends,
+            max_new_tokens=self.answer_tokens,
+            temperature=self.temperature,
+            seeds=[draws[row.number].getrandbits(62) for row in prompts],
+        )
         texts = list(examples)
         rollouts: list[Alignment] = []
         for row, answer in zip(prompts, answers, strict=True):

@@ -21,7 +21,7 @@ from hymba_tune.data.sources import Source
 from hymba_tune.distill.alignment_report import CAUSES
 from hymba_tune.distill.outputs import Teacher
 from hymba_tune.distill.pair import TokenizerPair, conversation_for_teacher, left_out, without_output
-from hymba_tune.distributed.together import make_once, make_together
+from hymba_tune.distributed.shared_files import make_once, make_together
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_write, remove_leftovers, write_text
 

@@ -53,6 +53,21 @@ class _Temperature(LogitsProcessor):
         return relative_logits(scores, self._temperature)
 
 
+class _OwnSampling(LogitsProcessor):
+    """Samples each row with a generator of its own, so that its tokens do not depend on the rest of the batch."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        """Leave one token of each row of the logits ``(S, V)``."""
+        probabilities = relative_logits(scores, self._temperature).softmax(-1)
+        rows = zip(probabilities, self._generators, strict=True)
+        tokens = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Decode a whole answer at once: each part decoded alone would lose its leading space."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -104,6 +119,7 @@ def write(
     ends: Sequence[int],
     max_new_tokens: int,
     temperature: float,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Generate the continuations of several prompts in one batch.
 
@@ -113,6 +129,8 @@ def write(
         ends: The end tokens, at least one.
         max_new_tokens: Maximum number of new tokens for each prompt.
         temperature: Sampling temperature; 0 is greedy decoding.
+        seeds: The seed of each prompt, with which its continuation does not depend on the others. By default, torch's
+            global generator samples all of them.
 
     Returns:
         The new tokens of each prompt; the last one is an end token, unless ``max_new_tokens`` was reached.
@@ -126,6 +144,7 @@ def write(
         mask,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        seeds=seeds,
         eos_token_id=list(ends),
         pad_token_id=ends[0],
     )
@@ -133,11 +152,20 @@ def write(
 
 
 def _generate(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, temperature: float, top_p: float = 1.0, **settings: Any
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """The new tokens of `generate` for prompts of one length; the model's mode does not change."""
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
+    if temperature and seeds is not None:
+        sampling["logits_processor"] = LogitsProcessorList([_OwnSampling(temperature, seeds, ids.device)])
+    elif temperature:
         # By default, transformers samples from the 50 likeliest tokens only.
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": top_p, "top_k": 0}
         sampling["logits_processor"] = LogitsProcessorList([_Temperature(temperature)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,21 @@ def test_texts_have_no_prompts_to_answer(pair: TokenizerPair, tmp_path: Path) ->
     assert RolloutGenerator(pair, data.rows, 16, 8, 1.0, 0).rewrite(Nobody(), given, 1.0, 0, 0) == (given, [])  # type: ignore[arg-type]
 
 
-def test_same_moment_gives_the_same_answers(
+def test_answers_depend_on_the_row_and_the_step_alone(
     data: AlignedData, own: Callable[..., RolloutGenerator], small_model: Path
 ) -> None:
+    """Not on the other rows of the batch, so that any number of processes writes the same ones."""
     student = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu"))
-    given, state = examples(data) * 2, torch.random.get_rng_state()
-    first, again, other = (own().rewrite(student, given, 0.5, moment, 0)[0] for moment in (7, 7, 8))
-    assert first == again
-    assert first != other
+    given, state = examples(data), torch.random.get_rng_state()
+
+    def written(step: int, *batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [row for batch in batches for row in own().rewrite(student, batch, 0.5, step, 0)[0]]
+        return [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+
+    whole = [written(step, given) for step in range(3)]
+    assert [written(step, given[:1], given[1:]) for step in range(3)] == whole
     assert torch.equal(torch.random.get_rng_state(), state)
-    kept = [row for row, before in zip(first, given, strict=True) if row == before]
-    assert 0 < len(kept) < len(given)
+    assert whole[0] != whole[1] != whole[2]
+    before = [{name: row[name] for name in ("input_ids", "labels")} for row in given] * 3
+    kept = [row for row, one in zip(chain(*whole), before, strict=True) if row == one]
+    assert 0 < len(kept) < len(before)

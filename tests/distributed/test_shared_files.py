@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hymba_tune.distributed import together
-from hymba_tune.distributed.together import make_once, make_together
+from hymba_tune.distributed import shared_files
+from hymba_tune.distributed.shared_files import make_once, make_together
 from tests.files.inputs import hold
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "POLL", 0.01)
+    monkeypatch.setattr(shared_files, "POLL", 0.01)
 
 
 @pytest.fixture
