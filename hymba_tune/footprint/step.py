@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,6 +15,7 @@ import torch
 
 from hymba_tune.footprint.costs import LayerCost, LossCost, layer_cost, loss_cost
 from hymba_tune.footprint.shapes import without_memory
+from hymba_tune.footprint.shares import ModelWeights, Sharding, Weights, held_by_each
 
 MOMENT_BYTES = {
     "adamw": 8.0,
@@ -29,6 +32,9 @@ SHORT = 64
 """Tokens of the texts that layers are counted with: all but attention scores depend only on the batch's tokens."""
 COUNTS = (1, 3)
 """The two numbers of texts that layers are counted with, for linear interpolation."""
+ONE_PROCESS = Sharding()
+LAYER = re.compile(r"\blayers\.\d+\.")
+"""The part of a parameter's name that says which decoder layer it belongs to."""
 LayerKind = tuple[bool, bool]
 
 
@@ -56,7 +62,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes of a training step at its peak, by part.
+    """The bytes of a training step at its peak, by part; with several processes those of one of them.
 
     Attributes:
         weights: The model's weights.
@@ -66,6 +72,9 @@ class Footprint:
         activations: The tensors that layers keep for the backward, and those of the layer that computes.
         head: The tensors of the loss.
         extra_bytes: Models held in addition, such as a teacher.
+        gathered: Weights of other processes, gathered to compute.
+        buckets: Buffers for the communication of gradients.
+        offloaded: Bytes in CPU memory instead of the device's; not in the total.
     """
 
     weights: int
@@ -75,11 +84,14 @@ class Footprint:
     activations: int
     head: int
     extra_bytes: int = 0
+    gathered: int = 0
+    buckets: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """The bytes of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """The bytes of all parts on the device."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
 
 
 class StepMemory:
@@ -106,6 +118,7 @@ class StepMemory:
         optimizer: str,
         logit_copies: int = 0,
         quantized: Mapping[str, int] = MappingProxyType({}),
+        sharding: Sharding = ONE_PROCESS,
     ) -> Footprint:
         """Estimate the bytes of a step at its peak.
 
@@ -116,46 +129,70 @@ class StepMemory:
             optimizer: The optimizer's name in the settings.
             logit_copies: The float32 copies of the whole batch's logits that the loss holds; 0 if it works in chunks.
             quantized: The bytes of each quantized layer, by its name.
+            sharding: How several processes share the model; the batch is that of one of them.
         """
         layers = self._layers(batch)
         loss = self._loss(max(1, batch.learned))
-        frozen, unpacked = self._frozen(quantized)
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        trained_bytes = sum(parameter.nbytes for parameter in trained)
-        state = round(sum(parameter.numel() for parameter in trained) * MOMENT_BYTES[optimizer])
-        waiting = trained_bytes if accumulates else 0
+        weights, unpacked = self.weights(quantized)
+        held = held_by_each(
+            weights,
+            sharding,
+            width=self._mode[0].itemsize,
+            moment_bytes=MOMENT_BYTES[optimizer],
+            accumulates=accumulates,
+        )
+        tied = loss.gradients  # of the head, to which the embedding's backward adds at the end
         around = self._around_layers(batch)
         whole_logits = 4 * logit_copies * batch.places * self._base.lm_head.weight.shape[0]
 
         # Each moment: gradients, activations, head.
         moments = [
-            (waiting, around + sum(cost.held(checkpointing) for cost in layers), max(loss.peak, whole_logits)),
-            (trained_bytes, 0, 0),  # the optimizer's step
-            (trained_bytes, around, loss.gradients),  # the embedding's backward, with a second gradient
+            (held.waiting, around + sum(cost.held(checkpointing) for cost in layers), max(loss.peak, whole_logits)),
+            (held.stepping, 0, 0),  # the optimizer's step
+            (held.gradients(weights.whole.trained, tied), around, tied),  # the embedding's backward, a second gradient
         ]
         # The backward starts at the last layer: earlier layers still hold what they keep, later ones nothing.
-        created = loss.gradients
-        held = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
-        for cost, earlier in reversed(list(zip(layers, held[:-1], strict=True))):
-            moments.append((waiting or created, earlier + cost.kept + max(cost.forward, cost.backward) + unpacked, 0))
+        created = tied
+        stored = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
+        for cost, earlier in reversed(list(zip(layers, stored[:-1], strict=True))):
+            computing = earlier + cost.kept + max(cost.forward, cost.backward) + unpacked
+            moments.append((held.gradients(created, tied), computing, 0))
             created += cost.gradients
 
         gradients, activations, head = max(moments, key=sum)
-        weights, adapter = (frozen, trained_bytes) if frozen else (trained_bytes, 0)
-        return Footprint(weights, adapter, gradients, state, activations, head)
+        base, adapter = (held.frozen, held.trained) if held.frozen else (held.trained, 0)
+        return Footprint(
+            base,
+            adapter,
+            gradients,
+            held.optimizer,
+            activations,
+            head,
+            gathered=held.gathered,
+            buckets=held.buckets,
+            offloaded=held.offloaded,
+        )
 
-    def _frozen(self, quantized: Mapping[str, int]) -> tuple[int, int]:
-        """Return the bytes of frozen weights, and those of the largest quantized weight once dequantized."""
-        held = 0
+    def weights(self, quantized: Mapping[str, int] = MappingProxyType({})) -> tuple[ModelWeights, int]:
+        """Return the model's weights, and the bytes of the largest quantized weight once it is dequantized.
+
+        Args:
+            quantized: The bytes of each quantized layer, by its name.
+        """
+        parts: dict[str, Weights] = defaultdict(Weights)
         unpacked = 0
         for name, parameter in self._base.named_parameters():
+            layer = LAYER.search(name)
+            part = layer[0] if layer else ""
             if parameter.requires_grad:
+                parts[part] += Weights(trained=parameter.nbytes, count=parameter.numel())
                 continue
             size = quantized.get(name.replace(".base_layer", "").removesuffix(".weight"))
-            held += parameter.nbytes if size is None else size
+            parts[part] += Weights(frozen=parameter.nbytes if size is None else size)
             if size is not None:
                 unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)
-        return held, unpacked
+        around = parts.pop("", Weights())
+        return ModelWeights(list(parts.values()), around, self._base.config.hidden_size), unpacked
 
     def _around_layers(self, batch: Batch) -> int:
         """Return the bytes of embeddings, with and without meta tokens, and of the final norm's output.

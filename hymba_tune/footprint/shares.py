@@ -1,0 +1,224 @@
+"""What each of several processes holds of a model, its gradients and its optimizer, by strategy.
+
+Every process computes its own batch, so activations and the loss take in each of them what they take in one.
+
+Sources of the figures:
+    DDP: PyTorch's documentation of DistributedDataParallel (gradient_as_bucket_view): gradients are copied to buckets
+        that take as much memory as all of them.
+    FSDP2: PyTorch's documentation and code of fully_shard (torch.distributed.fsdp, 2.13). A unit, here a decoder layer,
+        is gathered while it computes, and the next one is gathered meanwhile. What lies outside of the units stays
+        gathered until the backward ends. One buffer holds the gradients of a unit that are being reduced.
+    ZeRO: DeepSpeed's page "Memory Requirements" and its estimate_zero2_model_states_mem_needs and
+        estimate_zero3_model_states_mem_needs (0.19.8). A trained parameter takes 2 bytes in 16 bits, and the process
+        that owns it keeps 18 more: gradients in 16 bits and, for the step, in float32, the weight in float32, and
+        two moments of Adam. The settings of buckets are transformers' values of "auto", and DeepSpeed's defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+FLOAT32 = 4
+"""Bytes of the weights that DeepSpeed's optimizers keep, and of the gradients that they step with."""
+LIVE_PARAMETERS = 10**9
+"""Gathered parameters that ZeRO-3 keeps for their next use: its stage3_max_live_parameters and max_reuse_distance."""
+ZERO3_BUCKETS = 2
+"""Buckets of gradients in ZeRO-3, where one is filled while another is reduced (overlap_comm)."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the processes of a run share a model.
+
+    Attributes:
+        processes: The number of processes on all machines; each has one device.
+        strategy: ``ddp``, ``fsdp``, ``zero2`` or ``zero3``.
+        offload: What is moved to CPU memory: ``optimizer``, ``parameters`` (which includes the optimizer), or None.
+    """
+
+    processes: int = 1
+    strategy: str = "ddp"
+    offload: str | None = None
+
+    def share(self, size: float) -> int:
+        """Return a process's share of some bytes that are divided among all."""
+        return ceil(size / self.processes)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model or of a part of it.
+
+    Attributes:
+        frozen: The bytes of its frozen weights.
+        trained: The bytes of its trained weights.
+        count: The number of its trained parameters.
+    """
+
+    frozen: int = 0
+    trained: int = 0
+    count: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.frozen + other.frozen, self.trained + other.trained, self.count + other.count)
+
+    def gathered(self, width: int) -> int:
+        """Return the bytes of the weights with trained ones in ``width`` bytes, as they are gathered to compute."""
+        return self.frozen + self.count * width
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model.
+
+    Attributes:
+        layers: Those of each decoder layer.
+        around: Those outside of the layers: the embedding, which is the head as well, meta tokens and the last norm.
+        hidden_size: The width of the model, on which the sizes of DeepSpeed's buckets depend.
+    """
+
+    layers: Sequence[Weights]
+    around: Weights
+    hidden_size: int
+
+    @property
+    def whole(self) -> Weights:
+        """The weights of the whole model."""
+        return sum(self.layers, self.around)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The bytes that a process holds during a whole step, and the gradients that it keeps.
+
+    Attributes:
+        frozen: Frozen weights.
+        trained: Trained weights.
+        optimizer: The state of the optimizer.
+        gathered: Weights of other processes, gathered to compute.
+        buckets: Buffers for the communication of gradients.
+        waiting: Gradients of earlier batches of a step.
+        stepping: Gradients during the optimizer's step.
+        kept: The share of each gradient that is kept once its layer's backward is done, from 0 to 1; None where
+            gradients stay with their parameters.
+        offloaded: Bytes of CPU memory instead.
+    """
+
+    frozen: int
+    trained: int
+    optimizer: int
+    gathered: int
+    buckets: int
+    waiting: int
+    stepping: int
+    kept: float | None
+    offloaded: int = 0
+
+    def gradients(self, done: int, whole: int) -> int:
+        """Return the bytes of gradients in a backward.
+
+        Args:
+            done: Bytes of the gradients of parameters whose backward is done.
+            whole: Bytes of gradients among them that are not shared yet, as another one is added to them first.
+        """
+        if self.kept is None:
+            return self.waiting or done
+        return (self.waiting or round(self.kept * (done - whole))) + whole
+
+
+def held_by_each(
+    model: ModelWeights, sharding: Sharding, *, width: int, moment_bytes: float, accumulates: bool
+) -> Held:
+    """Return what each process holds.
+
+    Args:
+        model: The model's weights.
+        sharding: How processes share it.
+        width: Bytes of an element in the dtype of the computation.
+        moment_bytes: Bytes of the optimizer's state for each trained parameter.
+        accumulates: Whether a step has several batches.
+    """
+    functions = {"ddp": _ddp, "fsdp": _fsdp, "zero2": _zero2, "zero3": _zero3}
+    held = functions[sharding.strategy](model, sharding, width)
+    state = round(model.whole.count * moment_bytes)
+    state = state if sharding.strategy == "ddp" else sharding.share(state)
+    held = replace(held, optimizer=held.optimizer + state, waiting=held.waiting if accumulates else 0)
+    return _offloaded(held, sharding)
+
+
+def _ddp(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+    del width
+    whole = model.whole
+    buckets = whole.trained if sharding.processes > 1 else 0
+    return Held(whole.frozen, whole.trained, 0, 0, buckets, waiting=whole.trained, stepping=whole.trained, kept=None)
+
+
+def _fsdp(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+    """Return what a process holds with FSDP2.
+
+    Accelerate reduces no gradients before a step's last batch, so those of earlier batches are whole. Its policy of
+    mixed precision gathers weights and reduces gradients in the dtype of the computation.
+    """
+    whole = model.whole
+    return Held(
+        sharding.share(whole.frozen),
+        sharding.share(whole.trained),
+        0,
+        gathered=model.around.gathered(width) + 2 * max(layer.gathered(width) for layer in model.layers),
+        buckets=width * max(part.count for part in [*model.layers, model.around]),
+        waiting=width * whole.count,
+        stepping=sharding.share(whole.trained),
+        kept=1 / sharding.processes,
+    )
+
+
+def _zero2(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+    """Return what a process holds with ZeRO-2: whole weights in the dtype of the computation, shares of the rest."""
+    whole = model.whole
+    return Held(
+        whole.frozen,
+        whole.count * width,
+        sharding.share(whole.count * FLOAT32),
+        gathered=0,
+        buckets=width * _bucket(model),
+        waiting=sharding.share(whole.count * width),
+        stepping=sharding.share(whole.count * (width + FLOAT32)),
+        kept=1 / sharding.processes,
+    )
+
+
+def _zero3(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+    """Return what a process holds with ZeRO-3.
+
+    The documented formula has the largest layer only, and no gradients in 16 bits. The code keeps those for the whole
+    run, and layers stay gathered for their next use, up to `LIVE_PARAMETERS`.
+    """
+    whole = model.whole
+    held = _zero2(model, sharding, width)
+    return replace(
+        held,
+        frozen=sharding.share(whole.frozen),
+        trained=sharding.share(whole.count * width),
+        gathered=min(whole.gathered(width), LIVE_PARAMETERS * width),
+        buckets=ZERO3_BUCKETS * held.buckets,
+    )
+
+
+def _bucket(model: ModelWeights) -> int:
+    """Return the elements of a bucket: transformers' reduce_bucket_size of "auto", which is ``hidden_size ** 2``."""
+    return min(model.hidden_size**2, model.whole.count)
+
+
+def _offloaded(held: Held, sharding: Sharding) -> Held:
+    """Move to CPU memory what the settings say, with the gradients that the optimizer steps with."""
+    if sharding.offload is None:
+        return held
+    offloaded = held.optimizer + held.stepping
+    waiting = held.waiting if sharding.strategy == "fsdp" else 0  # they are whole, and not reduced yet
+    held = replace(held, optimizer=0, waiting=waiting, stepping=0, kept=0)
+    if sharding.offload == "parameters":
+        offloaded += held.frozen + held.trained
+        held = replace(held, frozen=0, trained=0)
+    return replace(held, offloaded=offloaded)
