@@ -91,7 +91,8 @@ class Footprint:
     @property
     def total(self) -> int:
         """The bytes of all parts on the device."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
+        everything: int = sum(getattr(self, field.name) for field in fields(self))
+        return everything - self.offloaded
 
 
 class StepMemory:
