@@ -182,7 +182,7 @@ def _zero2(model: ModelWeights, sharding: Sharding, width: int) -> Held:
         whole.count * width,
         sharding.share(whole.count * FLOAT32),
         gathered=0,
-        buckets=width * _bucket(model),
+        buckets=width * bucket_elements(model),
         waiting=sharding.share(whole.count * width),
         stepping=sharding.share(whole.count * (width + FLOAT32)),
         kept=1 / sharding.processes,
@@ -206,8 +206,8 @@ def _zero3(model: ModelWeights, sharding: Sharding, width: int) -> Held:
     )
 
 
-def _bucket(model: ModelWeights) -> int:
-    """Return the elements of a bucket: transformers' reduce_bucket_size of "auto", which is ``hidden_size ** 2``."""
+def bucket_elements(model: ModelWeights) -> int:
+    """Return the elements of a bucket of ZeRO: transformers' reduce_bucket_size of "auto", ``hidden_size ** 2``."""
     return min(model.hidden_size**2, model.whole.count)
 
 
