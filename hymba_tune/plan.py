@@ -19,23 +19,14 @@ from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import DataError, command
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
+from hymba_tune.footprint.cards import CARDS, ETHERNET, GPU_SHARE, PCIE, Card
+from hymba_tune.footprint.traffic import Collective, bytes_sent, step_traffic
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import decide_quantization, stored_bytes
-from hymba_tune.train.memory_estimate import full_batch, step_settings
+from hymba_tune.train.memory_estimate import full_batch, sharding_of, step_settings
 from hymba_tune.train.setup import base_quantization, lay_out
 
-CARDS = {
-    8: ("RTX 4060", 30),
-    12: ("RTX 4070", 58),
-    16: ("RTX 4080", 97),
-    24: ("RTX 4090", 165),
-    48: ("L40S", 362),
-    80: ("A100", 312),
-}
-"""Common GPUs by their GB: a name, and the TFLOP/s of bfloat16 products that its manufacturer states."""
-GPU_SHARE = 0.3
-"""The share of that speed that a training step is assumed to reach. Nothing has been measured on a GPU."""
 STEP_OVER_PRODUCTS = {torch.float32: 1.9, torch.bfloat16: 2.9}
 """The time of a training step on a CPU over that of its matrix products; measured by benchmarks/train_step.py."""
 SHORTEST = 256
@@ -49,8 +40,8 @@ class DeviceEstimate:
     Attributes:
         device: The device's name.
         has: The device's bytes.
-        needs: The bytes that the run needs.
-        tokens_per_s: The tokens a second that the run may reach.
+        needs: The bytes that the run needs of it: a process on a GPU, all those of this machine on its CPU.
+        tokens_per_s: The tokens a second that the run may reach in all processes together.
         nf4: The bytes that the run needs with weights quantized to NF4; None where they cannot be.
         change: The flags that make the run fit; empty where it fits, None where no flags do.
         seconds: The seconds that the run's steps may take, where its length is known.
@@ -90,7 +81,10 @@ class Plan:
     Attributes:
         model: The model's name.
         settings: The settings that matter to memory, in words.
-        tokens_per_step: The most tokens in an optimizer step.
+        processes: The number of processes, one a GPU.
+        rows_per_step: The rows in an optimizer step, over all processes.
+        tokens_per_step: The most tokens in an optimizer step, over all processes.
+        bytes_sent: The bytes that each process sends in an optimizer step.
         dtype: The dtype on GPUs.
         parts: The bytes on a GPU, by part.
         gpus: The estimate for each GPU.
@@ -100,7 +94,10 @@ class Plan:
 
     model: str
     settings: str
+    processes: int
+    rows_per_step: int
     tokens_per_step: int
+    bytes_sent: float
     dtype: str
     parts: Footprint
     gpus: list[DeviceEstimate]
@@ -133,13 +130,15 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
+    processes = sharding_of(config).processes
     gpus = []
-    for size, (name, tflops) in CARDS.items():
+    for size, card in CARDS.items():
         has = size * 2**30
         needs = parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
-        gpus.append(DeviceEstimate(f"{size} GB ({name})", has, needs, nf4, tflops * 1e12 * GPU_SHARE / flops, change))
+        speed = memory.speed_of_all(config, card.step_flops_per_s / flops, card)
+        gpus.append(DeviceEstimate(f"{size} GB ({card.name})", has, needs, nf4, speed, change))
     if dtype is not gpu_dtype or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, dtype)
         memory = _Memory(
@@ -150,7 +149,10 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     return Plan(
         source.name,
         _in_words(config),
-        full_batch(config).tokens * config.grad_accum,
+        processes,
+        config.batch_size * config.grad_accum * processes,
+        full_batch(config).tokens * config.grad_accum * processes,
+        bytes_sent(memory.traffic(config), processes),
         str(gpu_dtype).removeprefix("torch."),
         parts,
         [_timed(gpu, length) for gpu in gpus],
@@ -180,9 +182,10 @@ def run_length(
     Raises:
         DataError: If the data cannot be read, or holds nothing to train on.
     """
-    step_rows = config.batch_size * config.grad_accum
+    processes = sharding_of(config).processes
+    step_rows = config.batch_size * config.grad_accum * processes
     if not config.data:
-        most = full_batch(config).tokens * config.grad_accum
+        most = full_batch(config).tokens * config.grad_accum * processes
         return Length(config.steps, config.steps * most) if config.steps else None
     rows, tokens = _rows_and_tokens(config, source, progress)
     if config.packing:
@@ -236,10 +239,15 @@ def _here(
 ) -> DeviceEstimate:
     overhead = process_overhead(device, dtype)
     has = device_memory(device)
-    needs = memory.of(config).total + overhead
+    on_cpu = device.type == "cpu"
+    # The processes of a machine share its memory and its cores.
+    sharing = max(1, sharding_of(config).processes // config.nnodes) if on_cpu else 1
+    needs = sharing * (memory.of(config).total + overhead)
     in_nf4 = memory.in_nf4(config)
-    slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if device.type == "cpu" else 1 / GPU_SHARE
+    slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if on_cpu else 1 / GPU_SHARE
     speed = _product_rate(width, device, dtype) / slower / flops
+    if not on_cpu:
+        speed = memory.speed_of_all(config, speed, Card(str(device), 0, PCIE))
     nf4 = None if in_nf4 is None else in_nf4 + overhead
     return DeviceEstimate(
         f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - overhead)
@@ -294,7 +302,27 @@ class _Memory:
 
     def can_be_quantized(self, config: TrainingConfig) -> bool:
         """Return whether the weights are neither quantized nor trained."""
-        return config.method is not Method.full and not self._quantized_bytes(config.quantize)
+        zero = config.strategy.startswith("zero")  # DeepSpeed divides no quantized weights
+        return config.method is not Method.full and not zero and not self._quantized_bytes(config.quantize)
+
+    def traffic(self, config: TrainingConfig) -> list[Collective]:
+        """Return what the processes exchange in an optimizer step."""
+        weights, _ = self._steps.weights(self._quantized_bytes(config.quantize))
+        return step_traffic(weights, sharding_of(config), width=self._dtype.itemsize, batches=config.grad_accum)
+
+    def speed_of_all(self, config: TrainingConfig, speed: float, card: Card) -> float:
+        """Return the tokens a second of all processes, where no exchange overlaps with the computation.
+
+        Args:
+            config: The run's settings.
+            speed: The tokens a second of a process without any exchange.
+            card: The GPU of each.
+        """
+        processes = sharding_of(config).processes
+        network = card.network(ETHERNET, devices=max(1, processes // config.nnodes))
+        exchange = sum(network.seconds(collective, processes) for collective in self.traffic(config))
+        tokens = full_batch(config).tokens * config.grad_accum
+        return processes * tokens / (tokens / speed + exchange)
 
     def _quantized_bytes(self, scheme: Scheme | None) -> dict[str, int]:
         """Return the bytes of each quantized layer."""
@@ -320,14 +348,18 @@ def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> I
     moments = {config.optimizer, "adamw8bit"} if config.method is Method.full else {config.optimizer}
     optimizers = sorted(moments, key=lambda name: name != config.optimizer)
     checkpointings = sorted({config.gradient_checkpointing, True})
-    for length, scheme, optimizer, checkpointing, parts in product(
-        lengths, schemes, optimizers, checkpointings, halvings
+    weights = [(config.strategy, scheme) for scheme in schemes]
+    if sharding_of(config).processes > 1 and config.strategy == "ddp" and config.quantize is None:
+        weights.insert(1, ("fsdp", None))
+    for length, (strategy, scheme), optimizer, checkpointing, parts in product(
+        lengths, weights, optimizers, checkpointings, halvings
     ):
         yield config.model_copy(
             update={
                 "max_length": length,
                 "quantize": scheme,
                 "optimizer": optimizer,
+                "strategy": strategy,
                 "gradient_checkpointing": checkpointing,
                 "batch_size": config.batch_size // parts,
                 "grad_accum": config.grad_accum * parts,
@@ -337,7 +369,7 @@ def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> I
 
 def _flags(config: TrainingConfig, other: TrainingConfig) -> str:
     """Return the flags that turn some settings into others."""
-    names = ("batch_size", "grad_accum", "gradient_checkpointing", "optimizer", "quantize", "max_length")
+    names = ("batch_size", "grad_accum", "gradient_checkpointing", "strategy", "optimizer", "quantize", "max_length")
     changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
     words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
     return " ".join(words)

@@ -51,16 +51,14 @@ class Network:
     """The links of a cluster of equal machines.
 
     Attributes:
-        name: What they are.
         inside: Bytes a second that a device sends to others of its machine.
         between: Bytes a second that a machine sends to others, over all its ports.
         devices: The devices of a machine.
     """
 
-    name: str
     inside: float
     between: float
-    devices: int = 8
+    devices: int
 
     def seconds(self, collective: Collective, processes: int) -> float:
         """Return the time of a step's operations of one kind, which do not overlap with each other or with others.

@@ -9,7 +9,7 @@ FULL = ModelWeights([Weights(trained=4000, count=1000)] * 3, Weights(trained=800
 """A model of 5,000 parameters in float32 that are all trained."""
 FROZEN = ModelWeights([Weights(2000, 400, 100)] * 3, Weights(4000), hidden_size=8)
 """A model of 5,000 frozen parameters in bfloat16 with an adapter of 300 in float32."""
-LINKS = Network("links", inside=1e9, between=1e8, devices=8)
+LINKS = Network(inside=1e9, between=1e8, devices=8)
 
 
 def sent(model: ModelWeights, strategy: str, processes: int = 4, batches: int = 1, width: int = 2) -> float:
