@@ -31,9 +31,10 @@ def plan(
     """Estimate the memory and time of a run, and what to change where it does not fit. Loads no weights.
 
     Memory is estimated for rows of --max-length tokens; the verb's own --dry-run uses your data instead. Time is
-    estimated where --steps or --data determine the length of the run.
+    estimated where --steps or --data determine the length of the run. With --nproc it is the share of each process,
+    and the GPUs need not be here.
 
-    Example: hymba-tune plan --recipe sft_lora --max-length 4096
+    Example: hymba-tune plan --recipe sft_lora --max-length 4096 --nproc 8 --strategy zero3
 
     Parameters
     ----------
@@ -64,6 +65,9 @@ def plan(
 def _show(planned: Plan) -> None:
     console.print(f" {planned.model} · {planned.settings}", markup=False)
     console.print(f" {planned.tokens_per_step:,} tokens a step · {planned.dtype} on a GPU", markup=False)
+    if planned.processes > 1:
+        words = f"{planned.processes:,} processes · {planned.strategy} · {planned.rows_per_step:,} rows a step"
+        console.print(f" {words} · each sends {format_bytes(planned.bytes_sent)} a step", markup=False)
     if planned.length:
         console.print(f" {planned.length.steps:,} steps · {planned.length.tokens:,} tokens in all", markup=False)
     console.print()
@@ -82,14 +86,25 @@ def _show(planned: Plan) -> None:
     for estimate in [*planned.gpus, planned.here]:
         if not estimate.fits:
             console.print(f" for {estimate.device}: {_advice(estimate)}", markup=False)
-    parts = " · ".join(f"{name} {format_bytes(size)}" for name, size in asdict(planned.parts).items() if size)
-    console.print(f" on a GPU: {parts}", style="dim", markup=False)
+    parts = asdict(planned.parts)
+    offloaded = parts.pop("offloaded")
+    listed = " · ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    console.print(f" on a GPU: {listed}", style="dim", markup=False)
+    if offloaded:
+        console.print(f" in CPU memory, for each process: {format_bytes(offloaded)}", style="dim", markup=False)
     console.print(
         " Memory is counted, not measured on a GPU. Speed and time are rough guesses: on GPUs 30 % of their "
         "manufacturers' figures, here from a matrix product timed now. Time covers the steps, without evaluations.",
         style="dim",
         markup=False,
     )
+    if planned.processes > 1:
+        console.print(
+            " Each process has a GPU. Their speed includes the exchange over the GPUs' own links, as if nothing "
+            "overlapped with it, and over 100 Gb/s between machines.",
+            style="dim",
+            markup=False,
+        )
 
 
 def _mark(fits: bool) -> Text:

@@ -17,6 +17,8 @@ from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, l
 from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
+from hymba_tune.distributed.accelerate_file import with_accelerate_config
+from hymba_tune.distributed.checks import accumulation
 from hymba_tune.errors import DataError, command
 from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
 from hymba_tune.footprint.cards import CARDS, ETHERNET, GPU_SHARE, PCIE, Card
@@ -82,6 +84,7 @@ class Plan:
         model: The model's name.
         settings: The settings that matter to memory, in words.
         processes: The number of processes, one a GPU.
+        strategy: What they share.
         rows_per_step: The rows in an optimizer step, over all processes.
         tokens_per_step: The most tokens in an optimizer step, over all processes.
         bytes_sent: The bytes that each process sends in an optimizer step.
@@ -95,6 +98,7 @@ class Plan:
     model: str
     settings: str
     processes: int
+    strategy: str
     rows_per_step: int
     tokens_per_step: int
     bytes_sent: float
@@ -118,6 +122,12 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         HymbaTuneError: If the model, the device, the data or a setting cannot be used.
     """
     check_inputs(config, complete=False)
+    if config.accelerate_config is not None:
+        config = with_accelerate_config(config)
+    processes = sharding_of(config).processes
+    if config.global_batch is not None:
+        grad_accum = accumulation(config.global_batch, config.batch_size, processes)
+        config = config.model_copy(update={"grad_accum": grad_accum})
     device = choose_device(config.device)
     source = resolve_model(config.model)
     model_config = load_config(weights_of(source))
@@ -130,7 +140,6 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
     flops = step_flops(model, checkpointing=config.gradient_checkpointing)
-    processes = sharding_of(config).processes
     gpus = []
     for size, card in CARDS.items():
         has = size * 2**30
@@ -150,6 +159,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         source.name,
         _in_words(config),
         processes,
+        config.strategy,
         config.batch_size * config.grad_accum * processes,
         full_batch(config).tokens * config.grad_accum * processes,
         bytes_sent(memory.traffic(config), processes),

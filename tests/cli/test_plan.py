@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.config import SFTConfig
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
-from hymba_tune.plan import Length, plan, step_flops
+from hymba_tune.errors import ConfigError
+from hymba_tune.plan import Length, Plan, plan, step_flops
 from tests.cli.conftest import Command
 from tests.runs import run, settings
 from tests.tiny import RELEASED, tiny_model
@@ -41,6 +44,51 @@ def test_every_weight_in_little_memory_cannot_be_helped(released: str) -> None:
     assert planned.gpus[0].change is None
 
 
+@pytest.fixture(scope="module")
+def plans(released: str) -> Callable[..., Plan]:
+    """Plans of training every weight, each made once."""
+    settings: dict[str, Any] = {"method": "full", "gradient_checkpointing": True, "max_length": 256, "batch_size": 2}
+    return cache(lambda **changes: plan(SFTConfig(model=released, **settings, **changes)))
+
+
+def test_shares_of_several_processes(plans: Callable[..., Plan]) -> None:
+    alone = plans()
+    ddp, fsdp, zero3 = several = [plans(nproc="8", strategy=strategy) for strategy in ("ddp", "fsdp", "zero3")]
+    assert {(planned.processes, planned.rows_per_step, planned.tokens_per_step) for planned in several} == {
+        (8, 16, 8 * alone.tokens_per_step)
+    }
+    assert ddp.parts.weights == alone.parts.weights
+    assert fsdp.parts.weights == pytest.approx(alone.parts.weights / 8, rel=1e-3)
+    assert zero3.parts.optimizer < alone.parts.optimizer / 4
+    assert alone.bytes_sent == 0 < fsdp.bytes_sent < ddp.bytes_sent
+    for planned in several:
+        speeds = [gpu.tokens_per_s / one.tokens_per_s for gpu, one in zip(planned.gpus, alone.gpus, strict=True)]
+        assert all(0 < speed < 8 for speed in speeds)
+        l40s, a100 = planned.gpus[-2:]
+        assert a100.tokens_per_s > l40s.tokens_per_s  # by its links; alone the other one is faster
+
+
+def test_sharding_is_proposed_where_copies_do_not_fit(plans: Callable[..., Plan]) -> None:
+    assert plans(nproc="8", strategy="ddp").gpus[0].change == "--strategy fsdp"
+    assert plans().gpus[0].change is None
+
+
+def test_offloaded_memory_is_not_that_of_a_gpu(plans: Callable[..., Plan]) -> None:
+    kept = plans(nproc="8", strategy="zero3")
+    offloaded = plans(nproc="8", strategy="zero3", offload="optimizer")
+    assert offloaded.parts.offloaded > kept.parts.optimizer
+    assert offloaded.gpus[0].needs < kept.gpus[0].needs
+
+
+def test_global_batch_and_machines_set_rows_and_steps(small_model: Path) -> None:
+    words: dict[str, Any] = {"model": str(small_model), "batch_size": 2, "max_length": 64, "steps": 10}
+    planned = plan(SFTConfig(**words, nproc="2", nnodes=2, rendezvous="a:1", global_batch=32))
+    assert (planned.processes, planned.rows_per_step) == (4, 32)
+    assert planned.length == Length(10, 10 * 32 * 64)
+    with pytest.raises(ConfigError, match="which 3 processes cannot share evenly"):
+        plan(SFTConfig(**words, nproc="3", global_batch=32))
+
+
 def test_operations_of_a_step_are_those_of_its_products() -> None:
     model = tiny_model()
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
@@ -54,6 +102,10 @@ def test_plan_as_a_table_and_as_json(command: Command) -> None:
     shown = command(*words)
     assert shown.code == 0
     assert "8 GB (RTX 4060)" in shown.out
+    assert "processes" not in shown.out
+    several = command(*words, "--nproc", "4", "--strategy", "zero2", "--offload", "optimizer").out
+    assert "4 processes · zero2 · 32 rows a step · each sends " in several
+    assert "in CPU memory, for each process" in several
     planned = json.loads(command(*words, "--json").out)
     assert [gpu["has"] >> 30 for gpu in planned["gpus"]] == [8, 12, 16, 24, 48, 80]
 
