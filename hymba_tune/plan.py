@@ -20,13 +20,13 @@ from hymba_tune.data.checking import check_sources
 from hymba_tune.distributed.accelerate_file import with_accelerate_config
 from hymba_tune.distributed.checks import accumulation
 from hymba_tune.errors import DataError, command
-from hymba_tune.footprint import GPU_RESERVE, Footprint, StepMemory, device_memory, process_overhead
+from hymba_tune.footprint import GPU_RESERVE, Footprint, Sharding, StepMemory, device_memory, process_overhead
 from hymba_tune.footprint.cards import CARDS, ETHERNET, GPU_SHARE, PCIE, Card
 from hymba_tune.footprint.traffic import Collective, bytes_sent, step_traffic
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import decide_quantization, stored_bytes
-from hymba_tune.train.memory_estimate import full_batch, sharding_of, step_settings
+from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import base_quantization, lay_out
 
 STEP_OVER_PRODUCTS = {torch.float32: 1.9, torch.bfloat16: 2.9}
@@ -124,7 +124,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     check_inputs(config, complete=False)
     if config.accelerate_config is not None:
         config = with_accelerate_config(config)
-    processes = sharding_of(config).processes
+    processes = Sharding.of(config).processes
     if config.global_batch is not None:
         grad_accum = accumulation(config.global_batch, config.batch_size, processes)
         config = config.model_copy(update={"grad_accum": grad_accum})
@@ -192,7 +192,7 @@ def run_length(
     Raises:
         DataError: If the data cannot be read, or holds nothing to train on.
     """
-    processes = sharding_of(config).processes
+    processes = Sharding.of(config).processes
     step_rows = config.batch_size * config.grad_accum * processes
     if not config.data:
         most = full_batch(config).tokens * config.grad_accum * processes
@@ -251,7 +251,7 @@ def _here(
     has = device_memory(device)
     on_cpu = device.type == "cpu"
     # The processes of a machine share its memory and its cores.
-    sharing = max(1, sharding_of(config).processes // config.nnodes) if on_cpu else 1
+    sharing = max(1, Sharding.of(config).processes // config.nnodes) if on_cpu else 1
     needs = sharing * (memory.of(config).total + overhead)
     in_nf4 = memory.in_nf4(config)
     slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if on_cpu else 1 / GPU_SHARE
@@ -318,7 +318,7 @@ class _Memory:
     def traffic(self, config: TrainingConfig) -> list[Collective]:
         """Return what the processes exchange in an optimizer step."""
         weights, _ = self._steps.weights(self._quantized_bytes(config.quantize))
-        return step_traffic(weights, sharding_of(config), width=self._dtype.itemsize, batches=config.grad_accum)
+        return step_traffic(weights, Sharding.of(config), width=self._dtype.itemsize, batches=config.grad_accum)
 
     def speed_of_all(self, config: TrainingConfig, speed: float, card: Card) -> float:
         """Return the tokens a second of all processes, where no exchange overlaps with the computation.
@@ -328,7 +328,7 @@ class _Memory:
             speed: The tokens a second of a process without any exchange.
             card: The GPU of each.
         """
-        processes = sharding_of(config).processes
+        processes = Sharding.of(config).processes
         network = card.network(ETHERNET, devices=max(1, processes // config.nnodes))
         exchange = sum(network.seconds(collective, processes) for collective in self.traffic(config))
         tokens = full_batch(config).tokens * config.grad_accum
@@ -359,7 +359,7 @@ def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> I
     optimizers = sorted(moments, key=lambda name: name != config.optimizer)
     checkpointings = sorted({config.gradient_checkpointing, True})
     weights = [(config.strategy, scheme) for scheme in schemes]
-    if sharding_of(config).processes > 1 and config.strategy == "ddp" and config.quantize is None:
+    if Sharding.of(config).processes > 1 and config.strategy == "ddp" and config.quantize is None:
         weights.insert(1, ("fsdp", None))
     for length, (strategy, scheme), optimizer, checkpointing, parts in product(
         lengths, weights, optimizers, checkpointings, halvings

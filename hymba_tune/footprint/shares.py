@@ -20,6 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from hymba_tune.config import DistributedOptions
+from hymba_tune.distributed.checks import is_started
+from hymba_tune.distributed.devices import count_gpus
+from hymba_tune.distributed.environment import world_size
+
 FLOAT32 = 4
 """Bytes of the weights that DeepSpeed's optimizers keep, and of the gradients that they step with."""
 LIVE_PARAMETERS = 10**9
@@ -41,6 +46,13 @@ class Sharding:
     processes: int = 1
     strategy: str = "ddp"
     offload: str | None = None
+
+    @classmethod
+    def of(cls, options: DistributedOptions) -> Sharding:
+        """Return how a run is divided: among the processes that were started, or that its settings say."""
+        here = (count_gpus() or 1) if options.nproc == "auto" else int(options.nproc)
+        processes = world_size() if is_started() else here * options.nnodes
+        return cls(processes, options.strategy, options.offload)
 
     def share(self, size: float) -> int:
         """Return a process's share of some bytes that are divided among all."""

@@ -14,7 +14,7 @@ import torch
 from hymba_tune.config import Method, Scheme, TrainingConfig
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.files.checkpoints import forget_torn
-from hymba_tune.footprint import MOMENT_BYTES
+from hymba_tune.footprint import MOMENT_BYTES, Sharding
 from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
 from hymba_tune.train.run import Run
@@ -23,6 +23,8 @@ SMALL_FILES = 2**23
 """An upper bound on the bytes of a tokenizer and of a trainer's state without weights and moments."""
 WRITING_FAILED = ("os error 28", "inline_container", "iostream error", "PytorchStreamWriter")
 """Parts of the error messages of safetensors and torch when a file cannot be written completely."""
+ZERO_COPIES = 3
+"""Copies of the trained weights in a checkpoint of DeepSpeed's ZeRO: the result, its module and its optimizer's."""
 GB = 2**30
 
 
@@ -36,10 +38,12 @@ def disk_needed(config: TrainingConfig, *, trained: int, total: int) -> int:
 
     Args:
         config: The run's settings.
-        trained: The number of trained parameters; they and their moments are in float32.
+        trained: The number of trained parameters; they and their moments are in float32. Shares of several processes
+            add up to the whole.
         total: The number of all parameters.
     """
-    checkpoint = trained * (4 + MOMENT_BYTES[config.optimizer]) + SMALL_FILES
+    copies = ZERO_COPIES if config.strategy.startswith("zero") else 1
+    checkpoint = trained * (4 * copies + MOMENT_BYTES[config.optimizer]) + SMALL_FILES
     result = 4 * (total if config.method is Method.full else trained) + SMALL_FILES
     return round((kept_checkpoints(config) + 1) * checkpoint + result)
 
@@ -131,7 +135,11 @@ def _savings(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
         yield halved, "the same steps"
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "a third more time"
-    if config.method is not Method.full and config.quantize is None:
+    if Sharding.of(config).processes > 1 and config.strategy == "ddp" and config.quantize is None:
+        yield {"strategy": "fsdp"}, "weights, gradients and optimizer divided among the processes"
+    if config.strategy.startswith("zero") and config.offload is None:
+        yield {"offload": "optimizer"}, "its states in CPU memory, slower"
+    if config.method is not Method.full and config.quantize is None and not config.strategy.startswith("zero"):
         yield {"quantize": Scheme.nf4}, "the base weights in 4 bits"
     yield {"max_length": max(8, config.max_length // 2)}, "longer rows are cut"
     if config.method is Method.full:

@@ -10,9 +10,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from hymba_tune.config import TrainingConfig
-from hymba_tune.distributed.checks import is_started
-from hymba_tune.distributed.devices import count_gpus
-from hymba_tune.distributed.environment import world_size
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory, device_memory, process_overhead
 from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
@@ -91,14 +88,8 @@ def step_settings(config: TrainingConfig) -> dict[str, Any]:
         "accumulates": config.grad_accum > 1,
         "optimizer": config.optimizer,
         "logit_copies": config.verb.logit_copies,
-        "sharding": sharding_of(config),
+        "sharding": Sharding.of(config),
     }
-
-
-def sharding_of(config: TrainingConfig) -> Sharding:
-    """Return how the processes of a run share the model: those that were started, or that the settings say."""
-    here = (count_gpus() or 1) if config.nproc == "auto" else int(config.nproc)
-    return Sharding(world_size() if is_started() else here * config.nnodes, config.strategy, config.offload)
 
 
 def full_batch(config: TrainingConfig) -> Batch:

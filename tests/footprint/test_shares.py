@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hymba_tune.config import SFTConfig
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory
 from hymba_tune.footprint.shares import LIVE_PARAMETERS, ModelWeights, Weights, held_by_each
 from tests.tiny import tiny_model
@@ -119,3 +120,10 @@ def test_what_is_offloaded_is_not_in_the_total() -> None:
     assert offloaded.optimizer == 0
     assert offloaded.offloaded > kept.optimizer
     assert offloaded.total < kept.total
+
+
+def test_processes_are_those_that_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SFTConfig(nproc="4", nnodes=2, rendezvous="a:1", strategy="zero3", offload="parameters")
+    assert Sharding.of(config) == Sharding(8, "zero3", "parameters")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert Sharding.of(config).processes == 6

@@ -153,6 +153,15 @@ def test_advice_says_what_each_change_would_take() -> None:
     ]  # there are no rows that half of --max-length would cut
 
 
+def test_several_processes_are_advised_to_share() -> None:
+    config = SFTConfig(nproc="8", batch_size=1, method="full")
+    assert "--strategy fsdp (weights, gradients and optimizer divided among the processes)" in memory_advice(config)
+    zero3 = memory_advice(SFTConfig(nproc="8", strategy="zero3"))
+    assert "--offload optimizer (its states in CPU memory, slower)" in zero3
+    assert not any(advice.startswith("--quantize") for advice in zero3)
+    assert not any(advice.startswith("--strategy") for advice in memory_advice(SFTConfig(method="full")))
+
+
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), limits_explained(Run(tmp_path), SFTConfig(), CPU):
         raise RuntimeError("shapes")
