@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from hymba_tune.cli.main import app
 from tests.conftest import ROOT
 from tests.tolerances import FLOAT64
 
@@ -68,6 +69,12 @@ COLUMNS = {
         "quantize_weights": {"scheme", "kind", "modules", "error %", "MB before", "MB after"},
         "quantize_search": {"scheme", "quantized", "rise %", "KL mnat", "MB saved"},
     },
+    "scaling": {
+        "scaling": {
+            *("dtype", "strategy", "processes", "rows", "tokens a row", "tokens/s", "x one", "step s"),
+            *("peak MB", "estimated MB"),
+        },
+    },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
 """The tables of each benchmark and their columns."""
@@ -83,7 +90,11 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     transformers.logging.enable_progress_bar()
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+SLOW = {"scaling"}
+"""Benchmarks whose quick mode starts several processes, which takes a minute."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COLUMNS])
 def test_benchmark_writes_its_tables(name: str, benchmark: Any, tmp_path: Path) -> None:
     benchmark(name).main(["--quick", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)])
     results = {result["name"]: result for result in map(json.loads, map(Path.read_text, tmp_path.iterdir()))}
@@ -99,6 +110,44 @@ def test_quick_runs_write_no_results_by_default(benchmark: Any) -> None:
     harness: ModuleType = benchmark("harness")
     assert harness.options("", ["--quick"], repeats=5).out is None
     assert harness.options("", [], repeats=5).out == ROOT / "benchmarks" / "results"
+
+
+def test_scaling_compares_with_the_same_rows_in_one_process(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaling = benchmark("scaling")
+    commands: list[list[str]] = []
+
+    original = scaling.subprocess.run
+
+    def run(command: list[str], **settings: Any) -> Any:
+        if "--out" not in command:  # git, for the machine's description
+            return original(command, **settings)
+        commands.append(command)
+        several = "--nproc" in command
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(exist_ok=True)
+        lines = [{"loss": 1.0, "tokens_per_s": speed * (1 + 0.8 * several)} for speed in (1.0, 1.0, 90.0, 100.0, 110.0)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"eval_loss": 1.0}]))
+        (out / "run.json").write_text(json.dumps({"memory": {"measured_bytes": 2e6, "predicted_bytes": 1e6}}))
+
+        return None
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    words = ["--device", "cpu", "--dtype", "float32", "--processes", "1", "2", "--strategies", "ddp", "fsdp"]
+    scaling.main([*words, "--out", str(tmp_path)])
+    (result,) = map(json.loads, map(Path.read_text, tmp_path.iterdir()))
+    rows = result["rows"]
+    assert {(row["strategy"], row["processes"], row["x one"]) for row in rows} == {
+        ("ddp", 1, 1.0),
+        ("ddp", 2, 1.8),
+        ("fsdp", 2, 1.8),
+    }
+    assert {(row["rows"], row["tokens a row"]) for row in rows} == {(4, 512), (4, 256), (4, 1024), (1, 512), (8, 512)}
+    assert (rows[0]["tokens/s"], rows[0]["peak MB"], rows[0]["estimated MB"]) == (100, 2, 1)
+    assert len(commands) == 15
+    for command in commands:
+        app.parse_args(command[3:], exit_on_error=False, print_error=False)
 
 
 def test_variants_are_timed_in_turn(benchmark: Any) -> None:
