@@ -13,6 +13,9 @@ from hymba_tune.cli.settings import check_first
 from hymba_tune.config import ServeConfig
 from hymba_tune.errors import ConfigError
 
+NEEDED = ("starlette", "uvicorn", "llguidance", "prometheus_client")
+"""The packages of the extra "serve"."""
+
 
 def serve(
     model: Annotated[str, Parameter(name="MODEL")],
@@ -29,7 +32,7 @@ def serve(
     model
         A run directory, or any model that --model accepts.
     """
-    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serve needs {missing[0]}, which is not installed.", fix="pip install 'hymba-tune[serve]'")
     flags.model = model
     check_first(flags)

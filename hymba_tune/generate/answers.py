@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList
 
 from hymba_tune.data import Conversation, encode_prompt
-from hymba_tune.generate.decoding import relative_logits
+from hymba_tune.generate.sampling import relative_logits
 
 
 class _TextStreamer(BaseStreamer):

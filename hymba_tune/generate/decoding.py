@@ -12,32 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.errors import CheckpointError
+from hymba_tune.generate.constraints import Constraint
+from hymba_tune.generate.sampling import Sampling, TokenScore, penalized_logits, sampling_probabilities, token_score
 from hymba_tune.model.cache import CACHE_NAME, HymbaCache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: Sampling temperature; 0 is greedy decoding.
-        top_p: Nucleus sampling: only the likeliest tokens with this total probability are sampled from.
-        seed: The seed of this sequence's own generator; its tokens do not depend on the rest of the batch. None draws
-            a seed from torch's global generator.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token's log-probability given its prefix, in nats, and the likeliest tokens there, likeliest first."""
-
-    token: int
-    log_prob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -49,6 +26,8 @@ class Generation:
         max_new_tokens: Maximum number of new tokens.
         sampling: How the next token is chosen.
         stop: Stop strings; generation ends before the first one that appears.
+        stop_ids: Tokens that end the text as the end token does.
+        constraint: What the text must be, such as JSON of a schema; None for any text.
         continues_prompt: Whether the text continues the prompt's text, including the space between the two. False
             decodes it as a text of its own.
         top: How many of the likeliest tokens to record at each position. None records no scores at all.
@@ -64,6 +43,8 @@ class Generation:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     continues_prompt: bool = False
     top: int | None = None
     number: int = 0
@@ -86,7 +67,8 @@ class Generation:
         """The generated text so far, including any stop string."""
         prefix = list(self.prompt[-CONTEXT:]) if self.continues_prompt else []
         skip = len(tokenizer.decode(prefix, skip_special_tokens=True)) if prefix else 0
-        return str(tokenizer.decode(prefix + self.ids, skip_special_tokens=True))[skip:]
+        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.stop_ids else self.ids
+        return str(tokenizer.decode(prefix + ids, skip_special_tokens=True))[skip:]
 
 
 CONTEXT = 8
@@ -181,12 +163,22 @@ class Decoder:
 
     def _append(self, one: Generation, logits: Tensor, greedy: int) -> None:
         """Choose the next token of one sequence from its logits ``(V,)``."""
-        token = greedy if one.sampling.temperature == 0 else self._sample(one, logits)
+        wanted = logits
+        if one.sampling.changes_logits:
+            wanted = penalized_logits(wanted, one.sampling, one.prompt, one.ids)
+        if one.constraint:
+            wanted = one.constraint.masked(wanted)
+        if wanted is not logits:
+            greedy = int(wanted.argmax())
+        token = greedy if one.sampling.temperature == 0 else self._sample(one, wanted)
+
         one.ids.append(token)
         if one.top is not None:
             one.scores.append(token_score(logits.log_softmax(-1), token, one.top))
+        if one.constraint:
+            one.constraint.accept(token)
 
-        if token == self._tokenizer.eos_token_id or self._at_stop_string(one):
+        if self._is_complete(one):
             one.finish_reason = "stop"
         elif len(one.ids) >= one.max_new_tokens:
             one.finish_reason = "length"
@@ -201,7 +193,12 @@ class Decoder:
         probabilities, tokens = sampling_probabilities(logits, generation.sampling)
         return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
-    def _at_stop_string(self, generation: Generation) -> bool:
+    def _is_complete(self, generation: Generation) -> bool:
+        """Whether a text ends with its last token: an end token, a stop string, or the end of its grammar."""
+        if generation.ids[-1] in (self._tokenizer.eos_token_id, *generation.stop_ids):
+            return True
+        if generation.constraint and generation.constraint.complete:
+            return True
         text = generation.full_text(self._tokenizer) if generation.stop else ""
         return any(stop in text for stop in generation.stop)
 
@@ -215,50 +212,6 @@ class Decoder:
             self._cache = None
         elif self._cache is not None:
             self._cache.batch_select_indices(torch.tensor(rows))
-
-
-def relative_logits(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities at a temperature, up to a constant: 0 for the likeliest token, negative for others.
-
-    Unlike logits divided by a small temperature, they never overflow to infinity at the likeliest token.
-
-    Args:
-        logits: ``(..., V)``, any float dtype; computed in float32 at least.
-        temperature: Sampling temperature, greater than 0.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A smaller temperature would be 0 in this dtype.
-    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
-
-
-def sampling_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The nucleus of one position.
-
-    Args:
-        logits: ``(V,)``, any float dtype.
-        sampling: The temperature, greater than 0, and ``top_p``.
-
-    Returns:
-        The probabilities ``(V,)`` of all tokens, likeliest first and 0 outside the nucleus, and the tokens ``(V,)``.
-    """
-    probabilities, tokens = relative_logits(logits, sampling.temperature).softmax(-1).sort(descending=True)
-    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-    outside[0] = False  # the likeliest token stays in, also where top_p is 0 in this dtype
-    return probabilities.masked_fill(outside, 0.0), tokens
-
-
-def token_score(log_probs: Tensor, token: int, top: int) -> TokenScore:
-    """The score of a token at one position.
-
-    Args:
-        log_probs: ``(V,)``, the log-probabilities at that position.
-        token: The token at that position.
-        top: How many of the likeliest tokens to include.
-    """
-    best = log_probs.topk(top)
-    return TokenScore(
-        token, float(log_probs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    )
 
 
 def generate_texts(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hymba_tune.errors import CheckpointError
 from hymba_tune.generate import Decoder, Generation, Sampling, generate_texts, write
-from hymba_tune.generate.decoding import sampling_probabilities
+from hymba_tune.generate.sampling import sampling_probabilities
 from tests.tiny import random_texts, tiny_model
 
 PROMPTS = [text.tolist() for text in random_texts([9, 1, 30, 4, 12])]

@@ -1,0 +1,126 @@
+"""Texts that must have a form: JSON of a schema, or whatever a grammar describes, by llguidance."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hymba_tune.errors import DataError
+
+JSON_SPACES = {"whitespace_pattern": r"[ \n]{0,16}"}
+"""White space inside JSON is limited: a model that repeats itself would write nothing else."""
+
+
+class Constraint:
+    """What one text must be, and how much of it is written.
+
+    Args:
+        matcher: An ``LLMatcher`` of llguidance, which is advanced.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def copy(self) -> Constraint:
+        """A constraint for another text, in the same state."""
+        return Constraint(self._matcher.deep_copy())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text is complete and nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """The logits ``(V,)`` of the next token; negative infinity for tokens that cannot come next.
+
+        Raises:
+            DataError: If the grammar needs more computation than its limits allow.
+        """
+        mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._check()
+        bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        allowed = bits.flatten()[: len(logits)].bool()
+        # A model may have logits for more tokens than its tokenizer has.
+        allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+    def accept(self, token: int) -> None:
+        """Advance by a token of the text.
+
+        Raises:
+            DataError: If the token cannot come next.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def skip(self, ids: list[int]) -> bool:
+        """Advance by the tokens of text that exists already; returns whether all of them fit."""
+        return bool(self._matcher.try_consume_tokens(ids) == len(ids))
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise DataError(f"The text cannot follow its grammar: {_first_line(self._matcher.get_error())}")
+
+
+class Grammars:
+    """Compiles grammars for a tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def json(self, schema: dict[str, Any]) -> Constraint:
+        """JSON of a schema.
+
+        Raises:
+            DataError: If the schema is not valid, or has keywords that cannot be enforced.
+        """
+        return self.lark(f"%llguidance {{}}\nstart: {json_rule(schema)}\n")
+
+    def lark(self, grammar: str) -> Constraint:
+        """A text of a grammar in llguidance's variant of Lark.
+
+        Raises:
+            DataError: If the grammar is not valid.
+        """
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._compiled, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            raise DataError(_first_line(matcher.get_error()))
+        return Constraint(matcher)
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens that spell a text, with nothing before it."""
+        return list(self._compiled.greedy_tokenize(text))
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The tokenizer as llguidance reads it, which takes a second for a large vocabulary."""
+        from llguidance.hf import from_tokenizer  # installed by the extra "serve"
+
+        return from_tokenizer(self._tokenizer)
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """A rule of a Lark grammar for JSON of a schema, with limited white space.
+
+    Raises:
+        DataError: If the schema is nested too deeply.
+    """
+    try:
+        return f"%json {json.dumps({**schema, 'x-guidance': JSON_SPACES})}"
+    except RecursionError:
+        raise DataError("the schema is nested too deeply") from None
+
+
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0]

@@ -1,0 +1,90 @@
+"""Texts that must follow a grammar, with the packaged tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hymba_tune.checkpoint import load_tokenizer, load_weights
+from hymba_tune.errors import DataError
+from hymba_tune.generate import Generation, Grammars, Sampling, generate_texts
+from hymba_tune.registry import resolve_model
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ann", "Bob"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_model: Path) -> Any:
+    return load_tokenizer(small_model)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Any) -> Grammars:
+    return Grammars(tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_any_model_writes_json_of_the_schema(
+    small_model: Path, tokenizer: Any, grammars: Grammars, temperature: float
+) -> None:
+    """The model is a random one."""
+    model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu")).eval()
+    constraint = grammars.json(SCHEMA)
+    generations = [
+        Generation([5, 6, 7], 100, Sampling(temperature, seed=seed), constraint=constraint.copy()) for seed in range(3)
+    ]
+    for one in generate_texts(model, tokenizer, generations, batch_size=2):
+        value = json.loads(one.text(tokenizer))
+        assert value.keys() == {"name", "age"}
+        assert value["name"] in ("Ann", "Bob")
+        assert 1 <= value["age"] <= 99
+        assert one.finish_reason == "stop"
+
+
+def test_white_space_is_limited(grammars: Grammars) -> None:
+    assert grammars.json(SCHEMA).skip(grammars.tokens('{"name":\n  "Ann"'))
+    assert not grammars.json(SCHEMA).skip(grammars.tokens('{"name":' + " " * 20))
+
+
+def test_a_model_wider_than_its_tokenizer_writes_its_tokens_only(grammars: Grammars, tokenizer: Any) -> None:
+    masked = grammars.json(SCHEMA).masked(torch.zeros(len(tokenizer) + 77))
+    assert masked.shape == (len(tokenizer) + 77,)
+    assert tokenizer.decode([int(masked.argmax())]).startswith("{")
+    assert masked[len(tokenizer) :].max() == float("-inf")
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"type": "objekt"}, "Invalid type: objekt"),
+        ({"unevaluatedProperties": 3}, "Unimplemented keys"),
+        ({"$ref": "https://example.com/schema"}, "Default retriever does not fetch resources"),
+        ({"type": "string", "pattern": "(?=a)b"}, "regex parse error"),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused(grammars: Grammars, schema: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        grammars.json(schema)
+
+
+def test_a_schema_without_end_is_refused(grammars: Grammars) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"not": schema}
+    with pytest.raises(DataError, match="the schema is nested too deeply"):
+        grammars.json(schema)
+
+
+def test_a_token_outside_the_grammar_is_an_error(grammars: Grammars) -> None:
+    constraint = grammars.json(SCHEMA)
+    with pytest.raises(DataError, match="The text cannot follow its grammar"):
+        constraint.accept(5)
