@@ -77,14 +77,6 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def json(self, schema: dict[str, Any]) -> Constraint:
-        """JSON of a schema.
-
-        Raises:
-            DataError: If the schema is not valid, or has keywords that cannot be enforced.
-        """
-        return self.lark(f"%llguidance {{}}\nstart: {json_rule(schema)}\n")
-
     def lark(self, grammar: str) -> Constraint:
         """A text of a grammar in llguidance's variant of Lark.
 
@@ -110,14 +102,18 @@ class Grammars:
         return from_tokenizer(self._tokenizer)
 
 
-def json_rule(schema: dict[str, Any]) -> str:
+def json_rule(schema: dict[str, Any], *, lenient: bool = False) -> str:
     """A rule of a Lark grammar for JSON of a schema, with limited white space.
+
+    Args:
+        schema: The JSON schema.
+        lenient: Whether keywords that cannot be enforced are ignored, instead of an error of the grammar.
 
     Raises:
         DataError: If the schema is nested too deeply.
     """
     try:
-        return f"%json {json.dumps({**schema, 'x-guidance': JSON_SPACES})}"
+        return f"%json {json.dumps({**schema, 'x-guidance': {**JSON_SPACES, 'lenient': lenient}})}"
     except RecursionError:
         raise DataError("the schema is nested too deeply") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -37,7 +38,9 @@ from hymba_tune.serve.responses import (
     TokenTexts,
     chat_logprobs,
     completion_logprobs,
+    delta,
     head,
+    message,
     prompt_logprobs,
     score_prompt,
     usage,
@@ -66,6 +69,7 @@ class Service:
         self._tokens = TokenTexts(tokenizer)
         self._reader = RequestReader(name, tokenizer, limits)
         self._reading = ThreadPoolExecutor(1, "requests")
+        self._started = int(time.time())
         self._waiting = 0
         """The number of requests that are being read, or wait for it."""
 
@@ -109,7 +113,13 @@ class Service:
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "owned_by": "hymba-tune", "max_model_len": self._limits.context}
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "hymba-tune",
+            "max_model_len": self._limits.context,
+        }
 
     async def _chat(self, http: Request) -> Response:
         body = await read_body(http, self._limits.body)
@@ -133,12 +143,12 @@ class Service:
         request, generations = await self._read(self._reader.chat, body)
 
         def choice(stream: AnswerStream, streamed: bool) -> dict[str, Any]:
+            earlier = len(stream.calls)
             text = stream.next()
             scores = stream.scores()
-            message = {"role": "assistant", "content": text, "refusal": None}
             return {
                 "index": stream.generation.number,
-                **({"delta": {"content": text} if text else {}} if streamed else {"message": message}),
+                **({"delta": delta(text, stream.calls, earlier)} if streamed else {"message": message(text, stream)}),
                 "logprobs": chat_logprobs(scores, self._tokens) if request.logprobs else None,
                 "finish_reason": stream.finish_reason,
             }
@@ -147,7 +157,11 @@ class Service:
             {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None} for i in range(request.n)
         ]
         begin = head("chat.completion.chunk" if request.stream else "chat.completion", self._name)
-        return await self._answer(request, generations, begin, choice, first_chunks, stripped=True)
+        streams = [
+            AnswerStream(one, self._tokenizer, stripped=True, reads_calls=bool(request.usable_tools))
+            for one in generations
+        ]
+        return await self._answer(request, streams, begin, choice, first_chunks)
 
     async def _completion_response(self, body: bytes) -> Response:
         request, generations = await self._read(self._reader.completion, body)
@@ -171,7 +185,8 @@ class Service:
             return choice
 
         begin = head("text_completion", self._name)
-        return await self._answer(request, generations, begin, choice, [], stripped=False)
+        streams = [AnswerStream(one, self._tokenizer, stripped=False) for one in generations]
+        return await self._answer(request, streams, begin, choice, [])
 
     def _completion_scores(
         self,
@@ -198,14 +213,12 @@ class Service:
     async def _answer(
         self,
         request: BaseRequest,
-        generations: list[Generation],
+        streams: list[AnswerStream],
         begin: dict[str, Any],
         choice: Choice,
         first_chunks: list[dict[str, Any]],
-        *,
-        stripped: bool,
     ) -> Response:
-        streams = [AnswerStream(one, self._tokenizer, stripped=stripped) for one in generations]
+        generations = [stream.generation for stream in streams]
         prompt_tokens = sum(len(one.prompt) for one in generations[:: request.n])
 
         def whole() -> Response:

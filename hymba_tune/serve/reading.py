@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hymba_tune.data import Conversation, Message, encode_prompt
+from hymba_tune.data import Conversation, Message, render_prompt
+from hymba_tune.data.chat import Rendered, tokenize
 from hymba_tune.data.messages import read_message, with_context_first
 from hymba_tune.errors import DataError
-from hymba_tune.generate import Generation, Sampling
-from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, read_request
+from hymba_tune.generate import Constraint, Generation, Grammars, Sampling
+from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, RequestType, read_request
+from hymba_tune.serve.tools import CLOSE, answer_grammar, content_grammar
 
 CACHED_TEXTS = 256
 """Number of texts whose tokens the tokenizer keeps: the parts of a chat template that every request has."""
@@ -48,6 +50,7 @@ class RequestReader:
         self._name = name
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = Grammars(tokenizer)
         _limit_cache(tokenizer)
 
     def check_model(self, name: str) -> None:
@@ -80,14 +83,65 @@ class RequestReader:
                 param="messages",
                 code="context_length_exceeded",
             )
-        try:
-            prompt = encode_prompt(Conversation(tuple(_messages(request.messages))), self._tokenizer)
-        except DataError as error:
-            raise ApiError(400, f"messages: {error.what}.", param="messages") from None
+        messages = self._messages(request)
+        prefill = ""
+        if messages[-1].role == "assistant":
+            prefill = messages.pop().content
+        elif request.continue_final_message:
+            raise ApiError(400, "continue_final_message: the last message is not the assistant's.", param="messages")
+        prompt = self._prompt(request, messages, prefill)
 
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
-        return request, self._generations(request, [prompt], limit, top, continues_prompt=False)
+        stop = (CLOSE,) if request.usable_tools and not request.parallel_tool_calls else ()
+        constraint = self._constraint(answer_grammar, request, prefill)
+        continues = bool(prefill)
+        return request, self._generations(
+            request, [prompt], limit, top, continues_prompt=continues, stop=stop, constraint=constraint
+        )
+
+    def _messages(self, request: ChatRequest) -> list[Message]:
+        """Read the messages of a chat; the last one may be the beginning of the answer."""
+        try:
+            messages = [
+                Message("assistant", "") if _is_empty_answer(item) else read_message(item, f"message {number}", {})
+                for number, item in enumerate(request.messages, start=1)
+            ]
+            last = messages[-1]
+            if last.role == "assistant" and (request.messages[-1].get("tool_calls") or len(messages) == 1):
+                raise ApiError(
+                    400, "messages: there is nothing to answer; expected a message after it.", param="messages"
+                )
+            return with_context_first(messages)
+        except DataError as error:
+            raise ApiError(400, f"messages: {error.what}.", param="messages") from None
+
+    def _prompt(self, request: ChatRequest, messages: Sequence[Message], prefill: str) -> list[int]:
+        """Tokenize a conversation up to the answer, and the beginning of the answer."""
+        tools = tuple(tool.shown for tool in request.usable_tools)
+        try:
+            text = render_prompt(Conversation(tuple(messages), tools), self._tokenizer)
+            ids = tokenize([Rendered(text + prefill, ())], self._tokenizer)[0].input_ids
+        except DataError as error:
+            raise ApiError(400, f"messages: {error.what}.", param="messages") from None
+        if any(tool.function.name not in text for tool in request.usable_tools):
+            raise ApiError(400, "tools: the model's chat template shows no tools.", param="tools")
+        return ids
+
+    def _constraint(
+        self, grammar_of: Callable[[RequestType], str | None], request: RequestType, prefill: str = ""
+    ) -> Constraint | None:
+        """Compile the grammar of a request's answers, and advance it by the beginning of the answer."""
+        try:
+            grammar = grammar_of(request)
+            if grammar is None:
+                return None
+            constraint = self._grammars.lark(grammar)
+        except DataError as error:
+            raise ApiError(400, f"The schema cannot be enforced: {error.what}.", param="response_format") from None
+        if prefill and not constraint.skip(self._grammars.tokens(prefill)):
+            raise ApiError(400, "messages: the beginning of the answer does not have its form.", param="messages")
+        return constraint
 
     def completion(self, body: bytes) -> tuple[CompletionRequest, list[Generation]]:
         """Read a request to continue prompts.
@@ -105,15 +159,21 @@ class RequestReader:
             raise ApiError(400, "echo and prompt_logprobs cannot be streamed.", param="stream")
         if not request.max_tokens and not (request.echo or request.scores_prompt):
             raise ApiError(400, "max_tokens: 0 needs echo or prompt_logprobs.", param="max_tokens")
-        return request, self._generations(request, prompts, request.max_tokens, request.logprobs, continues_prompt=True)
+        constraint = self._constraint(content_grammar, request)
+        return request, self._generations(
+            request, prompts, request.max_tokens, request.logprobs, continues_prompt=True, constraint=constraint
+        )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             ids: list[int] = self._tokenizer(prompt)["input_ids"]
             return ids
-        if not all(0 <= token < len(self._tokenizer) for token in prompt):
-            raise ApiError(400, f"prompt: token ids must be from 0 to {len(self._tokenizer) - 1:,}.", param="prompt")
+        self._check_ids(prompt, "prompt")
         return prompt
+
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        if not all(0 <= token < len(self._tokenizer) for token in ids):
+            raise ApiError(400, f"{param}: token ids must be from 0 to {len(self._tokenizer) - 1:,}.", param=param)
 
     def _check_count(self, request: BaseRequest, prompts: Sequence[object]) -> None:
         count = request.n * len(prompts)
@@ -132,8 +192,12 @@ class RequestReader:
         top: int | None,
         *,
         continues_prompt: bool,
+        stop: tuple[str, ...] = (),
+        constraint: Constraint | None = None,
     ) -> list[Generation]:
         self._check_count(request, prompts)
+        self._check_ids(request.logit_bias, "logit_bias")
+        self._check_ids(request.stop_token_ids, "stop_token_ids")
         if limit > self._limits.new_tokens:
             raise ApiError(400, f"max_tokens: at most {self._limits.new_tokens:,} on this server.", param="max_tokens")
         for prompt in prompts:
@@ -149,18 +213,31 @@ class RequestReader:
             Generation(
                 prompts[number // request.n],
                 limit,
-                Sampling(
-                    request.temperature,
-                    request.top_p,
-                    None if request.seed is None else request.seed % 2**62 + number,
-                ),
-                stop=tuple(request.stop or ()),
+                _sampling(request, number),
+                stop=(*(request.stop or ()), *stop),
+                stop_ids=frozenset(request.stop_token_ids),
+                constraint=constraint and constraint.copy(),
                 continues_prompt=continues_prompt,
                 top=top,
                 number=number,
             )
             for number in range(request.n * len(prompts))
         ]
+
+
+def _sampling(request: BaseRequest, number: int) -> Sampling:
+    """How the tokens of a text of a request are chosen."""
+    return Sampling(
+        request.temperature,
+        request.top_p,
+        None if request.seed is None else request.seed % 2**62 + number,
+        max(request.top_k, 0),
+        request.min_p,
+        request.repetition_penalty,
+        request.presence_penalty,
+        request.frequency_penalty,
+        request.logit_bias,
+    )
 
 
 def _limit_cache(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,22 +248,6 @@ def _limit_cache(tokenizer: PreTrainedTokenizerBase) -> None:
     backend = tokenizer.backend_tokenizer
     if backend.pre_tokenizer is None and hasattr(backend.model, "_resize_cache"):
         backend.model._resize_cache(CACHED_TEXTS)
-
-
-def _messages(items: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Read the messages of a chat.
-
-    Raises:
-        ApiError: If there is nothing to answer.
-        DataError: If a message cannot be used.
-    """
-    messages = [
-        Message("assistant", "") if _is_empty_answer(item) else read_message(item, f"message {number}", {})
-        for number, item in enumerate(items, start=1)
-    ]
-    if messages[-1].role == "assistant":
-        raise ApiError(400, "messages: the last one is the assistant's; expected a user's.", param="messages")
-    return with_context_first(messages)
 
 
 def _is_empty_answer(item: Mapping[str, Any]) -> bool:

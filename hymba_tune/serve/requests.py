@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from hymba_tune.data.values import without_nulls
+
 MOST_CHOICES = 16
 MOST_LOGPROBS = 128
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+MOST_TOOLS = 128
+MOST_BIASES = 1024
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields of OpenAI's API that do not change an answer; accepted and ignored."""
 MOST_SHOWN = 500
 """Maximum number of characters of an error message, which may quote a part of a request."""
@@ -66,6 +70,74 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
+class JsonSchema(Fields):
+    """A JSON schema that an answer must follow."""
+
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool = False
+
+
+class ResponseFormat(Fields):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ApiError(400, "response_format: json_schema is missing.", param="response_format")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, or None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.json_schema
+
+    @property
+    def strict(self) -> bool:
+        """Whether a schema with keywords that cannot be enforced is an error."""
+        return self.json_schema is not None and self.json_schema.strict
+
+
+class Function(Fields):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: bool = False
+
+
+class Tool(Fields):
+    """A tool that the model may use; ``shown`` is its description as the client wrote it."""
+
+    type: Literal["function"]
+    function: Function
+    shown: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep(cls, body: object) -> object:
+        return {**body, "shown": without_nulls(body)} if isinstance(body, dict) else body
+
+
+class ToolName(Fields):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(Fields):
+    """The tool that the model must use."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
 class BaseRequest(Fields):
     """The fields that chat and text completions share."""
 
@@ -75,6 +147,16 @@ class BaseRequest(Fields):
     max_tokens: int | None = Field(default=None, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=MOST_BIASES
+    )
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=16)
+    response_format: ResponseFormat | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Stop | None = None
@@ -122,7 +204,25 @@ class ChatRequest(BaseRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> ChatRequest:
+        if self.tool_choice in ("none", "auto"):
+            return self
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        if not self.tools or (name is not None and name not in {tool.function.name for tool in self.tools}):
+            what = f"tools has no function {name!r}" if self.tools and name else "tools is empty"
+            raise ApiError(400, f"tool_choice: {what}.", param="tool_choice")
+        return self
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that the model may use."""
+        return [] if self.tool_choice == "none" else self.tools
 
     @property
     def limit(self) -> int | None:

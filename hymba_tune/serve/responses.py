@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.generate import Generation, TokenScore, token_score
+from hymba_tune.serve.tools import OPEN, call_entry, split_calls
 
 CHUNK = 256
 """Number of prompt tokens whose logits are in memory at a time."""
@@ -62,20 +63,31 @@ def final_prefix(text: str, stop: Sequence[str]) -> str:
 
 
 class AnswerStream:
-    """Returns a generated text in parts.
+    """Returns a generated answer in parts.
 
     Args:
         generation: The generation that is streamed.
         tokenizer: The model's tokenizer.
-        stripped: Whether leading and trailing white space is removed.
+        stripped: Whether white space around the text is removed.
+        reads_calls: Whether tool calls are separated from the text.
     """
 
-    def __init__(self, generation: Generation, tokenizer: PreTrainedTokenizerBase, *, stripped: bool) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stripped: bool,
+        reads_calls: bool = False,
+    ) -> None:
         self.generation = generation
         self._tokenizer = tokenizer
         self._stripped = stripped
+        self._reads_calls = reads_calls
         self._sent = 0
         self._scores_sent = 0
+        self.calls: list[dict[str, Any]] = []
+        """All tool calls so far."""
         self.finish_reason: str | None = None
         """Why generation ended; None until the whole text has been returned."""
 
@@ -84,12 +96,24 @@ class AnswerStream:
         # Read before the text, which may grow meanwhile on the model's thread.
         self.finish_reason = self.generation.finish_reason
         text = self.generation.text(self._tokenizer)
-        text = text if self.finish_reason else final_prefix(text, self.generation.stop)
-        text = text.strip() if self._stripped else text
+        if not self.finish_reason:
+            text = final_prefix(text, (*self.generation.stop, *((OPEN,) if self._reads_calls else ())))
+        if self._reads_calls:
+            text = self._without_calls(text)
+        if self._stripped:
+            # The text that it continues ends where the client wants it to end.
+            text = text.rstrip() if self.generation.continues_prompt else text.strip()
 
         new = text[self._sent :]
         self._sent = max(self._sent, len(text))
         return new
+
+    def _without_calls(self, text: str) -> str:
+        text, calls = split_calls(text, finished=self.finish_reason is not None)
+        self.calls += [call_entry(call) for call in calls[len(self.calls) :]]
+        if self.calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return text
 
     def scores(self) -> list[TokenScore]:
         """The scores of the new tokens since the last call."""
@@ -102,6 +126,18 @@ def head(kind: str, model: str) -> dict[str, Any]:
     """The fields that every response starts with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def message(text: str, stream: AnswerStream) -> dict[str, Any]:
+    """A whole answer in the format of chat completions; ``content`` is null if there are tool calls only."""
+    called = {"tool_calls": stream.calls} if stream.calls else {}
+    return {"role": "assistant", "content": text or (None if called else ""), "refusal": None, **called}
+
+
+def delta(text: str, calls: Sequence[dict[str, Any]], earlier: int) -> dict[str, Any]:
+    """What is new of an answer in the format of chat completions: text, and the calls after ``earlier`` ones."""
+    new = [{"index": number} | calls[number] for number in range(earlier, len(calls))]
+    return ({"content": text} if text else {}) | ({"tool_calls": new} if new else {})
 
 
 def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.errors import DataError
 from hymba_tune.generate import Generation, Grammars, Sampling, generate_texts
+from hymba_tune.generate.constraints import json_rule
 from hymba_tune.registry import resolve_model
 
 SCHEMA: dict[str, Any] = {
@@ -20,6 +21,10 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    return f"%llguidance {{}}\nstart: {json_rule(schema)}"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def test_any_model_writes_json_of_the_schema(
 ) -> None:
     """The model is a random one."""
     model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu")).eval()
-    constraint = grammars.json(SCHEMA)
+    constraint = grammars.lark(json_grammar(SCHEMA))
     generations = [
         Generation([5, 6, 7], 100, Sampling(temperature, seed=seed), constraint=constraint.copy()) for seed in range(3)
     ]
@@ -51,12 +56,12 @@ def test_any_model_writes_json_of_the_schema(
 
 
 def test_white_space_is_limited(grammars: Grammars) -> None:
-    assert grammars.json(SCHEMA).skip(grammars.tokens('{"name":\n  "Ann"'))
-    assert not grammars.json(SCHEMA).skip(grammars.tokens('{"name":' + " " * 20))
+    assert grammars.lark(json_grammar(SCHEMA)).skip(grammars.tokens('{"name":\n  "Ann"'))
+    assert not grammars.lark(json_grammar(SCHEMA)).skip(grammars.tokens('{"name":' + " " * 20))
 
 
 def test_a_model_wider_than_its_tokenizer_writes_its_tokens_only(grammars: Grammars, tokenizer: Any) -> None:
-    masked = grammars.json(SCHEMA).masked(torch.zeros(len(tokenizer) + 77))
+    masked = grammars.lark(json_grammar(SCHEMA)).masked(torch.zeros(len(tokenizer) + 77))
     assert masked.shape == (len(tokenizer) + 77,)
     assert tokenizer.decode([int(masked.argmax())]).startswith("{")
     assert masked[len(tokenizer) :].max() == float("-inf")
@@ -73,7 +78,7 @@ def test_a_model_wider_than_its_tokenizer_writes_its_tokens_only(grammars: Gramm
 )
 def test_a_schema_that_cannot_be_enforced_is_refused(grammars: Grammars, schema: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        grammars.json(schema)
+        grammars.lark(json_grammar(schema))
 
 
 def test_a_schema_without_end_is_refused(grammars: Grammars) -> None:
@@ -81,10 +86,10 @@ def test_a_schema_without_end_is_refused(grammars: Grammars) -> None:
     for _ in range(100_000):
         schema = {"not": schema}
     with pytest.raises(DataError, match="the schema is nested too deeply"):
-        grammars.json(schema)
+        grammars.lark(json_grammar(schema))
 
 
 def test_a_token_outside_the_grammar_is_an_error(grammars: Grammars) -> None:
-    constraint = grammars.json(SCHEMA)
+    constraint = grammars.lark(json_grammar(SCHEMA))
     with pytest.raises(DataError, match="The text cannot follow its grammar"):
         constraint.accept(5)

@@ -20,7 +20,7 @@ from hymba_tune.serve.requests import ApiError, ChatRequest, CompletionRequest, 
 LIMITS = Limits(context=300, new_tokens=100, texts=64, body=2**16)
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "user", "tools"})
+FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "user", "function_call"})
 texts = st.text(st.characters(), max_size=9) | st.sampled_from(["user", "assistant", "", "\ud800", "m"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
@@ -119,7 +119,7 @@ def test_a_late_system_message_is_refused(reader: RequestReader) -> None:
 def test_more_messages_than_the_context_has_tokens_are_refused_before_they_are_rendered(
     reader: RequestReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "encode_prompt", None)
+    monkeypatch.setattr(reading, "render_prompt", None)
     with pytest.raises(ApiError, match="301 messages exceed the model's context of 300 tokens") as caught:
         reader.chat(body(CHAT | {"messages": CHAT["messages"] * 301}))
     assert caught.value.body["error"]["code"] == "context_length_exceeded"
