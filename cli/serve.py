@@ -45,7 +45,7 @@ def serve(
     console.print(f" {server.name} at {server.url}", markup=False, soft_wrap=True)
     if server.note:
         console.print(f" {server.note}", style="dim", markup=False, soft_wrap=True)
-    if not server.local:
-        console.print(" no authentication: anyone who can reach this port can use the model", style="yellow")
+    if not server.local and flags.api_key is None:
+        console.print(" no --api-key: anyone who can reach this port can use the model", style="yellow")
     with suppress(KeyboardInterrupt):  # the documented way to stop it
         server.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,13 @@ def _check_complete(config: Config) -> None:
         _check_evaluation(config)
     if isinstance(config, ChatConfig):
         _check_chat(config)
+    if isinstance(config, ServeConfig) and config.api_key is not None and not os.environ.get(config.api_key):
+        # Somebody may have written the key itself, so the message does not repeat it.
+        raise ConfigError(
+            "--api-key: there is no environment variable of this name, or it is empty.",
+            expected="the name of a variable that has the key",
+            fix="export SERVE_KEY=…, then --api-key SERVE_KEY",
+        )
 
 
 def _check_teacher(options: TeacherOptions) -> None:

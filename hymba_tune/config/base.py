@@ -21,6 +21,7 @@ MAX_NAME_BYTES = 255
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 LIST = Parameter(negative="", consume_multiple=True, show_default=False)
 Names = Annotated[list[str], LIST]
+Origins = Annotated[list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]], LIST]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 Weights = Annotated[list[Annotated[float, Field(gt=0, le=MAX_WEIGHT)]], LIST]
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], LIST]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from cyclopts import Group, Parameter
 from pydantic import Field
 
-from hymba_tune.config.base import Comparison, Learn, Names, OnBadRow, Pairs
+from hymba_tune.config.base import Comparison, Learn, Names, OnBadRow, Origins, Pairs
 from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
 from hymba_tune.config.options import CheckpointChoice, EngineOptions, ModelOptions, OutputOptions, ReadingOptions
 
@@ -117,3 +117,7 @@ class ServeConfig(GenerationOptions):
     """Maximum, and the chat default, for max_tokens."""
     max_body: int = Field(default=1024, ge=1)
     """Maximum size of a request in kilobytes."""
+    api_key: str | None = None
+    """Name of the environment variable with the key that requests must have. The key itself is never printed."""
+    cors: Origins = Field(default_factory=list)
+    """Web pages that may use the server from a browser: --cors https://chat.example.com, or * for all."""

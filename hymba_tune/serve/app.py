@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.generate import Generation, TokenScore
 from hymba_tune.serve.exchange import (
     Choice,
+    KeyCheck,
     disconnected,
     full_queue,
     handle_api_error,
@@ -73,14 +75,20 @@ class Service:
         self._waiting = 0
         """The number of requests that are being read, or wait for it."""
 
-    def app(self, *, local: bool) -> Starlette:
+    def app(self, *, local: bool, origins: Sequence[str] = (), key: str | None = None) -> Starlette:
         """The ASGI application.
 
         Args:
             local: Whether only local connections are accepted. Requests must then name this machine as their host, so
                 that a page in a browser cannot reach the model through a domain name of its own (DNS rebinding).
+            origins: The web pages that may use the server from a browser, or ``*``.
+            key: The key that requests must have; None accepts all.
         """
-        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])] if local else []
+        layers = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])] if local else []
+        if origins:  # before the key, which a browser does not send when it asks what it may send
+            layers.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
+        if key:
+            layers.append(Middleware(KeyCheck, key=key))
         return Starlette(
             routes=[
                 Route("/health", self._health),
@@ -89,7 +97,7 @@ class Service:
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ],
-            middleware=hosts,
+            middleware=layers,
             exception_handlers={
                 ApiError: handle_api_error,
                 HTTPException: handle_http_error,

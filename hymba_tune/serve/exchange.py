@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hymba_tune.errors import HymbaTuneError
 from hymba_tune.serve.requests import ApiError
@@ -23,6 +26,30 @@ CLOSING = (408, 413)
 """Statuses of responses to requests whose body may not be received completely: the connection ends with them."""
 Choice = Callable[[AnswerStream, bool], dict[str, Any]]
 """Builds a response's choice from a generation; if the flag is set, a chunk with only what is new."""
+
+
+class KeyCheck:
+    """Refuses requests without the key; only whether the server lives is public.
+
+    Args:
+        app: The application behind it.
+        key: The key that the ``Authorization`` header must have, as a bearer token.
+    """
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        given = Headers(scope=scope).get("authorization", "").encode()
+        if scope["path"] == "/health" or hmac.compare_digest(given, self._expected):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
+        # Its body is not read, so the connection ends with the response.
+        headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+        await JSONResponse(error.body, error.status, headers)(scope, receive, send)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

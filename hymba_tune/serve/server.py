@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+from pathlib import Path
 
 import uvicorn
 
@@ -40,7 +42,8 @@ class Server:
         except BaseException:
             self._socket.close()
             raise
-        self.name = loadable.source.name
+        self.name = loadable.source.published or Path(loadable.source.name).resolve().name
+        """The model's name in requests: that on the Hub, or the name of its folder."""
         self.local = _is_local(config.host)
         """Whether the server accepts local connections only."""
         self.note = loadable.note
@@ -51,7 +54,11 @@ class Server:
         self._service = Service(self.name, loadable.tokenizer, self.worker, limits)
         self._server = HttpServer(
             uvicorn.Config(
-                self._service.app(local=self.local),
+                self._service.app(
+                    local=self.local,
+                    origins=config.cors,
+                    key=None if config.api_key is None else os.environ[config.api_key],
+                ),
                 http=Connection,
                 log_level="error",
                 access_log=False,

@@ -61,6 +61,7 @@ MISSING = {
     "chat hymba-nano --from no.jsonl --to answers.jsonl": "Cannot find no.jsonl.",
     "chat hymba-nano --to answers.jsonl": "--from and --to go together.",
     "serve hymba-nano --chat-template no": "--chat-template no cannot be read",
+    "serve hymba-nano --api-key sk-secret": "--api-key: there is no environment variable of this name, or it is empty.",
     "eval hymba-nano": "Nothing to evaluate on.",
     "eval hymba-nano --data no.jsonl": "Cannot find no.jsonl.",
     "eval hymba-nano --data demo --against ./gone": "--against ./gone: no such folder",
