@@ -2,6 +2,7 @@
 
 from hymba_tune.generate.answers import answer, write
 from hymba_tune.generate.chat import Chat, ChatSession
+from hymba_tune.generate.chunked import ChunkedDecoder
 from hymba_tune.generate.constraints import Constraint, Grammars
 from hymba_tune.generate.decoding import Decoder, Generation, generate_texts
 from hymba_tune.generate.files import answer_file
@@ -11,6 +12,7 @@ from hymba_tune.generate.sampling import Sampling, TokenScore, token_score
 __all__ = [
     "Chat",
     "ChatSession",
+    "ChunkedDecoder",
     "Constraint",
     "Decoder",
     "Generation",

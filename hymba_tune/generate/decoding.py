@@ -31,7 +31,10 @@ class Generation:
         continues_prompt: Whether the text continues the prompt's text, including the space between the two. False
             decodes it as a text of its own.
         top: How many of the likeliest tokens to record at each position. None records no scores at all.
+        cuts: Where prompts with the same beginning may differ, in tokens: the end of a system prompt, the beginnings
+            of earlier answers. See `ChunkedDecoder`.
         number: The caller's index for this generation.
+        reused: The number of prompt tokens whose state was reused.
         ids: The generated token ids, including the end token.
         scores: The recorded score of each generated token.
         finish_reason: "stop" after the end token or a stop string, "length" at ``max_new_tokens``, "error" after an
@@ -47,7 +50,9 @@ class Generation:
     constraint: Constraint | None = None
     continues_prompt: bool = False
     top: int | None = None
+    cuts: tuple[int, ...] = ()
     number: int = 0
+    reused: int = 0
     ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "error"] | None = None
@@ -96,8 +101,13 @@ class Decoder:
         self._tokenizer = tokenizer
         self._cache: HymbaCache | None = None
         self._generators: dict[Generation, torch.Generator] = {}
-        self.active: list[Generation] = []
-        """The sequences of the batch that are not finished."""
+        self._rows: list[Generation] = []
+        """The sequences of the cache, in its order."""
+
+    @property
+    def active(self) -> list[Generation]:
+        """The sequences that are not finished."""
+        return self._rows
 
     @torch.inference_mode()
     def add(self, generations: Sequence[Generation]) -> None:
@@ -115,12 +125,16 @@ class Decoder:
                 self.add([one])
             return
 
+        self._join(generations, output[CACHE_NAME], output.logits[:, -1])
+
+    def _join(self, generations: Sequence[Generation], cache: HymbaCache, logits: Tensor) -> None:
+        """Add sequences to the batch, and generate the first token of each from its ``(S, V)`` logits."""
         if self._cache is None:
-            self._cache = output[CACHE_NAME]
+            self._cache = cache
         else:
-            self._cache.join(output[CACHE_NAME])
-        self.active += generations
-        self._append_tokens(generations, output.logits[:, -1])
+            self._cache.join(cache)
+        self._rows = [*self._rows, *generations]
+        self._append_tokens(generations, logits)
 
     def _prefill(self, generations: Sequence[Generation]) -> Any:
         """Run the model on the prompts; the output has their cache and their last logits."""
@@ -135,13 +149,13 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for each sequence; finished ones leave the batch."""
-        last = torch.tensor([[one.ids[-1]] for one in self.active], device=self._model.device)
+        last = torch.tensor([[one.ids[-1]] for one in self._rows], device=self._model.device)
         output = self._model(last, cache=self._cache, use_cache=True)
-        self._append_tokens(self.active, output.logits[:, -1])
+        self._append_tokens(self._rows, output.logits[:, -1])
 
     def drop(self, generation: Generation) -> None:
         """Remove a sequence before it is finished."""
-        if generation in self.active:
+        if generation in self._rows:
             generation.finish_reason = "length"
             self._remove_finished()
 
@@ -203,10 +217,10 @@ class Decoder:
         return any(stop in text for stop in generation.stop)
 
     def _remove_finished(self) -> None:
-        rows = [row for row, one in enumerate(self.active) if one.finish_reason is None]
-        if len(rows) == len(self.active):
+        rows = [row for row, one in enumerate(self._rows) if one.finish_reason is None]
+        if len(rows) == len(self._rows):
             return
-        self.active = [self.active[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
         self._generators = {one: own for one, own in self._generators.items() if one.finish_reason is None}
         if not rows:
             self._cache = None

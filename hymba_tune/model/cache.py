@@ -7,6 +7,7 @@ heads, C columns of a buffer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -163,22 +164,61 @@ class HymbaCache(Cache):
                 unbounded = [layer for layer in buffers if layer not in self._limits]
                 buffers.update({layer: buffers[layer][:, :, : self._longest] for layer in unbounded})
 
-    def join(self, other: HymbaCache) -> None:
-        """Append the texts of another cache.
+    def text(self, row: int) -> HymbaCache:
+        """Return a copy of the cache of one text, with buffers no longer than it needs."""
+        assert self.lengths is not None
+        one = copy(self)
+        one._visible, one._slots, one._masks = {}, {}, {}
+        one.lengths = self.lengths[row : row + 1].clone()
+        one._columns = one._longest = int(one.lengths)
+        # A buffer longer than its text has not wrapped around. One column is left where there is no token yet.
+        columns = max(one._longest, 1)
+        for name in ("keys", "values"):
+            buffers = getattr(self, name).items()
+            setattr(one, name, {layer: buffer[row : row + 1, :, :columns].clone() for layer, buffer in buffers})
+        for name in ("tails", "states"):
+            setattr(one, name, {layer: x[row : row + 1].clone() for layer, x in getattr(self, name).items()})
+        return one
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all texts, without the meta tokens, which caches of one model may share."""
+        return sum(x.nbytes for tensors in self._by_text for x in tensors.values())
+
+    def nbytes_of(self, count: int, length: int) -> int:
+        """Return the bytes of a cache of the same model for texts up to a length, after at least one pass with this.
 
         Args:
-            other: A cache of the same model, after at least one pass. It cannot be used afterwards.
+            count: The number of texts.
+            length: The number of tokens of the longest one.
+        """
+        assert self.lengths is not None
+        total = sum(x[0].nbytes for tensors in (self.tails, self.states) for x in tensors.values())
+        for buffers in (self.keys, self.values):
+            for layer, buffer in buffers.items():
+                columns = min(self._limits.get(layer, length + GROWTH), length + GROWTH)
+                total += buffer[0, :, 0].nbytes * columns
+        return total * count
+
+    def join(self, other: HymbaCache) -> None:
+        """Append the texts of another cache, which does not change.
+
+        Args:
+            other: A cache of the same model, after at least one pass.
 
         Raises:
             ValueError: If one of the caches is empty.
         """
         if self.lengths is None or other.lengths is None:
             raise ValueError("an empty cache cannot be joined; run a forward pass with each cache first")
+        # Layer by layer, so that the old and the new tensors of one layer only are in memory at the same time.
         for own, added in ((self.keys, other.keys), (self.values, other.values)):
             # A buffer with fewer columns has not wrapped around, so its tokens keep their columns in a longer buffer.
-            own.update({layer: _concatenated(own[layer], added[layer]) for layer in own})
+            for layer in own:
+                own[layer] = _concatenated(own[layer], added[layer])
         for own, added in ((self.tails, other.tails), (self.states, other.states)):
-            own.update({layer: torch.cat([own[layer], added[layer]]) for layer in own})
+            for layer in own:
+                own[layer] = torch.cat([own[layer], added[layer]])
 
         self.lengths = torch.cat([self.lengths, other.lengths])
         self._columns = max(self._columns, other._columns)
@@ -193,7 +233,8 @@ class HymbaCache(Cache):
         self.lengths = None
         self._columns = 0
         self._longest = 0
-        for tensors in (self.meta, self.keys, self.values, self.tails, self.states):
+        self.meta.clear()
+        for tensors in self._by_text:
             tensors.clear()
 
     def crop(self, max_length: int) -> None:
@@ -222,9 +263,14 @@ class HymbaCache(Cache):
             torch.cat([old_positions, new_positions], 1),
         )
 
+    @property
+    def _by_text(self) -> tuple[dict[int, Tensor], ...]:
+        return self.keys, self.values, self.tails, self.states
+
     def _map_texts(self, function: Callable[[Tensor], Tensor]) -> None:
-        for tensors in (self.keys, self.values, self.tails, self.states):
-            tensors.update({layer: function(tensor) for layer, tensor in tensors.items()})
+        for tensors in self._by_text:
+            for layer in tensors:
+                tensors[layer] = function(tensors[layer])
         if self.lengths is not None:
             self.lengths = function(self.lengths)
 

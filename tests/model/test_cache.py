@@ -273,3 +273,26 @@ def test_empty_caches_do_not_join() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="an empty cache cannot be joined; run a forward pass"):
         HymbaCache(model.config).join(model(TEXTS[0][None], use_cache=True)[CACHE_NAME])
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+def test_texts_go_on_apart_and_together_again(overrides: dict[str, Any]) -> None:
+    """Also one that has no token yet, as a prompt continues from the meta tokens alone."""
+    model = tiny_model(torch.float64, **overrides)
+    lengths = [9, 0, 1, 7]
+    ids = torch.full((len(TEXTS), 9), 7)
+    mask = torch.zeros_like(ids)
+    for row, (text, length) in enumerate(zip(TEXTS, lengths, strict=True)):
+        ids[row, 9 - length :], mask[row, 9 - length :] = text[:length], 1
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
+        apart = [cache.text(row) for row in range(len(TEXTS))]
+        before = [one.keys[0].clone() for one in apart]
+        joined = apart[3].text(0)
+        joined.join(apart[1])
+        following = torch.stack([TEXTS[3][7:11], TEXTS[1][:4]])
+        logits = model(following, cache=joined).logits
+    TWINS[torch.float64][0].check(logits[0], whole(model, TEXTS[3])[7:11])
+    TWINS[torch.float64][0].check(logits[1], whole(model, TEXTS[1])[:4])
+    assert all(torch.equal(one.keys[0], keys) for one, keys in zip(apart, before, strict=True))
+    assert sum(one.nbytes for one in apart) <= cache.nbytes <= cache.nbytes_of(len(TEXTS), 9)
