@@ -7,9 +7,13 @@ import os
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
+MEMINFO = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")
+"""The limits of a container's memory, where there is one."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Settings of glibc's allocator, from its malloc.h."""
 LARGEST_KEPT = 2**25
@@ -24,6 +28,19 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still use: of the CUDA device, or of this machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if MEMINFO.is_file():
+        free = int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    limit, used = CONTAINER / "memory.max", CONTAINER / "memory.current"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)
 
 
 def keep_freed_memory() -> bool:

@@ -117,6 +117,14 @@ class ServeConfig(GenerationOptions):
     """Maximum, and the chat default, for max_tokens."""
     max_body: int = Field(default=1024, ge=1)
     """Maximum size of a request in kilobytes."""
+    cache_memory: float | None = Field(default=None, gt=0)
+    """Memory for the keys and states of running texts, in GB; texts that would exceed it wait. Default: half of what
+    is free once the model is loaded."""
+    prefix_memory: float | None = Field(default=None, ge=0)
+    """Memory for the beginnings of prompts, in GB: system prompts and earlier turns are computed once. 0 keeps none.
+    Default: a tenth of what is free once the model is loaded."""
+    prefill_chunk: int = Field(default=128, ge=1)
+    """Prompt tokens to compute at a time, before the texts that are being generated get their next token."""
     api_key: str | None = None
     """Name of the environment variable with the key that requests must have. The key itself is never printed."""
     cors: Origins = Field(default_factory=list)

@@ -109,6 +109,17 @@ class ChunkedDecoder(Decoder):
         longest = max((len(one.prompt) + one.max_new_tokens for one in generations), default=0)
         return self._root.nbytes_of(len(generations), longest)
 
+    def nbytes_of_text(self, length: int) -> int:
+        """Return the bytes of the cache of one text of this many tokens."""
+        return self._root.nbytes_of(1, length)
+
+    def reset(self) -> None:
+        """Forget all sequences and prefixes, after an error that left no memory."""
+        self._cache = None
+        self._rows, self._prompts = [], []
+        self._generators.clear()
+        self.prefixes.clear()
+
     def _next_prompts(self) -> list[_Prompt]:
         """Choose the prompts of the next chunk: as many as it has room for, at least the first one."""
         chosen: list[_Prompt] = []

@@ -89,3 +89,9 @@ class PrefixStore:
         while self.nbytes > self._budget:
             _, oldest = self._kept.popitem(last=False)
             self.nbytes -= oldest.nbytes
+
+    def clear(self) -> None:
+        """Forget all prefixes."""
+        self._kept.clear()
+        self._recent.clear()
+        self.nbytes = 0

@@ -33,6 +33,7 @@ from hymba_tune.serve.exchange import (
     while_connected,
     worker_errors,
 )
+from hymba_tune.serve.metrics import Metrics, RequestCounter
 from hymba_tune.serve.reading import Limits, RequestReader
 from hymba_tune.serve.requests import ApiError, BaseRequest, CompletionRequest
 from hymba_tune.serve.responses import (
@@ -50,6 +51,8 @@ from hymba_tune.serve.responses import (
 from hymba_tune.serve.worker import Job, Worker
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+COUNTED = frozenset(["/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"])
+"""The routes that are counted by name."""
 Read = TypeVar("Read")
 
 
@@ -61,13 +64,17 @@ class Service:
         tokenizer: A tokenizer with a chat template.
         worker: The thread that generates.
         limits: The limits of each request.
+        metrics: The counts and times of the server.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, worker: Worker, limits: Limits) -> None:
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, worker: Worker, limits: Limits, metrics: Metrics
+    ) -> None:
         self._name = name
         self._tokenizer = tokenizer
         self._worker = worker
         self._limits = limits
+        self._metrics = metrics
         self._tokens = TokenTexts(tokenizer)
         self._reader = RequestReader(name, tokenizer, limits)
         self._reading = ThreadPoolExecutor(1, "requests")
@@ -84,7 +91,9 @@ class Service:
             origins: The web pages that may use the server from a browser, or ``*``.
             key: The key that requests must have; None accepts all.
         """
-        layers = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"])] if local else []
+        layers = [Middleware(RequestCounter, metrics=self._metrics, routes=COUNTED)]
+        if local:
+            layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]"]))
         if origins:  # before the key, which a browser does not send when it asks what it may send
             layers.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
         if key:
@@ -92,6 +101,7 @@ class Service:
         return Starlette(
             routes=[
                 Route("/health", self._health),
+                Route("/metrics", self._show_metrics),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -112,6 +122,9 @@ class Service:
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+    async def _show_metrics(self, _: Request) -> Response:
+        return self._metrics.response()
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +16,12 @@ from hymba_tune.errors import DataError
 from hymba_tune.generate import Constraint, Generation, Grammars, Sampling
 from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, RequestType, read_request
 from hymba_tune.serve.tools import CLOSE, answer_grammar, content_grammar
+from hymba_tune.serve.turns import Turns
 
 CACHED_TEXTS = 256
 """Number of texts whose tokens the tokenizer keeps: the parts of a chat template that every request has."""
+SMALLEST_CUT = 32
+"""Number of tokens of the shortest beginning that is worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class RequestReader:
             prefill = messages.pop().content
         elif request.continue_final_message:
             raise ApiError(400, "continue_final_message: the last message is not the assistant's.", param="messages")
-        prompt = self._prompt(request, messages, prefill)
+        prompt, cuts = self._prompt(request, messages, prefill)
 
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.limit or min(self._limits.new_tokens, max(self._limits.context - len(prompt), 1))
@@ -97,7 +101,7 @@ class RequestReader:
         constraint = self._constraint(answer_grammar, request, prefill)
         continues = bool(prefill)
         return request, self._generations(
-            request, [prompt], limit, top, continues_prompt=continues, stop=stop, constraint=constraint
+            request, [prompt], limit, top, continues_prompt=continues, stop=stop, constraint=constraint, cuts=cuts
         )
 
     def _messages(self, request: ChatRequest) -> list[Message]:
@@ -116,17 +120,28 @@ class RequestReader:
         except DataError as error:
             raise ApiError(400, f"messages: {error.what}.", param="messages") from None
 
-    def _prompt(self, request: ChatRequest, messages: Sequence[Message], prefill: str) -> list[int]:
-        """Tokenize a conversation up to the answer, and the beginning of the answer."""
+    def _prompt(
+        self, request: ChatRequest, messages: Sequence[Message], prefill: str
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Tokenize a conversation up to the answer, and the beginning of the answer.
+
+        Returns:
+            The token ids, and where other chats may differ from this one; see `Generation.cuts`.
+        """
         tools = tuple(tool.shown for tool in request.usable_tools)
         try:
             text = render_prompt(Conversation(tuple(messages), tools), self._tokenizer)
-            ids = tokenize([Rendered(text + prefill, ())], self._tokenizer)[0].input_ids
+            cuts = [(0, place) for place in self._turns.cuts(text)]
+            encoded = tokenize([Rendered(text + prefill, tuple(cuts))], self._tokenizer)[0]
         except DataError as error:
             raise ApiError(400, f"messages: {error.what}.", param="messages") from None
         if any(tool.function.name not in text for tool in request.usable_tools):
             raise ApiError(400, "tools: the model's chat template shows no tools.", param="tools")
-        return ids
+        return encoded.input_ids, tuple(end for _, end in encoded.spans if end >= SMALLEST_CUT)
+
+    @cached_property
+    def _turns(self) -> Turns:
+        return Turns.of(self._tokenizer)
 
     def _constraint(
         self, grammar_of: Callable[[RequestType], str | None], request: RequestType, prefill: str = ""
@@ -194,6 +209,7 @@ class RequestReader:
         continues_prompt: bool,
         stop: tuple[str, ...] = (),
         constraint: Constraint | None = None,
+        cuts: tuple[int, ...] = (),
     ) -> list[Generation]:
         self._check_count(request, prompts)
         self._check_ids(request.logit_bias, "logit_bias")
@@ -219,6 +235,7 @@ class RequestReader:
                 constraint=constraint and constraint.copy(),
                 continues_prompt=continues_prompt,
                 top=top,
+                cuts=cuts,
                 number=number,
             )
             for number in range(request.n * len(prompts))

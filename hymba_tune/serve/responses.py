@@ -140,13 +140,15 @@ def delta(text: str, calls: Sequence[dict[str, Any]], earlier: int) -> dict[str,
     return ({"content": text} if text else {}) | ({"tool_calls": new} if new else {})
 
 
-def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, int]:
-    """The numbers of prompt tokens and of generated tokens."""
+def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, Any]:
+    """The numbers of prompt tokens, of generated tokens, and of prompt tokens whose state was reused."""
     completion_tokens = sum(len(one.ids) for one in generations)
+    prompts = {id(one.prompt): one.reused for one in reversed(generations)}  # several texts may continue one prompt
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(prompts.values())},
     }
 
 

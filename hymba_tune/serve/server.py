@@ -8,15 +8,18 @@ import socket
 from pathlib import Path
 
 import uvicorn
+from transformers import PreTrainedModel
 
 from hymba_tune.config import ServeConfig
 from hymba_tune.data.training import Working
 from hymba_tune.errors import ConfigError, shortened
 from hymba_tune.files.checkpoints import at_checkpoint
-from hymba_tune.generate import find_model
+from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
+from hymba_tune.memory import free_memory
 from hymba_tune.serve.app import Service
 from hymba_tune.serve.connections import Connection, HttpServer
+from hymba_tune.serve.metrics import Metrics
 from hymba_tune.serve.reading import Limits
 from hymba_tune.serve.worker import Worker
 
@@ -35,30 +38,27 @@ class Server:
     def __init__(self, config: ServeConfig, working: Working) -> None:
         check_inputs(config)
         loadable = find_model(at_checkpoint(config.model, config.checkpoint), config, config.chat_template)
-        self._socket = _listen(config.host, config.port)
-        try:
-            with working(f"loading {loadable.source.name}"):
-                model = loadable.load()
-        except BaseException:
-            self._socket.close()
-            raise
         self.name = loadable.source.published or Path(loadable.source.name).resolve().name
         """The model's name in requests: that on the Hub, or the name of its folder."""
         self.local = _is_local(config.host)
         """Whether the server accepts local connections only."""
         self.note = loadable.note
         """A note for the user on how the adapters were merged, if there is one."""
-        self.worker = Worker(model, loadable.tokenizer, batch_size=config.batch_size, queue=config.queue)
-        context = int(loadable.config.max_position_embeddings)
-        limits = Limits(context, min(config.max_new_tokens, context - 1), config.queue, config.max_body * 1024)
-        self._service = Service(self.name, loadable.tokenizer, self.worker, limits)
+        self._socket = _listen(config.host, config.port)
+        try:
+            with working(f"loading {loadable.source.name}"):
+                model = loadable.load()
+            metrics = Metrics()
+            self.worker = _worker(model, loadable, config, metrics)
+            limits = _limits(self.worker, loadable, config)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._service = Service(self.name, loadable.tokenizer, self.worker, limits, metrics)
+        key = None if config.api_key is None else os.environ[config.api_key]
         self._server = HttpServer(
             uvicorn.Config(
-                self._service.app(
-                    local=self.local,
-                    origins=config.cors,
-                    key=None if config.api_key is None else os.environ[config.api_key],
-                ),
+                self._service.app(local=self.local, origins=config.cors, key=key),
                 http=Connection,
                 log_level="error",
                 access_log=False,
@@ -89,6 +89,43 @@ class Server:
     def stop(self) -> None:
         """End `run`; called from another thread."""
         self._server.should_exit = True
+
+
+def _worker(model: PreTrainedModel, loadable: LoadableModel, config: ServeConfig, metrics: Metrics) -> Worker:
+    """Start the worker, with the memory that the settings give it or a part of what is free."""
+    free = free_memory(loadable.device)
+
+    def nbytes(gigabytes: float | None, default: int) -> int:
+        return default if gigabytes is None else int(gigabytes * 2**30)
+
+    return Worker(
+        model,
+        loadable.tokenizer,
+        batch_size=config.batch_size,
+        queue=config.queue,
+        cache_bytes=nbytes(config.cache_memory, free // 2),
+        chunk=config.prefill_chunk,
+        prefix_bytes=nbytes(config.prefix_memory, free // 10),
+        metrics=metrics,
+    )
+
+
+def _limits(worker: Worker, loadable: LoadableModel, config: ServeConfig) -> Limits:
+    """The limits of requests: the model's context, or the largest one whose cache fits into --cache-memory.
+
+    Raises:
+        ConfigError: If not even a text of two tokens fits.
+    """
+    context = worker.longest_text(int(loadable.config.max_position_embeddings))
+    if context < 2:
+        worker.stop()
+        given = "" if config.cache_memory is None else f" {config.cache_memory:g}"
+        raise ConfigError(
+            f"--cache-memory{given}: the cache of a text of two tokens does not fit.",
+            expected="gigabytes of memory that is free once the model is loaded",
+            fix="a larger --cache-memory, or a machine with more free memory",
+        )
+    return Limits(context, min(config.max_new_tokens, context - 1), config.queue, config.max_body * 1024)
 
 
 def _listen(host: str, port: int) -> socket.socket:

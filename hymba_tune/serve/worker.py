@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -12,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.generate import Decoder, Generation
+from hymba_tune.generate import ChunkedDecoder, Generation
+from hymba_tune.serve.metrics import Metrics
 
 
 class QueueFullError(Exception):
@@ -56,24 +60,41 @@ class Worker:
         tokenizer: Its end token ends a sequence.
         batch_size: Maximum number of sequences in the batch.
         queue: Maximum number of waiting sequences.
+        cache_bytes: Maximum bytes of the cache when all sequences of the batch are longest. A sequence that would
+            exceed it waits; one that exceeds it alone does not fit, and is the caller's to refuse.
+        chunk: Maximum number of prompt tokens to compute between two steps.
+        prefix_bytes: Maximum bytes of the prefixes of prompts that are kept for reuse.
+        metrics: Where texts and times are counted.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, queue: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        queue: int,
+        cache_bytes: int = sys.maxsize,
+        chunk: int = 128,
+        prefix_bytes: int = 0,
+        metrics: Metrics | None = None,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._queue = queue
+        self._cache_bytes = cache_bytes
+        self._metrics = metrics or Metrics()
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._calls: deque[tuple[Callable[[PreTrainedModel], Any], Future[Any]]] = deque()
         self._dropped: list[Generation] = []
         self._jobs: dict[Generation, Job] = {}
         self._stopping = False
-        self._decoder = Decoder(model, tokenizer)
+        self._decoder = ChunkedDecoder(model, tokenizer, chunk=chunk, prefix_bytes=prefix_bytes)
         self.largest_batch = 0
         """The largest number of sequences in the batch so far."""
+        self._metrics.cache_limit.set(cache_bytes)
+        self._metrics.waiting.set_function(lambda: len(self._waiting))
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -90,6 +111,7 @@ class Worker:
                 raise QueueFullError
             self._waiting.extend(job.generations)
             self._jobs.update(dict.fromkeys(job.generations, job))
+            self._metrics.submitted(job.generations)
             self._changed.notify()
 
     def call(self, compute: Callable[[PreTrainedModel], Any]) -> Future[Any]:
@@ -113,6 +135,10 @@ class Worker:
         with self._changed:
             self._dropped += [one for one in job.generations if one in self._jobs]
             self._changed.notify()
+
+    def longest_text(self, limit: int) -> int:
+        """Return the number of tokens up to a limit that a text alone may have, so that its cache fits."""
+        return bisect_right(range(limit + 1), self._cache_bytes, key=self._decoder.nbytes_of_text) - 1
 
     @property
     def busy(self) -> bool:
@@ -153,16 +179,27 @@ class Worker:
                 self._dropped = []
                 for generation in dropped:
                     self._jobs.pop(generation, None)
+                    self._metrics.ended(generation, "cancelled")
                     with suppress(ValueError):
                         self._waiting.remove(generation)
 
                 calls = [self._calls.popleft()] if self._calls else []
-                free = self._batch_size - len(self._decoder.active)
-                new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+                new = self._admitted()
 
             for compute, result in calls:
                 self._compute(compute, result)
             self._generate(new, dropped)
+
+    def _admitted(self) -> list[Generation]:
+        """Take waiting sequences, in their order, as long as the batch and the cache have room for the next one."""
+        active = self._decoder.active
+        admitted: list[Generation] = []
+        while self._waiting and len(active) + len(admitted) < self._batch_size:
+            batch = [*active, *admitted, self._waiting[0]]
+            if len(batch) > 1 and self._decoder.nbytes_of(batch) > self._cache_bytes:
+                break
+            admitted.append(self._waiting.popleft())
+        return admitted
 
     def _has_work(self) -> bool:
         return bool(self._stopping or self._waiting or self._calls or self._dropped or self._decoder.active)
@@ -176,9 +213,10 @@ class Worker:
             result.set_exception(error)
 
     def _generate(self, new: list[Generation], dropped: list[Generation]) -> None:
-        """Generate the first token of new sequences, and a further one of all: new ones never hold up the others."""
+        """Compute a chunk of new prompts, and generate a token of the others: new ones never hold them up."""
         batch = [*self._decoder.active, *new]
         error: Exception | None = None
+        begin = time.monotonic()
         try:
             for generation in dropped:
                 self._decoder.drop(generation)
@@ -190,7 +228,11 @@ class Worker:
                 self._decoder.step()
         except Exception as failure:  # most likely out of memory: this batch fails, the next starts with a new cache
             error = failure
-            self._decoder = Decoder(self._model, self._tokenizer)
+            self._decoder.reset()
+        self._metrics.stepped(batch, time.monotonic() - begin)
+        self._metrics.running.set(len(self._decoder.active))
+        self._metrics.cache.set(self._decoder.nbytes)
+        self._metrics.prefixes.set(self._decoder.prefixes.nbytes)
         self._report(batch, error)
 
     def _report(self, batch: list[Generation], error: Exception | None) -> None:
@@ -200,6 +242,7 @@ class Worker:
             for generation in jobs:
                 if generation.finish_reason or error:
                     del self._jobs[generation]
+                    self._metrics.ended(generation, generation.finish_reason or "error")
         for generation, job in jobs.items():
             job.error = job.error or generation.error or error
         for job in dict.fromkeys(jobs.values()):

@@ -241,7 +241,7 @@ def test_a_failing_model_is_an_error_and_the_server_continues(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hymba_tune.generate.decoding.Decoder.add", fail)
+        patch.setattr("hymba_tune.generate.ChunkedDecoder.step", fail)
         with pytest.raises(openai.InternalServerError, match="The model failed: RuntimeError: out of memory"):
             client.completions.create(model=name, prompt=PROMPT, max_tokens=2)
     assert client.completions.create(model=name, prompt=PROMPT, max_tokens=2).choices

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hymba_tune.generate import Generation
+from hymba_tune.generate.prefixes import PrefixStore
 from hymba_tune.serve import worker as module
 from hymba_tune.serve.worker import Job, StoppedError, Worker
 
@@ -17,9 +18,17 @@ class CountingDecoder:
     """Generates numbers; a prompt of 13 fails."""
 
     calls: list[str]
+    nbytes = 0
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.active: list[Generation] = []
+        self.prefixes = PrefixStore(0)
+
+    def nbytes_of(self, generations: Sequence[Generation]) -> int:
+        return sum(len(one.prompt) for one in generations)
+
+    def reset(self) -> None:
+        self.active = []
 
     def add(self, generations: Sequence[Generation]) -> None:
         self.calls.append("add")
@@ -46,8 +55,8 @@ class CountingDecoder:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(CountingDecoder, "calls", [], raising=False)
-    monkeypatch.setattr(module, "Decoder", CountingDecoder)
-    worker = Worker(None, None, batch_size=4, queue=8)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "ChunkedDecoder", CountingDecoder)
+    worker = Worker(None, None, batch_size=4, queue=8, cache_bytes=10)  # type: ignore[arg-type]
     yield worker
     worker.stop()
     worker.join()
@@ -110,3 +119,24 @@ def test_a_stopped_worker_ends_and_refuses_requests(worker: Worker) -> None:
         worker.submit(Waiting(Generation([1], 1)))
     with pytest.raises(StoppedError):
         worker.call(lambda _: None)
+
+
+def test_a_text_waits_until_the_cache_has_room(worker: Worker) -> None:
+    """Prompts of 6 and 5 tokens are 11 bytes here, of which 10 fit; later texts do not overtake."""
+    worker.submit(long := Waiting(Generation([1] * 6, 10_000_000)))
+    worker.submit(second := Waiting(Generation([2] * 5, 2)))
+    worker.submit(third := Waiting(Generation([3], 2)))
+    while not long.generations[0].ids:
+        long._changes.get(timeout=60)
+    assert not second.generations[0].ids
+    worker.drop(long)
+    second.wait()
+    third.wait()
+    assert worker.largest_batch == 2
+    assert [one.generations[0].ids for one in (second, third)] == [[0, 1], [0, 1]]
+
+
+def test_a_text_that_is_too_long_for_the_cache_is_generated_alone(worker: Worker) -> None:
+    worker.submit(large := Waiting(Generation([1] * 99, 2)))
+    large.wait()
+    assert large.error is None
