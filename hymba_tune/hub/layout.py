@@ -21,7 +21,11 @@ RELEASED_CLASSES = {
     "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
 }
 """The classes of NVIDIA's code, as in the released config.json."""
-CLASSES = RELEASED_CLASSES | {"AutoModel": "modeling_hymba.HymbaModel"}
+CLASSES = RELEASED_CLASSES | {
+    "AutoModel": "modeling_hymba.HymbaModel",
+    "AutoModelForSequenceClassification": "classification.HymbaForSequenceClassification",
+    "AutoModelForTokenClassification": "classification.HymbaForTokenClassification",
+}
 """The classes of hymba-tune's code, by Auto class."""
 KEYS = (
     *("architectures", "attention_dropout", "attn_hidden_size", "attn_implementation_new", "bos_token_id"),

@@ -113,6 +113,15 @@ class HymbaConfig(PreTrainedConfig):
         self.global_attn_idx = list(self.global_attn_idx or [])
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the keys of a file as transformers does; an attention implementation that the caller names is kept."""
+        requested = kwargs.pop("attn_implementation", None)
+        read = super().from_dict(config_dict, **kwargs)
+        config = read[0] if isinstance(read, tuple) else read
+        config._attn_implementation = requested  # the model warns of it; one that the file names is dropped above
+        return read
+
     @property
     def head_dim(self) -> int:
         """Return the width of a query or key head."""

@@ -5,17 +5,12 @@ Hidden states are packed, ``(M + T, d)``: the M meta tokens once, then the T tok
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -23,64 +18,16 @@ from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import Documents, continue_documents, find_documents
 from .head import HymbaHead, head_loss, head_scores
-from .layers import (
-    HymbaDecay,
-    HymbaDecoderLayer,
-    HymbaRMSNorm,
-    HymbaSkip,
-    HymbaTimeStep,
-    at_least_float32,
-)
+from .layers import HymbaDecoderLayer, HymbaRMSNorm, at_least_float32
 from .log_probs import TokenScores
+from .pretrained import HymbaPreTrainedModel
 from .rotary import rotary_base, rotary_tables
 from .unread_inputs import check_unread
 
 logger = logging.get_logger(__name__)
 
-# Released checkpoints store the meta tokens as a bare parameter; here they are an embedding, which adapters can target.
-# The lookahead does not match names that are already those of an embedding, including those of an adapter.
-register_checkpoint_conversion_mapping(
-    "hymba", [WeightRenaming(r"memory_tokens(?!\.)", "memory_tokens.weight")], overwrite=True
-)
-
 # `Trainer` uses this name to decide whether label smoothing shifts the labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hymba"] = "HymbaForCausalLM"
-
-
-class HymbaPreTrainedModel(PreTrainedModel):
-    """The properties and initialization of Hymba models for transformers."""
-
-    config_class = HymbaConfig
-    config: HymbaConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("HymbaDecoderLayer",)
-    _skip_keys_device_placement = (CACHE_NAME,)
-    # The packed layout has its own attention; transformers only needs the name of an implementation that it knows.
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
-    _can_compile_fullgraph = False
-    # `generate` then refuses assisted decoding, because an SSM state cannot be reset to an earlier token.
-    _is_stateful = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # transformers calls this only for modules that own parameters, and considers the others initialized.
-        super()._init_weights(module)
-        if isinstance(module, nn.Conv1d):
-            init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)
-        elif isinstance(module, HymbaTimeStep):
-            init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
-            # Time steps are spread evenly, on a log scale, from 0.001 to 0.1; the bias is their inverse softplus.
-            steps = torch.exp(torch.rand_like(module.bias, dtype=torch.float32) * math.log(100) + math.log(0.001))
-            init.copy_(module.bias, steps + torch.log(-torch.expm1(-steps)))
-        elif isinstance(module, HymbaDecay):
-            rates = torch.arange(1, module[0].shape[1] + 1, dtype=torch.float32, device=module[0].device).log()
-            init.copy_(module[0], rates.expand_as(module[0]))
-        elif isinstance(module, HymbaSkip):
-            init.ones_(module[0])
 
 
 class HymbaModel(HymbaPreTrainedModel):
@@ -140,8 +87,7 @@ class HymbaModel(HymbaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if cache is None else cache
-        cache = HymbaCache(self.config) if use_cache and cache is None else cache
+        cache = self._choose_cache(past_key_values if cache is None else cache, use_cache)
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
 
@@ -161,6 +107,23 @@ class HymbaModel(HymbaPreTrainedModel):
         )
         return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
+    def _choose_cache(self, cache: HymbaCache | None, use_cache: bool | None) -> HymbaCache | None:
+        """Return the cache to fill: the caller's, a new one if requested, and none under gradient checkpointing.
+
+        Raises:
+            ValueError: If the caller's cache holds texts that gradient checkpointing cannot continue.
+        """
+        cache = HymbaCache(self.config) if use_cache and cache is None else cache
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        if cache.get_seq_length():
+            raise ValueError(
+                "gradient checkpointing runs layers again in the backward, which cannot continue the texts of a cache; "
+                "pass whole texts, or call gradient_checkpointing_disable()"
+            )
+        logger.warning_once("use_cache=True has no effect under gradient checkpointing; no cache is returned")
+        return None
+
     def find_documents(
         self,
         inputs: Tensor,
@@ -173,14 +136,13 @@ class HymbaModel(HymbaPreTrainedModel):
         shape = (inputs.shape[0], inputs.shape[1])
         meta = self.config.num_memory_tokens
         if cache is not None and not isinstance(cache, HymbaCache):
-            raise ValueError(f"the cache is a {type(cache).__name__}; expected a HymbaCache")
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}; expected a HymbaCache. PEFT's prefix tuning and cartridges "
+                "fill another: train the meta tokens, which are a learned prefix of every text, or use prompt tuning"
+            )
         if cache is not None and self.config.rope_type == "dynamic_ntk":
             raise ValueError(
                 "rope_type dynamic_ntk rotates all keys anew as a text grows, so no cache is valid; use_cache=False"
-            )
-        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "gradient checkpointing runs layers again in the backward, so no cache is valid; pass use_cache=False"
             )
         if cache is not None and cache.lengths is not None:
             return continue_documents(shape, cache.lengths, num_meta=meta, attention_mask=attention_mask)
@@ -317,8 +279,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
             raise ValueError("give either input_ids or inputs_embeds")
-        cache = past_key_values if cache is None else cache
-        cache = HymbaCache(self.config) if use_cache and cache is None else cache
+        cache = self.model._choose_cache(past_key_values if cache is None else cache, use_cache)
         documents = self.model.find_documents(inputs, attention_mask, position_ids, cu_seq_lens_q, cache)
         outputs = self.model(
             input_ids=input_ids,

@@ -68,7 +68,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "ids_and_embeddings": ({"inputs_embeds": torch.ones(2, 6, 24)}, "give either input_ids or inputs_embeds"),
     "neither_ids_nor_embeddings": ({"input_ids": None}, "give either input_ids or inputs_embeds"),
     "no_tokens": ({"input_ids": IDS[:, :0]}, r"the inputs have shape \(2, 0\); expected at least one token"),
-    "foreign_cache": ({"cache": DynamicCache()}, "the cache is a DynamicCache; expected a HymbaCache"),
+    "foreign_cache": ({"cache": DynamicCache()}, "DynamicCache; expected a HymbaCache. PEFT's prefix"),
     "cache_of_packed_rows": (
         {"use_cache": True, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
         "4 texts in 2 rows; a cache needs one text per row",

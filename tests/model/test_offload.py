@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor, nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
@@ -123,3 +123,18 @@ def test_every_module_with_parameters_is_called() -> None:
     }
     unused = {name for name, module in owners.items() if module not in called}
     assert unused == {"model.layers.2.mamba.self_attn.k_norm"}  # the layer reuses the keys of another one
+
+
+def test_loading_by_accelerate_alone_says_what_to_use(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(tiny_model().config)
+    with pytest.raises(ValueError, match=r"meta tokens were not loaded: .* from_pretrained\(folder, device_map=...\)"):
+        load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+
+
+def test_moving_an_empty_model_is_the_error_of_torch() -> None:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(tiny_model().config)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        model.to("cpu")

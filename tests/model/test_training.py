@@ -102,13 +102,31 @@ def test_checkpointed_activations_do_not_change_generation() -> None:
     assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_a_cache_with_checkpointed_activations_is_refused() -> None:
+@pytest.mark.parametrize("backbone", [False, True], ids=["whole", "backbone"])
+def test_use_cache_with_checkpointed_activations_is_warned_of_once_and_ignored(
+    backbone: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    whole = tiny_model().train()
+    whole.activation_checkpointing_enable()
+    model = whole.model if backbone else whole
+    expected = model(IDS)
+    for _ in range(2):
+        output = model(IDS, use_cache=True)
+        assert getattr(output, CACHE_NAME) is None
+        assert torch.equal(output[0], expected[0])
+    assert [message for message in caplog.messages if "gradient checkpointing" in message] == [
+        "use_cache=True has no effect under gradient checkpointing; no cache is returned"
+    ]
+
+
+def test_texts_of_a_cache_are_not_continued_with_checkpointed_activations() -> None:
     model = tiny_model().train()
+    cache = getattr(model(IDS, use_cache=True), CACHE_NAME)
     model.activation_checkpointing_enable()
-    with pytest.raises(
-        ValueError, match="gradient checkpointing runs layers again in the backward, so no cache is valid"
-    ):
-        model(IDS, use_cache=True)
+    with pytest.raises(ValueError, match="in the backward, which cannot continue the texts of a cache; pass whole"):
+        model(IDS[:, :1], **{CACHE_NAME: cache})
 
 
 def test_bfloat16_is_close_to_float32() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hymba_tune.model import HymbaForCausalLM
@@ -66,6 +69,34 @@ def test_inputs_of_the_libraries_cause_no_warning(backbone: bool, warned: Callab
     switches = {"output_attentions": False, "output_hidden_states": True, "output_router_logits": False}
     model(IDS, **switches, return_dict=True, is_causal=True, logits_to_keep=1, pixel_values=None)
     model(IDS, token_type_ids=torch.zeros_like(IDS), cache_position=torch.arange(9), output_attentions=None)
+    assert not warned()
+
+
+@pytest.mark.parametrize("request_it", ["loading", "setting"])
+@pytest.mark.parametrize("name", ["eager", "flash_attention_2"])
+def test_an_attention_implementation_causes_one_warning(
+    name: str, request_it: str, tmp_path: Path, warned: Callable[[], list[str]]
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    for _ in range(2):
+        if request_it == "loading":
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path)
+            model.set_attn_implementation(name)
+        assert model.config._attn_implementation == "sdpa"
+        assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
+    (message,) = warned()
+    assert message.startswith(f"attn_implementation={name!r} has no effect")
+
+
+def test_an_attention_implementation_that_a_file_names_causes_no_warning(
+    tmp_path: Path, warned: Callable[[], list[str]]
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"attn_implementation": "flex"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not warned()
 
 

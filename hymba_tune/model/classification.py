@@ -1,0 +1,73 @@
+"""Hymba with a head that classifies whole texts, as reward models do, or each of their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModel
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from .cache import CACHE_NAME, HymbaCache
+from .configuration_hymba import HymbaConfig
+from .modeling_hymba import HymbaModel
+from .pretrained import HymbaPreTrainedModel
+
+
+class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):  # type: ignore[misc]
+    """Hymba that classifies or scores a text by its last token."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: HymbaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Score each row; see `HymbaForCausalLM.forward` for the inputs.
+
+        Args:
+            input_ids: ``(B, L)``, one text per row.
+            attention_mask: ``(B, L)``, 0 at padding, on either side.
+            position_ids: ``(B, L)``.
+            cache: The cache of the texts to continue.
+            inputs_embeds: ``(B, L, d)`` instead of ``input_ids``, padded on the left.
+            labels: ``(B,)``, a class or a number for each row.
+            use_cache: Whether to return a cache.
+            **others: Inputs that libraries pass to every model.
+
+        Returns:
+            The loss, and logits ``(B, num_labels)``.
+
+        Raises:
+            ValueError: If an input is malformed, or there are several rows and the configuration has no padding token.
+        """
+        pad = self.config.pad_token_id
+        if input_ids is not None and attention_mask is not None and pad is not None:
+            # transformers finds the last token by the padding id of the configuration, and the tokenizer's is another.
+            input_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, pad)
+        output: SequenceClassifierOutputWithPast | tuple[Any, ...] = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **{CACHE_NAME: others.pop("past_key_values", None) if cache is None else cache},
+            **others,
+        )
+        return output
+
+
+class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrainedModel):  # type: ignore[misc]
+    """Hymba that classifies every token by the text before it."""
+
+
+# Both classes make their layers through AutoModel. This file may also lie beside weights, with a configuration of its
+# own that nothing else registers.
+AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
