@@ -8,11 +8,19 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .modeling_hymba import HymbaModel
 from .pretrained import HymbaPreTrainedModel
+
+# Pipelines use these names to decide whether a model has their head.
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForSequenceClassification"
+MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForTokenClassification"
 
 
 class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):  # type: ignore[misc]

@@ -14,6 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+NO_PREFIX = (
+    "PEFT's prefix tuning and cartridges do not work with Hymba: train the meta tokens, which are a learned prefix of "
+    "every text, or use prompt tuning"
+)
+"""What to tell users of methods that put keys and values in front of a text."""
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -169,6 +175,11 @@ def find_documents(
     token_indices = None
     row_lengths = [length] * batch
     if attention_mask is not None:
+        if attention_mask.ndim == 2 and attention_mask.shape[1] > length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens; expected as many, since no "
+                f"cache holds earlier tokens. {NO_PREFIX}"
+            )
         mask = _checked_mask(attention_mask, (batch, length))
         row_lengths = mask.sum(1).tolist()
         if 0 in row_lengths and not (may_be_empty and any(row_lengths)):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
+from .adapter_errors import adapter_errors_explained
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
-from .documents import Documents, continue_documents, find_documents
+from .documents import NO_PREFIX, Documents, continue_documents, find_documents
 from .head import HymbaHead, head_loss, head_scores
 from .layers import HymbaDecoderLayer, HymbaRMSNorm, at_least_float32
 from .log_probs import TokenScores
@@ -26,7 +27,8 @@ from .unread_inputs import check_unread
 
 logger = logging.get_logger(__name__)
 
-# `Trainer` uses this name to decide whether label smoothing shifts the labels.
+# `Trainer` uses the second name to decide whether label smoothing shifts the labels.
+MODEL_MAPPING_NAMES["hymba"] = "HymbaModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hymba"] = "HymbaForCausalLM"
 
 
@@ -87,7 +89,7 @@ class HymbaModel(HymbaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._choose_cache(past_key_values if cache is None else cache, use_cache)
+        cache = self._choose_cache(cache, past_key_values, use_cache)
         if documents is None:
             documents = self.find_documents(embeds, attention_mask, position_ids, cu_seq_lens_q, cache)
 
@@ -96,24 +98,30 @@ class HymbaModel(HymbaPreTrainedModel):
         if cached + max(documents.lengths) > limit:
             logger.warning_once(f"a text is longer than max_position_embeddings, {limit} tokens")
 
-        hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
+        with adapter_errors_explained():
+            hidden_states = self._run_by_base(documents.pack(embeds), documents, cache, bool(output_hidden_states))
         if cache is not None:
             cache.advance(documents)
-        unpacked = tuple(documents.unpack(hidden) for hidden in hidden_states)
         output = BaseModelOutputWithPast(
-            last_hidden_state=unpacked[-1],
-            hidden_states=unpacked if output_hidden_states else None,
+            last_hidden_state=hidden_states[-1],
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
             **{CACHE_NAME: cache},
         )
         return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
-    def _choose_cache(self, cache: HymbaCache | None, use_cache: bool | None) -> HymbaCache | None:
+    def _choose_cache(
+        self, cache: HymbaCache | None, past_key_values: HymbaCache | None, use_cache: bool | None
+    ) -> HymbaCache | None:
         """Return the cache to fill: the caller's, a new one if requested, and none under gradient checkpointing.
 
         Raises:
-            ValueError: If the caller's cache holds texts that gradient checkpointing cannot continue.
+            ValueError: If the caller's cache is of another type, or gradient checkpointing cannot continue its texts.
         """
-        cache = HymbaCache(self.config) if use_cache and cache is None else cache
+        given = [each for each in (cache, past_key_values) if each is not None]
+        for each in given:
+            if not isinstance(each, HymbaCache):
+                raise ValueError(f"the cache is a {type(each).__name__}; expected a HymbaCache. {NO_PREFIX}")
+        cache = given[0] if given else HymbaCache(self.config) if use_cache else None
         if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache
         if cache.get_seq_length():
@@ -135,11 +143,6 @@ class HymbaModel(HymbaPreTrainedModel):
         """Return the layout of the texts in ``(B, L, ...)`` inputs; see `forward` for the arguments and errors."""
         shape = (inputs.shape[0], inputs.shape[1])
         meta = self.config.num_memory_tokens
-        if cache is not None and not isinstance(cache, HymbaCache):
-            raise ValueError(
-                f"the cache is a {type(cache).__name__}; expected a HymbaCache. PEFT's prefix tuning and cartridges "
-                "fill another: train the meta tokens, which are a learned prefix of every text, or use prompt tuning"
-            )
         if cache is not None and self.config.rope_type == "dynamic_ntk":
             raise ValueError(
                 "rope_type dynamic_ntk rotates all keys anew as a text grows, so no cache is valid; use_cache=False"
@@ -162,7 +165,11 @@ class HymbaModel(HymbaPreTrainedModel):
     def _run_by_base(
         self, embeds: Tensor, documents: Documents, cache: HymbaCache | None, keep_all: bool
     ) -> list[Tensor]:
-        """Run one packed pass for each RoPE base; with dynamic_ntk, each long text and its meta tokens have one."""
+        """Run one packed pass for each RoPE base; with dynamic_ntk, each long text and its meta tokens have one.
+
+        Returns:
+            The results of `_run` for the whole batch.
+        """
         meta = self.config.num_memory_tokens
         bases = [rotary_base(self.config, meta + length) for length in documents.lengths]
         if len(set(bases)) == 1:
@@ -174,7 +181,8 @@ class HymbaModel(HymbaPreTrainedModel):
             passes.append(self._run(embeds[indices], selected, base, cache, keep_all))
             token_indices.append(indices)
         order = torch.cat(token_indices).argsort()
-        return [torch.cat(hidden)[order] for hidden in zip(*passes, strict=True)]
+        joined = [torch.cat(hidden, 1)[0, order] for hidden in zip(*passes, strict=True)]
+        return [documents.unpack(hidden) for hidden in joined]
 
     def _run(
         self, embeds: Tensor, documents: Documents, base: float, cache: HymbaCache | None, keep_all: bool
@@ -182,7 +190,7 @@ class HymbaModel(HymbaPreTrainedModel):
         """Run the layers on ``(T, d)`` embeddings.
 
         Returns:
-            The hidden states after the final norm; with ``keep_all``, those before each layer come first.
+            The hidden states ``(B, L, d)`` after the final norm; with ``keep_all``, those before each layer come first.
         """
         hidden = embeds
         meta = documents.num_meta
@@ -197,11 +205,13 @@ class HymbaModel(HymbaPreTrainedModel):
         hidden_states = []
         for index, layer in enumerate(self.layers):
             if keep_all:
-                hidden_states.append(hidden[meta:])
+                # The layer reads what the caller gets, so that the caller can ask for its gradient.
+                hidden_states.append(documents.unpack(hidden[meta:]))
+                hidden = torch.cat([hidden[:meta], documents.pack(hidden_states[-1])])
             key, value = keys_and_values.get(self.config.kv_source(index), (None, None))
             hidden, key, value = layer(hidden, key, value, documents, tables, cache)
             keys_and_values[index] = key, value
-        return [*hidden_states, self.final_layernorm(hidden[meta:])]
+        return [*hidden_states, documents.unpack(self.final_layernorm(hidden[meta:]))]
 
 
 def _rename_memory_tokens(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
@@ -279,7 +289,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:
             raise ValueError("give either input_ids or inputs_embeds")
-        cache = self.model._choose_cache(past_key_values if cache is None else cache, use_cache)
+        cache = self.model._choose_cache(cache, past_key_values, use_cache)
         documents = self.model.find_documents(inputs, attention_mask, position_ids, cu_seq_lens_q, cache)
         outputs = self.model(
             input_ids=input_ids,
