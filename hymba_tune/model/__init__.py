@@ -6,6 +6,7 @@ The package needs only torch and transformers, because `export` copies it next t
 """
 
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -18,6 +19,7 @@ from .classification import HymbaForSequenceClassification, HymbaForTokenClassif
 from .configuration_hymba import HymbaConfig
 from .modeling_hymba import HymbaForCausalLM, HymbaModel
 
+AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(HymbaConfig, HymbaForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(HymbaConfig, HymbaForTokenClassification, exist_ok=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from transformers import AutoModel
+from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import (
@@ -25,6 +24,14 @@ MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForTokenClassifica
 
 class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):  # type: ignore[misc]
     """Hymba that classifies or scores a text by its last token."""
+
+    def __init__(self, config: HymbaConfig) -> None:
+        # The generic class makes its layers through AutoModel, which does not know code that lies beside weights.
+        HymbaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = HymbaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
     def forward(
         self,
@@ -75,7 +82,11 @@ class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreT
 class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrainedModel):  # type: ignore[misc]
     """Hymba that classifies every token by the text before it."""
 
-
-# Both classes make their layers through AutoModel. This file may also lie beside weights, with a configuration of its
-# own that nothing else registers.
-AutoModel.register(HymbaConfig, HymbaModel, exist_ok=True)
+    def __init__(self, config: HymbaConfig) -> None:
+        HymbaPreTrainedModel.__init__(self, config)  # for the same reason
+        self.num_labels = config.num_labels
+        self.model = HymbaModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()

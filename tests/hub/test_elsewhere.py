@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,32 @@ layers = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(layers).__module__.startswith("transformers_modules."), type(layers).__module__
 same = bool((layers(**batch).last_hidden_state == model.model(**batch).last_hidden_state).all())
 print(json.dumps({"loss": loss, "shapes": shapes, "kind": type(layers).__name__, "same": same}))
+"""
+
+HEADS = """
+import sys
+
+import torch
+import transformers
+
+folder, head = sys.argv[1:]
+auto_class = getattr(transformers, "AutoModelFor" + head)
+model = auto_class.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+logits = model(torch.tensor([[5, 6, 7, 8], [9, 6, 7, 8]])).logits
+print(type(model).__module__, tuple(logits.shape))
+"""
+QUIET = """
+import logging
+
+from transformers.utils import logging as transformers_logging
+
+
+class Refuse(logging.Handler):
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+transformers_logging.add_handler(Refuse(logging.WARNING))
 """
 
 
@@ -140,3 +167,16 @@ def test_trained_merged_quantized_and_exported_model_loads_without_hymba_tune(
     answered = command("chat", "mine", "--prompt", "I see two cats. What do I see?", "--max-new-tokens", 4)
     assert answered.code == 0, answered.err
     assert answered.out.strip()
+
+
+def test_the_example_of_the_card_asks_nothing_and_warns_of_nothing(exported: Path, elsewhere: Elsewhere) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.S)
+    program = example.replace('"small"', repr(str(exported))).replace("max_new_tokens=200", "max_new_tokens=3")
+    assert elsewhere.run(QUIET + program)  # a question would end it, as there is nobody to answer
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_exported_layers_carry_a_new_head(head: str, exported: Path, elsewhere: Elsewhere) -> None:
+    written = elsewhere.run(HEADS, exported, head).splitlines()[-1]
+    assert written.startswith("transformers_modules.")
+    assert written.endswith("(2, 3)" if head.startswith("Sequence") else "(2, 4, 3)")
