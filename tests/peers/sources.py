@@ -1,0 +1,50 @@
+"""The tests of transformers and PEFT, in the source packages of the installed versions. None of them is kept here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+# Read while tests are collected: during a test, XDG_CACHE_HOME is a folder of the session.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hymba-tune" / "peers"
+HELPERS = {"transformers": ["parameterized==0.9.0"], "peft": []}
+"""Packages that the tests need and the kit does not."""
+
+
+def tests_of(package: str) -> Path:
+    """Return the folder that contains the ``tests`` of an installed package.
+
+    HYMBA_TUNE_TRANSFORMERS or HYMBA_TUNE_PEFT may name a checkout instead. A checkout of transformers has more tests
+    than its source package, those of generation among them.
+    """
+    if checkout := os.environ.get(f"HYMBA_TUNE_{package.upper()}"):
+        assert (Path(checkout) / "tests").is_dir(), f"{checkout} has no folder tests"
+        return Path(checkout)
+    return _unpacked(f"{package}=={version(package)}") / f"{package}-{version(package)}"
+
+
+def helpers_of(package: str) -> list[Path]:
+    """Return folders to import from while the tests of a package run."""
+    folders = (_unpacked(helper) / helper.replace("==", "-") for helper in HELPERS[package])
+    return list(folders)
+
+
+def _unpacked(requirement: str) -> Path:
+    """Download and unpack the source package of ``name==version``, unless that was done before."""
+    folder = CACHE / requirement.replace("==", "-")
+    if not folder.is_dir():
+        new = folder.with_suffix(".new")
+        new.mkdir(parents=True, exist_ok=True)
+        # Pip and not our own client: it goes to the registry that the machine is set to.
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps"]
+        subprocess.run([*pip, "--dest", str(new), requirement], check=True)
+        (archive,) = new.glob("*.tar.gz")
+        with tarfile.open(archive) as files:
+            files.extractall(new, filter="data")
+        archive.unlink()
+        new.rename(folder)
+    return folder
