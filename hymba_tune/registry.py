@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -37,6 +38,10 @@ TEACHERS = {
 """Aliases of teachers for distillation."""
 NANO = "hymba-nano"
 """The packaged model."""
+PACKAGED = ("hymba_tune", "assets", NANO)
+"""The end of its path, by which adapters name it for other libraries. On another machine the rest differs."""
+REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
+"""The form of a branch, a tag or a commit."""
 RUNS = Path("runs")
 """The folder of runs. A name in it is no name on the Hub, even where there is no such folder."""
 ADAPTER = "adapter"
@@ -93,7 +98,7 @@ def resolve_model(name: str, *, flag: str = "--model", aliases: Mapping[str, str
     local = find_local(name, flag=flag, aliases=aliases)
     if local is not None:
         return local
-    hub_id, revision = _hub_name(name, aliases)
+    hub_id, revision = hub_name(name, aliases)
     fix = f"{flag} {NANO} (packaged, needs no network), or the path of a downloaded folder"
     folder = _download(hub_id, revision or None, SETTINGS_FILES, fix)
     return _downloaded(hub_id, revision, folder)
@@ -119,7 +124,7 @@ def find_local(name: str, *, flag: str = "--model", aliases: Mapping[str, str] =
     path = Path(name).expanduser()
     if path.is_dir():
         return _local(name, path)
-    hub_id, _ = _hub_name(name, aliases)
+    hub_id, _ = hub_name(name, aliases)
     is_alias = hub_id != name.partition("@")[0]
     if not is_hub_id(hub_id) or ((path.parent.is_dir() or path.parent == RUNS) and not is_alias):
         neighbors = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -159,8 +164,8 @@ def run_directory(folder: Path) -> Path | None:
     return run if inside and (run / "run.json").is_file() else None
 
 
-def _hub_name(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
-    """Return the Hub id of a name, with an alias resolved, and the revision after its ``@``."""
+def hub_name(name: str, aliases: Mapping[str, str] = ALIASES) -> tuple[str, str]:
+    """Return the Hub id of a name, with an alias resolved, and the revision after its ``@``; empty if there is none."""
     typed, _, revision = name.partition("@")
     return aliases.get(typed.lower(), typed), revision
 
@@ -182,7 +187,33 @@ def is_hub_id(name: str) -> bool:
 def lasting_name(name: str) -> str:
     """Return a name for the same model that is valid in every working directory: an absolute path, or a Hub id."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != NANO and path.is_dir() else ALIASES.get(name.lower(), name)
+    return str(path.resolve()) if name != NANO and path.is_dir() else _with_revision(*hub_name(name))
+
+
+def loadable_name(name: str, *, flag: str = "--model") -> tuple[str, str | None]:
+    """Return the name and the revision by which transformers and PEFT load a model, instead of the user's name.
+
+    Args:
+        name: The name that the user typed, as for `resolve_model`.
+        flag: The flag with that name, for messages.
+
+    Returns:
+        An absolute path and None, or a Hub id and its revision, if the name states one. Other libraries cannot load a
+        run whose result is an adapter as a base model; it keeps its path.
+
+    Raises:
+        ConfigError: If the name is neither a folder nor a Hub id.
+        CheckpointError: If the folder contains no model.
+    """
+    local = find_local(name, flag=flag)
+    if local is None:
+        hub_id, revision = hub_name(name)
+        return hub_id, revision or None
+    return str((local.folder if local.adapter is None else Path(name).expanduser()).resolve()), None
+
+
+def _with_revision(hub_id: str, revision: str | None) -> str:
+    return f"{hub_id}@{revision}" if revision else hub_id
 
 
 def _local(name: str, path: Path) -> ModelSource:
@@ -205,7 +236,7 @@ def _local(name: str, path: Path) -> ModelSource:
 
 def _downloaded(hub_id: str, revision: str, folder: Path) -> ModelSource:
     """Return a model or an adapter from the Hub. A run.json in its repository is not trusted, and so is ignored."""
-    name = f"{hub_id}@{revision}" if revision else hub_id
+    name = _with_revision(hub_id, revision)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         base = _base_of_adapter(folder)
         if base and base.lower() not in (NANO, *ALIASES) and not is_hub_id(base):
@@ -219,7 +250,17 @@ def _downloaded(hub_id: str, revision: str, folder: Path) -> ModelSource:
 
 
 def _base_of_adapter(folder: Path) -> str:
-    return _text(_read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path", folder / ADAPTER_CONFIG) or ""
+    """Return the base model of an adapter without a run, by a name that `resolve_model` takes; empty if it has none."""
+    path = folder / ADAPTER_CONFIG
+    settings = _read_json(path)
+    base, revision = (_text(settings, field, path) for field in ("base_model_name_or_path", "revision"))
+    if revision and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise CheckpointError(
+            f"{path}: revision is {revision[:80]!r}.", expected="a branch, a tag or a commit, or null"
+        )
+    if not base or Path(base).is_dir() or not is_hub_id(base):
+        return NANO if base and Path(base).parts[-3:] == PACKAGED else base or ""
+    return _with_revision(base, revision)
 
 
 def _run(path: Path) -> ModelSource:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from hymba_tune.errors import CheckpointError, ConfigError, HubError
-from hymba_tune.registry import ALIASES, fetch_weights, has_weights, resolve_model
+from hymba_tune.registry import ALIASES, fetch_weights, has_weights, lasting_name, loadable_name, resolve_model
 
 
 @pytest.fixture
@@ -98,6 +98,48 @@ def test_adapter_from_the_hub_may_not_name_a_folder_as_its_base(base: str, tmp_p
     save_adapter(tmp_path / "downloaded", base)
     with pytest.raises(CheckpointError, match=rf"The base model of the adapter me/my-adapter is {base}, a folder on"):
         resolve_model("me/my-adapter")
+
+
+@pytest.mark.usefixtures("hub")
+def test_adapter_names_a_revision_of_its_base_as_peft_does(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"base_model_name_or_path": "me/it", "revision": "refs/pr/1"}))
+    assert resolve_model(str(tmp_path)).base == "me/it@refs/pr/1"
+    path.write_text(json.dumps({"base_model_name_or_path": str(tmp_path), "revision": "v2"}))
+    assert resolve_model(str(tmp_path)).base == str(tmp_path)
+    for revision in ("../../x", "/x", "x y"):
+        path.write_text(json.dumps({"base_model_name_or_path": "me/it", "revision": revision}))
+        with pytest.raises(
+            CheckpointError, match=r"adapter_config\.json: revision is .*\n  expected   a branch, a tag"
+        ):
+            resolve_model(str(tmp_path))
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("folder", ["/home/me/site-packages", "C:/lib"])
+def test_packaged_model_of_another_machine_is_the_one_of_this(folder: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path, f"{folder}/hymba_tune/assets/hymba-nano")
+    assert resolve_model(str(tmp_path)).base == "hymba-nano"
+    save_adapter(tmp_path / "downloaded", f"{folder}/hymba_tune/assets/hymba-nano")
+    assert resolve_model("me/my-adapter").base == "hymba-nano"
+
+
+def test_names_for_other_libraries(tmp_path: Path, small_model: Path) -> None:
+    """Other libraries know neither aliases, nor hymba-nano, nor runs, nor revisions in names."""
+    nano = resolve_model("hymba-nano").folder
+    run = save_run(tmp_path / "full", "model/config.json")
+    upper = save_run(tmp_path / "lora", "adapter/adapter_config.json")
+    for name, expected in {
+        "hymba-nano": (str(nano), None),
+        str(small_model): (str(small_model), None),
+        str(run): (str(run / "model"), None),
+        str(upper): (str(upper), None),
+        "Hymba-1.5B": ("nvidia/Hymba-1.5B-Base", None),
+        "hymba-1.5b@v2": ("nvidia/Hymba-1.5B-Base", "v2"),
+        "me/it@refs/pr/1": ("me/it", "refs/pr/1"),
+    }.items():
+        assert loadable_name(name) == expected
+    assert lasting_name("hymba-1.5b@v2") == "nvidia/Hymba-1.5B-Base@v2"
 
 
 @pytest.mark.usefixtures("hub")

@@ -285,8 +285,8 @@ class ExportConfig(OutputOptions, ModelOptions, CheckpointChoice):
     """Folder of the exported model; must not exist or be empty. Default: exports/MODEL."""
     format: Literal["kit", "hymba"] = "kit"
     """kit: with this kit's modeling code, for any machine with torch and transformers 5, CPUs included. hymba: with the
-    released config.json, which names NVIDIA's code; that needs CUDA and transformers 4.44. The weights and their names
-    are the same, and hymba-tune opens both."""
+    released config.json, which names NVIDIA's code; that needs CUDA, transformers 4.44 and another data
+    type than float32. The weights and their names are the same, and hymba-tune opens both."""
     quantize: Scheme | None = None
     """Quantize the weights: nf4, fp4 or int8. hymba-tune quantize has more settings."""
     adapter_only: bool = False
@@ -317,6 +317,8 @@ class ExportConfig(OutputOptions, ModelOptions, CheckpointChoice):
                 "quantize: the hymba format is for NVIDIA's code, which is untested with quantized weights; "
                 "remove --quantize or --format hymba"
             )
+        if self.format == "hymba" and self.dtype == "float32":
+            raise ValueError("dtype: NVIDIA's code cannot compute in float32; use --dtype bfloat16")
         for field in ("private", "revision", "update"):
             if getattr(self, field) and self.push is None:
                 raise ValueError(f"{field}: it applies to --push only; add --push USER/NAME")

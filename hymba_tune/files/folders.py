@@ -13,7 +13,7 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.files.kinds import MODEL, REPLACED, FolderKind, entries, remove
 from hymba_tune.files.leftovers import held, left_behind, remove_leftovers
 from hymba_tune.files.outputs import check_folder, check_not_current, disk_errors, write_errors
-from hymba_tune.files.writing import COMPLETE, aside, flush_to_disk
+from hymba_tune.files.writing import COMPLETE, aside, flush_to_disk, share_files
 
 OLD = ".old"
 """Ending of the name aside of a folder that is being replaced."""
@@ -86,6 +86,7 @@ def _becoming(part: Path, target: Path, *, overwrite: bool) -> Iterator[None]:
         held_folders.enter_context(held(part))
         try:
             yield
+            share_files(part)
             flush_to_disk(part)
             if target.exists():
                 held_folders.enter_context(held(target))

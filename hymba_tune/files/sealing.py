@@ -6,7 +6,7 @@ import json
 import zlib
 from pathlib import Path
 
-from hymba_tune.files.writing import flush_to_disk, write_text
+from hymba_tune.files.writing import flush_to_disk, share_files, write_text
 
 WHOLE = "whole"
 """The file written last into a folder, with the size and the checksum of every other file. Only files that it lists are
@@ -16,6 +16,7 @@ BLOCK = 2**20  # bytes read at a time
 
 def seal(folder: Path) -> None:
     """Mark a folder as complete, once all of it is on the disk."""
+    share_files(folder)
     files = {path.relative_to(folder).as_posix(): _mark(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(WHOLE, None)  # from an earlier seal of the same folder
     write_text(folder / WHOLE, json.dumps(files, indent=1) + "\n")

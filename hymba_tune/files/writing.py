@@ -37,9 +37,11 @@ def atomic_write(path: Path, *, overwrite: bool = True, alone: bool = True) -> I
         remove_leftovers(path)
     part = aside(Path(os.path.realpath(path)))
     part.touch()
+    mode = part.stat().st_mode
     with held(part):
         try:
             yield part
+            part.chmod(mode)  # as in `share_files`
             put_in_place(part, path, overwrite=overwrite)
         except NameTakenError:  # all was written, and is kept
             raise
@@ -87,6 +89,14 @@ def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
     """Write a text file in UTF-8; see `atomic_write`."""
     with atomic_write(path, overwrite=overwrite) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def share_files(folder: Path) -> None:
+    """Let everybody read the files in a folder who may read the folder: safetensors lets only their owner read them."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def flush_to_disk(path: Path) -> None:

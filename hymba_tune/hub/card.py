@@ -15,11 +15,19 @@ from hymba_tune.data.readers import KINDS, kind
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.hub.lineage import CARD, Lineage
 from hymba_tune.quant import Damage
+from hymba_tune.registry import NANO, hub_name
 from hymba_tune.report import RunRecord, judge, loss_picture
 
 PRIVATE = {"model", "data", "eval_data", "device", "chat_template", "track", "kernels"}
 """Settings with names of the machine of the run. The card names data files without their folders."""
 HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
+PROMPT = """\
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+ANSWER = """\
+answer = model.generate(**prompt, max_new_tokens=200)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))"""
 CODE = {
     "kit": """\
 With {needs}, on a CPU or a GPU; the code next to the weights is hymba-tune's (Apache-2.0):
@@ -28,17 +36,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**prompt, max_new_tokens=200)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+{prompt}
+{answer}
 ```
 """,
     "hymba": """\
 The configuration is for the code of NVIDIA's release, which transformers 4.44 downloads and which needs CUDA:
 ```python
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", torch_dtype=torch.bfloat16, trust_remote_code=True).cuda()
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+{prompt}.to("cuda")
+{answer}
 ```
 """,
     "adapter": """\
@@ -47,7 +58,7 @@ import hymba_tune.model  # registers Hymba with transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, "{name}")
 ```
 """,
@@ -77,7 +88,9 @@ def write_card(
     """
     head = {name: value for name, value in _head(lineage, config, quantized=quantized).items() if value}
     needs = "torch, transformers 5, accelerate and bitsandbytes" if quantized else "torch and transformers 5"
-    code = CODE["adapter" if config.adapter_only else config.format].format(name=name, base=lineage.base, needs=needs)
+    code = CODE["adapter" if config.adapter_only else config.format].format(
+        name=name, base=_base_arguments(lineage), needs=needs, prompt=PROMPT, answer=ANSWER
+    )
     relation = "An adapter for" if config.adapter_only else "Made from"
     lines = [
         *("---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---"),
@@ -130,6 +143,14 @@ def _head(lineage: Lineage, config: ExportConfig, *, quantized: bool) -> dict[st
         "datasets": list(dict.fromkeys(HUB_DATA.match(name)[0] for name in data_names if _on_the_hub(name))),  # type: ignore[index]
         "tags": ["hymba", "hymba-tune"],
     }
+
+
+def _base_arguments(lineage: Lineage) -> str:
+    """Return the arguments with which `from_pretrained` loads the base model of an adapter."""
+    name, revision = hub_name(lineage.adapter_base or "path/to/its/base/model")
+    if name == NANO:
+        return f'next(iter(hymba_tune.__path__)) + "/assets/{NANO}"'
+    return f'"{name}"' + (f', revision="{revision}"' if revision else "")
 
 
 def _cost(damage: Damage) -> str:

@@ -32,13 +32,21 @@ from hymba_tune.files import MODEL, check_folder, new_folder
 from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.hub.card import check_publishable, write_card
 from hymba_tune.hub.checks import SUMS, check_logits, check_sums, check_tokens, sample_logits, write_sums
-from hymba_tune.hub.layout import write_model, write_tokenizer
+from hymba_tune.hub.layout import check_released_format, write_model, write_tokenizer
 from hymba_tune.hub.lineage import Lineage, card_data, license_of, trace
 from hymba_tune.hub.push import UploadTarget, check_target, push
 from hymba_tune.hub.quantizing import QuantizationPlan, plan_quantization, write_quantized
 from hymba_tune.hub.writing import default_folder, reload_model
 from hymba_tune.inputs import check_inputs
-from hymba_tune.registry import ADAPTER_CONFIG, ModelSource, fetch_weights, resolve_model
+from hymba_tune.registry import (
+    ADAPTER_CONFIG,
+    NANO,
+    ModelSource,
+    fetch_weights,
+    hub_name,
+    loadable_name,
+    resolve_model,
+)
 from hymba_tune.schemes import scheme_of, stored_quantization
 
 
@@ -89,6 +97,7 @@ def export(config: ExportConfig, working: Working) -> Exported:
             check_sums(folder)
         card = card_data(folder)
         check_publishable(Lineage(card.get("base_model"), license_of(card)))
+        _check_named_base(source, config.push or "")
     else:
         folder = config.out or default_folder(source, ending=f"-{config.quantize}" if config.quantize else "")
         difference = _export(config, source, folder, working)
@@ -106,11 +115,10 @@ def _export(config: ExportConfig, source: ModelSource, out: Path, working: Worki
     if config.adapter_only and source.adapter is None:
         raise CheckpointError(f"--adapter-only: {source.name} has no adapter.", fix="leave it out")
     stored = None if source.adapter else stored_quantization(load_config(source))
-    if config.format == "hymba" and stored:
-        raise ConfigError(
-            f"--format hymba: {source.name} is quantized, and NVIDIA's code is untested with quantized weights.",
-            fix="leave it out, or export the model that it was quantized from",
-        )
+    if config.format == "hymba":
+        below = load_config(weights_of(source))
+        dtype = _dtype(config, source, choose_device(config.device))
+        check_released_format(source.name, below, dtype, tokenizer_of(source), adapter=source.adapter is not None)
     lineage = _lineage(config, source)
     if config.push is not None:
         check_publishable(lineage)
@@ -147,12 +155,19 @@ def _lineage(config: ExportConfig, source: ModelSource) -> Lineage:
                 f"--adapter-only: the adapter {source.name} is useless without its base model, which is another run.",
                 fix="leave --adapter-only out, to export one merged model",
             )
-        lineage = replace(lineage, base=lineage.adapter_base)  # and not the model which that was made from
-    if config.base_model:
-        lineage = replace(lineage, base=config.base_model)
+        base = config.base_model or lineage.adapter_base  # and not the model which that was made from
+        lineage = replace(lineage, base=base and hub_name(base)[0], adapter_base=base)
+    elif config.base_model:
+        lineage = replace(lineage, base=hub_name(config.base_model)[0])
     if config.license:
         lineage = replace(lineage, license={"license": config.license})
     return lineage
+
+
+def _dtype(config: ExportConfig, source: ModelSource, device: torch.device) -> torch.dtype:
+    """Return the dtype in which a full model is written."""
+    stored: torch.dtype = load_config(weights_of(source)).dtype or torch.float32
+    return stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
 
 
 def _write_model(
@@ -160,8 +175,7 @@ def _write_model(
 ) -> tuple[float, str]:
     """Write a full model and reload it, without both in memory at once; return the difference and the size in words."""
     device = choose_device(config.device)
-    stored = load_config(weights_of(source)).dtype or torch.float32
-    dtype = stored if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    dtype = _dtype(config, source, device)
     tokenizer = with_chat_template(tokenizer_of(source))
     with working("loading the weights"):
         model: PreTrainedModel = open_model(source, dtype=dtype, device=device)
@@ -189,7 +203,7 @@ def _write_adapter(
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(source.adapter / file, folder / file)
     settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = lineage.base or source.base
+    settings |= _named_base(config, lineage.adapter_base or str(source.base))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
 
@@ -201,3 +215,28 @@ def _write_adapter(
         reloaded = load_adapter(open_model(base, dtype=dtype, device=device), folder)
         check_tokens(load_tokenizer(folder), tokenizer, folder)
         return check_logits(sample_logits(reloaded, tokenizer), original, folder), f"{short_count(count)} parameters"
+
+
+def _check_named_base(source: ModelSource, repository: str) -> None:
+    """Check that an adapter that was exported for this machine is not uploaded as it is.
+
+    Raises:
+        ConfigError: If its base model is named by a folder.
+    """
+    if source.adapter is None:
+        return
+    settings = json.loads((source.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if Path(settings.get("base_model_name_or_path") or "").is_absolute():
+        raise ConfigError(
+            f"--push: the adapter {source.name} names a folder of this machine as its base model.",
+            expected=f"a model on the Hub, or {NANO}",
+            fix=f"{command('export', 'RUN', '--adapter-only', '--push', repository)}, which exports it again",
+        )
+
+
+def _named_base(config: ExportConfig, base: str) -> dict[str, str | None]:
+    """Return the settings of an adapter that name its base model, by which PEFT finds it."""
+    if config.push is not None and base == NANO:  # its folder on this machine says nothing to others
+        return {"base_model_name_or_path": NANO, "revision": None}
+    name, revision = loadable_name(base, flag="--base-model")
+    return {"base_model_name_or_path": name, "revision": revision}

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hymba_tune.model as code
+from hymba_tune.errors import ConfigError
+from hymba_tune.schemes import stored_quantization
 
 Format = Literal["kit", "hymba"]
 SHARD = "2GB"
@@ -39,6 +42,37 @@ KEYS = (
     *("sliding_window", "tie_word_embeddings", "use_mamba_kernels", "v_head_dim", "vocab_size"),
 )
 """Keys of the released config.json with the same meaning in `HymbaConfig`."""
+
+
+def check_released_format(
+    name: str, config: Any, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, *, adapter: bool
+) -> None:
+    """Check that NVIDIA's code can run a model, and that the tokenizers library of its time can read the tokenizer.
+
+    Args:
+        name: The name of the model, for messages.
+        config: The configuration of the weights, below all adapters.
+        dtype: The dtype in which the model will be written.
+        tokenizer: The tokenizer.
+        adapter: Whether the model has an adapter, which is merged into weights that are not quantized.
+
+    Raises:
+        ConfigError: If one of them cannot.
+    """
+    problem = None
+    fix = "leave it out"
+    if stored_quantization(config) and not adapter:
+        problem = f"{name} is quantized, and NVIDIA's code is untested with quantized weights"
+        fix += ", or export the model that it was quantized from"
+    elif not config.num_memory_tokens:
+        problem = f"{name} has no meta tokens, and the attention of NVIDIA's code fails without them"
+    elif dtype is torch.float32:
+        problem = f"{name} would be written in float32, and NVIDIA's code cannot compute in it"
+        fix = "--dtype bfloat16"
+    elif spaced := [pair for pair in _merges(tokenizer) if any(" " in piece for piece in pair)]:
+        problem = f"the tokenizer of {name} merges {spaced[0]}, and tokenizers 0.19 reads no piece with a space"
+    if problem is not None:
+        raise ConfigError(f"--format hymba: {problem}.", fix=fix)
 
 
 def write_model(
@@ -90,21 +124,34 @@ def released_config(config: Any, repository: str) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, layout: Format = "kit") -> None:
-    """Write a tokenizer that every version of transformers loads with the same ids.
+    """Write a tokenizer that transformers loads with the same ids.
 
     Args:
         tokenizer: The tokenizer, with a chat template.
         folder: An existing folder.
-        layout: The format. For "hymba", the template is written to tokenizer_config.json, because transformers 4.44
-            reads no separate file.
+        layout: The format. For "hymba", transformers 4.44 and tokenizers 0.19 read it: the template is written to
+            tokenizer_config.json, and each merge as one text.
     """
+    tokenizer.backend_tokenizer.no_padding()  # set by the last batch, and not a property of the tokenizer
     tokenizer.save_pretrained(folder, save_jinja_files=layout == "kit")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # Every version of transformers has this class, which loads tokenizer.json unchanged. The removed settings describe
-    # how the tokenizer was loaded on this machine.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Every version of transformers has this class, which loads tokenizer.json unchanged. Older ones add token_type_ids,
+    # which the model does not take. The removed settings describe how the tokenizer was loaded on this machine.
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     _write(path, {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")})
+    if layout == "hymba":
+        path = folder / "tokenizer.json"
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if merges := _merges(tokenizer):
+            contents["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(contents, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """Return the merges of a byte-pair encoding, as tokenizers writes them since 0.20."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return list(model.get("merges", []))
 
 
 def _update(path: Path, **values: Any) -> None:

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from hymba_tune.errors import CheckpointError
-from hymba_tune.registry import ModelSource, resolve_model, run_directory
+from hymba_tune.registry import ModelSource, hub_name, resolve_model, run_directory
 from hymba_tune.report import RunRecord
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -22,10 +22,11 @@ class Lineage:
     """The lineage of a model.
 
     Attributes:
-        base: The original base model, on the Hub or hymba-nano; None if it is not known.
+        base: The original base model, on the Hub or hymba-nano, without a revision; None if it is not known.
         license: The license of that model in the keys of Hub cards: `license` and, without an id, its name and link.
         runs: The runs that trained the model, the last one first.
-        adapter_base: The base model of the last run's adapter, if it is on the Hub or hymba-nano.
+        adapter_base: The base model of the last run's adapter, if it is on the Hub or hymba-nano, with its revision, if
+            the adapter names one.
         steps: The number of steps from the model through its base models to the original one.
     """
 
@@ -62,7 +63,7 @@ def trace(source: ModelSource) -> Lineage:
             )
     card = card_data(source.folder)
     base = source.published or _first(card.get("base_model"))
-    return Lineage(base, license_of(card), tuple(runs), source.published, steps)
+    return Lineage(base and hub_name(base)[0], license_of(card), tuple(runs), source.published, steps)
 
 
 def license_of(card: dict[str, Any]) -> dict[str, str]:

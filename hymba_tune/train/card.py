@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hymba_tune.config import TrainingConfig
 from hymba_tune.errors import command
 from hymba_tune.files import write_text
+from hymba_tune.registry import hub_name
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow
 
@@ -22,9 +24,11 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
     facts = run.facts()
     evaluations = list(run.evaluations())
     trained = "model" if run.model.is_dir() else "adapter"
+    is_folder = Path(config.model).expanduser().is_dir()
+    base = config.model if is_folder else hub_name(config.model)[0]  # a card names no revision
     how = config.method.value + (f" on weights quantized to {facts['quantized']}" if facts.get("quantized") else "")
     lines = [
-        *("---", f"base_model: {config.model}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
+        *("---", f"base_model: {base}", "library_name: transformers", "tags: [hymba, hymba-tune]", "---"),
         *("", f"# {run.name}", ""),
         f"{config.model}, trained by hymba-tune {config.verb} ({how}) on {', '.join(config.data)}.",
         "",

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from hymba_tune.adapters import (
@@ -35,7 +36,7 @@ from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
 from hymba_tune.files.checkpoints import step_of
 from hymba_tune.memory import keep_freed_memory
-from hymba_tune.registry import ModelSource
+from hymba_tune.registry import ModelSource, loadable_name
 from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
@@ -216,16 +217,24 @@ def _open(setup: Setup) -> PreTrainedModel:
     source = _base(setup)
     quantization = setup.quantization.while_loading if setup.quantization else None
     model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=quantization)
-    model.name_or_path = setup.base
+    model.name_or_path, revision = loadable_name(setup.base)  # PEFT records it with the adapter
     if setup.added_tokens:
         widen_vocabulary(model, setup.model_config.vocab_size)
     if setup.continues and setup.source.adapter:
         adapted = load_adapter(model, setup.source.adapter, trainable=True)
         restrict_rows(adapted, config.targets)
-        return adapted
+        return _naming_base(adapted, model.name_or_path, revision)
     if config.method is Method.full:
         return model.requires_grad_(True)  # merging a run's adapter has frozen all of it
-    return add_adapter(model, adapter_config(config, model, setup.added_tokens), config.targets)
+    adapted = add_adapter(model, adapter_config(config, model, setup.added_tokens), config.targets)
+    return _naming_base(adapted, model.name_or_path, revision)
+
+
+def _naming_base(adapted: PeftModel, name: str, revision: str | None) -> PeftModel:
+    """Record the base model of an adapter in its configuration, by the name by which other libraries find it."""
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path, config.revision = name, revision
+    return adapted
 
 
 def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTrainedModel, screen: Screen) -> RunTrainer:

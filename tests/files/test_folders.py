@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import errno
+import os
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hymba_tune.errors import ConfigError
 from hymba_tune.files import (
     RUN,
     atomic_folder,
+    atomic_write,
     check_new_folder,
     folders,
     make_folders,
     new_folder,
     remove_empty,
     replacing,
+    seal,
 )
 
 
@@ -40,6 +46,27 @@ def test_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
     write(tmp_path / "deep/out")
     assert names(tmp_path / "deep") == ["out"]
     assert (tmp_path / "deep/out/file").read_text() == "all of it"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has modes of files")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_are_as_readable_as_others_that_the_user_writes(
+    mask: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Safetensors writes files that only their owner may read."""
+    request.addfinalizer(partial(os.umask, os.umask(mask)))
+    tensors = {"a": np.zeros(3)}
+    with atomic_folder(tmp_path / "folder") as folder:
+        save_file(tensors, folder / "a.safetensors")
+        (folder / "text").write_text("plain")
+    with atomic_write(tmp_path / "b.safetensors") as part:
+        save_file(tensors, part)
+    (tmp_path / "checkpoint").mkdir()
+    save_file(tensors, tmp_path / "checkpoint/c.safetensors")
+    seal(tmp_path / "checkpoint")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 def test_folders_that_look_like_ours_are_left_alone(tmp_path: Path) -> None:

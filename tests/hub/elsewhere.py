@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import venv
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ class Elsewhere:
     Args:
         folder: The folder of the environment.
         *packages: The names of the packages.
+        downloaded: Packages that pip installs instead, with versions, from the index that it is set to.
     """
 
-    def __init__(self, folder: Path, *packages: str) -> None:
+    def __init__(self, folder: Path, *packages: str, downloaded: Sequence[str] = ()) -> None:
         self.folder = folder
         venv.create(folder, with_pip=False, symlinks=True)
         (site,) = folder.glob("lib/python*/site-packages")
@@ -30,6 +33,9 @@ class Elsewhere:
             for top in {Path(file).parts[0] for file in installed.files or []} - {"..", "__pycache__"}:
                 if not (site / top).exists():
                     (site / top).symlink_to(Path(str(installed.locate_file(top))))
+        if downloaded:
+            pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "--quiet"]
+            subprocess.run([*pip, *downloaded], check=True)
 
     def run(self, program: str, *arguments: object, **environment: str) -> str:
         """Run a program in a subprocess, and return its output.

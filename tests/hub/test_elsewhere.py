@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from hymba_tune.hub import export
 from tests.cli.conftest import Command
 from tests.hub.elsewhere import Elsewhere
 from tests.hub.silent import silent
-from tests.runs import run, settings
+from tests.runs import SMALL, run, save_model, settings
+from tests.tiny import tiny_model
 
 PROMPTS = [" Two spaces  and a line\n", "Hello", "naïve ☃ </s> x = [1, 2]"]
 PROGRAM = """
@@ -95,11 +97,38 @@ class Refuse(logging.Handler):
 
 transformers_logging.add_handler(Refuse(logging.WARNING))
 """
+OLD = ("transformers==4.44.2", "tokenizers==0.19.1", "numpy<2", "jinja2")
+"""The libraries of NVIDIA's code. Without torch they read tokenizers and configurations, and generate nothing."""
+READER = """
+import json, sys
+
+import tokenizers, transformers
+from transformers import AutoTokenizer, GenerationConfig
+
+folder, *prompts = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(prompts, padding=True)
+chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+print(json.dumps({
+    "versions": [transformers.__version__, tokenizers.__version__],
+    "batch": dict(batch),
+    "texts": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
+    "chat": tokenizer.apply_chat_template(chat, add_generation_prompt=True),
+    "prompt": list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)),
+    "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+    "end": GenerationConfig.from_pretrained(folder).eos_token_id,
+}))
+"""
 
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
     return Elsewhere(tmp_path_factory.mktemp("elsewhere") / "env", "torch", "transformers")
+
+
+@pytest.fixture(scope="module")
+def old_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    return Elsewhere(tmp_path_factory.mktemp("old") / "env", downloaded=OLD)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +167,35 @@ def test_export_is_evaluated_by_transformers_trainer(exported: Path, small_model
     assert output["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert output["shapes"] == [[1, rows[0].shape[1], model.config.vocab_size]]
     assert (output["kind"], output["same"]) == ("HymbaModel", True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="tokenizers 0.19 has no wheels for this Python")
+@pytest.mark.parametrize("model", ["small", "released"])
+def test_libraries_of_nvidias_code_read_the_tokenizer(
+    model: str, old_elsewhere: Elsewhere, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Needs the package index. The released tokenizer is a Llama's, whose texts start with a space."""
+    folder = save_model(tmp_path / "small", torch.bfloat16)
+    if model == "released":
+        reference = request.getfixturevalue("shared") / "reference/hymba-1.5b-base"
+        tiny_model(torch.bfloat16, **SMALL | {"vocab_size": 32001, "pad_token_id": 0}).save_pretrained(folder)
+        load_tokenizer(reference).save_pretrained(folder)
+    exported = export(ExportConfig(model=str(folder), out=tmp_path / "out", format="hymba"), silent).folder
+    output = json.loads(old_elsewhere.run(READER, exported, *PROMPTS).splitlines()[-1])
+
+    tokenizer = with_chat_template(load_tokenizer(folder))
+    batch = tokenizer(PROMPTS, padding=True)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert output == {
+        "versions": ["4.44.2", "0.19.1"],
+        "batch": dict(batch),
+        "texts": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
+        "chat": tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"],
+        "prompt": ["input_ids", "attention_mask"],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "end": tokenizer.eos_token_id,
+    }
 
 
 def test_trained_merged_quantized_and_exported_model_loads_without_hymba_tune(

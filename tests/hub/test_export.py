@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hymba_tune.hub.layout import released_config
 from hymba_tune.registry import resolve_model
 from tests.hub.silent import silent
 from tests.model.inputs import expected_names
-from tests.runs import tensors
+from tests.runs import save_model, tensors
 
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
@@ -113,15 +114,80 @@ def test_card_of_a_base_model_states_its_license_and_its_own_base(small_model: P
         exported(base, tmp_path / "other")
 
 
-def test_hymba_format_suits_nvidias_code(small_model: Path, tmp_path: Path) -> None:
-    out = exported(small_model, tmp_path / "out", format="hymba")
+@pytest.fixture(scope="module")
+def released_format(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export for NVIDIA's code, which tests must not change."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    return exported(small_model, out, format="hymba", dtype="bfloat16", base_model="nvidia/Hymba-1.5B-Instruct@v2")
+
+
+def test_hymba_format_suits_nvidias_code(released_format: Path, small_model: Path) -> None:
+    out = released_format
     assert not list(out.glob("*.py"))
     assert not (out / "chat_template.jinja").exists()
-    assert "chat_template" in json.loads((out / "tokenizer_config.json").read_text())
     assert tensors(out).keys() == tensors(small_model).keys()
     config = json.loads((out / "config.json").read_text())
-    assert config["auto_map"]["AutoConfig"] == "nvidia/Hymba-1.5B-Base--configuration_hymba.HymbaConfig"
+    assert config["auto_map"]["AutoConfig"] == "nvidia/Hymba-1.5B-Instruct--configuration_hymba.HymbaConfig"
     assert config["conv_dim"] == {"0": 64, "1": 64, "2": 64}
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_hymba_format_has_a_tokenizer_for_tokenizers_0_19(released_format: Path, small_model: Path) -> None:
+    settings = json.loads((released_format / "tokenizer_config.json").read_text())
+    assert "chat_template" in settings
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    written, original = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (released_format, small_model)
+    )
+    pairs = original["model"]["merges"]
+    assert written["model"].pop("merges") == [" ".join(pair) for pair in pairs]
+    original["model"].pop("merges")
+    assert written == original
+
+
+def test_card_for_nvidias_code_loads_what_that_code_can_run(released_format: Path) -> None:
+    card = (released_format / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(snippet, "README.md", "exec")
+    assert 'from_pretrained("out", torch_dtype=torch.bfloat16, trust_remote_code=True).cuda()' in snippet
+    assert 'tokenizer = AutoTokenizer.from_pretrained("out")\n' in snippet
+    assert ').to("cuda")\nanswer = model.generate(**prompt' in snippet
+    assert head(released_format)["base_model"] == "nvidia/Hymba-1.5B-Instruct"
+    assert "@" not in card
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("float32", r"small would be written in float32, and NVIDIA's code cannot compute in it\.\n.*--dtype bfloat16"),
+        ("no meta tokens", r"has no meta tokens, and the attention of NVIDIA's code fails without them"),
+        ("space", r"tokenizer of .* merges \['a', ' b'\], and tokenizers 0\.19 reads no piece with a space"),
+    ],
+)
+def test_what_nvidias_code_cannot_run_is_refused_before_the_weights_load(
+    problem: str, message: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.hub.exports.open_model", lambda *_, **__: pytest.fail("the weights are loaded"))
+    model = small_model
+    if problem == "no meta tokens":
+        model = save_model(tmp_path / "model", num_memory_tokens=0)
+    if problem == "space":
+        model = Path(shutil.copytree(small_model, tmp_path / "model"))
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"] |= {" b": 4096, "a b": 4097}
+        tokenizer["model"]["merges"].insert(0, ["a", " b"])
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"vocab_size": 4098}))
+    dtype = "auto" if problem == "float32" else "bfloat16"
+    with pytest.raises(ConfigError, match=rf"--format hymba: .*{message}"):
+        exported(model, tmp_path / "out", format="hymba", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_float32_for_nvidias_code_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dtype: NVIDIA's code cannot compute in float32; use --dtype bfloat16"):
+        ExportConfig(format="hymba", dtype="float32")
 
 
 def test_hymba_format_has_the_released_keys_and_values(shared: Path) -> None:
