@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -21,7 +22,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,7 +31,14 @@ from transformers import PreTrainedModel
 from hymba_tune.adapters.initialization import ADAPTER
 from hymba_tune.adapters.presets import rows_outside
 from hymba_tune.adapters.settings import read_settings
-from hymba_tune.adapters.vocabulary import vocabulary_with, widen_vocabulary
+from hymba_tune.adapters.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    SAVED,
+    saved_embeddings,
+    vocabulary_with,
+    widen_vocabulary,
+)
 from hymba_tune.checkpoint import check_dtype, read_header
 from hymba_tune.errors import CheckpointError, ConfigError
 
@@ -91,6 +99,10 @@ def restrict_rows(model: PeftModel, targets: Sequence[str]) -> None:
             weight.register_hook(_without(rows))
 
 
+ROWS = "token_adapter.trainable_tokens_delta"
+"""The name of trained rows in a module; PEFT repeats those of an embedding for a head that is tied to it."""
+
+
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
     """Attach a saved adapter to a model, in place.
 
@@ -107,7 +119,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     tensors = _read_tensors(folder)
     _check_rank(folder, config, tensors)
     config.inference_mode = not trainable
-    widen_vocabulary(model, vocabulary_with(config, model.config.vocab_size, folder))
+    vocabulary = model.config.vocab_size
+    widen_vocabulary(model, vocabulary_with(config, vocabulary, folder))
     without_memory = model.device.type == "meta"
     try:
         with _quiet_peft():
@@ -116,7 +129,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_load_on_own_base(config)) from error
     _widen_copies(adapted)
     _save_offline(adapted)
-    _check_fit(folder, tensors, adapted)
+    saved, tensors = _divide(tensors, adapted)
+    _check_fit(folder, tensors, saved, adapted)
+    _check_embeddings(folder, tensors, saved, adapted, vocabulary)
+    if not without_memory:
+        _set_embeddings(adapted, saved)
     if without_memory:  # PEFT then assigns the loaded tensors as they are, instead of copying their values
         tensors = {
             name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()
@@ -124,7 +141,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         for module in adapted.modules():
             if isinstance(module, BaseTunerLayer):  # would otherwise move the adapter to the meta device
                 module._move_adapter_to_device_of_base_layer = lambda *_: None
-    set_peft_model_state_dict(adapted, tensors, ADAPTER, low_cpu_mem_usage=without_memory)
+    try:
+        set_peft_model_state_dict(adapted, tensors, ADAPTER, low_cpu_mem_usage=without_memory)
+    except KeyError as error:  # names of modules that match parts of others
+        raise CheckpointError(
+            f"PEFT cannot load {folder}, although it has saved it: there is no {error}.",
+            expected="copies of modules that do not contain each other: modules_to_save",
+        ) from error
     # When PEFT casts the factors of an embedding to float32, it makes them trainable again.
     return adapted if trainable else adapted.eval().requires_grad_(False)
 
@@ -134,6 +157,9 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has deprecated.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # It warns of what merging takes care of: heads that an adapter unties.
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`", UserWarning)
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`", UserWarning)
         yield
 
 
@@ -149,8 +175,8 @@ def _widen_copies(model: PeftModel) -> None:
             rows = module.trainable_tokens_delta[ADAPTER]
             rows.data = rows.data.to(torch.promote_types(rows.dtype, torch.float32))
         if isinstance(module, ModulesToSaveWrapper):
-            tokens = module.modules_to_save[ADAPTER]
-            tokens.to(torch.promote_types(tokens.weight.dtype, torch.float32))
+            for parameter in module.modules_to_save[ADAPTER].parameters():
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _without(rows: slice) -> Callable[[Tensor], Tensor]:
@@ -225,8 +251,46 @@ def _check_rank(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) ->
         )
 
 
-def _check_fit(folder: Path, tensors: dict[str, Tensor], model: PeftModel) -> None:
+def embeddings_of(folder: Path, model: PeftModel) -> dict[str, Tensor]:
+    """Return the embedding and the head that PEFT has saved with an adapter; see `saved_embeddings`.
+
+    Args:
+        folder: The adapter's folder.
+        model: The model of `load_adapter`.
+    """
+    return _divide(_read_tensors(folder), model)[0]
+
+
+def _divide(tensors: dict[str, Tensor], model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Divide the tensors of an adapter into matrices of its base model, by their names there, and trained tensors."""
+    trained = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).keys()
+    rows, same_rows = (tensors.get(f"base_model.model.{module}.{ROWS}") for module in (EMBEDDING, HEAD))
+    repeated = rows is not None and same_rows is not None and torch.equal(rows, same_rows)
+    others = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in trained or not (SAVED.fullmatch(name) or (repeated and tensor is same_rows))
+    }
+    return saved_embeddings(tensors, trained), others
+
+
+def _set_embeddings(model: PeftModel, saved: dict[str, Tensor]) -> None:
+    """Set the embedding and the head below an adapter, in place: tied ones stay tied."""
+    for name, tensor in saved.items():
+        module: Any = model.get_base_model().get_submodule(name.removesuffix(".weight"))
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        module.weight.data.copy_(tensor)
+
+
+def _check_fit(folder: Path, tensors: dict[str, Tensor], saved: dict[str, Tensor], model: PeftModel) -> None:
     needed = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    config = model.get_base_model().config
+    for name, tensor in saved.items():
+        needed |= {name: torch.empty(config.vocab_size, config.hidden_size, device="meta")}
+        tensors = tensors | {name: tensor}
     for name in sorted(needed.keys() | tensors.keys()):
         if name not in tensors:
             problem = f"{name} is missing"
@@ -239,6 +303,25 @@ def _check_fit(folder: Path, tensors: dict[str, Tensor], model: PeftModel) -> No
         raise CheckpointError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} does not fit this model: {problem}.",
             fix=_load_on_own_base(model.peft_config[ADAPTER]),
+        )
+
+
+def _check_embeddings(
+    folder: Path, tensors: dict[str, Tensor], saved: dict[str, Tensor], model: PeftModel, vocabulary: int
+) -> None:
+    """Check that the matrices of the base model that an adapter contains agree, and that none of them is missing."""
+    problem = None
+    if model.get_base_model().config.tie_word_embeddings:
+        if len(saved) == 2 and not torch.equal(*saved.values()):
+            problem = "contains an embedding and a head that differ, and its base model has one matrix for both"
+    elif any(len(tensor) != vocabulary for tensor in saved.values()):
+        for module in (EMBEDDING, HEAD):
+            if f"{module}.weight" not in saved and f"base_model.model.{module}.weight" not in tensors:
+                problem = f"was trained on a model with a resized vocabulary, and PEFT has not saved its {module}"
+    if problem is not None:
+        raise CheckpointError(
+            f"{folder / SAFETENSORS_WEIGHTS_NAME} {problem}.",
+            fix="save it again with modules_to_save embed_tokens and lm_head, or merge it where it was trained",
         )
 
 

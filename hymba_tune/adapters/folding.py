@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from hymba_tune.adapters.attach import read_config
 from hymba_tune.adapters.base_digest import changed_base
 from hymba_tune.adapters.initialization import changes_base
-from hymba_tune.adapters.vocabulary import check_vocabulary, vocabulary_with
+from hymba_tune.adapters.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    check_vocabulary,
+    saved_vocabulary,
+    tokens_past,
+    trains,
+    unties,
+    vocabulary_with,
+)
 from hymba_tune.adapters.weights import FoldedWeights, RoundedWeights, StoredWeights, Weights
 from hymba_tune.checkpoint import check_weights, load_config, load_tokenizer
 from hymba_tune.config import Onto, Scheme
@@ -85,7 +94,10 @@ def tokenizer_of(source: ModelSource, *, resize: bool = False) -> PreTrainedToke
         HymbaTuneError: If the base model cannot be found; see `sources_of`.
     """
     tokenizer = load_tokenizer(tokenizer_folder(source))
-    if not resize:
+    if not resize and tokens_past(tokenizer, vocabulary_of(source)):
+        for adapter in sources_of(source):
+            if adapter.adapter is not None:  # its weights may contain a resized embedding
+                fetch_weights(adapter)
         check_vocabulary(tokenizer, vocabulary_of(source), source.name)
     return tokenizer
 
@@ -97,11 +109,7 @@ def vocabulary_of(source: ModelSource) -> int:
         CheckpointError: If an adapter adds a token without those before it.
         HymbaTuneError: If a base model cannot be found; see `sources_of`.
     """
-    *adapters, weights = sources_of(source)
-    vocabulary = int(load_config(weights).vocab_size)
-    for adapter in reversed(adapters):
-        vocabulary = vocabulary_with(read_config(adapter.folder), vocabulary, adapter.folder)
-    return vocabulary
+    return int(plain_config(source).vocab_size)
 
 
 def tokenizer_folder(source: ModelSource) -> Path:
@@ -169,6 +177,22 @@ def check_onto(source: ModelSource, onto: Onto) -> None:
         )
 
 
+def reason_against_continuing(source: ModelSource) -> str | None:
+    """Return why an adapter cannot be trained further without merging it, as a predicate; None if it can.
+
+    Raises:
+        HymbaTuneError: If the base model cannot be found; see `base_of`.
+    """
+    if source.adapter is None:
+        return None
+    config = read_config(source.adapter)
+    if trains(config, HEAD) or (config.ensure_weight_tying and trains(config, EMBEDDING)):
+        return "trains the whole head, and losses of preferences only read its weight"
+    if saved_vocabulary(source.adapter) not in (None, vocabulary_of(base_of(source))):
+        return "contains a resized embedding, which a run does not save with it again"
+    return None
+
+
 def folding_note(source: ModelSource, *, whole: bool = False) -> str | None:
     """Return notes for users of an adapter: that it was trained on quantized weights, or that its base has changed.
 
@@ -212,9 +236,10 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
         config = load_config(source)
         check_weights(source.folder, config)
         return StoredWeights(source.folder, config)
-    below = folded_weights(base_of(source), device=device)
+    model = base_of(source)
+    below = folded_weights(model, device=device)
     base = quantized_base(source)
-    config = plain_config(source)
+    config = plain_config(model)
     if base is not None and not base.stored and onto is Onto.dequantized:
         layers = stored_bytes(config, base.config).keys()
         below = RoundedWeights(below, base.config, layers, dtype=base.dtype, device=device)
@@ -223,8 +248,12 @@ def folded_weights(source: ModelSource, onto: Onto = Onto.dequantized, *, device
 
 def plain_config(source: ModelSource) -> Any:
     """Return the configuration of a model after its adapters are merged, which is never quantized."""
-    config = copy.deepcopy(load_config(weights_of(source)))
-    config.vocab_size = vocabulary_of(source)
+    *adapters, weights = sources_of(source)
+    config = copy.deepcopy(load_config(weights))
+    for found in reversed(adapters):
+        adapter = read_config(found.folder)
+        config.vocab_size = vocabulary_with(adapter, config.vocab_size, found.folder)
+        config.tie_word_embeddings = config.tie_word_embeddings and not unties(adapter)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -46,7 +46,8 @@ def _first_to_move(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield what a first step changes: factors that start at zero. The others have no gradient yet, but may decay."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            yield name, module.modules_to_save[ADAPTER].weight
+            for part, parameter in module.modules_to_save[ADAPTER].named_parameters():
+                yield f"{name}.{part}".removesuffix(".weight"), parameter
         elif isinstance(module, LoraLayer):
             linear = ADAPTER in module.lora_B
             yield name, module.lora_B[ADAPTER].weight if linear else module.lora_embedding_A[ADAPTER]

@@ -13,12 +13,9 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from hymba_tune.adapters.initialization import check_initialization
-from hymba_tune.adapters.presets import META_TOKENS
 from hymba_tune.errors import CheckpointError
 
-MERGEABLE = "an adapter on linear layers or on meta tokens, a full copy of the meta tokens, or rows of added tokens"
-HEADS = ("lm_head", "embed_tokens")
-"""The layers that every token passes; PEFT can train rows of them, but not merge an adapter into tied ones."""
+MERGEABLE = "an adapter on linear layers, embeddings or meta tokens, full copies of modules, or rows of tokens"
 NOT_MERGEABLE = {
     "lora_bias": "trains a bias in lora_B",
     "target_parameters": "adapts parameters that are not weights of linear layers",
@@ -54,6 +51,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         )
     check_initialization(settings, path.parent)
     _check_types(settings, path)
+    _check_pattern(settings, path)
     _check_kind(settings, path)
     return settings
 
@@ -81,29 +79,24 @@ def _types() -> type[BaseModel]:
     return create_model("AdapterSettings", __config__=ConfigDict(extra="ignore", protected_namespaces=()), **fields)
 
 
+def _check_pattern(settings: Mapping[str, Any], path: Path) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := settings.get(name), str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(
+                    f"{path}: {name} is no regular expression: {error}.", expected="one, or a list of names"
+                ) from error
+
+
 def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
     """Refuse what merging cannot repeat, before PEFT warns about it or changes a model for it."""
     reasons = [f"{what}: {name} is set" for name, what in NOT_MERGEABLE.items() if settings.get(name)]
     if settings.get("bias", "none") != "none":
         reasons.append(f"trains biases: bias is {settings['bias']}")
-    if copies := [name for name in settings.get("modules_to_save") or [] if name.rpartition(".")[2] != META_TOKENS]:
-        reasons.append(f"contains a full copy of {copies[0]}: modules_to_save")
-    if head := next((head for head in HEADS if _targets(settings.get("target_modules"), head, path)), None):
-        reasons.append(f"adapts {head}, which is both the embedding and the head: target_modules")
     if reasons:
         raise CheckpointError(
             f"{path.parent} changes its base model in a way that cannot be merged: it {reasons[0]}.",
             expected=MERGEABLE,
         )
-
-
-def _targets(names: Any, module: str, path: Path) -> bool:
-    """Return whether PEFT would adapt a module: names are compared with its end, a text is a regular expression."""
-    if not isinstance(names, str):
-        return any(name == module or name.endswith(f".{module}") for name in names or [])
-    try:
-        return any(re.fullmatch(names, name) is not None for name in (module, f"model.{module}"))
-    except re.error as error:
-        raise CheckpointError(
-            f"{path}: target_modules is no regular expression: {error}.", expected="one, or a list of names"
-        ) from error

@@ -69,8 +69,10 @@ def adapter_updates(model: PeftModel) -> list[Update]:
         if isinstance(module, LoraLayer) and ADAPTER in module.scaling:
             updates += _split(name, *_rows_of_adapter(module), base)
         elif isinstance(module, ModulesToSaveWrapper):
-            old, new = module.original_module.weight, module.modules_to_save[ADAPTER].weight
-            updates += _split(name, _squares(new.float() - old.float()), _squares(old), base)
+            for part, new in module.modules_to_save[ADAPTER].named_parameters():
+                old, place = module.original_module.get_parameter(part), f"{name}.{part}".removesuffix(".weight")
+                if _kind(place) in {*GROUPS, "in_proj"}:
+                    updates += _split(place, _squares(new.float() - old.float()), _squares(old), base)
     return updates
 
 

@@ -23,15 +23,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hymba_tune.adapters.attach import load_adapter
+from hymba_tune.adapters.attach import embeddings_of, load_adapter
 from hymba_tune.adapters.initialization import ADAPTER, change_base
 from hymba_tune.adapters.settings import MERGEABLE
+from hymba_tune.adapters.vocabulary import EMBEDDING, HEAD, unties
 from hymba_tune.checkpoint import META_TOKENS, read_header, weight_files
 from hymba_tune.errors import CheckpointError
 from hymba_tune.schemes import quantized, stored_quantization
 
 Weights = Mapping[str, Tensor]
 """The tensors of a model by their released names, each of which is computed when it is read."""
+HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 class StoredWeights(Weights):
@@ -128,7 +130,7 @@ class FoldedWeights(Weights):
 
     Args:
         base: The weights that the adapter changes.
-        model_config: The configuration of their model, without a quantization.
+        model_config: The configuration of their model, without a quantization and without what the adapter changes.
         adapter: The folder of the adapter.
 
     Raises:
@@ -143,25 +145,32 @@ class FoldedWeights(Weights):
         adapted = load_adapter(model, adapter)
         _check_finite(adapted)
         self._config = adapted.peft_config[ADAPTER]
+        self._saved = embeddings_of(adapter, adapted)
         self._changed = {released_name(f"{place.path}.{place.part}"): place for place in _changes(adapted, adapter)}
-        if unknown := sorted(self._changed.keys() - set(base)):
+        self._names = list(base)
+        self._unties = model_config.tie_word_embeddings and unties(self._config)
+        if self._unties:
+            self._names.append(HEAD_WEIGHT)
+        elif model_config.tie_word_embeddings and self._config.ensure_weight_tying:
+            self._changed.pop(HEAD_WEIGHT, None)
+        if unknown := sorted(self._changed.keys() - set(self._names)):
             raise _not_mergeable(adapter, unknown[0])
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._changed:
-            return self._base[name]
+            return self._below(name)
         place = self._changed[name]
         if isinstance(place.module, ModulesToSaveWrapper):
-            trained: Tensor = getattr(place.module.modules_to_save[ADAPTER], place.part).detach()
+            trained: Tensor = place.module.modules_to_save[ADAPTER].get_parameter(place.part).detach()
             return trained
         if isinstance(place.module, TrainableTokensWrapper):
-            return _with_rows(self._base[name], place.module.token_adapter)
+            return _with_rows(self._below(name), place.module.token_adapter)
 
         layer = copy.deepcopy(place.module)  # the copy takes the base weights, which must not stay in memory
         plain = layer.get_base_layer()
         for part, parameter in list(plain.named_parameters()):
             if parameter.is_meta:
-                weight = self._base[released_name(f"{place.path}.{part}")].clone()
+                weight = self._below(released_name(f"{place.path}.{part}")).clone()
                 setattr(plain, part, nn.Parameter(weight, requires_grad=False))
         change_base(layer, self._config)
 
@@ -174,11 +183,19 @@ class FoldedWeights(Weights):
         merged: Tensor = getattr(plain, place.part).detach()
         return merged
 
+    def _below(self, name: str) -> Tensor:
+        """Return a tensor as the adapter found it."""
+        if name in self._saved:
+            return self._saved[name]
+        if name == HEAD_WEIGHT and self._unties:
+            return self._below(f"{EMBEDDING}.weight")
+        return self._base[name]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._base)
+        return len(self._names)
 
 
 def finite_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
@@ -225,6 +242,11 @@ def _changes(adapted: PeftModel, adapter: Path) -> list[_Place]:
     known: set[Tensor] = set()
     for path, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
+            if isinstance(module.get_base_layer(), TrainableTokensWrapper):
+                raise CheckpointError(
+                    f"{adapter} adapts {path} and trains rows of it, which cannot be merged.",
+                    expected="one of target_modules and trainable_token_indices for a module, and for those tied to it",
+                )
             places += [_Place(path, module, part) for part, _ in module.get_base_layer().named_parameters()]
         elif isinstance(module, ModulesToSaveWrapper):
             places += [_Place(path, module, part) for part, _ in module.modules_to_save[ADAPTER].named_parameters()]

@@ -22,10 +22,11 @@ from hymba_tune.adapters import (
     check_tensors,
     count_parameters,
     lora_config,
+    plain_config,
+    reason_against_continuing,
     sources_of,
     tokenizer_of,
     tokens_past,
-    vocabulary_of,
     weights_of,
 )
 from hymba_tune.checkpoint import (
@@ -154,7 +155,10 @@ def check(config: TrainingConfig) -> Setup:
     for found in sources_of(source):
         if found.adapter is not None and found.hub_id is None:
             check_tensors(found.adapter)
-    model_config.vocab_size = vocabulary_of(source)
+    merged = plain_config(source)
+    model_config.vocab_size, model_config.tie_word_embeddings = merged.vocab_size, merged.tie_word_embeddings
+    if _continues(config) and (reason := reason_against_continuing(source)) is not None:
+        raise ConfigError(f"--start continue: the adapter {source.name} {reason}.", fix="--start merge")
     added_tokens = _added_tokens(config, tokenizer, model_config)
     quantization = base_quantization(config, source, model_config, dtype)
     trained, total = count_parameters(lay_out(config, model_config, torch.float32, added_tokens))
