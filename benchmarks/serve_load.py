@@ -1,8 +1,8 @@
 """What the server gains under load: prompts in chunks, and prefixes that are reused.
 
-Stall: eight texts are being generated when a prompt of 1,500 tokens arrives. The longest step is what the eight wait for
-one token, compared with a step without a prompt; the first token is what the newcomer waits. Without chunks, the whole
-prompt is computed in one step.
+Stall: eight texts are being generated when a prompt of 1,500 tokens arrives. The longest step is what the eight wait
+for one token, compared with a step without a prompt; the first token is what the newcomer waits. Without chunks, the
+whole prompt is computed in one step.
 
 Reuse: chats that follow each other, with and without kept prefixes. Chats with one system prompt of 1,000 tokens and
 questions of their own; and the turns of one chat, of 100 tokens each.

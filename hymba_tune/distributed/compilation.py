@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hymba_tune.errors import ConfigError
 
-LIBRARIES = ("fused_adam", "cpu_adam", "cpu_adagrad", "cpu_lion", "fused_lion", "fused_lamb", "utils")
+LIBRARIES: tuple[str, ...] = ("fused_adam", "cpu_adam", "cpu_adagrad", "cpu_lion", "fused_lion", "fused_lamb", "utils")
 LIBRARIES += ("deepspeed_shm_comm", "deepspeed_ccl_comm")
 """What DeepSpeed compiles when it is used first."""
 STALE_SECONDS = 600.0

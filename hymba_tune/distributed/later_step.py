@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 
-class EngineWithoutStep(DeepSpeedEngineWrapper):  # type: ignore[misc]
+class EngineWithoutStep(DeepSpeedEngineWrapper):
     """Accelerate's wrapper of an engine, whose backward takes no step."""
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:

@@ -93,16 +93,17 @@ def whole_optimizer_state(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -
     """
     inner = _inner(optimizer)
     if not _is_deepspeed(optimizer):
-        return _whole(inner.state_dict())
+        state: dict[str, Any] = _whole(inner.state_dict())
+        return state
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = next(iter(inner.state.values()))["step"]
-    state = {
+    states = {
         number: {"step": _whole(step)}
         | {name: safe_get_full_optimizer_state(parameter, name).cpu().view(_shape(parameter)) for name in MOMENTS}
         for number, parameter in enumerate(_parameters(groups))
     }
-    return {"state": state, "param_groups": _numbered(inner.param_groups, groups)}
+    return {"state": states, "param_groups": _numbered(inner.param_groups, groups)}
 
 
 def load_optimizer_state(optimizer: Any, groups: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -> None:

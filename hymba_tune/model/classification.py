@@ -22,12 +22,12 @@ MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForSequenceClas
 MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForTokenClassification"
 
 
-class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):  # type: ignore[misc]
+class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):
     """Hymba that classifies or scores a text by its last token."""
 
     def __init__(self, config: HymbaConfig) -> None:
         # The generic class makes its layers through AutoModel, which does not know code that lies beside weights.
-        HymbaPreTrainedModel.__init__(self, config)
+        HymbaPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -79,11 +79,11 @@ class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreT
         return output
 
 
-class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrainedModel):  # type: ignore[misc]
+class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrainedModel):
     """Hymba that classifies every token by the text before it."""
 
     def __init__(self, config: HymbaConfig) -> None:
-        HymbaPreTrainedModel.__init__(self, config)  # for the same reason
+        HymbaPreTrainedModel.__init__(self, config)  # type: ignore[call-arg] # for the same reason
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
         dropout = getattr(config, "classifier_dropout", None)

@@ -81,7 +81,7 @@ class RunTrainer(Trainer):
         self, dataset: datasets.Dataset, description: str, batch_size: int, *, is_training: bool = False, **others: Any
     ) -> DataLoader[Any]:
         # The batches of one process are those of transformers. Several take them in turn; see `even_batches`.
-        make = super()._get_dataloader
+        make: Callable[..., DataLoader[Any]] = super()._get_dataloader
         if world_size() == 1:
             return make(dataset, description, batch_size, is_training=is_training, **others)
         rows = self._remove_unused_columns(dataset, description=description)
@@ -89,7 +89,8 @@ class RunTrainer(Trainer):
         if is_training:
             self._order = EvenOrder(self._train_order(rows), len(even))
             others["sampler_fn"] = lambda _: self._order
-        collator, self.data_collator = self.data_collator, WithoutFillers(self.data_collator)
+        collator = vars(self)["data_collator"]
+        self.data_collator = WithoutFillers(collator)
         try:
             return make(even, description, batch_size, is_training=is_training, **others)
         finally:
@@ -193,7 +194,8 @@ class RunTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     @property
-    def _is_divided(self) -> bool:
+    def is_divided(self) -> bool:
+        """Whether FSDP or DeepSpeed divides the training, so that a process may hold only parts of the weights."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _prepare_for_training(
@@ -201,18 +203,17 @@ class RunTrainer(Trainer):
     ) -> tuple[Any, Any]:
         # A checkpoint is that of one process, whatever the strategy: transformers would look for FSDP's and DeepSpeed's
         # own. The weights are read before they are divided, the optimizer's states after.
-        resumes = resume_from_checkpoint is not None and self._is_divided
+        resumes = resume_from_checkpoint is not None and self.is_divided
         if resumes:
-            with _as_one_process(self):
-                self._load_from_checkpoint(resume_from_checkpoint)
-        prepared = super()._prepare_for_training(
+            self.load_weights(Path(str(resume_from_checkpoint)), self.model)
+        prepared: tuple[Any, Any] = super()._prepare_for_training(
             max_steps, train_dataloader, None if resumes else resume_from_checkpoint
         )
         if self.is_deepspeed_enabled:
             from hymba_tune.distributed.later_step import step_later  # DeepSpeed need not be installed
 
             step_later(self.accelerator, self.optimizer)
-        if self._is_divided and self.args.mixed_precision != "no":
+        if self.is_divided and self.args.mixed_precision != "no":
             # As Accelerate does in one process; FSDP and DeepSpeed would round the trained weights instead.
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16
             self.model.forward = torch.autocast(self.args.device.type, dtype)(self.model.forward)
@@ -225,9 +226,21 @@ class RunTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         return prepared
 
+    def load_weights(self, checkpoint: Path, model: PreTrainedModel) -> None:
+        """Load the weights of a checkpoint into a model that is not divided, as one process does."""
+        by_fsdp, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            self._load_from_checkpoint(str(checkpoint), model)
+        finally:
+            self.is_fsdp_enabled = by_fsdp
+
+    def _load_best_model(self) -> None:
+        if not self.is_divided:  # of divided weights the best are read when they are whole; see `whole_model`
+            super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights as one process does; of a divided model, all processes must call this."""
-        if not self._is_divided:
+        if not self.is_divided:
             super().save_model(output_dir, _internal_call)
             return
         names = list(self.model.state_dict())
@@ -236,7 +249,7 @@ class RunTrainer(Trainer):
                 self._save(output_dir, state_of(self.model, names))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._is_divided:
+        if not self.is_divided:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = whole_optimizer_state(self.optimizer, self.parameter_groups())
@@ -254,17 +267,6 @@ class RunTrainer(Trainer):
         seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.kept_checkpoints is not None:
             forget_oldest(folder, keep=self.kept_checkpoints, best=self.state.best_model_checkpoint)
-
-
-@contextmanager
-def _as_one_process(trainer: Trainer) -> Iterator[None]:
-    """Let a trainer read a checkpoint as one process does."""
-    flags = {name: getattr(trainer, name) for name in ("is_fsdp_enabled", "is_deepspeed_enabled")}
-    vars(trainer).update(dict.fromkeys(flags, False))
-    try:
-        yield
-    finally:
-        vars(trainer).update(flags)
 
 
 def use_one_device(args: TrainingArguments, device: torch.device) -> None:

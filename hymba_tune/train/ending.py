@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from hymba_tune.adapters import adapter_updates, full_updates
 from hymba_tune.distributed.environment import is_main
-from hymba_tune.distributed.sharding import is_divided
+from hymba_tune.distributed.sharding import copy_weights, is_divided
 from hymba_tune.files import write_text
 from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.screen import Screen
-from hymba_tune.train.setup import Setup, whole_model
+from hymba_tune.train.setup import Setup, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,34 @@ def reported(setup: Setup, trainer: RunTrainer, screen: Screen) -> Iterator[None
         raise
     finally:
         run = setup.run
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if how != "failed":  # otherwise some processes may be gone, and their parts of divided weights with them
-            model = whole_model(setup, model)
+        # Of a failed run some processes may be gone, and their parts of divided weights with them.
+        model = trainer.model if how == "failed" else whole_model(setup, trainer)
         if is_main() and (how == "finished" or run.newest_checkpoint() is not None):
             _try("run.json", screen, lambda: run.record(ended={"how": how, "what": what}))
             _try("updates.json", screen, lambda: _write_updates(setup, model))
             _try("report.html", screen, lambda: _write_report(run.path))
+
+
+def whole_model(setup: Setup, trainer: RunTrainer) -> PreTrainedModel:
+    """Return the trained model with all its weights: the best ones, if the run ends with those.
+
+    If its weights are divided among the processes, all of them must call this, and only the first one gets weights.
+
+    Args:
+        setup: The run's setup.
+        trainer: The run's trainer, at its end.
+    """
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_divided:
+        return model
+    whole = lay_out(setup.config, setup.model_config, setup.weights_dtype, setup.added_tokens)
+    copy_weights(model, whole)
+    if is_main():
+        getattr(whole, "get_base_model", lambda: whole)().tie_weights()
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer.load_weights(Path(trainer.state.best_model_checkpoint), whole)
+        whole.to(setup.device)
+    return whole
 
 
 def _try(name: str, screen: Screen, write: Callable[[], Any]) -> None:

@@ -30,7 +30,6 @@ from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
 from hymba_tune.distributed.environment import is_main
 from hymba_tune.distributed.processes import agree, from_main, gathered, leave, reach
-from hymba_tune.distributed.sharding import whole_weights
 from hymba_tune.distributed.strategies import check_strategy
 from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
@@ -43,7 +42,7 @@ from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.claim import claimed
-from hymba_tune.train.ending import reported
+from hymba_tune.train.ending import reported, whole_model
 from hymba_tune.train.guard import LossGuard
 from hymba_tune.train.limits import kept_checkpoints, limits_explained
 from hymba_tune.train.memory_estimate import MemoryEstimate, bytes_needed_with, estimate_memory
@@ -52,7 +51,7 @@ from hymba_tune.train.rows import places_of
 from hymba_tune.train.run import Run
 from hymba_tune.train.samples import answer_samples
 from hymba_tune.train.screen import Screen
-from hymba_tune.train.setup import Data, Setup, adapter_config, check, whole_model
+from hymba_tune.train.setup import Data, Setup, adapter_config, check
 from hymba_tune.train.stopping import BestCheckpoint, Stopping
 from hymba_tune.train.task import TrainerBuilder, TrainingTask
 from hymba_tune.train.tracking import tracking
@@ -128,7 +127,8 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
         if not resuming:
             if is_main():
                 data.report.write_dropped(run.path / "dropped.jsonl")
-            answer_samples(setup, data, trainer.model, "before", screen)
+            answer = partial(answer_samples, setup, data, model, "before", screen)
+            from_main(answer, "answering prompts")
 
         with reported(setup, trainer, screen), limits_explained(run, config, setup.device, needs):
             return _train(setup, data, trainer, checkpoint, screen)
@@ -286,9 +286,8 @@ def _train(setup: Setup, data: Data, trainer: RunTrainer, checkpoint: Path | Non
     final = stopping.final_checkpoint(trainer.state)
     if final.ended or config.keeps_best:
         screen.note(final.described())
-    with whole_weights(trainer.model):
-        answer_samples(setup, data, trainer.model, "after", screen)
-    trained = whole_model(setup, trainer.accelerator.unwrap_model(trainer.model))
+    trained = whole_model(setup, trainer)
+    from_main(partial(answer_samples, setup, data, trained, "after", screen), "answering prompts")
     memory = gathered(account.peak_memory_bytes)
     from_main(partial(_write_result, setup, data, trainer, trained, account, final, memory), "writing the result")
     return run

@@ -140,7 +140,8 @@ class PreferenceTrainer(RunTrainer):
         """Add the columns of the reference. TRL's method hands them on in a file that only one process may find."""
         model = self.model
         if self.is_deepspeed_enabled:
-            model = self._precompute_engine = self._precompute_engine or prepare_deepspeed(model, self.accelerator)
+            engine: Any = vars(self).get("_precompute_engine")
+            model = self._precompute_engine = engine or prepare_deepspeed(model, self.accelerator)
         parts: list[list[Tensor]] = [[] for _ in self.reference_columns]
         for inputs in self._get_dataloader(dataset, "Reference", batch_size):
             for part, values in zip(parts, self.compute_ref_log_probs(model, inputs), strict=True):

@@ -7,7 +7,6 @@ import json
 from transformers import PreTrainedModel
 
 from hymba_tune.data import encode_prompt
-from hymba_tune.distributed.environment import is_main
 from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
 from hymba_tune.files import read_json, write_text
 from hymba_tune.generate import answer, write
@@ -23,8 +22,6 @@ LONGER = 2
 
 def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, screen: Screen) -> None:
     """Answer the prompts of the data with the model as it is now.
-
-    All processes answer all prompts, since a model whose weights are divided needs all of them for each token.
 
     Args:
         setup: The run whose directory receives the answers.
@@ -42,8 +39,7 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
         for number, ((prompt, _), sample) in enumerate(zip(prompts, samples, strict=True), start=1):
             sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
             progress(number)
-    if is_main():
-        write_text(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
     if data.extract is not None:
         _count_right(setup, data, data.extract, model, when, screen)
 

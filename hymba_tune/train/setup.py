@@ -39,7 +39,6 @@ from hymba_tune.checkpoint import (
 from hymba_tune.config import LaunchOptions, Method, ReferenceConfig, Scheme, Start, TrainingConfig, as_mapping
 from hymba_tune.data import Conversation, DataReport, with_chat_template
 from hymba_tune.distributed.processes import agree, first_of_node, from_main, join
-from hymba_tune.distributed.sharding import copy_weights, is_divided
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
@@ -243,22 +242,6 @@ def lay_out(
         if config.method is not Method.full:
             model = add_adapter(model, adapter_config(config, model, added_tokens), config.targets)
     return model
-
-
-def whole_model(setup: Setup, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the trained model with all its weights.
-
-    Args:
-        setup: The run's setup.
-        model: The trained model. If its weights are divided among the processes, all of them must call this, and only
-            the first one gets a model, which is a copy in the CPU's memory.
-    """
-    if not is_divided(model):
-        return model
-    whole = lay_out(setup.config, setup.model_config, setup.weights_dtype, setup.added_tokens)
-    copy_weights(model, whole)
-    getattr(whole, "get_base_model", lambda: whole)().tie_weights()
-    return whole
 
 
 def adapter_config(config: TrainingConfig, model: PreTrainedModel, added_tokens: Sequence[int]) -> Any:
