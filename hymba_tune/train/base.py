@@ -44,6 +44,7 @@ class RunTrainer(Trainer):
         stop_agreed: Whether it was in any process by the time of the step.
     """
 
+    is_fsdp_enabled: bool
     rates: Rates | None = None
     kept_checkpoints: int | None = None
     restrict: Callable[[Any], None] | None = None
