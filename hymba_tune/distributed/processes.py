@@ -11,7 +11,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,6 +31,8 @@ START_TIMEOUT, STEP_TIMEOUT = 300.0, 600.0
 """Seconds that the start may take, and that a process may be silent or late for a step."""
 POLL = 0.05
 """Seconds between two looks at the store."""
+LEAVE_SECONDS = 5.0
+"""Seconds for which the process that serves the store waits for the others, which may still read an error in it."""
 
 
 @dataclass
@@ -72,7 +74,9 @@ def join(device: torch.device, *, start_timeout: float = START_TIMEOUT, step_tim
         return
     _group = _Group(_open_store(start_timeout), step_timeout)
     watch.start().attend(_group.store, step_timeout)
-    missing = _wait_for_all(_group.next_point(), start_timeout)
+    key = _group.next_point()
+    _group.store.set(f"{key}/{rank()}", b"")
+    missing = _wait_for_keys([f"{key}/{other}" for other in range(world_size())], start_timeout)
     if missing:
         raise ConfigError(
             f"{_listed(missing)} did not start within {start_timeout:.0f} s, of {world_size()} processes at "
@@ -96,6 +100,9 @@ def leave() -> None:
     global _group
     if _group is not None:
         watch.start().leave()
+        if is_main():
+            with suppress(RuntimeError):  # the store may be gone
+                _wait_for_keys([f"left/{other}" for other in range(world_size())], LEAVE_SECONDS)
         _group = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -160,6 +167,27 @@ def first_of_node(what: str) -> Iterator[None]:
     if error is not None:
         raise error
     yield
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Raise an error of the block in all processes, whichever it happens in: the others would wait for that one.
+
+    Args:
+        what: What the block does, for the message if a process is lost: ``writing the weights``.
+    """
+    if _group is None:
+        yield
+        return
+    key = _group.next_point()
+    with _sharing_errors(f"{key}/{rank()}"):
+        yield
+    _group.store.set(f"{key}/{rank()}", pickle.dumps((None, None)))
+    for other in range(world_size()):
+        _wait_for(f"{key}/{other}", other, what)
+        _, error = pickle.loads(_group.store.get(f"{key}/{other}"))
+        if error is not None:
+            raise error
 
 
 def gathered(value: T) -> list[T]:
@@ -253,15 +281,13 @@ def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
 
 
-def _wait_for_all(key: str, timeout: float) -> list[int]:
-    """Wait until all processes have come to a point; return those that have not in time."""
+def _wait_for_keys(keys: list[str], timeout: float) -> list[int]:
+    """Wait until all keys are set; return the places of those that are not in time."""
     assert _group is not None
-    _group.store.set(f"{key}/{rank()}", b"")
     until = time.monotonic() + timeout
-    keys = [f"{key}/{other}" for other in range(world_size())]
     while not _group.store.check(keys):
         if time.monotonic() > until:
-            return [other for other, name in enumerate(keys) if not _group.store.check([name])]
+            return [place for place, key in enumerate(keys) if not _group.store.check([key])]
         time.sleep(POLL)
     return []
 
@@ -301,6 +327,8 @@ def _sharing_errors(key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shared = error if isinstance(error, HymbaTuneError) else TrainingError(f"rank {rank()} failed: {error}")
+        # An error of the system keeps its number, by which a full disk is told from others.
+        kinds = (HymbaTuneError, OSError)
+        shared = error if isinstance(error, kinds) else TrainingError(f"rank {rank()} failed: {error}")
         _group.store.set(key, pickle.dumps((None, shared)))
         raise

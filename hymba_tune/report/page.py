@@ -89,6 +89,7 @@ def _brief(record: RunRecord) -> list[str]:
     took = [duration(facts["seconds"])] if "seconds" in facts else []
     took += [f"{facts['tokens_seen']:,} tokens"] if "tokens_seen" in facts else []
     took += [format_bytes(facts["peak_memory_bytes"])] if "peak_memory_bytes" in facts else []
+    took += [f"{facts['processes']} processes"] if facts.get("processes", 1) > 1 else []
     parts = [str(settings.get("model", "")), str(settings.get("method", "")), ", ".join(settings.get("data", []))]
     return [part for part in (*parts, trained, facts.get("device", ""), *took) if part]
 
@@ -100,7 +101,9 @@ def _memory(facts: dict[str, Any]) -> str:
     if not predicted or not measured:
         return ""
     off = 100 * (measured / predicted - 1)
-    return f"Memory: {format_bytes(predicted)} predicted, {format_bytes(measured)} measured ({off:+.0f} %)."
+    of_ranks = memory.get("measured_bytes_by_rank", [])
+    others = f"; by rank: {', '.join(map(format_bytes, of_ranks))}" if of_ranks else ""
+    return f"Memory: {format_bytes(predicted)} predicted, {format_bytes(measured)} measured ({off:+.0f} %){others}."
 
 
 def _data(record: RunRecord) -> list[tuple[str, str]]:

@@ -70,6 +70,11 @@ def learning_rates(setup: Setup) -> Rates:
     return Rates(base, meta=config.lr_meta, ssm=config.lr_ssm, loraplus=config.loraplus_ratio)
 
 
+def global_batch(config: TrainingConfig) -> int:
+    """Return the number of rows in an optimizer step, over all processes."""
+    return config.batch_size * config.grad_accum * world_size()
+
+
 def run_steps(config: TrainingConfig, rows: int) -> int:
     """Return the number of optimizer steps of a run.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from hymba_tune.adapters import count_parameters, describe, folding_note, short_count
-from hymba_tune.config import Method
+from hymba_tune.config import Method, TrainingConfig
+from hymba_tune.distributed.environment import world_size
 from hymba_tune.formatting import format_bytes
+from hymba_tune.train.arguments import global_batch
 from hymba_tune.train.limits import memory_advice
 from hymba_tune.train.memory_estimate import MemoryEstimate
 from hymba_tune.train.outline import Outline
@@ -44,9 +46,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
             ]
         ),
         **({"mix": shares} if (shares := report.shares()) else {}),
-        "batch": " · ".join(
-            [f"{config.batch_size} × {config.grad_accum} (accumulation)", lengths, f"{outline.steps:,} steps"]
-        ),
+        "batch": " · ".join([describe_batch(config), lengths, f"{outline.steps:,} steps"]),
         **({"optimizer": line} if (line := _optimizer(setup, outline)) else {}),
         "memory": describe_memory(setup, memory_estimate),
         "run": str(setup.run.path),
@@ -61,6 +61,13 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
     if notes := [note for note in (cut, read, data.length_warning) if note]:
         lines["note"] = " · ".join(notes)
     return lines
+
+
+def describe_batch(config: TrainingConfig) -> str:
+    """Describe the rows of a step; those of several processes with their number."""
+    own = f"{config.batch_size} × {config.grad_accum} (accumulation)"
+    processes = world_size()
+    return own if processes == 1 else f"{own} × {processes} processes = {global_batch(config)} rows a step"
 
 
 def _optimizer(setup: Setup, outline: Outline) -> str:

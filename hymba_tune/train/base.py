@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.distributed.environment import world_size
-from hymba_tune.distributed.processes import sums
+from hymba_tune.distributed.processes import sums, together
 from hymba_tune.distributed.sharding import load_optimizer_state, state_of, whole_optimizer_state, whole_weights
 from hymba_tune.files import seal
 from hymba_tune.files.checkpoints import forget_oldest
@@ -241,15 +241,20 @@ class RunTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights as one process does; of a divided model, all processes must call this."""
-        if not self.is_divided:
-            super().save_model(output_dir, _internal_call)
-            return
-        names = list(self.model.state_dict())
-        with whole_weights(self.model):  # PEFT also reads some of its modules itself, whatever state it is given
-            if self.args.should_save:
-                self._save(output_dir, state_of(self.model, names))
+        with together("writing the weights"):
+            if not self.is_divided:
+                super().save_model(output_dir, _internal_call)
+                return
+            names = list(self.model.state_dict())
+            with whole_weights(self.model):  # PEFT also reads some of its modules itself, whatever state it is given
+                if self.args.should_save:
+                    self._save(output_dir, state_of(self.model, names))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with together("writing the optimizer's state"):
+            self._write_optimizer_and_scheduler(output_dir)
+
+    def _write_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_divided:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -260,8 +265,13 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # TRL's own method writes a model card into every checkpoint.
-        Trainer._save_checkpoint(self, model, trial)
-        self.accelerator.wait_for_everyone()
+        with together("writing the checkpoint"):
+            Trainer._save_checkpoint(self, model, trial)
+        with together("sealing the checkpoint"):
+            self._seal_checkpoint()
+
+    def _seal_checkpoint(self) -> None:
+        """Mark a checkpoint that is complete, and remove older ones."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir)

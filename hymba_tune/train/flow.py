@@ -28,7 +28,7 @@ from hymba_tune.adapters import (
 )
 from hymba_tune.config import Method, TrainingConfig
 from hymba_tune.data import DataReport
-from hymba_tune.distributed.environment import is_main
+from hymba_tune.distributed.environment import is_main, world_size
 from hymba_tune.distributed.processes import agree, from_main, gathered, leave, reach
 from hymba_tune.distributed.strategies import check_strategy
 from hymba_tune.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ from hymba_tune.files import atomic_folder
 from hymba_tune.files.checkpoints import step_of
 from hymba_tune.memory import keep_freed_memory
 from hymba_tune.registry import ModelSource, loadable_name
-from hymba_tune.train.arguments import learning_rates, set_length, shared_arguments
+from hymba_tune.train.arguments import global_batch, learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
 from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
@@ -154,6 +154,8 @@ def _record_begin(
         described=described,
         device=str(setup.device),
         dtype=str(setup.dtype),
+        processes=world_size(),
+        global_batch=global_batch(config),
         quantized=setup.scheme,
         kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
         memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},

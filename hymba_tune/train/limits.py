@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hymba_tune.config import Method, Scheme, TrainingConfig
+from hymba_tune.distributed.environment import is_main
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.files.checkpoints import forget_torn
 from hymba_tune.footprint import MOMENT_BYTES, Sharding
@@ -87,7 +88,8 @@ def limits_explained(
         if is_out_of_memory(error):
             raise _out_of_memory(config, device, needs) from error
         if is_disk_full(error, run.path):
-            forget_torn(run.checkpoints)
+            if is_main():
+                forget_torn(run.checkpoints)
             raise _disk_full(run) from error
         raise
 
