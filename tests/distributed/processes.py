@@ -6,9 +6,18 @@ import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, SFTConfig, TrainingConfig
+from hymba_tune.footprint import Footprint
+from hymba_tune.train import flow
+from hymba_tune.train.memory_estimate import MemoryEstimate
+from hymba_tune.train.orpo import run_orpo
+from hymba_tune.train.preference import run_dpo, run_kto
+from hymba_tune.train.screen import Screen
+from hymba_tune.train.sft import run_sft
 from tests.train.processes import FORKS, TIMEOUT_SECONDS
 
 
@@ -60,3 +69,17 @@ def _as_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[...
         pipe.send(function(*args))
     except BaseException as error:
         pipe.send(error)
+
+
+RUNS: dict[type, Any] = {SFTConfig: run_sft, DPOConfig: run_dpo, KTOConfig: run_kto, ORPOConfig: run_orpo}
+
+
+def train(config: TrainingConfig, screen: Screen | None = None) -> None:
+    """Train as one of the processes, without what takes longest: the estimate of memory, answers and the report."""
+    estimate = MemoryEstimate(Footprint(0, 0, 0, 0, 0, 0), extra_bytes=0, has=1, on_gpu=False)
+    with (
+        patch.object(flow, "estimate_memory", return_value=estimate),
+        patch.object(flow, "answer_samples", return_value=None),
+        patch("hymba_tune.report.write_report"),
+    ):
+        RUNS[type(config)](config, screen or Screen())

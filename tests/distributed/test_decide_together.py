@@ -20,8 +20,7 @@ from hymba_tune.distributed.environment import rank
 from hymba_tune.errors import TrainingError
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
-from tests.distributed.processes import in_processes
-from tests.distributed.test_equal import train
+from tests.distributed.processes import in_processes, train
 from tests.runs import settings
 
 ROWS = 8

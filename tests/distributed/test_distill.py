@@ -63,7 +63,7 @@ def distill(config: DistillConfig) -> None:
     estimate = MemoryEstimate(Footprint(0, 0, 0, 0, 0, 0), extra_bytes=0, has=1, on_gpu=False)
     with (
         patch.object(flow, "estimate_memory", return_value=estimate),
-        patch.object(flow, "answer_samples"),
+        patch.object(flow, "answer_samples", return_value=None),
         patch("hymba_tune.report.write_report"),
     ):
         run_distill(config, Screen())

@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, SFTConfig, TrainingConfig
-from hymba_tune.footprint import Footprint
-from hymba_tune.train import flow
-from hymba_tune.train.memory_estimate import MemoryEstimate
-from hymba_tune.train.orpo import run_orpo
-from hymba_tune.train.preference import run_dpo, run_kto
 from hymba_tune.train.run import Run
-from hymba_tune.train.screen import Screen
-from hymba_tune.train.sft import run_sft
-from tests.distributed.processes import in_processes
+from tests.distributed.processes import in_processes, train
 from tests.preferences import save_labeled, save_pairs
 from tests.runs import save_questions, tensors
 
@@ -43,24 +35,12 @@ KINDS: dict[str, tuple[type[TrainingConfig], int, dict[str, Any]]] = {
     "orpo": (ORPOConfig, 4, ACROSS_AN_EPOCH),
 }
 """The settings of each kind of training, and its rows at a time, over all processes."""
-RUNS: dict[type, Any] = {SFTConfig: run_sft, DPOConfig: run_dpo, KTOConfig: run_kto, ORPOConfig: run_orpo}
 SAVE: dict[type, Any] = {
     SFTConfig: save_questions,
     DPOConfig: save_pairs,
     KTOConfig: save_labeled,
     ORPOConfig: save_pairs,
 }
-
-
-def train(config: TrainingConfig, screen: Screen | None = None) -> None:
-    """Train as one of the processes, without what takes longest: the estimate of memory, and sample answers."""
-    estimate = MemoryEstimate(Footprint(0, 0, 0, 0, 0, 0), extra_bytes=0, has=1, on_gpu=False)
-    with (
-        patch.object(flow, "estimate_memory", return_value=estimate),
-        patch.object(flow, "answer_samples"),
-        patch("hymba_tune.report.write_report"),
-    ):
-        RUNS[type(config)](config, screen or Screen())
 
 
 def trained(kind: str, processes: int, model: Path, folder: Path) -> Run:

@@ -20,7 +20,7 @@ from hymba_tune.train.screen import MetricsRow, Screen
 from tests.runs import run
 
 FORKS = multiprocessing.get_context("forkserver")
-ALSO = ["tests.cli.killed", "tests.distributed.test_distill", "tests.distributed.test_equal", "deepspeed"]
+ALSO = ["tests.cli.killed", "tests.distributed.test_distill", "tests.distributed.processes", "deepspeed"]
 FORKS.set_forkserver_preload(["tests.train.processes", *ALSO])
 TIMEOUT_SECONDS = 120
 """More than any process takes, so that one that hangs fails the test."""
