@@ -212,8 +212,9 @@ class DistillTrainer(HymbaTrainer):
             state_dict = {name: weight for name, weight in state_dict.items() if name not in weights}
         with self._projections_aside():
             super()._save(output_dir, state_dict)
-        whole = {name.removeprefix(begin): weight for name, weight in weights.items()}
-        self._match.save(Path(output_dir or self.args.output_dir), whole or None)
+        if self.args.should_save:
+            whole = {name.removeprefix(begin): weight for name, weight in weights.items()}
+            self._match.save(Path(output_dir or self.args.output_dir), whole or None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with self._projections_aside():
