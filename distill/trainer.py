@@ -29,6 +29,7 @@ from hymba_tune.distill.objective import Losses, SpanTerm, TokenTerm, distillati
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.teacher_signals import RowSpan, TeacherSignals
 from hymba_tune.distributed.processes import sums
+from hymba_tune.distributed.sharding import whole_weights
 from hymba_tune.model.head import HymbaHead
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.even_batches import FillerBatch
@@ -93,15 +94,16 @@ class DistillTrainer(HymbaTrainer):
             return batches, items
         student = self.accelerator.unwrap_model(self.model)
         mixed: list[dict[str, Any]] = []
-        for batch in batches:
-            if isinstance(batch, FillerBatch):
-                mixed.append(batch)
-                continue
-            examples, own = self._rollouts.rewrite(
-                student, examples_of(batch), self.stage.on_policy, self.state.global_step, len(self._own)
-            )
-            self._own += own
-            mixed.append(self._prepare_inputs(self.data_collator(examples)))
+        with whole_weights(self.model):  # each process writes as many tokens as its own answers take
+            for batch in batches:
+                if isinstance(batch, FillerBatch):
+                    mixed.append(batch)
+                    continue
+                examples, own = self._rollouts.rewrite(
+                    student, examples_of(batch), self.stage.on_policy, self.state.global_step, len(self._own)
+                )
+                self._own += own
+                mixed.append(self._prepare_inputs(self.data_collator(examples)))
         return mixed, self._get_num_items_in_batch(mixed, self.args.device)
 
     def compute_loss(
