@@ -47,7 +47,7 @@ def test_every_flag_of_every_verb_stands_in_a_group() -> None:
         name: groups for name, groups in groups_by_flag.items() if len(groups) != 1 or groups == ["Parameters"]
     } == {}
     sft = [groups[0] for name, groups in groups_by_flag.items() if name.startswith("sft ")]
-    assert set(sft) == {"Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing"}
+    assert set(sft) == {"Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing", "Distributed"}
     # Settings that a verb changes stay where they are.
     assert (groups_by_flag["dpo --lr"], groups_by_flag["eval --score"], groups_by_flag["merge --dtype"]) == (
         ["Training"],
@@ -58,7 +58,7 @@ def test_every_flag_of_every_verb_stands_in_a_group() -> None:
 
 def test_help_begins_with_what_is_needed_first(command: Command) -> None:
     titles = re.findall(r"╭─ (\w+) ─", command("sft", "--help").out)
-    assert titles == ["Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing"]
+    assert titles == ["Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing", "Distributed"]
 
 
 def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:

@@ -153,7 +153,7 @@ def test_rows_outside_a_preset_stay_untrained_after_resuming(
 def test_fixed_settings_cannot_change(finished_run: Path, tmp_path: Path) -> None:
     flags = SFTConfig(resume=finished_run, rank=8, lr=1.0, out=tmp_path, steps=40)
     with pytest.raises(
-        ConfigError, match=r"with its own settings; --lr, --out, --rank cannot change\.\n  expected   at most: --dev"
+        ConfigError, match=r"with its own settings; --lr, --out, --rank cannot change\.\n  expected   at most: --acc"
     ):
         resume_config(flags)
 
