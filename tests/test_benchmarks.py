@@ -150,6 +150,18 @@ def test_scaling_compares_with_the_same_rows_in_one_process(
         app.parse_args(command[3:], exit_on_error=False, print_error=False)
 
 
+def test_tables_of_the_scaling_page_are_computed(benchmark: Any) -> None:
+    """Where this fails, run `python benchmarks/clusters.py --write`."""
+    clusters = benchmark("clusters")
+    page = clusters.PAGE.read_text(encoding="utf-8")
+    assert clusters.computed(page) == page
+    lora, full = (clusters.Run("", method, "ddp") for method in ("lora", "full"))
+    assert 0.15 < lora.sent(8) / 1e9 < 0.16  # 22M parameters in float32, 2 × 7/8 of them
+    assert clusters.speedup(full, "InfiniBand", 8) > 7.9
+    # By hand: 12 GB over a port of 12.5 GB/s of each machine.
+    assert full.exchange(16, clusters.networks(16)["Ethernet"]) == pytest.approx(full.sent(16) / 12.5e9, rel=0.03)
+
+
 def test_variants_are_timed_in_turn(benchmark: Any) -> None:
     calls: list[str] = []
     timings = benchmark("harness").interleave({name: lambda name=name: calls.append(name) for name in "AB"}, repeats=2)

@@ -1,6 +1,6 @@
 """Training on a Ray cluster.
 
-python ray_train.py --workers 16 -- --data /shared/my.jsonl --out /shared/runs/my-run
+    python ray_train.py --workers 16 -- --data /shared/my.jsonl --out /shared/runs/my-run
 
 Ray places the workers, one a GPU. Each of them runs the command as one process of the run.
 """
