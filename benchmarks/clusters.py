@@ -30,7 +30,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 GPUS = [2**power for power in range(1, 10)]
 MACHINE = 8
 """GPUs of a machine."""
-BF16 = 2
 ROWS, LENGTH = 8, 2048
 """Rows of a GPU in a step, and tokens of a row: the defaults."""
 GLOBAL_ROWS = 512
@@ -85,7 +84,7 @@ class Run:
         return tokens * self.model[1] / H100.step_flops_per_s
 
     def _traffic(self, gpus: int) -> Sequence[Collective]:
-        return step_traffic(self.model[0], Sharding(gpus, self.strategy), width=BF16)
+        return step_traffic(self.model[0], Sharding(gpus, self.strategy))
 
 
 @cache

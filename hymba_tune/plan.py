@@ -318,7 +318,7 @@ class _Memory:
     def traffic(self, config: TrainingConfig) -> list[Collective]:
         """Return what the processes exchange in an optimizer step."""
         weights, _ = self._steps.weights(self._quantized_bytes(config.quantize))
-        return step_traffic(weights, Sharding.of(config), width=self._dtype.itemsize, batches=config.grad_accum)
+        return step_traffic(weights, Sharding.of(config), batches=config.grad_accum)
 
     def speed_of_all(self, config: TrainingConfig, speed: float, card: Card) -> float:
         """Return the tokens a second of all processes, where no exchange overlaps with the computation.

@@ -9,9 +9,11 @@ Sources of the figures:
         is gathered while it computes, and the next one is gathered meanwhile. What lies outside of the units stays
         gathered until the backward ends. One buffer holds the gradients of a unit that are being reduced.
     ZeRO: DeepSpeed's page "Memory Requirements" and its estimate_zero2_model_states_mem_needs and
-        estimate_zero3_model_states_mem_needs (0.19.8). A trained parameter takes 2 bytes in 16 bits, and the process
-        that owns it keeps 18 more: gradients in 16 bits and, for the step, in float32, the weight in float32, and
-        two moments of Adam. The settings of buckets are transformers' values of "auto", and DeepSpeed's defaults.
+        estimate_zero3_model_states_mem_needs (0.19.8). The process that owns a trained parameter keeps, besides the
+        weight and its gradient, for the step a gradient in float32, the weight in float32, and two moments of Adam.
+        In 16 bits, for which the page is written, these are 2 + 18 bytes. Buckets have DeepSpeed's default sizes.
+
+Weights and gradients have the dtypes that they have in one process: autocast chooses those of the computation.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ FLOAT32 = 4
 """Bytes of the weights that DeepSpeed's optimizers keep, and of the gradients that they step with."""
 LIVE_PARAMETERS = 10**9
 """Gathered parameters that ZeRO-3 keeps for their next use: its stage3_max_live_parameters and max_reuse_distance."""
-ZERO3_BUCKETS = 2
-"""Buckets of gradients in ZeRO-3, where one is filled while another is reduced (overlap_comm)."""
+REDUCE_BUCKET = 5 * 10**8
+"""Gradients in a bucket of ZeRO, which takes its memory whether they are as many or not (reduce_bucket_size)."""
+ZERO2_BUCKETS = 2
+"""Buckets of ZeRO-2, where one is filled while another is reduced (overlap_comm)."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,24 @@ class Weights:
 
     Attributes:
         frozen: The bytes of its frozen weights.
-        trained: The bytes of its trained weights.
+        trained: The bytes of its trained weights, and of their gradients.
         count: The number of its trained parameters.
+        parameters: The number of all its parameters.
     """
 
     frozen: int = 0
     trained: int = 0
     count: int = 0
+    parameters: int = 0
 
     def __add__(self, other: Weights) -> Weights:
-        return Weights(self.frozen + other.frozen, self.trained + other.trained, self.count + other.count)
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Weights(*(mine + theirs for mine, theirs in pairs))
 
-    def gathered(self, width: int) -> int:
-        """Return the bytes of the weights with trained ones in ``width`` bytes, as they are gathered to compute."""
-        return self.frozen + self.count * width
+    @property
+    def bytes(self) -> int:
+        """The bytes of all its weights."""
+        return self.frozen + self.trained
 
 
 @dataclass(frozen=True)
@@ -88,12 +96,10 @@ class ModelWeights:
     Attributes:
         layers: Those of each decoder layer.
         around: Those outside of the layers: the embedding, which is the head as well, meta tokens and the last norm.
-        hidden_size: The width of the model, on which the sizes of DeepSpeed's buckets depend.
     """
 
     layers: Sequence[Weights]
     around: Weights
-    hidden_size: int
 
     @property
     def whole(self) -> Weights:
@@ -140,87 +146,80 @@ class Held:
         return (self.waiting or round(self.kept * (done - whole))) + whole
 
 
-def held_by_each(
-    model: ModelWeights, sharding: Sharding, *, width: int, moment_bytes: float, accumulates: bool
-) -> Held:
+def held_by_each(model: ModelWeights, sharding: Sharding, *, moment_bytes: float, accumulates: bool) -> Held:
     """Return what each process holds.
 
     Args:
         model: The model's weights.
         sharding: How processes share it.
-        width: Bytes of an element in the dtype of the computation.
         moment_bytes: Bytes of the optimizer's state for each trained parameter.
         accumulates: Whether a step has several batches.
     """
     functions = {"ddp": _ddp, "fsdp": _fsdp, "zero2": _zero2, "zero3": _zero3}
-    held = functions[sharding.strategy](model, sharding, width)
+    held = functions[sharding.strategy](model, sharding)
     state = round(model.whole.count * moment_bytes)
     state = state if sharding.strategy == "ddp" else sharding.share(state)
     held = replace(held, optimizer=held.optimizer + state, waiting=held.waiting if accumulates else 0)
     return _offloaded(held, sharding)
 
 
-def _ddp(model: ModelWeights, sharding: Sharding, width: int) -> Held:
-    del width
+def _ddp(model: ModelWeights, sharding: Sharding) -> Held:
     whole = model.whole
     buckets = whole.trained if sharding.processes > 1 else 0
     return Held(whole.frozen, whole.trained, 0, 0, buckets, waiting=whole.trained, stepping=whole.trained, kept=None)
 
 
-def _fsdp(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+def _fsdp(model: ModelWeights, sharding: Sharding) -> Held:
     """Return what a process holds with FSDP2.
 
-    Accelerate reduces no gradients before a step's last batch, so those of earlier batches are whole. Its policy of
-    mixed precision gathers weights and reduces gradients in the dtype of the computation.
+    Accelerate reduces no gradients before a step's last batch, so those of earlier batches are whole.
     """
     whole = model.whole
     return Held(
         sharding.share(whole.frozen),
         sharding.share(whole.trained),
         0,
-        gathered=model.around.gathered(width) + 2 * max(layer.gathered(width) for layer in model.layers),
-        buckets=width * max(part.count for part in [*model.layers, model.around]),
-        waiting=width * whole.count,
+        gathered=model.around.bytes + 2 * max(layer.bytes for layer in model.layers),
+        buckets=max(part.trained for part in [*model.layers, model.around]),
+        waiting=whole.trained,
         stepping=sharding.share(whole.trained),
         kept=1 / sharding.processes,
     )
 
 
-def _zero2(model: ModelWeights, sharding: Sharding, width: int) -> Held:
-    """Return what a process holds with ZeRO-2: whole weights in the dtype of the computation, shares of the rest."""
+def _zero2(model: ModelWeights, sharding: Sharding) -> Held:
+    """Return what a process holds with ZeRO-2: whole weights, and shares of the rest."""
     whole = model.whole
     return Held(
         whole.frozen,
-        whole.count * width,
+        whole.trained,
         sharding.share(whole.count * FLOAT32),
         gathered=0,
-        buckets=width * bucket_elements(model),
-        waiting=sharding.share(whole.count * width),
-        stepping=sharding.share(whole.count * (width + FLOAT32)),
+        buckets=ZERO2_BUCKETS * _bucket_bytes(whole),
+        waiting=sharding.share(whole.trained),
+        stepping=sharding.share(whole.trained + whole.count * FLOAT32),
         kept=1 / sharding.processes,
     )
 
 
-def _zero3(model: ModelWeights, sharding: Sharding, width: int) -> Held:
+def _zero3(model: ModelWeights, sharding: Sharding) -> Held:
     """Return what a process holds with ZeRO-3.
 
-    The documented formula has the largest layer only, and no gradients in 16 bits. The code keeps those for the whole
-    run, and layers stay gathered for their next use, up to `LIVE_PARAMETERS`.
+    The documented formula has the largest layer only, and only one copy of the gradients. The code keeps those of the
+    weights' dtype for the whole run, and layers stay gathered for their next use, up to `LIVE_PARAMETERS`.
     """
     whole = model.whole
-    held = _zero2(model, sharding, width)
     return replace(
-        held,
+        _zero2(model, sharding),
         frozen=sharding.share(whole.frozen),
-        trained=sharding.share(whole.count * width),
-        gathered=min(whole.gathered(width), LIVE_PARAMETERS * width),
-        buckets=ZERO3_BUCKETS * held.buckets,
+        trained=sharding.share(whole.trained),
+        gathered=round(whole.bytes * min(1, LIVE_PARAMETERS / whole.parameters)),
+        buckets=_bucket_bytes(whole),
     )
 
 
-def bucket_elements(model: ModelWeights) -> int:
-    """Return the elements of a bucket of ZeRO: transformers' reduce_bucket_size of "auto", ``hidden_size ** 2``."""
-    return min(model.hidden_size**2, model.whole.count)
+def _bucket_bytes(whole: Weights) -> int:
+    return REDUCE_BUCKET * whole.trained // whole.count
 
 
 def _offloaded(held: Held, sharding: Sharding) -> Held:

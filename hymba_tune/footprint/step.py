@@ -135,13 +135,7 @@ class StepMemory:
         layers = self._layers(batch)
         loss = self._loss(max(1, batch.learned))
         weights, unpacked = self.weights(quantized)
-        held = held_by_each(
-            weights,
-            sharding,
-            width=self._mode[0].itemsize,
-            moment_bytes=MOMENT_BYTES[optimizer],
-            accumulates=accumulates,
-        )
+        held = held_by_each(weights, sharding, moment_bytes=MOMENT_BYTES[optimizer], accumulates=accumulates)
         tied = loss.gradients  # of the head, to which the embedding's backward adds at the end
         around = self._around_layers(batch)
         whole_logits = 4 * logit_copies * batch.places * self._base.lm_head.weight.shape[0]
@@ -186,14 +180,14 @@ class StepMemory:
             layer = LAYER.search(name)
             part = layer[0] if layer else ""
             if parameter.requires_grad:
-                parts[part] += Weights(trained=parameter.nbytes, count=parameter.numel())
+                parts[part] += Weights(0, parameter.nbytes, parameter.numel(), parameter.numel())
                 continue
             size = quantized.get(name.replace(".base_layer", "").removesuffix(".weight"))
-            parts[part] += Weights(frozen=parameter.nbytes if size is None else size)
+            parts[part] += Weights(parameter.nbytes if size is None else size, parameters=parameter.numel())
             if size is not None:
                 unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)
         around = parts.pop("", Weights())
-        return ModelWeights(list(parts.values()), around, self._base.config.hidden_size), unpacked
+        return ModelWeights(list(parts.values()), around), unpacked
 
     def _around_layers(self, batch: Batch) -> int:
         """Return the bytes of embeddings, with and without meta tokens, and of the final norm's output.

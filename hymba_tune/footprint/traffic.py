@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
-from hymba_tune.footprint.shares import ModelWeights, Sharding, bucket_elements
+from hymba_tune.footprint.shares import REDUCE_BUCKET, ModelWeights, Sharding
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 DDP_BUCKET = 25 * 2**20
 """Bytes of a bucket of DistributedDataParallel (bucket_cap_mb)."""
 GATHER_BUCKET = 5 * 10**8
 """Parameters that ZeRO-2 gathers at a time after a step (allgather_bucket_size)."""
+PREFETCH_BUCKET = 5 * 10**7
+"""Parameters that ZeRO-3 gathers at a time (stage3_prefetch_bucket_size)."""
 START, IN_MACHINE, IN_MACHINE_TREE, BETWEEN = 8.4e-6, 3.4e-6, 4.0e-6, 14e-6
 """Seconds of NCCL's model: to start an operation, and for each hop of a ring or tree over NVLink, or to another machine
 (baseLat and hwLat, NVLINK and NET)."""
@@ -77,19 +79,18 @@ class Network:
         return collective.sent(processes) / speed + collective.operations * latency
 
 
-def step_traffic(model: ModelWeights, sharding: Sharding, *, width: int, batches: int = 1) -> list[Collective]:
+def step_traffic(model: ModelWeights, sharding: Sharding, *, batches: int = 1) -> list[Collective]:
     """Return the operations of an optimizer step.
 
     Args:
         model: The model's weights.
         sharding: How processes share it.
-        width: Bytes of an element in the dtype of the computation.
         batches: The batches of a step (gradient accumulation).
     """
     if sharding.processes == 1:
         return []
     functions = {"ddp": _ddp, "fsdp": _fsdp, "zero2": _zero2, "zero3": _zero3}
-    return functions[sharding.strategy](model, width, batches)
+    return functions[sharding.strategy](model, batches)
 
 
 def bytes_sent(traffic: Sequence[Collective], processes: int) -> float:
@@ -97,45 +98,43 @@ def bytes_sent(traffic: Sequence[Collective], processes: int) -> float:
     return sum(collective.sent(processes) for collective in traffic)
 
 
-def _ddp(model: ModelWeights, width: int, batches: int) -> list[Collective]:
+def _ddp(model: ModelWeights, batches: int) -> list[Collective]:
     """Return one all-reduce of the gradients after the last batch."""
-    del width, batches
+    del batches
     size = model.whole.trained
     return [Collective(ALL_REDUCE, size, ceil(size / DDP_BUCKET))]
 
 
-def _fsdp(model: ModelWeights, width: int, batches: int) -> list[Collective]:
+def _fsdp(model: ModelWeights, batches: int) -> list[Collective]:
     """Return the gathers of each layer in the forward and the backward of each batch, and one reduction."""
-    layers, around = sum(layer.gathered(width) for layer in model.layers), model.around.gathered(width)
-    units = len(model.layers)
+    layers, units = sum(layer.bytes for layer in model.layers), len(model.layers)
     reduced = sum(part.count > 0 for part in [*model.layers, model.around])
     return [
-        Collective(ALL_GATHER, batches * (2 * layers + around), batches * (2 * units + 1)),
-        Collective(REDUCE_SCATTER, width * model.whole.count, reduced),
+        Collective(ALL_GATHER, batches * (2 * layers + model.around.bytes), batches * (2 * units + 1)),
+        Collective(REDUCE_SCATTER, model.whole.trained, reduced),
     ]
 
 
-def _zero2(model: ModelWeights, width: int, batches: int) -> list[Collective]:
+def _zero2(model: ModelWeights, batches: int) -> list[Collective]:
     """Return the reduction of each batch's gradients, and the gather of the new weights.
 
     By default DeepSpeed reduces by an all-reduce of each bucket (use_multi_rank_bucket_allreduce), twice the bytes of
     the reduce-scatter that the paper has.
     """
-    count = model.whole.count
+    whole = model.whole
     return [
-        Collective(ALL_REDUCE, batches * width * count, batches * ceil(count / bucket_elements(model))),
-        Collective(ALL_GATHER, width * count, ceil(count / GATHER_BUCKET)),
+        Collective(ALL_REDUCE, batches * whole.trained, batches * ceil(whole.count / REDUCE_BUCKET)),
+        Collective(ALL_GATHER, whole.trained, ceil(whole.count / GATHER_BUCKET)),
     ]
 
 
-def _zero3(model: ModelWeights, width: int, batches: int) -> list[Collective]:
+def _zero3(model: ModelWeights, batches: int) -> list[Collective]:
     """Return the gathers of the weights in the forward and the backward of each batch, and its reduction.
 
     Layers that are still gathered from the forward are counted as gathered again, so it may be less.
     """
-    count, weights = model.whole.count, model.whole.gathered(width)
-    bucket = bucket_elements(model)
+    whole = model.whole
     return [
-        Collective(ALL_GATHER, batches * 2 * weights, batches * 2 * ceil(weights / width / model.hidden_size**2)),
-        Collective(REDUCE_SCATTER, batches * width * count, batches * ceil(count / bucket)),
+        Collective(ALL_GATHER, batches * 2 * whole.bytes, batches * 2 * ceil(whole.parameters / PREFETCH_BUCKET)),
+        Collective(REDUCE_SCATTER, batches * whole.trained, batches * ceil(whole.count / REDUCE_BUCKET)),
     ]

@@ -60,7 +60,7 @@ def test_shares_of_several_processes(plans: Callable[..., Plan]) -> None:
     assert ddp.parts.weights == alone.parts.weights
     assert fsdp.parts.weights == pytest.approx(alone.parts.weights / 8, rel=1e-3)
     assert zero3.parts.optimizer < alone.parts.optimizer / 4
-    assert alone.bytes_sent == 0 < fsdp.bytes_sent < ddp.bytes_sent
+    assert (alone.bytes_sent, fsdp.bytes_sent) == (0, pytest.approx(1.5 * ddp.bytes_sent, rel=0.02))
     for planned in several:
         speeds = [gpu.tokens_per_s / one.tokens_per_s for gpu, one in zip(planned.gpus, alone.gpus, strict=True)]
         assert all(0 < speed < 8 for speed in speeds)

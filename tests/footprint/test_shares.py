@@ -9,15 +9,16 @@ import torch
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory
-from hymba_tune.footprint.shares import LIVE_PARAMETERS, ModelWeights, Weights, held_by_each
+from hymba_tune.footprint.shares import LIVE_PARAMETERS, REDUCE_BUCKET, ModelWeights, Weights, held_by_each
 from tests.tiny import tiny_model
 
-LAYER = Weights(trained=4000, count=1000)
-FULL = ModelWeights([LAYER] * 3, Weights(trained=8000, count=2000), hidden_size=8)
+FULL = ModelWeights([Weights(0, 4000, 1000, 1000)] * 3, Weights(0, 8000, 2000, 2000))
 """A model of 5,000 parameters in float32 that are all trained."""
-ADAPTED = ModelWeights([Weights(2000, 400, 100)] * 3, Weights(4000), hidden_size=8)
+HALF = ModelWeights([Weights(0, 2000, 1000, 1000)] * 3, Weights(0, 4000, 2000, 2000))
+"""The same in bfloat16, as DeepSpeed's formulas have it."""
+ADAPTED = ModelWeights([Weights(2000, 400, 100, 1100)] * 3, Weights(4000, 0, 0, 2000))
 """A model of 5,000 frozen parameters in bfloat16 with an adapter of 300 in float32."""
-ADAM: dict[str, Any] = {"width": 2, "moment_bytes": 8, "accumulates": False}
+ADAM: dict[str, Any] = {"moment_bytes": 8, "accumulates": False}
 
 
 def test_ddp_holds_everything_and_buckets_as_large_as_the_gradients() -> None:
@@ -31,15 +32,15 @@ def test_ddp_holds_everything_and_buckets_as_large_as_the_gradients() -> None:
 def test_fsdp_shares_everything_and_gathers_two_layers() -> None:
     held = held_by_each(FULL, Sharding(8, "fsdp"), **ADAM)
     assert (held.trained, held.optimizer, held.stepping) == (2500, 5000, 2500)
-    assert held.gathered == 2 * (2000 + 2 * 1000)  # in bfloat16: the embedding, two layers
-    assert held.buckets == 2 * 2000  # the embedding, the largest unit
+    assert held.gathered == 8000 + 2 * 4000  # the embedding, two layers
+    assert held.buckets == 8000  # the embedding, the largest unit
     assert held_by_each(ADAPTED, Sharding(8, "fsdp"), **ADAM).frozen == 10_000 / 8
 
 
 def test_fsdp_keeps_whole_gradients_between_the_batches_of_a_step() -> None:
     held = held_by_each(FULL, Sharding(8, "fsdp"), **ADAM | {"accumulates": True})
-    assert held.waiting == 2 * 5000
-    assert held_by_each(FULL, Sharding(8, "zero2"), **ADAM | {"accumulates": True}).waiting == 2 * 5000 / 8
+    assert held.waiting == 20_000
+    assert held_by_each(FULL, Sharding(8, "zero2"), **ADAM | {"accumulates": True}).waiting == 20_000 / 8
 
 
 @pytest.mark.parametrize("processes", [1, 8, 64])
@@ -47,10 +48,10 @@ def test_zero2_is_deepspeeds_formula(processes: int) -> None:
     """2 bytes a parameter, and 18 of them shared."""
     zero = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
     _, expected = zero.estimate_zero2_model_states_mem_needs(5000, processes, 1, cpu_offload=False)
-    held = held_by_each(FULL, Sharding(processes, "zero2"), **ADAM)
+    held = held_by_each(HALF, Sharding(processes, "zero2"), **ADAM)
     assert held.trained + held.optimizer + held.stepping == pytest.approx(expected, abs=3)
     _, expected = zero.estimate_zero2_model_states_mem_needs(5000, processes, 1, cpu_offload=True)
-    held = held_by_each(FULL, Sharding(processes, "zero2", "optimizer"), **ADAM)
+    held = held_by_each(HALF, Sharding(processes, "zero2", "optimizer"), **ADAM)
     assert held.trained + held.optimizer + held.stepping == expected
 
 
@@ -65,7 +66,7 @@ def test_zero3_is_deepspeeds_formula(offload: str | None) -> None:
     cpu, expected, largest = zero.estimate_zero3_model_states_mem_needs(
         5000, 0, 8, 1, **settings, additional_buffer_factor=1
     )
-    held = held_by_each(FULL, Sharding(8, "zero3", offload), **ADAM)
+    held = held_by_each(HALF, Sharding(8, "zero3", offload), **ADAM)
     assert largest == 0
     gradients = 2 * 5000
     kept = 0 if offload else gradients / 8
@@ -74,15 +75,20 @@ def test_zero3_is_deepspeeds_formula(offload: str | None) -> None:
 
 
 def test_zero3_keeps_gathered_weights_up_to_its_limit() -> None:
-    assert held_by_each(FULL, Sharding(8, "zero3"), **ADAM).gathered == 2 * 5000
-    large = ModelWeights([Weights(frozen=2**33)] * 2, Weights(), hidden_size=8)
-    assert held_by_each(large, Sharding(8, "zero3"), **ADAM).gathered == 2 * LIVE_PARAMETERS
+    assert held_by_each(FULL, Sharding(8, "zero3"), **ADAM).gathered == 20_000
+    large = ModelWeights([Weights(2**33, 0, 0, 2**32)] * 2, Weights(0, 4, 1, 1))
+    assert held_by_each(large, Sharding(8, "zero3"), **ADAM).gathered == pytest.approx(2 * LIVE_PARAMETERS)
+
+
+@pytest.mark.parametrize(("strategy", "buckets"), [("zero2", 2), ("zero3", 1)])
+def test_zero_reserves_its_buckets_whatever_is_trained(strategy: str, buckets: int) -> None:
+    assert held_by_each(ADAPTED, Sharding(8, strategy), **ADAM).buckets == buckets * 4 * REDUCE_BUCKET
 
 
 def test_offloaded_parameters_of_fsdp_leave_gathered_layers_and_unreduced_gradients() -> None:
     held = held_by_each(FULL, Sharding(8, "fsdp", "parameters"), **ADAM | {"accumulates": True})
     assert (held.trained, held.optimizer, held.stepping) == (0, 0, 0)
-    assert (held.gathered, held.waiting) == (8000, 10_000)
+    assert (held.gathered, held.waiting) == (16_000, 20_000)
     assert held.offloaded == 2500 + 5000 + 2500
 
 

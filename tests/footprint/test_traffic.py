@@ -5,15 +5,15 @@ import pytest
 from hymba_tune.footprint.shares import ModelWeights, Sharding, Weights
 from hymba_tune.footprint.traffic import ALL_GATHER, ALL_REDUCE, Collective, Network, bytes_sent, step_traffic
 
-FULL = ModelWeights([Weights(trained=4000, count=1000)] * 3, Weights(trained=8000, count=2000), hidden_size=8)
+FULL = ModelWeights([Weights(0, 4000, 1000, 1000)] * 3, Weights(0, 8000, 2000, 2000))
 """A model of 5,000 parameters in float32 that are all trained."""
-FROZEN = ModelWeights([Weights(2000, 400, 100)] * 3, Weights(4000), hidden_size=8)
+FROZEN = ModelWeights([Weights(2000, 400, 100, 1100)] * 3, Weights(4000, 0, 0, 2000))
 """A model of 5,000 frozen parameters in bfloat16 with an adapter of 300 in float32."""
 LINKS = Network(inside=1e9, between=1e8, devices=8)
 
 
-def sent(model: ModelWeights, strategy: str, processes: int = 4, batches: int = 1, width: int = 2) -> float:
-    return bytes_sent(step_traffic(model, Sharding(processes, strategy), width=width, batches=batches), processes)
+def sent(model: ModelWeights, strategy: str, processes: int = 4, batches: int = 1) -> float:
+    return bytes_sent(step_traffic(model, Sharding(processes, strategy), batches=batches), processes)
 
 
 def test_one_process_sends_nothing() -> None:
@@ -21,15 +21,15 @@ def test_one_process_sends_nothing() -> None:
 
 
 def test_zero_paper_section_7() -> None:
-    """In one dtype, data parallelism sends twice the parameters; with divided weights it is three times."""
+    """Data parallelism sends twice the parameters; with divided weights it is three times."""
     psi = 4 * 5000 * 3 / 4
-    assert sent(FULL, "ddp", width=4) == 2 * psi
-    assert sent(FULL, "zero3", width=4) == 3 * psi
-    assert sent(FULL, "zero2", width=4) == 3 * psi  # DeepSpeed's all-reduce; the paper's reduce-scatter makes it 2
+    assert sent(FULL, "ddp") == 2 * psi
+    assert sent(FULL, "zero3") == 3 * psi
+    assert sent(FULL, "zero2") == 3 * psi  # DeepSpeed's all-reduce; the paper's reduce-scatter makes it 2
 
 
 def test_fsdp_gathers_layers_twice_and_the_rest_once() -> None:
-    assert sent(FULL, "fsdp") == (2 * (2 * 3000) + 2 * 2000 + 2 * 5000) * 3 / 4
+    assert sent(FULL, "fsdp") == (2 * 12_000 + 8000 + 20_000) * 3 / 4
 
 
 def test_adapters_cost_ddp_little_and_divided_weights_everything() -> None:
