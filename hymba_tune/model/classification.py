@@ -27,7 +27,7 @@ class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreT
 
     def __init__(self, config: HymbaConfig) -> None:
         # The generic class makes its layers through AutoModel, which does not know code that lies beside weights.
-        HymbaPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -83,7 +83,7 @@ class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrained
     """Hymba that classifies every token by the text before it."""
 
     def __init__(self, config: HymbaConfig) -> None:
-        HymbaPreTrainedModel.__init__(self, config)  # type: ignore[call-arg] # for the same reason
+        super(GenericForTokenClassification, self).__init__(config)  # for the same reason
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
         dropout = getattr(config, "classifier_dropout", None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
 from tests.conftest import ROOT
-from tests.peers.exceptions import KINDS, TABLE
+from tests.peers.exceptions import TABLE
 from tests.peers.sources import CACHE
 from tests.peers.suite import Result
 
@@ -17,14 +18,17 @@ GROUPS = [
     ("peft", "TestDecoderModels"),
     ("peft", "TestSequenceClassificationModels"),
     ("peft", "TestTokenClassificationModels"),
+    ("trl", "TestTrainers"),
 ]
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- written by python -m tests.peers.compatibility: begin -->\n", "<!-- end -->\n"
+TRAINER = r"\[([\w-]+)\]"
 TITLES = {
     "PeersModelTest": "common tests of models",
     "TestDecoderModels": "decoders",
     "TestSequenceClassificationModels": "classifiers of texts",
     "TestTokenClassificationModels": "classifiers of tokens",
+    "TestTrainers": "two steps of each trainer (our own tests)",
 }
 
 
@@ -50,28 +54,25 @@ def section() -> str:
         name = f"{library} {version(library)}, {TITLES[group]}"
         lines.append(f"| {name} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |")
     lines += ["", "Not applicable:", "", "| why | what |", "|---|---|"]
-    for kind, title in KINDS.items():
-        reasons = dict.fromkeys(entry.reason for entry in TABLE if entry.kind == kind)
-        lines += [f"| {title} | {reason} |" for reason in reasons]
-    lines += ["", "| method of PEFT | with Hymba | passing tests |", "|---|---|---|", *_methods()]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {entry.why} | {entry.what} |" for entry in TABLE]
+    lines += ["", "| method of PEFT | with Hymba | passing tests |", "|---|---|---|", *_methods(), ""]
+    trainers = [name for name, result in saved("trl", "TestTrainers").items() if result.outcome == "passed"]
+    return "\n".join([*lines, f"Trainers of TRL: {', '.join(re.findall(TRAINER, ' '.join(trainers)))}."]) + "\n"
 
 
 def _methods() -> Iterator[str]:
-    """Yield a row for each method of PEFT: it works unless its training fails."""
-    by_method: dict[str, list[tuple[str, str, Result]]] = {}
-    for library, group in GROUPS:
-        for name, result in saved(library, group).items():
+    """Yield a row for each method of PEFT. A method is refused if its training is."""
+    by_method: dict[str, list[tuple[str, Result]]] = {}
+    for group in GROUPS:
+        for name, result in saved(*group).items():
             if result.method and result.outcome != "skipped":
-                by_method.setdefault(result.method, []).append((group, name, result))
+                by_method.setdefault(result.method, []).append((name, result))
     for method, tests in sorted(by_method.items()):
-        failed = [(group, name) for group, name, result in tests if result.outcome == "failed"]
-        entries = dict.fromkeys(entry for entry in TABLE for test in failed if entry.covers(*test))
-        trains = not any(name.startswith("test_training_decoders[") for _, name in failed)
-        reasons = "; ".join(dict.fromkeys(entry.reason for entry in entries))
-        verdict = "refused" if not trains else "works, except" if failed else "works"
-        passed = len(tests) - len(failed)
-        yield f"| {method} | {verdict}{': ' if reasons else ''}{reasons} | {passed} of {len(tests)} |"
+        failed = [(name, result) for name, result in tests if result.outcome == "failed"]
+        refused = any(name.startswith("test_training_decoders[") for name, _ in failed)
+        exceptions = [entry.what for entry in TABLE if any(entry.covers(*test) for test in failed)]
+        verdict = "; ".join(exceptions) if refused else "; ".join(["works", *(f"but {what}" for what in exceptions)])
+        yield f"| {method} | {verdict} | {len(tests) - len(failed)} of {len(tests)} |"
 
 
 def check_document() -> None:

@@ -5,44 +5,63 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-ATTENTION = "own attention"
-CACHE = "own cache"
-PACKED = "packed layout"
-UPSTREAM = "upstream"
-KINDS = {
-    ATTENTION: "Hymba computes attention by its own kernels, which hold no attention weights",
-    CACHE: "Hymba has its own cache, and no keys in front of a text other than those of its meta tokens",
-    PACKED: "Hymba packs the texts of a batch into one sequence of rows",
-    UPSTREAM: "the test fails on Llama as well",
-}
+from tests.peers.suite import Result
+
+ATTENTION = "Hymba has its own attention"
+CACHE = "Hymba has its own cache"
+PACKED = "Hymba packs the texts of a batch into one sequence of rows"
 
 
 class NotApplicable(NamedTuple):
     """Tests that fail.
 
     Attributes:
-        group: The class of the tests.
-        names: A regular expression that the names of the tests match in full.
-        kind: One of `KINDS`.
-        reason: What the tests need.
+        why: The property of Hymba that they do not expect.
+        what: What does not work, and what to use.
+        names: A regular expression that the names of the tests match from their beginning.
+        methods: A regular expression that the methods of PEFT that they are about match in full.
+        error: A regular expression that is found in their errors.
     """
 
-    group: str
+    why: str
+    what: str
     names: str
-    kind: str
-    reason: str
+    methods: str
+    error: str
 
-    def covers(self, group: str, name: str) -> bool:
-        """Return whether a test is one of these."""
-        return group == self.group and re.fullmatch(self.names, name) is not None
+    def covers(self, name: str, result: Result) -> bool:
+        """Return whether a test that failed is one of these."""
+        return bool(
+            re.match(self.names, name)
+            and re.fullmatch(self.methods, result.method)
+            and re.search(self.error, result.reason)
+        )
 
 
+REFUSED = "a PEFT adapter cannot compute the hidden states of Hymba"
 TABLE = [
     NotApplicable(
-        "PeersModelTest",
-        "test_config_attn_implementation_setter|test_can_set_attention_dynamically",
         ATTENTION,
-        "attn_implementation selects the attention; here use_kernels(attention=...) does, and a request is warned of",
+        "`attn_implementation` has no effect, and a request is warned of; use `use_kernels(attention=...)`",
+        "test_config_attn_implementation_setter|test_can_set_attention_dynamically",
+        "",
+        "Unexpected attn_implementation|False is not true",
+    ),
+    NotApplicable(
+        CACHE,
+        "prefix tuning is refused; train the meta tokens, or use prompt tuning",
+        "test_",
+        "prefix_tuning",
+        "prefix tuning and cartridges do not work with Hymba",
+    ),
+    NotApplicable(PACKED, "activated LoRA is refused", "test_", "lora, activated", REFUSED),
+    NotApplicable(PACKED, "ShadowPEFT is refused", "test_", "shadow", REFUSED),
+    NotApplicable(
+        PACKED,
+        "an adapter for each row of a batch (`adapter_names`) is refused; run one batch for each adapter",
+        "test_(generate_with_)?mixed_adapter_batches",
+        "lora.*",
+        REFUSED,
     ),
 ]
 """All tests that fail on a small Hymba."""

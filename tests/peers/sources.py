@@ -11,33 +11,31 @@ from pathlib import Path
 
 # Read while tests are collected: during a test, XDG_CACHE_HOME is a folder of the session.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hymba-tune" / "peers"
-HELPERS = {"transformers": ["parameterized==0.9.0"], "peft": []}
+NEEDED = {"transformers": ["parameterized==0.9.0"], "peft": [], "trl": []}
 """Packages that the tests need and the kit does not."""
 
 
-def tests_of(package: str) -> Path:
-    """Return the folder that contains the ``tests`` of an installed package.
+def tests_of(library: str) -> list[Path]:
+    """Return folders to import from while the tests of an installed library run; the first has its package ``tests``.
 
     HYMBA_TUNE_TRANSFORMERS or HYMBA_TUNE_PEFT may name a checkout instead. A checkout of transformers has more tests
-    than its source package, those of generation among them.
+    than its source package, those of generation among them. The tests of TRL are our own.
     """
-    if checkout := os.environ.get(f"HYMBA_TUNE_{package.upper()}"):
+    needed = [_unpacked(requirement) for requirement in NEEDED[library]]
+    if library == "trl":
+        return needed
+    if checkout := os.environ.get(f"HYMBA_TUNE_{library.upper()}"):
         assert (Path(checkout) / "tests").is_dir(), f"{checkout} has no folder tests"
-        return Path(checkout)
-    return _unpacked(f"{package}=={version(package)}") / f"{package}-{version(package)}"
-
-
-def helpers_of(package: str) -> list[Path]:
-    """Return folders to import from while the tests of a package run."""
-    folders = (_unpacked(helper) / helper.replace("==", "-") for helper in HELPERS[package])
-    return list(folders)
+        return [Path(checkout), *needed]
+    return [_unpacked(f"{library}=={version(library)}"), *needed]
 
 
 def _unpacked(requirement: str) -> Path:
-    """Download and unpack the source package of ``name==version``, unless that was done before."""
-    folder = CACHE / requirement.replace("==", "-")
+    """Download and unpack the source package of ``name==version``, unless that was done before; return its folder."""
+    name = requirement.replace("==", "-")
+    folder = CACHE / name
     if not folder.is_dir():
-        new = folder.with_suffix(".new")
+        new = CACHE / f"{name}.new"
         new.mkdir(parents=True, exist_ok=True)
         # Pip and not our own client: it goes to the registry that the machine is set to.
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps"]
@@ -47,4 +45,4 @@ def _unpacked(requirement: str) -> Path:
             files.extractall(new, filter="data")
         archive.unlink()
         new.rename(folder)
-    return folder
+    return folder / name

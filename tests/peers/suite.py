@@ -1,4 +1,4 @@
-"""Runs the tests of another library on a small Hymba, or on a control, in a process of its own."""
+"""Runs the tests of another library on a small Hymba, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from hymba_tune.checkpoint import load_tokenizer
-from hymba_tune.registry import resolve_model
-from tests.peers.sources import helpers_of, tests_of
-from tests.runs import SMALL, save_model
+from hymba_tune.model import HymbaForSequenceClassification, HymbaForTokenClassification
+from tests.peers.sources import tests_of
+from tests.runs import save_model
 from tests.tiny import CONFIG
 
 SUITES = Path(__file__).parent / "suites"
-LLAMA: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-    "pad_token_id": 0,
+SMALL_CONFIG = CONFIG | {"num_hidden_layers": 2, "kv_reuse_group": None, "global_attn_idx": [0]}
+"""The configuration of the common tests of transformers, which ask for two layers at most."""
+HEADS: dict[str, type[PreTrainedModel]] = {
+    "TestSequenceClassificationModels": HymbaForSequenceClassification,
+    "TestTokenClassificationModels": HymbaForTokenClassification,
 }
-SMALL_CONFIGS: dict[str, dict[str, Any]] = {
-    "hymba": CONFIG | {"num_hidden_layers": 2, "kv_reuse_group": None, "global_attn_idx": [0]},
-    "llama": LLAMA,
-}
+"""The models of the tests of classifiers, which expect a trained head."""
 
 
 class Result(NamedTuple):
@@ -49,34 +41,33 @@ class Result(NamedTuple):
     method: str
 
 
-def run_suite(
-    library: str, group: str, folder: Path, *, model: str = "hymba", only: Sequence[str] = ()
-) -> dict[str, Result]:
+def run_suite(library: str, group: str, folder: Path) -> dict[str, Result]:
     """Run a group of the tests of a library.
 
     Args:
-        library: "transformers" or "peft".
+        library: "transformers", "peft" or "trl".
         group: The class of the tests.
         folder: An existing, empty folder to work in.
-        model: The model to test: "hymba", or the control "llama".
-        only: The names of the tests to run; all tests of the group if it is empty.
 
     Returns:
         The result of each test, by its name.
     """
     for file in SUITES.glob("*.py"):
         shutil.copyfile(file, folder / file.name)
-    (folder / "settings.json").write_text(json.dumps({"model": model, "config": SMALL_CONFIGS[model]}))
+    (folder / "config.json").write_text(json.dumps(SMALL_CONFIG))
     (folder / "pytest.ini").write_text("[pytest]\n")
-    if library == "peft":
-        _save(model, folder / model)
+    save_model(folder / "hymba")
+    if group in HEADS:
+        classifier = HEADS[group].from_pretrained(folder / "hymba", num_labels=3)
+        (folder / "hymba" / "model.safetensors").unlink()  # and not written over while the classifier reads it
+        classifier.save_pretrained(folder / "hymba")
 
     suite = f"{library}_suite.py::{group}"
-    paths = [folder, tests_of(library), *helpers_of(library)]
+    paths = [folder, *tests_of(library)]
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", ".", "-p", "no:cacheprovider"]
     command += ["-p", "peers_plugin", "-q", "--tb=line", "-W", "ignore"]
     done = subprocess.run(
-        [*command, *(f"{suite}::{name}" for name in only)] if only else [*command, suite],
+        [*command, suite],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -85,14 +76,3 @@ def run_suite(
     assert done.returncode in (0, 1), done.stdout + done.stderr  # others mean that the tests did not run
     results: dict[str, dict[str, str]] = json.loads((folder / "results.json").read_text())
     return {name: Result(**result) for name, result in results.items()}
-
-
-def _save(model: str, folder: Path) -> None:
-    """Save a model that reads the packaged tokenizer."""
-    if model == "hymba":
-        save_model(folder)
-        return
-    LlamaForCausalLM(
-        LlamaConfig(**LLAMA | {name: SMALL[name] for name in ("vocab_size", "pad_token_id")})
-    ).save_pretrained(folder)
-    load_tokenizer(resolve_model("hymba-nano").folder).save_pretrained(folder)

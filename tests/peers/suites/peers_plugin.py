@@ -23,7 +23,11 @@ RESULTS: dict[str, dict[str, str]] = {}
 
 for module, names in NEEDED.items():
     package = module.rpartition(".")[0] or module
-    if importlib.util.find_spec(package) is None:
+    try:
+        missing = importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # there is no package `tests` either
+        missing = True
+    if missing:
         sys.modules[package] = ModuleType(package)
         sys.modules[module] = ModuleType(module)
         vars(sys.modules[module]).update(names)

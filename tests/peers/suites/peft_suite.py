@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import datasets
 import peft.utils.constants as defaults
 
 import hymba_tune  # noqa: F401  (registers Hymba with the Auto classes)
 from tests import test_decoder_models, test_seq_classifier, test_token_classification_qa
-
-SETTINGS = json.loads(Path("settings.json").read_text())
-MODEL = SETTINGS["model"]
 
 for models in (
     test_decoder_models.PEFT_DECODER_MODELS_TO_TEST,
@@ -20,7 +14,7 @@ for models in (
     test_seq_classifier.PEFT_SEQ_CLS_MODELS_TO_TEST,
     test_token_classification_qa.PEFT_TOKEN_CLS_MODELS_TO_TEST,
 ):
-    models[:] = [MODEL]
+    models[:] = ["hymba"]  # a folder
 
 QUOTES = [f"Quote {number} says that {number} cats are more than {number - 1}." for number in range(1, 21)]
 test_decoder_models.load_dataset_english_quotes = lambda: datasets.DatasetDict(
@@ -28,16 +22,15 @@ test_decoder_models.load_dataset_english_quotes = lambda: datasets.DatasetDict(
 )
 
 # PEFT has no list of models to which one could add Hymba: users name the modules, and these tests rely on defaults.
-if MODEL == "hymba":
-    special = {
-        "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": ["in_proj", "down_proj"],
-        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": ["down_proj"],
-        "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": ["input_layernorm", "final_layernorm"],
-        "TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING": ["dt_proj.0"],
-    }
-    for name, mapping in vars(defaults).items():
-        if name.endswith("_MODULES_MAPPING"):
-            mapping["hymba"] = special.get(name, ["in_proj", "out_proj"])
+SPECIAL = {
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": ["in_proj", "down_proj"],
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": ["down_proj"],
+    "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING": ["input_layernorm", "final_layernorm"],
+    "TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING": ["dt_proj.0"],  # the linear layer with a bias
+}
+for mapping_name, mapping in vars(defaults).items():
+    if mapping_name.endswith("_MODULES_MAPPING"):
+        mapping["hymba"] = SPECIAL.get(mapping_name, ["in_proj", "out_proj"])
 
 TestDecoderModels = test_decoder_models.TestDecoderModels
 TestSequenceClassificationModels = test_seq_classifier.TestSequenceClassificationModels
