@@ -220,8 +220,9 @@ class RequestReader:
             if len(prompt) + limit > self._limits.context:
                 raise ApiError(
                     400,
-                    f"{len(prompt):,} prompt tokens and {limit:,} new tokens exceed the model's context of "
-                    f"{self._limits.context:,} tokens.",
+                    # Clients recognize the error by OpenAI's wording of it.
+                    f"This model's maximum context length is {self._limits.context:,} tokens; the request is for "
+                    f"{len(prompt):,} prompt tokens and {limit:,} new tokens.",
                     param="messages" if isinstance(request, ChatRequest) else "prompt",
                     code="context_length_exceeded",
                 )

@@ -100,7 +100,7 @@ def test_the_context_is_what_the_memory_allows(small_model: Path) -> None:
         body = {"model": server.name, "prompt": [5] * context, "max_tokens": 8}
         status, error = raw(server, "POST", "/v1/completions", json.dumps(body).encode())
         assert status == 400
-        assert "exceed the model's context" in error["error"]["message"]
+        assert "This model's maximum context length is" in error["error"]["message"]
         fitting = body | {"prompt": [5] * (context - 8), "n": 3}
         assert raw(server, "POST", "/v1/completions", json.dumps(fitting).encode())[0] == 200
         assert server.worker.largest_batch == 1
