@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -24,6 +24,7 @@ from hymba_tune.serve.exchange import (
     Choice,
     KeyCheck,
     disconnected,
+    drain,
     full_queue,
     handle_api_error,
     handle_http_error,
@@ -33,6 +34,7 @@ from hymba_tune.serve.exchange import (
     while_connected,
     worker_errors,
 )
+from hymba_tune.serve.items import ItemWriter, stream_items
 from hymba_tune.serve.metrics import Metrics, RequestCounter
 from hymba_tune.serve.reading import Limits, RequestReader
 from hymba_tune.serve.requests import ApiError, BaseRequest, CompletionRequest
@@ -51,7 +53,7 @@ from hymba_tune.serve.responses import (
 from hymba_tune.serve.worker import Job, Worker
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-COUNTED = frozenset(["/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"])
+COUNTED = frozenset(["/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses"])
 """The routes that are counted by name."""
 Read = TypeVar("Read")
 
@@ -106,6 +108,7 @@ class Service:
                 Route("/v1/models/{name:path}", self._model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/responses", self._respond, methods=["POST"]),
             ],
             middleware=layers,
             exception_handlers={
@@ -149,6 +152,10 @@ class Service:
     async def _complete(self, http: Request) -> Response:
         body = await read_body(http, self._limits.body)
         return await while_connected(http, self._completion_response(body))
+
+    async def _respond(self, http: Request) -> Response:
+        body = await read_body(http, self._limits.body)
+        return await while_connected(http, self._items_response(body))
 
     async def _read(self, read: Callable[[bytes], Read], body: bytes) -> Read:
         """Read a request on the thread for that, so that a long one does not hold up the streams of others."""
@@ -209,6 +216,17 @@ class Service:
         streams = [AnswerStream(one, self._tokenizer, stripped=False) for one in generations]
         return await self._answer(request, streams, begin, choice, [])
 
+    async def _items_response(self, body: bytes) -> Response:
+        request, chat, generation = await self._read(self._reader.response, body)
+        stream = AnswerStream(generation, self._tokenizer, stripped=True, reads_calls=bool(chat.usable_tools))
+        writer = ItemWriter(request, self._name, stream)
+        changes = self._changes([generation])
+        if request.stream:
+            return await self._events(changes, stream_items(changes, writer))
+        await drain(changes)
+        list(writer.changes())
+        return JSONResponse(writer.body())
+
     def _completion_scores(
         self,
         request: CompletionRequest,
@@ -249,17 +267,16 @@ class Service:
         if generations[0].max_new_tokens:  # otherwise the request is for the prompt's scores alone
             changes = self._changes(generations)
             if request.stream:
-                await anext(changes)  # a full queue raises here, before the response's status is sent
                 counted = request.stream_options is not None and request.stream_options.include_usage
-                return StreamingResponse(
-                    stream_events(changes, streams, begin, choice, first_chunks, prompt_tokens if counted else None),
-                    media_type="text/event-stream",
-                    headers={"Cache-Control": "no-store"},
-                )
-            async with aclosing(changes):
-                async for _ in changes:
-                    pass
+                tokens = prompt_tokens if counted else None
+                events = stream_events(changes, streams, begin, choice, first_chunks, tokens)
+                return await self._events(changes, events)
+            await drain(changes)
         return await asyncio.to_thread(whole)  # a response with many log-probabilities takes seconds
+
+    async def _events(self, changes: AsyncGenerator[None, None], events: AsyncIterator[str]) -> Response:
+        await anext(changes)  # a full queue raises here, before the response's status is sent
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _changes(self, generations: list[Generation]) -> AsyncGenerator[None, None]:
         """Yields once the generations are queued, and after each change; closing the iterator cancels them."""

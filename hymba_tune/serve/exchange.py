@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -105,6 +105,17 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def drain(changes: AsyncGenerator[None, None]) -> None:
+    """Wait until generations are finished.
+
+    Args:
+        changes: Yields after each change of a generation.
+    """
+    async with aclosing(changes):
+        async for _ in changes:
+            pass
 
 
 async def stream_events(

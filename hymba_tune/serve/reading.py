@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,12 +14,21 @@ from hymba_tune.data.chat import Rendered, tokenize
 from hymba_tune.data.messages import read_message, with_context_first
 from hymba_tune.errors import DataError
 from hymba_tune.generate import Constraint, Generation, Grammars, Sampling
-from hymba_tune.serve.requests import ApiError, BaseRequest, ChatRequest, CompletionRequest, RequestType, read_request
+from hymba_tune.serve.items import ResponsesRequest
+from hymba_tune.serve.requests import (
+    ApiError,
+    BaseRequest,
+    ChatRequest,
+    CompletionRequest,
+    read_request,
+    validation_errors,
+)
 from hymba_tune.serve.tools import CLOSE, answer_grammar, content_grammar
 from hymba_tune.serve.turns import Turns
 
 CACHED_TEXTS = 256
 """Number of texts whose tokens the tokenizer keeps: the parts of a chat template that every request has."""
+ReadType = TypeVar("ReadType", bound=BaseRequest)
 SMALLEST_CUT = 32
 """Number of tokens of the shortest beginning that is worth a pass of its own."""
 
@@ -78,6 +87,20 @@ class RequestReader:
             ApiError: If it cannot be answered.
         """
         request = read_request(ChatRequest, body)
+        return request, self._answers(request)
+
+    def response(self, body: bytes) -> tuple[ResponsesRequest, ChatRequest, Generation]:
+        """Read a request for a response, as a chat.
+
+        Raises:
+            ApiError: If it cannot be answered.
+        """
+        request = read_request(ResponsesRequest, body)
+        with validation_errors():
+            chat = request.as_chat()
+        return request, chat, self._answers(chat)[0]
+
+    def _answers(self, request: ChatRequest) -> list[Generation]:
         self.check_model(request.model)
         if len(request.messages) > self._limits.context:
             raise ApiError(
@@ -100,7 +123,7 @@ class RequestReader:
         stop = (CLOSE,) if request.usable_tools and not request.parallel_tool_calls else ()
         constraint = self._constraint(answer_grammar, request, prefill)
         continues = bool(prefill)
-        return request, self._generations(
+        return self._generations(
             request, [prompt], limit, top, continues_prompt=continues, stop=stop, constraint=constraint, cuts=cuts
         )
 
@@ -144,7 +167,7 @@ class RequestReader:
         return Turns.of(self._tokenizer)
 
     def _constraint(
-        self, grammar_of: Callable[[RequestType], str | None], request: RequestType, prefill: str = ""
+        self, grammar_of: Callable[[ReadType], str | None], request: ReadType, prefill: str = ""
     ) -> Constraint | None:
         """Compile the grammar of a request's answers, and advance it by the beginning of the answer."""
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +64,16 @@ class Fields(BaseModel):
     @classmethod
     def _without_nulls(cls, body: object) -> object:
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+def reject_unknown(extra: Mapping[str, Any]) -> None:
+    """Refuse fields that are not known, unless they are empty or change no answer.
+
+    Raises:
+        ApiError: If there is one.
+    """
+    if unknown := [name for name, value in extra.items() if name not in IGNORED and value not in EMPTY]:
+        raise ApiError(400, f"{unknown[0]} is not supported.", param=unknown[0], code="unsupported_parameter")
 
 
 class StreamOptions(Fields):
@@ -165,9 +177,7 @@ class BaseRequest(Fields):
 
     @model_validator(mode="after")
     def _reject_unknown_fields(self) -> BaseRequest:
-        extra = self.model_extra or {}
-        if unknown := [name for name, value in extra.items() if name not in IGNORED and value not in EMPTY]:
-            raise ApiError(400, f"{unknown[0]} is not supported.", param=unknown[0], code="unsupported_parameter")
+        reject_unknown(self.model_extra or {})
         return self
 
 
@@ -230,7 +240,7 @@ class ChatRequest(BaseRequest):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-RequestType = TypeVar("RequestType", bound=BaseRequest)
+RequestType = TypeVar("RequestType", bound=Fields)
 
 
 def read_request(kind: type[RequestType], body: bytes) -> RequestType:
@@ -243,8 +253,15 @@ def read_request(kind: type[RequestType], body: bytes) -> RequestType:
         fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise ApiError(400, f"The body is not JSON: {error}.") from None
-    try:
+    with validation_errors():
         return kind.model_validate(fields)
+
+
+@contextmanager
+def validation_errors() -> Iterator[None]:
+    """Turn the first error of a validation into a response."""
+    try:
+        yield
     except ValidationError as error:
         problem = error.errors()[0]
         param = ".".join(map(str, problem["loc"][:1])) or None

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from hymba_tune.checkpoint import load_tokenizer
 from hymba_tune.data import Conversation, Message, encode_prompt
 from hymba_tune.serve import reading
+from hymba_tune.serve.items import ResponsesRequest
 from hymba_tune.serve.reading import Limits, RequestReader
 from hymba_tune.serve.requests import ApiError, ChatRequest, CompletionRequest, read_request
 
 LIMITS = Limits(context=300, new_tokens=100, texts=64, body=2**16)
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "user", "function_call"})
+KINDS = (ChatRequest, CompletionRequest, ResponsesRequest)
+FIELDS = sorted({*(name for kind in KINDS for name in kind.model_fields), "user", "function_call"})
 texts = st.text(st.characters(), max_size=9) | st.sampled_from(["user", "assistant", "", "\ud800", "m"])
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
@@ -57,17 +59,17 @@ def test_null_means_the_default_for_every_parameter(kind: Any, required: dict[st
 @given(
     fields=st.dictionaries(st.sampled_from(FIELDS) | texts, values, max_size=4),
     turns=st.none() | messages,
-    is_chat=st.booleans(),
+    kind=st.sampled_from(["chat", "completion", "response"]),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_json_is_a_request_or_an_error(
-    reader: RequestReader, fields: dict[str, Any], turns: list[Any] | None, is_chat: bool
+    reader: RequestReader, fields: dict[str, Any], turns: list[Any] | None, kind: str
 ) -> None:
-    required = CHAT if is_chat else COMPLETION
-    given_turns = {} if turns is None else {"messages": turns}
+    required = {"chat": CHAT, "completion": COMPLETION, "response": {"model": "m", "input": "Hi"}}[kind]
+    given_turns = {} if turns is None else {"input" if kind == "response" else "messages": turns}
     error = None
     try:
-        (reader.chat if is_chat else reader.completion)(body(required | fields | given_turns))
+        getattr(reader, kind)(body(required | fields | given_turns))
     except ApiError as caught:
         error = caught
     if error:
