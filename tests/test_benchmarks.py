@@ -75,6 +75,10 @@ COLUMNS = {
             *("peak MB", "estimated MB"),
         },
     },
+    "serve_load": {
+        "serve_stall": {"dtype", "chunk", "step ms", "longest step ms", "steps stalled", "first token ms"},
+        "serve_reuse": {"dtype", "chats", "reuse", "first token ms", "x", "MB"},
+    },
     "distill_memory": {"distill_memory": {"loss", "tokens", "peak MB", "whole logits MB"}},
 }
 """The tables of each benchmark and their columns."""

@@ -15,7 +15,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 
 """Upper bounds of the buckets of times."""
 
 
-class Metrics:
+class ServerMetrics:
     """What has happened on a server; each server has its own."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class RequestCounter:
         routes: The paths that are counted by name; others may be anything that a client sends.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, routes: frozenset[str]) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = routes

@@ -19,7 +19,7 @@ from hymba_tune.inputs import check_inputs
 from hymba_tune.memory import free_memory
 from hymba_tune.serve.app import Service
 from hymba_tune.serve.connections import Connection, HttpServer
-from hymba_tune.serve.metrics import Metrics
+from hymba_tune.serve.metrics import ServerMetrics
 from hymba_tune.serve.reading import Limits
 from hymba_tune.serve.worker import Worker
 
@@ -48,7 +48,7 @@ class Server:
         try:
             with working(f"loading {loadable.source.name}"):
                 model = loadable.load()
-            metrics = Metrics()
+            metrics = ServerMetrics()
             self.worker = _worker(model, loadable, config, metrics)
             limits = _limits(self.worker, loadable, config)
         except BaseException:
@@ -91,7 +91,7 @@ class Server:
         self._server.should_exit = True
 
 
-def _worker(model: PreTrainedModel, loadable: LoadableModel, config: ServeConfig, metrics: Metrics) -> Worker:
+def _worker(model: PreTrainedModel, loadable: LoadableModel, config: ServeConfig, metrics: ServerMetrics) -> Worker:
     """Start the worker, with the memory that the settings give it or a part of what is free."""
     free = free_memory(loadable.device)
 

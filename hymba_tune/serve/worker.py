@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.generate import ChunkedDecoder, Generation
-from hymba_tune.serve.metrics import Metrics
+from hymba_tune.serve.metrics import ServerMetrics
 
 
 class QueueFullError(Exception):
@@ -77,13 +77,13 @@ class Worker:
         cache_bytes: int = sys.maxsize,
         chunk: int = 128,
         prefix_bytes: int = 0,
-        metrics: Metrics | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         self._model = model
         self._batch_size = batch_size
         self._queue = queue
         self._cache_bytes = cache_bytes
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics or ServerMetrics()
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._calls: deque[tuple[Callable[[PreTrainedModel], Any], Future[Any]]] = deque()
