@@ -35,7 +35,7 @@ from hymba_tune.serve.exchange import (
     worker_errors,
 )
 from hymba_tune.serve.items import ItemWriter, stream_items
-from hymba_tune.serve.metrics import ServerMetrics, RequestCounter
+from hymba_tune.serve.metrics import RequestCounter, ServerMetrics
 from hymba_tune.serve.reading import Limits, RequestReader
 from hymba_tune.serve.requests import ApiError, BaseRequest, CompletionRequest
 from hymba_tune.serve.responses import (
