@@ -284,7 +284,7 @@ def _describe_failures(failures: dict[int, Any], errors: Path, verb: str, run: P
     elif ending is None:
         cause += f" ended with exit code {code}"
     elif ending.code == ENDED_BY_ANOTHER:
-        cause = ending.message
+        code, cause = ending.code, ending.message
     else:
         code, cause = ending.code, f"rank {ending.rank} on {socket.gethostname()}: {ending.message}"
     last, fix = _ways_on(verb, run)

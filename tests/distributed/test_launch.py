@@ -70,8 +70,9 @@ def test_killed_rank_is_named_with_the_way_on(launched: Launch, run: Path) -> No
 
 
 def test_stopped_rank_is_named(launched: Launch) -> None:
-    with pytest.raises(launch.RankError, match=rf"^rank 1 on {HOST} has been silent for 2 s; the other"):
+    with pytest.raises(launch.RankError, match=rf"^rank 1 on {HOST} has been silent for 2 s; the other") as raised:
         launched("stopped")
+    assert raised.value.exit_code == launch.ENDED_BY_ANOTHER
 
 
 def test_internal_error_of_a_rank_is_told_once(launched: Launch) -> None:
