@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ def main(words: Sequence[str] | None = None) -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)
     # TRL reports each new trainer to the Hub. huggingface_hub reads this variable when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Where DeepSpeed is installed, Accelerate imports it for every command, and it says so on the screen.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     words = list(sys.argv[1:] if words is None else words)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a piped table shows each row at once

@@ -13,6 +13,7 @@ from hymba_tune.distributed.accelerate_file import with_accelerate_config
 from hymba_tune.distributed.checks import accumulation, check_strategy, count_processes, is_started
 from hymba_tune.distributed.launch import launch, restarts, settings_of_parent
 from hymba_tune.errors import ConfigError
+from hymba_tune.train.resuming import for_processes
 
 C = TypeVar("C", bound=TrainingConfig)
 L = TypeVar("L", bound=LaunchOptions)
@@ -45,7 +46,9 @@ def train_in_processes(settings: C) -> C:
         _quiet_torch()
         settings = with_accelerate_config(settings)
         processes = count_processes(settings, settings.device, verb)
-    if settings.global_batch is not None:
+    if settings.resume is not None:
+        settings = for_processes(settings, processes)
+    elif settings.global_batch is not None:
         grad_accum = accumulation(settings.global_batch, settings.batch_size, processes)
         settings = settings.model_copy(update={"grad_accum": grad_accum})
     if processes > 1:

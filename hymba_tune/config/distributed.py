@@ -94,6 +94,11 @@ class DistributedOptions(LaunchOptions):
                 f"offload: --strategy {self.strategy} keeps its {self.offload} on the GPU; "
                 f"use --strategy {' or '.join(takes[self.offload])}"
             )
+        if self.strategy != "ddp" and (optimizer := getattr(self, "optimizer", "adamw")) != "adamw":
+            raise ValueError(
+                f"strategy: {self.strategy} divides the states of adamw only; use --optimizer adamw instead of "
+                f"{optimizer}, or --strategy ddp"
+            )
         if self.strategy.startswith("zero") and getattr(self, "dtype", None) == "float16":
             raise ValueError(
                 f"strategy: {self.strategy} scales no loss, which float16 needs; use --dtype bfloat16, or fsdp"

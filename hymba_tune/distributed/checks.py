@@ -141,6 +141,31 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
     return batches // processes
 
 
+def divide_step(global_batch: int, processes: int, batch_size: int) -> tuple[int, int]:
+    """Divide the rows of a step, which do not change when a run is resumed, among another number of processes.
+
+    Args:
+        global_batch: Rows in a step over all processes.
+        processes: The number of processes.
+        batch_size: The most rows in a batch of a process.
+
+    Returns:
+        The rows in a batch of a process, and its batches in a step.
+
+    Raises:
+        ConfigError: If the processes cannot share the rows evenly; it names the numbers that can.
+    """
+    rows, rest = divmod(global_batch, processes)
+    if rest:
+        fitting = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
+        raise ConfigError(
+            f"The run takes {global_batch} rows a step, which {processes} processes cannot share evenly.",
+            expected=f"{_listed(fitting)} processes in all (--nproc)",
+        )
+    size = max(size for size in range(1, min(batch_size, rows) + 1) if rows % size == 0)
+    return size, rows // size
+
+
 def _listed(numbers: list[int]) -> str:
     """Return at most a dozen numbers, from both ends."""
     shown = [str(number) for number in numbers]

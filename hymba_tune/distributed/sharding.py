@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hymba_tune.distributed.environment import is_main
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The states of AdamW, the optimizer that DeepSpeed divides here."""
-
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
@@ -95,13 +92,11 @@ def whole_optimizer_state(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -
     if not _is_deepspeed(optimizer):
         state: dict[str, Any] = _whole(inner.state_dict())
         return state
-    from deepspeed.utils import safe_get_full_optimizer_state
+    from hymba_tune.distributed.zero import get_states  # DeepSpeed need not be installed
 
     step = next(iter(inner.state.values()))["step"]
     states = {
-        number: {"step": _whole(step)}
-        | {name: safe_get_full_optimizer_state(parameter, name).cpu().view(_shape(parameter)) for name in MOMENTS}
-        for number, parameter in enumerate(_parameters(groups))
+        number: _whole({"step": step, **get_states(parameter)}) for number, parameter in enumerate(_parameters(groups))
     }
     return {"state": states, "param_groups": _numbered(inner.param_groups, groups)}
 
@@ -123,22 +118,15 @@ def load_optimizer_state(optimizer: Any, groups: Sequence[Mapping[str, Any]], sa
         }
         inner.load_state_dict({**saved, "state": state})
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from hymba_tune.distributed.zero import set_states
 
     for number, parameter in enumerate(_parameters(groups)):
-        for name in MOMENTS:
-            safe_set_full_optimizer_state(parameter, saved["state"][number][name].to(parameter.device), name)
+        set_states(optimizer.optimizer, parameter, saved["state"][number])
     step = saved["state"][0]["step"]
     for values in inner.state.values():
         values["step"] = step.clone()
     for group, known in zip(inner.param_groups, saved["param_groups"], strict=True):
         group |= {name: value for name, value in known.items() if name != "params"}
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a whole parameter, which ZeRO-3 replaces by an empty one between forwards."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -59,6 +59,7 @@ def _deepspeed(stage: int, offload: str | None) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,  # the optimizer of one process, which nothing has to be compiled for
     }
 
 

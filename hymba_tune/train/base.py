@@ -211,7 +211,7 @@ class RunTrainer(Trainer):
             max_steps, train_dataloader, None if resumes else resume_from_checkpoint
         )
         if self.is_deepspeed_enabled:
-            from hymba_tune.distributed.later_step import step_later  # DeepSpeed need not be installed
+            from hymba_tune.distributed.zero import step_later  # DeepSpeed need not be installed
 
             step_later(self.accelerator, self.optimizer)
         if self.is_divided and self.args.mixed_precision != "no":

@@ -144,10 +144,14 @@ def _record_begin(
 ) -> None:
     """Record what is known about a run before its first step."""
     config = setup.config
+    settings = config.model_dump(mode="json", exclude={"out", "resume"})
+    # Another number of processes may have divided a step otherwise; these settings are compared with config.yaml.
+    first = setup.run.facts().get("settings", {}) if config.resume else {}
+    settings |= {name: first[name] for name in ("batch_size", "grad_accum") if name in first}
     setup.run.record(
         verb=config.verb.name,
         model=setup.base,
-        settings=config.model_dump(mode="json", exclude={"out", "resume"}),
+        settings=settings,
         data=data.report.counts(),
         held_out=_held_out_facts(data),
         vocabulary=setup.model_config.vocab_size,

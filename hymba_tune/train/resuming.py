@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from hymba_tune.config import LaunchOptions, TrainingConfig
+from hymba_tune.config import LaunchOptions, PreferenceConfig, TrainingConfig
+from hymba_tune.distributed.checks import divide_step
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.train.run import Run
 
 C = TypeVar("C", bound=TrainingConfig)
 CHANGEABLE = {"epochs", "steps", "device", "kernels", "log_every", "eval_every", "save_every", "resume", "dry_run"}
 CHANGEABLE |= {"max_loss_spike", "early_stopping", "track"}
-CHANGEABLE |= LaunchOptions.model_fields.keys() | {"accelerate_config"}
+CHANGEABLE |= LaunchOptions.model_fields.keys() | {"accelerate_config", "strategy", "offload"}
 """Settings that may change when a run is resumed."""
 MOVABLE = {"model", "data", "eval_data"}
 """Settings in which ``config.yaml`` may name the same content at another place: the content is compared."""
@@ -47,6 +48,27 @@ def resume_config(flags: C) -> C:
     _check_unedited(run, saved)
     run.last_checkpoint()  # raises if there is none
     return saved.model_copy(update=changed)
+
+
+def for_processes(config: C, processes: int) -> C:
+    """Return the settings of a resumed run for its number of processes: a step takes the rows that it took before.
+
+    Args:
+        config: The settings, as the run was started.
+        processes: The number of processes now.
+
+    Raises:
+        ConfigError: If they cannot share the rows of a step evenly.
+    """
+    if config.resume is None:
+        return config
+    facts = Run(config.resume).facts()
+    before = facts.get("processes", 1)
+    rows = facts.get("global_batch", config.batch_size * config.grad_accum * before)
+    # The losses of preferences are means over the rows that all processes take at once, so these stay together.
+    together = config.batch_size * before // processes if isinstance(config, PreferenceConfig) else config.batch_size
+    batch_size, grad_accum = divide_step(rows, processes, max(1, together))
+    return config.model_copy(update={"batch_size": batch_size, "grad_accum": grad_accum})
 
 
 def _check_unedited(run: Run, saved: TrainingConfig) -> None:
