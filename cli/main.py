@@ -24,6 +24,7 @@ VERBS = {
     "dpo": "Train a model to prefer the better of two answers.",
     "kto": "Train a model on single answers that are labeled good or bad.",
     "orpo": "Train a model on pairs of a better and a worse answer, without a reference model.",
+    "grpo": "Train a model from rewards of answers that it samples itself, compared with reference answers.",
     "distill": "Distill a teacher into a model; the two tokenizers may differ.",
     "data": "Check, preview, convert and split data before training.",
     "chat": "Chat with a model or with several side by side.",
@@ -38,7 +39,7 @@ VERBS = {
     "doctor": "Show this machine's hardware and libraries, the kernels that are used on it, and why others are not.",
 }
 """The verbs, with the first sentences of their help. Listing them imports none of them."""
-TAKE_DATA = ("sft", "dpo", "kto", "orpo", "distill", "plan")
+TAKE_DATA = ("sft", "dpo", "kto", "orpo", "grpo", "distill", "plan")
 IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "distill")
 """Verbs that work in several processes together."""
 ANYWHERE = ("doctor", "recipes")

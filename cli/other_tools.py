@@ -88,12 +88,16 @@ _FLAGS = {
     "--save-every": "save_steps save_strategy saves_per_epoch save_interval",
     "--track": "report_to logger",
     "--track wandb": "wandb_project use_wandb wandb",
-    "--beta": "dpo_beta pref_beta kto_beta orpo_beta",
+    "--beta": "dpo_beta pref_beta kto_beta orpo_beta kl_coef kl_loss_coef",
     "--loss": "loss_type pref_loss",
+    "--group-size": "num_generations n_samples_per_prompt rollout_n",
+    "--reward": "reward_funcs reward_functions reward_fn",
+    "--iterations": "num_iterations ppo_epochs",
+    "--epsilon": "clip_ratio cliprange clip_range",
     "--label-smoothing": "label_smoothing_factor",
     "--teacher": "teacher_model teacher_model_name_or_path teacher_name",
     "--online": "on_line",
-    "--max-new-tokens": "max_tokens num_predict max_length",
+    "--max-new-tokens": "max_tokens num_predict max_completion_length max_length",
     "--system": "system_prompt",
     "--from": "input_file prompts_file infile",
     "--push": "push_to_hub hub_model_id repo_id",
@@ -154,7 +158,7 @@ def other_verb(word: str) -> ConfigError | None:
     usual = OTHER_VERBS.get(word.lower().lstrip("-"))
     if usual is None:
         return None
-    trains = "sft, dpo, kto, orpo and distill train" if usual[0].startswith("sft") else ""
+    trains = "sft, dpo, kto, orpo, grpo and distill train" if usual[0].startswith("sft") else ""
     return ConfigError(f"There is no verb {word}.", expected=trains, fix=command(*usual[0].split()))
 
 

@@ -43,6 +43,8 @@ error_console = SafeConsole(stderr=True, highlight=False, emoji=False)
 COLUMNS = {"step": 11, "loss": 7, "eval": 9, "lr": 8, "tok/s": 7, "mem": 8, "left": 8}
 PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "tok/s": 8, "left": 8}
 """The columns of preference training."""
+REWARD_COLUMNS = {"step": 11, "loss": 7, "reward": 8, "eval": 9, "equal": 7, "tokens": 8, "left": 8}
+"""The columns of training from rewards."""
 QUIET_SECONDS = 2.0
 """The shortest work whose progress is worth showing."""
 LOADING = "loading torch and transformers"
@@ -83,12 +85,18 @@ class RichScreen(Screen):
         if not self._columns:
             rewards = (row.chosen_reward, row.rejected_reward, row.eval_chosen_reward, row.eval_rejected_reward)
             self._columns = COLUMNS if rewards == (None,) * 4 else PREFERENCE_COLUMNS
+            if {"reward", "eval_reward"} & row.more.keys():
+                self._columns = REWARD_COLUMNS
             names = (f"{name:>{width}}" for name, width in self._columns.items())
             console.print("".join(names), style="dim", markup=False)
+        held_out = row.more.get("eval_reward", row.eval_loss)
         cells = {
             "step": f"{row.step}/{total_steps}",
             "loss": _format(row.loss, ".3f"),
-            "eval": "" if row.eval_loss is None else self._trend("", row.eval_loss),
+            "eval": "" if held_out is None else self._trend("", held_out),
+            "reward": _format(row.more.get("reward"), ".3f"),
+            "equal": _format(row.more.get("equal_groups"), ".0%"),
+            "tokens": _format(row.more.get("answer_tokens"), ".0f"),
             "margin": _format(margin, ".3f"),
             "acc": _format(accuracy, ".0%"),
             "lr": _format(row.learning_rate, ".1e"),

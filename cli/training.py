@@ -84,7 +84,10 @@ def _show_result(run: Run, verb: Verb) -> None:
 
     evaluations = list(run.evaluations())
     console.print()
-    if len(evaluations) > 1:
+    rewards = [row.more["eval_reward"] for row in evaluations if "eval_reward" in row.more]
+    if len(rewards) > 1:
+        console.print(f" held-out reward  {rewards[0]:.3f} → {rewards[-1]:.3f}", markup=False)
+    elif len(evaluations) > 1:
         final = run.facts()["kept"]
         best = min(evaluations[1:], key=lambda row: row.eval_loss or 0.0)
         where = f"step {final['step']}, the {final['why']} weights"
@@ -121,4 +124,5 @@ def _show_samples(run: Run) -> None:
         for label, style in (("prompt", "dim"), ("before", "dim"), ("after", "")):
             if label not in sample:  # a crash has torn the file before the run was resumed
                 continue
-            console.print(Text(f" {label:<8}", style="dim").append(sample[label], style=style))
+            reward = f" [reward {sample[f'reward {label}']}]" if f"reward {label}" in sample else ""
+            console.print(Text(f" {label:<8}", style="dim").append(f"{sample[label]}{reward}", style=style))

@@ -12,6 +12,7 @@ from hymba_tune.config import (
     ChatConfig,
     Config,
     EvalConfig,
+    GRPOConfig,
     PreferenceConfig,
     ServeConfig,
     TeacherOptions,
@@ -103,6 +104,8 @@ def _check_complete(config: Config) -> None:
             expected="a file, a Hub dataset, or demo" if packaged else "a file or a Hub dataset",
             fix="--data demo to try the kit" if packaged else "",
         )
+    if isinstance(config, GRPOConfig):
+        _check_rewards(config)
     if isinstance(config, EvalConfig):
         _check_evaluation(config)
     if isinstance(config, ChatConfig):
@@ -137,6 +140,18 @@ def _check_teacher(options: TeacherOptions) -> None:
             expected="a Hub id, an alias or a folder",
             fix="--teacher-tokenizer llama-3.2-3b",
         )
+
+
+def _check_rewards(config: GRPOConfig) -> None:
+    if not config.reward:
+        raise ConfigError(
+            "--reward is missing.",
+            expected="exact, number, gsm8k, choice, regex=PATTERN, format, length, or FILE.py:FUNCTION",
+            fix="--reward gsm8k for answers that end with #### and a number",
+        )
+    for reward in config.rewards:
+        if reward.runs_code and not Path(reward.argument).expanduser().is_file():
+            raise ConfigError(f"--reward {reward.text}: there is no file {reward.argument}.", expected="a Python file")
 
 
 def _check_evaluation(config: EvalConfig) -> None:

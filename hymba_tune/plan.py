@@ -22,6 +22,7 @@ from hymba_tune.distributed.checks import accumulation
 from hymba_tune.errors import DataError, command
 from hymba_tune.footprint import GPU_RESERVE, Footprint, Sharding, StepMemory, device_memory, process_overhead
 from hymba_tune.footprint.cards import CARDS, ETHERNET, GPU_SHARE, PCIE, Card
+from hymba_tune.footprint.rollouts import rollout_seconds
 from hymba_tune.footprint.traffic import Collective, bytes_sent, step_traffic
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
@@ -146,14 +147,16 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
         needs = parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
-        speed = memory.speed_of_all(config, card.step_flops_per_s / flops, card)
+        writing = parts.weights / (card.memory * 1e9 * GPU_SHARE)  # each step of a batch reads all weights
+        rollouts = rollout_seconds(config, model, card.step_flops_per_s, writing)
+        speed = 1 / (1 / memory.speed_of_all(config, card.step_flops_per_s / flops, card) + rollouts)
         gpus.append(DeviceEstimate(f"{size} GB ({card.name})", has, needs, nf4, speed, change))
     if dtype is not gpu_dtype or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, dtype)
         memory = _Memory(
             StepMemory(model, dtype=dtype, own_kernels=device.type == "cpu"), model_config, dtype, extra_bytes
         )
-    here = _here(config, memory, device, dtype, flops, width=int(model_config.hidden_size))
+    here = _here(config, memory, device, dtype, model, flops)
     length = run_length(config, source, progress)
     return Plan(
         source.name,
@@ -198,8 +201,8 @@ def run_length(
         most = full_batch(config).tokens * config.grad_accum * processes
         return Length(config.steps, config.steps * most) if config.steps else None
     rows, tokens = _rows_and_tokens(config, source, progress)
-    if config.packing:
-        rows = tokens / config.max_length
+    rows = tokens / config.max_length if config.packing else rows
+    rows, tokens = rows * config.answers_per_row, tokens * config.answers_per_row  # answers as long as the references
     steps = config.steps or math.ceil(config.epochs * rows / step_rows)
     read = config.epochs * tokens if config.steps is None else steps * min(step_rows, rows) * tokens / rows
     return Length(steps, round(read))
@@ -245,7 +248,7 @@ def _gpu_dtype(name: str) -> torch.dtype:
 
 
 def _here(
-    config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, flops: float, *, width: int
+    config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, model: Any, flops: float
 ) -> DeviceEstimate:
     overhead = process_overhead(device, dtype)
     has = device_memory(device)
@@ -255,9 +258,9 @@ def _here(
     needs = sharing * (memory.of(config).total + overhead)
     in_nf4 = memory.in_nf4(config)
     slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if on_cpu else 1 / GPU_SHARE
-    speed = _product_rate(width, device, dtype) / slower / flops
-    if not on_cpu:
-        speed = memory.speed_of_all(config, speed, Card(str(device), 0, PCIE))
+    rate = _product_rate(int(model.config.hidden_size), device, dtype) / slower
+    speed = rate / flops if on_cpu else memory.speed_of_all(config, rate / flops, Card(str(device), 0, PCIE, 0))
+    speed = 1 / (1 / speed + rollout_seconds(config, model, rate, writing=None))
     nf4 = None if in_nf4 is None else in_nf4 + overhead
     return DeviceEstimate(
         f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - overhead)
@@ -354,7 +357,11 @@ def _change(config: TrainingConfig, memory: _Memory, room: int) -> str | None:
 def _alternatives(config: TrainingConfig, schemes: Sequence[Scheme | None]) -> Iterator[TrainingConfig]:
     """Yield the settings, then others that need less memory, the cheapest first and shorter rows last."""
     halvings = [2**i for i in range(config.batch_size.bit_length()) if config.batch_size % 2**i == 0]
-    lengths = [config.max_length // 2**i for i in range(8) if not i or config.max_length // 2**i >= SHORTEST]
+    lengths = [
+        config.max_length // 2**i
+        for i in range(8)
+        if not i or config.max_length // 2**i >= max(SHORTEST, config.least_length)
+    ]
     moments = {config.optimizer, "adamw8bit"} if config.method is Method.full else {config.optimizer}
     optimizers = sorted(moments, key=lambda name: name != config.optimizer)
     checkpointings = sorted({config.gradient_checkpointing, True})

@@ -46,6 +46,12 @@ COLUMNS = {
             *("dpo loss", "dpo accuracy", "dpo margin", "minutes"),
         },
     },
+    "rewards": {
+        "rewards": {
+            *("seed", "exact %", "exact %, grpo", "exact %, sft again", "sampled %", "sampled %, grpo"),
+            *("grpo steps", "sft steps", "cpu s"),
+        },
+    },
     "memory": {"memory": {"dtype", "setting", "tokens", "peak MB", "kB a token"}},
     "alignment": {
         "alignment": {"what", "MB/s", "x tokenizing", *TIMES},

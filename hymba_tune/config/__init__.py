@@ -23,6 +23,7 @@ from hymba_tune.config.base import (
 from hymba_tune.config.data import DataCheckConfig, DataConvertConfig, DataPreviewConfig, DataSplitConfig
 from hymba_tune.config.distill import DistillCaptureConfig, DistillConfig, TeacherOptions
 from hymba_tune.config.distributed import DistributedOptions, LaunchOptions
+from hymba_tune.config.grpo import GRPOConfig, RewardChoice
 from hymba_tune.config.inference import ChatConfig, EvalConfig, GenerationOptions, ServeConfig
 from hymba_tune.config.options import (
     AdapterOptions,
@@ -64,6 +65,7 @@ __all__ = [
     "EngineOptions",
     "EvalConfig",
     "ExportConfig",
+    "GRPOConfig",
     "GenerationOptions",
     "KTOConfig",
     "Keep",
@@ -81,6 +83,7 @@ __all__ = [
     "QuantizeConfig",
     "ReferenceConfig",
     "ReferenceSource",
+    "RewardChoice",
     "SFTConfig",
     "Scheme",
     "ServeConfig",

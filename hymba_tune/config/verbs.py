@@ -82,6 +82,16 @@ class TrainingConfig(
         return [*self.data, *self.eval_data, self.chat_template or ""]
 
     @property
+    def answers_per_row(self) -> int:
+        """The texts that an epoch trains on for each row: more than one where answers to it are sampled."""
+        return 1
+
+    @property
+    def least_length(self) -> int:
+        """The least ``max_length`` that can be used."""
+        return 8
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the run ends with the weights of its best evaluation."""
         return self.keep is Keep.best or (self.keep is None and self.early_stopping is not None)

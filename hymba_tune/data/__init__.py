@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from hymba_tune.data.mixes import open_sources
     from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences
     from hymba_tune.data.preferences import PreferencePair, UnpairedPreference, parse_pair, parse_unpaired
+    from hymba_tune.data.prompt_dataset import PromptReport, build_prompts
     from hymba_tune.data.report import DataReport
     from hymba_tune.data.rows import RowError, RowLocation, SourceRow
     from hymba_tune.data.sources import Source, open_source
     from hymba_tune.data.templates import HYMBA_TEMPLATE, with_chat_template
-    from hymba_tune.data.training import TrainingData, read_preferences, read_training_data
+    from hymba_tune.data.training import TrainingData, read_preferences, read_prompts, read_training_data
 
 _MODULES = {
     "cache": ("cache_folder",),
@@ -48,6 +49,10 @@ _MODULES = {
         "parse_pair",
         "parse_unpaired",
     ),
+    "prompt_dataset": (
+        "PromptReport",
+        "build_prompts",
+    ),
     "report": ("DataReport",),
     "rows": (
         "RowError",
@@ -65,6 +70,7 @@ _MODULES = {
     "training": (
         "TrainingData",
         "read_preferences",
+        "read_prompts",
         "read_training_data",
     ),
 }
@@ -80,6 +86,7 @@ __all__ = [
     "Message",
     "PreferencePair",
     "PreferenceReport",
+    "PromptReport",
     "RowError",
     "RowLocation",
     "Source",
@@ -89,6 +96,7 @@ __all__ = [
     "UnpairedPreference",
     "build_dataset",
     "build_preferences",
+    "build_prompts",
     "cache_folder",
     "encode",
     "encode_prompt",
@@ -97,6 +105,7 @@ __all__ = [
     "parse_pair",
     "parse_unpaired",
     "read_preferences",
+    "read_prompts",
     "read_training_data",
     "render_prompt",
     "sample_prompts",

@@ -145,7 +145,7 @@ def sample_prompts(
         mapping: Column and role names, as for `Names.parse`.
     """
     conversations = chain.from_iterable(_conversations(source, mapping or {}) for source in sources)
-    return list(islice(map(_before_last_answer, conversations), count))
+    return list(islice(map(before_last_answer, conversations), count))
 
 
 def _conversations(source: Source, mapping: Mapping[str, str]) -> Iterator[Conversation]:
@@ -157,7 +157,8 @@ def _conversations(source: Source, mapping: Mapping[str, str]) -> Iterator[Conve
                 yield example
 
 
-def _before_last_answer(conversation: Conversation) -> tuple[Conversation, str]:
+def before_last_answer(conversation: Conversation) -> tuple[Conversation, str]:
+    """Return a conversation up to its last answer, and that answer."""
     messages = conversation.messages
     last = max(index for index, message in enumerate(messages) if message.role == "assistant")
     return replace(conversation, messages=messages[:last]), messages[last].content

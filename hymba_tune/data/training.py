@@ -18,6 +18,7 @@ from hymba_tune.data.dataset import build_dataset, sample_prompts
 from hymba_tune.data.formats import Conversation
 from hymba_tune.data.mixes import open_sources
 from hymba_tune.data.preference_dataset import PreferenceReport, build_preferences, sample_preferred
+from hymba_tune.data.prompt_dataset import PromptReport, build_prompts
 from hymba_tune.data.report import DataReport
 from hymba_tune.data.sources import Source
 from hymba_tune.data.splitting import first_rows, rows_by_source, split_rows
@@ -105,6 +106,33 @@ def read_preferences(
         working=working,
         shuffled=not paired,
     )
+
+
+def read_prompts(
+    options: KeptDataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    seed: int,
+    prompts: int,
+    working: Working,
+) -> TrainingData[PromptReport]:
+    """Encode the sources of ``--data`` and ``--eval-data`` with `build_prompts`.
+
+    Args:
+        options: Settings of the data.
+        tokenizer: The tokenizer with the chat template to use.
+        longest: Maximum tokens of a prompt.
+        seed: Random seed of the rows that are drawn and held out.
+        prompts: Number of prompts to return, of the evaluation data if there is any, else of the training data.
+        working: Shows the progress.
+
+    Raises:
+        DataError: If the data cannot be used; see `build_prompts`.
+        ConfigError: If weights, caps or names do not match the data.
+    """
+    build = partial(build_prompts, tokenizer=tokenizer, seed=seed, **_reading(options) | {"max_length": longest})
+    return read_sources(options, *opened(options), build, sample_prompts, seed=seed, prompts=prompts, working=working)
 
 
 def _reading(options: KeptDataOptions) -> dict[str, Any]:

@@ -14,8 +14,15 @@ from hymba_tune.errors import DataError
 from hymba_tune.generate import Generation, generate_texts
 
 NUMBER = r"[-$]{0,2}\d[\d,]*(?:\.\d+)?"
-PATTERNS = {"gsm8k": rf"####\s*({NUMBER})", "number": NUMBER, "exact": r"(?s)\A\s*(.*?)\s*\Z"}
-"""The patterns that extract the compared part of an answer, by the values of ``--answers``."""
+# A letter by itself, which is no word of a sentence: "B", "(B)", "The answer is B because".
+CHOICE = r"(?<![\w'])([A-J])(?![\w'])(?!\s+(?!as\b|because\b|is\b|since\b)[a-z])"
+PATTERNS = {
+    "gsm8k": rf"####\s*({NUMBER})",
+    "number": NUMBER,
+    "exact": r"(?s)\A\s*(.*?)\s*\Z",
+    "choice": CHOICE,
+}
+"""The patterns that extract the compared part of an answer, by the values of ``--answers`` and ``--reward``."""
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@ class Card:
         tflops: TFLOP/s (10^12) of dense products in bfloat16.
         link: GB/s (10^9) that it sends to other GPUs of its machine: over PCIe 4.0, with 8 lanes in an RTX 4060 and 16
             in others, or over NVLink, 300 in an A100 and 450 in an H100.
+        memory: GB/s (10^9) that it reads from its memory.
     """
 
     name: str
     tflops: float
     link: float
+    memory: float
 
     @property
     def step_flops_per_s(self) -> float:
@@ -45,15 +47,15 @@ class Card:
 
 
 CARDS = {
-    8: Card("RTX 4060", 30, 16),
-    12: Card("RTX 4070", 58, 32),
-    16: Card("RTX 4080", 97, 32),
-    24: Card("RTX 4090", 165, 32),
-    48: Card("L40S", 362, 32),
-    80: Card("A100", 312, 300),
+    8: Card("RTX 4060", 30, 16, 272),
+    12: Card("RTX 4070", 58, 32, 504),
+    16: Card("RTX 4080", 97, 32, 717),
+    24: Card("RTX 4090", 165, 32, 1008),
+    48: Card("L40S", 362, 32, 864),
+    80: Card("A100", 312, 300, 1935),
 }
 """GPUs that a plan lists, by their GB."""
-H100 = Card("H100", 989, 450)
+H100 = Card("H100", 989, 450, 3350)
 PCIE = 32.0
 """GB/s of PCIe 4.0 with 16 lanes: what is assumed of a GPU whose links are not known."""
 ETHERNET, INFINIBAND = 12.5, 50.0

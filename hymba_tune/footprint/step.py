@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hymba_tune.footprint.costs import LayerCost, LossCost, layer_cost, loss_cost
+from hymba_tune.footprint.rollouts import cache_bytes
 from hymba_tune.footprint.shapes import without_memory
 from hymba_tune.footprint.shares import ModelWeights, Sharding, Weights, held_by_each
 
@@ -118,6 +119,7 @@ class StepMemory:
         accumulates: bool,
         optimizer: str,
         logit_copies: int = 0,
+        rollouts: tuple[int, int] | None = None,
         quantized: Mapping[str, int] = MappingProxyType({}),
         sharding: Sharding = ONE_PROCESS,
     ) -> Footprint:
@@ -129,6 +131,7 @@ class StepMemory:
             accumulates: Whether gradients of earlier batches exist while a batch is computed.
             optimizer: The optimizer's name in the settings.
             logit_copies: The float32 copies of the whole batch's logits that the loss holds; 0 if it works in chunks.
+            rollouts: The number of texts that are generated together before a step, and their tokens; None for none.
             quantized: The bytes of each quantized layer, by its name.
             sharding: How several processes share the model; the batch is that of one of them.
         """
@@ -146,6 +149,8 @@ class StepMemory:
             (held.stepping, 0, 0),  # the optimizer's step
             (held.gradients(weights.whole.trained, tied), around, tied),  # the embedding's backward, a second gradient
         ]
+        if rollouts is not None:  # nothing else is computed meanwhile
+            moments.append((0, self._rollouts(*rollouts) + unpacked, 0))
         # The backward starts at the last layer: earlier layers still hold what they keep, later ones nothing.
         created = tied
         stored = list(accumulate((cost.held(checkpointing) for cost in layers), initial=around))
@@ -167,6 +172,11 @@ class StepMemory:
             buckets=held.buckets,
             offloaded=held.offloaded,
         )
+
+    def _rollouts(self, texts: int, length: int) -> int:
+        """Return the bytes of the cache of texts that are generated together, and of their logits and probabilities."""
+        config, weight = self._base.config, self._base.lm_head.weight
+        return cache_bytes(config, texts, length, self._mode[0].itemsize) + 3 * 4 * texts * int(weight.shape[0])
 
     def weights(self, quantized: Mapping[str, int] = MappingProxyType({})) -> tuple[ModelWeights, int]:
         """Return the model's weights, and the bytes of the largest quantized weight once it is dequantized.

@@ -118,8 +118,11 @@ def _best(records: dict[str, RunRecord]) -> str:
         return "These runs minimize different losses, which cannot be compared."
     if len({_held_out_data(records[letter]) for letter in known}) > 1:
         return "These runs were evaluated on different held-out data, so their losses cannot be compared."
+    if len({_rewards(records[letter]) for letter in known}) > 1:
+        return "These runs have different rewards, which cannot be compared."
     ranked = sorted(known, key=lambda letter: known[letter])
-    losses = ", ".join(f"{letter} {known[letter]:.3f}" for letter in ranked)
+    rewarded = bool(_rewards(records[ranked[0]]))
+    losses = ", ".join(f"{letter} {-known[letter] if rewarded else known[letter]:.3f}" for letter in ranked)
     rows = min((rows for letter in known if (rows := records[letter].held_out_rows) is not None), default=FEW_ROWS)
     if rows < FEW_ROWS:
         return f"{rows} held-out rows are too few to say which run is best: {losses}."
@@ -127,7 +130,17 @@ def _best(records: dict[str, RunRecord]) -> str:
     close = [letter for letter in ranked if known[letter] - best <= HARDLY * abs(best)]
     if len(close) > 1:
         return f"{' and '.join(close)} are about equally good: {losses}."
-    return f"{ranked[0]} is best, with the lowest held-out loss: {losses}."
+    what = "highest held-out reward" if rewarded else "lowest held-out loss"
+    return f"{ranked[0]} is best, with the {what}: {losses}."
+
+
+def _rewards(record: RunRecord) -> str:
+    """Return the rewards of a run with their weights; empty where it has none."""
+    return (
+        json.dumps([record.settings["reward"], record.settings.get("reward_weights")])
+        if "reward" in record.settings
+        else ""
+    )
 
 
 def _held_out_data(record: RunRecord) -> str:

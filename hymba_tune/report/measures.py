@@ -43,6 +43,13 @@ KNOWN = {
     "margin": Measure("Margin of rewards", format=".3f", better=1),
     "chosen_reward": Measure("Reward of chosen answers", format=".3f"),
     "rejected_reward": Measure("Reward of rejected answers", format=".3f"),
+    "reward": Measure("Reward of answers", format=".3f", better=1),
+    "equal_groups": Measure("Groups of equal rewards, which teach nothing", "%", ".0f", scale=0.01),
+    "answer_tokens": Measure("Length of answers", "tokens", ",.1f"),
+    "cut_answers": Measure("Answers cut at the maximum length", "%", ".0f", scale=0.01, better=-1),
+    "entropy": Measure("Entropy of the next token", "nats", ".3f"),
+    "kl": Measure("KL divergence from the start", "nats a token", ".3g"),
+    "clipped": Measure("Tokens with a clipped ratio", "%", ".1f", scale=0.01),
     "learning_rate": Measure("Learning rate", format=".2g"),
     "grad_norm": Measure("Gradient norm, before clipping"),
     "tokens_per_s": Measure("Speed", "tokens/s", ",.0f", better=1),
@@ -73,6 +80,8 @@ def measure(name: str, verb: Verb | None) -> Measure:
     if what == "loss":
         title = f"Loss on {source}" if source else "Loss"
         return Measure(title, verb.loss_unit if verb else "", ".3f", better=-1)
+    if what == "reward" and source:
+        return replace(KNOWN["reward"], title=f"Reward by {source}")
     if name == "accuracy" and verb and verb.accuracy:
         title = f"{verb.accuracy.subject} {verb.accuracy.verdict}".capitalize()
         return replace(KNOWN[name], title=title, chance=verb.accuracy.chance)

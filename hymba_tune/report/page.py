@@ -114,6 +114,7 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         "conversations": "conversations used",
         "texts": "texts used",
         "pairs": "pairs used",
+        "prompts": "prompts used",
         "tokens": "tokens",
         "learned": "tokens learned",
         "longest": "tokens in the longest row",

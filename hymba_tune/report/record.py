@@ -30,6 +30,7 @@ class RunRecord:
         facts: The content of ``run.json``.
         rows: The lines of ``metrics.jsonl``: numbers by name.
         samples: The answers in ``samples.json``: ``prompt``, ``reference``, ``before`` and, after training, ``after``.
+        rollouts: The content of ``rollouts.json``: the last ``groups`` of answers with their rewards, and the ``step``.
         updates: The content of ``updates.json``: ``parts``, how far each moved, or the reason why it is ``absent``.
         evaluations: The results of `hymba-tune eval` in ``evaluations.json``, the oldest first.
         dropped: The first rows of ``dropped.jsonl``.
@@ -43,6 +44,7 @@ class RunRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
+    rollouts: dict[str, Any] = field(default_factory=dict)
     updates: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
@@ -68,11 +70,14 @@ class RunRecord:
 
         rows, torn = _rows(path / "metrics.jsonl")
         dropped, reasons = _dropped(path / "dropped.jsonl")
-        facts, updates = (read_json(path / name, dict) for name in ("run.json", "updates.json"))
+        facts, updates, rollouts = (
+            read_json(path / name, dict) for name in ("run.json", "updates.json", "rollouts.json")
+        )
         samples, evaluations = (read_json(path / name, list) for name in ("samples.json", "evaluations.json"))
         contents = {
             "run.json": facts,
             "samples.json": samples,
+            "rollouts.json": rollouts,
             "updates.json": updates,
             "evaluations.json": evaluations,
         }
@@ -85,6 +90,7 @@ class RunRecord:
             facts=facts or {},
             rows=rows,
             samples=[one for one in samples or [] if _is_sample(one)],
+            rollouts=rollouts or {},
             updates=updates or {},
             evaluations=[one for one in evaluations or [] if isinstance(one, dict)],
             dropped=dropped,

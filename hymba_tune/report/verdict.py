@@ -20,6 +20,8 @@ HARDLY = 0.01
 """The change of a loss, as a share of it, below which it hardly changed."""
 UNMOVED = 0.003
 """The change of the held-out loss, as a share of it, below which it did not move."""
+MOSTLY_EQUAL = 0.8
+"""The share of groups with equal rewards that is worth a note."""
 RISEN = 0.01
 """The least rise of a reward that counts."""
 
@@ -44,11 +46,14 @@ class Verdict:
 def judge(record: RunRecord) -> Verdict:
     """Judge a run by its held-out loss."""
     steps, losses = record.series("eval_loss")
-    if len(losses) > 1 and all(map(math.isfinite, losses)):
+    rewards = record.series("eval_reward")
+    if len(rewards[1]) > 1:
+        verdict = _rewarded(record, *rewards)
+    elif len(losses) > 1 and all(map(math.isfinite, losses)):
         verdict = _held_out(record, steps, losses)
     else:
         verdict = _without_held_out(record, evaluated=bool(losses))
-    stuck = _stuck(record)
+    stuck = [] if rewards[1] else _stuck(record)
     notes = [*verdict.notes, *stuck, *_few_steps(record)]
     notes += [f"After a crash, these cannot be read: {', '.join(record.damaged)}."] if record.damaged else []
     return replace(verdict, notes=notes, better=False if stuck and verdict.better else verdict.better)
@@ -97,6 +102,41 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
         figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
     counted, counts = _answers(record)
     return Verdict(f"{sentence}{_accuracy(record)}{counted}.", better, figures + counts + _others(record), notes)
+
+
+def _rewarded(record: RunRecord, steps: list[int], rewards: list[float]) -> Verdict:
+    """Judge a run by the reward of its answers to held-out prompts."""
+    measured = measure("reward", record.verb)
+    first, last = rewards[0], rewards[-1]
+    best = max(range(1, len(rewards)), key=lambda index: rewards[index])
+    rows = record.held_out_rows
+    on = f" on {rows:,} prompts" if rows is not None else ""
+    change = f"held-out reward {first:.3f} → {measured.written(rewards[best])}{on}"
+    figures = [
+        ("held-out reward before", f"{first:.3f}", ""),
+        ("best", f"{rewards[best]:.3f}", f"step {steps[best]:,}"),
+        ("last", f"{last:.3f}", f"step {steps[-1]:,}"),
+        *_others(record),
+    ]
+    notes = []
+    if rewards[best] - last > RISEN:
+        notes.append(
+            f"After step {steps[best]:,} the held-out reward fell again, to {last:.3f}. Use a lower --lr, or --keep "
+            "best."
+        )
+    _, equal = record.series("equal_groups")
+    if equal and equal[-1] > MOSTLY_EQUAL:
+        notes.append(
+            f"At the end, all answers to a prompt had the same reward in {equal[-1]:.0%} of the groups, which teach "
+            "nothing. Use other prompts, a larger --group-size, or a reward by parts."
+        )
+    if rows is not None and rows < FEW_ROWS:
+        few = "1 held-out prompt is" if rows == 1 else f"{rows} held-out prompts are"
+        return Verdict(f"{few} too few to say whether it got better: {change}.", None, figures, notes)
+    if abs(rewards[best] - first) <= RISEN:
+        return Verdict(f"It hardly changed: {change}.", None, figures, notes)
+    better = rewards[best] > first
+    return Verdict(f"It {'got' if better else 'did not get'} better: {change}.", better, figures, notes)
 
 
 def _change(record: RunRecord, first: float, best: float) -> tuple[str, bool | None, list[str]]:

@@ -82,7 +82,8 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
         config: The run's settings.
         rows: The number of rows that the trainer draws batches from; packed rows if it packs them.
     """
-    per_epoch = math.ceil(math.ceil(rows / (config.batch_size * world_size())) / config.grad_accum)
+    texts = rows * config.answers_per_row
+    per_epoch = math.ceil(math.ceil(texts / (config.batch_size * world_size())) / config.grad_accum)
     return config.steps or max(1, math.ceil(config.epochs * per_epoch))
 
 

@@ -169,9 +169,12 @@ class FirstStep(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
-        """Record the adapter before the first step of a run, or before the first one after resuming."""
+        """Record the adapter before the first step of a run, or before the first one after resuming.
+
+        A step without any gradient is passed over: equal rewards give none.
+        """
         del args, state, control
-        if not self._moved and self._watch is None:
+        if not self._moved and self._watch is None and any(_has_gradient(one) for one in model.parameters()):
             with whole_weights(model):
                 self._watch = AdapterWatch(model)
 
@@ -205,6 +208,10 @@ class FirstStep(TrainerCallback):
                 expected="every adapted module to be reached by a gradient",
                 fix="leave them out of --targets",
             )
+
+
+def _has_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 class Interrupt(TrainerCallback):

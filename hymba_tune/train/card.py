@@ -58,6 +58,8 @@ def _table(first: MetricsRow, last: MetricsRow) -> list[str]:
     columns |= {"eval_accuracy": "accuracy", "eval_margin": "margin of rewards"}
     columns |= {"eval_distillation": "from the teacher", "eval_bits_per_byte": "bits per byte"}
     values = [row.as_columns() for row in (first, last)]
+    if "eval_reward" in values[-1]:
+        columns = {"eval_reward": "reward", "eval_answer_tokens": "tokens of an answer"}
     known = [name for name in columns if name in values[-1]]
     lines = [f"| held-out | step | {' | '.join(columns[name] for name in known)} |", "|---" * (2 + len(known)) + "|"]
     for when, row in zip(("before", "after"), values, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hymba_tune.config import Method, Scheme, TrainingConfig
+from hymba_tune.config import GRPOConfig, Method, Scheme, TrainingConfig
 from hymba_tune.distributed.environment import is_main
 from hymba_tune.errors import ConfigError, TrainingError
 from hymba_tune.files.checkpoints import forget_torn
@@ -143,7 +143,9 @@ def _savings(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"offload": "optimizer"}, "its states in CPU memory, slower"
     if config.method is not Method.full and config.quantize is None and not config.strategy.startswith("zero"):
         yield {"quantize": Scheme.nf4}, "the base weights in 4 bits"
-    yield {"max_length": max(8, config.max_length // 2)}, "longer rows are cut"
+    if isinstance(config, GRPOConfig) and config.answers_at_a_time > 1:
+        yield {"rollout_batch": config.answers_at_a_time // 2}, "the same answers, sampled more slowly"
+    yield {"max_length": max(config.least_length, config.max_length // 2)}, "longer rows are cut"
     if config.method is Method.full:
         if "8bit" not in config.optimizer:
             yield {"optimizer": "adamw8bit"}, "nearly the same steps"

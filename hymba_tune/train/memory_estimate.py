@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from hymba_tune.config import TrainingConfig
+from hymba_tune.config import GRPOConfig, TrainingConfig
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory, device_memory, process_overhead
 from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
@@ -67,7 +67,7 @@ def estimate_memory(setup: Setup, data: Data, extra_bytes: int = 0) -> MemoryEst
         own_kernels=device.type == "cpu",
     )
     quantized = stored_bytes(setup.model_config, setup.quantization.config) if setup.quantization else {}
-    step = memory.of(largest_batch(config, data), **step_settings(config), quantized=quantized)
+    step = memory.of(largest_batch(config, data), **step_settings(config, data), quantized=quantized)
     return MemoryEstimate(
         replace(step, extra_bytes=extra_bytes),
         process_overhead(device, setup.dtype),
@@ -81,9 +81,13 @@ def bytes_needed_with(setup: Setup, data: Data, extra_bytes: int, config: Traini
     return estimate_memory(replace(setup, config=config), data, extra_bytes).needs
 
 
-def step_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return the arguments of `StepMemory.of` that follow from the settings."""
+def step_settings(config: TrainingConfig, data: Data | None = None) -> dict[str, Any]:
+    """Return the arguments of `StepMemory.of` that follow from the settings, and from the data where it is read."""
+    rollouts = None
+    if isinstance(config, GRPOConfig):
+        rollouts = config.answers_at_a_time, _longest_answered(config, data) if data else config.max_length
     return {
+        "rollouts": rollouts,
         "checkpointing": config.gradient_checkpointing,
         "accumulates": config.grad_accum > 1,
         "optimizer": config.optimizer,
@@ -99,6 +103,9 @@ def full_batch(config: TrainingConfig) -> Batch:
 
 def largest_batch(config: TrainingConfig, data: Data) -> Batch:
     """Return the largest batch that a run is likely to draw from its data."""
+    if isinstance(config, GRPOConfig):
+        most = Batch.full(config.batch_size, _longest_answered(config, data))
+        return replace(most, learned=config.batch_size * config.max_new_tokens)
     share = data.report.learned / max(1, data.report.tokens)
     if getattr(config, "packing", False):
         full = full_batch(config)
@@ -109,6 +116,11 @@ def largest_batch(config: TrainingConfig, data: Data) -> Batch:
     batch = lengths[rows[int(sums.argmax())]]
     tokens, longest = int(batch.sum()), int(batch.max())
     return Batch(tokens, longest, max(1, round(tokens * share)), batch.size * longest)
+
+
+def _longest_answered(config: GRPOConfig, data: Data) -> int:
+    """Return the most tokens of a prompt with an answer."""
+    return min(config.max_length, data.report.longest + config.max_new_tokens)
 
 
 def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.int64]]:

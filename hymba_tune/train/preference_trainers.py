@@ -38,7 +38,7 @@ class PreferenceTrainer(RunTrainer):
     reference_columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **kwargs: Any) -> None:
-        with _quiet_trl():
+        with quiet_trl():
             super().__init__(**kwargs)
         model = self.accelerator.unwrap_model(self.model)
         keep_own_forward(model)
@@ -75,7 +75,7 @@ class PreferenceTrainer(RunTrainer):
 
         In training its mean over processes, which is what they learn, is the mean over the rows of all of them.
         """
-        with _quiet_trl(), self.gathering(inputs):
+        with quiet_trl(), self.gathering(inputs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if world_size() == 1 or not self.model.training:
             return loss
@@ -223,7 +223,8 @@ def caught_scores(model: torch.nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _quiet_trl() -> Iterator[None]:
+def quiet_trl() -> Iterator[None]:
+    """Hide the deprecation warnings that TRL's own code causes."""
     with warnings.catch_warnings():
         # TRL uses names that transformers has deprecated.
         warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)

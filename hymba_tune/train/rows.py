@@ -55,6 +55,8 @@ def _parts_of_texts(columns: Sequence[str]) -> list[list[str]]:
     return [["prompt_ids", name] for name in answers] or [["input_ids"]]
 
 
-def places_of(batch: dict[str, Any], rows: datasets.Dataset) -> list[str]:
+def places_of(batch: Any, rows: datasets.Dataset) -> list[str]:
     """Return where the rows of a batch were read from: ``my.jsonl, line 318``."""
+    if isinstance(batch, list):  # of rows as they are
+        return list(dict.fromkeys(row["place"] for row in batch))
     return [rows[index]["place"] for index in find_rows(batch, rows)]

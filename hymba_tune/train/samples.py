@@ -6,6 +6,7 @@ import json
 
 from transformers import PreTrainedModel
 
+from hymba_tune.config import GRPOConfig
 from hymba_tune.data import encode_prompt
 from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
 from hymba_tune.files import read_json, write_text
@@ -32,12 +33,15 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
     """
     path = setup.run.path / "samples.json"
     prompts = data.prompts[:SAMPLES]
+    most = setup.config.max_new_tokens if isinstance(setup.config, GRPOConfig) else SAMPLE_TOKENS
     samples: list[dict[str, str]] = read_json(path, list) or []
     if len(samples) != len(prompts) or not all(isinstance(sample, dict) for sample in samples):
         samples = [{"prompt": prompt.messages[-1].content, "reference": reference} for prompt, reference in prompts]
     with screen.working(f"answering {len(samples)} prompts, {when} training") as progress:
-        for number, ((prompt, _), sample) in enumerate(zip(prompts, samples, strict=True), start=1):
-            sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
+        for number, ((prompt, reference), sample) in enumerate(zip(prompts, samples, strict=True), start=1):
+            sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=most, temperature=0.0)
+            if data.rate is not None:
+                sample[f"reward {when}"] = data.rate(prompt, sample[when], reference)
             progress(number)
     write_text(path, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
     if data.extract is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -114,6 +114,7 @@ class Data:
         length_warning: A warning where texts are longer than the model's context.
         extract: Returns the part of an answer that is compared; None unless all ``prompts`` are answered and the right
             answers are counted.
+        rate: Returns the reward of an answer to a prompt with this reference, in words; None where there is none.
     """
 
     train: datasets.Dataset
@@ -124,6 +125,7 @@ class Data:
     prompts: list[tuple[Conversation, str]]
     length_warning: str | None
     extract: Extraction | None = None
+    rate: Callable[[Conversation, str, str], str] | None = None
 
 
 def check(config: TrainingConfig) -> Setup:

@@ -164,7 +164,8 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
         (["sfft"], 'Did you mean "sft"?'),
         (
             ["train"],
-            "There is no verb train.\n  expected   sft, dpo, kto, orpo and distill train\n  to fix     hymba-tune sft",
+            "There is no verb train.\n  expected   sft, dpo, kto, orpo, grpo and distill train\n"
+            "  to fix     hymba-tune sft",
         ),
         (["generate"], "There is no verb generate.\n  to fix     hymba-tune chat MODEL"),
         (["eval", "gone"], "--model gone: no such folder"),

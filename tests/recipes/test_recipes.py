@@ -9,15 +9,20 @@ import pytest
 import yaml
 
 from hymba_tune.cli.settings import combine
-from hymba_tune.config import DistillConfig, PreferenceConfig, SFTConfig, TrainingConfig
+from hymba_tune.config import DistillConfig, GRPOConfig, PreferenceConfig, SFTConfig, TrainingConfig
 from hymba_tune.train.run import Run
+from tests import rewarded
 from tests.conftest import ROOT
 from tests.distill import runs as distillation
 from tests.distill.teachers import save_teacher
 from tests.preferences import run_short, save_pairs
 from tests.runs import run
 
-RUNS: dict[type[TrainingConfig], Callable[[Any], Run]] = {SFTConfig: run, DistillConfig: distillation.run}
+RUNS: dict[type[TrainingConfig], Callable[[Any], Run]] = {
+    SFTConfig: run,
+    DistillConfig: distillation.run,
+    GRPOConfig: rewarded.run_short,
+}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -48,6 +53,8 @@ def test_recipe_runs_two_steps(path: Path, small_model: Path, questions: Path, t
     kind = kind_of(path)
     if kind is DistillConfig:
         changes |= distillation.random_teacher(save_teacher(tmp_path / "teacher"), tmp_path)
+    if kind is GRPOConfig:
+        changes |= {"reward": [rewarded.save_reward(tmp_path)], "max_new_tokens": 4}
     paired = issubclass(kind, PreferenceConfig)
     data = save_pairs(tmp_path / "pairs.jsonl") if paired else questions
     changes |= {"model": str(small_model), "data": [str(data)], "eval_data": [str(data)]}
