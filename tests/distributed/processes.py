@@ -30,7 +30,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
         args: Its arguments.
 
     Returns:
-        What it returned in each, or the error that it raised there.
+        What it returned in each, or the error that it raised there; an EOFError for one that was killed.
     """
     return collect(start_in_processes(count, function, *args))
 
@@ -52,12 +52,19 @@ def start_in_processes(count: int, function: Callable[..., Any], *args: Any) -> 
 def collect(started: list[tuple[Any, Any]]) -> list[Any]:
     """Wait for the processes, and return what the function returned, or the error that it raised."""
     try:
-        results = [pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else None for _, pipe in started]
+        results = [_received(pipe) if pipe.poll(TIMEOUT_SECONDS) else None for _, pipe in started]
     finally:
         for process, _ in started:
             process.join(TIMEOUT_SECONDS if process.is_alive() else None)
             process.kill()
     return results
+
+
+def _received(pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError as error:
+        return error
 
 
 def _as_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

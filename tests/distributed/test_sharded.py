@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 
-from hymba_tune.config import SFTConfig
+from hymba_tune.config import ChatConfig, MergeConfig, SFTConfig
+from hymba_tune.distributed.environment import rank
 from hymba_tune.errors import ConfigError
+from hymba_tune.generate.chat import ChatSession
+from hymba_tune.hub import merge
 from hymba_tune.train.resuming import for_processes, resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
 from tests.distributed.processes import in_processes, train
+from tests.hub.silent import silent
 from tests.runs import save_questions, tensors
 
 STRATEGIES = ("fsdp", "zero2", "zero3")
@@ -25,6 +30,8 @@ LOSS, HELD_OUT, WEIGHTS = 2e-6, 1e-6, 2e-7
 """Relative differences that only the order of sums makes; of the weights, that of their norms."""
 NORM_OF_ALL = 5e-5
 """Of the gradient's norm where all weights are trained: one process adds its millions of squares in float32."""
+NORM_OF_OTHER_BATCHES = 1e-5
+"""Of the gradient's norm where the rows of a step are padded with other rows than in one process."""
 ROWS = 9
 
 
@@ -50,8 +57,8 @@ def force(strategy: str) -> None:
         communication.build_shm_op = lambda *_: None
 
 
-class Stopping(Screen):
-    """Fails when a step is shown, and with it the run."""
+class Killing(Screen):
+    """Kills this process when a step is shown, and with it the run."""
 
     def __init__(self, at_step: int) -> None:
         self._at_step = at_step
@@ -59,12 +66,12 @@ class Stopping(Screen):
     def row(self, row: MetricsRow, **_: Any) -> None:
         """End the run at the step."""
         if row.step == self._at_step and row.loss is not None:
-            raise RuntimeError("the end of this machine")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_divided(config: SFTConfig, stopped_at: int | None = None) -> None:
+def train_divided(config: SFTConfig, killed_at: int | None = None) -> None:
     force(config.strategy)
-    train(config, Stopping(stopped_at) if stopped_at is not None else None)
+    train(config, Killing(killed_at) if killed_at is not None and rank() == 1 else None)
 
 
 def settings(model: Path, folder: Path, name: str, **changes: Any) -> SFTConfig:
@@ -102,22 +109,33 @@ def test_two_processes_equal_one(changes: dict[str, Any], small_model: Path, tmp
         assert_equal(Run(tmp_path / "one"), Run(tmp_path / strategy), norm=norm)
 
 
+def spoken(model: Path) -> str:
+    """Return the answer of a model to a question of its training, as `hymba-tune chat` gives it."""
+    config = ChatConfig(model=str(model), dtype="float32", temperature=0, max_new_tokens=12)
+    return ChatSession(config).chats[0].reply("I see one cats. What do I see?")
+
+
 def resumed(folder: Path, processes: int, **changes: Any) -> SFTConfig:
     return for_processes(resume_config(SFTConfig(resume=folder, **changes)), processes)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_stopped_run_resumes_in_another_number_of_processes(strategy: str, small_model: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_in_another_number_of_processes(strategy: str, small_model: Path, tmp_path: Path) -> None:
     assert in_processes(1, train, settings(small_model, tmp_path, "whole")) == [None]
     config = settings(small_model, tmp_path, "stopped", strategy=strategy).model_copy(update={"batch_size": 2})
-    assert all(isinstance(error, RuntimeError) for error in in_processes(2, train_divided, config, 3))
+    assert all(isinstance(end, Exception) for end in in_processes(2, train_divided, config, 3))
     run = Run(tmp_path / "stopped")
     assert run.last_checkpoint().name == "checkpoint-2"
 
     alone = resumed(run.path, 1, strategy="ddp")
     assert (alone.batch_size, alone.grad_accum) == (2, 2)
     assert in_processes(1, train, alone) == [None]
-    assert_equal(Run(tmp_path / "whole"), run)
+    assert_equal(Run(tmp_path / "whole"), run, norm=NORM_OF_OTHER_BATCHES)
+
+    if strategy == "zero3":
+        merge(MergeConfig(model=str(run.path), out=tmp_path / "merged", dtype="float32"), silent)
+        texts = [spoken(path) for path in (run.path, tmp_path / "merged", tmp_path / "whole")]
+        assert texts[0] == texts[1] == texts[2] != ""
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
