@@ -98,13 +98,13 @@ def cores() -> int:
 
 
 def cases(strategies: list[str], processes: list[int], *, quick: bool) -> Iterator[Case]:
-    """Yield the runs; those of one process come first, once for all strategies."""
+    """Yield the runs, one after the other of the same shape; that of the fewest processes first and only once."""
     shapes = (
         [(2, 64)] if quick else [(ROWS[0], length) for length in LENGTHS] + [(rows, LENGTHS[0]) for rows in ROWS[1:]]
     )
-    for number in sorted(processes):
-        for strategy in strategies if number > 1 else strategies[:1]:
-            for rows, length in shapes:
+    for rows, length in shapes:
+        for number in sorted(processes):
+            for strategy in strategies if number > 1 else strategies[:1]:
                 yield Case(strategy, number, rows, length)
 
 
