@@ -15,6 +15,12 @@ from hymba_tune.errors import ConfigError
 LAYER = "HymbaDecoderLayer"
 """The unit that FSDP gathers at once."""
 STAGES = {"zero2": 2, "zero3": 3}
+REDUCE_BUCKET = 5 * 10**7
+"""Gradients in a bucket of ZeRO, which takes its memory whether they are as many or not. By default DeepSpeed takes ten
+times as many: 4 GB, also for an adapter."""
+LIVE_PARAMETERS = 10**8
+"""Gathered parameters that ZeRO-3 keeps for their next use. By default DeepSpeed keeps ten times as many: most of a
+model."""
 TYPES = {"ddp": "MULTI_", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 """How the name of Accelerate's type of each strategy begins."""
 
@@ -47,6 +53,7 @@ def _fsdp(offload: str | None) -> dict[str, Any]:
 
 def _deepspeed(stage: int, offload: str | None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": True}
+    zero["reduce_bucket_size"] = REDUCE_BUCKET
     if offload is not None:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if offload == "parameters":
@@ -54,6 +61,7 @@ def _deepspeed(stage: int, offload: str | None) -> dict[str, Any]:
     if stage == 3:
         # Also small parameters are divided, and a checkpoint gathers all of them.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {"stage3_max_live_parameters": LIVE_PARAMETERS, "stage3_max_reuse_distance": LIVE_PARAMETERS}
     return {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": "auto",

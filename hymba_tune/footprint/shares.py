@@ -11,7 +11,7 @@ Sources of the figures:
     ZeRO: DeepSpeed's page "Memory Requirements" and its estimate_zero2_model_states_mem_needs and
         estimate_zero3_model_states_mem_needs (0.19.8). The process that owns a trained parameter keeps, besides the
         weight and its gradient, for the step a gradient in float32, the weight in float32, and two moments of Adam.
-        In 16 bits, for which the page is written, these are 2 + 18 bytes. Buckets have DeepSpeed's default sizes.
+        In 16 bits, for which the page is written, these are 2 + 18 bytes.
 
 Weights and gradients have the dtypes that they have in one process: autocast chooses those of the computation.
 """
@@ -26,13 +26,10 @@ from hymba_tune.config import DistributedOptions
 from hymba_tune.distributed.checks import is_started
 from hymba_tune.distributed.devices import count_gpus
 from hymba_tune.distributed.environment import world_size
+from hymba_tune.distributed.strategies import LIVE_PARAMETERS, REDUCE_BUCKET
 
 FLOAT32 = 4
 """Bytes of the weights that DeepSpeed's optimizers keep, and of the gradients that they step with."""
-LIVE_PARAMETERS = 10**9
-"""Gathered parameters that ZeRO-3 keeps for their next use: its stage3_max_live_parameters and max_reuse_distance."""
-REDUCE_BUCKET = 5 * 10**8
-"""Gradients in a bucket of ZeRO, which takes its memory whether they are as many or not (reduce_bucket_size)."""
 ZERO2_BUCKETS = 2
 """Buckets of ZeRO-2, where one is filled while another is reduced (overlap_comm)."""
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
-from hymba_tune.footprint.shares import REDUCE_BUCKET, ModelWeights, Sharding
+from hymba_tune.distributed.strategies import REDUCE_BUCKET
+from hymba_tune.footprint.shares import ModelWeights, Sharding
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 DDP_BUCKET = 25 * 2**20

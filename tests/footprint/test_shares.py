@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hymba_tune.config import SFTConfig
+from hymba_tune.distributed.strategies import LIVE_PARAMETERS, REDUCE_BUCKET
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory
-from hymba_tune.footprint.shares import LIVE_PARAMETERS, REDUCE_BUCKET, ModelWeights, Weights, held_by_each
+from hymba_tune.footprint.shares import ModelWeights, Weights, held_by_each
 from tests.tiny import tiny_model
 
 FULL = ModelWeights([Weights(0, 4000, 1000, 1000)] * 3, Weights(0, 8000, 2000, 2000))
