@@ -68,7 +68,7 @@ class Clock(Screen):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure and report."""
     options = harness.options(__doc__, arguments, repeats=SEEDS)
-    size = Size(2, 2, 4, 16, 5) if options.quick else Size(160, 20, 50, 64, 10)
+    size = Size(2, 2, 4, 16, 5) if options.quick else Size(160, 60, 50, 64, 10)
     rows = [measure(size, seed, options) for seed in range(options.repeats)]
     numbers = [name for name in rows[0] if name != "seed"]
     rows.append({"seed": "mean"} | {name: mean(float(row[name] or 0.0) for row in rows) for name in numbers})
