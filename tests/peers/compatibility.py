@@ -20,7 +20,7 @@ GROUPS = [
     ("peft", "TestTokenClassificationModels"),
     ("trl", "TestTrainers"),
 ]
-DOCUMENT = ROOT / "docs" / "compatibility.md"
+DOCUMENT, README = ROOT / "docs" / "compatibility.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by python -m tests.peers.compatibility: begin -->\n", "<!-- end -->\n"
 TRAINING = ("test_training_decoders[", "test_forward_with_labels[")
 TRAINER = r"\[([\w-]+)\]"
@@ -56,13 +56,34 @@ def section() -> str:
         lines.append(f"| {name} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |")
     lines += ["", "Not applicable:", "", "| why | what |", "|---|---|"]
     lines += [f"| {entry.why} | {entry.what} |" for entry in TABLE]
-    lines += ["", "| method of PEFT | with Hymba | passing tests |", "|---|---|---|", *_methods(), ""]
-    trainers = [name for name, result in saved("trl", "TestTrainers").items() if result.outcome == "passed"]
-    return "\n".join([*lines, f"Trainers of TRL: {', '.join(re.findall(TRAINER, ' '.join(trainers)))}."]) + "\n"
+    lines += ["", "| method of PEFT | with Hymba | passing tests |", "|---|---|---|"]
+    lines += [f"| {method} | {verdict} | {count} |" for method, verdict, count in _methods()]
+    return "\n".join([*lines, "", f"Trainers of TRL: {_trainers()}."]) + "\n"
 
 
-def _methods() -> Iterator[str]:
-    """Yield a row for each method of PEFT. A method is refused if its training is."""
+def summary() -> str:
+    """Return the table of the README, in Markdown."""
+    common = Counter(result.outcome for result in saved(*GROUPS[0]).values())
+    methods = list(_methods())
+    works = [re.sub(", (.*)", r" (\1)", method) for method, verdict, _ in methods if verdict.startswith("works")]
+    refused = [re.sub(", (.*)", r" (\1)", method) for method, verdict, _ in methods if not verdict.startswith("works")]
+    of_transformers = f"{common['passed']} of {common['passed'] + common['failed']} of its common tests of models"
+    rows = [
+        (f"transformers {version('transformers')}", of_transformers, "`attn_implementation`"),
+        (f"PEFT {version('peft')}", ", ".join(works), ", ".join(refused)),
+        (f"TRL {version('trl')}", f"trainers: {_trainers()}", ""),
+    ]
+    lines = ["| with | works | refused or without effect |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _trainers() -> str:
+    passed = [name for name, result in saved("trl", "TestTrainers").items() if result.outcome == "passed"]
+    return ", ".join(re.findall(TRAINER, " ".join(passed)))
+
+
+def _methods() -> Iterator[tuple[str, str, str]]:
+    """Yield each method of PEFT, what Hymba does with it, and its passing tests. It is refused if its training is."""
     by_method: dict[str, list[tuple[str, Result]]] = {}
     for group in GROUPS:
         for name, result in saved(*group).items():
@@ -75,15 +96,16 @@ def _methods() -> Iterator[str]:
         refused = any(name.startswith(TRAINING) for name, _ in failed)
         exceptions = [entry.what for entry in TABLE if any(entry.covers(*test) for test in failed)]
         verdict = "; ".join(exceptions) if refused else "; ".join(["works", *(f"but {what}" for what in exceptions)])
-        yield f"| {method} | {verdict} | {len(tests) - len(failed)} of {len(tests)} |"
+        yield method, verdict, f"{len(tests) - len(failed)} of {len(tests)}"
 
 
 def check_document() -> None:
     """Check that the documentation has the tables of the kept results."""
-    assert section() in DOCUMENT.read_text(encoding="utf-8"), "python -m tests.peers.compatibility writes them"
+    for document, tables in ((DOCUMENT, section()), (README, summary())):
+        assert tables in document.read_text(encoding="utf-8"), "python -m tests.peers.compatibility writes them"
 
 
 if __name__ == "__main__":
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(before + BEGIN + section() + END + after, encoding="utf-8")
+    for document, tables in ((DOCUMENT, section()), (README, summary())):
+        before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+        document.write_text(before + BEGIN + tables + END + rest.partition(END)[2], encoding="utf-8")
