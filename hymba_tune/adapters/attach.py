@@ -118,6 +118,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     config = read_config(folder)
     tensors = _read_tensors(folder)
     _check_rank(folder, config, tensors)
+    _check_copies(folder, config, model)
     config.inference_mode = not trainable
     vocabulary = model.config.vocab_size
     widen_vocabulary(model, vocabulary_with(config, vocabulary, folder))
@@ -150,6 +151,17 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         ) from error
     # When PEFT casts the factors of an embedding to float32, it makes them trainable again.
     return adapted if trainable else adapted.eval().requires_grad_(False)
+
+
+def _check_copies(folder: Path, config: LoraConfig, model: PreTrainedModel) -> None:
+    """Check that a model has the modules of which an adapter holds copies; PEFT passes over those it does not find."""
+    modules = [name for name, _ in model.named_modules()]
+    for copied in config.modules_to_save or []:
+        if not any(name.endswith(copied) for name in modules):
+            raise CheckpointError(
+                f"{folder} does not fit this model: modules_to_save has {copied!r}, and the model has no such module.",
+                fix=_load_on_own_base(config),
+            )
 
 
 @contextlib.contextmanager

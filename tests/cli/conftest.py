@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from hymba_tune.cli.main import main
+from hymba_tune.cli.screen import console, error_console
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,11 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def call(*words: object) -> Result:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(word) for word in words])
+        finally:
+            console.quiet = error_console.quiet = False  # of a process that is not the first
         output = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Result(ended.value.code, output.out, output.err)

@@ -25,8 +25,8 @@ def test_a_single_process_may_have_a_launcher(size: str, monkeypatch: pytest.Mon
     check_single_process("chat")
 
 
-def test_the_verbs_of_a_single_process_are_those_that_do_not_train() -> None:
-    assert REFUSED == ["chat", "data", "eval", "export", "merge", "plan", "quantize", "report", "serve"]
+def test_the_verbs_of_a_single_process_are_those_that_do_not_train_and_grpo() -> None:
+    assert REFUSED == ["chat", "data", "eval", "export", "grpo", "merge", "plan", "quantize", "report", "serve"]
 
 
 @pytest.mark.parametrize("verb", REFUSED)
