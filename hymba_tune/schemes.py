@@ -122,7 +122,7 @@ def quantization(model_config: Any, scheme: Scheme, dtype: torch.dtype, skip: Se
             f"--skip {unknown[0]}: the model has no linear layer of this name.",
             expected=", ".join(sorted({name.rsplit(".", 1)[1] for name in linear if name not in UNQUANTIZED} - {"0"})),
         )
-    unquantized = [*get_keys_to_not_convert(model), *UNQUANTIZED, *skip]
+    unquantized = [*sorted(get_keys_to_not_convert(model)), *UNQUANTIZED, *skip]
     if BITS[scheme] == 4:
         unquantized += [
             name for name, module in linear.items() if module.out_features % ROWS or module.in_features % COLUMNS
