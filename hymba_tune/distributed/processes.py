@@ -295,11 +295,11 @@ def _wait_for_keys(keys: list[str], timeout: float) -> list[int]:
 def _wait_for(key: str, other: int, what: str) -> None:
     """Wait until another process has set a key, as long as its heart beats."""
     assert _group is not None
-    beats, heard = -1, time.monotonic()
+    beats, last_beat = -1, time.monotonic()
     while not _group.store.check([key]):
         if (now := _group.store.add(f"beat/{other}", 0)) != beats:
-            beats, heard = now, time.monotonic()
-        if time.monotonic() - heard > _group.step_timeout:
+            beats, last_beat = now, time.monotonic()
+        if time.monotonic() - last_beat > _group.step_timeout:
             raise TrainingError(
                 f"{_listed([other])} has been silent for {_group.step_timeout:.0f} s, and rank {rank()} waits for it "
                 f"({what}).",
@@ -327,7 +327,7 @@ def _sharing_errors(key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # An error of the system keeps its number, by which a full disk is told from others.
+        # An error of the system keeps its number, by which a full disk is recognized.
         kinds = (HymbaTuneError, OSError)
         shared = error if isinstance(error, kinds) else TrainingError(f"rank {rank()} failed: {error}")
         _group.store.set(key, pickle.dumps((None, shared)))

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hymba_tune.distributed.environment import is_main
+from hymba_tune.distributed.strategies import LAYER
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for unit in units:
-                unit.set_reshard_after_forward(unit is not model, recurse=False)
+                # Accelerate keeps what lies outside of the layers gathered until the backward.
+                unit.set_reshard_after_forward(LAYER in type(unit).__name__, recurse=False)
                 unit.reshard()
 
 

@@ -27,7 +27,7 @@ from hymba_tune.distributed.launch import (
 
 
 class EndedError(BaseException):
-    """Stands for the end of the process."""
+    """The end of the process, which a test can catch."""
 
 
 class Store(dict[str, bytes]):

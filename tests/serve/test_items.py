@@ -80,8 +80,8 @@ def test_a_response_calls_tools(client: openai.OpenAI, server: Server) -> None:
         (same,) = stream.get_final_response().output
     assert same.arguments == call.arguments  # type: ignore[union-attr]
 
-    told = {"type": "function_call_output", "call_id": call.call_id, "output": "Sun"}
-    items: Any = [{"role": "user", "content": "Rain?"}, call, told]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sun"}
+    items: Any = [{"role": "user", "content": "Rain?"}, call, output]
     answer = client.responses.create(**settings | {"tool_choice": "none"}, input=items)
     assert all(item.type == "message" for item in answer.output)
 
