@@ -22,6 +22,11 @@ MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForSequenceClas
 MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["hymba"] = "HymbaForTokenClassification"
 
 
+def _with_named_outputs(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Let the layers return a dictionary whatever the configuration says: the generic heads read its attributes."""
+    return inputs, options | {"return_dict": True}
+
+
 class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):
     """Hymba that classifies or scores a text by its last token."""
 
@@ -30,6 +35,7 @@ class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreT
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
+        self.model.register_forward_pre_hook(_with_named_outputs, with_kwargs=True)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -86,6 +92,7 @@ class HymbaForTokenClassification(GenericForTokenClassification, HymbaPreTrained
         super(GenericForTokenClassification, self).__init__(config)  # for the same reason
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
+        self.model.register_forward_pre_hook(_with_named_outputs, with_kwargs=True)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)

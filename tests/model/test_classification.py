@@ -74,6 +74,14 @@ def test_the_loss_of_a_head_trains_every_layer_and_survives_saving(
     assert torch.equal(reloaded(**padded("left")).logits, output.logits)
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_head_returns_a_tuple_if_the_configuration_says_so(auto_class: Any, folder: Path) -> None:
+    model = auto_class.from_pretrained(folder, num_labels=3).eval()
+    named = model(**padded("left"))
+    model.config.return_dict = False
+    assert torch.equal(model(**padded("left"))[0], named.logits)
+
+
 def test_reward_trainer_learns_which_answer_is_better(small_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(small_model)
     rows = [{"prompt": f"Say {word}.", "chosen": " Yes.", "rejected": " No, no."} for word in ("one", "two") * 8]
