@@ -16,7 +16,15 @@ from torch.nn.functional import silu
 
 from .autocast import outside_autocast
 from .backends import Backend, Operation, Problem, Task, random_leaves
-from .elementwise_native import LIBRARY, native_gated_silu, native_mean_of_norms, native_rms_norm, native_rotate
+from .elementwise_native import (
+    LIBRARY,
+    native_add_rms_norm,
+    native_gated_silu,
+    native_mean_of_norms,
+    native_norm_rotate,
+    native_rms_norm,
+    native_rotate,
+)
 from .native import DTYPES
 
 FEW = 2**14
@@ -42,9 +50,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         The shape of x, in the dtype to which x and the weight promote.
     """
     if _few(x):
-        return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
+        return _torch_rms_norm(x, weight, eps)
     normed: Tensor = ELEMENTWISE.choose(Task.of(x, weight)).run.rms_norm(x, weight, eps)
     return normed
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add an update to the residual stream x, both ``(rows, width)``, and return the sum and its `rms_norm`."""
+    if _few(x):
+        return _torch_add_rms_norm(x, update, weight, eps)
+    added: tuple[Tensor, Tensor]
+    added = ELEMENTWISE.choose(Task.of(x, update, weight)).run.add_rms_norm(x, update, weight, eps)
+    return added
 
 
 def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
@@ -71,8 +88,16 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         tables: The cosines and sines from `rotary_tables`.
     """
     if _few(heads):
-        return _rotated(heads, *tables, 1)
+        return _torch_rotate(heads, tables)
     rotated: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
+    return rotated
+
+
+def norm_rotate(heads: Tensor, weight: Tensor, eps: float, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the `rotate` of the `rms_norm` of queries or keys ``(rows, heads, width)``."""
+    if _few(heads):
+        return _torch_norm_rotate(heads, weight, eps, tables)
+    rotated: Tensor = ELEMENTWISE.choose(Task.of(heads, weight)).run.norm_rotate(heads, weight, eps, tables)
     return rotated
 
 
@@ -152,14 +177,32 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return rotated.to(heads.dtype)
 
 
+def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _few(x):
+        return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+def _torch_add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + update
+    return total, _torch_rms_norm(total, weight, eps)
+
+
 def _torch_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
-    normed_a, normed_b = (rms_norm(x, weight, eps) for x, weight in ((a, a_weight), (b, b_weight)))
+    normed_a, normed_b = (_torch_rms_norm(x, weight, eps) for x, weight in ((a, a_weight), (b, b_weight)))
     return (normed_a + normed_b).mul_(0.5)
 
 
 def _torch_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    if _few(heads):
+        return _rotated(heads, *tables, 1)
     rotated: Tensor = _Rotation.apply(heads, *tables)
     return rotated
+
+
+def _torch_norm_rotate(heads: Tensor, weight: Tensor, eps: float, tables: tuple[Tensor, Tensor]) -> Tensor:
+    return _torch_rotate(_torch_rms_norm(heads, weight, eps), tables)
 
 
 class Elementwise(NamedTuple):
@@ -169,6 +212,8 @@ class Elementwise(NamedTuple):
     mean_of_norms: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     gated_silu: Callable[[Tensor, Tensor], Tensor]
     rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    norm_rotate: Callable[[Tensor, Tensor, float, tuple[Tensor, Tensor]], Tensor]
 
 
 def _small_problem(task: Task) -> Problem:
@@ -179,7 +224,9 @@ def _small_problem(task: Task) -> Problem:
         functions = backend.run
         normed = functions.rms_norm(x, weight, 1e-6)
         mean = functions.mean_of_norms(gate, weight, gate, weight, 1e-6)
-        return normed, mean, functions.gated_silu(gate, gate), functions.rotate(x, (cos, sin))
+        added = functions.add_rms_norm(gate, mean, weight, 1e-6)
+        queries = functions.norm_rotate(x, weight, 1e-6, (cos, sin))
+        return normed, mean, *added, functions.gated_silu(gate, gate), functions.rotate(x, (cos, sin)), queries
 
     return Problem(compute, [x, gate, weight])
 
@@ -189,12 +236,29 @@ ELEMENTWISE = Operation(
     [
         Backend(
             "native",
-            Elementwise(native_rms_norm, native_mean_of_norms, native_gated_silu, native_rotate),
+            Elementwise(
+                native_rms_norm,
+                native_mean_of_norms,
+                native_gated_silu,
+                native_rotate,
+                native_add_rms_norm,
+                native_norm_rotate,
+            ),
             ("cpu",),
             DTYPES,
             unavailable_reason=LIBRARY.unavailable_reason,
         ),
-        Backend("torch", Elementwise(_RMSNorm.apply, _torch_mean_of_norms, _GatedSilu.apply, _torch_rotate)),
+        Backend(
+            "torch",
+            Elementwise(
+                _torch_rms_norm,
+                _torch_mean_of_norms,
+                _GatedSilu.apply,
+                _torch_rotate,
+                _torch_add_rms_norm,
+                _torch_norm_rotate,
+            ),
+        ),
     ],
     plain="torch",
     problem=_small_problem,

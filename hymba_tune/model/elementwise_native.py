@@ -28,6 +28,17 @@ def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
+def native_add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute `add_rms_norm` of ``(rows, width)``."""
+    total = x + update
+    return total, native_rms_norm(total, weight, eps)
+
+
+def native_norm_rotate(heads: Tensor, weight: Tensor, eps: float, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute `norm_rotate` of ``(rows, heads, width)``."""
+    return native_rotate(native_rms_norm(heads, weight, eps), tables)
+
+
 def native_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
     """Compute `mean_of_norms` of ``(rows, width)``."""
     mean: Tensor = _MeanOfNorms.apply(readable(a), a_weight, readable(b), b_weight, eps)

@@ -22,7 +22,7 @@ from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
-from .elementwise import gated_silu, mean_of_norms, rms_norm, rotate
+from .elementwise import add_rms_norm, gated_silu, mean_of_norms, norm_rotate, rms_norm, rotate
 from .scan import packed_scan
 
 
@@ -49,13 +49,25 @@ class HymbaRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class HymbaSumNorm(HymbaRMSNorm):
+    """The norm of the residual stream after an update, which is added in the same pass over memory."""
+
+    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the sum of x and the update, both ``(rows, width)``, and its norm."""
+        return add_rms_norm(x, update, self.weight, self.eps)
+
+
 class HymbaHeadNorm(HymbaRMSNorm):
     """A norm of each head, with a weight ``(width,)`` for all heads or ``(1, heads, 1, width)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``(rows, heads, width)``."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tables: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Normalize ``(rows, heads, width)``, then rotate by the tables if there are any."""
         weight = self.weight[0, :, 0] if self.weight.ndim > 1 else self.weight
-        return rms_norm(x, weight, self.eps)
+        if tables is None:
+            return rms_norm(x, weight, self.eps)
+        return norm_rotate(x, weight, self.eps, tables)
 
 
 class HymbaHeadNorms(nn.Module):
@@ -254,7 +266,8 @@ class HymbaMixer(nn.Module):
     def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         heads = flat.unflatten(-1, (-1, width))
         if self.self_attn is not None:
-            heads = getattr(self.self_attn, norm)(heads)
+            normed: Tensor = getattr(self.self_attn, norm)(heads, tables)
+            return normed
         return heads if tables is None else rotate(heads, tables)
 
     def _store(self, key: Tensor, value: Tensor, documents: Documents, cache: HymbaCache) -> None:
@@ -287,7 +300,7 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.input_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mamba = HymbaMixer(config, layer)
-        self.pre_moe_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_moe_layernorm = HymbaSumNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = HymbaExperts(config)
 
     def forward(
@@ -301,5 +314,5 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the layer to the residual stream; see `HymbaMixer.forward` for the arguments."""
         mixed, key, value = self.mamba(self.input_layernorm(hidden), key, value, documents, tables, cache)
-        hidden = hidden + mixed
-        return hidden + self.moe(self.pre_moe_layernorm(hidden)), key, value
+        hidden, normed = self.pre_moe_layernorm(hidden, mixed)
+        return hidden + self.moe(normed), key, value

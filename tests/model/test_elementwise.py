@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model.elementwise import ELEMENTWISE, Elementwise, gated_silu, mean_of_norms, rms_norm, rotate
+from hymba_tune.model.elementwise import (
+    ELEMENTWISE,
+    Elementwise,
+    add_rms_norm,
+    gated_silu,
+    mean_of_norms,
+    norm_rotate,
+    rms_norm,
+    rotate,
+)
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
 # A norm of one element has a gradient near zero, made of two large terms.
@@ -99,12 +109,14 @@ def kernels(request: pytest.FixtureRequest) -> Elementwise:
     return kernels
 
 
-def all_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Tensor]:
+def all_gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> dict[str, Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    y = function(*leaves)
-    weights = torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(y.dtype)
-    grads = torch.autograd.grad(y, leaves, weights)
-    return {"y": y, **{f"gradient {i}": grad for i, grad in enumerate(grads)}}
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16().to(y.dtype) for y in outputs]
+    grads = torch.autograd.grad(outputs, leaves, weights)
+    named = {"y": outputs, "gradient": grads}
+    return {f"{name} {i}": tensor for name, tensors in named.items() for i, tensor in enumerate(tensors)}
 
 
 def naive_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,13 +141,22 @@ def test_every_backend_equals_the_formulas(kernels: Elementwise, rows: int, widt
     def naive_mean(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
         return (naive_norm(a, a_weight) + naive_norm(b, b_weight)) / 2
 
-    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
+    def naive_sum(x: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x + update, naive_norm(x + update, weight)
+
+    def naive_turn(h: Tensor, weight: Tensor) -> Tensor:
+        return naive_rotation(naive_norm(h, weight), cos.to(h), sin.to(h))
+
+    cases: list[tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]] = [
         (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [a, weight]),
         (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [heads, weight]),
         (lambda *xs: kernels.rms_norm(*xs, 1e-3), naive_norm, [heads, per_head]),
         (lambda *xs: kernels.mean_of_norms(*xs, 1e-3), naive_mean, [a, weight, b, other]),
         (kernels.gated_silu, naive_gate, [a, b]),
         (lambda h: kernels.rotate(h, (cos, sin)), lambda h: naive_rotation(h, cos.to(h), sin.to(h)), [heads]),
+        (lambda *xs: kernels.add_rms_norm(*xs, 1e-3), naive_sum, [a, b, weight]),
+        (lambda *xs: kernels.norm_rotate(*xs, 1e-3, (cos, sin)), naive_turn, [heads, weight]),
+        (lambda *xs: kernels.norm_rotate(*xs, 1e-3, (cos, sin)), naive_turn, [heads, per_head]),
     ]
     for function, naive, inputs in cases:
         actual = all_gradients(function, inputs)
@@ -168,5 +189,10 @@ def test_small_inputs_without_gradients_give_the_same_results() -> None:
     with torch.no_grad():
         FLOAT32.check(rms_norm(x, weight, 1e-6), rms_norm(x.requires_grad_(), weight, 1e-6).double())
         mean = mean_of_norms(flat, weight, flat, weight, 1e-6)
+        added = add_rms_norm(flat, flat, weight, 1e-6)
+        turned = norm_rotate(x, weight, 1e-6, tables)
     FLOAT32.check(mean, mean_of_norms(flat, weight, flat, weight, 1e-6).double())
     FLOAT32.check(rotate(x, tables), naive_rotation(x, *tables).double())
+    for actual, expected in zip(added, add_rms_norm(flat, flat, weight, 1e-6), strict=True):
+        FLOAT32.check(actual, expected.double())
+    FLOAT32.check(turned, norm_rotate(x, weight, 1e-6, tables).double())
