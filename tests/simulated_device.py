@@ -126,6 +126,14 @@ class Simulated(torch.Tensor):
         return _compute(func, args, kwargs or {})
 
 
+class _Generator(torch.Generator):
+    """A generator of any device, which is one of the CPU for the simulated one."""
+
+    def __new__(cls: type[_Generator], device: torch.device | str = "cpu") -> _Generator:
+        on_device = torch.device(device).type == NAME
+        return super().__new__(cls, "cpu" if on_device else device)
+
+
 class _FactoryMode(TorchDispatchMode):
     """Sends the operators without a simulated input to the device as well, such as those that make tensors on it."""
 
@@ -143,6 +151,7 @@ def simulated_device(*, interpret: bool = True) -> Iterator[torch.device]:
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(_Hooks, "available", True))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(_kernels_on_device(interpret=interpret))
         for operation in OPERATIONS.values():  # kernels for CUDA also run here, without a self test
             backends = {name: _on_device(backend) for name, backend in operation.backends.items()}
@@ -197,7 +206,12 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*inner_args, **inner_kwargs)
     if target != NAME or name == "_local_scalar_dense":
         return result
-    wrapped = tree_map(lambda x: Simulated(x) if isinstance(x, Tensor) else x, result)
+    if "empty" in name:
+        result.zero_()  # kernels that are not interpreted leave it as it is, and NaN ends runs
+    # A view of a tensor that was made outside inference mode belongs outside it as well.
+    is_inference = any(x.is_inference() for x in inputs) or name not in NO_LAUNCH
+    with torch.inference_mode(torch.is_inference_mode_enabled() and is_inference):
+        wrapped = tree_map(lambda x: Simulated(x) if isinstance(x, Tensor) else x, result)
     if not inputs or name == "_to_copy":
         return wrapped
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
@@ -271,9 +285,6 @@ def _kernels_on_device(*, interpret: bool) -> Iterator[None]:
         with torch._C._DisableTorchDispatch():
             if interpret or not on_device:
                 original(executor, *tree_map(_inner, args), **tree_map(_inner, kwargs))
-            else:
-                for tensor in on_device:  # memory that nobody wrote may hold NaN
-                    tensor.copy_(tensor.nan_to_num(0, 0, 0)) if tensor.is_floating_point() else None
 
     with patch.object(GridExecutor, "__call__", launch):
         yield
