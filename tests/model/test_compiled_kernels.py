@@ -1,0 +1,69 @@
+"""Every Triton kernel of the model compiles for every target at the released shape, and fits its registers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hymba_tune.model
+from hymba_tune.model.scan_triton_kernels import INSTALLED
+from tests.conftest import ROOT
+
+FOLDER = Path(hymba_tune.model.__file__).parent
+TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
+DEFAULT = {"sm_90", "gfx1100"}
+"""The others are in the slow tests, since every target takes about ten seconds."""
+
+REGISTERS = {"sm": 168, "gfx": 256}
+"""168 registers leave room for 12 warps a multiprocessor; 256 are all that a wavefront of AMD can address."""
+SHARED = 48 * 1024
+"""The bytes of shared memory that every card gives to a program without being asked."""
+EXCESS = {"input_gradients": (256, 512)}
+"""Kernels that are not mended yet: the registers and the bytes spilled that they may take."""
+
+
+def kernels() -> dict[str, set[str]]:
+    """Return the kernels of each module: the functions compiled by Triton that no other one calls."""
+    functions = {
+        (path.stem, node.name): {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        for path in FOLDER.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    called = set[str]().union(*functions.values())
+    found: dict[str, set[str]] = {}
+    for module, name in functions:
+        if name not in called:
+            found.setdefault(module, set()).add(name)
+    return found
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in TARGETS]
+)
+def test_every_kernel_compiles_and_fits(target: str, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-m", "tests.model.compile_kernels", target]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+
+    compiled: dict[str, set[str]] = {}
+    for row in rows:
+        compiled.setdefault(row["module"].rpartition(".")[2], set()).add(row["kernel"])
+    assert compiled == kernels(), "a kernel is not launched by tests/model/kernel_launches.py"
+
+    ceiling = REGISTERS[target.rstrip("_0123456789")]
+    for row in rows:
+        registers, spilled = EXCESS.get(row["kernel"], (ceiling, 0))
+        assert row["registers"] <= registers, row
+        assert row["spilled"] <= spilled, row
+        assert row["shared"] <= SHARED, row
