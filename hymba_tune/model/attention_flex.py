@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .autocast import outside_autocast
 from .backends import Task
 from .documents import Documents
 
@@ -24,14 +26,18 @@ BLOCK = 128
 """The number of rows and columns in a block of the mask, a multiple of FlexAttention's own tiles."""
 LEAST_WIDTH = 16
 """The narrowest head for which Triton supports matrix products."""
+RECOMPILE_LIMIT = 64
+"""How many kernels `torch.compile` may make: one for each dtype, with, without and outside of gradients. Its own limit
+is 8, which a model in one dtype does not reach, but one run that trains, evaluates and samples in two dtypes does."""
 
 
+@outside_autocast
 def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None
 ) -> Tensor:
     """Compute `packed_attention` in one compiled kernel for all texts.
 
-    The first call of a process compiles the kernel; other lengths and windows reuse it.
+    The first call of a process compiles the kernel; other lengths, windows and strides reuse it.
 
     Args:
         query: ``(M + T, H, a)``.
@@ -42,12 +48,22 @@ def flex_packed_attention(
 
     Returns:
         ``(M + T, H * v)``.
+
+    Raises:
+        RuntimeError: If `torch.compile` would run FlexAttention without compiling it, with all scores in memory.
     """
     mask = block_mask(documents.starts, documents.num_meta, window, query.device)
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    # Each set of strides would be compiled for. Values come as columns of the input projection's output.
+    heads_first = (x.contiguous().transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
 
-    output = _compiled()(*heads_first, block_mask=mask, enable_gqa=grouped, kernel_options=_tiles(query, value))
+    settings = _compiler_settings()
+    limit = settings.recompile_limit
+    settings.recompile_limit = max(limit, RECOMPILE_LIMIT)
+    try:
+        output = _compiled()(*heads_first, block_mask=mask, enable_gqa=grouped, kernel_options=_tiles(query, value))
+    finally:
+        settings.recompile_limit = limit
     return output.squeeze(0).transpose(0, 1).flatten(1)
 
 
@@ -73,10 +89,33 @@ def flex_unsupported_reason(task: Task) -> str | None:
 
 
 @cache
+def _compiler_settings() -> Any:
+    """Return the settings of `torch.compile`, whose import takes a second."""
+    from torch._dynamo import config
+
+    return config
+
+
+@cache
 def _compiled() -> Callable[..., Tensor]:
     """Return one function for all layers and steps. Without ``dynamic``, every new number of rows would recompile."""
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    compiled: Callable[..., Tensor] = torch.compile(_only_compiled, dynamic=True)
     return compiled
+
+
+def _only_compiled(*arguments: Any, **named: Any) -> Tensor:
+    """Compute FlexAttention while `torch.compile` reads this function; refuse to be run as plain Python.
+
+    Past its limit of recompilations, or where it is switched off, `torch.compile` runs a function as it is, in silence.
+    FlexAttention then makes gigabytes of scores.
+    """
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.compile did not compile FlexAttention: it is switched off (TORCH_COMPILE_DISABLE) "
+            f"or past its limit of {RECOMPILE_LIMIT} recompilations (TORCH_LOGS=recompiles)"
+        )
+    output: Tensor = flex_attention(*arguments, **named)
+    return output
 
 
 def _tiles(query: Tensor, value: Tensor) -> dict[str, int]:
@@ -104,7 +143,8 @@ def block_mask(starts: tuple[int, ...], meta: int, window: int | None, device: t
     """
     first = _first_keys(starts, meta, window, device)
     rows = len(first)
-    count = -(-rows // BLOCK)
+    # Sizes of 1 are compiled for, so there are two blocks at least. A block without rows sees none.
+    count = max(2, -(-rows // BLOCK))
 
     # The last block is padded with its last row, which changes neither its minimum nor its maximum.
     by_block = first[torch.arange(count * BLOCK, device=device).clamp(max=rows - 1)].view(count, BLOCK)
@@ -113,9 +153,13 @@ def block_mask(starts: tuple[int, ...], meta: int, window: int | None, device: t
     begins = blocks * BLOCK
 
     # The runs of keys of neighboring queries overlap or touch, so a block of queries sees one run of keys.
-    seen = (blocks <= queries) & ((begins < meta) | (blocks >= by_block.amin(1)[:, None] // BLOCK))
+    seen = (
+        (blocks <= queries)
+        & (queries * BLOCK < rows)
+        & ((begins < meta) | (blocks >= by_block.amin(1)[:, None] // BLOCK))
+    )
     all_meta = begins + BLOCK <= meta
-    whole = (blocks < queries) & (all_meta | (begins.clamp(min=meta) >= by_block.amax(1)[:, None]))
+    whole = seen & (blocks < queries) & (all_meta | (begins.clamp(min=meta) >= by_block.amax(1)[:, None]))
 
     number_of_meta = torch.tensor(meta, device=device)
 
