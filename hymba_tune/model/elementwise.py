@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from .autocast import outside_autocast
-from .backends import Backend, Operation, Problem, Task, random_leaves
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .elementwise_native import (
     LIBRARY,
     native_add_rms_norm,
@@ -25,7 +25,16 @@ from .elementwise_native import (
     native_rms_norm,
     native_rotate,
 )
+from .elementwise_triton import (
+    triton_add_rms_norm,
+    triton_gated_silu,
+    triton_mean_of_norms,
+    triton_norm_rotate,
+    triton_rms_norm,
+    triton_rotate,
+)
 from .native import DTYPES
+from .triton_kernels import triton_unavailable_reason
 
 FEW = 2**14
 """The number of elements below which a call costs more time than the arithmetic."""
@@ -247,6 +256,21 @@ ELEMENTWISE = Operation(
             ("cpu",),
             DTYPES,
             unavailable_reason=LIBRARY.unavailable_reason,
+        ),
+        Backend(
+            "triton",
+            Elementwise(
+                triton_rms_norm,
+                triton_mean_of_norms,
+                triton_gated_silu,
+                triton_rotate,
+                triton_add_rms_norm,
+                triton_norm_rotate,
+            ),
+            ("cuda",),
+            GPU_DTYPES,
+            needs_self_test=True,
+            unavailable_reason=triton_unavailable_reason,
         ),
         Backend(
             "torch",
