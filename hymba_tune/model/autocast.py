@@ -43,6 +43,11 @@ def to_autocast_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or unchanged if its dtype is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _is_on(device: str) -> bool:
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +33,7 @@ class Task:
         has_initial_state: Whether texts continue from a cached state.
         widths: The widths of a query head and of a value head, for attention.
         taps: The width of the convolution.
+        sizes: The sizes of the model, for the operations of one new token of each text.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Task:
     has_initial_state: bool = False
     widths: tuple[int, int] = (64, 128)
     taps: int = 4
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, *tensors: Tensor | None, **options: Any) -> Task:
@@ -143,14 +145,24 @@ class Operation:
         backends: The backends of the operation, the fastest first.
         plain: The name of a backend that supports every task; self-tests compare the others with it.
         problem: A function that makes a small problem for a task.
+        trains: Whether training uses the operation. If not, a backend is asked for no gradients.
     """
 
-    def __init__(self, name: str, backends: list[Backend], *, plain: str, problem: Callable[[Task], Problem]) -> None:
+    def __init__(
+        self,
+        name: str,
+        backends: list[Backend],
+        *,
+        plain: str,
+        problem: Callable[[Task], Problem],
+        trains: bool = True,
+    ) -> None:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
         self.chosen = AUTO
         self._plain = self.backends[plain]
         self._problem = problem
+        self._trains = trains
         self._self_tests: dict[tuple[str, Task], str | None] = {}
         OPERATIONS[name] = self
 
@@ -219,6 +231,8 @@ class Operation:
         return {name: self._obstacle(backend, task) for name, backend in self.backends.items()}
 
     def _obstacle(self, backend: Backend, task: Task) -> str | None:
+        if task.gradients and not self._trains:
+            task = replace(task, gradients=False)
         if reason := backend.obstacle(task):
             return reason
         if not backend.needs_self_test:
@@ -233,6 +247,8 @@ class Operation:
 
     def _self_test(self, backend: Backend, task: Task) -> str | None:
         """Compute a small problem, and return why the backend failed, or None if it passed."""
+        if not self._trains:
+            task = replace(task, gradients=False)
         with torch.enable_grad():
             with without_autocast(task.device):
                 problem = self._problem(task)
@@ -257,8 +273,8 @@ def use_kernels(**choices: str) -> dict[str, str]:
     """Choose backends for this process: ``use_kernels(scan="torch", attention="auto")``.
 
     Args:
-        **choices: For each operation (scan, conv, attention, elementwise), the name of a backend, or "auto" for the
-            fastest usable one.
+        **choices: For each operation (scan, conv, attention, elementwise, prepare, update), the name of a backend, or
+            "auto" for the fastest usable one.
 
     Returns:
         The previous choices; pass them to this function to restore them.

@@ -115,8 +115,27 @@ class HymbaCache(Cache):
         self.values[layer] = _write(self.values.get(layer), value, slots)
         self._visible.setdefault(layer, VisibleKeys(self.keys[layer], self.values[layer], slots.positions))
 
+    def reserve(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the buffers of keys and values of a layer, with a column for one new token of each text.
+
+        The new token of text s belongs into column ``lengths[s] % C``.
+        """
+        longest = self._longest + 1
+        for buffers in (self.keys, self.values):
+            buffer = buffers[layer]
+            columns = min(self._limits.get(layer, longest + GROWTH), longest + GROWTH)
+            if longest > buffer.shape[2] and columns > buffer.shape[2]:
+                # A buffer that is still to grow has not wrapped around, so its tokens keep their columns.
+                buffers[layer] = torch.nn.functional.pad(buffer, (0, 0, 0, columns - buffer.shape[2]))
+        return self.keys[layer], self.values[layer]
+
     def seen(self, layer: int) -> VisibleKeys:
-        """Return the keys and values of a layer for the new tokens, after `extend` was called for it in this pass."""
+        """Return the keys and values of a layer for the new tokens, after they were stored in this pass."""
+        if layer not in self._visible:
+            # The pass of one new token writes into the buffers itself.
+            assert self.lengths is not None
+            key = self.keys[layer]
+            self._visible[layer] = VisibleKeys(key, self.values[layer], _positions(self.lengths + 1, key.shape[2]))
         return self._visible[layer]
 
     def hidden(self, layer: int, documents: Documents, window: int | None) -> Tensor:

@@ -52,6 +52,11 @@ class Documents:
         return texts.repeat_interleave(self.cu_seqlens.diff(), output_size=self.starts[-1])
 
     @cached_property
+    def has_one_token_each(self) -> bool:
+        """Return whether every text has one token, as in a step of generation."""
+        return all(length == 1 for length in self.lengths)
+
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """Return the index of the first token of each text among the T tokens, followed by T."""
         starts = [0]

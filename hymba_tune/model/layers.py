@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import cached_attention, packed_attention
-from .autocast import without_autocast
+from .attention_token import attend
+from .autocast import at_least_float32, without_autocast
 from .cache import HymbaCache
 from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
 from .elementwise import add_rms_norm, gated_silu, mean_of_norms, norm_rotate, rms_norm, rotate
+from .one_token import StateInputs, TokenInputs, is_plain, prepare, update
 from .scan import packed_scan
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or unchanged if its dtype is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class HymbaRMSNorm(nn.Module):
@@ -60,14 +57,18 @@ class HymbaSumNorm(HymbaRMSNorm):
 class HymbaHeadNorm(HymbaRMSNorm):
     """A norm of each head, with a weight ``(width,)`` for all heads or ``(1, heads, 1, width)``."""
 
+    @property
+    def head_weight(self) -> Tensor:
+        """Return the weight as ``(width,)`` or ``(heads, width)``."""
+        return self.weight[0, :, 0] if self.weight.ndim > 1 else self.weight
+
     def forward(  # type: ignore[override]
         self, x: Tensor, tables: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """Normalize ``(rows, heads, width)``, then rotate by the tables if there are any."""
-        weight = self.weight[0, :, 0] if self.weight.ndim > 1 else self.weight
         if tables is None:
-            return rms_norm(x, weight, self.eps)
-        return norm_rotate(x, weight, self.eps, tables)
+            return rms_norm(x, self.head_weight, self.eps)
+        return norm_rotate(x, self.head_weight, self.eps, tables)
 
 
 class HymbaHeadNorms(nn.Module):
@@ -79,6 +80,11 @@ class HymbaHeadNorms(nn.Module):
         per_head = config.kq_norm == "perhead-rms"
         shapes: list[Any] = [(1, count, 1, config.head_dim) if per_head else config.head_dim for count in heads]
         self.q_norm, self.k_norm = (HymbaHeadNorm(shape, config.rms_norm_eps) for shape in shapes)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return the weights of both norms, ``(width,)`` or ``(heads, width)``."""
+        return self.q_norm.head_weight, self.k_norm.head_weight
 
 
 class HymbaFirstNorm(HymbaRMSNorm):
@@ -202,7 +208,7 @@ class HymbaMixer(nn.Module):
         self.widths = [config.hidden_size, groups * self.head_dim, groups * self.value_dim, inner, inner]
         self.state_widths = [rank, state, state]
 
-        eps = config.rms_norm_eps
+        self.eps = eps = config.rms_norm_eps
         bias = config.mamba_proj_bias
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=bias)
         self.self_attn = HymbaHeadNorms(config) if config.kq_norm != "none" else None
@@ -241,6 +247,8 @@ class HymbaMixer(nn.Module):
         Returns:
             ``(rows, d)``, and the keys and values used.
         """
+        if cache is not None and self._continues_by_one_token(documents):
+            return self._one_token(hidden, documents, tables, cache)
         query, new_key, new_value, x, gate = self.in_proj(hidden).split(self.widths, -1)
 
         query = self._heads(query, self.head_dim, "q_norm", tables)
@@ -260,6 +268,46 @@ class HymbaMixer(nn.Module):
             attended = documents.from_grid(grid)
 
         scanned = self._ssm(x, gate, documents, cache)
+        joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
+        return self.out_proj(joined), key, value
+
+    def _continues_by_one_token(self, documents: Documents) -> bool:
+        """Return whether `_one_token` applies: no gradients, and small modules that nothing adapts or moves."""
+        if torch.is_grad_enabled() or documents.past is None or not documents.has_one_token_each:
+            return False
+        norms = self.dt_layernorm, self.B_layernorm, self.C_layernorm
+        head_norms = () if self.self_attn is None else (self.self_attn.q_norm, self.self_attn.k_norm)
+        return (
+            all(norm is None or is_plain(norm, HymbaRMSNorm) for norm in norms)
+            and all(is_plain(norm, HymbaHeadNorm) for norm in head_norms)
+            and is_plain(self.conv1d, HymbaConvolution)
+            and is_plain(self.dt_proj[0], HymbaTimeStep)
+            and is_plain(self.A_log, HymbaDecay)
+            and is_plain(self.D, HymbaSkip)
+        )
+
+    def _one_token(
+        self, hidden: Tensor, documents: Documents, tables: tuple[Tensor, Tensor] | None, cache: HymbaCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix one new token of each text, with all that is between the matrix products in a few operations."""
+        assert documents.past is not None
+        new_key, new_value = cache.reserve(self.layer) if self.source == self.layer else (None, None)
+        key, value = cache.keys[self.source], cache.values[self.source]
+
+        projected = self.in_proj(hidden)
+        q_norm, k_norm = (None, None) if self.self_attn is None else self.self_attn.weights
+        heads = self.head_dim, q_norm, k_norm, self.eps, tables, new_key, new_value, documents.past
+        convolution = self.conv1d.weight.squeeze(1), self.conv1d.bias, cache.tails[self.layer]
+        query, x = prepare(TokenInputs(projected, *heads, *convolution))
+        attended = attend(query, cache.meta.get(self.source), key, value, documents.past, self.window)
+
+        modules = self.dt_layernorm, self.B_layernorm, self.C_layernorm
+        dt_norm, B_norm, C_norm = (None if module is None else module.weight for module in modules)
+        inputs = x, self.x_proj[0](x), projected[:, -x.shape[1] :], dt_norm, B_norm, C_norm, self.eps
+        step: Any = self.dt_proj[0]
+        scanned = update(
+            StateInputs(*inputs, step.weight, step.bias, self.A_log[0], self.D[0], cache.states[self.layer])
+        )
         joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
         return self.out_proj(joined), key, value
 

@@ -15,11 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .adapter_errors import adapter_errors_explained
+from .autocast import at_least_float32
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
 from .documents import NO_PREFIX, Documents, continue_documents, find_documents
 from .head import HymbaHead, head_loss, head_scores
-from .layers import HymbaDecoderLayer, HymbaRMSNorm, at_least_float32
+from .layers import HymbaDecoderLayer, HymbaRMSNorm
 from .log_probs import TokenScores
 from .pretrained import HymbaPreTrainedModel
 from .rotary import rotary_base, rotary_tables

@@ -1,0 +1,233 @@
+"""The small operations of a layer where every text of a cache has one new token, as in a step of generation.
+
+They surround the matrix products and the attention of the layer, read the small weights themselves, and advance the
+cache in place: nothing that they allocate depends on how long the texts are.
+
+Glossary: S texts, W width of the input projection, H query heads, G key/value heads, C columns of a buffer, a width of
+a query or key head, v width of a value head, E channels of the SSM, K width of the convolution, N size of a channel's
+state, R rank of the time steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+
+from .autocast import at_least_float32
+from .backends import Backend, Operation, Problem, Task, random_leaves
+from .convolution import causal_conv1d
+from .elementwise import rms_norm, rotate
+from .scan import selective_scan
+
+
+class TokenInputs(NamedTuple):
+    """The arguments of `prepare`.
+
+    Attributes:
+        projected: ``(S, W)``: queries, new keys and values (none if the layer reuses those of another), x and the gate.
+        head_dim: The width of a query or key head.
+        q_norm: The weight of the queries' norm, ``(a,)`` or ``(H, a)``, or None.
+        k_norm: The weight of the keys' norm, ``(a,)`` or ``(G, a)``, or None.
+        eps: The number added to the mean square.
+        tables: The cosines and sines ``(S, 1, a)`` of the new tokens from `rotary_tables`, or None without RoPE.
+        key: The buffer of keys, ``(S, G, C, a)``, or None if the layer reuses those of another.
+        value: The buffer of values, ``(S, G, C, v)``, or None.
+        lengths: ``(S,)`` int64, the number of tokens of each text before the new one.
+        conv_weight: ``(E, K)``.
+        conv_bias: ``(E,)`` or None.
+        tails: The last inputs of the convolution, ``(S, K - 1, E)``.
+    """
+
+    projected: Tensor
+    head_dim: int
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    tables: tuple[Tensor, Tensor] | None
+    key: Tensor | None
+    value: Tensor | None
+    lengths: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    tails: Tensor
+
+    @property
+    def widths(self) -> list[int]:
+        """Return the widths of queries, keys, values, x and gate among the columns of the projection."""
+        inner = self.conv_weight.shape[0]
+        groups = (
+            [0, 0] if self.key is None or self.value is None else [x[0, :, 0].numel() for x in (self.key, self.value)]
+        )
+        return [self.projected.shape[1] - sum(groups) - 2 * inner, *groups, inner, inner]
+
+
+class StateInputs(NamedTuple):
+    """The arguments of `update`.
+
+    Attributes:
+        x: The result of the convolution, ``(S, E)``.
+        parameters: The projection of x to time steps, B and C, ``(S, R + 2 * N)``.
+        gate: ``(S, E)``, which may be columns of a wider matrix.
+        dt_norm: The weight of the time steps' norm, ``(R,)``, or None.
+        B_norm: The weight of B's norm, ``(N,)``, or None.
+        C_norm: The weight of C's norm, ``(N,)``, or None.
+        eps: The number added to the mean square.
+        dt_weight: The projection of the time steps, ``(E, R)``, which is computed in float32 whatever its dtype.
+        dt_bias: ``(E,)`` or None.
+        A_log: The logarithm of -A, ``(E, N)``.
+        D: The weight of the skip connection, ``(E,)``.
+        state: ``(S, E, N)`` in float32 or wider.
+    """
+
+    x: Tensor
+    parameters: Tensor
+    gate: Tensor
+    dt_norm: Tensor | None
+    B_norm: Tensor | None
+    C_norm: Tensor | None
+    eps: float
+    dt_weight: Tensor
+    dt_bias: Tensor | None
+    A_log: Tensor
+    D: Tensor
+    state: Tensor
+
+
+def prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+    """Norm and rotate the heads, write the new keys and values into the cache, convolve and apply silu.
+
+    The key and value of text s go to column ``lengths[s] % C``. The tails move on by one token.
+
+    Returns:
+        The queries ``(S, H, a)`` and x ``(S, E)``.
+    """
+    groups, value_dim = (0, 0) if inputs.value is None else (inputs.value.shape[1], inputs.value.shape[3])
+    sizes = (inputs.widths[0] // inputs.head_dim, inputs.head_dim, groups, value_dim, *inputs.conv_weight.shape)
+    query, x = PREPARE.compute(Task.of(inputs.projected, sizes=sizes), inputs)
+    return query, x
+
+
+def update(inputs: StateInputs) -> Tensor:
+    """Advance the states of the SSM by one token.
+
+    Returns:
+        The gated output ``(S, E)`` in x's dtype.
+    """
+    y: Tensor = UPDATE.compute(Task.of(inputs.x, sizes=(*inputs.dt_weight.shape, inputs.A_log.shape[1])), inputs)
+    return y
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether nothing would change if a weight of the module were used without calling the module.
+
+    Adapters and parametrizations have classes of their own, offloading and sharding have hooks or replace `forward`,
+    and quantized or divided weights are no plain parameters.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        and all(parameter is None or type(parameter) is nn.Parameter for parameter in module._parameters.values())
+    )
+
+
+def _separate_prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+    query, key, value, x, _ = inputs.projected.split(inputs.widths, -1)
+    if inputs.key is not None and inputs.value is not None:
+        texts = torch.arange(len(x), device=x.device)
+        columns = inputs.lengths % inputs.key.shape[2]
+        inputs.key[texts, :, columns] = _heads(key, inputs.k_norm, inputs).to(inputs.key.dtype)
+        inputs.value[texts, :, columns] = value.unflatten(-1, (-1, inputs.value.shape[3])).to(inputs.value.dtype)
+
+    weight = inputs.conv_weight.to(x.dtype)
+    x, tails = causal_conv1d(x, weight, inputs.conv_bias, initial=inputs.tails, cu_seqlens=range(len(x) + 1))
+    inputs.tails.copy_(tails)
+    return _heads(query, inputs.q_norm, inputs), silu(x)
+
+
+def _heads(flat: Tensor, norm: Tensor | None, inputs: TokenInputs) -> Tensor:
+    heads = flat.unflatten(-1, (-1, inputs.head_dim))
+    if norm is not None:
+        heads = rms_norm(heads, norm, inputs.eps)
+    return heads if inputs.tables is None else rotate(heads, inputs.tables)
+
+
+def _separate_update(inputs: StateInputs) -> Tensor:
+    states = inputs.A_log.shape[1]
+    dt, B, C = inputs.parameters.split([inputs.parameters.shape[1] - 2 * states, states, states], -1)
+    norms = inputs.dt_norm, inputs.B_norm, inputs.C_norm
+    dt, B, C = (x if norm is None else rms_norm(x, norm, inputs.eps) for x, norm in zip((dt, B, C), norms, strict=True))
+
+    weight = at_least_float32(inputs.dt_weight)
+    bias = None if inputs.dt_bias is None else inputs.dt_bias.to(weight.dtype)
+    dt = linear(dt.to(weight.dtype), weight, bias)
+    A = -torch.exp(at_least_float32(inputs.A_log))
+    offsets = range(len(dt) + 1)
+    y, final = selective_scan(
+        inputs.x, dt, A, B, C, inputs.D, inputs.gate, initial_state=inputs.state, cu_seqlens=offsets
+    )
+    inputs.state.copy_(final)
+    return y
+
+
+def _small_preparation(task: Task) -> Problem:
+    """Return a problem of three texts, one of which overwrites an old token, in the sizes of the task."""
+    heads, width, groups, value_width, channels, taps = task.sizes or (10, 64, 2, 128, 96, 4)
+    groups, value_width = groups or 1, value_width or 2 * width
+    texts, columns = 3, 5
+    shapes: list[tuple[int, ...]] = [(texts, heads * width + groups * (width + value_width) + 2 * channels)]
+    shapes += [(width,), (width,), (texts, 1, width), (texts, 1, width), (channels, taps), (channels,)]
+    shapes += [(texts, groups, columns, width), (texts, groups, columns, value_width), (texts, taps - 1, channels)]
+    leaves = random_leaves(task, shapes)
+    projected, q_norm, k_norm, cos, sin, weight, bias = leaves[:7]
+    lengths = torch.tensor([0, 3, 8], device=task.device)
+
+    def compute(backend: Backend) -> tuple[Tensor, ...]:
+        key, value, tails = (x.clone() for x in leaves[7:])
+        tables = cos, sin
+        inputs = TokenInputs(projected, width, q_norm, k_norm, 1e-6, tables, key, value, lengths, weight, bias, tails)
+        return *backend.run(inputs), key, value, tails
+
+    return Problem(compute, leaves)
+
+
+def _small_update(task: Task) -> Problem:
+    """Return a problem of three texts with all arguments, in the sizes of the task and the dtypes of a model."""
+    channels, rank, states = task.sizes or (96, 12, 16)
+    texts = 3
+    x, gate, parameters = random_leaves(task, [(texts, channels)] * 2 + [(texts, rank + 2 * states)])
+    dt_norm, B_norm, C_norm, D = random_leaves(task, [(rank,), (states,), (states,), (channels,)])
+    wide = replace(task, dtype=torch.promote_types(task.dtype, torch.float32))
+    shapes = [(channels, rank), (channels,), (channels, states), (texts, channels, states)]
+    weight, bias, rates, state = random_leaves(wide, shapes)
+
+    def compute(backend: Backend) -> tuple[Tensor, ...]:
+        new = state.clone()
+        weights = weight / rank**0.5, bias, rates, D
+        y = backend.run(StateInputs(x, parameters, gate, dt_norm, B_norm, C_norm, 1e-6, *weights, new))
+        return y, new
+
+    return Problem(compute, [x, gate, parameters])
+
+
+PREPARE = Operation(
+    "prepare",
+    [Backend("separate", _separate_prepare)],
+    plain="separate",
+    problem=_small_preparation,
+    trains=False,
+)
+"""The backends of `prepare`, the fastest first. That of separate operations takes the chosen backends of each."""
+UPDATE = Operation(
+    "update",
+    [Backend("separate", _separate_update)],
+    plain="separate",
+    problem=_small_update,
+    trains=False,
+)
+"""The backends of `update`, the fastest first."""
