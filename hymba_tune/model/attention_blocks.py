@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import outside_autocast
 from .backends import memoized
-from .documents import Documents
+from .documents import Documents, to_device
 
 BLOCK = 128
 """The number of queries in a block."""
@@ -154,7 +154,7 @@ def _mask(
         device: The device of the scores.
     """
     key_rows = torch.arange(keys, device=device)
-    texts = torch.bucketize(key_rows, torch.tensor(borders, device=device, dtype=key_rows.dtype), right=True)
+    texts = torch.bucketize(key_rows, to_device(borders, device), right=True)
     query_rows = key_rows[keys - queries :, None]
     hidden = (key_rows > query_rows) | (texts != texts[keys - queries :, None])
     if window is not None:

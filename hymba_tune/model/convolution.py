@@ -21,7 +21,7 @@ from .convolution_causal_conv1d import (
     causal_conv1d_unsupported_reason,
 )
 from .convolution_native import LIBRARY, native_conv1d, native_unsupported_reason
-from .documents import Documents
+from .documents import Documents, to_device
 from .native import DTYPES
 
 
@@ -156,7 +156,7 @@ def _borders(offsets: tuple[int, ...], before: int, device: torch.device) -> _Bo
         last >= starts,
         (last - starts + before).clamp(0, before - 1),
     )
-    return _Borders(*(index.to(device) for index in borders))
+    return _Borders(*(to_device(index, device) for index in borders))
 
 
 def shifted_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from their last state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +20,12 @@ NO_PREFIX = (
     "every text, or use prompt tuning"
 )
 """What to tell users of methods that put keys and values in front of a text."""
+
+
+def to_device(numbers: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return integers, or a tensor of the CPU, on a device without waiting for it, as ``torch.tensor`` would."""
+    on_host = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
+    return on_host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +105,7 @@ class Documents:
         offsets = tuple(start + meta * text for text, start in enumerate(self.starts))
         tokens = torch.arange(meta + total, device=device)
         places = torch.cat([tokens[:meta], tokens[:total] + (self.ids + 1) * meta])
-        own = torch.tensor(offsets[:-1], device=device)[:, None] + tokens[:meta]
+        own = to_device(offsets[:-1], device)[:, None] + tokens[:meta]
         rows = tokens.new_empty(offsets[-1])
         rows[own] = tokens[:meta].expand_as(own)
         rows[places[meta:]] = tokens[meta:]
@@ -140,7 +147,7 @@ def _layout(
     lengths: list[int], num_meta: int, shape: tuple[int, int], token_indices: Tensor | None, device: torch.device
 ) -> Documents:
     """Return the layout of texts of these lengths, in order, after ``num_meta`` meta tokens."""
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    cu_seqlens = to_device([0, *lengths], device).cumsum(0)
     in_text = torch.arange(sum(lengths), device=device) - cu_seqlens[:-1].repeat_interleave(
         cu_seqlens.diff(), output_size=sum(lengths)
     )
@@ -202,8 +209,9 @@ def find_documents(
             raise ValueError(
                 f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, length)} or {(1, length)}"
             )
-        positions = position_ids.expand(batch, length).flatten()
+        positions = position_ids.cpu().expand(batch, length).flatten()
         lengths = _lengths_from_positions(positions if token_indices is None else positions[token_indices], row_lengths)
+    token_indices = None if token_indices is None else to_device(token_indices, device)
     return _layout(lengths, num_meta, shape, token_indices, device)
 
 
@@ -231,10 +239,10 @@ def continue_documents(
         mask = _checked_mask(attention_mask[:, -length:], shape)
         lengths = mask.sum(1).tolist()
         if sum(lengths) < batch * length:
-            token_indices = mask.flatten().nonzero().squeeze(1)
+            token_indices = to_device(mask.flatten().nonzero().squeeze(1), past.device)
 
     # In text i, a new token comes after the meta tokens, the cached tokens of i, and the earlier new tokens of i.
-    cu_seqlens = torch.tensor([0, *lengths], device=past.device).cumsum(0)
+    cu_seqlens = to_device([0, *lengths], past.device).cumsum(0)
     first = num_meta + past - cu_seqlens[:-1]
     total = sum(lengths)
     positions = torch.arange(total, device=past.device) + first.repeat_interleave(cu_seqlens.diff(), output_size=total)
@@ -242,11 +250,12 @@ def continue_documents(
 
 
 def _checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the mask on the CPU, which needs it for the lengths: each look at a mask on a GPU would wait for it."""
     if tuple(mask.shape) != shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; expected {shape}, 1 at tokens and 0 at padding"
         )
-    return mask.bool()
+    return mask.bool().cpu()
 
 
 def _lengths_from_offsets(cu_seqlens: Tensor, tokens: int) -> list[int]:
@@ -260,9 +269,10 @@ def _lengths_from_offsets(cu_seqlens: Tensor, tokens: int) -> list[int]:
 
 
 def _lengths_from_positions(positions: Tensor, row_lengths: list[int]) -> list[int]:
+    """Return the lengths of the texts from ``(T,)`` positions on the CPU."""
     begins = positions == 0
     continues = positions == torch.cat([positions[:1], positions[:-1] + 1])
-    row_starts = torch.tensor([0, *row_lengths], device=positions.device).cumsum(0)
+    row_starts = torch.tensor([0, *row_lengths], device="cpu").cumsum(0)
     continues[row_starts[:-1]] = False
     if not (begins | continues).all():
         wrong = int((~(begins | continues)).nonzero()[0])

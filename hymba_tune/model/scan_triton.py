@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .documents import to_device
 from .scan_inputs import ScanInputs
 
 # With exported code, transformers copies the modules of these imports, but not those of `from . import`.
@@ -248,6 +249,6 @@ def _chunks(offsets: tuple[int, ...], chunk: int, device: torch.device) -> tuple
         firsts.append(len(starts))
         starts.extend(range(begin, end, chunk))
     return (
-        torch.tensor([*starts, offsets[-1]], dtype=torch.int32, device=device),
-        torch.tensor([*firsts, len(starts)], dtype=torch.int32, device=device),
+        to_device([*starts, offsets[-1]], device, torch.int32),
+        to_device([*firsts, len(starts)], device, torch.int32),
     )
