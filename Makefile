@@ -10,7 +10,7 @@ ELSEWHERE := build/elsewhere
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 
-.PHONY: demo test check nano clean
+.PHONY: demo test end-to-end check nano clean
 
 .venv/torch: constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -35,8 +35,11 @@ demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, tal
 	$(BIN)/hymba-tune chat runs/demo --temperature 0 --prompt "How long does the ferry to Little Cross take?"
 	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged --overwrite
 
-test: .venv/developing  ## The whole suite, in two processes.
+test: .venv/developing  ## The suite without whole runs, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+end-to-end: .venv/developing  ## Whole runs: the README line by line, the demo, several processes, benchmarks.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'end_to_end and not slow'
 
 check: .venv/developing  ## Lint, format, types, and the wheel: built, installed elsewhere, its command run.
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from hymba_tune.cli.main import app
 from tests.conftest import ROOT
 from tests.tolerances import FLOAT64
 
+pytestmark = pytest.mark.end_to_end
+
 TIMES = {"ms", "min", "max"}
 COLUMNS = {
     "train_step": {

@@ -15,6 +15,8 @@ import pytest
 from hymba_tune.cli.main import app
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 README_LINES = 130

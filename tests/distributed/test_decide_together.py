@@ -23,6 +23,8 @@ from hymba_tune.train.screen import MetricsRow, Screen
 from tests.distributed.processes import in_processes, train
 from tests.runs import settings
 
+pytestmark = pytest.mark.end_to_end
+
 ROWS = 8
 
 

@@ -30,6 +30,8 @@ from tests.distributed.processes import in_processes, start_in_processes
 from tests.runs import save_questions, tensors
 from tests.train.processes import TIMEOUT_SECONDS
 
+pytestmark = pytest.mark.end_to_end
+
 LOSS, HELD_OUT, WEIGHTS = 2e-6, 1e-6, 2e-7
 """Relative differences that only the order of sums makes; of the weights, that of their norms."""
 ROWS = 9

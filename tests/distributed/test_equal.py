@@ -15,6 +15,8 @@ from tests.distributed.processes import in_processes, train
 from tests.preferences import save_labeled, save_pairs
 from tests.runs import save_questions, tensors
 
+pytestmark = pytest.mark.end_to_end
+
 LOSS, HELD_OUT, WEIGHTS = 2e-6, 1e-6, 2e-7
 """Relative differences that only the order of sums makes; of the weights, that of their norms."""
 REWARD = 1e-5

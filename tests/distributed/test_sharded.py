@@ -25,6 +25,8 @@ from tests.distributed.processes import in_processes, train
 from tests.hub.silent import silent
 from tests.runs import save_questions, tensors
 
+pytestmark = pytest.mark.end_to_end
+
 STRATEGIES = ("fsdp", "zero2", "zero3")
 LOSS, HELD_OUT, WEIGHTS = 2e-6, 1e-6, 2e-7
 """Relative differences that only the order of sums makes; of the weights, that of their norms."""

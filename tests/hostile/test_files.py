@@ -15,6 +15,8 @@ import pytest
 
 from tests.hostile.trying import Attempt, check
 
+pytestmark = pytest.mark.end_to_end
+
 GOOD = b'{"prompt": "One?", "completion": "Two."}\n'
 DEEP = "[" * 100_000 + "]" * 100_000
 TALK: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -15,6 +15,8 @@ import pytest
 from hymba_tune.cli.main import main
 from tests.hostile.trying import Attempt, check
 
+pytestmark = pytest.mark.end_to_end
+
 Damage = Callable[[Path], object]
 
 

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from hymba_tune.config import TrainingConfig
 from tests.hostile.trying import Attempt, check
 
+pytestmark = pytest.mark.end_to_end
+
 NO_NUMBERS = ("nan", "inf", "-1", "abc")
 LONG = "x" * 300
 

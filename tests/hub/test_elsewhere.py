@@ -22,6 +22,8 @@ from tests.hub.silent import silent
 from tests.runs import SMALL, run, save_model, settings
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.end_to_end
+
 PROMPTS = [" Two spaces  and a line\n", "Hello", "naïve ☃ </s> x = [1, 2]"]
 PROGRAM = """
 import json, sys

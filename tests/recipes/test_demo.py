@@ -13,6 +13,8 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.sft import run_sft
 
+pytestmark = pytest.mark.end_to_end
+
 FORMATS = ("float32", "bfloat16")
 DEFAULT = {(0, "float32"), (1, "bfloat16")}
 """Two seeds and both formats, each run a good minute of one core; the other pairs are slow."""
