@@ -192,13 +192,14 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Simulated)]
     target = next((leaf.type for leaf in leaves if isinstance(leaf, torch.device)), NAME if inputs else "cpu")
-    if (inputs or target == NAME) and name not in ONE_KERNEL:  # inference mode leaves composite operators whole
+    on_device = bool(inputs) or target == NAME
+    if on_device and torch.is_inference_mode_enabled() and name not in ONE_KERNEL:  # composite operators come whole
         with _FactoryMode():
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
 
-    if inputs or target == NAME:
+    if on_device:
         others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Simulated)]
         _count(name, args, kwargs, inputs, others)
 

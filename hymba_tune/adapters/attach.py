@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from hymba_tune.adapters.initialization import ADAPTER
+from hymba_tune.adapters.low_rank import use_fewer_operations
 from hymba_tune.adapters.presets import rows_outside
 from hymba_tune.adapters.settings import read_settings
 from hymba_tune.adapters.vocabulary import (
@@ -65,6 +66,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, targets: Sequence[st
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_variant:
             module.lora_variant[ADAPTER].init(module, ADAPTER)
     _save_offline(adapted)
+    use_fewer_operations(adapted)
     restrict_rows(adapted, targets)
     return adapted
 
@@ -130,6 +132,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         raise CheckpointError(f"{folder} does not fit this model: {error}", fix=_load_on_own_base(config)) from error
     _widen_copies(adapted)
     _save_offline(adapted)
+    use_fewer_operations(adapted)
     saved, tensors = _divide(tensors, adapted)
     _check_fit(folder, tensors, saved, adapted)
     _check_embeddings(folder, tensors, saved, adapted, vocabulary)
