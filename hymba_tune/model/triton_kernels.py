@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
+tl: Any = None
 try:
     import triton
-    from triton import language as tl
+
+    tl = triton.language
 except ImportError:
-    triton = tl = None
+    triton = None
 
 INSTALLED = triton is not None
 OPTIONS = {"enable_fp_fusion": True}

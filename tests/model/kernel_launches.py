@@ -11,8 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hymba_tune.model.elementwise_triton import (
+    triton_add_rms_norm,
+    triton_gated_silu,
+    triton_mean_of_norms,
+    triton_norm_rotate,
+    triton_rms_norm,
+    triton_rotate,
+)
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_triton import triton_scan
+from hymba_tune.model.triton_kernels import summed_parts
 
 CHANNELS, STATES, PROJECTED = 3200, 16, 8960
 """The channels of an SSM, the size of a channel's state, and the width of the input projection."""
@@ -45,3 +54,28 @@ def scan() -> None:
     A, state = empty(CHANNELS, STATES, dtype=torch.float32), empty(2, CHANNELS, STATES, dtype=torch.float32)
     inputs = ScanInputs(u, dt.float(), A, B, C, empty(CHANNELS), z, None, state, (0, 240, rows))
     torch.cat([x.float().flatten() for x in triton_scan(inputs)]).sum().backward()
+
+
+@launches("elementwise_kernels")
+def elementwise() -> None:
+    """Launch the norms, gates and rotations of a layer with trained weights."""
+    rows = 256
+    hidden, update, weight = empty(rows, 1600), empty(rows, 1600), empty(1600)
+    projected = empty(rows, PROJECTED)
+    cos, sin = (table.detach() for table in (empty(rows, 1, 64), empty(rows, 1, 64)))
+    a, b, width = empty(rows, CHANNELS), empty(rows, CHANNELS), empty(CHANNELS)
+    outputs = [
+        *triton_add_rms_norm(hidden, update, weight, 1e-6),
+        triton_rms_norm(hidden, weight, 1e-6),
+        triton_mean_of_norms(a, width, b, width, 1e-6),
+        triton_gated_silu(empty(rows, 5504), empty(rows, 5504)),
+    ]
+    for heads in (projected[:, :1600].unflatten(1, (25, 64)), projected[:, 1600:1920].unflatten(1, (5, 64))):
+        outputs += [triton_rotate(heads, (cos, sin)), triton_norm_rotate(heads, empty(64), 1e-6, (cos, sin))]
+    torch.cat([y.flatten() for y in outputs]).sum().backward()
+
+
+@launches("triton_kernels")
+def shared() -> None:
+    """Launch the sum of the gradients of two weights of a layer."""
+    summed_parts(torch.empty(512, 2, CHANNELS), torch.bfloat16)
