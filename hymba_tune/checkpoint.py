@@ -130,7 +130,9 @@ def choose_kernels(
     Raises:
         ConfigError: If a backend does not exist or does not support the task; the message lists those that do.
     """
-    task = Task(device.type, dtype, widths=(config.head_dim, config.value_dim), taps=config.mamba_d_conv)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    widths = config.head_dim, config.value_dim
+    task = Task(device.type, dtype, heads=heads, widths=widths, taps=config.mamba_d_conv)
     try:
         use_kernels(**{name: chosen.get(name, AUTO) for name in (*OPERATIONS, *chosen)})
         return survey(task)

@@ -39,7 +39,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     query = query.to(value.dtype)
     key = key.to(value.dtype)
 
-    task = Task.of(query, key, value, widths=(query.shape[-1], value.shape[-1]))
+    heads = query.shape[1], key.shape[1]
+    task = Task.of(query, key, value, heads=heads, widths=(query.shape[-1], value.shape[-1]))
     output: Tensor = ATTENTION.compute(task, query, key, value, documents, window)
     return output
 
@@ -86,16 +87,22 @@ def cached_attention(
 
 
 def _small_problem(task: Task) -> Problem:
-    """Return a problem of two texts that are longer than the window, after some meta tokens."""
+    """Return a problem of two texts that are longer than the window, after some meta tokens.
+
+    As in a model, values are columns of the input projection's output, while queries and keys are normed.
+    """
     meta, tokens = 10, 150
-    groups, heads = 2, 10
+    heads, groups = task.heads
     width, value_width = task.widths
-    shapes = [(meta + tokens, heads, width), (meta + tokens, groups, width), (meta + tokens, groups, value_width)]
-    leaves = random_leaves(task, shapes)
+    rows = meta + tokens
+    query, key, projected = random_leaves(
+        task, [(rows, heads, width), (rows, groups, width), (rows, (groups + heads) * value_width)]
+    )
+    value = projected[:, : groups * value_width].unflatten(1, (groups, value_width))
 
     offsets = torch.tensor([0, 67, tokens], device=task.device)
     documents = find_documents((1, tokens), offsets.device, num_meta=meta, cu_seqlens=offsets)
-    return Problem(lambda backend: (backend.run(*leaves, documents, 40),), leaves)
+    return Problem(lambda backend: (backend.run(query, key, value, documents, 40),), [query, key, projected])
 
 
 ATTENTION = Operation(

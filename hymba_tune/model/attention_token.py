@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .attention import cached_attention
+from .attention_token_triton import triton_attend
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
+from .triton_kernels import triton_unavailable_reason
 
 
 def attend(
@@ -31,8 +34,54 @@ def attend(
     Returns:
         ``(S, H * v)``.
     """
+    # Under autocast, the float32 weight of a head norm promotes queries and keys to float32.
+    query = query.to(key.dtype)
+    groups, _, value_width = value.shape[1:]
+    task = Task.of(value, heads=(query.shape[1], groups), widths=(query.shape[2], value_width))
+    output: Tensor = ATTEND.compute(task, query, meta, key, value, lengths, window)
+    return output
+
+
+def _masked_attend(
+    query: Tensor, meta: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
     # The age of a column is the number of tokens after the one that it holds.
     ages = (lengths[:, None] - torch.arange(key.shape[2], device=key.device)) % key.shape[2]
     hidden = ages > lengths[:, None]
     hidden = hidden if window is None else hidden | (ages > window)
     return cached_attention(query[:, None], meta, key, value, hidden[:, None]).squeeze(1)
+
+
+def _small_problem(task: Task) -> Problem:
+    """Return a problem of three texts: one token, less than a window, and more than a buffer."""
+    meta, columns, window = 10, 200, 150
+    heads, groups = task.heads
+    width, value_width = task.widths
+    shapes = [(3, heads, width), (meta, groups, width), (meta, groups, value_width)]
+    shapes += [(3, groups, columns, width), (3, groups, columns, value_width)]
+    leaves = random_leaves(task, shapes)
+    query, meta_key, meta_value, key, value = leaves
+    lengths = torch.tensor([0, 70, 450], device=task.device)
+    arguments = query, (meta_key, meta_value), key, value, lengths
+    return Problem(lambda backend: tuple(backend.run(*arguments, limit) for limit in (window, None)), leaves)
+
+
+ATTEND = Operation(
+    "attend",
+    [
+        Backend(
+            "triton",
+            triton_attend,
+            ("cuda",),
+            GPU_DTYPES,
+            gradients=False,
+            needs_self_test=True,
+            unavailable_reason=triton_unavailable_reason,
+        ),
+        Backend("torch", _masked_attend),
+    ],
+    plain="torch",
+    problem=_small_problem,
+    trains=False,
+)
+"""The backends of `attend`, the fastest first."""

@@ -31,6 +31,7 @@ class Task:
         dtype: The dtype of the inputs.
         gradients: Whether a backward may follow.
         has_initial_state: Whether texts continue from a cached state.
+        heads: The numbers of query heads and of key heads, for attention.
         widths: The widths of a query head and of a value head, for attention.
         taps: The width of the convolution.
         sizes: The sizes of the model, for the operations of one new token of each text.
@@ -40,6 +41,7 @@ class Task:
     dtype: torch.dtype
     gradients: bool = True
     has_initial_state: bool = False
+    heads: tuple[int, int] = (25, 5)
     widths: tuple[int, int] = (64, 128)
     taps: int = 4
     sizes: tuple[int, ...] = ()

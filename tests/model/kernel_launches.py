@@ -7,10 +7,13 @@ released widths. The numbers of rows are small: sizes in time are not compiled i
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from hymba_tune.model import attention_token_triton
+from hymba_tune.model.attention_token_triton import triton_attend
 from hymba_tune.model.elementwise_triton import (
     triton_add_rms_norm,
     triton_gated_silu,
@@ -79,3 +82,16 @@ def elementwise() -> None:
 def shared() -> None:
     """Launch the sum of the gradients of two weights of a layer."""
     summed_parts(torch.empty(512, 2, CHANNELS), torch.bfloat16)
+
+
+@launches("attention_token_kernels")
+def attention_of_one_token() -> None:
+    """Launch attention of one token in each width of numbers, of one text in several parts and of many in one."""
+    heads, groups, width, value_width, meta, columns = 25, 5, 64, 128, 128, 8192
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for texts, parts in ((1, 32), (64, 1)):
+            query = empty(texts, heads, width, dtype=dtype)
+            of_meta = empty(meta, groups, width, dtype=dtype), empty(meta, groups, value_width, dtype=dtype)
+            buffers = [empty(texts, groups, columns, size, dtype=dtype) for size in (width, value_width)]
+            with patch.object(attention_token_triton, "_parts", lambda *_, parts=parts: parts):
+                triton_attend(query, of_meta, *buffers, torch.zeros(texts, dtype=torch.int64), 1024)
