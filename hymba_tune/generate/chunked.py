@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,7 +10,9 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hymba_tune.generate.decoding import Decoder, Generation
+from hymba_tune.generate.choosing import Chooser
+from hymba_tune.generate.decoding import Decoder
+from hymba_tune.generate.generation import Generation
 from hymba_tune.generate.prefixes import Prefix, PrefixStore
 from hymba_tune.model.cache import CACHE_NAME, HymbaCache
 
@@ -54,15 +57,24 @@ class ChunkedDecoder(Decoder):
         tokenizer: Its end token ends a sequence.
         chunk: Maximum number of prompt tokens to compute in one step.
         prefix_bytes: Maximum bytes of the prefixes that are kept; 0 keeps none.
+        cuda_graphs: Whether steps are replayed as CUDA graphs; see `GraphBatch`.
+        cache_bytes: The memory for the cache, with CUDA graphs.
 
     Raises:
         CheckpointError: If no cache fits the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chunk: int = 128, prefix_bytes: int = 0
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunk: int = 128,
+        prefix_bytes: int = 0,
+        cuda_graphs: bool = False,
+        cache_bytes: int = sys.maxsize,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, cuda_graphs=cuda_graphs, cache_bytes=cache_bytes)
         self._chunk = chunk
         self._prompts: list[_Prompt] = []
         self._root = self._run_meta_tokens()
@@ -83,11 +95,11 @@ class ChunkedDecoder(Decoder):
         """Compute one chunk of prompts, then generate one token for each sequence whose prompt is complete."""
         if chosen := self._next_prompts():
             self._compute(chosen)
-        finished = [one for one in self._prompts if one.done]
+        finished = [(one.generation, one.prefix) for one in self._prompts if one.done and one.prefix]
         self._prompts = [one for one in self._prompts if not one.done and one.generation.error is None]
-        for one in finished:
-            assert one.prefix is not None
-            self._join([one.generation], one.prefix.cache.text(0), one.prefix.logits[None])
+        if finished:
+            caches = [prefix.cache.text(0) for _, prefix in finished]  # copied: kept prefixes stay as they are
+            self._join([one for one, _ in finished], caches, torch.stack([prefix.logits for _, prefix in finished]))
         if self._rows:
             super().step()
 
@@ -102,22 +114,22 @@ class ChunkedDecoder(Decoder):
     def nbytes(self) -> int:
         """The bytes of the cache of all sequences now, without kept prefixes that they continue."""
         prompts = sum(one.prefix.nbytes for one in self._prompts if one.prefix)
-        return prompts + (0 if self._cache is None else self._cache.nbytes)
+        return prompts + self._batch.nbytes
 
     def nbytes_of(self, generations: Sequence[Generation]) -> int:
         """Return the bytes of the cache of these sequences when they are longest."""
         longest = max((len(one.prompt) + one.max_new_tokens for one in generations), default=0)
-        return self._root.nbytes_of(len(generations), longest)
+        return self._batch.nbytes_of(self._root, len(generations), longest)
 
     def nbytes_of_text(self, length: int) -> int:
         """Return the bytes of the cache of one text of this many tokens."""
-        return self._root.nbytes_of(1, length)
+        return self._batch.nbytes_of(self._root, 1, length)
 
     def reset(self) -> None:
         """Forget all sequences and prefixes, after an error that left no memory."""
-        self._cache = None
+        self._batch.clear()
+        self._chooser = Chooser()
         self._rows, self._prompts = [], []
-        self._generators.clear()
         self.prefixes.clear()
 
     def _next_prompts(self) -> list[_Prompt]:

@@ -6,8 +6,6 @@ import json
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hymba_tune.errors import DataError
@@ -35,19 +33,15 @@ class Constraint:
         """Whether the text is complete and nothing can follow."""
         return bool(self._matcher.is_stopped())
 
-    def masked(self, logits: Tensor) -> Tensor:
-        """The logits ``(V,)`` of the next token; negative infinity for tokens that cannot come next.
+    def allowed(self) -> bytes:
+        """One bit for each token of the tokenizer, the lowest of a byte first: whether the token can come next.
 
         Raises:
             DataError: If the grammar needs more computation than its limits allow.
         """
-        mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        bits = bytes(self._matcher.compute_bitmask())
         self._check()
-        bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        allowed = bits.flatten()[: len(logits)].bool()
-        # A model may have logits for more tokens than its tokenizer has.
-        allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
-        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+        return bits
 
     def accept(self, token: int) -> None:
         """Advance by a token of the text.

@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.errors import CheckpointError
-from hymba_tune.generate.constraints import Constraint
-from hymba_tune.generate.sampling import Sampling, TokenScore, penalized_logits, sampling_probabilities, token_score
+from hymba_tune.generate.batches import GraphBatch, GrowingBatch
+from hymba_tune.generate.choosing import Chooser, ChosenToken, Needs
+from hymba_tune.generate.generation import Generation
 from hymba_tune.model.cache import CACHE_NAME, HymbaCache
-
-
-@dataclass(eq=False)
-class Generation:
-    """A prompt and the tokens generated for it so far.
-
-    Attributes:
-        prompt: The prompt's token ids, at least one.
-        max_new_tokens: Maximum number of new tokens.
-        sampling: How the next token is chosen.
-        stop: Stop strings; generation ends before the first one that appears.
-        stop_ids: Tokens that end the text as the end token does.
-        constraint: What the text must be, such as JSON of a schema; None for any text.
-        continues_prompt: Whether the text continues the prompt's text, including the space between the two. False
-            decodes it as a text of its own.
-        top: How many of the likeliest tokens to record at each position. None records no scores at all.
-        cuts: Where prompts with the same beginning may differ, in tokens: the end of a system prompt, the beginnings
-            of earlier answers. See `ChunkedDecoder`.
-        number: The caller's index for this generation.
-        reused: The number of prompt tokens whose state was reused.
-        ids: The generated token ids, including the end token.
-        scores: The recorded score of each generated token.
-        finish_reason: "stop" after the end token or a stop string, "length" at ``max_new_tokens``, "error" after an
-            error, None until then.
-        error: The error that ended this generation; the others of its batch continue.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    stop_ids: frozenset[int] = frozenset()
-    constraint: Constraint | None = None
-    continues_prompt: bool = False
-    top: int | None = None
-    cuts: tuple[int, ...] = ()
-    number: int = 0
-    reused: int = 0
-    ids: list[int] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "error"] | None = None
-    error: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """End this generation with an error."""
-        self.error = error
-        self.finish_reason = "error"
-
-    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The generated text so far, cut before the first stop string."""
-        text = self.full_text(tokenizer)
-        return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
-
-    def full_text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The generated text so far, including any stop string."""
-        prefix = list(self.prompt[-CONTEXT:]) if self.continues_prompt else []
-        skip = len(tokenizer.decode(prefix, skip_special_tokens=True)) if prefix else 0
-        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.stop_ids else self.ids
-        return str(tokenizer.decode(prefix + ids, skip_special_tokens=True))[skip:]
-
-
-CONTEXT = 8
-"""Number of prompt tokens that are decoded together with a continuation."""
 
 
 class Decoder:
@@ -86,12 +24,21 @@ class Decoder:
     Args:
         model: A model in evaluation mode.
         tokenizer: Its end token ends a sequence.
+        cuda_graphs: Whether steps are replayed as CUDA graphs; see `GraphBatch`.
+        cache_bytes: The memory for the cache, with CUDA graphs.
 
     Raises:
         CheckpointError: If no cache fits the model.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cuda_graphs: bool = False,
+        cache_bytes: int = sys.maxsize,
+    ) -> None:
         if model.config.rope_type == "dynamic_ntk":
             raise CheckpointError(
                 "rope_type dynamic_ntk rotates all keys again as a sequence grows, so sequences cannot be batched.",
@@ -99,10 +46,10 @@ class Decoder:
             )
         self._model = model
         self._tokenizer = tokenizer
-        self._cache: HymbaCache | None = None
-        self._generators: dict[Generation, torch.Generator] = {}
+        self._batch = GraphBatch(model.config, cache_bytes) if cuda_graphs else GrowingBatch()
+        self._chooser = Chooser()
         self._rows: list[Generation] = []
-        """The sequences of the cache, in its order."""
+        """The sequences of the batch, in its order."""
 
     @property
     def active(self) -> list[Generation]:
@@ -125,16 +72,17 @@ class Decoder:
                 self.add([one])
             return
 
-        self._join(generations, output[CACHE_NAME], output.logits[:, -1])
+        self._join(generations, [output[CACHE_NAME]], output.logits[:, -1])
 
-    def _join(self, generations: Sequence[Generation], cache: HymbaCache, logits: Tensor) -> None:
+    def _join(self, generations: Sequence[Generation], caches: Sequence[HymbaCache], logits: Tensor) -> None:
         """Add sequences to the batch, and generate the first token of each from its ``(S, V)`` logits."""
-        if self._cache is None:
-            self._cache = cache
-        else:
-            self._cache.join(cache)
-        self._rows = [*self._rows, *generations]
-        self._append_tokens(generations, logits)
+        first = len(self._rows)
+        rows = [*self._rows, *generations]
+        reserved = self._batch.join(caches, len(rows), max(len(one.prompt) + one.max_new_tokens for one in rows))
+        self._rows = rows
+        self._chooser.join(generations, logits, reserved)
+        needs = self._chooser.prepare(generations, first)
+        self._append_tokens(generations, self._chooser.choose(logits, needs, first), needs)
 
     def _prefill(self, generations: Sequence[Generation]) -> Any:
         """Run the model on the prompts; the output has their cache and their last logits."""
@@ -149,63 +97,48 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Generate one token for each sequence; finished ones leave the batch."""
-        last = torch.tensor([[one.ids[-1]] for one in self._rows], device=self._model.device)
-        output = self._model(last, cache=self._cache, use_cache=True)
-        self._append_tokens(self._rows, output.logits[:, -1])
+        needs = self._chooser.prepare(self._rows)
 
+        def compute(cache: HymbaCache, rows: int) -> Tensor:
+            output = self._model(self._chooser.last(rows), cache=cache, use_cache=True)
+            return self._chooser.choose(output.logits[:, -1], needs)
+
+        self._append_tokens(self._rows, self._batch.run(compute, len(self._rows), needs), needs)
+
+    @torch.inference_mode()
     def drop(self, generation: Generation) -> None:
         """Remove a sequence before it is finished."""
         if generation in self._rows:
             generation.finish_reason = "length"
             self._remove_finished()
 
-    def _append_tokens(self, generations: Sequence[Generation], logits: Tensor) -> None:
-        likeliest = logits.argmax(-1).tolist()
-        finite = logits.amax(-1).isfinite().tolist()
-        for one, row, greedy, is_finite in zip(generations, logits, likeliest, finite, strict=True):
+    def _append_tokens(self, generations: Sequence[Generation], choices: Tensor, needs: Needs) -> None:
+        for one, choice in zip(generations, self._chooser.read(choices, generations, needs), strict=True):
             try:
-                if not is_finite:
-                    raise CheckpointError(
-                        f"The model's logits are NaN or infinite after {len(one.prompt) + len(one.ids):,} tokens.",
-                        expected="finite numbers",
-                        fix="--dtype float32, or another checkpoint",
-                    )
-                self._append(one, row, greedy)
+                if one.error is None:
+                    self._append(one, choice)
             except Exception as error:  # the other texts of the batch continue
                 one.fail(error)
         self._remove_finished()
 
-    def _append(self, one: Generation, logits: Tensor, greedy: int) -> None:
-        """Choose the next token of one sequence from its logits ``(V,)``."""
-        wanted = logits
-        if one.sampling.changes_logits:
-            wanted = penalized_logits(wanted, one.sampling, one.prompt, one.ids)
+    def _append(self, one: Generation, choice: ChosenToken) -> None:
+        """Add the chosen token to a sequence."""
+        if not choice.is_finite:
+            raise CheckpointError(
+                f"The model's logits are NaN or infinite after {len(one.prompt) + len(one.ids):,} tokens.",
+                expected="finite numbers",
+                fix="--dtype float32, or another checkpoint",
+            )
+        one.ids.append(choice.token)
+        if one.top is not None and choice.score is not None:
+            one.scores.append(choice.score)
         if one.constraint:
-            wanted = one.constraint.masked(wanted)
-        if wanted is not logits:
-            greedy = int(wanted.argmax())
-        token = greedy if one.sampling.temperature == 0 else self._sample(one, wanted)
-
-        one.ids.append(token)
-        if one.top is not None:
-            one.scores.append(token_score(logits.log_softmax(-1), token, one.top))
-        if one.constraint:
-            one.constraint.accept(token)
+            one.constraint.accept(choice.token)
 
         if self._is_complete(one):
             one.finish_reason = "stop"
         elif len(one.ids) >= one.max_new_tokens:
             one.finish_reason = "length"
-
-    def _sample(self, generation: Generation, logits: Tensor) -> int:
-        generator = self._generators.get(generation)
-        if generator is None:
-            generator = self._generators[generation] = torch.Generator(logits.device)
-            seed = generation.sampling.seed
-            generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-
-        probabilities, tokens = sampling_probabilities(logits, generation.sampling)
-        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
     def _is_complete(self, generation: Generation) -> bool:
         """Whether a text ends with its last token: an end token, a stop string, or the end of its grammar."""
@@ -220,16 +153,19 @@ class Decoder:
         rows = [row for row, one in enumerate(self._rows) if one.finish_reason is None]
         if len(rows) == len(self._rows):
             return
-        self._rows = [self._rows[row] for row in rows]
-        self._generators = {one: own for one, own in self._generators.items() if one.finish_reason is None}
-        if not rows:
-            self._cache = None
-        elif self._cache is not None:
-            self._cache.batch_select_indices(torch.tensor(rows))
+        order = self._batch.order(rows)
+        self._rows = [self._rows[row] for row in order]
+        self._chooser.keep(order)
+        self._batch.keep(order)
 
 
 def generate_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generations: Iterable[Generation], *, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generations: Iterable[Generation],
+    *,
+    batch_size: int,
+    cuda_graphs: bool = False,
 ) -> Iterator[Generation]:
     """Generate texts in batches of up to ``batch_size``, and yield each one as soon as it is finished.
 
@@ -240,8 +176,9 @@ def generate_texts(
         tokenizer: Its end token ends a text.
         generations: What to generate; read as the batch has room.
         batch_size: Maximum number of sequences in the batch.
+        cuda_graphs: Whether steps are replayed as CUDA graphs.
     """
-    decoder = Decoder(model, tokenizer)
+    decoder = Decoder(model, tokenizer, cuda_graphs=cuda_graphs)
     waiting = iter(generations)
     active: list[Generation] = []
     while True:

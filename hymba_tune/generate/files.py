@@ -19,7 +19,8 @@ from hymba_tune.data.training import Working
 from hymba_tune.errors import DataError
 from hymba_tune.files import check_file, locked, put_in_place, write_errors
 from hymba_tune.files.checkpoints import at_checkpoint
-from hymba_tune.generate.decoding import Generation, generate_texts
+from hymba_tune.generate.decoding import generate_texts
+from hymba_tune.generate.generation import Generation
 from hymba_tune.generate.opening import LoadableModel, find_model
 from hymba_tune.generate.sampling import Sampling
 from hymba_tune.inputs import check_inputs

@@ -53,68 +53,74 @@ class TokenScore:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def penalized_logits(logits: Tensor, sampling: Sampling, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """The logits of one position after penalties and biases.
-
-    Args:
-        logits: ``(V,)``, any float dtype; it is not changed.
-        sampling: The penalties and biases.
-        prompt: The prompt's token ids.
-        ids: The token ids generated so far.
+def sampling_rows(samplings: Sequence[Sampling]) -> Tensor:
+    """How the next tokens of several texts are chosen, as a tensor on the CPU.
 
     Returns:
-        ``(V,)``, in float32 at least.
+        ``(S, 7)`` float64: temperature, top_p, top_k, min_p, and the repetition, presence and frequency penalties.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor([*prompt, *ids], device=logits.device).unique()
-        values, penalty = logits[seen], sampling.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-
-    if ids:
-        tokens, counts = torch.tensor(ids, device=logits.device).unique(return_counts=True)
-        logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-
-    if sampling.logit_bias:
-        logits[list(sampling.logit_bias)] += logits.new_tensor(list(sampling.logit_bias.values()))
-    return logits
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return torch.tensor([[getattr(one, name) for name in names] for one in samplings], dtype=torch.float64)
 
 
-def relative_logits(logits: Tensor, temperature: float) -> Tensor:
+def penalized_logits(logits: Tensor, rows: Tensor, in_prompt: Tensor, counts: Tensor, bias: Tensor) -> Tensor:
+    """The logits of the next tokens after penalties and biases.
+
+    Args:
+        logits: ``(S, V)``, any float dtype; it is not changed.
+        rows: ``(S, 7)``, of `sampling_rows`, in the dtype of the result.
+        in_prompt: ``(S, V)`` bool, the tokens of each prompt.
+        counts: ``(S, V)``, how often each text has each token.
+        bias: ``(S, V)``, what is added to the logits.
+
+    Returns:
+        ``(S, V)``, in float32 at least.
+    """
+    repetition, presence, frequency = rows[:, 4:].unsqueeze(-1).unbind(1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    in_text = counts > 0
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(in_prompt | in_text, repeated, logits)
+    return logits - torch.where(in_text, presence + frequency * counts, 0.0) + bias
+
+
+def relative_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Log-probabilities at a temperature, up to a constant: 0 for the likeliest token, negative for others.
 
     Unlike logits divided by a small temperature, they never overflow to infinity at the likeliest token.
 
     Args:
         logits: ``(..., V)``, any float dtype; computed in float32 at least.
-        temperature: Sampling temperature, greater than 0.
+        temperature: Sampling temperature, one for all or ``(..., 1)``.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A smaller temperature would be 0 in this dtype.
-    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+    least = torch.finfo(logits.dtype).tiny  # a smaller temperature would be 0 in this dtype
+    temperature = temperature.clamp(min=least) if isinstance(temperature, Tensor) else max(temperature, least)
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
-def sampling_probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens to sample from at one position.
+def sampling_probabilities(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens to sample from.
 
     Args:
-        logits: ``(V,)``, any float dtype.
-        sampling: The temperature, greater than 0, ``top_k``, ``min_p`` and ``top_p``, which apply in this order.
+        logits: ``(S, V)``, any float dtype.
+        rows: ``(S, 7)``, of `sampling_rows`, in the dtype of the result. First ``top_k`` applies, then ``min_p``, then
+            ``top_p``.
 
     Returns:
-        The probabilities ``(V,)`` of all tokens, likeliest first and 0 for those that are left out, and the tokens
-        ``(V,)``. The probabilities are not normalized again.
+        The probabilities ``(S, V)`` of all tokens, likeliest first and 0 for those that are left out, and the tokens
+        ``(S, V)``. The probabilities are not normalized again.
     """
-    probabilities, tokens = relative_logits(logits, sampling.temperature).softmax(-1).sort(descending=True)
-    outside = probabilities < sampling.min_p * probabilities[0]
-    if sampling.top_k:
-        outside[sampling.top_k :] = True
+    temperature, top_p, top_k, min_p = rows[:, :4].unsqueeze(-1).unbind(1)
+    probabilities, tokens = relative_logits(logits, temperature).softmax(-1).sort(descending=True)
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    outside = (probabilities < min_p * probabilities[:, :1]) | ((places >= top_k) & (top_k > 0))
 
-    if sampling.top_k or sampling.min_p:
-        probabilities = probabilities.masked_fill(outside, 0.0)
-        probabilities = probabilities / probabilities.sum()
-    outside |= probabilities.cumsum(-1) - probabilities >= sampling.top_p
-    outside[0] = False  # the likeliest token stays in, also where top_p is 0 in this dtype
+    kept = probabilities.masked_fill(outside, 0.0)
+    restricted = (top_k > 0) | (min_p > 0)
+    probabilities = torch.where(restricted, kept / kept.sum(-1, keepdim=True), probabilities)
+    outside |= probabilities.cumsum(-1) - probabilities >= top_p
+    outside[:, 0].fill_(False)  # the likeliest token stays in, also where top_p is 0 in this dtype
     return probabilities.masked_fill(outside, 0.0), tokens
 
 

@@ -71,7 +71,9 @@ class HymbaCache(Cache):
         self.states: dict[int, Tensor] = {}
 
         self._columns = 0
-        # An upper bound of the longest text, counted on the CPU: reading `lengths` would wait for the device.
+        # Upper bounds of the texts' lengths, and of the longest one, counted on the CPU: reading `lengths` would wait
+        # for the device.
+        self._sizes: list[int] = []
         self._longest = 0
 
         # A windowed layer must store all of its keys if a global layer reuses them.
@@ -82,9 +84,10 @@ class HymbaCache(Cache):
 
         # These hold for one pass only. Layers with buffers of one size share the slots, and layers of one window the
         # mask, so that a step of generation computes each of them once.
-        self._visible: dict[int, VisibleKeys] = {}
-        self._slots: dict[int, _Slots] = {}
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._visible: dict[int, VisibleKeys]
+        self._slots: dict[int, _Slots]
+        self._masks: dict[tuple[int, int | None], Tensor]
+        self._forget_pass()
 
     def store_meta(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the keys ``(M, G, a)`` and values ``(M, G, v)`` of the meta tokens."""
@@ -97,11 +100,7 @@ class HymbaCache(Cache):
         new = max(documents.lengths)
         longest = self._longest + new
 
-        # The first pass allocates only its own columns. A full buffer then grows by several, so that few steps copy it.
-        limit = self._limits.get(layer, longest + GROWTH)
-        columns = min(limit, longest)
-        if buffer is not None:
-            columns = buffer.shape[2] if longest <= buffer.shape[2] else min(limit, longest + GROWTH)
+        columns = self._columns_for(layer, longest)
 
         # A single new token overwrites a token that it does not see. Several new tokens would overwrite tokens that the
         # first of them still sees, so these are read before they are overwritten.
@@ -120,14 +119,32 @@ class HymbaCache(Cache):
 
         The new token of text s belongs into column ``lengths[s] % C``.
         """
-        longest = self._longest + 1
+        columns = self._columns_for(layer, self._longest + 1)
         for buffers in (self.keys, self.values):
-            buffer = buffers[layer]
-            columns = min(self._limits.get(layer, longest + GROWTH), longest + GROWTH)
-            if longest > buffer.shape[2] and columns > buffer.shape[2]:
+            if (missing := columns - buffers[layer].shape[2]) > 0:
                 # A buffer that is still to grow has not wrapped around, so its tokens keep their columns.
-                buffers[layer] = torch.nn.functional.pad(buffer, (0, 0, 0, columns - buffer.shape[2]))
+                buffers[layer] = torch.nn.functional.pad(buffers[layer], (0, 0, 0, missing))
         return self.keys[layer], self.values[layer]
+
+    def _forget_pass(self) -> None:
+        """Forget what holds for one pass only."""
+        self._visible, self._slots, self._masks = {}, {}, {}
+
+    def _columns_for(self, layer: int, longest: int) -> int:
+        """Return the columns that the buffers of a layer need for a text of a length.
+
+        The first pass allocates only its own columns. A full buffer then grows by several, so that few steps copy it.
+        """
+        buffer = self.keys.get(layer)
+        limit = self._limits.get(layer, longest + GROWTH)
+        if buffer is None:
+            return min(limit, longest)
+        return buffer.shape[2] if longest <= buffer.shape[2] else min(limit, longest + GROWTH)
+
+    def store_ssm(self, layer: int, tails: Tensor, states: Tensor) -> None:
+        """Store the last inputs of the convolution and the SSM states after the new tokens."""
+        self.tails[layer] = tails
+        self.states[layer] = states
 
     def seen(self, layer: int) -> VisibleKeys:
         """Return the keys and values of a layer for the new tokens, after they were stored in this pass."""
@@ -160,10 +177,11 @@ class HymbaCache(Cache):
         """Count the new tokens, after every layer has stored its part of them."""
         new = documents.cu_seqlens.diff()
         self.lengths = new if documents.past is None else documents.past + new
+        sizes = self._sizes or [0] * len(documents.lengths)
+        self._sizes = [size + length for size, length in zip(sizes, documents.lengths, strict=True)]
         self._columns += documents.shape[1]
         self._longest += max(documents.lengths)
-        for shared in (self._visible, self._slots, self._masks):
-            shared.clear()
+        self._forget_pass()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (all layers have the same length)
         """Return the number of input columns so far, including padding, as `generate` counts them."""
@@ -171,13 +189,17 @@ class HymbaCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the text of row i by the text that was in row ``beam_idx[i]``."""
+        self._sizes = [max(self._sizes, default=0)] * len(beam_idx)
         self._map_texts(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
+        """Keep these rows only; indices on the CPU do not wait for the device."""
+        rows = indices.tolist()
+        sizes = self._sizes
         self.reorder_cache(indices)
         if self.lengths is not None:
-            self._longest = int(self.lengths.max())
+            sizes = [sizes[row] for row in rows]
+            self._sizes, self._longest = sizes, max(sizes)
             # Windowed buffers are not cut, since their tokens may have wrapped around.
             for buffers in (self.keys, self.values):
                 unbounded = [layer for layer in buffers if layer not in self._limits]
@@ -187,9 +209,10 @@ class HymbaCache(Cache):
         """Return a copy of the cache of one text, with buffers no longer than it needs."""
         assert self.lengths is not None
         one = copy(self)
-        one._visible, one._slots, one._masks = {}, {}, {}
+        one._forget_pass()
         one.lengths = self.lengths[row : row + 1].clone()
-        one._columns = one._longest = int(one.lengths)
+        one._sizes = [self._sizes[row]]
+        one._columns = one._longest = self._sizes[row]
         # A buffer longer than its text has not wrapped around. One column is left where there is no token yet.
         columns = max(one._longest, 1)
         for name in ("keys", "values"):
@@ -240,17 +263,20 @@ class HymbaCache(Cache):
                 own[layer] = torch.cat([own[layer], added[layer]])
 
         self.lengths = torch.cat([self.lengths, other.lengths])
+        self._sizes = self._sizes + other._sizes
         self._columns = max(self._columns, other._columns)
         self._longest = max(self._longest, other._longest)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every text ``repeats`` times, with its copies in consecutive rows."""
+        self._sizes = [size for size in self._sizes for _ in range(repeats)]
         self._map_texts(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
         """Remove all texts."""
         self.lengths = None
         self._columns = 0
+        self._sizes = []
         self._longest = 0
         self.meta.clear()
         for tensors in self._by_text:

@@ -56,6 +56,8 @@ class Documents:
     def ids(self) -> Tensor:
         """Return ``(T,)``: the index of the text that each token belongs to."""
         texts = torch.arange(len(self.lengths), device=self.cu_seqlens.device)
+        if self.has_one_token_each:
+            return texts
         return texts.repeat_interleave(self.cu_seqlens.diff(), output_size=self.starts[-1])
 
     @cached_property
@@ -232,6 +234,11 @@ def continue_documents(
     batch, length = shape
     if past.shape[0] != batch:
         raise ValueError(f"the cache holds {past.shape[0]} texts; expected {batch}, one for each row of the inputs")
+
+    if length == 1 and attention_mask is None:
+        # A step of generation, which is computed on the device alone: a CUDA graph replays it without the CPU.
+        offsets = torch.arange(batch + 1, device=past.device)
+        return Documents(shape, None, offsets, (1,) * batch, 0, num_meta + past, past)
 
     token_indices = None
     lengths = [length] * batch

@@ -336,8 +336,7 @@ class HymbaMixer(nn.Module):
         y: Tensor
         y, states = self.D(x, self.dt_proj[0](dt), self.A_log(), B, C, gate, documents, states)
         if cache is not None:
-            cache.tails[self.layer] = tails
-            cache.states[self.layer] = states
+            cache.store_ssm(self.layer, tails, states)
         return y
 
 

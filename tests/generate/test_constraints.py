@@ -11,7 +11,8 @@ import torch
 
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.errors import DataError
-from hymba_tune.generate import Generation, Grammars, Sampling, generate_texts
+from hymba_tune.generate import Decoder, Generation, Grammars, Sampling, generate_texts
+from hymba_tune.generate.choosing import Chooser
 from hymba_tune.generate.constraints import json_rule
 from hymba_tune.registry import resolve_model
 
@@ -61,10 +62,31 @@ def test_white_space_is_limited(grammars: Grammars) -> None:
 
 
 def test_a_model_wider_than_its_tokenizer_writes_its_tokens_only(grammars: Grammars, tokenizer: Any) -> None:
-    masked = grammars.lark(json_grammar(SCHEMA)).masked(torch.zeros(len(tokenizer) + 77))
-    assert masked.shape == (len(tokenizer) + 77,)
-    assert tokenizer.decode([int(masked.argmax())]).startswith("{")
-    assert masked[len(tokenizer) :].max() == float("-inf")
+    vocabulary = len(tokenizer) + 77
+    constrained, free = Generation([5], 1, constraint=grammars.lark(json_grammar(SCHEMA))), Generation([5], 1)
+    logits = torch.zeros(2, vocabulary)
+    logits[:, -1] = 1.0
+    chooser = Chooser()
+    chooser.join([constrained, free], logits, 2)
+    needs = chooser.prepare([constrained, free])
+    choices = chooser.read(chooser.choose(logits, needs), [constrained, free], needs)
+    assert tokenizer.decode([choices[0].token]).startswith("{")
+    assert choices[1].token == vocabulary - 1
+
+
+def test_a_constraint_that_fails_ends_its_text_only(small_model: Path, tokenizer: Any) -> None:
+    class Failing:
+        def allowed(self) -> bytes:
+            raise DataError("too much to compute")
+
+    model = load_weights(resolve_model(str(small_model)), dtype=torch.float32, device=torch.device("cpu")).eval()
+    failing: Any = Failing()
+    generations = [Generation([5, 6], 3, constraint=failing), Generation([5, 6], 3), Generation([5, 6], 3)]
+    Decoder(model, tokenizer).add(generations[:2])
+    list(generate_texts(model, tokenizer, generations[2:], batch_size=1))
+    assert str(generations[0].error) == "too much to compute"
+    assert generations[0].ids == []
+    assert generations[1].ids == generations[2].ids[:1]
 
 
 @pytest.mark.parametrize(

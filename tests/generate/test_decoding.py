@@ -10,20 +10,9 @@ from torch import Tensor
 
 from hymba_tune.errors import CheckpointError
 from hymba_tune.generate import Decoder, Generation, Sampling, generate_texts, write
-from hymba_tune.generate.sampling import sampling_probabilities
-from tests.tiny import random_texts, tiny_model
-
-PROMPTS = [text.tolist() for text in random_texts([9, 1, 30, 4, 12])]
-END = 1
-
-
-class Letters:
-    """A tokenizer whose tokens are letters; decoding adds no space before a text."""
-
-    eos_token_id = END
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return "".join(chr(ord("A") + i) for i in ids if i != END or not skip_special_tokens)
+from hymba_tune.generate.sampling import sampling_probabilities, sampling_rows
+from tests.generate.letters import END, PROMPTS, Letters
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +47,12 @@ def test_the_cache_shrinks_when_the_longest_sequence_is_finished(model: Any) -> 
     decoder.add([short, long])
     while long.finish_reason is None:
         decoder.step()
-    columns = max(key.shape[2] for key in decoder._cache.keys.values())  # type: ignore[union-attr]
+    columns = max(key.shape[2] for key in decoder._batch.cache.keys.values())  # type: ignore[union-attr]
     assert columns < len(PROMPTS[2])
     while decoder.active:
         decoder.step()
     assert short.ids == greedy(model, PROMPTS[1], 40)
-    assert decoder._cache is None
+    assert decoder._batch.cache is None
 
 
 def test_a_sequence_can_be_dropped(model: Any) -> None:
@@ -124,7 +113,8 @@ def test_any_temperature_and_top_p_give_probabilities(
     logits = torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     logits = (logits * scale).clamp(-6e4, 6e4).to(dtype)
     sampling = Sampling(10.0**exponent or 5e-324, top_p)
-    probabilities, tokens = sampling_probabilities(logits, sampling)
+    rows = sampling_rows([sampling]).to(torch.promote_types(dtype, torch.float32))
+    probabilities, tokens = (x[0] for x in sampling_probabilities(logits[None], rows))
     assert probabilities.isfinite().all()
     assert (probabilities >= 0).all()
     assert probabilities[0] > 0

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers.generation import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from hymba_tune.generate import Generation, Sampling, generate_texts
-from hymba_tune.generate.sampling import penalized_logits, sampling_probabilities
+from hymba_tune.generate.sampling import penalized_logits, sampling_probabilities, sampling_rows
 from tests.tiny import random_texts, tiny_model
 
 LOGITS = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
@@ -27,15 +28,24 @@ class NoText:
         return ""
 
 
+def penalized(sampling: Sampling) -> Tensor:
+    """Return the changed logits of one text."""
+    vocabulary = len(LOGITS)
+    in_prompt = torch.isin(torch.arange(vocabulary), torch.tensor(PROMPT))
+    counts = torch.tensor(IDS).bincount(minlength=vocabulary)
+    bias = torch.tensor([sampling.logit_bias.get(token, 0.0) for token in range(vocabulary)])
+    return penalized_logits(LOGITS[None], sampling_rows([sampling]), in_prompt[None], counts[None], bias[None])[0]
+
+
 def test_penalties_follow_their_definitions() -> None:
     sampling = Sampling(repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={7: -9.0})
-    changed = penalized_logits(LOGITS, sampling, PROMPT, IDS)
+    changed = penalized(sampling)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[*PROMPT, *IDS]]), LOGITS[None].clone())[0]
     for token in range(len(LOGITS)):
         count = IDS.count(token)
         expected[token] -= 0.5 * (count > 0) + 0.25 * count + 9.0 * (token == 7)
     torch.testing.assert_close(changed, expected)
-    assert LOGITS.equal(penalized_logits(LOGITS, Sampling(), PROMPT, IDS))
+    assert LOGITS.equal(penalized(Sampling()))
 
 
 @given(top_k=st.integers(0, 25), min_p=st.floats(0, 1), temperature=st.floats(0.1, 5))
@@ -44,7 +54,8 @@ def test_top_k_and_min_p_leave_out_what_transformers_leaves_out(top_k: int, min_
     scores = (LOGITS / temperature)[None]
     scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
     scores = MinPLogitsWarper(min_p)(None, scores)
-    probabilities, tokens = sampling_probabilities(LOGITS, Sampling(temperature, top_k=top_k, min_p=min_p))
+    rows = sampling_rows([Sampling(temperature, top_k=top_k, min_p=min_p)])
+    probabilities, tokens = (x[0] for x in sampling_probabilities(LOGITS[None], rows))
     kept = probabilities > 0
     torch.testing.assert_close(probabilities[kept], scores.softmax(-1)[0][tokens[kept]])
     assert probabilities.sum() == pytest.approx(1)
