@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.autocast import outside_autocast
+from hymba_tune.model.one_token import is_plain
 
 
 class LowRankLinear(Linear):  # type: ignore[misc]
@@ -33,14 +34,18 @@ class LowRankLinear(Linear):  # type: ignore[misc]
         return updated
 
     def _is_plain(self) -> bool:
-        """Return whether one LoRA adapter is in use whose factors are in memory without a call of their modules."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+        """Return whether one LoRA adapter is trained whose factors are in memory without a call of their modules.
+
+        Without gradients PEFT computes, so that an adapter gives the same logits, bit for bit, wherever PEFT loads it.
+        """
+        if not torch.is_grad_enabled() or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         name = self.active_adapters[0]
         return (
             name in self.lora_A
             and name not in self.lora_variant
-            and all(_is_plain(factor[name]) for factor in (self.lora_A, self.lora_B))
+            and not self.lora_bias[name]
+            and all(is_plain(factor[name], nn.Linear) for factor in (self.lora_A, self.lora_B))
         )
 
 
@@ -49,12 +54,6 @@ def use_fewer_operations(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = LowRankLinear
-
-
-def _is_plain(factor: nn.Module) -> bool:
-    """Return whether a factor is a matrix only, which no hook moves into memory."""
-    hooks = factor._forward_pre_hooks or factor._forward_hooks
-    return type(factor) is nn.Linear and factor.bias is None and not hooks and not hasattr(factor, "_hf_hook")
 
 
 class _LowRankUpdate(torch.autograd.Function):

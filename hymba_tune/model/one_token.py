@@ -23,6 +23,9 @@ from .convolution import causal_conv1d
 from .elementwise import rms_norm, rotate
 from .scan import selective_scan
 
+PLAIN: set[type] = {nn.Parameter}
+"""The types of weights that are what they seem, not divided among processes, quantized or empty."""
+
 
 class TokenInputs(NamedTuple):
     """The arguments of `prepare`.
@@ -132,7 +135,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and "forward" not in vars(module)
-        and all(parameter is None or type(parameter) is nn.Parameter for parameter in module._parameters.values())
+        and all(parameter is None or type(parameter) in PLAIN for parameter in module._parameters.values())
     )
 
 
