@@ -57,7 +57,7 @@ def _small_problem(task: Task) -> Problem:
     meta, columns, window = 10, 200, 150
     heads, groups = task.heads
     width, value_width = task.widths
-    shapes = [(3, heads, width), (meta, groups, width), (meta, groups, value_width)]
+    shapes: list[tuple[int, ...]] = [(3, heads, width), (meta, groups, width), (meta, groups, value_width)]
     shapes += [(3, groups, columns, width), (3, groups, columns, value_width)]
     leaves = random_leaves(task, shapes)
     query, meta_key, meta_value, key, value = leaves
