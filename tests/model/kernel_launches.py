@@ -22,6 +22,8 @@ from hymba_tune.model.elementwise_triton import (
     triton_rms_norm,
     triton_rotate,
 )
+from hymba_tune.model.one_token_inputs import StateInputs, TokenInputs
+from hymba_tune.model.one_token_triton import triton_prepare, triton_update
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_triton import triton_scan
 from hymba_tune.model.triton_kernels import summed_parts
@@ -95,3 +97,23 @@ def attention_of_one_token() -> None:
             buffers = [empty(texts, groups, columns, size, dtype=dtype) for size in (width, value_width)]
             with patch.object(attention_token_triton, "_parts", lambda *_, parts=parts: parts):
                 triton_attend(query, of_meta, *buffers, torch.zeros(texts, dtype=torch.int64), 1024)
+
+
+@launches("one_token_kernels")
+def one_token() -> None:
+    """Launch the operations of a decoded token as a layer does that computes keys, and as one that reuses others."""
+    texts, heads, groups, width, value_width, rank, columns = 2, 25, 5, 64, 128, 100, 1056
+    wide = heads * width + 2 * CHANNELS
+    tables = empty(texts, 1, width), empty(texts, 1, width)
+    key, value = (empty(texts, groups, columns, size) for size in (width, value_width))
+    weights = empty(CHANNELS, 4), empty(CHANNELS), empty(texts, 3, CHANNELS)
+    lengths = torch.zeros(texts, dtype=torch.int64)
+    for projected, buffers in ((empty(texts, PROJECTED), (key, value)), (empty(texts, wide), (None, None))):
+        inputs = (projected, width, None, None, 1e-6, tables, *buffers, lengths, *weights)
+        triton_prepare(TokenInputs(*inputs))
+
+    x, gate = empty(texts, CHANNELS), empty(texts, PROJECTED)[:, -CHANNELS:]
+    norms = empty(rank), empty(STATES), empty(STATES)
+    weights = empty(CHANNELS, rank), empty(CHANNELS), empty(CHANNELS, STATES), empty(CHANNELS)
+    state = empty(texts, CHANNELS, STATES, dtype=torch.float32)
+    triton_update(StateInputs(x, empty(texts, rank + 2 * STATES), gate, *norms, 1e-6, *weights, state))

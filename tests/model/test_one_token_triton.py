@@ -1,0 +1,159 @@
+"""The Triton kernels of one new token of each text against their twins, interpreted without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba_tune.model import one_token_triton
+from hymba_tune.model.backends import Task
+from hymba_tune.model.one_token import PREPARE, UPDATE, _separate_prepare, _separate_update
+from hymba_tune.model.one_token_inputs import StateInputs, TokenInputs
+from hymba_tune.model.one_token_triton import triton_prepare, triton_update
+from hymba_tune.model.triton_kernels import triton_unavailable_reason
+from tests.model.triton_launches import launches
+from tests.tolerances import BFLOAT16, FLOAT32, Tolerance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXTS, HEADS, GROUPS, WIDTH, VALUE_WIDTH, CHANNELS, COLUMNS = 3, 4, 2, 6, 10, 12, 5
+RANK, STATES = 5, 3
+LENGTHS = [0, 3, 8]
+"""A text without a token yet, one with free columns, and one whose new token overwrites an old one."""
+CLOSE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use blocks so small that a few heads and channels need several; skip if Triton is not installed."""
+    if reason := triton_unavailable_reason():
+        pytest.skip(reason)
+    for name, size in {"BLOCK": 8, "CHANNELS": 8, "PROGRAMS": 2}.items():
+        monkeypatch.setattr(one_token_triton, name, size)
+
+
+def token_inputs(
+    dtype: torch.dtype,
+    *,
+    without: tuple[str, ...] = (),
+    per_head: bool = False,
+    taps: int = 4,
+    weights: torch.dtype | None = None,
+) -> TokenInputs:
+    """Return inputs of `prepare`, with strided rows, buffers and tails."""
+    groups = 0 if "key" in without else GROUPS
+    columns = HEADS * WIDTH + groups * (WIDTH + VALUE_WIDTH) + 2 * CHANNELS
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    narrow = weights or dtype
+    tensors: dict[str, Any] = {
+        "projected": random(TEXTS, columns + 3)[:, :columns],
+        "q_norm": random(*[HEADS] * per_head, WIDTH, dtype=narrow),
+        "k_norm": random(*[GROUPS] * per_head, WIDTH, dtype=narrow),
+        "tables": (random(TEXTS, 1, WIDTH), random(TEXTS, 1, WIDTH)),
+        "key": random(TEXTS, GROUPS, COLUMNS + 2, WIDTH)[:, :, :COLUMNS],
+        "value": random(TEXTS, GROUPS, COLUMNS + 1, VALUE_WIDTH)[:, :, :COLUMNS],
+        "conv_weight": random(CHANNELS, taps, dtype=narrow),
+        "conv_bias": random(CHANNELS, dtype=narrow),
+        "tails": random(TEXTS, taps, CHANNELS)[:, 1:],
+    }
+    tensors |= dict.fromkeys(without)
+    lengths = torch.tensor(LENGTHS, device=DEVICE)
+    return TokenInputs(**tensors, head_dim=WIDTH, eps=1e-3, lengths=lengths)
+
+
+def state_inputs(dtype: torch.dtype, *, texts: int = TEXTS, without: tuple[str, ...] = ()) -> StateInputs:
+    """Return inputs of `update`, with a gate of strided rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    tensors: dict[str, Any] = {
+        "dt_norm": random(RANK),
+        "B_norm": random(STATES),
+        "C_norm": random(STATES),
+        "dt_weight": random(CHANNELS, RANK),
+        "dt_bias": random(CHANNELS),
+        "A_log": random(CHANNELS, STATES),
+        "D": random(CHANNELS),
+        "state": random(8, CHANNELS, STATES, dtype=torch.float32)[:texts],
+        "x": random(8, CHANNELS)[:texts],
+        "parameters": random(8, RANK + 2 * STATES)[:texts],
+        "gate": random(8, 2 * CHANNELS)[:texts, CHANNELS:],
+    }
+    return StateInputs(**tensors | dict.fromkeys(without), eps=1e-3)
+
+
+def own(inputs: Any) -> Any:
+    """Return inputs with tensors of their own that are written, of the same strides."""
+    written = {"key", "value", "tails", "state"} & set(inputs._fields)
+    copies = {name: getattr(inputs, name) for name in written}
+    return inputs._replace(**{name: x if x is None else _copy(x) for name, x in copies.items()})
+
+
+def _copy(x: Tensor) -> Tensor:
+    whole = x.new_zeros(x.untyped_storage().nbytes() // x.itemsize)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
+def check(triton: Any, twin: Any, inputs: Any, close: Tolerance) -> None:
+    results = []
+    for function in (triton, twin):
+        copy = own(inputs)
+        outputs = function(copy)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        written = [x for name, x in copy._asdict().items() if name in {"key", "value", "tails", "state"}]
+        results.append([*outputs, *(x for x in written if x is not None)])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        close.check(actual, expected)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("without", "options"),
+    [
+        ((), {}),
+        (("key", "value"), {"per_head": True}),
+        (("q_norm", "k_norm"), {}),
+        (("tables",), {"per_head": True}),
+        (("q_norm", "k_norm", "tables", "conv_bias"), {"taps": 1}),
+        ((), {"taps": 2, "weights": torch.float32}),
+    ],
+    ids=["everything", "keys of another layer", "no norms", "no rope", "bare", "float32 weights"],
+)
+def test_prepare_equals_its_twin(dtype: torch.dtype, without: tuple[str, ...], options: dict[str, Any]) -> None:
+    check(triton_prepare, _separate_prepare, token_inputs(dtype, without=without, **options), CLOSE[dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("without", [(), ("dt_norm", "B_norm", "C_norm"), ("dt_bias",)], ids=" ".join)
+def test_update_equals_its_twin(dtype: torch.dtype, without: tuple[str, ...]) -> None:
+    check(triton_update, _separate_update, state_inputs(dtype, without=without), CLOSE[dtype])
+
+
+def test_a_text_gives_the_same_alone_and_among_others() -> None:
+    alone, among = own(state_inputs(torch.float32, texts=1)), own(state_inputs(torch.float32, texts=8))
+    assert triton_update(alone).equal(triton_update(among)[:1])
+    assert alone.state.equal(among.state[:1])
+
+
+def test_each_operation_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = launches(monkeypatch)
+    triton_prepare(own(token_inputs(torch.bfloat16)))
+    triton_update(own(state_inputs(torch.bfloat16)))
+    assert started == ["prepare_token", "update_state"]
+
+
+@pytest.mark.parametrize("operation", [PREPARE, UPDATE], ids=lambda operation: operation.name)
+def test_the_self_test_takes_the_sizes_of_the_model(operation: Any) -> None:
+    sizes = (2, 4, 1, 6, 8, 4) if operation is PREPARE else (8, 3, 2)
+    task = Task(DEVICE, torch.float32, gradients=False, sizes=sizes)
+    assert operation._self_test(operation.backends["triton"], task) is None
