@@ -24,7 +24,8 @@ from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
 from .elementwise import add_rms_norm, gated_silu, mean_of_norms, norm_rotate, rms_norm, rotate
-from .one_token import StateInputs, TokenInputs, is_plain, prepare, update
+from .one_token import is_plain, prepare, update
+from .one_token_inputs import StateInputs, TokenInputs
 from .scan import packed_scan
 
 
