@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context in which operations on this type of device compute in the dtypes of their inputs."""
-    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -38,7 +38,7 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 def to_autocast_dtype(tensor: Tensor) -> Tensor:
     """Return the tensor in the dtype of a matrix product: the autocast dtype where autocast is on, else its own."""
     device = tensor.device.type
-    if tensor.dtype is torch.float64 or not _is_on(device):
+    if tensor.dtype is torch.float64 or not autocast_is_on(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -48,7 +48,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _is_on(device: str) -> bool:
+def autocast_is_on(device: str) -> bool:
+    """Return whether autocast is on for this type of device."""
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

@@ -275,7 +275,8 @@ def use_kernels(**choices: str) -> dict[str, str]:
     """Choose backends for this process: ``use_kernels(scan="torch", attention="auto")``.
 
     Args:
-        **choices: For each operation (scan, conv, attention, elementwise, prepare, update), the name of a backend, or
+        **choices: For each operation (scan, conv, attention, elementwise, prepare, update,
+            gate_up), the name of a backend, or
             "auto" for the fastest usable one.
 
     Returns:

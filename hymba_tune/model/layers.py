@@ -24,7 +24,7 @@ from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
 from .elementwise import add_rms_norm, gated_silu, mean_of_norms, norm_rotate, rms_norm, rotate
-from .one_token import is_plain, prepare, update
+from .one_token import gate_up, has_few_rows, is_plain, prepare, update
 from .one_token_inputs import StateInputs, TokenInputs
 from .scan import packed_scan
 
@@ -170,12 +170,22 @@ class HymbaMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, d)`` to ``(rows, d)``."""
-        up = self.up_proj(x)
-        inner = torch.relu(up).square() if self.gate_proj is None else gated_silu(self.gate_proj(x), up)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map ``(rows, d)`` to ``(rows, d)``; a residual stream is added to, possibly in place."""
+        inner = self._inner(x)
+        if residual is not None and residual.dtype == inner.dtype and self._takes_few_rows(x, self.down_proj):
+            return residual.addmm_(inner, self.down_proj.weight.t())
         projected: Tensor = self.down_proj(inner)
-        return projected
+        return projected if residual is None else residual + projected
+
+    def _inner(self, x: Tensor) -> Tensor:
+        if self.gate_proj is not None and self._takes_few_rows(x, self.gate_proj, self.up_proj):
+            return gate_up(x, self.gate_proj.weight, self.up_proj.weight)
+        up = self.up_proj(x)
+        return torch.relu(up).square() if self.gate_proj is None else gated_silu(self.gate_proj(x), up)
+
+    def _takes_few_rows(self, x: Tensor, *projections: nn.Module) -> bool:
+        return has_few_rows(x) and all(is_plain(projection, nn.Linear) for projection in projections)
 
 
 class HymbaExperts(nn.Module):
@@ -185,9 +195,9 @@ class HymbaExperts(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([HymbaMLP(config)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, d)`` to ``(rows, d)``."""
-        output: Tensor = self.experts[0](x)
+    def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+        """Map ``(rows, d)`` to ``(rows, d)``; see `HymbaMLP`."""
+        output: Tensor = self.experts[0](x, *residual)
         return output
 
 
@@ -363,4 +373,13 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
         """Apply the layer to the residual stream; see `HymbaMixer.forward` for the arguments."""
         mixed, key, value = self.mamba(self.input_layernorm(hidden), key, value, documents, tables, cache)
         hidden, normed = self.pre_moe_layernorm(hidden, mixed)
-        return hidden + self.moe(normed), key, value
+        if hidden.is_cpu or torch.is_grad_enabled() or not self._adds_unobserved():
+            return hidden + self.moe(normed), key, value
+        # One launch less: the last product of the layer adds its result to the residual stream.
+        return self.moe(normed, hidden), key, value
+
+    def _adds_unobserved(self) -> bool:
+        """Return whether no hook sees the sum of the residual stream and its update."""
+        moe = self.moe
+        modules = (self.pre_moe_layernorm, HymbaSumNorm), (moe, HymbaExperts), (moe.experts[0], HymbaMLP)
+        return all(is_plain(module, kind) for module, kind in modules)

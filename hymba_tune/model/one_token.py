@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from .autocast import at_least_float32
+from .autocast import at_least_float32, autocast_is_on
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .convolution import causal_conv1d
-from .elementwise import rms_norm, rotate
+from .elementwise import gated_silu, rms_norm, rotate
 from .one_token_inputs import StateInputs, TokenInputs
-from .one_token_triton import triton_prepare, triton_update
+from .one_token_triton import triton_gate_up, triton_prepare, triton_update
 from .scan import selective_scan
 from .triton_kernels import triton_unavailable_reason
 
+FEW_ROWS = 128
+"""The number of rows up to which a matrix product takes as long as reading its weights."""
 PLAIN: set[type] = {nn.Parameter}
 """The types of weights that are what they seem, not divided among processes, quantized or empty."""
 
@@ -51,6 +53,26 @@ def update(inputs: StateInputs) -> Tensor:
     """
     y: Tensor = UPDATE.compute(Task.of(inputs.x, sizes=(*inputs.dt_weight.shape, inputs.A_log.shape[1])), inputs)
     return y
+
+
+def gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Compute the `gated_silu` of two projections of a few rows.
+
+    Args:
+        x: ``(rows, d)``, at most `FEW_ROWS`.
+        gate: The weight of the gate's projection, ``(inner, d)``.
+        up: The weight of the other projection, ``(inner, d)``.
+
+    Returns:
+        ``(rows, inner)``.
+    """
+    y: Tensor = GATE_UP.compute(Task.of(x, sizes=(*gate.shape, len(x))), x, gate, up)
+    return y
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Return whether `gate_up` and sums in place apply: a step of generation, with products in the dtype of x."""
+    return len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not autocast_is_on(x.device.type)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -107,6 +129,10 @@ def _separate_update(inputs: StateInputs) -> Tensor:
     return y
 
 
+def _separate_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return gated_silu(linear(x, gate), linear(x, up))
+
+
 def _small_preparation(task: Task) -> Problem:
     """Return a problem of three texts, one of which overwrites an old token, in the sizes of the task."""
     heads, width, groups, value_width, channels, taps = task.sizes or (10, 64, 2, 128, 96, 4)
@@ -147,6 +173,13 @@ def _small_update(task: Task) -> Problem:
     return Problem(compute, [x, gate, parameters])
 
 
+def _small_gate_up(task: Task) -> Problem:
+    """Return a problem with the columns and rows of the task, but not with all of its inner columns."""
+    inner, width, rows = task.sizes or (40, 96, 3)
+    x, gate, up = random_leaves(task, [(rows, width)] + [(min(inner, 100), width)] * 2)
+    return Problem(lambda backend: (backend.run(x, gate / width**0.5, up / width**0.5),), [x, gate, up])
+
+
 PREPARE = Operation(
     "prepare",
     [
@@ -183,3 +216,21 @@ UPDATE = Operation(
     trains=False,
 )
 """The backends of `update`, the fastest first."""
+GATE_UP = Operation(
+    "gate_up",
+    [
+        Backend(
+            "triton",
+            triton_gate_up,
+            ("cuda",),
+            (torch.bfloat16, torch.float16),
+            needs_self_test=True,
+            unavailable_reason=triton_unavailable_reason,
+        ),
+        Backend("separate", _separate_gate_up),
+    ],
+    plain="separate",
+    problem=_small_gate_up,
+    trains=False,
+)
+"""The backends of `gate_up`, the fastest first."""

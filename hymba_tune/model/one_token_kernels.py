@@ -3,6 +3,8 @@
 The values are computed in float32 and rounded at the same steps as in the other passes. Each text is computed alike,
 whatever the other texts are. The arguments are pointers and, by name, strides and sizes.
 
+The last kernel is a matrix product of a few rows, whose time is that of reading the weights.
+
 Glossary: S texts, H query heads, G key/value heads, a width of a query or key head, v width of a value head, E channels
 of the SSM, K width of the convolution, N size of a channel's state, R rank of the time steps; e, n, r indices of
 channels, states and ranks.
@@ -239,3 +241,59 @@ def update_state(
         z = load(gate + text * gate_row + e, is_e)
         result = tl.sum(states * C[None, :], 1) + u * skip
         tl.store(y + text * E + e, result * z / (1.0 + tl.exp(-z)), mask=is_e)
+
+
+@jit
+def _weights(
+    pointer: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    width: tl.constexpr,
+    inner: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Load a transposed block of weights ``(inner, width)``, without a mask if blocks divide both sizes."""
+    at = pointer + n * width + k
+    if inner % BLOCK_N == 0 and width % BLOCK_K == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(n < inner) & (k < width), other=0.0)
+
+
+@jit
+def _multiply(a: tl.tensor, b: tl.tensor, total: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
+    """Add a matrix product to a total; interpreted, products have no 16-bit inputs."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total)
+
+
+@jit
+def multiply_gate_up(
+    x: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    y: tl.tensor,
+    x_row: tl.tensor,
+    rows: tl.tensor,
+    width: tl.constexpr,
+    inner: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> None:
+    """Compute `one_token.gate_up` with weights ``(inner, width)``. A program computes some columns of all rows."""
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    gates = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ups = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, width, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        values = tl.load(x + m * x_row + k[None, :], mask=(m < rows) & (k < width)[None, :], other=0.0)
+        gates = _multiply(values, _weights(gate, n, k[:, None], width, inner, BLOCK_N, BLOCK_K), gates, WIDE)
+        ups = _multiply(values, _weights(up, n, k[:, None], width, inner, BLOCK_N, BLOCK_K), ups, WIDE)
+
+    gates = _rounded(gates, y)
+    result = _rounded(gates / (1.0 + tl.exp(-gates)), y) * _rounded(ups, y)
+    tl.store(y + m * inner + n, result, mask=(m < rows) & (n < inner))

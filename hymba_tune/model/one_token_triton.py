@@ -7,8 +7,8 @@ from torch import Tensor
 
 # With exported code, transformers copies the modules of these imports, but not those of `from . import`.
 from .one_token_inputs import StateInputs, TokenInputs
-from .one_token_kernels import prepare_token, update_state
-from .triton_kernels import OPTIONS, power_of_2, readable
+from .one_token_kernels import multiply_gate_up, prepare_token, update_state
+from .triton_kernels import INTERPRETED, OPTIONS, power_of_2, readable
 
 BLOCK = 256
 """The number of elements of a program of `prepare`, which is one warp: 16 bytes of bfloat16 for each thread."""
@@ -16,6 +16,10 @@ CHANNELS = 16
 """The number of channels of a program of `update`."""
 PROGRAMS = 1024
 """The number of programs of `update` that a GPU computes at a time; with more texts, programs process several."""
+COLUMNS = 32
+"""The number of columns of a program of `gate_up`, few enough that all multiprocessors read weights."""
+LEAST_ROWS = 16
+"""The rows of the smallest matrix product of a GPU."""
 
 
 def triton_prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -116,6 +120,34 @@ def triton_update(inputs: StateInputs) -> Tensor:
             BLOCK_R=power_of_2(rank),
             BLOCK_N=power_of_2(states),
             num_warps=4,
+            **OPTIONS,
+        )
+    return y
+
+
+def triton_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Compute `one_token.gate_up`."""
+    x, gate, up = readable(x), gate.contiguous(), up.contiguous()
+    inner, width = gate.shape
+    y = x.new_empty(len(x), inner)
+    block_m = max(LEAST_ROWS, power_of_2(len(x)))
+    # Triton launches on the current device, which may be another GPU than that of the inputs.
+    with torch.cuda.device_of(x):
+        multiply_gate_up[(-(-inner // COLUMNS),)](
+            x,
+            gate,
+            up,
+            y,
+            x_row=x.stride(0),
+            rows=len(x),
+            width=width,
+            inner=inner,
+            BLOCK_M=block_m,
+            BLOCK_N=COLUMNS,
+            BLOCK_K=64 if block_m <= 2 * LEAST_ROWS else 32,
+            WIDE=INTERPRETED,
+            num_warps=4 if block_m <= 2 * LEAST_ROWS else 8,
+            num_stages=4 if block_m <= 4 * LEAST_ROWS else 3,
             **OPTIONS,
         )
     return y

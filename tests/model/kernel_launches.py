@@ -23,7 +23,7 @@ from hymba_tune.model.elementwise_triton import (
     triton_rotate,
 )
 from hymba_tune.model.one_token_inputs import StateInputs, TokenInputs
-from hymba_tune.model.one_token_triton import triton_prepare, triton_update
+from hymba_tune.model.one_token_triton import triton_gate_up, triton_prepare, triton_update
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_triton import triton_scan
 from hymba_tune.model.triton_kernels import summed_parts
@@ -117,3 +117,6 @@ def one_token() -> None:
     weights = empty(CHANNELS, rank), empty(CHANNELS), empty(CHANNELS, STATES), empty(CHANNELS)
     state = empty(texts, CHANNELS, STATES, dtype=torch.float32)
     triton_update(StateInputs(x, empty(texts, rank + 2 * STATES), gate, *norms, 1e-6, *weights, state))
+
+    for rows in (1, 32, 64, 128):
+        triton_gate_up(empty(rows, heads * width), empty(5504, heads * width), empty(5504, heads * width))

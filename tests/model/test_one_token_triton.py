@@ -8,14 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model import one_token_triton
-from hymba_tune.model.backends import Task
-from hymba_tune.model.one_token import PREPARE, UPDATE, _separate_prepare, _separate_update
+from hymba_tune.model import HymbaCache, HymbaForCausalLM, one_token_triton, use_kernels
+from hymba_tune.model.backends import Operation, Task
+from hymba_tune.model.one_token import (
+    GATE_UP,
+    PREPARE,
+    UPDATE,
+    _separate_gate_up,
+    _separate_prepare,
+    _separate_update,
+)
 from hymba_tune.model.one_token_inputs import StateInputs, TokenInputs
-from hymba_tune.model.one_token_triton import triton_prepare, triton_update
+from hymba_tune.model.one_token_triton import triton_gate_up, triton_prepare, triton_update
 from hymba_tune.model.triton_kernels import triton_unavailable_reason
 from tests.model.triton_launches import launches
-from tests.tolerances import BFLOAT16, FLOAT32, Tolerance
+from tests.simulated_device import DEVICE as SIMULATED
+from tests.simulated_device import counted, simulated_device, to_device, to_host
+from tests.tiny import random_texts, tiny_model
+from tests.tolerances import BFLOAT16, BFLOAT16_MODEL, FLOAT32, Tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXTS, HEADS, GROUPS, WIDTH, VALUE_WIDTH, CHANNELS, COLUMNS = 3, 4, 2, 6, 10, 12, 5
@@ -139,6 +149,13 @@ def test_update_equals_its_twin(dtype: torch.dtype, without: tuple[str, ...]) ->
     check(triton_update, _separate_update, state_inputs(dtype, without=without), CLOSE[dtype])
 
 
+@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 32, 64), (3, 40, 70), (33, 8, 8)])
+def test_gate_up_equals_its_twin(rows: int, inner: int, width: int) -> None:
+    x = torch.randn(rows, width + 8, device=DEVICE).bfloat16()[:, :width]
+    gate, up = torch.randn(2, inner, width, device=DEVICE).bfloat16() / width**0.5
+    BFLOAT16.check(triton_gate_up(x, gate, up), _separate_gate_up(x, gate, up))
+
+
 def test_a_text_gives_the_same_alone_and_among_others() -> None:
     alone, among = own(state_inputs(torch.float32, texts=1)), own(state_inputs(torch.float32, texts=8))
     assert triton_update(alone).equal(triton_update(among)[:1])
@@ -152,8 +169,31 @@ def test_each_operation_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started == ["prepare_token", "update_state"]
 
 
-@pytest.mark.parametrize("operation", [PREPARE, UPDATE], ids=lambda operation: operation.name)
-def test_the_self_test_takes_the_sizes_of_the_model(operation: Any) -> None:
-    sizes = (2, 4, 1, 6, 8, 4) if operation is PREPARE else (8, 3, 2)
-    task = Task(DEVICE, torch.float32, gradients=False, sizes=sizes)
+@pytest.mark.parametrize(
+    ("operation", "sizes"), [(PREPARE, (2, 4, 1, 6, 8, 4)), (UPDATE, (8, 3, 2)), (GATE_UP, (8, 16, 2))], ids=str
+)
+def test_the_self_test_takes_the_sizes_of_the_model(operation: Operation, sizes: tuple[int, ...]) -> None:
+    task = Task(DEVICE, torch.bfloat16, gradients=False, sizes=sizes)
     assert operation._self_test(operation.backends["triton"], task) is None
+
+
+def decoded(model: HymbaForCausalLM, device: torch.device | str) -> Tensor:
+    """Return the logits of two tokens of two texts, each after the prompts, on the CPU."""
+    ids = torch.stack(random_texts([5, 5])).to(device)
+    cache = HymbaCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :3], cache=cache)
+        return torch.cat([to_host(model(ids[:, i : i + 1], cache=cache).logits) for i in range(3, 5)], 1)
+
+
+def test_a_model_decodes_by_kernels_what_it_decodes_on_a_cpu() -> None:
+    model = tiny_model(torch.bfloat16, num_hidden_layers=2, global_attn_idx=[0], kv_reuse_group=[[0, 1]], kq_norm="rms")
+    expected = decoded(model, "cpu")
+    before = use_kernels(scan="torch", elementwise="torch")  # interpreting their kernels would take long
+    try:
+        with simulated_device(), counted() as counts:
+            actual = decoded(to_device(model), SIMULATED)
+    finally:
+        use_kernels(**before)
+    assert {"prepare_token", "update_state", "multiply_gate_up", "addmm_"} <= counts.launches.keys()
+    BFLOAT16_MODEL.check(actual, expected)
