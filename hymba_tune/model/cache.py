@@ -190,7 +190,9 @@ class HymbaCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the text of row i by the text that was in row ``beam_idx[i]``."""
         self._sizes = [max(self._sizes, default=0)] * len(beam_idx)
-        self._map_texts(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        if self.lengths is not None:
+            beam_idx = beam_idx.to(self.lengths.device, non_blocking=True)
+        self._map_texts(lambda tensor: tensor.index_select(0, beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only; indices on the CPU do not wait for the device."""

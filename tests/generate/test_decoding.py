@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hymba_tune.errors import CheckpointError
-from hymba_tune.generate import Decoder, Generation, Sampling, generate_texts, write
+from hymba_tune.generate import ChunkedDecoder, Decoder, Generation, Sampling, generate_texts, write
 from hymba_tune.generate.sampling import sampling_probabilities, sampling_rows
 from tests.generate.letters import END, PROMPTS, Letters
+from tests.simulated_device import counted, simulated_device, to_device
 from tests.tiny import tiny_model
 
 
@@ -202,6 +203,26 @@ def test_log_probabilities_are_recorded(model: Any) -> None:
         assert score.log_prob == pytest.approx(float(logits[place, score.token]), abs=1e-6)
         assert [token for token, _ in score.top] == logits[place].topk(4).indices.tolist()
         assert score.top[0] == (score.token, pytest.approx(score.log_prob))
+
+
+@pytest.mark.parametrize("kind", [Decoder, ChunkedDecoder])
+def test_a_step_waits_for_the_device_once(kind: type[Decoder]) -> None:
+    """Whatever its texts want; also when one leaves."""
+    wants = [{"top": 3}, {"sampling": Sampling(1.3, 0.9, 5, 20, 0.01)}, {"sampling": Sampling(repetition_penalty=1.2)}]
+    generations = [Generation(prompt, 30, **want) for prompt, want in zip(PROMPTS, wants, strict=False)]
+    with simulated_device(interpret=False):
+        tokenizer: Any = Letters()
+        decoder = kind(to_device(tiny_model()), tokenizer)
+        decoder.add(generations)
+        decoder.step()
+        for step in range(3):
+            with counted() as counts:
+                decoder.step()
+            assert counts.waits.total() == 1
+            if step == 1:
+                with counted() as counts:
+                    decoder.drop(generations[0])
+                assert not counts.waits
 
 
 def test_dynamic_ntk_is_rejected() -> None:
