@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_measure import Bench, Failure, Measured, Row, free
+from gpu_journal import Row, Table
+from gpu_measure import TIMES, TIMES_NOTES, Bench, Failure, Measured, free
 from gpu_models import hymba, llama, random_ids
+from gpu_profile import host_waits
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -17,8 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from hymba_tune.model import HymbaCache
 from hymba_tune.model.cache import CACHE_NAME
 
-COLUMNS = ("model", "cache", "batch", "ms", "min", "max", "kernels ms", "tokens/s", "K+V MB", "state MB")
-BATCHES = (128, 64, 32, 16, 8, 4, 2, 1)
+COLUMNS = ("model", "cache", "batch", *TIMES, "launches", "host waits", "tokens/s", "K+V MB", "state MB")
+LARGE = (128, 64, 32, 16, 8, 4, 2)
 """The paper's batch size, and smaller ones that are tried if it does not fit."""
 PAPER_SPEED, PAPER_CACHE = 3.49, 11.67
 """Hymba relative to Llama-3.2-3B: tokens/s at batch 128 on an A100, and KV cache reduction (arXiv 2411.13676)."""
@@ -139,6 +141,7 @@ class Decoded:
         measured: Time and memory of `STEPS` steps.
         kv_bytes: Bytes of keys and values per text.
         state_bytes: Bytes of everything else in the cache per text.
+        waits: How often `STEPS` steps wait for the device.
     """
 
     model: str
@@ -147,6 +150,7 @@ class Decoded:
     measured: Measured
     kv_bytes: float
     state_bytes: float
+    waits: int | None
 
     @property
     def speed(self) -> float:
@@ -154,12 +158,17 @@ class Decoded:
         return self.batch * STEPS / self.measured.timing.median
 
     def row(self) -> Row:
-        """A row of the table."""
-        per_step = {name: cell / STEPS for name, cell in self.measured.cells().items() if isinstance(cell, float)}
+        """A row of the table: times, launches and waits are those of a step, which gives each text a token."""
+        cells = self.measured.cells()
+        first, launches = cells.pop("first s"), cells.pop("launches")
+        per_step = {name: cell / STEPS for name, cell in cells.items() if isinstance(cell, float)}
         return per_step | {
             "model": self.model,
             "cache": self.cache,
             "batch": self.batch,
+            "first s": first,
+            "launches": launches and int(launches) // STEPS,
+            "host waits": self.waits and self.waits / STEPS,
             "tokens/s": self.speed,
             "K+V MB": self.kv_bytes / 1e6,
             "state MB": self.state_bytes / 1e6,
@@ -167,61 +176,85 @@ class Decoded:
 
 
 def decode(bench: Bench) -> None:
-    """Time generation of both models, each at the largest batch that fits, and compare them at the same batch."""
+    """Time generation of Hymba alone and in a large batch, then of Llama in the same process, and compare them."""
     length = 48 if bench.quick else 8192
-    batches = (4, 2) if bench.quick else BATCHES
-    room = STEPS * (bench.options.repeats + 8)
+    large = (4, 2) if bench.quick else LARGE
     notes = [
         f"random weights in bfloat16, greedy, {length:,} tokens of context; ms: per step, one token for every text",
         "in place: keys and values are written into preallocated memory; copying: transformers' DynamicCache",
         "MB (10^6 bytes): per text, of keys and values, and of convolution inputs and SSM states",
+        *TIMES_NOTES,
     ]
-    with bench.table("decode", COLUMNS, notes) as rows:
+    with bench.table("decode", COLUMNS, notes) as table:
+        run = _Run(bench, table, length)
+        ours = run.of(hymba, "Hymba-1.5B", {"its own": hymba_cache}, [(1,), large])
+        room = STEPS * (bench.options.repeats + 12)
+        kinds = {"in place": partial(roomy_cache, room=room), "copying": copying_cache}
+        rivals = run.of(llama, "Llama-3.2-3B", kinds, [(1,), large])
+        missing = {one.batch for one in rivals} - {one.batch for one in ours}
+        if missing:  # Llama's largest batch is smaller
+            ours += run.of(hymba, "Hymba-1.5B", {"its own": hymba_cache}, [(batch,) for batch in missing])
+        for own in ours:
+            same = [rival for rival in rivals if rival.batch == own.batch]
+            if same:
+                table.note(*_comparison(own, max(same, key=lambda rival: rival.speed)))
 
-        def largest(*args: Any) -> Decoded | None:
-            decoded = _largest(bench, length, notes, *args)
-            rows.extend([decoded.row()] if decoded else [])
-            return decoded
 
-        model = llama(bench.device, quick=bench.quick).eval()
-        rival = largest(model, "Llama-3.2-3B", "in place", partial(roomy_cache, room=room), batches)
-        same_batch = [rival.batch] if rival else []
-        copying = largest(model, "Llama-3.2-3B", "copying", copying_cache, same_batch)
+@dataclass(frozen=True)
+class _Run:
+    """Measures models one after the other.
+
+    Attributes:
+        bench: The run of the benchmark.
+        table: Where the rows go.
+        length: The tokens of a text.
+    """
+
+    bench: Bench
+    table: Table
+    length: int
+
+    def of(
+        self,
+        load: Callable[..., PreTrainedModel],
+        name: str,
+        caches: Mapping[str, Callable[[PreTrainedModel, int, int], Cache]],
+        wanted: Sequence[tuple[int, ...]],
+    ) -> list[Decoded]:
+        """Add a row for each cache, at the first batch of each tuple that fits; the model is freed at the end."""
+        model = load(self.bench.device, quick=self.bench.quick).eval()
+        found = [self._largest(model, name, kind, make, sizes) for sizes in wanted for kind, make in caches.items()]
         del model
         free()
-        model = hymba(bench.device, quick=bench.quick).eval()
-        ours = largest(model, "Hymba-1.5B", "its own", hymba_cache, batches)
-        if ours and ours.batch not in same_batch:
-            ours = largest(model, "Hymba-1.5B", "its own", hymba_cache, same_batch)
-        if ours and rival:
-            notes.extend(_comparison(ours, max(rival, copying or rival, key=lambda other: other.speed)))
+        return [decoded for decoded in found if decoded is not None]
 
-
-def _largest(
-    bench: Bench,
-    length: int,
-    notes: list[str],
-    model: PreTrainedModel,
-    name: str,
-    kind: str,
-    make: Callable[[PreTrainedModel, int, int], Cache],
-    batches: Iterable[int],
-) -> Decoded | None:
-    """Measure the first batch size that fits into memory; failures of the others go to the notes."""
-    for batch in batches:
-        free()
-        what = f"{name}, cache {kind}, batch {batch}"
-        cache = bench.attempt(what, make, model, length, batch)
-        if isinstance(cache, Failure):
-            notes.append(f"{what}: {cache}")
-            continue
-        cache_bytes = bytes_per_text(cache, batch)
-        measured = bench.measure(what, {"steps": Generation(model, cache, batch)})["steps"]
-        del cache
-        if not isinstance(measured, Failure):
-            return Decoded(name, kind, batch, measured, *cache_bytes)
-        notes.append(f"{what}: {measured}")
-    return None
+    def _largest(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        kind: str,
+        make: Callable[[PreTrainedModel, int, int], Cache],
+        batches: Iterable[int],
+    ) -> Decoded | None:
+        """Measure the first batch that fits into memory; failures of the others go to the notes."""
+        for batch in batches:
+            free()
+            what = f"{name}, cache {kind}, batch {batch}"
+            cache = self.bench.attempt(what, make, model, self.length, batch)
+            if isinstance(cache, Failure):
+                self.table.note(f"{what}: {cache}")
+                continue
+            cache_bytes = bytes_per_text(cache, batch)
+            generation = Generation(model, cache, batch)
+            measured = self.bench.measure(what, {"steps": generation})["steps"]
+            if isinstance(measured, Failure):
+                del cache, generation
+                self.table.note(f"{what}: {measured}")
+                continue
+            decoded = Decoded(name, kind, batch, measured, *cache_bytes, host_waits(generation, self.bench.device))
+            self.table.add(decoded.row())
+            return decoded
+        return None
 
 
 def _comparison(ours: Decoded, rival: Decoded) -> list[str]:

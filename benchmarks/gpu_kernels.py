@@ -9,15 +9,15 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from gpu_measure import Bench, Failure, Limits, Measured, Row
+from gpu_journal import Row, Table
+from gpu_measure import TIMES, TIMES_NOTES, Bench, Failure, Limits, Measured
 from harness import Cell
 from torch import Tensor
 
-from hymba_tune.model.backends import OPERATIONS, Backend, Task
+from hymba_tune.model.backends import OPERATIONS, Backend, Operation, Task
 from hymba_tune.model.documents import Documents, find_documents
 from hymba_tune.model.scan_inputs import ScanInputs
 
-TIMES = ("ms", "min", "max", "kernels ms")
 SCAN_COLUMNS = ("tokens", "texts", "pass", "backend", *TIMES, "floor ms", "bound by", "× floor", "extra MB")
 ATTENTION_COLUMNS = ("tokens", "window", "pass", "backend", *TIMES, "TFLOP/s", "% of matmul", "extra MB")
 CHANNELS, STATES = 3200, 16
@@ -26,7 +26,6 @@ WIDTHS = (64, 128)
 TOO_SLOW = ("reference",)
 """Reference backends, which are not timed."""
 FORWARD, BOTH = "forward", "and backward"
-KERNELS_NOTE = "kernels ms: time in kernels, without the gaps between launches"
 
 
 class Heads(NamedTuple):
@@ -82,20 +81,20 @@ def scan(bench: Bench) -> None:
     channels = 32 if bench.quick else CHANNELS
     notes = [
         f"E {channels}, N {STATES}; u, z, B and C bfloat16, dt float32",
-        KERNELS_NOTE,
+        *TIMES_NOTES,
         "floor: the longest of 10 (with backward 28) bytes per token and channel at a large copy's bandwidth, T·E·N "
         "(2·T·E·N) exponentials at 16 per clock and SM, 4·T·E·N (16·T·E·N) multiply-adds at 64 or 128",
     ]
-    backends = _usable(bench, "scan", notes)
-    with bench.table("scan", SCAN_COLUMNS, notes) as rows:
+    with bench.table("scan", SCAN_COLUMNS, notes) as table:
+        backends = usable(OPERATIONS["scan"], Task(bench.device.type, torch.bfloat16), table)
         for tokens, texts, passes in product((64,) if bench.quick else (2048, 8192), (1, 16), (FORWARD, BOTH)):
             inputs = _scan_inputs(bench, tokens, channels, texts)
             ways = {name: partial(_scan, backend, inputs, passes) for name, backend in backends.items()}
             seconds, bound = Floor.of(tokens, channels, texts, passes).seconds(limits)
             case: Row = {"tokens": tokens, "texts": texts, "pass": passes}
-            for row, measured in _timed(bench, case, ways, notes):
+            for row, measured in timed(bench, case, ways, table):
                 ratio = (measured.busy or measured.timing.median) / seconds
-                rows.append(row | {"floor ms": seconds * 1e3, "bound by": bound, "× floor": ratio})
+                table.add(row | {"floor ms": seconds * 1e3, "bound by": bound, "× floor": ratio})
 
 
 def attention(bench: Bench) -> None:
@@ -105,43 +104,42 @@ def attention(bench: Bench) -> None:
     notes = [
         f"{heads.queries} query heads of {width}, {heads.groups} value heads of {value_width}, "
         f"{heads.meta} meta tokens, one text; bfloat16",
-        KERNELS_NOTE,
+        *TIMES_NOTES,
         "TFLOP/s: 2 (a + v) per head and visible pair of query and key, backward 2 (3 a + 2 v) more, divided by "
         f"kernels ms; a large matmul reaches {limits.matmul / 1e12:.0f}",
     ]
-    backends = _usable(bench, "attention", notes)
     sizes, windows = ((64,), (16, None)) if bench.quick else ((2048, 8192), (1024, None))
-    with bench.table("attention", ATTENTION_COLUMNS, notes) as rows:
+    with bench.table("attention", ATTENTION_COLUMNS, notes) as table:
+        backends = usable(OPERATIONS["attention"], Task(bench.device.type, torch.bfloat16, widths=WIDTHS), table)
         for tokens, window, passes in product(sizes, windows, (FORWARD, BOTH)):
             inputs = _attention_inputs(bench, heads, tokens)
             ways = {name: partial(_attend, backend, inputs, window, passes) for name, backend in backends.items()}
             case: Row = {"tokens": tokens, "window": "all" if window is None else window, "pass": passes}
-            for row, measured in _timed(bench, case, ways, notes):
+            for row, measured in timed(bench, case, ways, table):
                 seconds = measured.busy or measured.timing.median
                 rate = attention_flops(heads, tokens, window, passes) / seconds
-                rows.append(row | {"TFLOP/s": rate / 1e12, "% of matmul": 100 * rate / limits.matmul})
+                table.add(row | {"TFLOP/s": rate / 1e12, "% of matmul": 100 * rate / limits.matmul})
 
 
-def _usable(bench: Bench, operation: str, notes: list[str]) -> dict[str, Backend]:
+def usable(operation: Operation, task: Task, table: Table) -> dict[str, Backend]:
     """The backends to time; obstacles of the others go to the notes."""
     backends = {}
-    task = Task(bench.device.type, torch.bfloat16, widths=WIDTHS)
-    for name, obstacle in OPERATIONS[operation].obstacles(task).items():
+    for name, obstacle in operation.obstacles(task).items():
         if obstacle:
-            notes.append(f"{name} is not used: {obstacle}")
+            table.note(f"{operation.name} {name} is not used: {obstacle}")
         elif name not in TOO_SLOW:
-            backends[name] = OPERATIONS[operation].backends[name]
+            backends[name] = operation.backends[name]
     return backends
 
 
-def _timed(
-    bench: Bench, case: Row, ways: Mapping[str, Callable[[], None]], notes: list[str]
+def timed(
+    bench: Bench, case: Row, ways: Mapping[str, Callable[[], None]], table: Table
 ) -> Iterator[tuple[dict[str, Cell], Measured]]:
     """A row's first cells and the measurements of each way; failures go to the notes."""
     what = ", ".join(f"{key} {value}" for key, value in case.items())
     for name, measured in bench.measure(what, ways).items():
         if isinstance(measured, Failure):
-            notes.append(f"{what}, {name} failed: {measured}")
+            table.note(f"{what}, {name} failed: {measured}")
         else:
             yield {**case, "backend": name, **measured.cells()}, measured
 

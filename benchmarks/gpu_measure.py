@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from math import ceil
-from subprocess import run
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
-from harness import Cell, Options, Timing, interleave, report
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from gpu_journal import Journal, Table
+from gpu_profile import highest_clock, kernels, memory, synchronize
+from harness import Cell, Options, Timing, interleave
 
+TIMES = ("ms", "min", "max", "first s", "kernels ms")
+"""The columns of a time: of a call, of the first call, and of the kernels of a call."""
+TIMES_NOTES = (
+    "first s: the first call, with what it compiled and tuned",
+    "kernels ms: time in kernels, without the gaps between launches",
+)
 ROUND = 0.01
 """Minimum duration of a round of calls in seconds; in shorter rounds the clock's resolution matters."""
-MEASURED = 3.0
+MEASURED = 1.5
 """Approximate time limit for all rounds of all ways in seconds; there are at least two rounds."""
 PROFILED = 2.0
 """Maximum duration of work that is profiled, in seconds; longer work here has hundreds of thousands of launches."""
@@ -30,13 +34,16 @@ guide, throughput of native arithmetic instructions)."""
 FLOAT32_PER_CLOCK = {(7, 0): 64, (7, 5): 64, (8, 0): 64}
 """Float32 multiply-adds per clock and multiprocessor, by compute capability; 128 on newer ones (same source)."""
 
-Row = Mapping[str, Cell]
+OUT_OF_TIME = "the time limit (--seconds) is reached"
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-class OutOfTimeError(Exception):
-    """The time limit is reached."""
+class OutOfTimeError(BaseException):
+    """The time limit is reached.
+
+    It is no `Exception`, because compilers and backends catch those, and would go on with something else.
+    """
 
 
 class Failure(str):
@@ -50,11 +57,13 @@ class Bench:
     Attributes:
         options: The command-line options.
         deadline: Time on `time.monotonic`'s clock after which nothing new is started.
+        journal: Where everything measured is written.
         failures: The failures, as they are printed.
     """
 
     options: Options
     deadline: float
+    journal: Journal = field(default_factory=Journal)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -73,16 +82,21 @@ class Bench:
         return measure_limits(self)
 
     @contextmanager
-    def table(self, name: str, columns: tuple[str, ...], notes: list[str]) -> Iterator[list[Row]]:
-        """Yields a list for rows; they are reported at the end, also after an error."""
-        rows: list[Row] = []
+    def table(self, name: str, columns: tuple[str, ...], notes: Iterable[str] = ()) -> Iterator[Table]:
+        """Yields a table whose rows and notes are written as they come; an error becomes one of its notes."""
+        self.journal.write(table=name, columns=list(columns))
+        table = Table(name, self.journal)
+        table.note(*notes)
         try:
-            yield rows
+            yield table
         except BaseException as error:
-            notes.append(f"cut short: {reason(error)}")
+            table.note(f"cut short: {reason(error)}")
             raise
-        finally:
-            report(f"gpu_{name}", columns, rows, notes, self.options)
+
+    def fail(self, failure: str) -> None:
+        """Record a failure, which makes the exit status 1."""
+        self.failures.append(failure)
+        self.journal.write(failure=failure)
 
     def check_time(self) -> None:
         """Check the time limit.
@@ -91,7 +105,7 @@ class Bench:
             OutOfTimeError: If it is reached.
         """
         if time.monotonic() > self.deadline:
-            raise OutOfTimeError("the time limit (--minutes) is reached")
+            raise OutOfTimeError(OUT_OF_TIME)
 
     def attempt(self, what: str, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result | Failure:
         """Run work that may fail, such as kernels and large sizes; returns its result or the failure.
@@ -104,8 +118,6 @@ class Bench:
             result = work(*args, **kwargs)
             synchronize()
             return result
-        except OutOfTimeError:
-            raise
         except Exception as error:
             if not alive(self.device):
                 raise  # a kernel that faulted has made the device unusable for this process
@@ -113,7 +125,7 @@ class Bench:
         # Only here, after the handler, is the memory of the failed work no longer referenced by the error.
         free()
         if not failure.startswith("OutOfMemoryError"):
-            self.failures.append(f"{what}: {failure}")
+            self.fail(f"{what}: {failure}")
         return failure
 
     def measure(self, what: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, Measured | Failure]:
@@ -127,13 +139,17 @@ class Bench:
             The measurements or the failure of each way.
         """
         measured: dict[str, Measured | Failure] = {}
-        once = {}
+        first, once = {}, {}
         for name, way in ways.items():
-            failure = self.attempt(f"{what}, {name}", _repeated(way, 1 if self.quick else 2))
+            begin = time.perf_counter()
+            failure = self.attempt(f"{what}, {name}", way)
+            first[name] = time.perf_counter() - begin
+            if not isinstance(failure, Failure) and not self.quick:
+                failure = self.attempt(f"{what}, {name}", way)
             if isinstance(failure, Failure):
                 measured[name] = failure
             else:
-                once[name] = _time(way)
+                once[name] = first[name] if self.quick else _time(way)
         calls = {name: 1 if self.quick else ceil(ROUND / once[name]) for name in once}
         if not calls:
             return measured
@@ -144,7 +160,7 @@ class Bench:
         for name, timing in timings.items():
             one = Timing(tuple(seconds / calls[name] for seconds in timing.rounds))
             profiled = kernels(ways[name], self.device) if once[name] < PROFILED else {}
-            measured[name] = Measured(one, *memory(ways[name], self.device), profiled)
+            measured[name] = Measured(one, *memory(ways[name], self.device), profiled, first[name])
         return measured
 
 
@@ -157,22 +173,31 @@ class Measured:
         held: Bytes allocated before the call; None on a CPU.
         peak: Peak of allocated bytes, including those before the call; None on a CPU.
         kernels: Seconds and launches of each kernel; see `kernels`.
+        first: Seconds of the first call, with what it compiled and tuned.
     """
 
     timing: Timing
     held: int | None
     peak: int | None
     kernels: dict[str, tuple[float, int]]
+    first: float
 
     @property
     def busy(self) -> float | None:
         """Seconds spent in kernels; None without a profiler."""
         return sum(seconds for seconds, _ in self.kernels.values()) or None
 
+    @property
+    def launches(self) -> int | None:
+        """The number of kernels and copies; None without a profiler."""
+        return sum(launches for _, launches in self.kernels.values()) or None
+
     def cells(self) -> dict[str, Cell]:
-        """The columns ``ms``, ``min``, ``max``, ``kernels ms`` and ``extra MB`` of a row."""
+        """The columns `TIMES`, ``launches`` and ``extra MB`` of a row."""
         return self.timing.cells() | {
+            "first s": self.first,
             "kernels ms": None if self.busy is None else self.busy * 1e3,
+            "launches": self.launches,
             "extra MB": None if self.peak is None or self.held is None else (self.peak - self.held) / 1e6,
         }
 
@@ -226,63 +251,6 @@ def _multiprocessor_clocks(device: torch.device) -> float | None:
     return None if clock is None else clock * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def highest_clock(device: torch.device) -> float | None:
-    """The highest clock of the multiprocessors in hertz; None if neither the driver nor PyTorch reports it."""
-    if device.type != "cuda":
-        return None
-    try:
-        query = [
-            "nvidia-smi",
-            f"--id={device.index or 0}",
-            "--query-gpu=clocks.max.sm",
-            "--format=csv,noheader,nounits",
-        ]
-        return float(run(query, capture_output=True, text=True, check=True, timeout=20).stdout) * 1e6
-    except Exception:
-        kilohertz = getattr(torch.cuda.get_device_properties(device), "clock_rate", None)
-        return kilohertz and kilohertz * 1e3
-
-
-def kernels(work: Callable[[], object], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Seconds and launches of each kernel of some work, by name; empty on a CPU or without a profiler."""
-    if device.type != "cuda":
-        return {}
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            work()
-            synchronize()
-        # The raw events: PyTorch would take minutes to build the event tree of a long step.
-        events = recorded.profiler.kineto_results.events()
-    except Exception:  # without a working profiler only its columns are missing
-        return {}
-    return sum_kernels((event.name(), event.duration_ns()) for event in events if _is_kernel(event))
-
-
-def _is_kernel(event: Any) -> bool:
-    """Whether an event is the device's work, and not the host's or an annotation on the device's timeline."""
-    return event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
-
-
-def sum_kernels(events: Iterable[tuple[str, int]]) -> dict[str, tuple[float, int]]:
-    """Sum events, pairs of name and nanoseconds, to seconds and launches by name."""
-    spent: defaultdict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for name, nanoseconds in events:
-        seconds, launches = spent[name]
-        spent[name] = seconds + nanoseconds * 1e-9, launches + 1
-    return dict(spent)
-
-
-def memory(work: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes allocated before some work, and the peak during it; None on a CPU."""
-    if device.type != "cuda":
-        return None, None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    return before, torch.cuda.max_memory_allocated(device)
-
-
 def alive(device: torch.device) -> bool:
     """Whether this process can still use the device."""
     try:
@@ -296,12 +264,6 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def reason(error: BaseException) -> str:

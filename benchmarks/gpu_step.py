@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from itertools import product
 
 import torch
-from gpu_measure import Bench, Failure, Measured, Row, free
+from gpu_journal import Row, Table
+from gpu_measure import TIMES, TIMES_NOTES, Bench, Failure, Measured
 from gpu_models import hymba, random_ids
+from gpu_profile import host_waits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-COLUMNS = ("weights", "tokens", "checkpointing", "ms", "min", "max", "kernels ms", "tokens/s", "% of matmul", "peak GB")
+COLUMNS = (
+    *("weights", "tokens", "checkpointing", "optimizer", *TIMES, "launches", "host waits"),
+    *("tokens/s", "% of matmul", "peak GB"),
+)
 KERNEL_COLUMNS = ("kernel", "launches", "ms", "%")
 TARGETS = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"]
 QUANTIZED = ("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,13 +35,14 @@ class Step:
     Args:
         model: A model with an adapter.
         tokens: Length of the text.
+        optimizer: A key of `OPTIMIZERS`.
     """
 
-    def __init__(self, model: PeftModel, tokens: int) -> None:
+    def __init__(self, model: PeftModel, tokens: int, optimizer: str = "adamw") -> None:
         self.model = model
         self.ids = random_ids(model.get_base_model(), 1, tokens)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=self.ids.is_cuda)
+        self.optimizer = OPTIMIZERS[optimizer](trainable)
         self.loss: Tensor | None = None
 
     def __call__(self) -> None:
@@ -48,65 +55,113 @@ class Step:
         self.loss = loss.detach()
 
 
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
+
+
+def _bitsandbytes(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    from bitsandbytes import optim
+
+    optimizer: torch.optim.Optimizer = getattr(optim, name)(parameters, lr=1e-4)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": partial(_bitsandbytes, "AdamW8bit"),
+    "paged-adamw8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
+}
+"""Optimizers by their names in the settings of `hymba-tune`."""
+
+
 def step(bench: Bench) -> None:
-    """Time a step with bfloat16 and with 4-bit weights, with and without activation checkpointing."""
-    limits = bench.limits
-    notes = [
-        f"random weights of the released shape, LoRA of rank {RANK} on {', '.join(TARGETS)}; AdamW included",
+    """Time a step with bfloat16 weights on a text of 2,048 tokens, and list its kernels."""
+    with bench.table("step", COLUMNS, _notes(bench)) as table:
+        spent = measure_steps(bench, table, "bf16", 2048, checkpointing=False, optimizers=["adamw"])
+    list_kernels(bench, spent)
+
+
+def nf4_step(bench: Bench) -> None:
+    """Time a step with 4-bit weights on a text of 2,048 tokens, by optimizer."""
+    with bench.table("step", COLUMNS, _notes(bench)) as table:
+        if find_spec("bitsandbytes") is None:
+            table.note("NF4 is not measured: bitsandbytes is not installed")
+            return
+        optimizers = [name for name in OPTIMIZERS if bench.device.type == "cuda" or "8bit" not in name]
+        if len(optimizers) < len(OPTIMIZERS):
+            table.note("8-bit optimizers are not measured: they need a GPU")
+        measure_steps(bench, table, "NF4", 2048, checkpointing=False, optimizers=optimizers)
+
+
+def long_step(bench: Bench) -> None:
+    """Time a step with checkpointing on a text of 8,192 tokens."""
+    with bench.table("step", COLUMNS, _notes(bench)) as table:
+        measure_steps(bench, table, "bf16", 8192, checkpointing=True, optimizers=["adamw"])
+
+
+def _notes(bench: Bench) -> list[str]:
+    return [
+        f"random weights of the released shape, LoRA of rank {RANK} on {', '.join(TARGETS)}; the optimizer included",
+        *TIMES_NOTES,
         "% of matmul: 4 FLOP per token and weight of the linear layers, including the head, half in the backward, "
         "which computes no gradients of frozen weights; attention, scan and recomputation are not counted; relative to "
-        f"the {limits.matmul / 1e12:.0f} TFLOP/s of a large bf16 product",
-        "kernels ms: time in kernels, without the gaps between launches; peak GB: all allocated memory",
+        f"the {bench.limits.matmul / 1e12:.0f} TFLOP/s of a large bf16 product",
+        "peak GB: all allocated memory",
     ]
-    spent: list[dict[str, tuple[float, int]]] = []
-    with bench.table("step", COLUMNS, notes) as rows:
-        for weights in ("bf16", "NF4"):
-            if weights == "NF4" and find_spec("bitsandbytes") is None:
-                notes.append("NF4 is not measured: bitsandbytes is not installed")
-                continue
-            model = bench.attempt(f"{weights} weights", adapted, bench, weights)
-            if isinstance(model, Failure):
-                notes.append(f"{weights} failed: {model}")
-                continue
-            for tokens, checkpointing in product((48,) if bench.quick else (2048, 8192), (False, True)):
-                case: Row = {"weights": weights, "tokens": tokens, "checkpointing": "yes" if checkpointing else "no"}
-                checkpoint(model, checkpointing)
-                what = ", ".join(f"{key} {value}" for key, value in case.items())
-                measured = _measured(bench, Step(model, tokens), what)
-                if isinstance(measured, Failure):
-                    notes.append(f"{what} failed: {measured}")
-                    continue
-                speed = tokens / measured.timing.median
-                share = 4 * matmul_weights(model) * speed / limits.matmul
-                peak = None if measured.peak is None else measured.peak / 1e9
-                rows.append(
-                    {**case, **measured.cells(), "tokens/s": speed, "% of matmul": 100 * share, "peak GB": peak}
-                )
-                if weights == "bf16" and not checkpointing:
-                    spent.append(measured.kernels)
-            del model
-            free()
-    list_kernels(bench, spent[-1] if spent else {})
+
+
+def measure_steps(
+    bench: Bench, table: Table, weights: str, tokens: int, *, checkpointing: bool, optimizers: list[str]
+) -> dict[str, tuple[float, int]]:
+    """Add a row for each optimizer; returns the kernels of the last step."""
+    tokens = 48 if bench.quick else tokens
+    model = bench.attempt(f"{weights} weights", adapted, bench, weights)
+    if isinstance(model, Failure):
+        table.note(f"{weights} failed: {model}")
+        return {}
+    checkpoint(model, checkpointing)
+    spent: dict[str, tuple[float, int]] = {}
+    for optimizer in optimizers:
+        words = {"weights": weights, "tokens": tokens, "checkpointing": "yes" if checkpointing else "no"}
+        case: Row = {**words, "optimizer": optimizer}
+        what = ", ".join(f"{key} {value}" for key, value in case.items())
+        work = bench.attempt(what, Step, model, tokens, optimizer)
+        measured = work if isinstance(work, Failure) else _measured(bench, work, what)
+        if isinstance(work, Failure) or isinstance(measured, Failure):
+            table.note(f"{what} failed: {measured}")
+            continue
+        speed = tokens / measured.timing.median
+        table.add(
+            {
+                **case,
+                **measured.cells(),
+                "host waits": host_waits(work, bench.device),
+                "tokens/s": speed,
+                "% of matmul": 100 * 4 * matmul_weights(model) * speed / bench.limits.matmul,
+                "peak GB": None if measured.peak is None else measured.peak / 1e9,
+            }
+        )
+        spent = measured.kernels
+    return spent
 
 
 def _measured(bench: Bench, work: Step, what: str) -> Measured | Failure:
     measured = bench.measure(what, {"step": work})["step"]
     if work.loss is not None and not work.loss.isfinite():
-        bench.failures.append(f"{what}: the loss is {work.loss.item()}")
+        bench.fail(f"{what}: the loss is {work.loss.item()}")
     return measured
 
 
 def list_kernels(bench: Bench, spent: dict[str, tuple[float, int]]) -> None:
-    """Report the time of each kernel in the longest bfloat16 step without checkpointing."""
-    notes = ["for the longest step with bfloat16 weights and without checkpointing"]
+    """Report the time of each kernel in a step with bfloat16 weights and without checkpointing."""
     total = sum(seconds for seconds, _ in spent.values())
-    if not spent:
-        notes.append("nothing to show: there is no profiler for kernels here")
-    with bench.table("step_kernels", KERNEL_COLUMNS, notes) as rows:
+    with bench.table("step_kernels", KERNEL_COLUMNS) as table:
+        if not spent:
+            table.note("nothing to show: there is no profiler for kernels here")
         for name in sorted(spent, key=lambda name: -spent[name][0])[:LISTED]:
             seconds, launches = spent[name]
             short = name[:80].translate(str.maketrans("[]", "()"))  # a table interprets brackets as markup
-            rows.append({"kernel": short, "launches": launches, "ms": seconds * 1e3, "%": 100 * seconds / total})
+            table.add({"kernel": short, "launches": launches, "ms": seconds * 1e3, "%": 100 * seconds / total})
 
 
 def adapted(bench: Bench, weights: str) -> PeftModel:

@@ -288,7 +288,12 @@ def slug(device: torch.device) -> str:
 
 
 def report(
-    name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]], notes: Sequence[str], options: Options
+    name: str,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Cell]],
+    notes: Sequence[str],
+    options: Options,
+    described: Mapping[str, Any] | None = None,
 ) -> None:
     """Print a table, and write it with the machine's description to ``<name>.<machine>.json``.
 
@@ -298,41 +303,49 @@ def report(
         rows: Cells by column; a missing cell stays empty.
         notes: What a reader must know to read the numbers.
         options: The command-line options.
+        described: The `description` of the run; None for one on this machine.
     """
-    facts = machine()
-    where = facts["gpu"]["name"] if options.device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
+    described = described or description(options)
+    facts, kind = described["run"]["machine"], described["device"]
+    where = facts["gpu"]["name"] if kind == "cuda" else f"{facts['cpu']}, {facts['threads']} threads"
     table = Table(title=f"{name} · {where}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         numeric = not any(isinstance(row.get(column), str) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(_formatted(row.get(column)) for column in columns))
+        table.add_row(*(escape(formatted(row.get(column))) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(table, *map(escape, notes), sep="\n")
     if options.out is None:
         return
     result = {
         "name": name,
-        "quick": options.quick,
-        "repeats": options.repeats,
-        "device": options.device.type,
+        "quick": described["quick"],
+        "repeats": described["repeats"],
+        "device": kind,
         "machine": facts,
         "columns": list(columns),
         "rows": [{column: _rounded(row.get(column)) for column in columns} for row in rows],
         "notes": list(notes),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.{slug(options.device)}.json"
+    path = options.out / f"{name}.{described['run']['slug']}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
 
 
-def _formatted(cell: Cell) -> str:
+def description(options: Options) -> dict[str, Any]:
+    """The machine of a run, its short name for file names, and the options."""
+    run = {"machine": machine(), "slug": slug(options.device)}
+    return {"run": run, "quick": options.quick, "repeats": options.repeats, "device": options.device.type}
+
+
+def formatted(cell: Cell) -> str:
     """Three significant digits of a float, all digits of an integer."""
     if cell is None:
         return ""
     if not isinstance(cell, float):
-        return f"{cell:,}" if isinstance(cell, int) else escape(cell)
+        return f"{cell:,}" if isinstance(cell, int) else cell
     decimals = 0 if abs(cell) >= 100 else 1 if abs(cell) >= 10 else 2
     return f"{cell:,.{decimals}f}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,19 +25,35 @@ from hymba_tune.model.backends import OPERATIONS, Backend
 from hymba_tune.model.cache import CACHE_NAME
 from tests.conftest import ROOT
 
-SECTIONS = ("card", "parity", "scan", "attention", "step", "step_kernels", "decode")
+TABLES = ("card", "twin", "scan", "attention", "step", "step_kernels", "decode", "operations", "parity")
 
-WITHOUT_THE_KIT = """
-import runpy, sys
+BARE = """
+import re, runpy, sys
+from importlib import metadata
 from importlib.machinery import PathFinder
 
+def name_of(requirement):
+    return re.sub("[-_.]+", "-", re.match("[A-Za-z0-9._-]+", requirement)[0]).lower()
+
+installed, todo = set(), ["torch", "triton", "transformers", "peft", "accelerate"]
+while todo:
+    name = name_of(todo.pop())
+    if name not in installed:
+        installed.add(name)
+        try:
+            todo += [one for one in metadata.requires(name) or () if "extra ==" not in one]
+        except metadata.PackageNotFoundError:
+            pass
+installed.add("hymba-tune")
+packages = metadata.packages_distributions()
+absent = {module for module, names in packages.items() if not installed & {*map(name_of, names)}} - {"tests"}
+
 class Bare(PathFinder):
-    '''Finds only the libraries that the model needs.'''
+    '''Finds only five packages and what they require.'''
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        absent = name.partition(".")[0] in {"cyclopts", "datasets", "pydantic", "trl"}
-        return None if absent else super().find_spec(name, path, target)
+        return None if name.partition(".")[0] in absent else super().find_spec(name, path, target)
 
 sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 sys.argv = sys.argv[1:]
@@ -75,10 +93,10 @@ def written(folder: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def test_every_section_runs_where_only_the_models_libraries_are_installed(tmp_path: Path) -> None:
+def test_every_section_runs_where_only_five_packages_are_installed(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu.py"
     process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_KIT, str(script), "--quick", "--out", str(tmp_path)],
+        [sys.executable, "-c", BARE, str(script), "--quick", "--out", str(tmp_path)],
         cwd=tmp_path,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -86,13 +104,37 @@ def test_every_section_runs_where_only_the_models_libraries_are_installed(tmp_pa
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    results = {name: written(tmp_path, name) for name in SECTIONS}
+    results = {name: written(tmp_path, name) for name in TABLES}
     assert not [note for result in results.values() for note in result["notes"] if "failed" in note]
-    assert {row["verdict"] for row in results["parity"]["rows"]} == {"right"}
+    assert {row["verdict"] for name in ("twin", "parity") for row in results[name]["rows"]} == {"right"}
+    for name in ("operations", "parity"):
+        found = {row["operation"] for row in results[name]["rows"]}
+        assert found >= OPERATIONS.keys() - ({"scan", "attention"} if name == "operations" else set())
     assert {row["backend"] for row in results["scan"]["rows"]} >= {"torch"}
     assert {row["pass"] for row in results["attention"]["rows"]} == {"forward", "and backward"}
     assert {row["checkpointing"] for row in results["step"]["rows"]} == {"yes", "no"}
-    assert [row["model"] for row in results["decode"]["rows"]] == ["Llama-3.2-3B", "Llama-3.2-3B", "Hymba-1.5B"]
+    models = [(row["model"], row["batch"]) for row in results["decode"]["rows"]]
+    assert list(dict.fromkeys(models)) == [
+        (model, batch) for model in ("Hymba-1.5B", "Llama-3.2-3B") for batch in (1, 4)
+    ]
+
+
+def test_the_tests_that_need_a_gpu_end_at_their_limit_and_keep_their_lines(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del gpu
+    import gpu_tests
+
+    script = "import signal, sys; print('a line', flush=True); signal.pause()"
+    status = gpu_tests.run([sys.executable, "-c", script], 0.5, tmp_path / "out" / "gpu_tests.txt")
+    assert status == -signal.SIGINT
+    assert (tmp_path / "out" / "gpu_tests.txt").read_text().startswith("a line\n")
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu_tests, "run", lambda command, *_: commands.append(command) or 0)
+    assert gpu_tests.main(["--out", str(tmp_path)]) == 0
+    assert f"{ROOT / 'tests' / 'model' / 'test_scan_triton.py'}" in commands[0]
+    assert not [word for word in commands[0] if "cli" in word]
 
 
 def test_without_a_gpu_only_toy_sizes_are_measured(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,11 +149,11 @@ def test_a_section_that_fails_does_not_stop_the_next(
     calls: list[Any] = []
 
     def fail(bench: Any) -> None:
-        with bench.table("scan", ("what",), []) as rows:
-            rows.append({"what": "a row"})
+        with bench.table("scan", ("what",)) as table:
+            table.add({"what": "a row"})
             raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu, "SECTIONS", {"scan": fail, "step": calls.append})
+    monkeypatch.setattr(gpu, "SECTIONS", {"scan": gpu.Section(fail, 1), "step": gpu.Section(calls.append, 1)})
     assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert len(calls) == 1
     assert "failed: scan: RuntimeError: no such kernel" in capsys.readouterr().out
@@ -127,14 +169,15 @@ def test_after_a_device_fault_the_remaining_sections_run_in_a_new_process(
         raise RuntimeError("an illegal memory access was encountered")
 
     commands: list[list[str]] = []
-    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(("scan", "step", "decode"), fault))
+    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(("scan", "step", "decode"), gpu.Section(fault, 1)))
     monkeypatch.setattr(gpu, "alive", lambda _: False)
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
     assert gpu.main(["--quick", "--device", "cpu", "--kernels", "scan=auto"]) == 1
     (command,) = commands
     assert command[1] == gpu.__file__
     again = gpu._read(command[2:])
-    assert (again.only, again.quick, again.kernels) == (["step", "decode"], True, ["scan=auto"])
+    assert (again.only, again.quick, again.continued) == (["step", "decode"], True, True)
+    assert again.kernels == ["scan=auto"]
 
 
 def test_nothing_new_is_started_after_the_time_limit(
@@ -146,6 +189,77 @@ def test_nothing_new_is_started_after_the_time_limit(
     gpu.run(bench, "scan")
     assert "scan was cut short" in capsys.readouterr().out
     assert not bench.failures
+
+
+def test_a_killed_run_loses_nothing_it_has_measured(gpu: ModuleType, tmp_path: Path) -> None:
+    words = ["--quick", "--device", "cpu", "--only", "card", "parity", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, gpu.__file__, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("parity:"):
+            process.kill()
+            break
+    process.stdout.close()
+    process.wait()
+    assert not list(tmp_path.glob("*.json"))
+
+    (rows,) = tmp_path.glob("gpu.*.jsonl")
+    with rows.open("a") as file:
+        file.write('{"table": "parity", "ro')  # as a kill within a line leaves it
+    assert gpu.main(["--tables", str(rows)]) == 0
+    first_columns = {"card": "fact", "parity": "operation"}
+    counted = {
+        name: sum(line.startswith(f"{name}: {first} ") for line in seen) for name, first in first_columns.items()
+    }
+    assert all(len(written(tmp_path, name)["rows"]) >= count > 0 for name, count in counted.items())
+    assert written(tmp_path, "parity")["quick"]
+
+
+def test_tables_are_those_of_the_last_run_also_on_another_machine(gpu: ModuleType, tmp_path: Path, bench: Any) -> None:
+    from gpu_journal import Journal
+
+    journal = Journal(tmp_path / "gpu.some-card.jsonl")
+    for value in (1, 2):
+        journal.begin(bench.options)
+        journal.write(table="scan", columns=["ms"])
+        journal.write(table="scan", row={"ms": value})
+    lines = (tmp_path / "gpu.some-card.jsonl").read_text()
+    (tmp_path / "gpu.some-card.jsonl").write_text(re.sub('"slug": "[^"]*"', '"slug": "some-card"', lines))
+    assert gpu.main(["--tables", str(tmp_path / "gpu.some-card.jsonl")]) == 0
+    result = json.loads((tmp_path / "gpu_scan.some-card.json").read_text())
+    assert result["rows"] == [{"ms": 2}]
+
+
+def test_sections_have_shares_of_530_seconds_and_what_one_leaves_goes_to_the_next(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu.SECONDS == 530
+    left: dict[str, float] = {}
+    sections = {
+        name: gpu.Section(lambda bench, name=name: left.update({name: bench.deadline - time.monotonic()}), seconds)
+        for name, seconds in {"scan": 10, "step": 30}.items()
+    }
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    assert gpu.main(["--quick", "--device", "cpu", "--only", "scan", "step", "--seconds", "4000"]) == 0
+    assert 0 < left["scan"] <= 1000 < 3000 < left["step"] <= 4000
+
+
+def test_work_that_goes_on_after_its_deadline_is_interrupted(
+    gpu: ModuleType, bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_for_ever(bench: Any) -> None:
+        while True:
+            bench.attempt("compile", signal.pause)
+
+    monkeypatch.setattr(gpu, "GRACE", 0.01)
+    monkeypatch.setattr(gpu, "SECTIONS", {"scan": gpu.Section(compile_for_ever, 1)})
+    bench.deadline = time.monotonic() + 0.01
+    gpu.run(bench, "scan")
+    assert "scan was cut short" in capsys.readouterr().out
 
 
 def test_a_failing_variant_does_not_stop_the_others(bench: Any) -> None:
@@ -164,17 +278,17 @@ def test_out_of_memory_is_a_result_and_not_a_failure(bench: Any) -> None:
 
 
 def test_kernels_are_summed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_measure
+    import gpu_profile
 
     second = 1_000_000_000
-    summed = gpu_measure.sum_kernels([("a", second), ("b", 4 * second), ("a", second // 2)])
+    summed = gpu_profile.sum_kernels([("a", second), ("b", 4 * second), ("a", second // 2)])
     assert summed == {"a": (1.5, 2), "b": (4.0, 1)}
     # The profiler's events have the attributes that are read; on a CPU it records only the host's work.
-    monkeypatch.setattr(gpu_measure, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
+    monkeypatch.setattr(gpu_profile, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
     device = SimpleNamespace(type="cuda")
-    assert gpu_measure.kernels(lambda: torch.ones(2) + 1, device) == {}
-    monkeypatch.setattr(gpu_measure, "DeviceType", SimpleNamespace(CUDA=DeviceType.CPU))
-    seconds, launches = gpu_measure.kernels(lambda: torch.ones(2) + 1, device)["aten::add"]
+    assert gpu_profile.kernels(lambda: torch.ones(2) + 1, device) == {}
+    monkeypatch.setattr(gpu_profile, "DeviceType", SimpleNamespace(CUDA=DeviceType.CPU))
+    seconds, launches = gpu_profile.kernels(lambda: torch.ones(2) + 1, device)["aten::add"]
     assert launches == 1
     assert 0 < seconds < 1
 
@@ -190,27 +304,30 @@ def test_limits_that_cannot_be_measured_are_an_error(bench: Any, monkeypatch: py
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("wrong", ["outputs", "gradients"])
 def test_parity_finds_a_wrong_backend(bench: Any, wrong: str) -> None:
-    from gpu_parity import compare, convolution_cases
+    from gpu_cases import convolution_cases
+    from gpu_journal import Table
+    from gpu_parity import compare
 
     operation = OPERATIONS["conv"]
     correct = operation.backends["torch"].run
     weigh = {"outputs": lambda y: y * 1.001, "gradients": lambda y: y.detach() + (y - y.detach()) * 1.001}[wrong]
     operation.backends["wrong"] = Backend("wrong", lambda *inputs: weigh(correct(*inputs)))
-    notes: list[str] = []
     cases = list(convolution_cases(bench, torch.float32))
-    verdicts = {row["backend"]: row["verdict"] for row in compare(bench, operation, torch.float32, cases, notes)}
+    table = Table("parity", bench.journal)
+    verdicts = {row["backend"]: row["verdict"] for row in compare(bench, operation, torch.float32, cases, table)}
     assert {name: verdicts[name] for name in ("torch", "wrong")} == {"torch": "right", "wrong": "WRONG"}
     (failure,) = bench.failures
     assert "conv float32 wrong: wrong by 1.0e-03" in failure
-    assert failure in notes
+    assert {"table": "parity", "note": failure} in bench.journal.entries
 
 
 def test_parity_within_the_model_restores_the_choice_of_kernels(bench: Any) -> None:
+    from gpu_journal import Table
     from gpu_parity import compare_models
 
     before = use_kernels(conv="torch")
     try:
-        rows = list(compare_models(bench, torch.float32, []))
+        rows = list(compare_models(bench, torch.float32, Table("parity", bench.journal)))
         assert OPERATIONS["conv"].chosen == "torch"
     finally:
         use_kernels(**before)
@@ -218,7 +335,7 @@ def test_parity_within_the_model_restores_the_choice_of_kernels(bench: Any) -> N
 
 
 def test_the_error_of_nan_is_infinite() -> None:
-    from gpu_parity import relative_error
+    from gpu_cases import relative_error
 
     assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
     assert relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1
