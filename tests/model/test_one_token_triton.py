@@ -170,7 +170,9 @@ def test_each_operation_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "sizes"), [(PREPARE, (2, 4, 1, 6, 8, 4)), (UPDATE, (8, 3, 2)), (GATE_UP, (8, 16, 2))], ids=str
+    ("operation", "sizes"),
+    [(PREPARE, (2, 4, 1, 6, 8, 4)), (UPDATE, (8, 3, 2)), (GATE_UP, (8, 16, 2))],
+    ids=["prepare", "update", "gate_up"],
 )
 def test_the_self_test_takes_the_sizes_of_the_model(operation: Operation, sizes: tuple[int, ...]) -> None:
     task = Task(DEVICE, torch.bfloat16, gradients=False, sizes=sizes)
