@@ -166,6 +166,9 @@ class Operation:
         self._problem = problem
         self._trains = trains
         self._self_tests: dict[tuple[str, Task], str | None] = {}
+        # Every layer of every step asks for the same few choices, each of which takes longer than a launch on a GPU.
+        self._choices: dict[tuple[Task, str], Backend] = {}
+        self._chosen_from: tuple[Backend, ...] = ()
         OPERATIONS[name] = self
 
     def choose(self, task: Task, name: str | None = None) -> Backend:
@@ -180,6 +183,14 @@ class Operation:
             ValueError: If no backend has this name, or it cannot compute the task; the message lists those that can.
         """
         name = name or self._default_name(task)
+        present = tuple(self.backends.values())
+        if present != self._chosen_from:
+            self._choices, self._chosen_from = {}, present
+        if (key := (task, name)) not in self._choices:
+            self._choices[key] = self._choose(task, name)
+        return self._choices[key]
+
+    def _choose(self, task: Task, name: str) -> Backend:
         if name == AUTO:
             return next(backend for backend in self.backends.values() if self._obstacle(backend, task) is None)
         self.check(name)
@@ -212,6 +223,7 @@ class Operation:
 
     def _exclude(self, backend: Backend, task: Task, reason: str) -> None:
         self._self_tests[backend.name, task] = reason
+        self._choices.clear()
         logger.warning("The %s backend %s is not used: %s", self.name, backend.name, reason)
 
     def _default_name(self, task: Task) -> str:

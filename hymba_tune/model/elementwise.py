@@ -37,12 +37,15 @@ from .native import DTYPES
 from .triton_kernels import triton_unavailable_reason
 
 FEW = 2**14
-"""The number of elements below which a call costs more time than the arithmetic."""
+"""The number of elements below which a call costs more time than the arithmetic on a CPU."""
 
 
 def _few(x: Tensor) -> bool:
-    """Return whether selecting and calling a backend would cost more than it saves, as in a step of generation."""
-    return x.numel() < FEW and not torch.is_grad_enabled()
+    """Return whether selecting and calling a backend on a CPU would cost more than it saves, as in generation.
+
+    On a GPU the number of launches decides, and kernels have fewer.
+    """
+    return x.device.type == "cpu" and x.numel() < FEW and not torch.is_grad_enabled()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -187,7 +190,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _few(x):
+    if _few(x) or (x.device.type != "cpu" and not torch.is_grad_enabled()):  # one kernel on a GPU
         return torch.rms_norm(x, x.shape[-1:], eps=eps) * weight
     normed: Tensor = _RMSNorm.apply(x, weight, eps)
     return normed

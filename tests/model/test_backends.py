@@ -49,6 +49,16 @@ def test_the_first_usable_backend_is_selected(operation: Callable[..., Operation
     assert chosen.choose(CPU, "plain").name == "plain"
 
 
+def test_a_choice_is_made_once(operation: Callable[..., Operation]) -> None:
+    asked = []
+    chosen = operation(Backend("fast", double, unavailable_reason=lambda: asked.append("fast")))
+    assert [chosen.choose(CPU).name for _ in range(3)] == ["fast"] * 3
+    assert asked == ["fast"]
+
+    chosen.backends["fast"] = Backend("fast", double, unavailable_reason=lambda: "gone")
+    assert chosen.choose(CPU).name == "plain"
+
+
 @pytest.mark.parametrize(
     ("backend", "task", "reason"),
     [
