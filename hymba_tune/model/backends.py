@@ -52,7 +52,11 @@ class Task:
         first = tensors[0]
         assert first is not None
         gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        return cls(first.device.type, first.dtype, gradients, **options)
+        return _task(first.device.type, first.dtype, gradients, **options)
+
+
+# Every layer asks for the same few tasks, and making one takes longer than finding it.
+_task = lru_cache(maxsize=256)(Task)
 
 
 def _always_available() -> None:

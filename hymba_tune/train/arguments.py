@@ -11,7 +11,7 @@ from transformers import Trainer
 from hymba_tune.config import TrainingConfig
 from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.strategies import strategy_arguments
-from hymba_tune.train.optimizers import OPTIMIZERS, Rates, schedule
+from hymba_tune.train.optimizers import Rates, optimizer_name, schedule
 from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
 
@@ -36,7 +36,7 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": config.grad_accum,
         "learning_rate": learning_rates(setup).base,
         "warmup_steps": config.warmup,
-        "optim": OPTIMIZERS[config.optimizer],
+        "optim": optimizer_name(config.optimizer, device.type),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "neftune_noise_alpha": config.neftune_alpha,

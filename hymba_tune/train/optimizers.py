@@ -56,6 +56,14 @@ class Rates:
         return kind, rate
 
 
+def optimizer_name(optimizer: str, device: str) -> str:
+    """Return transformers' name of an optimizer on a type of device.
+
+    On a GPU, AdamW is one kernel for many parameters: the adapters of Hymba are hundreds of small matrices.
+    """
+    return "adamw_torch_fused" if optimizer == "adamw" and device == "cuda" else OPTIMIZERS[optimizer]
+
+
 def parameter_groups(
     model: nn.Module, rates: Rates, *, weight_decay: float, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:

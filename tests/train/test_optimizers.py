@@ -10,7 +10,14 @@ from transformers import get_scheduler
 from transformers.training_args import OptimizerNames
 
 from hymba_tune.config import Method, TrainingOptions
-from hymba_tune.train.optimizers import OPTIMIZERS, Rates, describe_groups, parameter_groups, schedule
+from hymba_tune.train.optimizers import (
+    OPTIMIZERS,
+    Rates,
+    describe_groups,
+    optimizer_name,
+    parameter_groups,
+    schedule,
+)
 from tests.adapters.small import adapted_model
 from tests.tiny import tiny_model
 
@@ -133,3 +140,9 @@ def test_schedules_fall_as_documented() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_runs_have_a_schedule_too(steps: int) -> None:
     assert len(rates_of("wsd", steps=steps, decay=1.0)) == steps
+
+
+def test_adamw_is_fused_on_a_gpu() -> None:
+    assert optimizer_name("adamw", "cuda") == OptimizerNames.ADAMW_TORCH_FUSED.value
+    assert optimizer_name("adamw", "cpu") == OptimizerNames.ADAMW_TORCH.value
+    assert optimizer_name("adamw8bit", "cuda") == OPTIMIZERS["adamw8bit"]
