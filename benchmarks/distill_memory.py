@@ -85,7 +85,7 @@ def forward_kl(sizes: tuple[int, int], device: torch.device) -> Step:
             data = losses.cross_entropy(logits, targets[rows])
             return losses.mix(data, losses.forward_kl(logits, same_vocabulary.logits(rows)), alpha=0.7)
 
-        return chunked_loss(student, chunk, chunk_rows(sizes[0], sizes[0]))
+        return chunked_loss(student, chunk, chunk_rows(sizes[0], sizes[0], device=torch.device("cpu")))
 
     return loss
 
@@ -97,7 +97,7 @@ def sorted_uld(sizes: tuple[int, int], _device: torch.device) -> Step:
         def chunk(logits: Tensor, rows: slice) -> Tensor:
             return losses.sorted_uld(logits, teacher.logits(rows))
 
-        return chunked_loss(student, chunk, chunk_rows(*sizes))
+        return chunked_loss(student, chunk, chunk_rows(*sizes, device=torch.device("cpu")))
 
     return loss
 
@@ -107,7 +107,7 @@ def alm(sizes: tuple[int, int], device: torch.device) -> Step:
 
     def loss(student: Head, teacher: Head) -> Tensor:
         targets = torch.zeros(len(student.hidden), dtype=torch.int64, device=device)
-        rows = chunk_rows(*sizes)
+        rows = chunk_rows(*sizes, device=torch.device("cpu"))
         with torch.no_grad():
             teacher_likelihood = log_likelihood(teacher, targets, rows)
         return losses.alm(log_likelihood(student, targets, rows), teacher_likelihood, tau=100.0).sum()
@@ -153,7 +153,7 @@ def projection(sizes: tuple[int, int], device: torch.device) -> Step:
         def chunk(logits: Tensor, rows: slice) -> Tensor:
             return losses.projection_kl(logits, project.from_head(teacher, places[rows]))
 
-        return chunked_loss(student, chunk, chunk_rows(*sizes))
+        return chunked_loss(student, chunk, chunk_rows(*sizes, device=torch.device("cpu")))
 
     return loss
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hymba_tune.footprint.machine import device_memory
 from hymba_tune.model.autocast import to_autocast_dtype
 from hymba_tune.model.chunked_head import chunked_log_probs, chunked_sum
 
 CHUNK_BYTES = 1 << 26
 """Bytes of float32 logits held at a time, of both sides together. A loss holds up to six times that."""
+CARD_SHARE = 128
+"""A chunk on a GPU may take this part of its memory instead: few tokens take less time than their launches."""
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
 """From the student's logits ``(n, V)`` of some tokens, and the slice of these tokens, to their losses, ``(n,)``."""
@@ -31,9 +34,14 @@ class Head(NamedTuple):
         return linear(hidden, self.weight.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def chunk_rows(*vocabularies: int) -> int:
+def chunk_bytes(device: torch.device) -> int:
+    """Return the bytes of float32 logits held at a time on a device."""
+    return max(CHUNK_BYTES, device_memory(device) // CARD_SHARE) if device.type == "cuda" else CHUNK_BYTES
+
+
+def chunk_rows(*vocabularies: int, device: torch.device) -> int:
     """Return the number of tokens in a chunk, for a loss that needs logits over these vocabularies at once."""
-    return max(1, CHUNK_BYTES // (4 * sum(vocabularies)))
+    return max(1, chunk_bytes(device) // (4 * sum(vocabularies)))
 
 
 def chunked_loss(student: Head, loss: TokenLoss, rows: int) -> Tensor:

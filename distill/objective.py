@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -119,10 +120,12 @@ def distillation_loss(
     if tokens is not None:
         parts["kd"] = torch.zeros_like(parts["ce"])
 
+    places = at.tolist()  # a GPU is waited for here, and not for each chunk
+
     def token_loss(logits: Tensor, rows: slice) -> Tensor:
         data = cross_entropy(logits, targets[rows])
         parts["ce"] += data.detach().sum()
-        begin, end = torch.searchsorted(at, at.new_tensor([rows.start, rows.start + len(logits)])).tolist()
+        begin, end = bisect_left(places, rows.start), bisect_left(places, rows.start + len(logits))
         here = at[begin:end] - rows.start
         taught = torch.where(in_span[rows], 0, data)
         if tokens is not None and end > begin:
@@ -131,7 +134,7 @@ def distillation_loss(
             taught = taught.index_copy(0, here, tokens.weight * values.to(taught.dtype))
         return mix(data, taught, alpha=alpha)
 
-    rows = chunk_rows(vocabulary, tokens.vocabulary if tokens is not None else 0)
+    rows = chunk_rows(vocabulary, tokens.vocabulary if tokens is not None else 0, device=labels.device)
     total = chunked_loss(student, token_loss, rows)
     if spans is not None and len(bounds):
         own = log_likelihood(student, targets, rows)

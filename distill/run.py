@@ -27,7 +27,7 @@ from hymba_tune.distill.capture import (
     pair_of,
     try_teacher,
 )
-from hymba_tune.distill.chunks import CHUNK_BYTES
+from hymba_tune.distill.chunks import chunk_bytes
 from hymba_tune.distill.matching import HiddenMatch, HiddenStateLoss, Layers
 from hymba_tune.distill.memory import teacher_bytes
 from hymba_tune.distill.outputs import TeacherSpec
@@ -36,7 +36,7 @@ from hymba_tune.distill.preflight import end_line
 from hymba_tune.distill.rollouts import RolloutGenerator
 from hymba_tune.distill.rows import AlignedData, normalized, read_rows
 from hymba_tune.distill.tables import same_tokenizer
-from hymba_tune.distill.target_maker import CHUNKS, TargetMaker
+from hymba_tune.distill.target_maker import TargetMaker
 from hymba_tune.distill.teacher import parameters_of, smaller_than
 from hymba_tune.distill.teacher_generations import TeacherGenerator
 from hymba_tune.distill.teacher_signals import FROM_TARGETS, LossParameters, OnlineTeacher, TeacherSignals
@@ -54,9 +54,7 @@ from hymba_tune.train.sft import data_of
 ONE_TOKENIZER = ("kl", "reverse-kl", "jsd")
 """Losses that need one tokenizer on both sides."""
 LOSS_CHUNKS = 6
-"""Memory of a loss, in multiples of a chunk's logits."""
-PROJECTION_CHUNKS = 4
-"""Memory of a projection, in multiples of the chunks that it computes at once."""
+"""Memory of a loss, in multiples of a chunk's logits; a projection takes four."""
 
 
 def run_distill(config: DistillConfig, screen: Screen) -> Run | None:
@@ -157,8 +155,7 @@ class AlignedRun:
         """Bytes of the teacher, if it stays in memory, and of the loss's chunks."""
         teacher, setup = self.teacher, self.setup
         held = teacher_bytes(self.config, teacher.config, teacher.parameters or 0, setup.model_config, setup.device)
-        chunks = PROJECTION_CHUNKS * CHUNKS.get(setup.device.type, 1) if self.config.keeps_teacher else 0
-        return held + max(LOSS_CHUNKS, chunks) * CHUNK_BYTES
+        return held + LOSS_CHUNKS * chunk_bytes(setup.device)
 
     @property
     def uses_targets(self) -> bool:

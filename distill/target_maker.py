@@ -23,9 +23,6 @@ from hymba_tune.distill.tables import FirstTokens, Tables, open_tables, same_tok
 from hymba_tune.distill.targets import Targets
 from hymba_tune.distributed.processes import first_of_node
 
-CHUNKS = {"cuda": 8}
-"""Chunks of tokens that are projected at once, by device: a kernel of few tokens takes less time than its launch."""
-
 
 @dataclass
 class CaptureStats:
@@ -142,8 +139,8 @@ class TargetMaker:
     @property
     def _step(self) -> int:
         """The number of student tokens that are projected at a time."""
-        step = chunk_rows(len(self.tables.first), self.projection.vocabulary)
-        return step * CHUNKS.get(self.projection.device.type, 1)
+        sizes = len(self.tables.first), self.projection.vocabulary
+        return chunk_rows(*sizes, device=self.projection.device)
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Alignment]) -> Iterator[tuple[int, TargetBatch]]:

@@ -290,6 +290,7 @@ def use_one_device(args: TrainingArguments, device: torch.device) -> None:
     args._n_gpu = min(args.n_gpu, 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type != "cpu":
         vars(args)["_setup_devices"] = device  # what the cached property of this name holds
         args.distributed_state.device = device  # which Accelerate reads
 

@@ -19,6 +19,8 @@ from tests.tolerances import BFLOAT16, FLOAT64
 
 TOKENS, WIDTH, VOCABULARY = 13, 6, 11
 
+CPU = torch.device("cpu")
+
 
 def head(vocabulary: int = VOCABULARY, tokens: int = TOKENS, width: int = WIDTH) -> Head:
     hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
@@ -142,7 +144,7 @@ class Sizes(TorchDispatchMode):
 def largest(tokens: int, loss: str) -> int:
     student, teacher = head(300, tokens, 4), head(300 if loss != "ULD" else 1200, tokens, 4)
     targets = torch.randint(300, (tokens,))
-    rows = chunk_rows(300, len(teacher.weight))
+    rows = chunk_rows(300, len(teacher.weight), device=CPU)
     with Sizes() as sizes:
         if loss == "ALM":
             total = log_likelihood(student, targets, rows).sum()
@@ -162,5 +164,11 @@ def test_no_tensor_grows_with_the_tokens(name: str, monkeypatch: pytest.MonkeyPa
     assert few <= 2 * 60_000  # in float64
 
 
+def test_chunks_are_larger_on_a_large_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "device_memory", lambda _: 80 * 2**30)
+    assert chunk_rows(2**15, device=CPU) == 512
+    assert chunk_rows(2**15, device=torch.device("cuda")) == 5120
+
+
 def test_chunk_has_a_token_at_least() -> None:
-    assert chunk_rows(10**12) == 1
+    assert chunk_rows(10**12, device=CPU) == 1
