@@ -113,6 +113,7 @@ ATTENTION = Operation(
             flex_packed_attention,
             ("cuda",),
             GPU_DTYPES,
+            slow_start=True,
             needs_self_test=True,
             unavailable_reason=flex_unavailable_reason,
             unsupported_reason=flex_unsupported_reason,

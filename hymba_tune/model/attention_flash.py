@@ -38,7 +38,9 @@ threads. Without copies, the few meta keys would occupy only a few groups, for a
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Compute `packed_attention` with the first of `PROVIDERS` that is installed.
+    """Compute `packed_attention` with the fastest FlashAttention that is installed.
+
+    Without gradients, one that is compiled at its first call comes last, since the first token of an answer waits.
 
     Args:
         query: ``(M + T, H, a)``, float16 or bfloat16, on a GPU.
@@ -51,7 +53,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docume
         ``(M + T, H * v)``.
     """
     parts = _parts(documents.starts, documents.num_meta, window, query.device)
-    output: Tensor = _MergedAttention.apply(*map(_aligned, (query, key, value)), parts, _provider())
+    provider = _provider(torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+    output: Tensor = _MergedAttention.apply(*map(_aligned, (query, key, value)), parts, provider)
     return output.flatten(1)
 
 
@@ -62,7 +65,7 @@ def flash_unavailable_reason() -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
         return "FlashAttention needs a GPU of compute capability 8.0 or more"
-    if _provider() is None:
+    if _provider(gradients=True) is None:
         return "this PyTorch has no FlashAttention and no package provides one (pip install flash-attn)"
     return None
 
@@ -263,11 +266,12 @@ def _flash_attn_3() -> Provider | None:
 
 
 def _flash_attn_4() -> Provider | None:
-    """Return the package flash-attn-4, for compute capability 10 and 11.
+    """Return the package flash-attn-4, for compute capability 10 to 12.
 
-    On 9, its backward supports neither packed texts nor windows.
+    On 9, its backward supports neither packed texts nor windows. On 12, it has no deterministic backward.
     """
-    if torch.cuda.get_device_capability()[0] not in (10, 11):
+    generation = torch.cuda.get_device_capability()[0]
+    if generation not in (10, 11, 12) or (generation == 12 and torch.are_deterministic_algorithms_enabled()):
         return None
     try:
         from flash_attn.cute import interface
@@ -371,8 +375,11 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
 
 PROVIDERS = (_flash_attn_4, _flash_attn_3, _flash_attn_2, _of_pytorch, _of_hub)
 """The functions that look for a FlashAttention, the fastest first."""
+COMPILED_AT_FIRST = (_flash_attn_4,)
+"""Those whose kernels are compiled at the first call."""
 
 
 @cache
-def _provider() -> Provider | None:
-    return next(filter(None, (find() for find in PROVIDERS)), None)
+def _provider(gradients: bool) -> Provider | None:
+    finders = sorted(PROVIDERS, key=lambda find: find in COMPILED_AT_FIRST and not gradients)
+    return next(filter(None, (find() for find in finders)), None)

@@ -81,6 +81,8 @@ class Backend:
         initial_state: Whether texts can start from a given state. If not, each text gets its own copy of the meta
             tokens.
         fuses_meta_prefix: Whether one call can process the meta tokens and the texts that continue from them.
+        slow_start: Whether the first call takes many seconds, as for `torch.compile`. Where no gradients are asked, as
+            before the first token of an answer, other backends are preferred.
         needs_self_test: Whether it is compiled at run time or comes from another package. Such a backend first has to
             solve a small problem, so that no run uses one that fails to compile or returns wrong results.
         unavailable_reason: A function that returns why the backend cannot be used on this machine and what to install,
@@ -96,6 +98,7 @@ class Backend:
     gradients: bool = True
     initial_state: bool = True
     fuses_meta_prefix: bool = False
+    slow_start: bool = False
     needs_self_test: bool = False
     unavailable_reason: Callable[[], str | None] = _always_available
     unsupported_reason: Callable[[Task], str | None] = _supports_every_task
@@ -196,7 +199,7 @@ class Operation:
 
     def _choose(self, task: Task, name: str) -> Backend:
         if name == AUTO:
-            return next(backend for backend in self.backends.values() if self._obstacle(backend, task) is None)
+            return next(backend for backend in self._by_preference(task) if self._obstacle(backend, task) is None)
         self.check(name)
         if reason := self._obstacle(self.backends[name], task):
             usable = [other for other, obstacle in self.obstacles(task).items() if obstacle is None]
@@ -245,8 +248,11 @@ class Operation:
             raise ValueError(f"{self.name} backend {name!r}; expected one of {', '.join((AUTO, *self.backends))}")
 
     def obstacles(self, task: Task) -> dict[str, str | None]:
-        """Return for each backend, the fastest first, why it cannot compute the task, or None if it can."""
-        return {name: self._obstacle(backend, task) for name, backend in self.backends.items()}
+        """Return for each backend, the preferred one first, why it cannot compute the task, or None if it can."""
+        return {backend.name: self._obstacle(backend, task) for backend in self._by_preference(task)}
+
+    def _by_preference(self, task: Task) -> list[Backend]:
+        return sorted(self.backends.values(), key=lambda backend: backend.slow_start and not task.gradients)
 
     def _obstacle(self, backend: Backend, task: Task) -> str | None:
         if task.gradients and not self._trains:

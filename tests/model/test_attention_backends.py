@@ -95,7 +95,7 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         find = attention_flash._of_pytorch
     provider = find()
     assert provider is not None
-    monkeypatch.setattr(attention_flash, "_provider", lambda: provider)
+    monkeypatch.setattr(attention_flash, "_provider", lambda *_, **__: provider)
     monkeypatch.setattr(attention_flash, "SHARED", 50)  # so that several runs share the meta keys
     yield
     if library is not None:
@@ -179,6 +179,30 @@ def test_flash_supports_an_expanded_gradient() -> None:
     outputs = flash_attention(*inputs, documents([9, 1, 30], 5), 7), naive(*inputs, [9, 1, 30], 5, 7)
     for actual, expected in zip(*(torch.autograd.grad(output.sum(), inputs) for output in outputs), strict=True):
         FLOAT64.check(actual, expected)
+
+
+@pytest.mark.parametrize(("gradients", "first"), [(True, "flash-attn 4"), (False, "PyTorch")])
+def test_flash_is_not_compiled_before_the_first_token(
+    monkeypatch: pytest.MonkeyPatch, gradients: bool, first: str
+) -> None:
+    found = [lambda name=name: attention_flash.Provider(name, None, None) for name in ("flash-attn 4", "PyTorch")]
+    monkeypatch.setattr(attention_flash, "PROVIDERS", found)
+    monkeypatch.setattr(attention_flash, "COMPILED_AT_FIRST", found[:1])
+    assert attention_flash._provider(gradients).name == first
+
+
+@pytest.mark.parametrize(
+    ("capability", "deterministic", "found"),
+    [((9, 0), False, False), ((10, 0), True, True), ((12, 0), False, True), ((12, 1), True, False)],
+)
+def test_flash_attn_4_is_used_where_it_can_train(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], deterministic: bool, found: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    for module in fake_kernels.flash_attn_4_modules():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert (attention_flash._flash_attn_4() is not None) == found
 
 
 def test_flash_is_not_found_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model import backends, use_kernels
+from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import OPERATIONS, Backend, Operation, Problem, Task, survey
 from hymba_tune.model.scan import SCAN
 
@@ -57,6 +58,17 @@ def test_a_choice_is_made_once(operation: Callable[..., Operation]) -> None:
 
     chosen.backends["fast"] = Backend("fast", double, unavailable_reason=lambda: "gone")
     assert chosen.choose(CPU).name == "plain"
+
+
+def test_a_backend_that_starts_slowly_is_preferred_for_training_only(operation: Callable[..., Operation]) -> None:
+    chosen = operation(Backend("compiled", double, slow_start=True), Backend("ready", double))
+    assert chosen.choose(CPU).name == "compiled"
+    assert chosen.choose(Task("cpu", torch.float32, gradients=False)).name == "ready"
+
+
+def test_attention_on_a_gpu_starts_without_compilation_where_no_gradients_are_asked() -> None:
+    names = [b.name for b in ATTENTION._by_preference(Task("cuda", torch.bfloat16, gradients=False))]
+    assert names.index("flash") < names.index("flex")
 
 
 @pytest.mark.parametrize(
