@@ -269,6 +269,18 @@ class Operation:
                 self._self_tests[key] = None
         return self._self_tests[key]
 
+    @property
+    def plain(self) -> str:
+        """The name of the backend that supports every task."""
+        return self._plain.name
+
+    @property
+    def tested(self) -> list[Backend]:
+        """The backends that training uses after they passed a self-test."""
+        tasks = [task for (_, task), reason in self._self_tests.items() if reason is None and task.gradients]
+        used = {backend.name: backend for backend in map(self.choose, tasks) if backend.needs_self_test}
+        return [*used.values()]
+
     def _self_test(self, backend: Backend, task: Task) -> str | None:
         """Compute a small problem, and return why the backend failed, or None if it passed."""
         if not self._trains:

@@ -1,4 +1,4 @@
-"""Limits of the machine: disk space, checked before a run and handled within it, and memory."""
+"""Limits of the machine: disk space, checked before a run and handled within it, memory, and kernels that fail."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hymba_tune.files.checkpoints import forget_torn
 from hymba_tune.footprint import MOMENT_BYTES, Sharding
 from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
+from hymba_tune.model.backends import OPERATIONS, Backend
 from hymba_tune.train.run import Run
 
 SMALL_FILES = 2**23
@@ -26,6 +28,10 @@ WRITING_FAILED = ("os error 28", "inline_container", "iostream error", "PytorchS
 """Parts of the error messages of safetensors and torch when a file cannot be written completely."""
 ZERO_COPIES = 3
 """Copies of the trained weights in a checkpoint of DeepSpeed's ZeRO: the result, its module and its optimizer's."""
+DEVICE_ERRORS = ("CUDA error", "HIP error", "Triton Error")
+"""Parts of the messages of errors of a GPU, from whichever library."""
+COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor")
+"""The packages through which `torch.compile` runs a backward."""
 GB = 2**30
 
 
@@ -71,7 +77,7 @@ def check_disk(run: Run, needed: int) -> None:
 def limits_explained(
     run: Run, config: TrainingConfig, device: torch.device, needs: Callable[[TrainingConfig], int] | None = None
 ) -> Iterator[None]:
-    """Replace the errors that libraries raise when memory or disk runs out by messages that say what to change.
+    """Replace the errors of libraries when memory or disk runs out or a kernel fails by messages with what to change.
 
     Args:
         run: The run, for the disk it writes to.
@@ -80,7 +86,7 @@ def limits_explained(
         needs: Estimates the bytes that the run would need with other settings; None if they cannot be estimated.
 
     Raises:
-        TrainingError: If memory or disk ran out.
+        TrainingError: If memory or disk ran out, or a kernel failed.
     """
     try:
         yield
@@ -91,6 +97,8 @@ def limits_explained(
             if is_main():
                 forget_torn(run.checkpoints)
             raise _disk_full(run) from error
+        if blamed := blamed_kernels(error):
+            raise _kernel_failed(run, device, error, blamed) from error
         raise
 
 
@@ -106,6 +114,30 @@ def is_disk_full(error: Exception, path: Path) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     message = str(error)
     return "os error 28" in message or (any(words in message for words in WRITING_FAILED) and _free(path) < GB)
+
+
+def blamed_kernels(error: Exception) -> dict[str, tuple[str, str]]:
+    """Return for each operation whose kernel an error may come from that kernel, and a plain one to use instead.
+
+    These are the compiled or foreign kernels that training uses, if the error passed through their modules, or through
+    `torch.compile` where that compiled them. An error of the device may come from any of them, since kernels run while
+    Python goes on.
+    """
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)}
+    of_device = any(words in str(error) for words in DEVICE_ERRORS)
+    of_compiler = any(module.startswith(COMPILERS) for module in modules)
+    return {
+        name: (backend.name, operation.plain)
+        for name, operation in OPERATIONS.items()
+        for backend in operation.tested
+        if of_device or modules.intersection(_modules(backend)) or (backend.slow_start and of_compiler)
+    }
+
+
+def _modules(backend: Backend) -> list[str]:
+    """Return the names of the modules of a backend's functions."""
+    functions = backend.run if isinstance(backend.run, tuple) else (backend.run,)
+    return [function.__module__ for function in functions]
 
 
 def memory_advice(config: TrainingConfig, needs: Callable[[TrainingConfig], int] | None = None) -> list[str]:
@@ -177,6 +209,20 @@ def _disk_full(run: Run) -> TrainingError:
         f"The disk of {run.path} is full.",
         expected="room for one more checkpoint; the incomplete one was removed",
         fix=f"free some space, then --resume {run.path} (from {checkpoint.name})" if checkpoint else "free some space",
+    )
+
+
+def _kernel_failed(
+    run: Run, device: torch.device, error: Exception, blamed: dict[str, tuple[str, str]]
+) -> TrainingError:
+    what = " or ".join(f"{name} kernel {kernel}" for name, (kernel, _) in blamed.items())
+    others = " ".join(f"{name}={plain}" for name, (_, plain) in blamed.items())
+    resume = f"--resume {run.path} " if run.newest_checkpoint() else ""
+    several = "" if len(blamed) == 1 else "; with CUDA_LAUNCH_BLOCKING=1 in the environment this message names one"
+    return TrainingError(
+        f"The {what} failed on {device}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+        expected="a kernel that computes what it computed in its self-test",
+        fix=f"{resume}--kernels {others}, which is slower{several}",
     )
 
 

@@ -13,7 +13,10 @@ import torch
 
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import ConfigError, TrainingError
+from hymba_tune.model import backends
+from hymba_tune.model.backends import Backend, Operation, Problem, Task
 from hymba_tune.train.limits import (
+    blamed_kernels,
     check_disk,
     disk_needed,
     is_disk_full,
@@ -165,3 +168,70 @@ def test_several_processes_are_advised_to_share() -> None:
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), limits_explained(Run(tmp_path), SFTConfig(), CPU):
         raise RuntimeError("shapes")
+
+
+class FailingBackward(torch.autograd.Function):
+    """Doubles; its backward fails as a kernel does, in CUDA's words or in a compiler's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, error: Exception | None) -> torch.Tensor:
+        ctx.error = error
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.error is not None:
+            raise ctx.error
+        return 2 * dy, None
+
+
+def doubled(x: torch.Tensor, error: Exception | None = None) -> torch.Tensor:
+    return FailingBackward.apply(x, error)
+
+
+@pytest.fixture
+def doubling(monkeypatch: pytest.MonkeyPatch) -> Operation:
+    """Return an operation whose fast backend has passed its self-test for training."""
+    monkeypatch.setattr(backends, "OPERATIONS", {})
+    leaf = torch.ones(3, requires_grad=True)
+    fast, plain = Backend("fast", doubled, needs_self_test=True), Backend("plain", lambda x: 2 * x)
+    problem = Problem(lambda backend: (backend.run(leaf),), [leaf])
+    operation = Operation("doubling", [fast, plain], plain="plain", problem=lambda _: problem)
+    monkeypatch.setattr("hymba_tune.train.limits.OPERATIONS", backends.OPERATIONS)
+    assert operation.choose(Task("cpu", torch.float32)).name == "fast"
+    return operation
+
+
+def test_a_backward_that_fails_names_its_kernel_and_another(doubling: Operation, tmp_path: Path) -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = doubling.compute(Task.of(x), x, RuntimeError("out of resource: shared memory\nRequired: 1048576"))
+    with pytest.raises(TrainingError) as error, limits_explained(Run(tmp_path), SFTConfig(), CPU):
+        y.sum().backward()
+    message = str(error.value)
+    assert "The doubling kernel fast failed on cpu: RuntimeError: out of resource: shared memory" in message
+    assert "--kernels doubling=plain, which is slower" in message
+    assert "Required" not in message
+    assert "--resume" not in message
+
+
+@pytest.mark.usefixtures("doubling")
+def test_an_error_of_the_device_may_come_from_any_kernel(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    with (
+        pytest.raises(TrainingError, match="--kernels doubling=plain"),
+        limits_explained(Run(tmp_path), SFTConfig(), CPU),
+    ):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_plain_kernel_is_not_blamed(doubling: Operation) -> None:
+    doubling.chosen = "plain"
+    assert blamed_kernels(RuntimeError("CUDA error: an illegal memory access was encountered")) == {}
+
+
+def test_what_torch_compile_runs_belongs_to_the_kernel_that_it_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Operation, "tested", property(lambda operation: [*operation.backends.values()]))
+    with pytest.raises(torch._dynamo.exc.Unsupported) as error:
+        torch.compile(torch._dynamo.graph_break, fullgraph=True, backend="eager")()
+    assert blamed_kernels(error.value) == {"attention": ("flex", "blocks")}
+    torch.compiler.reset()
