@@ -58,6 +58,13 @@ def _show(diagnosis: Diagnosis) -> None:
     console.print(table)
     console.print()
     console.print(_kernels(diagnosis))
+    console.print()
+    platforms = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
+    platforms.add_column(no_wrap=True)
+    platforms.add_column(overflow="fold", style="dim")
+    for name, status in diagnosis.platforms.items():
+        platforms.add_row(f" {name}", status)
+    console.print(platforms)
 
 
 def _kernels(diagnosis: Diagnosis) -> Table:

@@ -20,6 +20,13 @@ LIBRARIES = (
     *("hymba-tune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"),
     *("triton", "mamba-ssm", "causal-conv1d", "flash-attn", "kernels"),
 )
+PLATFORMS = {
+    "CPU": "works: tested with every release",
+    "NVIDIA": "unknown: kernels compile for sm_80 to sm_120; each is used after its self-test on your GPU",
+    "ROCm (AMD)": "unknown: kernels compile for gfx942 and gfx1100; each is used after its self-test on your GPU",
+    "mps (Apple)": "refused: nothing has been tried there; --device cpu works",
+}
+"""What is known of the kernels on each kind of device: works, refused, or unknown because none was at hand."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Diagnosis:
         details: Other facts that decide which kernels are used.
         dtype: The dtype that the kernels were chosen for.
         kernels: The chosen kernel and the reasons against others, by operation.
+        platforms: What is known of the kernels on each kind of device.
         hub: Whether models can be pulled from and pushed to the Hub.
     """
 
@@ -48,6 +56,7 @@ class Diagnosis:
     details: list[str]
     dtype: str
     kernels: dict[str, Choice]
+    platforms: dict[str, str]
     hub: str
 
 
@@ -70,6 +79,7 @@ def examine(config: DoctorConfig) -> Diagnosis:
         details=details,
         dtype=str(dtype).removeprefix("torch."),
         kernels=choose_kernels({}, HymbaConfig(), device, dtype),
+        platforms=PLATFORMS,
         hub=_hub(),
     )
 
@@ -83,8 +93,9 @@ def _version(library: str) -> str | None:
 
 def _describe_cuda(device: torch.device) -> tuple[str, int, list[str]]:
     facts = torch.cuda.get_device_properties(device)
-    details = [f"sm_{facts.major}{facts.minor}", f"CUDA {torch.version.cuda}"]
-    return facts.name, facts.total_memory, details
+    if torch.version.hip:
+        return facts.name, facts.total_memory, [facts.gcnArchName.partition(":")[0], f"ROCm {torch.version.hip}"]
+    return facts.name, facts.total_memory, [f"sm_{facts.major}{facts.minor}", f"CUDA {torch.version.cuda}"]
 
 
 def _describe_cpu() -> tuple[str, int, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -39,6 +40,18 @@ def test_a_device_that_does_not_exist_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
+    ("hip", "details"), [(None, ["sm_90", f"CUDA {torch.version.cuda}"]), ("7.0", ["gfx942", "ROCm 7.0"])]
+)
+def test_a_gpu_is_described_in_its_makers_terms(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, details: list[str]
+) -> None:
+    facts = SimpleNamespace(name="GPU", total_memory=1, major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    assert doctor._describe_cuda(torch.device("cuda")) == ("GPU", 1, details)
+
+
+@pytest.mark.parametrize(
     ("token", "whoami", "message"),
     [
         (None, None, "not logged in"),
@@ -72,3 +85,7 @@ def test_table_and_json_have_the_same_kernels(command: Command) -> None:  # noqa
     for name, choice in facts["kernels"].items():
         assert name in table.out
         assert all(kernel in table.out for kernel in [choice["taken"], *choice["usable"], *choice["obstacles"]])
+    for name, status in facts["platforms"].items():
+        assert status.partition(":")[0] in ("works", "refused", "unknown")
+        assert name in table.out
+        assert " ".join(status.split()[:3]) in table.out

@@ -232,9 +232,14 @@ class _MergedAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None
 
 
+def _generation() -> int:
+    """Return the major compute capability of an NVIDIA GPU; zero for AMD's, which number theirs in their own way."""
+    return 0 if torch.version.hip else torch.cuda.get_device_capability()[0]
+
+
 def _flash_attn_3() -> Provider | None:
     """Return the build of the folder hopper of github.com/Dao-AILab/flash-attention, for compute capability 9 only."""
-    if torch.cuda.get_device_capability()[0] != 9:
+    if _generation() != 9:
         return None
     try:
         import flash_attn_interface  # noqa: F401  (registers torch.ops.flash_attn_3)
@@ -270,8 +275,8 @@ def _flash_attn_4() -> Provider | None:
 
     On 9, its backward supports neither packed texts nor windows. On 12, it has no deterministic backward.
     """
-    generation = torch.cuda.get_device_capability()[0]
-    if generation not in (10, 11, 12) or (generation == 12 and torch.are_deterministic_algorithms_enabled()):
+    refuses = torch.are_deterministic_algorithms_enabled() and _generation() == 12
+    if refuses or _generation() not in (10, 11, 12):
         return None
     try:
         from flash_attn.cute import interface

@@ -205,6 +205,14 @@ def test_flash_attn_4_is_used_where_it_can_train(
     assert (attention_flash._flash_attn_4() is not None) == found
 
 
+def test_kernels_for_nvidia_are_not_used_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (11, 0))  # of gfx1100
+    for module in fake_kernels.flash_attn_4_modules():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert attention_flash._flash_attn_4() is None
+
+
 def test_flash_is_not_found_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
