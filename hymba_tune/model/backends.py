@@ -277,7 +277,8 @@ class Operation:
     @property
     def tested(self) -> list[Backend]:
         """The backends that training uses after they passed a self-test."""
-        tasks = [task for (_, task), reason in self._self_tests.items() if reason is None and task.gradients]
+        passed = [key for key, reason in self._self_tests.items() if reason is None]
+        tasks = [task for name, task in passed if task.gradients and self.chosen in (AUTO, name)]
         used = {backend.name: backend for backend in map(self.choose, tasks) if backend.needs_self_test}
         return [*used.values()]
 
@@ -309,9 +310,7 @@ def use_kernels(**choices: str) -> dict[str, str]:
     """Choose backends for this process: ``use_kernels(scan="torch", attention="auto")``.
 
     Args:
-        **choices: For each operation (scan, conv, attention, elementwise, prepare, update,
-            gate_up), the name of a backend, or
-            "auto" for the fastest usable one.
+        **choices: For each operation, such as scan, the name of a backend, or "auto" for the fastest usable one.
 
     Returns:
         The previous choices; pass them to this function to restore them.

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba_tune.model import attention_blocks, attention_native
-from hymba_tune.model.attention import packed_attention
+from hymba_tune.model.attention import ATTENTION, packed_attention
 from hymba_tune.model.attention_native import BLOCK, native_attention, native_unavailable_reason
+from hymba_tune.model.backends import Backend, Task
 from hymba_tune.model.documents import Documents, find_documents
 from tests.model.attention_inputs import naive, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -177,3 +178,28 @@ def test_tensors_of_a_windowed_layer_grow_linearly_with_the_tokens(lengths: list
         largest.append(mode.elements)
     assert largest[1] <= 4.1 * largest[0]
     assert largest[1] < 4000 * 4000 / 16  # far fewer than a mask of all pairs would have
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_self_test_has_heads_widths_and_strides_of_the_model(gradients: bool) -> None:
+    seen: list[Tensor] = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        seen.extend((query, key, value))
+        return query
+
+    task = Task("cpu", torch.float32, gradients, heads=(6, 3), widths=(8, 16))
+    ATTENTION._problem(task).compute(Backend("spy", spy))
+    query, key, value = seen
+    assert [x.shape[1:] for x in seen] == [(6, 8), (3, 8), (3, 16)]
+    assert [x.requires_grad for x in seen] == [gradients] * 3
+    assert (query.is_contiguous(), key.is_contiguous(), value.is_contiguous()) == (True, True, False)
+    assert value.stride()[1:] == (16, 1)
+
+
+def test_the_task_has_heads_and_widths_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Task] = []
+    monkeypatch.setattr(ATTENTION, "compute", lambda task, *_: tasks.append(task))
+    query, key, value = (torch.randn(9, heads, width) for heads, width in ((6, 8), (3, 8), (3, 16)))
+    packed_attention(query, key, value, find_documents((1, 9), query.device, num_meta=0), None)
+    assert (tasks[0].heads, tasks[0].widths) == ((6, 3), (8, 16))
