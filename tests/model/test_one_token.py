@@ -126,6 +126,33 @@ def test_a_layer_whose_small_modules_are_not_plain_calls_them(
     FLOAT32.check(logits, expected)
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_a_projection_of_the_mlp_that_a_hook_observes_is_called(name: str) -> None:
+    model = tiny_model()
+    seen = []
+    mlp = model.model.layers[1].moe.experts[0]
+    mlp.get_submodule(name).register_forward_hook(lambda *arguments: seen.append(arguments))
+    decoded(model)
+    assert len(seen) == 1 + len(STEPS[0])
+    with torch.no_grad():
+        mlp(torch.ones(2, 24), torch.ones(2, 24))
+    assert len(seen) == 2 + len(STEPS[0])
+
+
+def test_a_residual_stream_is_added_in_place() -> None:
+    mlp = tiny_model().model.layers[1].moe
+    x, residual = torch.randn(2, 3, 24)
+    with torch.no_grad():
+        expected = residual + mlp(x)
+        added = mlp(x, residual)
+    assert added is residual
+    FLOAT32.check(added, expected)
+
+    with_gradients = mlp(x, residual)
+    assert with_gradients is not residual
+    FLOAT32.check(residual, expected)
+
+
 def test_gradients_through_a_step_take_the_other_pass(calls: list[int]) -> None:
     model = tiny_model()
     cache = HymbaCache(model.config)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba_tune.model import HymbaCache, HymbaForCausalLM, one_token_triton, use_kernels
+from hymba_tune.model import (
+    HymbaCache,
+    HymbaForCausalLM,
+    attention_token_triton,
+    elementwise,
+    one_token_triton,
+    use_kernels,
+)
 from hymba_tune.model.backends import Operation, Task
 from hymba_tune.model.one_token import (
     GATE_UP,
@@ -32,6 +39,8 @@ TEXTS, HEADS, GROUPS, WIDTH, VALUE_WIDTH, CHANNELS, COLUMNS = 3, 4, 2, 6, 10, 12
 RANK, STATES = 5, 3
 LENGTHS = [0, 3, 8]
 """A text without a token yet, one with free columns, and one whose new token overwrites an old one."""
+LAUNCHES_OF_A_LAYER = 12
+"""Two norms, a mean of norms, five matrix products (gate and up as one), `prepare`, `update`, two of attention."""
 CLOSE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -199,3 +208,25 @@ def test_a_model_decodes_by_kernels_what_it_decodes_on_a_cpu() -> None:
         use_kernels(**before)
     assert {"prepare_token", "update_state", "multiply_gate_up", "addmm_"} <= counts.launches.keys()
     BFLOAT16_MODEL.check(actual, expected)
+
+
+@pytest.mark.parametrize("texts", [1, 8])
+def test_a_decoded_token_takes_12_launches_a_layer_and_no_wait(texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "FEW", 0)  # the tensors of a small model are few elements
+    monkeypatch.setattr(attention_token_triton, "_parts", lambda *_, **__: 2)
+    launched = []
+    for layers in (3, 4):
+        ids = torch.stack(random_texts([3] * texts))
+        with simulated_device(interpret=False), torch.no_grad():
+            model = to_device(tiny_model(torch.bfloat16, num_hidden_layers=layers, global_attn_idx=[0]))
+            cache = HymbaCache(model.config)
+            ids = ids.to(SIMULATED)
+            model(ids, cache=cache)
+            model(ids[:, :1], cache=cache)  # full buffers grow by many columns at a time
+            with counted() as counts:
+                model(ids[:, :1], cache=cache)
+        assert not counts.waits
+        launched.append(counts.launches)
+
+    a_layer = launched[1] - launched[0]
+    assert a_layer.total() <= LAUNCHES_OF_A_LAYER, a_layer
