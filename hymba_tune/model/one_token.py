@@ -143,7 +143,7 @@ def _small_preparation(task: Task) -> Problem:
     shapes: list[tuple[int, ...]] = [(texts, heads * width + groups * (width + value_width) + 2 * channels)]
     shapes += [(width,), (width,), (texts, 1, width), (texts, 1, width), (channels, taps), (channels,)]
     shapes += [(texts, groups, columns, width), (texts, groups, columns, value_width), (texts, taps - 1, channels)]
-    leaves = random_leaves(task, shapes)
+    leaves = random_leaves(replace(task, gradients=False), shapes)
     projected, q_norm, k_norm, cos, sin, weight, bias = leaves[:7]
     lengths = torch.tensor([0, 3, 8], device=task.device)
 
@@ -159,6 +159,7 @@ def _small_preparation(task: Task) -> Problem:
 def _small_update(task: Task) -> Problem:
     """Return a problem of three texts with all arguments, in the sizes of the task and the dtypes of a model."""
     channels, rank, states = task.sizes or (96, 12, 16)
+    task = replace(task, gradients=False)
     texts = 3
     x, gate, parameters = random_leaves(task, [(texts, channels)] * 2 + [(texts, rank + 2 * states)])
     dt_norm, B_norm, C_norm, D = random_leaves(task, [(rank,), (states,), (states,), (channels,)])
@@ -178,7 +179,7 @@ def _small_update(task: Task) -> Problem:
 def _small_gate_up(task: Task) -> Problem:
     """Return a problem with the columns and rows of the task, but not with all of its inner columns."""
     inner, width, rows = task.sizes or (40, 96, 3)
-    x, gate, up = random_leaves(task, [(rows, width)] + [(min(inner, 100), width)] * 2)
+    x, gate, up = random_leaves(replace(task, gradients=False), [(rows, width)] + [(min(inner, 100), width)] * 2)
     return Problem(lambda backend: (backend.run(x, gate / width**0.5, up / width**0.5),), [x, gate, up])
 
 
