@@ -84,6 +84,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_cuda_graphs(device: torch.device) -> None:
+    """Check that a device replays CUDA graphs.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--cuda-graphs replays steps on a GPU, and the model is on {device.type}.",
+            expected="a CUDA device",
+            fix="leave out --cuda-graphs",
+        )
+
+
 def describe_choice(device: torch.device) -> str | None:
     """Return a sentence on which GPU is used; None unless there are several."""
     count = torch.cuda.device_count()

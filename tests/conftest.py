@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may depend on the network
 # Read when torch is imported: tensors of a few hundred elements take longer to hand to threads than to compute.
@@ -50,6 +51,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data; {folder} is not a folder (set HYMBA_TUNE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The CUDA graphs that a test captures, which are recorded and replayed on the CPU."""
+    from tests.recorded import recorded_graphs
+
+    return recorded_graphs(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,17 @@ from pydantic import Field
 
 from hymba_tune.config.base import Comparison, Learn, Names, OnBadRow, Origins, Pairs
 from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
-from hymba_tune.config.options import CheckpointChoice, EngineOptions, ModelOptions, OutputOptions, ReadingOptions
+from hymba_tune.config.options import (
+    CheckpointChoice,
+    DecodingOptions,
+    EngineOptions,
+    ModelOptions,
+    OutputOptions,
+    ReadingOptions,
+)
 
 
-class GenerationOptions(EngineOptions, ModelOptions, CheckpointChoice):
+class GenerationOptions(DecodingOptions, EngineOptions, ModelOptions, CheckpointChoice):
     """Settings of the model that generates or scores."""
 
 

@@ -68,6 +68,16 @@ class EngineOptions(Config):
     """Refuse texts longer than the model's context (max_position_embeddings) instead of warning."""
 
 
+class DecodingOptions(Config):
+    """Setting of how texts are generated."""
+
+    group: ClassVar[Group] = COMPUTING
+
+    cuda_graphs: bool = False
+    """Replay the steps of generation as CUDA graphs, so that the GPU does not wait for Python between kernels. CUDA
+    only. Off by default: it has not run on a GPU yet, only on a simulated one."""
+
+
 class ReadingOptions(Config):
     """Settings of how rows are read."""
 

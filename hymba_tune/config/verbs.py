@@ -31,6 +31,7 @@ from hymba_tune.config.options import (
     AnswerOptions,
     CheckpointChoice,
     DataOptions,
+    DecodingOptions,
     EngineOptions,
     EvaluationOptions,
     KeptDataOptions,
@@ -48,6 +49,7 @@ class TrainingConfig(
     TrainingOptions,
     AdapterOptions,
     DataOptions,
+    DecodingOptions,
     EngineOptions,
     ModelOptions,
 ):

@@ -176,6 +176,7 @@ def _answer(
             extract,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
+            cuda_graphs=config.cuda_graphs,
             progress=progress,
         )
     score = score_answers(result.answered)
@@ -199,7 +200,13 @@ class _Tasks:
     def run(self, model: PreTrainedModel, loadable: LoadableModel, working: Working) -> dict[str, dict[str, float]]:
         config: Any = self._config
         with working(f"{', '.join(self.names)} with {loadable.source.name}") as progress:
-            lm = self._harness.HymbaLM(model, loadable.tokenizer, batch_size=config.batch_size, progress=progress)
+            lm = self._harness.HymbaLM(
+                model,
+                loadable.tokenizer,
+                batch_size=config.batch_size,
+                cuda_graphs=config.cuda_graphs,
+                progress=progress,
+            )
             return self._harness.run_tasks(
                 lm,
                 self.names,

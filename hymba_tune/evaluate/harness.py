@@ -43,6 +43,7 @@ class HymbaLM(TemplateLM):
         model: A model in evaluation mode.
         tokenizer: A tokenizer with a chat template.
         batch_size: Number of sequences in a batch.
+        cuda_graphs: Whether steps of generation are replayed as CUDA graphs.
         progress: Called with the number of finished requests.
     """
 
@@ -52,6 +53,7 @@ class HymbaLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,
+        cuda_graphs: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class HymbaLM(TemplateLM):
         self.max_length = int(model.config.max_position_embeddings)
         self._model = model
         self._batch_size = batch_size
+        self._cuda_graphs = cuda_graphs
         self._progress = progress
         self._done = 0
 
@@ -131,7 +134,9 @@ class HymbaLM(TemplateLM):
         del disable_tqdm
         generations = [self._generation(number, *request.args) for number, request in enumerate(requests)]
         answers = [""] * len(generations)
-        for one in generate_texts(self._model, self.tokenizer, generations, batch_size=self._batch_size):
+        for one in generate_texts(
+            self._model, self.tokenizer, generations, batch_size=self._batch_size, cuda_graphs=self._cuda_graphs
+        ):
             answers[one.number] = one.text(self.tokenizer)
             self.cache_hook.add_partial("generate_until", requests[one.number].args, answers[one.number])
             self._count(1)

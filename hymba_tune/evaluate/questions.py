@@ -139,6 +139,7 @@ def answer_questions(
     *,
     max_new_tokens: int,
     batch_size: int,
+    cuda_graphs: bool = False,
     progress: Callable[[int], None],
 ) -> list[AnsweredQuestion]:
     """Generate a model's answers by greedy decoding.
@@ -150,6 +151,7 @@ def answer_questions(
         extract: Extracts the part of an answer that is compared.
         max_new_tokens: Maximum number of tokens of an answer.
         batch_size: Number of questions in a batch.
+        cuda_graphs: Whether steps are replayed as CUDA graphs.
         progress: Called with the number of finished answers.
     """
 
@@ -158,7 +160,7 @@ def answer_questions(
             yield Generation(encode_prompt(question.prompt, tokenizer), max_new_tokens, number=number)
 
     answers = [""] * len(questions)
-    finished = generate_texts(model, tokenizer, generations(), batch_size=batch_size)
+    finished = generate_texts(model, tokenizer, generations(), batch_size=batch_size, cuda_graphs=cuda_graphs)
     for done, generation in enumerate(finished, start=1):
         answers[generation.number] = generation.text(tokenizer).strip()
         progress(done)

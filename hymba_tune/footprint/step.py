@@ -17,6 +17,7 @@ from hymba_tune.footprint.costs import LayerCost, LossCost, layer_cost, loss_cos
 from hymba_tune.footprint.rollouts import cache_bytes
 from hymba_tune.footprint.shapes import without_memory
 from hymba_tune.footprint.shares import ModelWeights, Sharding, Weights, held_by_each
+from hymba_tune.generate.batches import CHOICE_BYTES
 
 MOMENT_BYTES = {
     "adamw": 8.0,
@@ -176,7 +177,7 @@ class StepMemory:
     def _rollouts(self, texts: int, length: int) -> int:
         """Return the bytes of the cache of texts that are generated together, and of their logits and probabilities."""
         config, weight = self._base.config, self._base.lm_head.weight
-        return cache_bytes(config, texts, length, self._mode[0].itemsize) + 3 * 4 * texts * int(weight.shape[0])
+        return cache_bytes(config, texts, length, self._mode[0].itemsize) + CHOICE_BYTES * texts * int(weight.shape[0])
 
     def weights(self, quantized: Mapping[str, int] = MappingProxyType({})) -> tuple[ModelWeights, int]:
         """Return the model's weights, and the bytes of the largest quantized weight once it is dequantized.

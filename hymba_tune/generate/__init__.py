@@ -1,6 +1,6 @@
 """Text generation: one streamed answer, many sequences in one batch, chat sessions, and files of prompts."""
 
-from hymba_tune.generate.answers import answer, write
+from hymba_tune.generate.answers import answer, evaluating, write
 from hymba_tune.generate.chat import Chat, ChatSession
 from hymba_tune.generate.chunked import ChunkedDecoder
 from hymba_tune.generate.constraints import Constraint, Grammars
@@ -23,6 +23,7 @@ __all__ = [
     "TokenScore",
     "answer",
     "answer_file",
+    "evaluating",
     "find_model",
     "generate_texts",
     "token_score",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, LogitsProcessor, LogitsProcessorList
 
 from hymba_tune.data import Conversation, encode_prompt
-from hymba_tune.generate.sampling import relative_logits
+from hymba_tune.generate.decoding import Decoder
+from hymba_tune.generate.generation import Generation
+from hymba_tune.generate.sampling import Sampling, relative_logits
 
 
 class _TextStreamer(BaseStreamer):
@@ -81,6 +84,7 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     top_p: float = 1.0,
+    cuda_graphs: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """Generate the assistant's next answer.
@@ -92,12 +96,18 @@ def answer(
         max_new_tokens: Maximum number of tokens of the answer.
         temperature: Sampling temperature; 0 is greedy decoding.
         top_p: Nucleus sampling: only the likeliest tokens with this total probability are sampled from.
+        cuda_graphs: Whether steps are replayed as CUDA graphs; sampled tokens are then others with the same seed.
         on_text: Called with each new part of the answer.
 
     Returns:
         The answer, without its end token.
     """
-    ids = torch.tensor([encode_prompt(conversation, tokenizer)], device=model.device)
+    prompt = encode_prompt(conversation, tokenizer)
+    streamer = _TextStreamer(tokenizer, on_text) if on_text else None
+    if cuda_graphs:
+        generation = Generation(prompt, max_new_tokens, Sampling(temperature, top_p))
+        return _decode(tokenizer, _by_graphs(model, tokenizer, generation, streamer))
+    ids = torch.tensor([prompt], device=model.device)
     tokens = _generate(
         model,
         ids,
@@ -107,7 +117,7 @@ def answer(
         top_p=top_p,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=_TextStreamer(tokenizer, on_text) if on_text else None,
+        streamer=streamer,
     )
     return _decode(tokenizer, tokens[0].tolist())
 
@@ -169,15 +179,48 @@ def _generate(
         # By default, transformers samples from the 50 likeliest tokens only.
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": top_p, "top_k": 0}
         sampling["logits_processor"] = LogitsProcessorList([_Temperature(temperature)])
+    # Not inference mode: tensors that the model caches for its next pass could not be used in training.
+    with evaluating(model), torch.no_grad():
+        tokens: Tensor = model.generate(input_ids=ids, attention_mask=mask, **sampling, **settings)
+    return tokens[:, ids.shape[1] :]
+
+
+def _by_graphs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Generation,
+    streamer: _TextStreamer | None,
+) -> list[int]:
+    """The new tokens of one text, whose steps are replayed as CUDA graphs."""
+    if streamer:
+        streamer.put(torch.tensor(generation.prompt))
+    sent = 0
+    with evaluating(model):
+        decoder = Decoder(model, tokenizer, cuda_graphs=True)
+        decoder.add([generation])
+        while True:
+            if generation.error:
+                raise generation.error
+            if streamer:
+                streamer.put(torch.tensor(generation.ids[sent:]))
+                sent = len(generation.ids)
+            if generation.finish_reason:
+                break
+            decoder.step()
+    if streamer:
+        streamer.end()
+    return generation.ids
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and back into its own mode afterwards."""
     training = model.training
     model.eval()
     try:
-        # Not inference mode: tensors that the model caches for its next pass could not be used in training.
-        with torch.no_grad():
-            tokens: Tensor = model.generate(input_ids=ids, attention_mask=mask, **sampling, **settings)
+        yield
     finally:
         model.train(training)
-    return tokens[:, ids.shape[1] :]
 
 
 def _up_to(ends: Sequence[int], ids: list[int]) -> list[int]:

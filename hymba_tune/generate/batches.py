@@ -22,6 +22,11 @@ CHOICE_BYTES = 48
 """Bytes for each slot and token of the vocabulary: logits, noise, penalties, and what sorting needs."""
 
 
+def sizes(count: int, length: int) -> tuple[int, int]:
+    """Return the number of slots for so many texts, and the tokens of a slot for texts up to a length."""
+    return bucket(count), max(SHORTEST, bucket(length))
+
+
 def bucket(count: int) -> int:
     """Return the number of slots of a step of so many texts: the next power of two."""
     return 1 << (count - 1).bit_length()
@@ -108,12 +113,14 @@ class GraphBatch:
 
     def nbytes_of(self, like: HymbaCache, count: int, length: int) -> int:
         """Return the bytes for so many texts when the longest has a number of tokens."""
-        slots = bucket(count) if count else 0
-        return like.nbytes_of(slots, _rounded(length)) + slots * self._choice_bytes
+        if not count:
+            return 0
+        slots, length = sizes(count, length)
+        return like.nbytes_of(slots, length) + slots * self._choice_bytes
 
     def join(self, caches: Sequence[HymbaCache], count: int, length: int) -> int:
         """Write the texts of other caches into free slots; see `GrowingBatch.join`."""
-        cache = self._with_room(caches[0], bucket(count), _rounded(length))
+        cache = self._with_room(caches[0], *sizes(count, length))
         for other in caches:
             cache.join(other)
         return cache.slots
@@ -165,7 +172,3 @@ class GraphBatch:
         if old is not None:
             self.cache.join(old)
         return self.cache
-
-
-def _rounded(length: int) -> int:
-    return max(SHORTEST, bucket(length))

@@ -96,6 +96,7 @@ class Chat:
             max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
+            cuda_graphs=self._config.cuda_graphs,
             on_text=on_text,
         )
         # Added only now, so that an interrupted reply leaves the conversation as it was.

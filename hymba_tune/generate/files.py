@@ -87,7 +87,13 @@ def _answer_rest(
         part.open("a", encoding="utf-8") as out,
         working(f"answering {source.name}") as progress,
     ):
-        for generation in generate_texts(model, loadable.tokenizer, generations(), batch_size=config.batch_size):
+        for generation in generate_texts(
+            model,
+            loadable.tokenizer,
+            generations(),
+            batch_size=config.batch_size,
+            cuda_graphs=config.cuda_graphs,
+        ):
             answers[generation.number] = generation.text(loadable.tokenizer).strip()
             while done in answers:
                 row = rows.pop(done) | {ANSWER: answers.pop(done)}

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.adapters import folding_note, open_model, tokenizer_of, weights_of
-from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
+from hymba_tune.checkpoint import check_cuda_graphs, choose_device, choose_dtype, choose_kernels, load_config
 from hymba_tune.config import GenerationOptions, as_mapping
 from hymba_tune.data import with_chat_template
 from hymba_tune.registry import ModelSource, resolve_model
@@ -65,6 +65,8 @@ def find_model(name: str, options: GenerationOptions, chat_template: str | None 
         HymbaTuneError: If the model cannot be found, or the device, dtype or kernels cannot be used.
     """
     device = choose_device(options.device)
+    if options.cuda_graphs:
+        check_cuda_graphs(device)
     dtype = choose_dtype(options.dtype, device)
     source = resolve_model(name)
     config = load_config(weights_of(source))

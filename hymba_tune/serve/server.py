@@ -106,6 +106,7 @@ def _worker(model: PreTrainedModel, loadable: LoadableModel, config: ServeConfig
         cache_bytes=nbytes(config.cache_memory, free // 2),
         chunk=config.prefill_chunk,
         prefix_bytes=nbytes(config.prefix_memory, free // 10),
+        cuda_graphs=config.cuda_graphs,
         metrics=metrics,
     )
 

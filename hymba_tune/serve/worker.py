@@ -64,6 +64,7 @@ class Worker:
             exceed it waits; one that exceeds it alone does not fit, and is the caller's to refuse.
         chunk: Maximum number of prompt tokens to compute between two steps.
         prefix_bytes: Maximum bytes of the prefixes of prompts that are kept for reuse.
+        cuda_graphs: Whether steps are replayed as CUDA graphs.
         metrics: Where texts and times are counted.
     """
 
@@ -77,6 +78,7 @@ class Worker:
         cache_bytes: int = sys.maxsize,
         chunk: int = 128,
         prefix_bytes: int = 0,
+        cuda_graphs: bool = False,
         metrics: ServerMetrics | None = None,
     ) -> None:
         self._model = model
@@ -90,7 +92,14 @@ class Worker:
         self._dropped: list[Generation] = []
         self._jobs: dict[Generation, Job] = {}
         self._stopping = False
-        self._decoder = ChunkedDecoder(model, tokenizer, chunk=chunk, prefix_bytes=prefix_bytes)
+        self._decoder = ChunkedDecoder(
+            model,
+            tokenizer,
+            chunk=chunk,
+            prefix_bytes=prefix_bytes,
+            cuda_graphs=cuda_graphs,
+            cache_bytes=cache_bytes,
+        )
         self.largest_batch = 0
         """The largest number of sequences in the batch so far."""
         self._metrics.cache_limit.set(cache_bytes)

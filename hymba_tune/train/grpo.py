@@ -135,6 +135,7 @@ class GRPORun:
             callbacks=callbacks,
             rewards=self.rewards,
             answers_at_a_time=self.config.answers_at_a_time,
+            cuda_graphs=self.config.cuda_graphs,
             beta=self.config.beta,
         )
         trainer.add_callback(RewardWatch(trainer, self.setup.run, self.rewards, self.config))

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from hymba_tune.config import GRPOConfig, TrainingConfig
 from hymba_tune.footprint import Batch, Footprint, Sharding, StepMemory, device_memory, process_overhead
+from hymba_tune.generate.batches import sizes
 from hymba_tune.schemes import stored_bytes
 from hymba_tune.train.setup import Data, Setup, lay_out
 
@@ -86,6 +87,7 @@ def step_settings(config: TrainingConfig, data: Data | None = None) -> dict[str,
     rollouts = None
     if isinstance(config, GRPOConfig):
         rollouts = config.answers_at_a_time, _longest_answered(config, data) if data else config.max_length
+        rollouts = sizes(*rollouts) if config.cuda_graphs else rollouts
     return {
         "rollouts": rollouts,
         "checkpointing": config.gradient_checkpointing,

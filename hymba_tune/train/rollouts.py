@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from hymba_tune.evaluate.rewards import RewardedAnswer, Rewards
-from hymba_tune.generate import Generation, Sampling, generate_texts
+from hymba_tune.generate import Generation, Sampling, evaluating, generate_texts
 from hymba_tune.train.base import RunTrainer, keep_own_forward
 from hymba_tune.train.callbacks import MORE
 from hymba_tune.train.preference_trainers import quiet_trl
@@ -50,11 +50,14 @@ class RolloutTrainer(RunTrainer, GRPOTrainer):
     Args:
         rewards: The rewards of answers.
         answers_at_a_time: The most answers that are sampled in one batch.
+        cuda_graphs: Whether steps of sampling are replayed as CUDA graphs.
         beta: The weight of the KL divergence from the model without its adapter.
         **kwargs: The arguments of TRL's trainer. Its ``beta`` must be 0: it would copy the adapter as the reference.
     """
 
-    def __init__(self, *, rewards: Rewards, answers_at_a_time: int, beta: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, rewards: Rewards, answers_at_a_time: int, cuda_graphs: bool, beta: float, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs, reward_funcs=[part.score for part in rewards.parts])
         keep_own_forward(self.accelerator.unwrap_model(self.model))
         self.reward_func_names = [part.label for part in rewards.parts]
@@ -63,7 +66,7 @@ class RolloutTrainer(RunTrainer, GRPOTrainer):
         self.differed = False
         self.last_reward = self.cut_share = 0.0
         self._rewards = rewards
-        self._answers_at_a_time = answers_at_a_time
+        self._decoding: dict[str, Any] = {"batch_size": answers_at_a_time, "cuda_graphs": cuda_graphs}
 
     def held_out_sums(self, inputs: Any) -> dict[str, tuple[Tensor | float, Tensor | float]]:
         """Return the sums of the rewards of greedy answers to a batch of prompts; the loss is minus the reward."""
@@ -100,14 +103,9 @@ class RolloutTrainer(RunTrainer, GRPOTrainer):
             Generation(prompt, self.max_completion_length, sampling, number=number)
             for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
         ]
-        training = model.training
-        model.eval()
-        try:
-            with self.accelerator.autocast():
-                for _ in generate_texts(model, self._tokenizer, generations, batch_size=self._answers_at_a_time):
-                    pass
-        finally:
-            model.train(training)
+        with evaluating(model), self.accelerator.autocast():
+            for _ in generate_texts(model, self._tokenizer, generations, **self._decoding):
+                pass
         return [one.ids for one in generations]
 
     def _rewarded(self, rows: Sequence[dict[str, Any]], ids: Sequence[Sequence[int]]) -> list[RewardedAnswer]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.config import GRPOConfig
 from hymba_tune.data import encode_prompt
-from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, score_answers
+from hymba_tune.evaluate.questions import AnsweredQuestion, Extraction, Question, answer_questions, score_answers
 from hymba_tune.files import read_json, write_text
-from hymba_tune.generate import answer, write
+from hymba_tune.generate import answer, evaluating, write
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.setup import Data, Setup
 
@@ -39,7 +40,14 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
         samples = [{"prompt": prompt.messages[-1].content, "reference": reference} for prompt, reference in prompts]
     with screen.working(f"answering {len(samples)} prompts, {when} training") as progress:
         for number, ((prompt, reference), sample) in enumerate(zip(prompts, samples, strict=True), start=1):
-            sample[when] = answer(model, setup.tokenizer, prompt, max_new_tokens=most, temperature=0.0)
+            sample[when] = answer(
+                model,
+                setup.tokenizer,
+                prompt,
+                max_new_tokens=most,
+                temperature=0.0,
+                cuda_graphs=setup.config.cuda_graphs,
+            )
             if data.rate is not None:
                 sample[f"reward {when}"] = data.rate(prompt, sample[when], reference)
             progress(number)
@@ -53,21 +61,41 @@ def _count_right(
 ) -> None:
     """Answer every prompt, and record in ``run.json`` how many answers are right."""
     tokenizer = setup.tokenizer
-    size = setup.config.batch_size
     questions = [Question(prompt, reference) for prompt, reference in data.prompts]
     longest = max(len(tokenizer(question.reference).input_ids) for question in questions)
-    answered: list[AnsweredQuestion] = []
+    most = {"max_new_tokens": LONGER * longest, "batch_size": setup.config.batch_size}
     with screen.working(f"answering {len(questions):,} held-out prompts, {when} training") as progress:
-        for start in range(0, len(questions), size):
-            batch = questions[start : start + size]
-            ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
-            # Not `answer_questions`: its inference mode would leave tensors in the model that cannot be trained with.
-            written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=LONGER * longest, temperature=0.0)
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-            answered += [
-                AnsweredQuestion(question, text, extract(text), extract(question.reference))
-                for question, text in zip(batch, texts, strict=True)
-            ]
-            progress(len(answered))
+        if setup.config.cuda_graphs:
+            with evaluating(model):
+                answered = answer_questions(
+                    model, tokenizer, questions, extract, **most, cuda_graphs=True, progress=progress
+                )
+        else:
+            answered = _answered(model, tokenizer, questions, extract, **most, progress=progress)
     known = setup.run.facts().get("answers", {})
     setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).correct})
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    extract: Extraction,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> list[AnsweredQuestion]:
+    """Answer questions as `answer_questions` does, with `generate` of transformers."""
+    answered: list[AnsweredQuestion] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        ids = [encode_prompt(question.prompt, tokenizer) for question in batch]
+        written = write(model, ids, ends=[tokenizer.eos_token_id], max_new_tokens=max_new_tokens, temperature=0.0)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        answered += [
+            AnsweredQuestion(question, text, extract(text), extract(question.reference))
+            for question, text in zip(batch, texts, strict=True)
+        ]
+        progress(len(answered))
+    return answered

@@ -30,6 +30,7 @@ from hymba_tune.adapters import (
     weights_of,
 )
 from hymba_tune.checkpoint import (
+    check_cuda_graphs,
     check_weights,
     choose_device,
     choose_dtype,
@@ -145,6 +146,8 @@ def check(config: TrainingConfig) -> Setup:
             f"--activation-offload moves activations from a GPU to the CPU, and this run is on {device.type}.",
             fix="leave it out; --gradient-checkpointing saves memory on any device",
         )
+    if config.cuda_graphs:
+        check_cuda_graphs(device)
     dtype = choose_dtype(config.dtype, device)
     with first_of_node("finding the model"):
         source = resolve_model(config.model)

@@ -55,6 +55,16 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]  # type: ignore[arg-type]
 
 
+def test_answers_by_cuda_graphs_are_those_without(pair: tuple[HymbaLM, Any], graphs: list[Any]) -> None:
+    ours, _ = pair
+    free = {"until": [], "max_gen_toks": 6}
+    instances = requests("generate_until", [(context, free) for context, _ in PAIRS])
+    expected = ours.generate_until(instances, disable_tqdm=True)
+    replayed = HymbaLM(ours._model, ours.tokenizer, batch_size=4, cuda_graphs=True)
+    assert replayed.generate_until(instances, disable_tqdm=True) == expected
+    assert graphs
+
+
 def test_log_likelihoods_equal_those_of_lm_eval(pair: tuple[HymbaLM, Any]) -> None:
     """Also of texts that are too long, and of texts without context."""
     instances = requests("loglikelihood", [*PAIRS, ("word " * 90, " end")])

@@ -11,7 +11,7 @@ import torch
 from hymba_tune.checkpoint import load_tokenizer, load_weights
 from hymba_tune.config import ChatConfig
 from hymba_tune.data import Conversation, Message, encode_prompt
-from hymba_tune.errors import ConfigError
+from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.generate import Chat, answer, write
 from hymba_tune.registry import resolve_model
 
@@ -101,6 +101,31 @@ def test_greedy_answers_are_the_likeliest_tokens(model: Any, tokenizer: Any) -> 
     output = answer(model, tokenizer, QUESTION, max_new_tokens=8, temperature=0)
     assert output == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
     assert output
+
+
+def test_answers_by_cuda_graphs_are_those_without(model: Any, tokenizer: Any, graphs: list[Any]) -> None:
+    limits: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0}
+    parts: list[str] = []
+    model.train()
+    output = answer(model, tokenizer, QUESTION, **limits, cuda_graphs=True, on_text=parts.append)
+    assert model.training
+    assert graphs
+    assert output == "".join(parts) == answer(model, tokenizer, QUESTION, **limits)
+    assert len(parts) > 3
+
+
+def test_a_chat_with_cuda_graphs_is_seeded(chat: Callable[..., Chat], graphs: list[Any]) -> None:
+    replies = {chat(cuda_graphs=True, temperature=5.0, seed=seed).reply("Hello") for seed in (1, 1, 2)}
+    assert graphs
+    assert len(replies) == 2
+
+
+def test_an_error_of_an_answer_by_cuda_graphs_is_raised(model: Any, tokenizer: Any, graphs: list[Any]) -> None:
+    broken = copy.deepcopy(model)
+    broken.model.final_layernorm.weight.data.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite"):
+        answer(broken, tokenizer, QUESTION, max_new_tokens=8, temperature=0, cuda_graphs=True)
+    assert not graphs
 
 
 def test_model_keeps_its_training_or_evaluation_mode(model: Any, tokenizer: Any) -> None:

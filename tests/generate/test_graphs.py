@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,8 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.generate import ChunkedDecoder, Decoder, Generation, Sampling, generate_texts
 from hymba_tune.generate.batches import GraphBatch, bucket
 from hymba_tune.generate.graphs import StepGraphs
-from hymba_tune.model.backends import OPERATIONS, use_kernels
 from tests.generate.letters import END, PROMPTS, Letters
-from tests.recorded import Graph, recorded_graphs
+from tests.recorded import Graph
 from tests.tiny import tiny_model
 
 SAMPLINGS = [
@@ -32,14 +30,6 @@ COUNTS = [9, 3, 14, 20, 6]
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_model(torch.float64)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
-    """The graphs that a test captures, of operators in plain torch."""
-    before = use_kernels(**{name: operation._plain.name for name, operation in OPERATIONS.items()})
-    yield recorded_graphs(monkeypatch)
-    use_kernels(**before)
 
 
 def texts() -> list[Generation]:

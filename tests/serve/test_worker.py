@@ -20,7 +20,8 @@ class CountingDecoder:
     calls: list[str]
     nbytes = 0
 
-    def __init__(self, *_: object, **__: object) -> None:
+    def __init__(self, *_: object, **options: object) -> None:
+        self.options = options
         self.active: list[Generation] = []
         self.prefixes = PrefixStore(0)
 
@@ -140,3 +141,11 @@ def test_a_text_that_is_too_long_for_the_cache_is_generated_alone(worker: Worker
     worker.submit(large := Waiting(Generation([1] * 99, 2)))
     large.wait()
     assert large.error is None
+
+
+def test_the_decoder_gets_the_memory_and_the_graphs_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ChunkedDecoder", CountingDecoder)
+    worker: Any = Worker(None, None, batch_size=4, queue=8, cache_bytes=10, cuda_graphs=True)  # type: ignore[arg-type]
+    worker.stop()
+    worker.join()
+    assert worker._decoder.options == {"chunk": 128, "prefix_bytes": 0, "cuda_graphs": True, "cache_bytes": 10}

@@ -50,6 +50,23 @@ def test_count_is_that_of_an_evaluation(counted: Run) -> None:
     assert result.measures["exact_match"] == 6 / 8
 
 
+def test_count_by_cuda_graphs_is_the_same(
+    counted: Run, small_model: Path, questions: Path, tmp_path: Path, graphs: list[Any]
+) -> None:
+    """In an evaluation, and before and after training."""
+    data = [str(counted.path.parent / "held-out.jsonl")]
+    changes: dict[str, Any] = {"answers": "exact", "dtype": "float32", "cuda_graphs": True}
+    config = EvalConfig(model=str(counted.path), data=data, max_rows=8, **changes)
+    (result,) = evaluate(config, Screen().working).results
+    assert result.measures["exact_match"] == 6 / 8
+    captured = len(graphs)
+    assert captured
+    eval_data = {"eval_data": [str(questions)], "eval_max_rows": 4}
+    trained = run(settings(small_model, questions, tmp_path, steps=1, **eval_data, **changes))
+    assert trained.facts()["answers"].keys() == {"questions", "before", "after"}
+    assert len(graphs) > captured
+
+
 def test_count_is_told_by_card_and_report(counted: Run) -> None:
     card = (counted.path / "README.md").read_text()
     assert "Right answers to the 8 held-out prompts: 0 before training, 6 after." in card

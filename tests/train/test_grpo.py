@@ -276,6 +276,17 @@ def test_changed_reward_code_is_noted_on_resuming(small_model: Path, questions: 
     assert any(note.startswith("the rewards have changed since the run was started") for note in screen.notes)
 
 
+def test_rollouts_by_cuda_graphs_are_those_without(
+    small_model: Path, questions: Path, tmp_path: Path, graphs: list[Any]
+) -> None:
+    """Also with weights that training has changed, and in evaluations and samples."""
+    runs = [grpo(small_model, questions, tmp_path / str(uses), cuda_graphs=uses) for uses in (False, True)]
+    assert graphs
+    for name in ("rollouts.json", "samples.json"):
+        assert len({(run.path / name).read_text() for run in runs}) == 1
+    assert len({str([row.as_columns().get("eval_reward") for row in run.rows()]) for run in runs}) == 1
+
+
 def test_several_processes_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="hymba-tune grpo runs in a single process"):
@@ -288,6 +299,8 @@ def test_plan_counts_rollouts(small_model: Path, tmp_path: Path) -> None:
         plan(GRPOConfig(**changes, reward=["exact"], grad_accum=512, rollout_batch=at_a_time)) for at_a_time in (8, 512)
     )
     assert many.parts.total > few.parts.total
+    fixed = plan(GRPOConfig(**changes, reward=["exact"], grad_accum=512, rollout_batch=300, cuda_graphs=True))
+    assert fixed.parts.total == many.parts.total  # a bucket of 512 texts
     texts = plan(SFTConfig(**changes, grad_accum=512))
     assert few.here.tokens_per_s < texts.here.tokens_per_s
     assert all(ours.tokens_per_s < theirs.tokens_per_s for ours, theirs in zip(few.gpus, texts.gpus, strict=True))

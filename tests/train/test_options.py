@@ -192,6 +192,11 @@ def test_activation_offload_needs_a_gpu(small_model: Path, questions: Path, tmp_
         run(settings(small_model, questions, tmp_path / "out", activation_offload=True))
 
 
+def test_cuda_graphs_need_a_gpu(small_model: Path, questions: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--cuda-graphs replays steps on a GPU, and the model is on cpu"):
+        run(settings(small_model, questions, tmp_path / "out", cuda_graphs=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
