@@ -12,6 +12,8 @@ from torch import Tensor
 from .attention import cached_attention
 from .attention_token_triton import triton_attend
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
+from .native import DTYPES
+from .one_token_native import LIBRARY, native_attend
 from .triton_kernels import triton_unavailable_reason
 
 
@@ -78,6 +80,7 @@ ATTEND = Operation(
             needs_self_test=True,
             unavailable_reason=triton_unavailable_reason,
         ),
+        Backend("native", native_attend, ("cpu",), DTYPES, unavailable_reason=LIBRARY.unavailable_reason),
         Backend("torch", _masked_attend),
     ],
     plain="torch",

@@ -15,13 +15,6 @@ template <class Work> void each_strip(int64_t threads, int64_t rows, Work work) 
     parallel(threads, STRIPS, [=](int64_t strip) { work(strip, strip * rows / STRIPS, (strip + 1) * rows / STRIPS); });
 }
 
-// The value of a number after it was stored in the format of a row.
-inline V rounded(V v, int64_t bf16) {
-    if (!bf16) return v;
-    U bits = (U)v;
-    return v == v ? (V)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000) : v;
-}
-
 struct Norm {
     int64_t rows, heads, width, threads;
     float eps;

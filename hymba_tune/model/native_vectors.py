@@ -168,6 +168,13 @@ inline void store(uint16_t *x, int lanes, V v) {
 #endif
 }
 
+// The value of a number after it was stored in the format of a row.
+inline V rounded(V v, int64_t bf16) {
+    if (!bf16) return v;
+    U bits = (U)v;
+    return v == v ? (V)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000) : v;
+}
+
 inline V load(const Rows &x, int64_t row, int64_t column, int lanes) {
     if (!x.data) return V{};
     int64_t offset = row * x.stride + column;

@@ -20,7 +20,9 @@ from .autocast import at_least_float32, autocast_is_on
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .convolution import causal_conv1d
 from .elementwise import gated_silu, rms_norm, rotate
+from .native import DTYPES
 from .one_token_inputs import StateInputs, TokenInputs
+from .one_token_native import LIBRARY, native_prepare, native_update
 from .one_token_triton import triton_gate_up, triton_prepare, triton_update
 from .scan import selective_scan
 from .triton_kernels import triton_unavailable_reason
@@ -194,6 +196,7 @@ PREPARE = Operation(
             needs_self_test=True,
             unavailable_reason=triton_unavailable_reason,
         ),
+        Backend("native", native_prepare, ("cpu",), DTYPES, unavailable_reason=LIBRARY.unavailable_reason),
         Backend("separate", _separate_prepare),
     ],
     plain="separate",
@@ -212,6 +215,7 @@ UPDATE = Operation(
             needs_self_test=True,
             unavailable_reason=triton_unavailable_reason,
         ),
+        Backend("native", native_update, ("cpu",), DTYPES, unavailable_reason=LIBRARY.unavailable_reason),
         Backend("separate", _separate_update),
     ],
     plain="separate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hymba_tune.model import HymbaCache, HymbaForCausalLM
+from hymba_tune.model import HymbaCache, HymbaForCausalLM, use_kernels
 from hymba_tune.model.layers import HymbaMixer
 from tests.tiny import random_texts, tiny_model
 from tests.tolerances import BFLOAT16_MODEL, FLOAT32, Tolerance
@@ -18,6 +18,8 @@ from tests.tolerances import BFLOAT16_MODEL, FLOAT32, Tolerance
 PROMPTS = random_texts([7, 1, 12])
 STEPS = random_texts([9, 9, 9])
 """The new tokens of each text; windowed buffers wrap around and the others grow."""
+
+PLAIN_KERNELS = {"prepare": "separate", "attend": "torch", "update": "separate"}
 
 MODELS: dict[str, dict[str, Any]] = {
     "as_released": {},
@@ -77,9 +79,22 @@ def in_other_pass(model: HymbaForCausalLM) -> tuple[Tensor, dict[str, Tensor]]:
         return decoded(model)
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Choose these backends of the pass of one token, or the fastest."""
+    before = use_kernels(**request.param)
+    yield
+    use_kernels(**before)
+
+
+# Native operations round less often than others; each of them has its own test in bfloat16.
 @pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16_MODEL)], ids=["float32", "bfloat16"]
+    ("dtype", "close", "kernels"),
+    [(torch.float32, FLOAT32, {}), (torch.bfloat16, BFLOAT16_MODEL, PLAIN_KERNELS)],
+    ids=["float32", "bfloat16"],
+    indirect=["kernels"],
 )
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
 def test_it_equals_the_pass_of_any_number_of_tokens(
     overrides: dict[str, Any], dtype: torch.dtype, close: Tolerance, calls: list[int]
