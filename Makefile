@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 
 .venv/torch: constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "$(PYTHON) is not Python 3.11 to 3.13. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+		{ echo "$(PYTHON) is not Python 3.11 to 3.14. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	"$(PYTHON)" -m venv .venv
 	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the index that pip is set to) ..."
 	@$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) --timeout 20 --retries 2 $(TESTED) torch ||) \

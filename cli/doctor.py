@@ -65,6 +65,10 @@ def _show(diagnosis: Diagnosis) -> None:
     for name, status in diagnosis.platforms.items():
         platforms.add_row(f" {name}", status)
     console.print(platforms)
+    for extra, build in diagnosis.builds.items():
+        console.print()
+        console.print(Text(f" To build {extra} for this card:", style="dim"))
+        console.print(Text(f" {build}"), soft_wrap=True)
 
 
 def _kernels(diagnosis: Diagnosis) -> Table:

@@ -27,6 +27,8 @@ PLATFORMS = {
     "mps (Apple)": "refused: nothing has been tried there; --device cpu works",
 }
 """What is known of the kernels on each kind of device: works, refused, or unknown because none was at hand."""
+BUILT = {"mamba": ("mamba-ssm", "causal-conv1d"), "flash": ("flash-attn",)}
+"""The packages of kernels that are built for a card, by extra of hymba-tune."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Diagnosis:
         details: Other facts that decide which kernels are used.
         dtype: The dtype that the kernels were chosen for.
         kernels: The chosen kernel and the reasons against others, by operation.
+        builds: The command that builds the missing packages of an extra for this card, by extra; none without a GPU.
         platforms: What is known of the kernels on each kind of device.
         hub: Whether models can be pulled from and pushed to the Hub.
     """
@@ -56,6 +59,7 @@ class Diagnosis:
     details: list[str]
     dtype: str
     kernels: dict[str, Choice]
+    builds: dict[str, str]
     platforms: dict[str, str]
     hub: str
 
@@ -69,19 +73,40 @@ def examine(config: DoctorConfig) -> Diagnosis:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     name, memory, details = _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
+    versions = {library: _version(library) for library in LIBRARIES}
+    missing = [extra for extra, packages in BUILT.items() if not all(versions[package] for package in packages)]
     return Diagnosis(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        versions={library: _version(library) for library in LIBRARIES},
+        versions=versions,
         device=str(device),
         name=name,
         memory_bytes=memory,
         details=details,
         dtype=str(dtype).removeprefix("torch."),
         kernels=choose_kernels({}, HymbaConfig(), device, dtype),
+        builds={extra: build_command(extra, details[0]) for extra in missing} if device.type == "cuda" else {},
         platforms=PLATFORMS,
         hub=_hub(),
     )
+
+
+def build_command(extra: str, architecture: str) -> str:
+    """Return the command that builds the packages of an extra for a card.
+
+    The variables are those that the packages' setup files read. mamba-ssm and causal-conv1d are built for every NVIDIA
+    card; flash-attn has one build for all cards of compute capability 8.
+
+    Args:
+        extra: A key of `BUILT`.
+        architecture: The architecture of the card, such as "sm_90" or "gfx942".
+    """
+    install = f"pip install --no-build-isolation 'hymba-tune[{extra}]'"
+    cuda = architecture.startswith("sm_")
+    if extra == "flash":
+        archs = f"FLASH_ATTN_CUDA_ARCHS={architecture[3:-1]}0" if cuda else f"GPU_ARCHS={architecture}"
+        return f"MAX_JOBS=4 {archs} {install}"
+    return f"MAMBA_KEEP_CUDA_BUILD=TRUE {install}" if cuda else f"HIP_ARCHITECTURES={architecture} {install}"
 
 
 def _version(library: str) -> str | None:

@@ -9,10 +9,12 @@ import huggingface_hub
 import pytest
 import torch
 
+import hymba_tune.cli.doctor as command_doctor
 from hymba_tune import doctor
 from hymba_tune.config import DoctorConfig
 from hymba_tune.doctor import examine
 from hymba_tune.errors import ConfigError
+from hymba_tune.model.scan import SCAN
 from hymba_tune.model.scan_native import LIBRARY
 from tests.cli.conftest import Command, command  # noqa: F401 (a fixture)
 
@@ -30,6 +32,7 @@ def test_names_versions_device_and_kernels() -> None:
 
 def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LIBRARY, "load", lambda: "no C++ compiler; install g++")
+    monkeypatch.setattr(SCAN, "_choices", {})
     scan = examine(DoctorConfig(device="cpu", dtype="float32")).kernels["scan"]
     assert (scan.taken, scan.obstacles["native"]) == ("torch", "no C++ compiler; install g++")
 
@@ -49,6 +52,36 @@ def test_a_gpu_is_described_in_its_makers_terms(
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
     assert doctor._describe_cuda(torch.device("cuda")) == ("GPU", 1, details)
+
+
+@pytest.mark.parametrize(
+    ("extra", "architecture", "variables"),
+    [
+        ("mamba", "sm_89", "MAMBA_KEEP_CUDA_BUILD=TRUE"),
+        ("mamba", "gfx942", "HIP_ARCHITECTURES=gfx942"),
+        ("flash", "sm_89", "MAX_JOBS=4 FLASH_ATTN_CUDA_ARCHS=80"),
+        ("flash", "sm_120", "MAX_JOBS=4 FLASH_ATTN_CUDA_ARCHS=120"),
+        ("flash", "gfx1100", "MAX_JOBS=4 GPU_ARCHS=gfx1100"),
+    ],
+)
+def test_kernels_are_built_for_the_card(extra: str, architecture: str, variables: str) -> None:
+    assert (
+        doctor.build_command(extra, architecture)
+        == f"{variables} pip install --no-build-isolation 'hymba-tune[{extra}]'"
+    )
+
+
+def test_a_card_gets_the_commands_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine(DoctorConfig(device="cpu")).builds == {}
+    monkeypatch.setattr(doctor, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "choose_kernels", lambda *_: {})
+    monkeypatch.setattr(doctor, "_describe_cuda", lambda _: ("GPU", 1, ["sm_90", "CUDA 13.0"]))
+    monkeypatch.setattr(doctor, "_version", lambda library: None if library == "causal-conv1d" else "1")
+    diagnosis = examine(DoctorConfig(dtype="bfloat16"))
+    assert list(diagnosis.builds) == ["mamba"]
+    with command_doctor.console.capture() as shown:
+        command_doctor._show(diagnosis)
+    assert diagnosis.builds["mamba"] in shown.get()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def flash_unavailable_reason() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "FlashAttention needs a GPU of compute capability 8.0 or more"
     if _provider(gradients=True) is None:
-        return "this PyTorch has no FlashAttention and no package provides one (pip install flash-attn)"
+        return "this PyTorch has no FlashAttention and no package provides one (pip install 'hymba-tune[flash]')"
     return None
 
 

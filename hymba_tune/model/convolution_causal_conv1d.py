@@ -46,7 +46,7 @@ def causal_conv1d_unavailable_reason() -> str | None:
         _function()
     except ModuleNotFoundError as error:
         if error.name == "causal_conv1d":
-            return "not installed (pip install --no-build-isolation causal-conv1d, or kernels)"
+            return "not installed (pip install 'hymba-tune[mamba]' as hymba-tune doctor says, or kernels)"
         return f"installed, but without its kernels ({error})"
     except Exception as error:  # a package built for another PyTorch raises any type of error
         return f"installed, but cannot be loaded: {error}"

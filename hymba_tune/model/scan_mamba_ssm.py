@@ -25,7 +25,7 @@ OPEN = 1.2784645427610738
 """The gate at which silu is one, so that it does not change the output."""
 
 REASONS = {
-    "mamba_ssm": "not installed (MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm, or kernels)",
+    "mamba_ssm": "not installed (pip install 'hymba-tune[mamba]' as hymba-tune doctor says, or kernels)",
     "selective_scan_cuda": "installed without its Mamba-1 scan (rebuild with MAMBA_KEEP_CUDA_BUILD=TRUE)",
 }
 """Why the package cannot be used if a module is missing, by module."""
