@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 .PHONY: demo test end-to-end check nano clean
 
 .venv/torch: constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.14. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	"$(PYTHON)" -m venv .venv
 	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the index that pip is set to) ..."

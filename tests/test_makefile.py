@@ -106,5 +106,5 @@ def test_tools_of_development_are_installed_for_tests_only(checkout: Checkout) -
 def test_python_that_does_not_fit_is_refused_before_anything_is_installed(checkout: Checkout) -> None:
     done = checkout.make("demo", wrong_version=True)
     assert done.returncode != 0
-    assert "python3 is not Python 3.11 to 3.13. Name another: make demo PYTHON=python3.12" in done.stdout
+    assert "python3 is not Python 3.11 to 3.14. Name another: make demo PYTHON=python3.12" in done.stdout
     assert not checkout.installed()
