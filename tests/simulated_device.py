@@ -117,6 +117,14 @@ class Simulated(torch.Tensor):
         """Return the address of the first value."""
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the memory, with which savers tell tied weights."""
+        return self.inner.untyped_storage()
+
+    def storage(self) -> Any:
+        """Return the memory as values."""
+        return self.inner.storage()
+
     def tolist(self) -> Any:
         """Return the values, after waiting for them; PyTorch itself refuses this for subclasses."""
         return self.to("cpu").tolist()
@@ -205,6 +213,8 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Simulated)]
         _count(name, args, kwargs, inputs, others)
 
+    if name in ("pin_memory", "_pin_memory"):  # there is no memory to pin
+        return args[0]
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     result = func(*inner_args, **inner_kwargs)
     if target != NAME or name == "_local_scalar_dense":

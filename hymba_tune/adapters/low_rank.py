@@ -17,7 +17,7 @@ from hymba_tune.model.autocast import outside_autocast
 from hymba_tune.model.one_token import is_plain
 
 
-class LowRankLinear(Linear):  # type: ignore[misc]
+class LowRankLinear(Linear):
     """PEFT's adapted linear layer, which leaves to PEFT all but one plain LoRA adapter."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -57,6 +57,9 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
         "metric_for_best_model": "eval_loss" if config.keeps_best else None,
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding",
+        # `LossGuard` ends a run at a loss that is not finite; the filter would wait for every batch's loss.
+        "logging_nan_inf_filter": False,
+        "accelerator_config": {"non_blocking": device.type != "cpu"},
         **tracker_arguments(setup.run, config.track),
         **strategy_arguments(config.strategy, offload=config.offload),
         "disable_tqdm": True,

@@ -13,6 +13,7 @@ import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -37,7 +38,6 @@ class RunTrainer(Trainer):
         held_out_sources: The number of held-out rows of each source, in their order; may be empty where there is only
             one source.
         step_batches: The batches of the current step, each with its share of the step's loss.
-        step_grad_norm: The norm of the step's gradient before clipping.
         kept_checkpoints: The number of checkpoints to keep; None for all.
         restrict: Excludes rows of an adapter from training again (`restrict_rows`), as FSDP replaces its parameters.
         stop_requested: Whether Ctrl-C was pressed in this process.
@@ -52,7 +52,8 @@ class RunTrainer(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
-        self.step_grad_norm: float | None = None
+        self._grad_norm: Tensor | float = 0.0
+        self._step_tokens: list[Tensor] = []
         self.stop_requested = False
         self.stop_agreed = False
         self._order: EvenOrder | None = None
@@ -172,14 +173,34 @@ class RunTrainer(Trainer):
         self.step_batches.append((inputs, loss))
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
-        self.step_grad_norm = float(super()._get_grad_norm(*args, **kwargs))
-        return self.step_grad_norm
+    def step_numbers(self) -> tuple[list[float], float]:
+        """Return the loss of each batch of the step, as its share, and the norm of the gradient before clipping.
+
+        They and the number of tokens are read together, since every reading waits for the device.
+        """
+        tokens, self._step_tokens = self._step_tokens, []
+        numbers = [*(loss.detach() for _, loss in self.step_batches), *tokens]
+        norm = self._grad_norm
+        if isinstance(norm, DTensor) or (isinstance(norm, Tensor) and norm.device != numbers[0].device):
+            norm = float(norm)  # of gradients that are divided or on the CPU
+        numbers += [norm] if isinstance(norm, Tensor) else []
+        read = torch.stack([number.double() for number in numbers]).tolist()
+
+        batches = len(self.step_batches)
+        self.state.num_input_tokens_seen += int(sum(read[batches : batches + len(tokens)]))
+        return read[:batches], read[-1] if isinstance(norm, Tensor) else norm
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor | float:
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._grad_norm
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if isinstance(inputs, FillerBatch):
-            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
-        super()._track_num_input_tokens(inputs)
+        """Count the tokens of texts, as transformers does but without waiting for their number."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        mask = inputs.get("attention_mask", inputs["input_ids"] != self.processing_class.pad_token_id)
+        count = torch.zeros_like(mask[0, 0]) if isinstance(inputs, FillerBatch) else mask.sum()
+        self._step_tokens.append(self.accelerator.gather(count.long()).sum())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._order is not None:

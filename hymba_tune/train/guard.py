@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -38,9 +37,11 @@ class Watched(Protocol):
 
     step_batches: list[tuple[dict[str, Any], Tensor]]
     """Each batch, and its share of the step's loss."""
-    step_grad_norm: float | None
     stop_requested: bool
     stop_agreed: bool
+
+    def step_numbers(self) -> tuple[list[float], float]:
+        """Return the loss of each batch of the step, as its share, and the norm of the gradient."""
 
 
 class LossGuard(TrainerCallback, ExportableState):
@@ -98,17 +99,16 @@ class LossGuard(TrainerCallback, ExportableState):
         del control
         step = state.global_step + 1
         batches = self._trainer.step_batches
-        shares = torch.stack([share.detach().float() for _, share in batches]).tolist()
+        shares, norm = self._trainer.step_numbers()
         total, stops = added([sum(shares), float(self._trainer.stop_requested)])
         loss = total / world_size()
         self._trainer.stop_agreed = stops > 0
-        norm = self._trainer.step_grad_norm
 
         if not math.isfinite(loss):
             broken = [batch for (batch, _), share in zip(batches, shares, strict=True) if not math.isfinite(share)]
             raise self._error(f"The loss is {loss} at step {step}", "a finite loss", broken, args.learning_rate)
         # In float16 the gradient scaler skips steps with infinite gradients itself.
-        if norm is not None and not math.isfinite(norm) and not args.fp16:
+        if not math.isfinite(norm) and not args.fp16:
             inputs = [batch for batch, _ in batches]
             what = f"The gradient's norm is {norm} at step {step}, at a loss of {loss:.3f}"
             raise self._error(what, "a finite gradient", inputs, args.learning_rate)
