@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -49,6 +50,8 @@ ONE_KERNEL = {"rms_norm"}
 """The composite operators that are one kernel on a GPU."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 Module = TypeVar("Module", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -168,6 +171,17 @@ def simulated_device(*, interpret: bool = True) -> Iterator[torch.device]:
             stack.enter_context(patch.object(operation, "backends", backends))
         stack.enter_context(_FactoryMode())
         yield DEVICE
+
+
+def in_own_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function, within `simulated_device`, use the device in a thread of its own as well."""
+
+    @wraps(function)
+    def on_device(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _FactoryMode():
+            return function(*args, **kwargs)
+
+    return on_device
 
 
 def to_device(module: Module) -> Module:
