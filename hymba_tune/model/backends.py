@@ -206,7 +206,7 @@ class Operation:
             raise ValueError(f"the {self.name} backend {name} cannot be used: {reason}; {_joined(usable)} can")
         return self.backends[name]
 
-    def compute(self, task: Task, *arguments: Any, name: str | None = None) -> Any:
+    def compute(self, task: Task, *arguments: Any, name: str | None = None, function: str | None = None) -> Any:
         """Compute a task with its backend.
 
         If a backend passed its self-test but fails here, and was not chosen by name, it is excluded from now on and
@@ -216,17 +216,19 @@ class Operation:
             task: The task to compute.
             *arguments: The arguments of the backend.
             name: The name of a backend; see `choose`.
+            function: The name of the function, of a backend that has several.
         """
         backend = self.choose(task, name)
+        run = backend.run if function is None else getattr(backend.run, function)
         if not backend.needs_self_test or (name or self._default_name(task)) != AUTO:
-            return backend.run(*arguments)
+            return run(*arguments)
         try:
-            return backend.run(*arguments)
+            return run(*arguments)
         except torch.OutOfMemoryError:  # another backend would need no less memory
             raise
         except Exception as error:  # compilers and other packages raise any type of error
             self._exclude(backend, task, f"it failed: {type(error).__name__}: {_first_line(error)}")
-            return self.compute(task, *arguments, name=name)
+            return self.compute(task, *arguments, name=name, function=function)
 
     def _exclude(self, backend: Backend, task: Task, reason: str) -> None:
         self._self_tests[backend.name, task] = reason

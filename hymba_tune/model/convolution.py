@@ -5,7 +5,7 @@ Glossary: M meta tokens, T tokens, S texts, E channels, K width of the convoluti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,13 +21,15 @@ from .convolution_causal_conv1d import (
     causal_conv1d_unsupported_reason,
 )
 from .convolution_native import LIBRARY, native_conv1d, native_unsupported_reason
-from .documents import Documents, to_device
+from .convolution_triton import triton_conv1d, triton_packed_conv1d
+from .documents import Documents, find_documents, to_device
 from .native import DTYPES
+from .triton_kernels import triton_unavailable_reason
 
 
 def packed_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, *, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Convolve the meta tokens and the texts, each text continued from the meta tokens or a cache, and apply silu.
 
     Args:
@@ -36,28 +38,15 @@ def packed_conv1d(
         bias: ``(E,)`` or None.
         documents: The layout of the packed texts.
         tails: ``(S, K - 1, E)``, the cached inputs before each text; None if x contains the meta tokens.
+        keep: Whether to return the last inputs.
 
     Returns:
         ``(M + T, E)``, and the last inputs of each text, ``(S, K - 1, E)``, for a cache.
     """
-    meta = documents.num_meta
-    starts = documents.starts
-    if tails is not None or not meta:
-        y, tails = causal_conv1d(x, weight, bias, initial=tails, cu_seqlens=starts)
-        return silu(y), tails
-
-    backend = CONVOLUTION.choose(Task.of(x, weight, bias, taps=weight.shape[1]))
-    x_meta, x_text = x.split([meta, starts[-1]])
-    if backend.fuses_meta_prefix:
-        offsets = (0, *(meta + start for start in starts))
-        y = backend.run(x, weight, bias, offsets=offsets, fuses_meta_prefix=True, silu=True)
-        before = weight.shape[1] - 1
-        first = torch.nn.functional.pad(x_meta, (0, 0, before, 0))[meta:]
-        return y, _last_inputs(x_text, first.expand(len(starts) - 1, -1, -1), starts)
-
-    y_meta, tail = causal_conv1d(x_meta, weight, bias)
-    y_text, tails = causal_conv1d(x_text, weight, bias, initial=tail[0], cu_seqlens=starts)
-    return silu(torch.cat([y_meta, y_text])), tails
+    task = Task.of(x, weight, bias, tails, taps=weight.shape[1])
+    result: tuple[Tensor, Tensor | None]
+    result = CONVOLUTION.compute(task, x, weight, bias, documents, tails, keep, function="packed")
+    return result
 
 
 def causal_conv1d(
@@ -89,7 +78,21 @@ def causal_conv1d(
     task = Task.of(x, weight, bias, taps=weight.shape[1])
     CONVOLUTION.choose(task, backend)  # an unusable backend is refused even where the texts need no backend
 
+    def alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = CONVOLUTION.compute(task, x, weight, bias, name=backend, function="alone")
+        return y
+
     offsets = (0, x.shape[0]) if cu_seqlens is None else tuple(map(int, cu_seqlens))
+    return _with_borders(alone, x, weight, bias, initial, offsets)
+
+
+Alone = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _with_borders(
+    alone: Alone, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, offsets: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Compute `causal_conv1d` with a function for one text that starts from zeros."""
     texts = len(offsets) - 1
     before = weight.shape[1] - 1
     initial = x.new_zeros(1, before, x.shape[1]) if initial is None else initial
@@ -100,7 +103,7 @@ def causal_conv1d(
         products = (windows * weight.t()).sum(1)
         return (products if bias is None else products + bias).to(x.dtype), windows[:, 1:]
 
-    y: Tensor = CONVOLUTION.compute(task, x, weight, bias, name=backend)
+    y = alone(x, weight, bias)
     if before == 0:
         return y, initial
 
@@ -111,6 +114,16 @@ def causal_conv1d(
     heads = heads if bias is None else heads + bias
     y = y.index_copy_(0, borders.first.flatten()[borders.own], heads.flatten(0, 1)[borders.own].to(y.dtype))
     return y, _last_inputs(x, initial, offsets)
+
+
+def _packed_last_inputs(x: Tensor, documents: Documents, tails: Tensor | None, before: int) -> Tensor:
+    """Return the last K - 1 inputs of packed texts."""
+    x_meta, x_text = x.split([documents.num_meta, documents.starts[-1]])
+    if tails is None:
+        # The inputs before the first meta tokens are zeros.
+        first = torch.nn.functional.pad(x_meta, (0, 0, before, 0))[len(x_meta) :]
+        tails = first.expand(len(documents.lengths), -1, -1)
+    return _last_inputs(x_text, tails, documents.starts)
 
 
 def _last_inputs(x: Tensor, initial: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -195,9 +208,71 @@ class _ShiftedProducts(torch.autograd.Function):
         return dx, d_taps.t(), dy.sum(0) if ctx.has_bias else None
 
 
+Packed = Callable[
+    [Tensor, Tensor, Tensor | None, Documents, Tensor | None, bool], tuple[Tensor, Tensor | None]
+]  # the arguments of `packed_conv1d`
+
+
+class Convolution(NamedTuple):
+    """The functions of one backend: for one text that starts from zeros, and `packed_conv1d`."""
+
+    alone: Alone
+    packed: Packed
+
+
+def _in_parts(alone: Alone) -> Packed:
+    """Make a `packed_conv1d` that computes the meta tokens, the texts and their borders one after the other."""
+
+    def packed(
+        x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        meta, starts = documents.num_meta, documents.starts
+        if tails is not None or not meta:
+            y, tails = _with_borders(alone, x, weight, bias, tails, starts)
+            return silu(y), tails if keep else None
+        x_meta, x_text = x.split([meta, starts[-1]])
+        y_meta, tail = _with_borders(alone, x_meta, weight, bias, None, (0, meta))
+        y_text, tails = _with_borders(alone, x_text, weight, bias, tail[0], starts)
+        return silu(torch.cat([y_meta, y_text])), tails if keep else None
+
+    return packed
+
+
+def _native_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    meta = documents.num_meta
+    if tails is not None or not meta:
+        return _in_parts(native_conv1d)(x, weight, bias, documents, tails, keep)
+    offsets = (0, *(meta + start for start in documents.starts))
+    y = native_conv1d(x, weight, bias, offsets=offsets, fuses_meta_prefix=True, silu=True)
+    return y, _packed_last_inputs(x, documents, None, weight.shape[1] - 1) if keep else None
+
+
+def _triton_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    gradients = torch.is_grad_enabled()
+    if gradients and tails is not None and tails.requires_grad:
+        return _in_parts(triton_conv1d)(x, weight, bias, documents, tails, keep)
+    differentiable = keep and gradients and x.requires_grad
+    y, last = triton_packed_conv1d(x, weight, bias, documents, tails, keep and not differentiable)
+    return y, _packed_last_inputs(x, documents, tails, weight.shape[1] - 1) if differentiable else last
+
+
 def _small_problem(task: Task) -> Problem:
-    leaves = random_leaves(task, [(50, 24), (24, task.taps), (24,)])
-    return Problem(lambda backend: (backend.run(*leaves),), leaves)
+    """Return a problem of one text, and of texts of which some are shorter than the convolution is wide."""
+    x, weight, bias, tails = random_leaves(task, [(50, 24), (24, task.taps), (24,), (3, task.taps - 1, 24)])
+    offsets = to_device([0, 1, 30, 32], x.device)
+    fused, cached = (find_documents((1, 32), x.device, num_meta=meta, cu_seqlens=offsets) for meta in (18, 0))
+
+    def compute(backend: Backend) -> tuple[Tensor, ...]:
+        functions = backend.run
+        y, last = functions.packed(x, weight, bias, fused, None, True)
+        y_cached, last_cached = functions.packed(x[18:], weight, bias, cached, tails.detach(), True)
+        return functions.alone(x, weight, bias), y, last, y_cached, last_cached
+
+    return Problem(compute, [x, weight, bias])
 
 
 CONVOLUTION = Operation(
@@ -205,7 +280,7 @@ CONVOLUTION = Operation(
     [
         Backend(
             "causal_conv1d",
-            causal_conv1d_run,
+            Convolution(causal_conv1d_run, _in_parts(causal_conv1d_run)),
             ("cuda",),
             GPU_DTYPES,
             needs_self_test=True,
@@ -214,14 +289,21 @@ CONVOLUTION = Operation(
         ),
         Backend(
             "native",
-            native_conv1d,
+            Convolution(native_conv1d, _native_packed),
             ("cpu",),
             DTYPES,
-            fuses_meta_prefix=True,
             unavailable_reason=LIBRARY.unavailable_reason,
             unsupported_reason=native_unsupported_reason,
         ),
-        Backend("torch", shifted_products),
+        Backend(
+            "triton",
+            Convolution(triton_conv1d, _triton_packed),
+            ("cuda",),
+            GPU_DTYPES,
+            needs_self_test=True,
+            unavailable_reason=triton_unavailable_reason,
+        ),
+        Backend("torch", Convolution(shifted_products, _in_parts(shifted_products))),
     ],
     plain="torch",
     problem=_small_problem,

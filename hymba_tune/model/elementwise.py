@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _few(x):
         return _torch_rms_norm(x, weight, eps)
-    normed: Tensor = ELEMENTWISE.choose(Task.of(x, weight)).run.rms_norm(x, weight, eps)
+    normed: Tensor = ELEMENTWISE.compute(Task.of(x, weight), x, weight, eps, function="rms_norm")
     return normed
 
 
@@ -72,7 +72,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
     if _few(x):
         return _torch_add_rms_norm(x, update, weight, eps)
     added: tuple[Tensor, Tensor]
-    added = ELEMENTWISE.choose(Task.of(x, update, weight)).run.add_rms_norm(x, update, weight, eps)
+    added = ELEMENTWISE.compute(Task.of(x, update, weight), x, update, weight, eps, function="add_rms_norm")
     return added
 
 
@@ -80,7 +80,7 @@ def mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps:
     """Return the mean of the `rms_norm` of a and that of b, both ``(rows, width)`` of one dtype."""
     if _few(a):
         return _torch_mean_of_norms(a, a_weight, b, b_weight, eps)
-    mean: Tensor = ELEMENTWISE.choose(Task.of(a, a_weight, b)).run.mean_of_norms(a, a_weight, b, b_weight, eps)
+    mean: Tensor = ELEMENTWISE.compute(Task.of(a, a_weight, b), a, a_weight, b, b_weight, eps, function="mean_of_norms")
     return mean
 
 
@@ -88,7 +88,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``, both ``(rows, width)`` of one dtype (arXiv 2002.05202)."""
     if _few(gate):
         return silu(gate).mul_(up)
-    gated: Tensor = ELEMENTWISE.choose(Task.of(gate, up)).run.gated_silu(gate, up)
+    gated: Tensor = ELEMENTWISE.compute(Task.of(gate, up), gate, up, function="gated_silu")
     return gated
 
 
@@ -101,7 +101,7 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """
     if _few(heads):
         return _torch_rotate(heads, tables)
-    rotated: Tensor = ELEMENTWISE.choose(Task.of(heads)).run.rotate(heads, tables)
+    rotated: Tensor = ELEMENTWISE.compute(Task.of(heads), heads, tables, function="rotate")
     return rotated
 
 
@@ -109,7 +109,7 @@ def norm_rotate(heads: Tensor, weight: Tensor, eps: float, tables: tuple[Tensor,
     """Return the `rotate` of the `rms_norm` of queries or keys ``(rows, heads, width)``."""
     if _few(heads):
         return _torch_norm_rotate(heads, weight, eps, tables)
-    rotated: Tensor = ELEMENTWISE.choose(Task.of(heads, weight)).run.norm_rotate(heads, weight, eps, tables)
+    rotated: Tensor = ELEMENTWISE.compute(Task.of(heads, weight), heads, weight, eps, tables, function="norm_rotate")
     return rotated
 
 

@@ -110,10 +110,10 @@ class HymbaConvolution(nn.Conv1d):
     """The causal depthwise convolution in front of the SSM, and the silu after it."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, documents: Documents, tails: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, documents: Documents, tails: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Convolve each text; see `packed_conv1d`."""
-        return packed_conv1d(x, self.weight.squeeze(1).to(x.dtype), self.bias, documents, tails)
+        return packed_conv1d(x, self.weight.squeeze(1).to(x.dtype), self.bias, documents, tails, keep=keep)
 
 
 class HymbaTimeStep(nn.Linear):
@@ -338,7 +338,7 @@ class HymbaMixer(nn.Module):
     def _ssm(self, x: Tensor, gate: Tensor, documents: Documents, cache: HymbaCache | None) -> Tensor:
         tails = cache.tails.get(self.layer) if cache is not None else None
         states = cache.states.get(self.layer) if cache is not None else None
-        x, tails = self.conv1d(x, documents, tails)
+        x, tails = self.conv1d(x, documents, tails, keep=cache is not None)
 
         dt, B, C = self.x_proj[0](x).split(self.state_widths, -1)
         if self.dt_layernorm is not None and self.B_layernorm is not None and self.C_layernorm is not None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hymba_tune.model import attention_token_triton
 from hymba_tune.model.attention_token_triton import triton_attend
+from hymba_tune.model.convolution_triton import triton_conv1d, triton_packed_conv1d
+from hymba_tune.model.documents import find_documents
 from hymba_tune.model.elementwise_triton import (
     triton_add_rms_norm,
     triton_gated_silu,
@@ -84,6 +86,20 @@ def elementwise() -> None:
 def shared() -> None:
     """Launch the sum of the gradients of two weights of a layer."""
     summed_parts(torch.empty(512, 2, CHANNELS), torch.bfloat16)
+
+
+@launches("convolution_kernels")
+def convolution() -> None:
+    """Launch the convolution of texts behind meta tokens, of texts that continue from a cache, and of one text."""
+    weight, bias = empty(CHANNELS, 4), empty(CHANNELS)
+    device = torch.device("cpu")
+    offsets = torch.tensor([0, 100, 256])
+    texts, cached = (find_documents((1, 256), device, num_meta=meta, cu_seqlens=offsets) for meta in (128, 0))
+    tails = empty(2, 3, CHANNELS).detach()
+    x = empty(128 + 256, PROJECTED)[:, 1600 : 1600 + CHANNELS]
+    y, _ = triton_packed_conv1d(x, weight, bias, texts, None, keep=True)
+    continued, _ = triton_packed_conv1d(x[128:], weight, bias, cached, tails, keep=True)
+    torch.cat([y, continued, triton_conv1d(x, weight, bias)]).sum().backward()
 
 
 @launches("attention_token_kernels")
