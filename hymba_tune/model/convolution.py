@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from .autocast import outside_autocast
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, memoized, random_leaves
 from .convolution_causal_conv1d import (
+    causal_conv1d_packed,
     causal_conv1d_run,
     causal_conv1d_unavailable_reason,
     causal_conv1d_unsupported_reason,
@@ -249,6 +250,16 @@ def _native_packed(
     return y, _packed_last_inputs(x, documents, None, weight.shape[1] - 1) if keep else None
 
 
+def _causal_conv1d_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    if x.shape[1] % 8:
+        # The package takes texts and initial inputs only where eight channels can be read at a time.
+        return _in_parts(causal_conv1d_run)(x, weight, bias, documents, tails, keep)
+    y = causal_conv1d_packed(x, weight, bias, documents, tails)
+    return y, _packed_last_inputs(x, documents, tails, weight.shape[1] - 1) if keep else None
+
+
 def _triton_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -280,7 +291,7 @@ CONVOLUTION = Operation(
     [
         Backend(
             "causal_conv1d",
-            Convolution(causal_conv1d_run, _in_parts(causal_conv1d_run)),
+            Convolution(causal_conv1d_run, _causal_conv1d_packed),
             ("cuda",),
             GPU_DTYPES,
             needs_self_test=True,

@@ -1,17 +1,19 @@
 """The convolution of the package causal-conv1d (github.com/Dao-AILab/causal-conv1d): CUDA kernels of Mamba's authors.
 
-Glossary: T tokens, E channels, K width of the convolution.
+Glossary: M meta tokens, T tokens, S texts, E channels, K width of the convolution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Task
+from .backends import Task, memoized
+from .documents import Documents, to_device
 from .hub_kernels import hub_kernel
 
 WIDTHS = range(2, 5)
@@ -29,12 +31,78 @@ def causal_conv1d_run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(T, E)``.
     """
+    return _convolve(_channels_first(x)[None], weight, bias)[0].T
+
+
+def causal_conv1d_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, tails: Tensor | None
+) -> Tensor:
+    """Convolve the meta tokens and the texts in one call, and apply silu.
+
+    Args:
+        x: ``(M + T, E)``, E a multiple of 8.
+        weight: ``(E, K)``, K from 2 to 4.
+        bias: ``(E,)``.
+        documents: The layout of the packed texts.
+        tails: ``(S, K - 1, E)``, the inputs before each text; None for zeros or the last meta tokens.
+
+    Returns:
+        ``(M + T, E)``.
+    """
+    meta, lengths = documents.num_meta, documents.lengths
+    if len(set(lengths)) == 1 and (tails is not None or len(lengths) == 1):
+        # One text behind the meta tokens continues from them like a longer text.
+        grid = _channels_last(x).view(len(lengths), -1, x.shape[1])
+        initial = None if tails is None else tails.to(x.dtype).contiguous().mT
+        return _convolve(grid.mT, weight, bias, initial_states=initial, activation="silu").mT.flatten(0, 1)
+
+    # The kernels take either initial states or texts of different lengths: each text gets copies of its own inputs.
+    copies = min(meta, weight.shape[1] - 1) if tails is None else weight.shape[1] - 1
+    if tails is not None:
+        x = torch.cat([tails.to(x.dtype).flatten(0, 1), x])
+    rows, texts, places = _layout_with_copies(lengths, meta, copies, tails is not None, x.device)
+    y = _convolve(x[rows].T[None], weight, bias, seq_idx=texts[None], activation="silu")
+    return y[0].T[places]
+
+
+@memoized
+def _layout_with_copies(
+    lengths: tuple[int, ...], meta: int, copies: int, has_tails: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the layout in which every text has copies of the inputs before it in front.
+
+    Args:
+        lengths: The number of tokens of each text.
+        meta: The number of meta tokens, the first rows.
+        copies: The number of inputs before a text.
+        has_tails: Whether the first rows are these inputs of each text, instead of meta tokens.
+        device: The device of the result.
+
+    Returns:
+        The row of each input of this layout; its text, int32, where the meta tokens are a text; and the place of each
+        meta token and token in the layout.
+    """
+    arange = partial(torch.arange, device="cpu")
+    rows, places, row, place = [arange(meta)], [arange(meta)], meta, meta
+    row += copies * len(lengths) if has_tails else 0
+    for text, length in enumerate(lengths):
+        before = copies * text if has_tails else meta - copies
+        rows += [arange(before, before + copies), arange(row, row + length)]
+        places.append(arange(place + copies, place + copies + length))
+        row, place = row + length, place + copies + length
+    sizes = torch.tensor([meta, *(copies + length for length in lengths)], device="cpu")
+    texts = arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes)
+    on_device = (to_device(index, device) for index in (torch.cat(rows), texts, torch.cat(places)))
+    return tuple(on_device)  # type: ignore[return-value]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """Call the package with x ``(batch, E, T)``."""
     try:
         convolve = _function()
     except ImportError as error:
         raise RuntimeError(f"causal-conv1d cannot be used: {causal_conv1d_unavailable_reason()}") from error
-    y: Tensor = convolve(_channels_first(x)[None], weight, None if bias is None else bias.to(weight.dtype))
-    return y[0].T
+    return convolve(x, weight, None if bias is None else bias.to(weight.dtype), **options)
 
 
 @cache
@@ -72,8 +140,17 @@ def causal_conv1d_unsupported_reason(task: Task) -> str | None:
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """Return ``(E, T)``: a view of x if the kernels can read eight channels at a time from it, else a copy."""
-    row_stride, channel_stride = x.stride()
-    readable = channel_stride == 1 and row_stride % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0
+    """Return ``(E, T)``: a view of x if the kernels can read it, else a copy."""
     # A single row counts as contiguous whatever its row stride, so `contiguous` would not copy it.
-    return x.T if readable else x.T.clone(memory_format=torch.contiguous_format)
+    return x.T if _is_readable(x) else x.T.clone(memory_format=torch.contiguous_format)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return ``(T, E)``, copied if the kernels cannot read it."""
+    return x if _is_readable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Return whether the kernels can read eight channels at a time from ``(T, E)``."""
+    row_stride, channel_stride = x.stride()
+    return channel_stride == 1 and row_stride % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from hymba_tune.model import convolution_causal_conv1d
 from hymba_tune.model.backends import Task
+from hymba_tune.model.convolution import CONVOLUTION
 from hymba_tune.model.convolution_causal_conv1d import (
     causal_conv1d_run,
     causal_conv1d_unavailable_reason,
     causal_conv1d_unsupported_reason,
 )
+from hymba_tune.model.documents import find_documents
 from tests.reference import fake_kernels
 from tests.reference.naive_convolution import naive_convolution
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
@@ -81,7 +83,7 @@ def test_reads_the_columns_of_a_wider_matrix(monkeypatch: pytest.MonkeyPatch, co
     monkeypatch.setattr(
         sys.modules["causal_conv1d"],
         "causal_conv1d_fn",
-        lambda x, *rest: received.append(x) or fake_kernels.causal_conv1d_fn(x, *rest),
+        lambda x, *rest, **named: received.append(x) or fake_kernels.causal_conv1d_fn(x, *rest, **named),
     )
     x = wide[:, columns]
     FLOAT64.check(
@@ -89,6 +91,41 @@ def test_reads_the_columns_of_a_wider_matrix(monkeypatch: pytest.MonkeyPatch, co
         naive_convolution(x, inputs["weight"], inputs["bias"])[0],
     )
     assert (received[0].data_ptr() != x.data_ptr()) == copied
+
+
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("channels", [16, 5], ids=["channels_of_eight", "channels_not_of_eight"])
+@pytest.mark.parametrize("lengths", [[7], [3, 3], [1, 1, 1], [1, 6, 2]], ids=str)
+@pytest.mark.parametrize(("meta", "cached"), [(0, False), (2, False), (9, False), (0, True)])
+def test_packed_texts_in_one_call(
+    meta: int, cached: bool, lengths: list[int], channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        sys.modules["causal_conv1d"],
+        "causal_conv1d_fn",
+        lambda *rest, **named: calls.append(named) or fake_kernels.causal_conv1d_fn(*rest, **named),
+    )
+    device = torch.device("cpu")
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    documents = find_documents((1, sum(lengths)), device, num_meta=meta, cu_seqlens=offsets)
+    inputs = random_inputs(meta + sum(lengths), channels)
+    if cached:
+        inputs["tails"] = torch.randn(len(lengths), 3, channels).double().requires_grad_()
+
+    results = []
+    for name in ("causal_conv1d", "torch"):
+        packed = CONVOLUTION.backends[name].run.packed
+        x, weight, bias = (inputs[each] for each in ("x", "weight", "bias"))
+        y, last = packed(x, weight, bias, documents, inputs.get("tails"), True)
+        gradients = torch.autograd.grad((y.cos().sum(), last.cos().sum()), list(inputs.values()))
+        results.append(dict(zip(("y", "last", *inputs), (y, last, *gradients), strict=True)))
+    FLOAT64.check_all(*results)
+    if channels % 8 == 0:
+        (named,) = calls
+        assert named["activation"] == "silu"
+        unequal = len(set(lengths)) > 1 or (len(lengths) > 1 and not cached)
+        assert ("seq_idx" in named) == unequal
 
 
 @pytest.mark.usefixtures("_installed")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model import convolution_triton
+from hymba_tune.model.backends import Task
 from hymba_tune.model.convolution import CONVOLUTION, Convolution
 from hymba_tune.model.documents import Documents, find_documents
 from hymba_tune.model.triton_kernels import triton_unavailable_reason
@@ -179,3 +180,9 @@ def test_text_that_follows_a_value_that_is_not_finite_does_not_see_it() -> None:
     x[3:5] = float("nan")
     y, _ = KERNELS.packed(x, weight, bias, documents, None, False)
     assert y[5:].equal(clean[5:])
+
+
+def test_the_small_problem_of_the_self_test_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"TOKENS": 32, "CHANNELS": 32}.items():
+        monkeypatch.setattr(convolution_triton, name, size)
+    assert CONVOLUTION._self_test(CONVOLUTION.backends["triton"], Task(DEVICE, torch.float32)) is None

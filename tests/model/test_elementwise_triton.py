@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba_tune.model import elementwise_triton
+from hymba_tune.model.backends import Task
 from hymba_tune.model.elementwise import ELEMENTWISE, Elementwise
 from hymba_tune.model.triton_kernels import triton_unavailable_reason
 from tests.model.elementwise_formulas import all_gradients, check_formulas, naive_norm
@@ -142,3 +143,8 @@ def test_without_gradients_nothing_is_saved_and_large_values_do_not_overflow() -
     with torch.no_grad():
         FLOAT32.check(KERNELS.rms_norm(x, weight, 1e-6), torch.ones_like(x))
         assert KERNELS.rms_norm(torch.zeros_like(x), weight, 1e-6).eq(0).all()
+
+
+def test_the_small_problem_of_the_self_test_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the blocks of a GPU
+    assert ELEMENTWISE._self_test(ELEMENTWISE.backends["triton"], Task(DEVICE, torch.float32)) is None

@@ -353,21 +353,47 @@ def causal_conv1d_modules() -> list[ModuleType]:
 
 
 def causal_conv1d_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *_unused: Any, activation: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Compute the convolution of causal-conv1d for x ``(batch, channels, length)`` with one contiguous axis."""
-    assert activation is None
-    channels, width = weight.shape
-    assert x.shape[1] == channels
+    assert activation in (None, "silu", "swish")
+    assert not return_final_states
+    assert final_states_out is None
+    batch, channels, length = x.shape
+    width = weight.shape[1]
+    assert weight.shape == (channels, width)
     assert 2 <= width <= 4
     assert x.stride(2) == 1 or x.stride(1) == 1
-    if x.stride(1) == 1 and x.stride(2) > 1:
+    channels_last = x.stride(1) == 1 and x.stride(2) > 1
+    if channels_last:
         assert channels % 8 == 0
         assert x.stride(2) % 8 == x.stride(0) % 8 == 0
         assert x.data_ptr() % 16 == 0  # the kernel reads 16 bytes at a time without a check
     if bias is not None:
         assert bias.dtype == weight.dtype
         assert bias.stride(-1) == 1
-    y = torch.nn.functional.conv1d(x, weight[:, None].to(x.dtype), None, padding=width - 1, groups=channels)
-    y = y[..., : x.shape[-1]]
-    return y if bias is None else y + bias[:, None].to(x.dtype)
+    if seq_idx is not None:
+        assert channels_last
+        assert initial_states is None
+        assert seq_idx.shape == (batch, length)
+        assert seq_idx.dtype == torch.int32
+    if initial_states is not None:
+        assert channels_last
+        assert initial_states.shape == (batch, channels, width - 1)
+        assert initial_states.stride(1) == 1
+        assert initial_states.dtype == x.dtype
+    before = x.new_zeros(batch, channels, width - 1) if initial_states is None else initial_states
+    windows = torch.cat([before, x], -1).unfold(-1, width, 1)
+    if seq_idx is not None:
+        own = torch.nn.functional.pad(seq_idx, (width - 1, 0), value=-1).unfold(-1, width, 1) == seq_idx[..., None]
+        windows = windows * own[:, None]
+    y = (windows * weight[:, None].to(x.dtype)).sum(-1)
+    y = y if bias is None else y + bias[:, None].to(x.dtype)
+    return y if activation is None else silu(y)
