@@ -136,6 +136,6 @@ def merge_parts(
     sizes = tl.load(lse + head * PARTS + p, mask=is_part, other=float("-inf"))
     shares = tl.exp2(sizes - tl.max(sizes, 0))
     at = (head * PARTS + p)[:, None] * VALUE_WIDTH + v[None, :]
-    outputs = tl.load(parts + at, mask=is_part[:, None] & is_value[None, :], other=0.0)
-    merged = tl.sum(outputs * shares[:, None], 0) / tl.sum(shares, 0)
+    attended = tl.load(parts + at, mask=is_part[:, None] & is_value[None, :], other=0.0)
+    merged = tl.sum(attended * shares[:, None], 0) / tl.sum(shares, 0)
     tl.store(output + head * VALUE_WIDTH + v, merged.to(output.dtype.element_ty), mask=is_value)
