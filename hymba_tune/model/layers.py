@@ -172,20 +172,19 @@ class HymbaMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map ``(rows, d)`` to ``(rows, d)``; a residual stream is added to, possibly in place."""
-        inner = self._inner(x)
-        if residual is not None and residual.dtype == inner.dtype and self._takes_few_rows(x, self.down_proj):
-            return residual.addmm_(inner, self.down_proj.weight.t())
-        projected: Tensor = self.down_proj(inner)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        few = has_few_rows(x)
+        if gate is None:
+            inner = torch.relu(up(x)).square()
+        elif few and is_plain(gate, nn.Linear) and is_plain(up, nn.Linear):
+            inner = gate_up(x, gate.weight, up.weight)
+        else:
+            inner = gated_silu(gate(x), up(x))
+
+        if residual is not None and few and residual.dtype == inner.dtype and is_plain(down, nn.Linear):
+            return residual.addmm_(inner, down.weight.t())
+        projected: Tensor = down(inner)
         return projected if residual is None else residual + projected
-
-    def _inner(self, x: Tensor) -> Tensor:
-        if self.gate_proj is not None and self._takes_few_rows(x, self.gate_proj, self.up_proj):
-            return gate_up(x, self.gate_proj.weight, self.up_proj.weight)
-        up = self.up_proj(x)
-        return torch.relu(up).square() if self.gate_proj is None else gated_silu(self.gate_proj(x), up)
-
-    def _takes_few_rows(self, x: Tensor, *projections: nn.Module) -> bool:
-        return has_few_rows(x) and all(is_plain(projection, nn.Linear) for projection in projections)
 
 
 class HymbaExperts(nn.Module):
@@ -282,19 +281,28 @@ class HymbaMixer(nn.Module):
         joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
         return self.out_proj(joined), key, value
 
+    small_modules = (
+        ("conv1d", HymbaConvolution),
+        ("dt_layernorm", HymbaRMSNorm),
+        ("B_layernorm", HymbaRMSNorm),
+        ("C_layernorm", HymbaRMSNorm),
+        ("A_log", HymbaDecay),
+        ("D", HymbaSkip),
+    )
+
     def _continues_by_one_token(self, documents: Documents) -> bool:
         """Return whether `_one_token` applies: no gradients, and small modules that nothing adapts or moves."""
         if torch.is_grad_enabled() or documents.past is None or not documents.has_one_token_each:
             return False
-        norms = self.dt_layernorm, self.B_layernorm, self.C_layernorm
-        head_norms = () if self.self_attn is None else (self.self_attn.q_norm, self.self_attn.k_norm)
+        own: dict[str, Any] = self._modules  # attributes of a module take much longer
+        for name, kind in self.small_modules:
+            if name in own and not is_plain(own[name], kind):
+                return False
+        heads = self.self_attn
         return (
-            all(norm is None or is_plain(norm, HymbaRMSNorm) for norm in norms)
-            and all(is_plain(norm, HymbaHeadNorm) for norm in head_norms)
-            and is_plain(self.conv1d, HymbaConvolution)
-            and is_plain(self.dt_proj[0], HymbaTimeStep)
-            and is_plain(self.A_log, HymbaDecay)
-            and is_plain(self.D, HymbaSkip)
+            is_plain(own["dt_proj"]._modules["0"], HymbaTimeStep)
+            and (heads is None or is_plain(heads.q_norm, HymbaHeadNorm))
+            and (heads is None or is_plain(heads.k_norm, HymbaHeadNorm))
         )
 
     def _one_token(
@@ -380,6 +388,9 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
 
     def _adds_unobserved(self) -> bool:
         """Return whether no hook sees the sum of the residual stream and its update."""
-        moe = self.moe
-        modules = (self.pre_moe_layernorm, HymbaSumNorm), (moe, HymbaExperts), (moe.experts[0], HymbaMLP)
-        return all(is_plain(module, kind) for module, kind in modules)
+        own: dict[str, Any] = self._modules  # attributes of a module take much longer
+        return (
+            is_plain(own["pre_moe_layernorm"], HymbaSumNorm)
+            and is_plain(own["moe"], HymbaExperts)
+            and is_plain(own["moe"]._modules["experts"]._modules["0"], HymbaMLP)
+        )

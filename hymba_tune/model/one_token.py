@@ -80,18 +80,18 @@ def has_few_rows(x: Tensor) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether nothing would change if a weight of the module were used without calling the module.
+    """Return whether nothing would change if the weights of the module were used without calling the module.
 
     Adapters and parametrizations have classes of their own, offloading and sharding have hooks or replace `forward`,
-    and quantized or divided weights are no plain parameters.
+    and quantized or divided weights are no plain parameters. Every layer asks this for every token, so it must be fast.
     """
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)
-        and all(parameter is None or type(parameter) in PLAIN for parameter in module._parameters.values())
-    )
+    own = module.__dict__
+    if type(module) is not kind or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return False
+    for parameter in own["_parameters"].values():
+        if type(parameter) not in PLAIN and parameter is not None:
+            return False
+    return True
 
 
 def _separate_prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
