@@ -31,7 +31,9 @@ EXCESS = {"input_gradients": (256, 512)}
 def kernels() -> dict[str, set[str]]:
     """Return the kernels of each module: the functions compiled by Triton that no other one calls."""
     functions = {
-        (path.stem, node.name): {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        (path.stem, node.name): {
+            call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        }
         for path in FOLDER.glob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
