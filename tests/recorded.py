@@ -31,6 +31,10 @@ class Graph(TorchDispatchMode):
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # inference mode leaves composite operators whole
+            parts = func.decompose(*args, **kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         name = func._schema.name.partition("::")[2]
         indices = tree_leaves(args[1]) if name.startswith("index") else []
         if name in WAITS or any(isinstance(x, Tensor) and x.dtype == torch.bool for x in indices):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hymba_tune.errors import ConfigError
 from hymba_tune.generate.choosing import Needs
-from hymba_tune.generate.graphs import StepGraphs
 from hymba_tune.model.cache import HymbaCache
 from hymba_tune.model.fixed_cache import FixedCache
+from hymba_tune.model.step_graphs import CaptureError, StepGraphs
 
 Step = Callable[[HymbaCache, int], Tensor]
 """Computes a step of the texts of a cache, of which there are so many."""
@@ -138,13 +139,24 @@ class GraphBatch:
             self.cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
 
     def run(self, step: Step, count: int, needs: Needs) -> Tensor:
-        """Run a step of the first slots, as many as the bucket of all texts has."""
+        """Run a step of the first slots, as many as the bucket of all texts has.
+
+        Raises:
+            ConfigError: If the step cannot be captured.
+        """
         assert self.cache is not None
         slots = bucket(count)
         if slots not in self._views:
             self._views[slots] = self.cache.first(slots)
         view = self._views[slots]
-        return self._graphs.run((slots, needs), lambda: step(view, slots))
+        try:
+            return self._graphs.run((slots, needs), lambda: step(view, slots))
+        except CaptureError as error:
+            raise ConfigError(
+                f"--cuda-graphs: a step of generation cannot be captured: {error}.",
+                expected="kernels that do not wait for the GPU",
+                fix="leave out --cuda-graphs",
+            ) from error
 
     def clear(self) -> None:
         """Forget all texts and graphs."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from hymba_tune.errors import ConfigError
 from hymba_tune.generate import ChunkedDecoder, Decoder, Generation, Sampling, generate_texts
 from hymba_tune.generate.batches import GraphBatch, bucket
-from hymba_tune.generate.graphs import StepGraphs
+from hymba_tune.generate.choosing import Chooser
+from hymba_tune.model.step_graphs import CaptureError, StepGraphs
 from tests.generate.letters import END, PROMPTS, Letters
 from tests.recorded import Graph
 from tests.tiny import tiny_model
@@ -151,8 +152,23 @@ def test_a_step_that_waits_cannot_be_captured(graphs: list[Graph], wait: str) ->
         return x
 
     assert steps.run("kind", step) is x
-    with pytest.raises(ConfigError, match=r"--cuda-graphs: a step of generation cannot be captured: \w+ waits"):
+    with pytest.raises(CaptureError, match=r"\w+ waits for the device"):
         steps.run("kind", step)
+
+
+def test_a_step_that_cannot_be_captured_names_the_flag(
+    model: Any, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = Chooser.choose
+
+    def waiting(self: Chooser, logits: Tensor, *args: Any) -> Tensor:
+        assert logits.sum().item() != 0
+        return choose(self, logits, *args)
+
+    monkeypatch.setattr(Chooser, "choose", waiting)
+    with pytest.raises(ConfigError, match=r"--cuda-graphs: a step of generation cannot be captured: \w+ waits"):
+        list(generate_texts(model, Letters(), texts(), batch_size=1, cuda_graphs=True))
+    assert len(graphs) == 1
 
 
 def test_casts_of_weights_are_computed_in_each_replay(graphs: list[Graph]) -> None:
@@ -167,3 +183,13 @@ def test_casts_of_weights_are_computed_in_each_replay(graphs: list[Graph]) -> No
             assert result.tolist() == [[2 * size] * 2]
         assert torch.is_autocast_cache_enabled()
     assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_graphs_give_the_tokens_of_steps_without_them(dtype: torch.dtype) -> None:
+    model: Any = tiny_model(dtype).to("cuda")
+    expected, actual = ([Generation(PROMPTS[0], 40, one) for one in SAMPLINGS[:4]] for _ in range(2))
+    list(generate_texts(model, Letters(), expected, batch_size=4))
+    list(generate_texts(model, Letters(), actual, batch_size=4, cuda_graphs=True))
+    assert results(actual) == results(expected)
