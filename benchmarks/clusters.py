@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from hymba_tune.config import Method, SFTConfig
-from hymba_tune.footprint import Sharding, StepMemory
+from hymba_tune.footprint import Batch, Sharding, StepMemory
 from hymba_tune.footprint.cards import ETHERNET, H100, INFINIBAND
 from hymba_tune.footprint.shares import ModelWeights
 from hymba_tune.footprint.traffic import Collective, Network, bytes_sent, step_traffic
+from hymba_tune.footprint.work import step_work
 from hymba_tune.model.configuration_hymba import HymbaConfig
-from hymba_tune.plan import step_flops
 from hymba_tune.train.setup import lay_out
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -68,8 +68,8 @@ class Run:
 
     @cached_property
     def model(self) -> tuple[ModelWeights, float]:
-        """The model's weights, and the operations of a step for a token."""
-        return weights_and_flops(self.method)
+        """The model's weights, and the seconds of a step for a token."""
+        return weights_and_seconds(self.method)
 
     def sent(self, gpus: int) -> float:
         """Return the bytes that a GPU sends in a step."""
@@ -81,20 +81,24 @@ class Run:
 
     def computing(self, tokens: float) -> float:
         """Return the seconds that a GPU computes for some tokens."""
-        return tokens * self.model[1] / H100.step_flops_per_s
+        return tokens * self.model[1]
 
     def _traffic(self, gpus: int) -> Sequence[Collective]:
         return step_traffic(self.model[0], Sharding(gpus, self.strategy))
 
 
 @cache
-def weights_and_flops(method: Method) -> tuple[ModelWeights, float]:
-    """Return the released model's weights as a method trains them, and its operations for a token."""
+def weights_and_seconds(method: Method) -> tuple[ModelWeights, float]:
+    """Return the released model's weights as a method trains them, and the seconds of a batch for a token."""
     config = SFTConfig(method=method, gradient_checkpointing=True)
     dtype = torch.float32 if method is Method.full else torch.bfloat16
     model = lay_out(config, released(), dtype)
     weights, _ = StepMemory(model, dtype=torch.bfloat16, own_kernels=False).weights()
-    return weights, step_flops(model, checkpointing=True)
+    batch = Batch.full(ROWS, LENGTH)
+    work = step_work(
+        model, batch, dtype=torch.bfloat16, own_kernels=False, checkpointing=True, optimizer=config.optimizer
+    )
+    return weights, work.seconds(H100.speeds) / batch.tokens
 
 
 RUNS = [
@@ -186,7 +190,7 @@ def rates() -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     run = RUNS[0]
     alone = 1 / run.computing(1)
-    teacher = H100.step_flops_per_s / (2 * TEACHER)
+    teacher = H100.speeds.operations / (2 * TEACHER)
     for gpus in [1, *GPUS]:
         speed = gpus * alone
         targets = speed * TARGET_BYTES / 1e6

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 
 from hymba_tune.adapters import tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
@@ -21,17 +19,17 @@ from hymba_tune.distributed.accelerate_file import with_accelerate_config
 from hymba_tune.distributed.checks import accumulation
 from hymba_tune.errors import DataError, command
 from hymba_tune.footprint import GPU_RESERVE, Footprint, Sharding, StepMemory, device_memory, process_overhead
-from hymba_tune.footprint.cards import CARDS, ETHERNET, GPU_SHARE, PCIE, Card
+from hymba_tune.footprint.cards import CARDS, ETHERNET, PCIE, Card
+from hymba_tune.footprint.rates import measured_speeds
 from hymba_tune.footprint.rollouts import rollout_seconds
 from hymba_tune.footprint.traffic import Collective, bytes_sent, step_traffic
+from hymba_tune.footprint.work import Work, step_work
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import decide_quantization, stored_bytes
 from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import base_quantization, lay_out
 
-STEP_OVER_PRODUCTS = {torch.float32: 1.9, torch.bfloat16: 2.9}
-"""The time of a training step on a CPU over that of its matrix products; measured by benchmarks/train_step.py."""
 SHORTEST = 256
 """The fewest tokens of a row that are proposed."""
 
@@ -140,23 +138,23 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     extra_bytes = _teacher(config, model_config, device)
     memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
-    flops = step_flops(model, checkpointing=config.gradient_checkpointing)
+    work = memory.work(config)
     gpus = []
     for size, card in CARDS.items():
         has = size * 2**30
         needs = parts.total + GPU_RESERVE
         change = _change(config, memory, has - GPU_RESERVE)
         nf4 = None if in_nf4 is None else in_nf4 + GPU_RESERVE
-        writing = parts.weights / (card.memory * 1e9 * GPU_SHARE)  # each step of a batch reads all weights
-        rollouts = rollout_seconds(config, model, card.step_flops_per_s, writing)
-        speed = 1 / (1 / memory.speed_of_all(config, card.step_flops_per_s / flops, card) + rollouts)
+        computing = work.seconds(card.speeds)
+        rollouts = rollout_seconds(config, model, card.speeds, parts.weights)
+        speed = 1 / (1 / memory.speed_of_all(config, computing, card) + rollouts)
         gpus.append(DeviceEstimate(f"{size} GB ({card.name})", has, needs, nf4, speed, change))
     if dtype is not gpu_dtype or device.type != "cpu" or config.kernels:
         model = _lay_out(config, model_config, dtype)
         memory = _Memory(
             StepMemory(model, dtype=dtype, own_kernels=device.type == "cpu"), model_config, dtype, extra_bytes
         )
-    here = _here(config, memory, device, dtype, model, flops)
+    here = _here(config, memory, device, dtype, model)
     length = run_length(config, source, progress)
     return Plan(
         source.name,
@@ -248,47 +246,26 @@ def _gpu_dtype(name: str) -> torch.dtype:
 
 
 def _here(
-    config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, model: Any, flops: float
+    config: TrainingConfig, memory: _Memory, device: torch.device, dtype: torch.dtype, model: Any
 ) -> DeviceEstimate:
     overhead = process_overhead(device, dtype)
     has = device_memory(device)
     on_cpu = device.type == "cpu"
     # The processes of a machine share its memory and its cores.
     sharing = max(1, Sharding.of(config).processes // config.nnodes) if on_cpu else 1
-    needs = sharing * (memory.of(config).total + overhead)
+    step = memory.of(config)
+    needs = sharing * (step.total + overhead)
     in_nf4 = memory.in_nf4(config)
-    slower = STEP_OVER_PRODUCTS.get(dtype, 1.9) if on_cpu else 1 / GPU_SHARE
-    rate = _product_rate(int(model.config.hidden_size), device, dtype) / slower
-    speed = rate / flops if on_cpu else memory.speed_of_all(config, rate / flops, Card(str(device), 0, PCIE, 0))
-    speed = 1 / (1 / speed + rollout_seconds(config, model, rate, writing=None))
+    speeds = measured_speeds(int(model.config.hidden_size), device, dtype)
+    computing = memory.work(config).seconds(speeds)
+    speed = full_batch(config).tokens / computing
+    if not on_cpu:
+        speed = memory.speed_of_all(config, computing, Card(str(device), 0, PCIE, 0))
+    speed = 1 / (1 / speed + rollout_seconds(config, model, speeds, step.weights))
     nf4 = None if in_nf4 is None else in_nf4 + overhead
     return DeviceEstimate(
         f"{has / 2**30:.0f} GB (here: {device})", has, needs, nf4, speed, _change(config, memory, has - overhead)
     )
-
-
-def step_flops(model: Any, *, checkpointing: bool) -> float:
-    """Return the floating-point operations of the linear layers for a token of a training step.
-
-    Each weight takes two in the forward, two for the gradient of the inputs, two for its gradient if it is trained, and
-    two more where the forward is recomputed.
-    """
-    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    passes = 6 if checkpointing else 4
-    return float(sum(weight.numel() * (passes + 2 * weight.requires_grad) for weight in linear))
-
-
-def _product_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Measure the operations a second of this device in a matrix product of the model's size."""
-    x, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((512, width), (width, 4 * width)))
-    done = -1
-    started = 0.0
-    while done < 1 or time.perf_counter() - started < seconds:
-        if done == 0:
-            started = time.perf_counter()  # the first product is a warm-up
-        (x @ weight).sum().item()
-        done += 1
-    return 2 * done * x.numel() * weight.shape[1] / (time.perf_counter() - started)
 
 
 class _Memory:
@@ -318,24 +295,37 @@ class _Memory:
         zero = config.strategy.startswith("zero")  # DeepSpeed divides no quantized weights
         return config.method is not Method.full and not zero and not self._quantized_bytes(config.quantize)
 
+    def work(self, config: TrainingConfig) -> Work:
+        """Return the work of a batch, with its share of the optimizer's step."""
+        return step_work(
+            self._steps.model,
+            full_batch(config),
+            dtype=self._steps.dtype,
+            own_kernels=self._steps.own_kernels,
+            checkpointing=config.gradient_checkpointing,
+            optimizer=config.optimizer,
+            batches=config.grad_accum,
+            quantized=self._quantized_bytes(config.quantize),
+        )
+
     def traffic(self, config: TrainingConfig) -> list[Collective]:
         """Return what the processes exchange in an optimizer step."""
         weights, _ = self._steps.weights(self._quantized_bytes(config.quantize))
         return step_traffic(weights, Sharding.of(config), batches=config.grad_accum)
 
-    def speed_of_all(self, config: TrainingConfig, speed: float, card: Card) -> float:
+    def speed_of_all(self, config: TrainingConfig, computing: float, card: Card) -> float:
         """Return the tokens a second of all processes, where no exchange overlaps with the computation.
 
         Args:
             config: The run's settings.
-            speed: The tokens a second of a process without any exchange.
+            computing: The seconds of a batch without any exchange.
             card: The GPU of each.
         """
         processes = Sharding.of(config).processes
         network = card.network(ETHERNET, devices=max(1, processes // config.nnodes))
         exchange = sum(network.seconds(collective, processes) for collective in self.traffic(config))
         tokens = full_batch(config).tokens * config.grad_accum
-        return processes * tokens / (tokens / speed + exchange)
+        return processes * tokens / (config.grad_accum * computing + exchange)
 
     def _quantized_bytes(self, scheme: Scheme | None) -> dict[str, int]:
         """Return the bytes of each quantized layer."""

@@ -70,17 +70,9 @@ def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:
         texts: The number of texts in a batch.
         length: The tokens of each text.
     """
-    config, layer = backbone.config, backbone.layers[index]
-    dtype = backbone.final_layernorm.weight.dtype  # no adapter wraps it
-    documents = find_documents((texts, length), torch.device("cpu"), num_meta=config.num_memory_tokens)
-    rows = len(documents.positions)
-    tables = rotary_tables(documents.positions, config.rope_theta, config.head_dim, dtype) if config.rope else None
-    parameters = fake_parameters(layer)
-    hidden = torch.empty(rows, config.hidden_size, dtype=dtype, requires_grad=True)
-    inputs = hidden, *((None, None) if config.kv_source(index) == index else _keys_and_values(config, rows, dtype))
-
+    layer, parameters, inputs, others = layer_inputs(backbone, index, texts, length)
     with LiveBytes() as memory:
-        outputs = functional_call(layer, parameters, (*inputs, documents, tables, None))
+        outputs = functional_call(layer, parameters, (*inputs, *others))
         kept, forward = memory.live, memory.peak
         handed_on = sum(new.nbytes for new, old in zip(outputs, inputs, strict=True) if new is not old)
 
@@ -89,6 +81,29 @@ def layer_cost(backbone: Any, index: int, texts: int, length: int) -> LayerCost:
         outputs[0].backward(gradient)
     gradients = sum(parameter.grad.nbytes for parameter in parameters.values() if parameter.grad is not None)
     return LayerCost(kept, handed_on, forward - kept, memory.peak - kept, gradients)
+
+
+def layer_inputs(backbone: Any, index: int, texts: int, length: int) -> tuple[Any, dict[str, Tensor], Any, Any]:
+    """Return a layer and the arguments of its forward, on tensors without memory.
+
+    Args:
+        backbone: The model of the layers.
+        index: The layer's index.
+        texts: The number of texts in a batch.
+        length: The tokens of each text.
+
+    Returns:
+        The layer, its parameters, the inputs with gradients, and the other arguments.
+    """
+    config, layer = backbone.config, backbone.layers[index]
+    dtype = backbone.final_layernorm.weight.dtype  # no adapter wraps it
+    documents = find_documents((texts, length), torch.device("cpu"), num_meta=config.num_memory_tokens)
+    rows = len(documents.positions)
+    tables = rotary_tables(documents.positions, config.rope_theta, config.head_dim, dtype) if config.rope else None
+    parameters = fake_parameters(layer)
+    hidden = torch.empty(rows, config.hidden_size, dtype=dtype, requires_grad=True)
+    inputs = hidden, *((None, None) if config.kv_source(index) == index else _keys_and_values(config, rows, dtype))
+    return layer, parameters, inputs, (documents, tables, None)
 
 
 def _keys_and_values(config: Any, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,3 +143,24 @@ def loss_cost(head: Tensor, learned: int) -> LossCost:
         # The copy represents the selection of the learned tokens' states.
         learned_cross_entropy(hidden.clone(), weight, targets).backward()
     return LossCost(memory.peak, 0 if weight.grad is None else weight.grad.nbytes)
+
+
+def cache_bytes(config: Any, texts: int, length: int, itemsize: int) -> int:
+    """Return the bytes of the cache of texts that are generated together.
+
+    Args:
+        config: The model's configuration.
+        texts: The number of texts.
+        length: The tokens of each text, with its prompt.
+        itemsize: The bytes of a number.
+    """
+    layers = range(config.num_hidden_layers)
+    unbounded = {config.kv_source(layer) for layer in layers if config.is_global(layer)}
+    columns = 0
+    for layer in {config.kv_source(layer) for layer in layers}:
+        bounded = config.sliding_window is not None and layer not in unbounded
+        columns += min(length, config.sliding_window + 1) if bounded else length
+    keys = columns * config.num_key_value_heads * (config.head_dim + config.value_dim) * itemsize
+    inner = config.mamba_expand * config.hidden_size
+    states = len(layers) * inner * (config.mamba_d_state * 4 + (config.mamba_d_conv - 1) * itemsize)
+    return int(texts * (keys + states))

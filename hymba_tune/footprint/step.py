@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from hymba_tune.footprint.costs import LayerCost, LossCost, layer_cost, loss_cost
-from hymba_tune.footprint.rollouts import cache_bytes
+from hymba_tune.footprint.costs import LayerCost, LossCost, cache_bytes, layer_cost, loss_cost
 from hymba_tune.footprint.shapes import without_memory
 from hymba_tune.footprint.shares import ModelWeights, Sharding, Weights, held_by_each
 from hymba_tune.generate.batches import CHOICE_BYTES
@@ -104,12 +103,18 @@ class StepMemory:
         model: A Hymba model with or without an adapter, on any device; the meta device will do.
         dtype: The dtype of the computation.
         own_kernels: Whether to use the kernels chosen for this process; see `without_memory`.
+
+    Attributes:
+        model: The model.
+        dtype: The dtype of the computation.
+        own_kernels: Whether the kernels are those of this process.
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype, own_kernels: bool) -> None:
-        self._model = model
+        self.model = model
+        self.dtype = dtype
+        self.own_kernels = own_kernels
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._mode = dtype, own_kernels
         self._counted: dict[tuple[int, int, int], LayerCost] = {}
 
     def of(
@@ -177,7 +182,7 @@ class StepMemory:
     def _rollouts(self, texts: int, length: int) -> int:
         """Return the bytes of the cache of texts that are generated together, and of their logits and probabilities."""
         config, weight = self._base.config, self._base.lm_head.weight
-        return cache_bytes(config, texts, length, self._mode[0].itemsize) + CHOICE_BYTES * texts * int(weight.shape[0])
+        return cache_bytes(config, texts, length, self.dtype.itemsize) + CHOICE_BYTES * texts * int(weight.shape[0])
 
     def weights(self, quantized: Mapping[str, int] = MappingProxyType({})) -> tuple[ModelWeights, int]:
         """Return the model's weights, and the bytes of the largest quantized weight once it is dequantized.
@@ -196,7 +201,7 @@ class StepMemory:
             size = quantized.get(name.replace(".base_layer", "").removesuffix(".weight"))
             parts[part] += Weights(parameter.nbytes if size is None else size, parameters=parameter.numel())
             if size is not None:
-                unpacked = max(unpacked, parameter.numel() * self._mode[0].itemsize)
+                unpacked = max(unpacked, parameter.numel() * self.dtype.itemsize)
         around = parts.pop("", Weights())
         return ModelWeights(list(parts.values()), around), unpacked
 
@@ -242,13 +247,11 @@ class StepMemory:
     def _count(self, index: int, texts: int, length: int) -> LayerCost:
         key = index, texts, length
         if key not in self._counted:
-            dtype, own_kernels = self._mode
-            with without_memory(dtype, own_kernels=own_kernels):
+            with without_memory(self.dtype, own_kernels=self.own_kernels):
                 self._counted[key] = layer_cost(self._base.base_model, index, texts, length)
         return self._counted[key]
 
     def _loss(self, learned: int) -> LossCost:
-        dtype, own_kernels = self._mode
         weight = self._base.lm_head.weight  # outside of the block, as PEFT computes it if rows of it are trained
-        with without_memory(dtype, own_kernels=own_kernels):
+        with without_memory(self.dtype, own_kernels=self.own_kernels):
             return loss_cost(weight, learned)

@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from hymba_tune.config import SFTConfig
 from hymba_tune.data import open_sources, with_chat_template
 from hymba_tune.data.checking import check_sources
 from hymba_tune.errors import ConfigError
-from hymba_tune.plan import Length, Plan, plan, step_flops
+from hymba_tune.footprint import Batch
+from hymba_tune.footprint.cards import CARDS, LAUNCH
+from hymba_tune.footprint.work import DECODING_LAUNCHES, Speeds, Work, step_work, token_work
+from hymba_tune.plan import Length, Plan, plan
 from tests.cli.conftest import Command
 from tests.runs import run, settings
 from tests.tiny import RELEASED, tiny_model
@@ -48,7 +52,7 @@ def test_every_weight_in_little_memory_cannot_be_helped(released: str) -> None:
 def plans(released: str) -> Callable[..., Plan]:
     """Plans of training every weight, each made once."""
     settings: dict[str, Any] = {"method": "full", "gradient_checkpointing": True, "max_length": 256, "batch_size": 2}
-    return cache(lambda **changes: plan(SFTConfig(model=released, **settings, **changes)))
+    return cache(lambda **changes: plan(SFTConfig(model=released, **settings | changes)))
 
 
 def test_shares_of_several_processes(plans: Callable[..., Plan]) -> None:
@@ -65,7 +69,7 @@ def test_shares_of_several_processes(plans: Callable[..., Plan]) -> None:
         speeds = [gpu.tokens_per_s / one.tokens_per_s for gpu, one in zip(planned.gpus, alone.gpus, strict=True)]
         assert all(0 < speed < 8 for speed in speeds)
         l40s, a100 = planned.gpus[-2:]
-        assert a100.tokens_per_s > l40s.tokens_per_s  # by its links; alone the other one is faster
+        assert a100.tokens_per_s > 1.2 * l40s.tokens_per_s  # by its memory and its links
 
 
 def test_sharding_is_proposed_where_copies_do_not_fit(plans: Callable[..., Plan]) -> None:
@@ -91,10 +95,42 @@ def test_global_batch_and_machines_set_rows_and_steps(small_model: Path) -> None
 
 def test_operations_of_a_step_are_those_of_its_products() -> None:
     model = tiny_model()
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    assert step_flops(model, checkpointing=False) == 6 * weights
-    assert step_flops(model, checkpointing=True) == 8 * weights
-    assert step_flops(model.requires_grad_(False), checkpointing=False) == 4 * weights
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    work = partial(step_work, dtype=torch.float32, own_kernels=False, optimizer="adamw")
+
+    def operations(**settings: Any) -> float:
+        # Of one batch more than of another: meta tokens, and what is computed once, are the same.
+        one, two = (work(model, Batch.full(texts, 64), **settings) for texts in (1, 2))
+        return (sum(f for f, _ in two.products) - sum(f for f, _ in one.products)) / 64
+
+    trained = operations(checkpointing=False)
+    assert 6 * linear < trained < 8 * linear  # attention's are beside those of the weights
+    assert operations(checkpointing=True) > trained + 1.8 * linear
+    model.requires_grad_(False)
+    assert trained - operations(checkpointing=False) == pytest.approx(2 * linear, rel=0.01)
+
+
+def test_a_step_takes_its_products_and_bytes_or_its_launches() -> None:
+    work = Work(((8.0, 2.0), (1.0, 6.0)), bytes=4.0, launches=3)
+    speeds = Speeds(operations=2.0, bytes=1.0, launch=0.5)
+    assert work.seconds(speeds) == 4 + 6 + 4
+    assert work.seconds(replace(speeds, overlap=False)) == 14 + 1.5
+    assert work.seconds(replace(speeds, launch=10.0)) == 30
+    assert (work + work).seconds(speeds) == work.repeated(2).seconds(speeds) == 28
+    assert (work * 2).launches == 3
+
+
+def test_a_batch_of_texts_is_decoded_faster_than_one_and_never_faster_than_its_launches() -> None:
+    speeds = CARDS[80].speeds
+    one, many = (token_work(3e9, 1.5e9, 32, texts, texts * 30e6).seconds(speeds) / texts for texts in (1, 128))
+    assert many < one / 20
+    assert one == pytest.approx(max(3.03e9 / speeds.bytes, 32 * DECODING_LAUNCHES * LAUNCH))
+
+
+def test_a_card_with_more_operations_and_fewer_bytes_does_not_train_faster(plans: Callable[..., Plan]) -> None:
+    for changes in ({}, {"method": "lora"}, {"method": "lora", "quantize": "nf4"}):
+        l40s, a100 = plans(**changes).gpus[-2:]
+        assert a100.tokens_per_s > 1.1 * l40s.tokens_per_s
 
 
 def test_plan_as_a_table_and_as_json(command: Command) -> None:
