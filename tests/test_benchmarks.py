@@ -40,6 +40,12 @@ COLUMNS = {
             *("read tokens/s", "written tokens/s", "x llama", "cache MB"),
         },
     },
+    "headline": {
+        "headline": {
+            *("model", "batch", "tokens/s", "x llama", "x linear", "MB a token", "GB/s", "% limit"),
+            *TIMES,
+        },
+    },
     "packing": {
         "packing": {"dtype", "batch, meta tokens", "rows computed", "text tokens/s", "x faster", *TIMES},
     },
