@@ -187,6 +187,10 @@ class HymbaCache(Cache):
         """Return the number of input columns so far, including padding, as `generate` counts them."""
         return self._columns
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 (no layer has one)
+        """Return -1, which means no maximum to transformers and PEFT: buffers grow with the texts."""
+        return -1
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the text of row i by the text that was in row ``beam_idx[i]``."""
         self._sizes = [max(self._sizes, default=0)] * len(beam_idx)
