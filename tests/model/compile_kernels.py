@@ -1,9 +1,10 @@
 """Compile the Triton kernels of the model at the released shape, without a GPU, and print what each one needs.
 
-    python -m tests.model.compile_kernels sm_90|gfx942|... [MODULE ...]
+    python -m tests.model.compile_kernels sm_90|gfx942|... first|every [MODULE ...]
 
-For each kernel and each of its configurations, one line of JSON: the registers of a thread, the bytes that are spilled
-and the bytes of shared memory. ptxas gives them for NVIDIA, the assembly for AMD. Nothing is launched.
+For each kernel and the first or every one of the configurations that autotune tries, one line of JSON: the registers of
+a thread, the bytes that are spilled and the bytes of shared memory. ptxas gives them for NVIDIA, the assembly for AMD.
+Nothing is launched.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
-def compile_instead_of_launching(target: GPUTarget) -> None:
-    """From now on, a launch compiles its kernel, in every configuration of autotune, and prints what it needs."""
+def compile_instead_of_launching(target: GPUTarget, configs: str = "every") -> None:
+    """From now on, a launch compiles its kernel, in these configurations of autotune, and prints what it needs."""
     gpu = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
     triton.runtime.driver.set_active(SimpleNamespace(**gpu))
     knobs.compilation.always_compile = True  # a kept binary has no log
@@ -61,17 +62,22 @@ def compile_instead_of_launching(target: GPUTarget) -> None:
         sys.stdout.write(json.dumps(row | {"config": config}) + "\n")
         return binary
 
+    def compile_all(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        options.pop("warmup")
+        kernel.configs = kernel.configs[:1] if configs == "first" else kernel.configs
+        return kernel.warmup(*arguments, **options)
+
     triton.JITFunction.run = compile_only
-    Autotuner.run = Autotuner.warmup
+    Autotuner.run = compile_all
 
 
-def main(target: str, modules: list[str]) -> None:
+def main(target: str, configs: str, modules: list[str]) -> None:
     """Compile the kernels of some modules, by default of all registered ones."""
-    compile_instead_of_launching(target_of(target))
+    compile_instead_of_launching(target_of(target), configs)
     for module in modules or LAUNCHES:
         importlib.import_module(f"hymba_tune.model.{module}")
         LAUNCHES[module]()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

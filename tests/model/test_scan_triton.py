@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from triton import Config
 
 from hymba_tune.model import scan_triton, scan_triton_kernels
 from hymba_tune.model.scan import selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_triton import triton_scan, triton_unavailable_reason
+from hymba_tune.model.scan_triton_gradient_kernels import front_gradients, input_gradients
+from hymba_tune.model.scan_triton_kernels import chunk_ends, outputs
 from tests.model.scan_inputs import WITHOUT, naive, random_inputs, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT
 
@@ -29,9 +32,12 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use blocks so small that a few tokens and channels need several; skip if Triton is not installed."""
     if reason := triton_unavailable_reason():
         pytest.skip(reason)
-    sizes = {"CHUNK": 4, "STATES": 16, "GRADIENT_STATES": 8, "GROUP": 4, "CARRIED": 2, "CARRYING": 4}
-    for name, size in sizes.items():
+    for name, size in {"CHUNK": 4, "GROUP": 1, "CHANNELS": 4, "CARRIED": 2, "CARRYING": 4, "SUMMED": 2}.items():
         monkeypatch.setattr(scan_triton, name, size)
+    if scan_triton.INTERPRETED:
+        for kernel, chosen in {chunk_ends: 16, outputs: 16, front_gradients: 16, input_gradients: 8}.items():
+            sizes = {"STATES": chosen} | ({"HELD": 2} if kernel is input_gradients else {})
+            monkeypatch.setattr(kernel, "configs", [Config(sizes)])
 
 
 def scan(inputs: Mapping[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -166,7 +172,7 @@ def test_one_state_per_chunk_is_saved() -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_time_steps_of_any_size_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_triton, "STATES", 256)
+    monkeypatch.setattr(outputs, "configs", [Config({"STATES": 256})])
     dt = torch.cat([torch.linspace(-80, 80, 151), torch.tensor([-1e30, 1e30])])[None].to(DEVICE)
     one = torch.ones(1, 1, device=DEVICE)
     y, _ = scan({"u": torch.ones_like(dt), "dt": dt, "A": torch.zeros_like(dt).mT, "B": one, "C": one}, [1])
