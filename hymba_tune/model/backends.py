@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .autocast import outside_autocast, without_autocast
+from .autocast import outside_autocast
+from .self_test import failure, first_line
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -210,7 +211,8 @@ class Operation:
         """Compute a task with its backend.
 
         If a backend passed its self-test but fails here, and was not chosen by name, it is excluded from now on and
-        another backend computes the task.
+        another backend computes the task. An error after which the device computes nothing, as after an illegal access
+        of memory, is raised.
 
         Args:
             task: The task to compute.
@@ -227,7 +229,9 @@ class Operation:
         except torch.OutOfMemoryError:  # another backend would need no less memory
             raise
         except Exception as error:  # compilers and other packages raise any type of error
-            self._exclude(backend, task, f"it failed: {type(error).__name__}: {_first_line(error)}")
+            if not _computes(task.device):
+                raise
+            self._exclude(backend, task, f"it failed: {type(error).__name__}: {first_line(error)}")
             return self.compute(task, *arguments, name=name, function=function)
 
     def _exclude(self, backend: Backend, task: Task, reason: str) -> None:
@@ -288,24 +292,7 @@ class Operation:
         """Compute a small problem, and return why the backend failed, or None if it passed."""
         if not self._trains:
             task = replace(task, gradients=False)
-        with torch.enable_grad():
-            with without_autocast(task.device):
-                problem = self._problem(task)
-                expected = _results(problem, self._plain, task)
-
-            for autocast in (False, True):
-                context = " under autocast" if autocast else ""
-                # Correct backends differ by rounding only; the error of a wrong kernel is larger than this.
-                tolerance = 1e-3 if task.dtype.itemsize >= torch.float32.itemsize and not autocast else 5e-2
-                try:
-                    with torch.autocast(task.device, enabled=autocast):
-                        actual = _results(problem, backend, task)
-                except Exception as error:  # compilers and other packages raise any type of error
-                    return f"it failed on a small problem{context}: {type(error).__name__}: {_first_line(error)}"
-                error_size = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
-                if error_size > tolerance:
-                    return f"its results{context} have a relative error of {error_size:.1e}, above {tolerance:.0e}"
-        return None
+        return failure(lambda: self._problem(task), backend, self._plain, task)
 
 
 def use_kernels(**choices: str) -> dict[str, str]:
@@ -381,25 +368,15 @@ def forget_kept() -> None:
         clear()
 
 
-def _results(problem: Problem, backend: Backend, task: Task) -> list[Tensor]:
-    """Return the outputs, and the gradients of their weighted sum if the task needs gradients."""
-    outputs = problem.compute(backend)
-    if not task.gradients:
-        return list(outputs)
-    weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x).to(x.dtype) for x in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, problem.leaves, weights)]
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the relative error; NaN counts as infinity."""
-    actual = actual.detach().double()
-    expected = expected.detach().double()
-    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-9)).item()
-    return error if error == error else float("inf")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _computes(device: str) -> bool:
+    """Return whether a device can still be used after a kernel failed on it."""
+    if device != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -89,7 +89,8 @@ def native_attend(
     query: Tensor, meta: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor, lengths: Tensor, window: int | None
 ) -> Tensor:
     """Compute `attend` on the CPU, in float32 or bfloat16."""
-    query = readable(query)
+    query, key, value = map(readable, (query, key, value))
+    meta = None if meta is None else (readable(meta[0]), readable(meta[1]))
     texts, heads, width = query.shape
     _, groups, columns, value_width = value.shape
     meta_tokens = 0 if meta is None else len(meta[0])

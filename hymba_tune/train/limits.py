@@ -20,6 +20,7 @@ from hymba_tune.footprint import MOMENT_BYTES, Sharding
 from hymba_tune.formatting import format_bytes
 from hymba_tune.memory import peak_memory
 from hymba_tune.model.backends import OPERATIONS, Backend
+from hymba_tune.model.self_test import first_line
 from hymba_tune.train.run import Run
 
 SMALL_FILES = 2**23
@@ -220,7 +221,7 @@ def _kernel_failed(
     resume = f"--resume {run.path} " if run.newest_checkpoint() else ""
     several = "" if len(blamed) == 1 else "; with CUDA_LAUNCH_BLOCKING=1 in the environment this message names one"
     return TrainingError(
-        f"The {what} failed on {device}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+        f"The {what} failed on {device}: {type(error).__name__}: {first_line(error)}",
         expected="a kernel that computes what it computed in its self-test",
         fix=f"{resume}--kernels {others}, which is slower{several}",
     )

@@ -18,15 +18,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.device("cpu")
 LENGTHS = [0, 8, 39, 90]
 """A first token, fewer tokens than a buffer, a full buffer, and one that has wrapped around."""
-BACKENDS = {"torch": ATTEND.backends["torch"].run, "triton": triton_attend}
+BACKENDS = ATTEND.backends
 Inputs = tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    if request.param == "triton" and (reason := triton_unavailable_reason()):
+    chosen = BACKENDS[request.param]
+    if reason := chosen.unavailable_reason():
         pytest.skip(reason)
-    return BACKENDS[request.param]
+    run: Callable[..., Tensor] = chosen.run
+    return run
 
 
 @pytest.fixture
@@ -96,7 +98,16 @@ def test_any_heads_and_widths(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (name, dtype)
+        for name, backend in BACKENDS.items()
+        for dtype in (torch.bfloat16, torch.float16)
+        if backend.dtypes is None or dtype in backend.dtypes
+    ],
+    indirect=["backend"],
+)
 def test_narrow_dtypes(
     backend: Callable[..., Tensor], parts: Callable[[int], None], dtype: torch.dtype, count: int
 ) -> None:

@@ -177,6 +177,24 @@ def test_a_backend_that_fails_after_its_self_test_is_excluded_and_another_comput
         chosen.compute(CPU, torch.ones(5), name="foreign")
 
 
+def test_an_error_after_which_the_device_computes_nothing_is_raised(
+    operation: Callable[..., Operation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    chosen = operation(Backend("foreign", fails, needs_self_test=True))
+    task = Task("cuda", torch.float32)
+    chosen._self_tests["foreign", task] = None
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        chosen.compute(task, torch.ones(3))
+    assert chosen.choose(task).name == "foreign"  # so that the message of the run names it
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert torch.equal(chosen.compute(task, torch.ones(3)), torch.full((3,), 2.0))
+
+
 def test_out_of_memory_is_raised_and_does_not_exclude_a_backend(
     operation: Callable[..., Operation],
 ) -> None:
