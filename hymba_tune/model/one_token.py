@@ -23,9 +23,9 @@ from .elementwise import gated_silu, rms_norm, rotate
 from .native import DTYPES
 from .one_token_inputs import StateInputs, TokenInputs
 from .one_token_native import LIBRARY, native_prepare, native_update
-from .one_token_triton import triton_gate_up, triton_prepare, triton_update
+from .one_token_triton import LEAST_ROWS, triton_gate_up, triton_prepare, triton_update
 from .scan import selective_scan
-from .triton_kernels import triton_unavailable_reason
+from .triton_kernels import power_of_2, triton_unavailable_reason
 
 FEW_ROWS = 128
 """The number of rows up to which a matrix product takes as long as reading its weights."""
@@ -69,7 +69,7 @@ def gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         ``(rows, inner)``.
     """
     # Kernels have versions by the rounded number of rows, each of which is tested once.
-    rows = 1 << (len(x) - 1).bit_length()
+    rows = max(LEAST_ROWS, power_of_2(len(x)))
     y: Tensor = GATE_UP.compute(Task.of(x, sizes=(*gate.shape, rows)), x, gate, up)
     return y
 
@@ -179,9 +179,9 @@ def _small_update(task: Task) -> Problem:
 
 
 def _small_gate_up(task: Task) -> Problem:
-    """Return a problem with the columns and rows of the task, but not with all of its inner columns."""
+    """Return a problem in the sizes of the task."""
     inner, width, rows = task.sizes or (40, 96, 3)
-    x, gate, up = random_leaves(replace(task, gradients=False), [(rows, width)] + [(min(inner, 100), width)] * 2)
+    x, gate, up = random_leaves(replace(task, gradients=False), [(rows, width)] + [(inner, width)] * 2)
     return Problem(lambda backend: (backend.run(x, gate / width**0.5, up / width**0.5),), [x, gate, up])
 
 

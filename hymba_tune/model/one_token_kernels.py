@@ -227,18 +227,20 @@ def update_state(
     first = tl.program_id(1) * count
     for index in range(first, tl.minimum(first + count, texts)):
         text = tl.cast(index, tl.int64)
+        # The state takes the longest to arrive, so it is asked for before the time steps are computed.
+        place = state + text * state_text + at
+        states = load(place, is_state)
+        u = load(x + text * x_row + e, is_e)
+        z = load(gate + text * gate_row + e, is_e)
+
         row = parameters + text * parameters_row
         step = _norm(row, dt_norm, r, is_r, eps, R)
         delta = _softplus(tl.sum(weight * step[None, :], 1) + bias)
         B = _norm(row + R, B_norm, n, is_n, eps, N)
         C = _norm(row + R + N, C_norm, n, is_n, eps, N)
 
-        u = load(x + text * x_row + e, is_e)
-        place = state + text * state_text + at
-        states = tl.exp2(delta[:, None] * A) * load(place, is_state) + (delta * u)[:, None] * B[None, :]
+        states = tl.exp2(delta[:, None] * A) * states + (delta * u)[:, None] * B[None, :]
         tl.store(place, states, mask=is_state)
-
-        z = load(gate + text * gate_row + e, is_e)
         result = tl.sum(states * C[None, :], 1) + u * skip
         tl.store(y + text * E + e, result * z / (1.0 + tl.exp(-z)), mask=is_e)
 

@@ -14,8 +14,8 @@ BLOCK = 256
 """The number of elements of a program of `prepare`, which is one warp: 16 bytes of bfloat16 for each thread."""
 CHANNELS = 16
 """The number of channels of a program of `update`."""
-PROGRAMS = 1024
-"""The number of programs of `update` that a GPU computes at a time; with more texts, programs process several."""
+PROGRAMS = 4096
+"""The number of programs of `update` above which each processes several texts: about two for each place on a GPU."""
 COLUMNS = 32
 """The number of columns of a program of `gate_up`, few enough that all multiprocessors read weights."""
 LEAST_ROWS = 16

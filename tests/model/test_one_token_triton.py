@@ -12,7 +12,6 @@ from hymba_tune.model import (
     HymbaCache,
     HymbaForCausalLM,
     attention_token_triton,
-    elementwise,
     one_token_triton,
     use_kernels,
 )
@@ -212,7 +211,6 @@ def test_a_model_decodes_by_kernels_what_it_decodes_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("texts", [1, 8])
 def test_a_decoded_token_takes_12_launches_a_layer_and_no_wait(texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "FEW", 0)  # the tensors of a small model are few elements
     monkeypatch.setattr(attention_token_triton, "_parts", lambda *_, **__: 2)
     launched = []
     for layers in (3, 4):
