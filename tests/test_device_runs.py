@@ -68,10 +68,10 @@ class OneKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        for name in ("flex, dQ", "flex, dK and dV"):
-            with as_one_launch(name):
-                gradients = tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
-        return gradients
+        with as_one_launch("flex, dQ"):
+            pass
+        with as_one_launch("flex, dK and dV"):
+            return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 @pytest.fixture
