@@ -71,7 +71,7 @@ def parity(bench: Bench) -> None:
                     table.extend(compare(bench, operation, dtype, list(make(bench, dtype)), table))
                 else:
                     table.extend(compare_with_plain(bench, operation, dtype, table))
-        for dtype in DTYPES:
+        for dtype in DTYPES[: 1 if bench.quick else None]:
             table.extend(compare_models(bench, dtype, table))
 
 

@@ -12,13 +12,14 @@ from gpu_journal import Row, Table
 from gpu_measure import TIMES, TIMES_NOTES, Bench, Failure, Measured
 from gpu_models import hymba, random_ids
 from gpu_profile import host_waits
+from harness import Cell
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 COLUMNS = (
     *("weights", "tokens", "checkpointing", "optimizer", *TIMES, "launches", "host waits"),
-    *("tokens/s", "% of matmul", "peak GB"),
+    *("tokens/s", "% of matmul", "peak GB", "planned GB", "planned ms"),
 )
 KERNEL_COLUMNS = ("kernel", "launches", "ms", "%")
 TARGETS = ["in_proj", "out_proj", "x_proj.0", "dt_proj.0", "gate_proj", "up_proj", "down_proj"]
@@ -106,7 +107,8 @@ def _notes(bench: Bench) -> list[str]:
         "% of matmul: 4 FLOP per token and weight of the linear layers, including the head, half in the backward, "
         "which computes no gradients of frozen weights; attention, scan and recomputation are not counted; relative to "
         f"the {bench.limits.matmul / 1e12:.0f} TFLOP/s of a large bf16 product",
-        "peak GB: all allocated memory",
+        "peak GB: all allocated memory; planned: by the functions of hymba-tune plan, with this card's measured limits "
+        "in place of a maker's figures, and without the reserve for CUDA itself",
     ]
 
 
@@ -139,10 +141,44 @@ def measure_steps(
                 "tokens/s": speed,
                 "% of matmul": 100 * 4 * matmul_weights(model) * speed / bench.limits.matmul,
                 "peak GB": None if measured.peak is None else measured.peak / 1e9,
+                **planned(bench, table, model, tokens, weights, optimizer, checkpointing=checkpointing),
             }
         )
         spent = measured.kernels
     return spent
+
+
+def planned(
+    bench: Bench, table: Table, model: PeftModel, tokens: int, weights: str, optimizer: str, *, checkpointing: bool
+) -> dict[str, Cell]:
+    """What `hymba-tune plan` says of a step; empty where packages that it needs are not installed."""
+    try:
+        from hymba_tune.footprint import Batch, StepMemory
+        from hymba_tune.footprint.cards import LAUNCH
+        from hymba_tune.footprint.work import Speeds, step_work
+    except ImportError as error:
+        table.note(f"no plan: {error}")
+        return {}
+    # Layers that are counted are not quantized, as before a run.
+    model = adapted(bench, "bf16") if weights == "NF4" else model
+    quantized = _nf4_bytes(model) if weights == "NF4" else {}
+    checkpoint(model, False)  # what is counted is one layer at a time
+    common = {"checkpointing": checkpointing, "optimizer": optimizer, "quantized": quantized}
+    batch = Batch.full(1, tokens)
+    memory = StepMemory(model, dtype=torch.bfloat16, own_kernels=False).of(batch, accumulates=False, **common)
+    work = step_work(model, batch, dtype=torch.bfloat16, own_kernels=False, **common)
+    checkpoint(model, checkpointing)
+    seconds = work.seconds(Speeds(bench.limits.matmul, bench.limits.bandwidth, LAUNCH))
+    return {"planned GB": memory.total / 1e9, "planned ms": 1e3 * seconds}
+
+
+def _nf4_bytes(model: PeftModel) -> dict[str, int]:
+    """The bytes of each weight that `quantize` quantizes: half a byte each, and a float32 for every 64."""
+    return {
+        name.removesuffix(".base_layer"): layer.weight.numel() // 2 + 4 * layer.weight.numel() // 64
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, nn.Linear) and name.removesuffix(".base_layer").rpartition(".")[2] in QUANTIZED
+    }
 
 
 def _measured(bench: Bench, work: Step, what: str) -> Measured | Failure:

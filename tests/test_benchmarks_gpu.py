@@ -382,6 +382,21 @@ def test_the_floor_is_the_longest_of_the_three_times() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_of_fixed_size_generates_the_same_tokens() -> None:
+    from gpu_decode import Generation, fixed_cache, hymba_cache
+    from gpu_models import hymba
+
+    model = hymba(torch.device("cpu"), quick=True).float().eval()
+    ids = []
+    for make, more in ((hymba_cache, {}), (fixed_cache, {"room": 20})):
+        torch.manual_seed(0)
+        generation = Generation(model, make(model, 20, 2, **more), 2)
+        generation()
+        ids.append(generation.ids)
+    assert ids[0].equal(ids[1])
+
+
+@torch.no_grad()
 def test_llamas_preallocated_cache_gives_the_same_logits() -> None:
     from gpu_decode import STEPS, Generation, copying_cache, roomy_cache
     from gpu_models import llama
