@@ -39,7 +39,7 @@ from tests.tiny import random_texts, tiny_model
 WAITS_OF_A_FORWARD = 2
 """For the layout of the texts, and for the number of tokens with a loss."""
 WAITS_OF_A_STEP = 4
-LAUNCHES_OF_A_LAYER = 320
+LAUNCHES_OF_A_LAYER = 160
 """Of a LoRA step, forward and backward."""
 FEW_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "global_attn_idx": [0], "kv_reuse_group": [[0, 1]]}
 LAYOUTS: dict[str, dict[str, Any]] = {
