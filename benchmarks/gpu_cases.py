@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from gpu_measure import Bench
 from torch import Tensor
+from torch.nn.functional import silu
 
 from hymba_tune.model.backends import Backend, Task
-from hymba_tune.model.documents import find_documents
+from hymba_tune.model.documents import Documents, find_documents
 from hymba_tune.model.scan_inputs import ScanInputs
 from tests.reference.naive_attention import naive_attention
 from tests.reference.naive_convolution import naive_convolution
@@ -152,6 +153,12 @@ def _scan_by_text(lengths: list[int], leaves: Values) -> list[Tensor]:
     return [torch.cat(ys), torch.stack(finals)]
 
 
+def packed_documents(meta: int, lengths: list[int], device: torch.device) -> Documents:
+    """The layout of texts after meta tokens."""
+    offsets = torch.tensor([0, *accumulate(lengths)], device=device)
+    return find_documents((1, sum(lengths)), device, num_meta=meta, cu_seqlens=offsets)
+
+
 def convolution_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
     """Texts shorter and longer than the convolution's kernel, with and without a bias."""
     device, channels = bench.device, 24 if bench.quick else 200
@@ -165,9 +172,38 @@ def convolution_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
             naive=_convolve_naively,
         )
 
+    meta = 10 if bench.quick else 128
+    for layout, lengths in layouts(bench).items():
+        values = {
+            "x": _random(device, meta + sum(lengths), 2 * channels, seed=0),
+            "weight": _random(device, channels, 4, seed=1),
+            "bias": _random(device, channels, seed=2),
+        }
+        yield Case(
+            layout=f"{layout}, {meta} meta tokens",
+            task=Task(bench.device.type, dtype),
+            values=values,
+            run=partial(_convolve_packed, meta, lengths),
+            naive=partial(_convolve_by_text, meta, lengths),
+        )
+
+
+def _convolve_packed(meta: int, lengths: list[int], backend: Backend, leaves: Values) -> list[Tensor]:
+    x = leaves["x"].chunk(2, -1)[0]
+    documents = packed_documents(meta, lengths, x.device)
+    return [backend.run.packed(x, leaves["weight"], leaves["bias"], documents, None, False)[0]]
+
+
+def _convolve_by_text(meta: int, lengths: list[int], leaves: Values) -> list[Tensor]:
+    metas, *texts = leaves["x"].chunk(2, -1)[0].split([meta, *lengths])
+    filters = leaves["weight"], leaves["bias"]
+    outputs = [naive_convolution(metas, *filters)[0]]
+    outputs += [naive_convolution(torch.cat([metas, text]), *filters)[0][meta:] for text in texts]
+    return [silu(torch.cat(outputs))]
+
 
 def _convolve(backend: Backend, leaves: Values) -> list[Tensor]:
-    return [backend.run(leaves["x"].chunk(2, -1)[0], leaves["weight"], leaves.get("bias"))]
+    return [backend.run.alone(leaves["x"].chunk(2, -1)[0], leaves["weight"], leaves.get("bias"))]
 
 
 def _convolve_naively(leaves: Values) -> list[Tensor]:
@@ -198,8 +234,7 @@ def attention_cases(bench: Bench, dtype: torch.dtype) -> Iterator[Case]:
 
 def _attend(meta: int, lengths: list[int], window: int | None, backend: Backend, leaves: Values) -> list[Tensor]:
     query, key, value = leaves["query"], leaves["key"], leaves["value"]
-    offsets = torch.tensor([0, *accumulate(lengths)], device=query.device)
-    documents = find_documents((1, sum(lengths)), query.device, num_meta=meta, cu_seqlens=offsets)
+    documents = packed_documents(meta, lengths, query.device)
     return [backend.run(query, key, value, documents, window)]
 
 

@@ -12,7 +12,7 @@ from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
-from gpu_cases import results, scan_case
+from gpu_cases import packed_documents, results, scan_case
 from gpu_kernels import BOTH, CHANNELS, FORWARD, STATES, timed, usable
 from gpu_measure import TIMES, TIMES_NOTES, Bench, Failure
 from gpu_parity import ALLOWED, DTYPES, Outcome, verdict
@@ -145,6 +145,7 @@ def _known(device: torch.device, rows: int) -> dict[str, tuple[Any, ...]]:
 
     x, update, weight = leaf(rows, WIDTH), leaf(rows, WIDTH), leaf(WIDTH)
     inner, other, inner_weight = leaf(rows, CHANNELS), leaf(rows, CHANNELS), leaf(CHANNELS)
+    taps, bias = leaf(CHANNELS, 4), leaf(CHANNELS)
     heads, head_weight = leaf(rows, HEADS, HEAD), leaf(HEAD)
     tables = tuple(table.detach() for table in (leaf(rows, 1, HEAD), leaf(rows, 1, HEAD)))
     return {
@@ -154,13 +155,14 @@ def _known(device: torch.device, rows: int) -> dict[str, tuple[Any, ...]]:
         "gated_silu": (leaf(rows, WIDE), leaf(rows, WIDE)),
         "rotate": (heads, tables),
         "norm_rotate": (heads, head_weight, 1e-6, tables),
-        "conv": (inner, leaf(CHANNELS, 4), leaf(CHANNELS)),
+        "alone": (inner, taps, bias),
+        "packed": (inner, taps, bias, packed_documents(rows // 2, [rows // 8] * 4, device), None, False),
     }
 
 
 def _called(name: str, arguments: tuple[Any, ...], backend: Backend) -> Sequence[Tensor]:
     outputs = getattr(backend.run, name, backend.run)(*arguments)
-    return [outputs] if isinstance(outputs, Tensor) else outputs
+    return [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
