@@ -208,11 +208,7 @@ class Operation:
         return self.backends[name]
 
     def compute(self, task: Task, *arguments: Any, name: str | None = None, function: str | None = None) -> Any:
-        """Compute a task with its backend.
-
-        If a backend passed its self-test but fails here, and was not chosen by name, it is excluded from now on and
-        another backend computes the task. An error after which the device computes nothing, as after an illegal access
-        of memory, is raised.
+        """Compute a task with its backend, or with another one if it fails; see `attempt`.
 
         Args:
             task: The task to compute.
@@ -220,19 +216,36 @@ class Operation:
             name: The name of a backend; see `choose`.
             function: The name of the function, of a backend that has several.
         """
+
+        def run(backend: Backend) -> Any:
+            return (backend.run if function is None else getattr(backend.run, function))(*arguments)
+
+        return self.attempt(task, run, name=name)
+
+    def attempt(self, task: Task, run: Callable[[Backend], R], *, name: str | None = None) -> R:
+        """Compute a task by a function of its backend.
+
+        If a backend passed its self-test but fails here, and was not chosen by name, it is excluded from now on and
+        another backend computes the task. An error after which the device computes nothing, as after an illegal access
+        of memory, is raised.
+
+        Args:
+            task: The task to compute.
+            run: The function, which is called with the backend.
+            name: The name of a backend; see `choose`.
+        """
         backend = self.choose(task, name)
-        run = backend.run if function is None else getattr(backend.run, function)
         if not backend.needs_self_test or (name or self._default_name(task)) != AUTO:
-            return run(*arguments)
+            return run(backend)
         try:
-            return run(*arguments)
+            return run(backend)
         except torch.OutOfMemoryError:  # another backend would need no less memory
             raise
         except Exception as error:  # compilers and other packages raise any type of error
             if not _computes(task.device):
                 raise
             self._exclude(backend, task, f"it failed: {type(error).__name__}: {first_line(error)}")
-            return self.compute(task, *arguments, name=name, function=function)
+            return self.attempt(task, run, name=name)
 
     def _exclude(self, backend: Backend, task: Task, reason: str) -> None:
         self._self_tests[backend.name, task] = reason

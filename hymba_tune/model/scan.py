@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,29 @@ def packed_scan(
     Returns:
         ``(M + T, E)`` in u's dtype, and the final state of each text, ``(S, E, N)`` in float32.
     """
+    if states is not None or not documents.num_meta:
+        return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=documents.starts)
+
+    def scan_behind_meta(backend: Backend) -> tuple[Tensor, Tensor]:
+        return _scan_behind_meta(backend, u, dt, A, B, C, D, z, documents)
+
+    return SCAN.attempt(Task.of(u, dt, A, B, C, D, z), scan_behind_meta)
+
+
+def _scan_behind_meta(
+    backend: Backend,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    documents: Documents,
+) -> tuple[Tensor, Tensor]:
+    """Scan the meta tokens and the texts that continue from them."""
     meta = documents.num_meta
     starts = documents.starts
-    if states is not None or not meta:
-        return selective_scan(u, dt, A, B, C, D, z, initial_state=states, cu_seqlens=starts)
-
-    backend = SCAN.choose(Task.of(u, dt, A, B, C, D, z))
     if backend.fuses_meta_prefix:
         offsets = (0, *(meta + start for start in starts))
         y, states = backend.run(ScanInputs(u, dt, A, B, C, D, z, None, None, offsets, fuses_meta_prefix=True))
@@ -187,18 +205,28 @@ def _recurrence(
 
 
 def _small_problem(task: Task) -> Problem:
-    """Return a problem of two texts of a few chunks with all arguments, in the dtypes of a model."""
-    tokens, channels, states = 150, 48, 16
-    offsets = (0, 67, tokens)
+    """Return a problem of two texts, one of several chunks, with all arguments, in the dtypes of a model.
+
+    Without an initial state the second text continues from the first one, as texts do from the meta tokens.
+    """
+    first, tokens, channels, states = 40, 190, 48, 16
     u, z, B, C = random_leaves(task, [(tokens, channels)] * 2 + [(tokens, states)] * 2)
     wide = replace(task, dtype=torch.promote_types(task.dtype, torch.float32))
     shapes = [(tokens, channels), (channels, states), (channels,), (channels,), (2, channels, states)]
     dt, rates, D, dt_bias, state = random_leaves(wide, shapes)
 
     def compute(backend: Backend) -> tuple[Tensor, ...]:
-        initial = state if task.has_initial_state else None
-        y, final = backend.run(ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, initial, offsets))
-        return y, final
+        inputs = ScanInputs(u, dt, -rates.exp(), B, C, D, z, dt_bias, None, (0, first, tokens))
+        if task.has_initial_state:
+            y, final = backend.run(inputs._replace(state=state))
+            return y, final
+        if backend.fuses_meta_prefix:
+            y, final = backend.run(inputs._replace(fuses_meta_prefix=True))
+            return y, final
+        copies = torch.tensor([*range(first), *range(tokens)], device=u.device)
+        repeated: dict[str, Any] = {name: x[copies] for name, x in (("u", u), ("dt", dt), ("B", B), ("C", C), ("z", z))}
+        y, final = backend.run(inputs._replace(**repeated, offsets=(0, first, first + tokens)))
+        return y[first:], final
 
     leaves = [u, dt, rates, B, C, D, z, dt_bias]
     return Problem(compute, [*leaves, state] if task.has_initial_state else leaves)
@@ -220,6 +248,7 @@ SCAN = Operation(
             triton_scan,
             ("cuda",),
             GPU_DTYPES,
+            fuses_meta_prefix=True,
             needs_self_test=True,
             unavailable_reason=triton_unavailable_reason,
         ),

@@ -148,10 +148,10 @@ class _TritonScan(torch.autograd.Function):
         }
 
         added, times = _empty_states(chunks, A)
-        needed = chunks.every if wanted["state"] else chunks.carried_back
+        reaches_states = wanted["state"] or ctx.layout.chained
+        needed = chunks.every if reaches_states else chunks.carried_back
         inputs = (dt, A, C, z, dt_bias, dy, chunks.starts, needed)
         front_gradients[_grid(needed, sizes)](*inputs, added, times, **strides, **sizes)
-        reaches_states = wanted["state"] or ctx.layout.chained
         d_state = added.new_empty(len(ctx.layout.offsets) - 1, *A.shape) if reaches_states else None
         d_final = None if d_final is None else d_final.contiguous()
         end_gradients = _carry(A, d_final, added, times, d_state, chunks, ctx.layout.chained, backwards=True)
@@ -184,7 +184,7 @@ class _Chunks(NamedTuple):
         ending: For each chunk, the text that ends with it, or -1.
         every: The numbers of all chunks.
         carried: The chunks from whose end other chunks continue.
-        carried_back: The chunks that continue from the end of others.
+        carried_back: The chunks that continue from the end of others in the same text.
     """
 
     starts: Tensor
@@ -210,7 +210,7 @@ def _chunks(layout: _Layout, chunk: int, device: torch.device) -> _Chunks:
 
     every = range(len(starts))
     carried = [i for i in every if ending[i] < 0 or (layout.chained and ending[i] == 0)]
-    following = {*every} - ({*firsts[:1]} if layout.chained else {*firsts})
+    following = {*every} - {*firsts}
     firsts.append(len(starts))
     starts.append(layout.offsets[-1])
     lists = (starts, firsts, ending, every, carried, sorted(following))

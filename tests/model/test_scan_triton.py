@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,12 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kernel, "configs", [Config(sizes)])
 
 
-def scan(inputs: Mapping[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+def scan(inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, Tensor]:
     state = inputs.get("initial")
     if state is not None and state.ndim == 2:
         state = state.expand(len(lengths), -1, -1)
     tensors = {field: inputs.get(field) for field in ScanInputs._fields}
+    tensors["fuses_meta_prefix"] = inputs.get("fuses_meta_prefix", False)
     return triton_scan(ScanInputs(**tensors | {"state": state, "offsets": (0, *accumulate(lengths))}))
 
 
@@ -93,6 +95,23 @@ def test_sizes_of_one_and_odd_sizes_equal_the_naive_twin(
 def test_one_initial_state_for_every_text() -> None:
     inputs = leaves(random_inputs(LENGTHS, shared=True))
     check(with_gradients(inputs, scan(inputs, LENGTHS)), expected(inputs, LENGTHS))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("lengths", [[3], [6, 1, 0, 5], [0, 3]], ids=str)
+def test_chained_texts_continue_from_the_first(lengths: list[int]) -> None:
+    inputs = leaves(random_inputs(lengths, without=("initial", "dt_bias")))
+    actual = with_gradients(inputs, scan(inputs | {"fuses_meta_prefix": True}, lengths))
+
+    rows = [lengths[0], sum(lengths[1:])]
+    wide = {name: x.detach().to("cpu", torch.float64).requires_grad_() for name, x in inputs.items()}
+    first, others = ({n: x.split(rows)[i] if len(x) == sum(rows) else x for n, x in wide.items()} for i in (0, 1))
+    y, state = selective_scan(**first, backend="reference")
+    if others["u"].numel():
+        offsets = (0, *accumulate(lengths[1:]))
+        after = selective_scan(**others, initial_state=state[0], cu_seqlens=offsets, backend="reference")
+        y, state = (torch.cat(pair) for pair in zip((y, state), after, strict=True))
+    check(actual, with_gradients(wide, (y, state)))
 
 
 @pytest.mark.usefixtures("triton")
