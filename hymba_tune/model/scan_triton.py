@@ -30,7 +30,7 @@ from .triton_kernels import OPTIONS
 
 CHUNK = 128
 """The number of tokens between two states that are saved for the backward, a power of two. All passes together read and
-write about 1.8 times what they would with states that stay on chip."""
+write 18.1 + 32.8 bytes a token and channel; inputs and outputs alone are 10 + 18."""
 GROUP = 4
 """The number of tokens whose states a program of the backward holds at a time, a power of two."""
 CHANNELS = 128
