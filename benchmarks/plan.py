@@ -1,9 +1,10 @@
-"""The memory of whole runs: estimated before the weights load, and measured.
+"""The memory and speed of whole runs: estimated before the weights load, and measured.
 
 Each run trains for two steps in a separate process, through the command line. The demo trains for 40 steps, because its
 texts have many lengths and bfloat16 kernels are compiled for each. ``as usual`` is the peak of an ordinary run.
 ``given back`` is the peak of a run whose allocator returns freed memory to the system at once, which is what a step
-needs: an allocator that keeps memory is faster, but the memory becomes fragmented.
+needs: an allocator that keeps memory is faster, but the memory becomes fragmented. Speeds are tokens a second: by
+`hymba-tune plan` on the same machine, and of the run's fastest step. A plan assumes rows of the maximum length.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ RUNS: dict[str, list[str]] = {
     "15.7M, 1,024 tokens": [*MEDIUM, "1024"],
 }
 """The flags of each run, by name; MEDIUM and TEXT are replaced by a model and a file that are created here."""
+PROGRAM = [sys.executable, "-c", "from hymba_tune.cli.main import main; main()"]
 COMMON = ["--eval-max-rows", "4", "--log-every", "1"]
 
 
@@ -51,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             flags = [paths.get(word, word) for word in RUNS[name]]
             usual = run(folder / "usual", flags, os.environ)
             trimmed = run(folder / "trimmed", flags, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+            planned = run_plan(flags)
             rows.append(
                 {
                     "run": name,
@@ -59,17 +62,26 @@ def main(arguments: list[str] | None = None) -> None:
                     "estimated / usual": usual["predicted_bytes"] / usual["measured_bytes"],
                     "given back MB": harness.megabytes(trimmed["measured_bytes"]),
                     "estimated / given back": trimmed["predicted_bytes"] / trimmed["measured_bytes"],
+                    "planned tokens/s": planned,
+                    "tokens/s": usual["tokens_per_s"],
+                    "planned / tokens/s": planned / usual["tokens_per_s"],
                 }
             )
     harness.report("plan", list(rows[0]), rows, [(__doc__ or "").partition("\n\n")[2].strip()], options)
 
 
-def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
-    """Train a run; returns the estimated and measured memory from its run.json."""
+def run_plan(flags: list[str]) -> float:
+    """Plan a run; returns the tokens a second on this machine."""
+    words = ["plan", "--verb", "sft", *flags, "--json"]
+    done = subprocess.run([*PROGRAM, *words], check=True, capture_output=True, text=True)
+    speed: float = json.loads(done.stdout)["here"]["tokens_per_s"]
+    return speed
+
+
+def run(out: Path, flags: list[str], environment: Any) -> dict[str, float]:
+    """Train a run; returns the estimated and measured memory from its run.json, and the speed of its fastest step."""
     command = [
-        sys.executable,
-        "-c",
-        "from hymba_tune.cli.main import main; main()",
+        *PROGRAM,
         "sft",
         *flags,
         *([] if "--steps" in flags else ["--steps", "2"]),
@@ -78,7 +90,9 @@ def run(out: Path, flags: list[str], environment: Any) -> dict[str, int]:
         str(out),
     ]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    memory: dict[str, int] = json.loads((out / "run.json").read_text())["memory"]
+    memory: dict[str, float] = json.loads((out / "run.json").read_text())["memory"]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    memory["tokens_per_s"] = max(line.get("tokens_per_s", 0.0) for line in lines)
     for path in sorted(out.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     return memory
