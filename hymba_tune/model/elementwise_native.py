@@ -24,12 +24,16 @@ STEPS = 4
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `rms_norm` of ``(rows, width)``, or of ``(rows, heads, width)`` with one weight or one per head."""
+    if x.ndim == 2 and not torch.is_grad_enabled():
+        return _add_norm(x, None, weight, eps)[1]
     normed: Tensor = _Norm.apply(readable(x), weight, eps)
     return normed
 
 
 def native_add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute `add_rms_norm` of ``(rows, width)``."""
+    if x.dtype is update.dtype and not torch.is_grad_enabled():
+        return _add_norm(x, update, weight, eps)
     total = x + update
     return total, native_rms_norm(total, weight, eps)
 
@@ -41,6 +45,8 @@ def native_norm_rotate(heads: Tensor, weight: Tensor, eps: float, tables: tuple[
 
 def native_mean_of_norms(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
     """Compute `mean_of_norms` of ``(rows, width)``."""
+    if not torch.is_grad_enabled():
+        return _final_mean(a, a_weight, b, b_weight, eps)
     mean: Tensor = _MeanOfNorms.apply(readable(a), a_weight, readable(b), b_weight, eps)
     return mean
 
@@ -55,6 +61,60 @@ def native_rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Compute `rotate` of ``(rows, heads, width)``."""
     rotated: Tensor = _Rotate.apply(readable(heads), *tables)
     return rotated
+
+
+class _AddNormArguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "rows width threads"),
+        *fields(ctypes.c_float, "eps"),
+        *fields(Rows, "x update weight total y"),
+    )
+
+
+def _add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute `add_rms_norm` without gradients, or the norm of x alone."""
+    x, weight = readable(x), readable(weight)
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    total = x if update is None else x.new_empty(x.shape)
+    arguments = _AddNormArguments(
+        rows=len(x),
+        width=x.shape[1],
+        threads=threads_for(STEPS * x.numel()),
+        eps=eps,
+        x=x,
+        update=None if update is None else readable(update),
+        weight=weight[None],
+        total=total,
+        y=y,
+    )
+    LIBRARY.call("add_norm", arguments)
+    return total, y
+
+
+class _FinalMeanArguments(Arguments):
+    _fields_ = (
+        *fields(ctypes.c_int64, "rows width threads"),
+        *fields(ctypes.c_float, "eps"),
+        *fields(Rows, "a b a_weight b_weight y"),
+    )
+
+
+def _final_mean(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    """Compute `mean_of_norms` without gradients."""
+    y = a.new_empty(a.shape, dtype=torch.promote_types(a.dtype, a_weight.dtype))
+    arguments = _FinalMeanArguments(
+        rows=len(a),
+        width=a.shape[1],
+        threads=threads_for(2 * STEPS * a.numel()),
+        eps=eps,
+        a=readable(a),
+        b=readable(b),
+        a_weight=readable(a_weight)[None],
+        b_weight=readable(b_weight)[None],
+        y=y,
+    )
+    LIBRARY.call("final_mean", arguments)
+    return y
 
 
 class _NormArguments(Arguments):

@@ -35,6 +35,20 @@ struct MeanOfNorms {
     float *d_weights;  // (STRIPS, 2, width), or null
 };
 
+// Without gradients: the sum of two rows and its norm, or without an update the norm of x alone.
+struct AddNorm {
+    int64_t rows, width, threads;
+    float eps;
+    Rows x, update, weight, total, y;
+};
+
+// Without gradients: the mean of two norms, of a and of b.
+struct FinalMean {
+    int64_t rows, width, threads;
+    float eps;
+    Rows a, b, a_weight, b_weight, y;
+};
+
 struct Gate {
     int64_t rows, width, threads;
     Rows gate, up, y, dy, d_gate, d_up;
@@ -91,6 +105,35 @@ extern "C" void norm_forward(const Norm *p) {
                     store(y, 0, column, lanes, normed * load(weight + column, lanes));
                 });
             }
+    });
+}
+
+extern "C" void add_norm(const AddNorm *p) {
+    each_strip(p->threads, p->rows, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            const Rows &total = p->update.data ? p->total : p->x;
+            each_vector(p->update.data ? p->width : 0, [&](int64_t column, int lanes) {
+                store(total, r, column, lanes, load(p->x, r, column, lanes) + load(p->update, r, column, lanes));
+            });
+            float scale = scale_of(total, r, p->width, p->eps);
+            each_vector(p->width, [&](int64_t column, int lanes) {
+                V normed = rounded(load(total, r, column, lanes) * scale, total.bf16);
+                store(p->y, r, column, lanes, normed * load(p->weight, 0, column, lanes));
+            });
+        }
+    });
+}
+
+extern "C" void final_mean(const FinalMean *p) {
+    each_strip(p->threads, p->rows, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            float a_scale = scale_of(p->a, r, p->width, p->eps), b_scale = scale_of(p->b, r, p->width, p->eps);
+            each_vector(p->width, [&](int64_t column, int lanes) {
+                V a = load(p->a, r, column, lanes) * a_scale * load(p->a_weight, 0, column, lanes);
+                V b = load(p->b, r, column, lanes) * b_scale * load(p->b_weight, 0, column, lanes);
+                store(p->y, r, column, lanes, (a + b) * .5f);
+            });
+        }
     });
 }
 
