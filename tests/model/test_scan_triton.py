@@ -150,6 +150,19 @@ def test_columns_of_a_wider_matrix_and_transposed_inputs_give_the_same() -> None
 
 
 @pytest.mark.usefixtures("triton")
+def test_rows_that_lie_billions_of_elements_apart_give_the_same(tmp_path: Path) -> None:
+    inputs = leaves(random_inputs([6], without=("initial",)))
+    far = dict(inputs)
+    for name in ("u", "z"):
+        stride = 2**29 - 8  # four rows further, an offset exceeds 32 bits; a sparse file needs no memory
+        size = 5 * stride + inputs[name].shape[1]
+        whole = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=torch.float32)
+        far[name] = whole.as_strided(inputs[name].shape, (stride, 1)).copy_(inputs[name].detach()).requires_grad_()
+    actual = with_gradients(far, scan(far, [6]))
+    assert all(actual[name].equal(x) for name, x in with_gradients(inputs, scan(inputs, [6])).items())
+
+
+@pytest.mark.usefixtures("triton")
 def test_the_result_is_deterministic_and_does_not_depend_on_other_texts() -> None:
     inputs = leaves(random_inputs([2, 5]))
     first, second = (with_gradients(inputs, scan(inputs, [2, 5])) for _ in range(2))
