@@ -54,12 +54,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @launches("scan_triton_kernels")
 def scan() -> None:
-    """Launch the scan as the model does: float32 time steps, gates that are columns of the input projection."""
+    """Launch the scan as training does: behind meta tokens, with gates that are columns of the input projection."""
     rows = 256
     u, dt, B, C = (empty(rows, width) for width in (CHANNELS, CHANNELS, STATES, STATES))
     z = empty(rows, PROJECTED)[:, -CHANNELS:]
-    A, state = empty(CHANNELS, STATES, dtype=torch.float32), empty(2, CHANNELS, STATES, dtype=torch.float32)
-    inputs = ScanInputs(u, dt.float(), A, B, C, empty(CHANNELS), z, None, state, (0, 240, rows))
+    A = empty(CHANNELS, STATES, dtype=torch.float32)
+    inputs = ScanInputs(u, dt.float(), A, B, C, empty(CHANNELS), z, None, None, (0, 128, rows), fuses_meta_prefix=True)
     torch.cat([x.float().flatten() for x in triton_scan(inputs)]).sum().backward()
 
 
