@@ -20,7 +20,7 @@ from hymba_tune.model.convolution_native import native_conv1d
 from hymba_tune.model.documents import Documents, find_documents
 from hymba_tune.model.elementwise_native import native_rms_norm
 from hymba_tune.model.native import Library
-from hymba_tune.model.scan import selective_scan
+from hymba_tune.model.scan import SCAN, selective_scan
 from hymba_tune.model.scan_inputs import ScanInputs
 from hymba_tune.model.scan_native import LIBRARY, native_scan
 from hymba_tune.model.scan_native_source import SOURCE
@@ -43,6 +43,7 @@ def native_code() -> None:
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Use an empty cache folder, with no library loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(SCAN, "_choices", {})
     LIBRARY.load.cache_clear()
     yield tmp_path / "hymba-tune" / "native"
     LIBRARY.load.cache_clear()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hymba_tune.model import elementwise_native
 from hymba_tune.model.attention_token import ATTEND
 from hymba_tune.model.backends import Operation, Task
 from hymba_tune.model.native import DTYPES
@@ -80,3 +81,19 @@ def test_a_buffer_that_cannot_be_written_in_place_is_refused() -> None:
     key, value = (torch.randn(8, 2, 3, 16).transpose(0, 1) for _ in range(2))
     with pytest.raises(RuntimeError, match="view"):
         native_attend(torch.randn(2, 8, 16), None, key, value, torch.tensor([1, 2]), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_without_gradients_equal_those_with(dtype: torch.dtype) -> None:
+    x, update, weight, other = (torch.randn(shape).to(dtype) for shape in ((3, 37), (3, 37), (37,), (37,)))
+
+    def norms() -> tuple[torch.Tensor, ...]:
+        added = elementwise_native.native_add_rms_norm(x, update, weight, 1e-6)
+        mean = elementwise_native.native_mean_of_norms(x, weight, update, other, 1e-6)
+        return *added, mean, elementwise_native.native_rms_norm(x, weight, 1e-6)
+
+    expected = norms()
+    with torch.no_grad():
+        for actual, one in zip(norms(), expected, strict=True):
+            assert actual.dtype is dtype
+            torch.testing.assert_close(actual, one)
