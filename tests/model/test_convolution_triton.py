@@ -186,3 +186,18 @@ def test_the_small_problem_of_the_self_test_is_solved(monkeypatch: pytest.Monkey
     for name, size in {"TOKENS": 32, "CHANNELS": 32}.items():
         monkeypatch.setattr(convolution_triton, name, size)
     assert CONVOLUTION._self_test(CONVOLUTION.backends["triton"], Task(DEVICE, torch.float32)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[8192], [1, 127, *[128] * 63]], ids=["one long text", "65 texts"])
+def test_compiled_equals_torch(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the blocks of a GPU
+    documents = layout(lengths, 128)
+    inputs = random_inputs(128 + sum(lengths), 3200, dtype=dtype)
+    expected, actual, again = (
+        with_gradients(lambda *xs, run=run: run.packed(*xs, documents, None, False), inputs)
+        for run in (TWIN, KERNELS, KERNELS)
+    )
+    check(actual, expected, dtype)
+    assert all(again[name].equal(tensor) for name, tensor in actual.items())

@@ -148,3 +148,19 @@ def test_without_gradients_nothing_is_saved_and_large_values_do_not_overflow() -
 def test_the_small_problem_of_the_self_test_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # with the blocks of a GPU
     assert ELEMENTWISE._self_test(ELEMENTWISE.backends["triton"], Task(DEVICE, torch.float32)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 1600, 3200, 5504])
+def test_compiled_equals_torch(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the blocks of a GPU
+    for name, (call, inputs) in cases(2048, width, dtype).items():
+        expected, actual, again = (
+            all_gradients(lambda *xs, run=run, call=call: call(run, *xs), inputs) for run in (TWIN, KERNELS, KERNELS)
+        )
+        for result, tensor in actual.items():
+            (FLOAT32_GRADIENT if dtype == torch.float32 else BFLOAT16).check(
+                tensor, expected[result], f"{name} {result}"
+            )
+            assert tensor.equal(again[result])
