@@ -170,7 +170,8 @@ def test_after_a_device_fault_the_remaining_sections_run_in_a_new_process(
     commands: list[list[str]] = []
     monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(("scan", "step", "decode"), gpu.Section(fault, 1)))
     monkeypatch.setattr(gpu, "alive", lambda _: False)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
+    started = SimpleNamespace(run=lambda command, **_: commands.append(command))
+    monkeypatch.setattr(gpu, "subprocess", started)
     assert gpu.main(["--quick", "--device", "cpu", "--kernels", "scan=auto"]) == 1
     (command,) = commands
     assert command[1] == gpu.__file__

@@ -20,8 +20,10 @@ from torch import Tensor
 from .attention_token_kernels import attend_to_part, merge_parts
 from .triton_kernels import INTERPRETED, OPTIONS, power_of_2, readable
 
-KEYS = {2: 64, 4: 16}
-"""The number of keys in a block, by the bytes of a number. 32 keys of 4 bytes would take 170 registers of a thread."""
+KEYS = {2: 32, 4: 16}
+"""The number of keys in a block, by the bytes of a number. With 64 keys of 2 bytes gfx1100 would spill registers."""
+WARPS = {2: 4, 4: 8}
+"""The number of warps of a program, by the bytes of a number. With 4 warps, 4 bytes would spill there as well."""
 LEAST = 2
 """The smallest number of blocks in a part, so that reading hides the start of a program."""
 MOST = 64
@@ -57,7 +59,8 @@ def triton_attend(
     query = query if query.stride()[1:] == (width, 1) else query.contiguous()
     key, value = readable(key), readable(value)
 
-    block = KEYS[max(key.element_size(), value.element_size())]
+    number = max(key.element_size(), value.element_size())
+    block = KEYS[number]
     most_keys = columns if window is None else min(columns, window + 1)
     blocks = -(-len(meta_key) // block) - (-most_keys // block)
     parts = _parts(texts * groups, blocks, query.device)
@@ -80,7 +83,7 @@ def triton_attend(
             **sizes,
             **padded,
             WIDE=INTERPRETED,
-            num_warps=4,
+            num_warps=WARPS[number],
             num_stages=2,
             **OPTIONS,
         )

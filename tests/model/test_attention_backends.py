@@ -155,7 +155,11 @@ def test_flash_parts_omit_empty_texts() -> None:
 
 @pytest.mark.parametrize(
     ("available", "capability", "reason"),
-    [(False, (9, 0), "no CUDA device"), (True, (7, 5), "capability 8.0"), (True, (8, 0), "pip install flash-attn")],
+    [
+        (False, (9, 0), "no CUDA device"),
+        (True, (7, 5), "capability 8.0"),
+        (True, (8, 0), "hymba-tune[flash]"),
+    ],
 )
 def test_flash_gives_the_reason_if_it_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, available: bool, capability: tuple[int, int], reason: str

@@ -119,7 +119,7 @@ def _observed(module: nn.Module) -> None:
 
 def _replaced_forward(module: nn.Module) -> None:
     forward = module.forward
-    module.forward = lambda *arguments: forward(*arguments)  # type: ignore[method-assign]
+    module.forward = lambda *arguments, **options: forward(*arguments, **options)  # type: ignore[method-assign]
 
 
 def _other_class(module: nn.Module) -> None:

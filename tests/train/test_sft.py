@@ -12,9 +12,9 @@ import yaml
 from hymba_tune.config import ChatConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError, HymbaTuneError, TrainingError
 from hymba_tune.generate import Chat
-from hymba_tune.model import attention_native, convolution_native, elementwise_native, scan_native
+from hymba_tune.model import attention_native, convolution_native, elementwise_native, one_token_native, scan_native
 from hymba_tune.model.attention import ATTENTION
-from hymba_tune.model.backends import Task
+from hymba_tune.model.backends import OPERATIONS, Task
 from hymba_tune.model.layers import HymbaMLP
 from hymba_tune.train.screen import Screen
 from tests.runs import merge_run, run, same_tensors, settings, tensors
@@ -153,10 +153,15 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """A machine without a compiler, on which nothing was compiled before."""
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    libraries = [module.LIBRARY for module in (attention_native, convolution_native, elementwise_native, scan_native)]
+    libraries = [
+        module.LIBRARY
+        for module in (attention_native, convolution_native, elementwise_native, one_token_native, scan_native)
+    ]
     answers = [attention_native.native_unavailable_reason, *(library.load for library in libraries)]
     for answer in answers:
         answer.cache_clear()
+    for operation in OPERATIONS.values():
+        monkeypatch.setattr(operation, "_choices", {})
     yield
     for answer in answers:
         answer.cache_clear()
@@ -166,7 +171,8 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 def test_bfloat16_is_trained_without_a_compiler(small_model: Path, questions: Path, tmp_path: Path) -> None:
     finished = run(settings(small_model, questions, tmp_path / "out", dtype="bfloat16", steps=10, eval_split=0.2))
     taken = {name: choice["taken"] for name, choice in finished.facts()["kernels"].items()}
-    assert taken == {"scan": "torch", "conv": "torch", "attention": "blocks", "elementwise": "torch"}
+    training = {"scan": "torch", "conv": "torch", "attention": "blocks", "elementwise": "torch"}
+    assert taken == training | {"attend": "torch", "prepare": "separate", "update": "separate", "gate_up": "separate"}
     first, *_, last = (row["eval_loss"] for row in rows(finished.path) if "eval_loss" in row)
     assert last < first
 
