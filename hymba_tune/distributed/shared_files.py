@@ -38,6 +38,8 @@ def make_together(
         left = []
         for number in missing:
             if is_complete(number):
+                # A process that was killed after its last file leaves a lock, which nothing needs any more.
+                _claim(paths[number]).unlink(missing_ok=True)
                 continue
             try:
                 with locked(_claim(paths[number])):
