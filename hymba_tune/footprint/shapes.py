@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hymba_tune.model import use_kernels
-from hymba_tune.model.backends import AUTO, OPERATIONS, forget_kept
+from hymba_tune.model.backends import AUTO, OPERATIONS
+from hymba_tune.model.memoized import forget_kept
 
 
 class LiveBytes(TorchDispatchMode):

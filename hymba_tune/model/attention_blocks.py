@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import outside_autocast
-from .backends import memoized
 from .documents import Documents, to_device
+from .memoized import memoized
 
 BLOCK = 128
 """The number of queries in a block."""

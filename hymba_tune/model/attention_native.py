@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_native_source import SOURCE
-from .backends import memoized
 from .documents import Documents
+from .memoized import memoized
 from .native import DTYPES, Arguments, Grid, Library, fields, threads_for
 
 BLOCK = 32

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from .autocast import outside_autocast
 from .self_test import failure, first_line
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
 R = TypeVar("R")
 
 AUTO = "auto"
@@ -359,26 +358,6 @@ def survey(task: Task) -> dict[str, Choice]:
         unusable = {other: reason for other, reason in obstacles.items() if reason is not None}
         choices[name] = Choice(selected, usable, unusable)
     return choices
-
-
-def memoized(function: Callable[P, R]) -> Callable[P, R]:
-    """Cache the last results of a function, since every layer needs the masks and borders of the same few layouts.
-
-    The function runs outside inference mode, so that training can use tensors that were first made by generation.
-    """
-    cached: Any = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
-    _CACHE_CLEARS.append(cached.cache_clear)
-    memoized_function: Callable[P, R] = cached
-    return memoized_function
-
-
-_CACHE_CLEARS: list[Callable[[], None]] = []
-
-
-def forget_kept() -> None:
-    """Clear the caches of all `memoized` functions, for example after they were called with fake tensors."""
-    for clear in _CACHE_CLEARS:
-        clear()
 
 
 def _computes(device: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .autocast import outside_autocast
-from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, memoized, random_leaves
+from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .convolution_causal_conv1d import (
     causal_conv1d_packed,
     causal_conv1d_run,
@@ -24,6 +24,7 @@ from .convolution_causal_conv1d import (
 from .convolution_native import LIBRARY, native_conv1d, native_unsupported_reason
 from .convolution_triton import triton_conv1d, triton_packed_conv1d
 from .documents import Documents, find_documents, to_device
+from .memoized import memoized
 from .native import DTYPES
 from .triton_kernels import triton_unavailable_reason
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Task, memoized
+from .backends import Task
 from .documents import Documents, to_device
 from .hub_kernels import hub_kernel
+from .memoized import memoized
 
 WIDTHS = range(2, 5)
 """The widths that the kernels support."""
