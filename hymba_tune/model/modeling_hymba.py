@@ -22,7 +22,7 @@ from .documents import NO_PREFIX, Documents, continue_documents, find_documents
 from .head import HymbaHead, head_loss, head_scores
 from .layers import HymbaDecoderLayer, HymbaRMSNorm
 from .log_probs import TokenScores
-from .pretrained import HymbaPreTrainedModel
+from .pretrained import HOW_TO_LOAD, HymbaPreTrainedModel
 from .rotary import rotary_base, rotary_tables
 from .unread_inputs import check_unread
 
@@ -41,6 +41,14 @@ class HymbaModel(HymbaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         meta = config.num_memory_tokens
         self.memory_tokens = nn.Embedding(meta, config.hidden_size) if meta else None
+        if (
+            self.memory_tokens is not None
+            and self.memory_tokens.weight.is_meta
+            and torch.get_default_device().type != "meta"
+        ):
+            # transformers sets the default device; accelerate's init_empty_weights moves each weight instead. What it
+            # then fails with, over several devices or the disk, names neither the meta tokens nor a way out.
+            logger.warning_once(f"a Hymba without weights: {HOW_TO_LOAD}")
         self.layers = nn.ModuleList(HymbaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layernorm = HymbaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False

@@ -19,6 +19,11 @@ from .layers import HymbaDecay, HymbaSkip, HymbaTimeStep
 
 logger = logging.get_logger(__name__)
 
+HOW_TO_LOAD = (
+    "checkpoints store the meta tokens under another name, which only transformers translates; load the model with "
+    "from_pretrained(folder, device_map=...) instead of accelerate's load_checkpoint_and_dispatch"
+)
+
 # Released checkpoints store the meta tokens as a bare parameter; here they are an embedding, which adapters can target.
 # The lookahead does not match names that are already those of an embedding, including those of an adapter.
 register_checkpoint_conversion_mapping(
@@ -56,11 +61,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
             empty = {name: parameter.is_meta for name, parameter in self.named_parameters()}
             if all(empty.values()) or not any(empty[name] for name in empty if "memory_tokens" in name):
                 raise
-            raise ValueError(
-                "the meta tokens were not loaded: checkpoints store them under another name, which only transformers "
-                "translates; load the model with from_pretrained(folder, device_map=...) instead of "
-                "accelerate's load_checkpoint_and_dispatch"
-            ) from error
+            raise ValueError(f"the meta tokens were not loaded: {HOW_TO_LOAD}") from error
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
         """Warn once of a request for another implementation than the only one that transformers may record."""

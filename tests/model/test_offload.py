@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hymba_tune.model import HymbaForCausalLM, use_kernels
 from hymba_tune.model.backends import OPERATIONS
 from hymba_tune.model.cache import CACHE_NAME
+from hymba_tune.model.pretrained import logger
 from tests.tiny import gradients, random_texts, tiny_model
 from tests.tolerances import FLOAT32
 
@@ -133,6 +135,31 @@ def test_loading_by_accelerate_alone_says_what_to_use(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_config(tiny_model().config)
     with pytest.raises(ValueError, match=r"meta tokens were not loaded: .* from_pretrained\(folder, device_map=...\)"):
         load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+
+
+def test_an_empty_model_warns_of_what_cannot_be_dispatched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several devices Accelerate's own error does not say what is missing."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logger.warning_once.cache_clear()
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    places: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.memory_tokens", "model.final_layernorm"), "cpu"
+    )
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.model.layers))} | {
+        "lm_head": "cpu"
+    }
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert "meta tokens" not in caplog.text
+
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(model.config)
+    assert "store the meta tokens under another name" in caplog.text
+    assert "from_pretrained(folder, device_map=...)" in caplog.text
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        load_checkpoint_and_dispatch(empty, str(tmp_path), device_map=places, offload_folder=str(tmp_path / "more"))
 
 
 def test_moving_an_empty_model_is_the_error_of_torch() -> None:
