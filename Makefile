@@ -10,7 +10,7 @@ ELSEWHERE := build/elsewhere
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 
-.PHONY: demo test end-to-end check nano clean
+.PHONY: demo test end-to-end check docs nano clean
 
 .venv/torch: constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
@@ -28,6 +28,10 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 
 .venv/developing: .venv/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/documenting: .venv/installed
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, talk to it, merge it.
@@ -54,6 +58,9 @@ check: .venv/developing  ## Lint, format, types, and the wheel: built, installed
 	cd $(ELSEWHERE) && bin/hymba-tune --version && \
 		bin/hymba-tune sft --model hymba-nano --data demo --steps 2 --eval-max-rows 8 --out run && \
 		bin/hymba-tune chat run --prompt "Hello" --max-new-tokens 8
+
+docs: .venv/documenting  ## The documentation site, in build/site; open build/site/index.html. Any warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 nano: .venv/installed  ## Train the packaged model anew: about an hour on 2 cores.
 	rm -rf runs/nano
