@@ -378,6 +378,8 @@ def messages_in(value: object) -> object:
 
 def _list_of(item_type: type, fields: Fields, name: str, names: Names) -> list[Any]:
     value = _written(fields.get(name) or [])
+    if isinstance(value, list):
+        value = [item for item in value if item != ""]  # LMFlow's way to write that there is none
     if not isinstance(value, list) or not all(isinstance(item, item_type) for item in value):
         expected = "a list of objects" if item_type is dict else "a list of texts"
         raise DataError(f"{names.column(name)} is {kind_of(value)}", expected=expected)

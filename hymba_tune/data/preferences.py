@@ -88,8 +88,8 @@ def parse_pair(row: object, names: Names | None = None) -> PreferencePair:
     """Recognize a pair by its columns.
 
     ``chosen`` and ``rejected`` are answers to ``prompt`` (or to ``messages``, ``conversations`` or ``instruction``), as
-    texts, as a message or as messages; or whole conversations: lists of messages (as in UltraFeedback), or texts with
-    ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
+    texts, as a message or as messages; or whole conversations: lists of messages (as in UltraFeedback), objects with
+    ``messages`` (as in LMFlow), or texts with ``Human:`` and ``Assistant:`` before each turn (as in HH-RLHF).
 
     Args:
         row: The value that a reader returned.
@@ -177,6 +177,9 @@ def _label(value: object, names: Names) -> bool:
 
 def _conversation(fields: Mapping[str, object], side: str, names: Names) -> Conversation:
     """Parse the conversation that ends with the answer in the column ``side``."""
+    own = fields[side]
+    if isinstance(own, Mapping) and "messages" in own:  # each of LMFlow's answers has its system message and tools
+        return _parse(own, {name: name for name in ("messages", *EXTRAS) if name in own}, Names(roles=names.roles))
     answer = messages_in(_turns_of_text(fields[side]))
     if isinstance(answer, list) and _ends_empty(answer):
         raise DataError(f"{names.column(side)} is an empty answer", expected="text to train on", fix="remove the row")

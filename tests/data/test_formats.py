@@ -150,6 +150,11 @@ def test_tools_contexts_and_system_are_read() -> None:
     )
 
 
+def test_empty_text_in_a_list_of_tools_is_no_tool() -> None:
+    items = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert parse({"messages": items, "tools": [""], "contexts": [""]}) == Conversation(turns("Hi", "Hello"))
+
+
 def test_system_message_of_the_conversation_goes_before_the_column() -> None:
     items = [{"role": message.role, "content": message.content} for message in turns("Hi", "Hello", system="own")]
     assert parse({"messages": items, "system": "column"}) == Conversation(turns("Hi", "Hello", system="own"))

@@ -50,6 +50,10 @@ SAME: dict[str, dict[str, Any]] = {
         "chosen": {"from": "gpt", "value": "Yes."},
         "rejected": {"from": "gpt", "value": "No."},
     },
+    "LMFlow": {
+        "chosen": {"conversation_id": 1, "system": "", "tools": [""], "messages": messages("Is it?", "Yes.")},
+        "rejected": {"conversation_id": 1, "system": "", "tools": [""], "messages": messages("Is it?", "No.")},
+    },
     "LLaMA-Factory, Alpaca": {"instruction": "Is it?", "input": "", "chosen": "Yes.", "rejected": "No."},
     "prompt in messages": {"messages": messages("Is it?"), "chosen": "Yes.", "rejected": "No."},
     "lists as text": {
@@ -102,6 +106,16 @@ def test_system_prompt_and_mapping_apply() -> None:
     names = Names.parse({"prompt": "question", "chosen": "better", "rejected": "worse"}, FIELDS)
     row = {"system": "Be brief.", "question": "Is it?", "better": "Yes.", "worse": "No."}
     assert roles_and_contents(parse_pair(row, names).rejected) == expected("Is it?", "No.", system="Be brief.")
+
+
+def test_system_message_within_an_answer_belongs_to_its_conversation() -> None:
+    sides = {
+        side: {"system": "Be brief.", "messages": messages("Is it?", answer)}
+        for side, answer in (("chosen", "Yes."), ("rejected", "No."))
+    }
+    assert roles_and_contents(parse_pair(sides).rejected) == expected("Is it?", "No.", system="Be brief.")
+    with pytest.raises(DataError, match="its conversations differ from message 1 on"):
+        parse_pair({**sides, "rejected": {**sides["rejected"], "system": "Be long."}})
 
 
 def test_mapping_of_an_unknown_field_is_refused() -> None:
