@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries, visible
+from hymba_tune.cli.screen import HELP_FLAGS, RichScreen, console, loading, quiet_libraries, visible
 from hymba_tune.cli.settings import AsJson, checking
 from hymba_tune.config import (
     DataCheckConfig,
@@ -47,6 +47,7 @@ SEGMENTS = {
 
 data = App(
     name="data",
+    help_flags=HELP_FLAGS,
     help="Check, preview, convert and split data before training.\n\nExample: hymba-tune data check my.jsonl",
 )
 

@@ -7,13 +7,14 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from hymba_tune.cli.distill_capture import capture
-from hymba_tune.cli.screen import loading
+from hymba_tune.cli.screen import HELP_FLAGS, loading
 from hymba_tune.cli.settings import Recipe
 from hymba_tune.cli.training import read_settings, run_verb
 from hymba_tune.config import DistillConfig
 
 distill = App(
     name="distill",
+    help_flags=HELP_FLAGS,
     help="Distill a teacher into a model; the two tokenizers may differ.\n\n"
     "Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl",
 )

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from functools import reduce
 from io import TextIOWrapper
+from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, ValidationError
 from cyclopts.config import Env
 
 from hymba_tune import __version__
 from hymba_tune.cli.other_tools import other_flags, other_verb
-from hymba_tune.cli.screen import console, error_console
+from hymba_tune.cli.screen import HELP_FLAGS, console, error_console
 from hymba_tune.distributed.environment import check_single_process, is_main
 from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, without_passwords
 
@@ -60,15 +61,16 @@ def build_app(*, summaries: bool = False) -> App:
         help_epilogue="Try it: hymba-tune sft --model hymba-nano --data demo --steps 100. "
         "With --debug, errors show where.",
         help_format="plaintext",
+        help_flags=HELP_FLAGS,
         version=__version__,
         version_flags=("--version", "-v", "-V"),
         config=Env("HYMBA_TUNE_", command=True),
         default_parameter=Parameter(show_env_var=False),
         result_action="return_value",
     )
-    for verb, summary in VERBS.items():
+    for place, (verb, summary) in enumerate(VERBS.items()):
         path = f"hymba_tune.cli.{verb}:{FUNCTIONS.get(verb, verb)}"
-        app.command(path, name=verb, help=summary if summaries else None)
+        app.command(path, name=verb, help=summary if summaries else None, sort_key=place)
     return app
 
 
@@ -104,11 +106,13 @@ def _as_flags(words: list[str]) -> list[str]:
 
 
 def _run(words: list[str], *, debug: bool) -> int:
-    lists_verbs = not words or words[0] in ("--help", "-h")
+    lists_verbs = not words or words[0] in HELP_FLAGS
+    line = build_app(summaries=True) if lists_verbs else app
     try:
         if words and words[0] in VERBS.keys() - {*IN_SEVERAL_PROCESSES, *ANYWHERE}:
             check_single_process(words[0])
-        result = (build_app(summaries=True) if lists_verbs else app)(words, exit_on_error=False, print_error=False)
+        with line.app_stack([], _help_settings(line, words)):
+            result = line(words, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         return _ended(INTERRUPTED, "")
     except Exception as error:
@@ -128,6 +132,14 @@ def _run(words: list[str], *, debug: bool) -> int:
             code, message = INTERNAL_ERROR, describe_crash(error, words)
         return _ended(code, without_passwords(str(message)))
     return result if isinstance(result, int) else 0
+
+
+def _help_settings(line: App, words: list[str]) -> dict[str, Any]:
+    if words and {*HELP_FLAGS}.isdisjoint(words):
+        return {}
+    from hymba_tune.cli.help import help_settings  # most commands show no help
+
+    return help_settings(line, words)
 
 
 def _ended(code: int, message: str) -> int:

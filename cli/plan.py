@@ -12,8 +12,8 @@ from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries
 from hymba_tune.cli.settings import AsJson, checking, combine_for
-from hymba_tune.config import SFTConfig
-from hymba_tune.config.groups import RUN
+from hymba_tune.config import PlanConfig
+from hymba_tune.config.groups import FIRST, RUN
 from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.train.screen import Screen
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def plan(
     *,
-    config: Annotated[str | None, Parameter(name=("--config", "--recipe"), group=RUN)] = None,
-    verb: Annotated[str | None, Parameter(group=RUN)] = None,
+    config: Annotated[str | None, Parameter(name=("--config", "--recipe"), group=(RUN, FIRST))] = None,
+    verb: Annotated[str | None, Parameter(group=(RUN, FIRST))] = None,
     as_json: AsJson = False,
-    flags: Annotated[SFTConfig, Parameter(name="*")] = SFTConfig(),  # noqa: B008 (cyclopts reads the default)
+    flags: Annotated[PlanConfig, Parameter(name="*")] = PlanConfig(),  # noqa: B008 (cyclopts reads the default)
 ) -> None:
     """Estimate the memory and time of a run, and what to change where it does not fit. Loads no weights.
 

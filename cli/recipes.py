@@ -8,7 +8,7 @@ from cyclopts import App
 from rich.table import Table
 from rich.text import Text
 
-from hymba_tune.cli.screen import console
+from hymba_tune.cli.screen import HELP_FLAGS, console
 from hymba_tune.cli.settings import Overwrite, combine_for, find_recipe
 from hymba_tune.config import SFTConfig
 from hymba_tune.errors import command
@@ -17,6 +17,7 @@ from hymba_tune.recipes import packaged
 
 recipes = App(
     name="recipes",
+    help_flags=HELP_FLAGS,
     help="List the packaged recipes, show or copy one, or check one of your own.\n\n"
     "Example: hymba-tune recipes copy sft_lora my.yaml",
 )

@@ -45,6 +45,7 @@ PREFERENCE_COLUMNS = {"step": 11, "loss": 7, "eval": 9, "margin": 8, "acc": 6, "
 """The columns of preference training."""
 REWARD_COLUMNS = {"step": 11, "loss": 7, "reward": 8, "eval": 9, "equal": 7, "tokens": 8, "left": 8}
 """The columns of training from rewards."""
+HELP_FLAGS = ("--help", "-h", "--help-all")
 QUIET_SECONDS = 2.0
 """The shortest work whose progress is worth showing."""
 LOADING = "loading torch and transformers"

@@ -17,12 +17,12 @@ from rich.text import Text
 from hymba_tune.cli.other_tools import nearest_value, other_flag
 from hymba_tune.cli.screen import error_console
 from hymba_tune.config import Config, TrainingConfig
-from hymba_tune.config.groups import RESULT, RUN
+from hymba_tune.config.groups import FIRST, RESULT, RUN
 from hymba_tune.errors import ConfigError, command, did_you_mean, shortened
 
 C = TypeVar("C", bound=Config)
-Recipe = Annotated[str | None, Parameter(group=RUN)]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", group=RESULT)]
+Recipe = Annotated[str | None, Parameter(group=(RUN, FIRST))]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", group=(RESULT, FIRST))]
 Overwrite = Annotated[bool, Parameter(negative="", group=RESULT)]
 CHOICES = ("enum", "literal_error")
 """Kinds of errors of settings that have a few values."""

@@ -180,7 +180,8 @@ class Config(BaseModel):
     """Base class of all settings. Unknown keys are errors, and values are also validated on assignment."""
 
     group: ClassVar[Group]
-    """The `--help` group of the settings that a class adds. A redefined setting keeps its first group."""
+    """The `--help` group of the settings that a class adds. A redefined setting keeps its first group, and its
+    description if it gets no other."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -189,8 +190,11 @@ class Config(BaseModel):
             bases = (base for base in reversed(cls.__mro__) if issubclass(base, Config))
             first = next(base for base in bases if name in base.__annotations__)
             field = cls.model_fields[name]
+            field.description = field.description or first.model_fields[name].description
+            tags = [tag for tag in field.metadata if isinstance(tag, Group)]
             # The source's line breaks would show in --help.
-            field.metadata.append(Parameter(group=first.group, help=" ".join((field.description or "").split())))
+            text = " ".join((field.description or "").split())
+            field.metadata.append(Parameter(group=(first.group, *tags), help=text))
 
     @classmethod
     def kinds(cls) -> Iterator[type[Config]]:

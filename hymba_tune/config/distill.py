@@ -11,8 +11,8 @@ from cyclopts import Group
 from pydantic import BeforeValidator, Field, model_validator
 
 from hymba_tune.config.base import LIST, NATS_PER_TOKEN, Config, Method, Names, Pairs, Scheme, Verb
-from hymba_tune.config.distributed import LaunchOptions
-from hymba_tune.config.groups import DATA, DISTILLATION, TEACHER
+from hymba_tune.config.distributed import Count, LaunchOptions
+from hymba_tune.config.groups import DATA, DISTILLATION, FIRST, TEACHER
 from hymba_tune.config.options import KeptDataOptions, ModelOptions, OutputOptions
 from hymba_tune.config.verbs import TrainingConfig
 from hymba_tune.errors import did_you_mean
@@ -66,7 +66,7 @@ class TeacherOptions(Config):
 
     group: ClassVar[Group] = TEACHER
 
-    teacher: str = ""
+    teacher: Annotated[str, FIRST] = ""
     """Teacher: a Hub id, an alias (llama-3.2-3b, qwen2.5-7b-instruct, …), a folder, a run directory, or the URL of an
     OpenAI-compatible server (http://…)."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -130,7 +130,7 @@ class DistillConfig(TeacherOptions, TrainingConfig, KeptDataOptions):
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
-    loss: Names = Field(default_factory=lambda: ["auto"])
+    loss: Annotated[Names, FIRST] = Field(default_factory=lambda: ["auto"])
     """Losses, with weights if there are several: --loss kl=1 alm=0.5. For one tokenizer: kl, reverse-kl, jsd. For any
     two: projection, alm, uld. ce is cross-entropy on the data alone; with seq, the teacher first rewrites the answers
     of --data. With projection, alm applies only where no projected target exists. auto is projection and alm if the
@@ -263,6 +263,10 @@ class DistillCaptureConfig(LaunchOptions, OutputOptions, TeacherOptions, KeptDat
 
     group: ClassVar[Group] = DATA
 
+    teacher_quantize: Annotated[Scheme | None, FIRST] = None
+    teacher_cache: Annotated[Path | None, FIRST] = None
+    top_k: Annotated[int, FIRST] = Field(default=64, ge=1)
+    nproc: Annotated[Count, FIRST] = "1"
     seed: int = Field(default=0, ge=0)
     """Random seed of the held-out rows, and of the rows drawn from sources with a weight below 1. Use that of the
     training run."""

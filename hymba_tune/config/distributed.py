@@ -33,6 +33,7 @@ def _checked_address(value: str) -> str:
 
 Count = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_count)]
 Address = Annotated[str, AfterValidator(_checked_address)]
+Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
 
 
 class LaunchOptions(Config):
@@ -74,7 +75,7 @@ class DistributedOptions(LaunchOptions):
 
     group: ClassVar[Group] = DISTRIBUTED
 
-    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    strategy: Strategy = "ddp"
     """What the processes share: ddp copies the model to each; fsdp (FSDP2) and zero3 divide weights, gradients and
     optimizer states; zero2 divides the last two. For an adapter, ddp is the fastest."""
     global_batch: int | None = Field(default=None, ge=1)

@@ -28,3 +28,6 @@ EVALUATION = _next("Evaluation")
 RUN = _next("Run")
 COMPUTING = _next("Computing")
 DISTRIBUTED = _next("Distributed")
+FIRST = Group("First", show=False)
+"""Tag of the settings that `--help` shows of a verb with many flags: ``lr: Annotated[float, FIRST]``. A setting that a
+verb redefines needs it again. `--help-all` shows all."""

@@ -11,7 +11,7 @@ from cyclopts import Group
 from pydantic import Field, model_validator
 
 from hymba_tune.config.base import LIST, Method, Names, Verb
-from hymba_tune.config.groups import REWARDS
+from hymba_tune.config.groups import FIRST, REWARDS
 from hymba_tune.config.options import KeptDataOptions
 from hymba_tune.config.verbs import TrainingConfig
 from hymba_tune.errors import did_you_mean
@@ -87,7 +87,7 @@ class GRPOConfig(TrainingConfig, KeptDataOptions):
         figures=("answer_tokens",),
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-5, Method.dora: 2e-5, Method.full: 1e-6}
-    reward: Names = Field(default_factory=list)
+    reward: Annotated[Names, FIRST] = Field(default_factory=list)
     """Rewards of an answer, added up: exact, number, gsm8k or choice (1 where it agrees with the reference in the whole
     text, the last number, the number after ####, the last letter), regex=PATTERN (in the last match, or its first
     group), format or format=PATTERN (1 where the whole answer has this form; default: <think>…</think> and an answer),
@@ -95,9 +95,9 @@ class GRPOConfig(TrainingConfig, KeptDataOptions):
     function in a Python file of yours, whose code is run."""
     reward_weights: Annotated[list[float], LIST] = Field(default_factory=list)
     """Weight of each reward. Default: 1."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: Annotated[int, FIRST] = Field(default=8, ge=2)
     """Answers that are sampled for each prompt and compared with each other."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: Annotated[int, FIRST] = Field(default=256, ge=1)
     """Maximum tokens of an answer; prompts have the rest of --max-length."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
@@ -121,9 +121,9 @@ class GRPOConfig(TrainingConfig, KeptDataOptions):
     """Another bound above 1 (0.28 in DAPO, 5 for the cispo loss). Default: epsilon."""
     mask_cut: bool = False
     """Leave answers that were cut at --max-new-tokens out of the loss."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
     """Peak learning rate. Default: 2e-5 for an adapter, 1e-6 for full training."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, FIRST] = Field(default=8, ge=1)
     """Answers in a batch on each device."""
     grad_accum: int = Field(default=4, ge=1)
     """Gradient accumulation: batches in an optimizer step. A step has batch size × accumulation answers, to as many

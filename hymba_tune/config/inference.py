@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 from pydantic import Field
 
 from hymba_tune.config.base import Comparison, Learn, Names, OnBadRow, Origins, Pairs
-from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, SERVER
+from hymba_tune.config.groups import ANSWERS, DATA, EVALUATION, FIRST, SERVER
 from hymba_tune.config.options import (
     CheckpointChoice,
     DecodingOptions,
@@ -58,7 +58,7 @@ class ScoringOptions(ReadingOptions):
 
     group: ClassVar[Group] = DATA
 
-    data: Names = Field(default_factory=list)
+    data: Annotated[Names, FIRST] = Field(default_factory=list)
     """Data, as for sft --data."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """What to do with a row that cannot be used: stop, or skip it."""
@@ -73,33 +73,33 @@ class EvalConfig(ScoringOptions, OutputOptions, GenerationOptions):
 
     model: Annotated[str, Parameter(parse=False)] = ""
     """The model."""
-    against: Names = Field(default_factory=list)
+    against: Annotated[Names, FIRST] = Field(default_factory=list)
     """Further models to evaluate in the same way, for comparison."""
-    base: bool = Field(default=False)
+    base: Annotated[bool, FIRST] = Field(default=False)
     """Also evaluate the model that the adapter was trained on, for comparison."""
-    data: Names = Field(default_factory=list)
+    data: Annotated[Names, FIRST] = Field(default_factory=list)
     """Data for loss, perplexity and bits per byte, as for sft --data."""
-    max_rows: int | None = Field(default=None, ge=1)
+    max_rows: Annotated[int | None, FIRST] = Field(default=None, ge=1)
     """Maximum rows of each source of --data, and examples of each task."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, FIRST] = Field(default=8, ge=1)
     """Texts to compute at a time."""
-    answers: Comparison | None = None
+    answers: Annotated[Comparison | None, FIRST] = None
     """Let the model answer the prompts of --data and compare with the reference answers: by the number after ####
     (gsm8k), the last number (number) or the whole answer (exact)."""
-    extract: str | None = None
+    extract: Annotated[str | None, FIRST] = None
     """As --answers, by a regular expression: compares its last match, or the first group of that match."""
-    max_new_tokens: int = Field(default=512, ge=1)
+    max_new_tokens: Annotated[int, FIRST] = Field(default=512, ge=1)
     """Maximum tokens of an answer."""
-    save_answers: Path | None = None
+    save_answers: Annotated[Path | None, FIRST] = None
     """Write the answers to this file (.jsonl, one row per question)."""
-    tasks: Names = Field(default_factory=list)
+    tasks: Annotated[Names, FIRST] = Field(default_factory=list)
     """Names of lm-eval tasks, or folders of tasks (their Python code is run): --tasks arc_easy my-tasks/ (needs the
     extra eval)."""
-    fewshot: int | None = Field(default=None, ge=0)
+    fewshot: Annotated[int | None, FIRST] = Field(default=None, ge=0)
     """Solved examples before each question of a task. Default: the task's own number."""
     as_chat: bool = False
     """Apply the model's chat template to the questions of tasks."""
-    out: Path | None = None
+    out: Annotated[Path | None, FIRST] = None
     """Write the results to this file as JSON."""
 
 

@@ -25,7 +25,7 @@ from hymba_tune.config.base import (
     Tracker,
     Weights,
 )
-from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, MODEL, RESULT, RUN, TRAINING
+from hymba_tune.config.groups import ADAPTER, COMPUTING, DATA, EVALUATION, FIRST, MODEL, RESULT, RUN, TRAINING
 
 
 class ModelChoice(Config):
@@ -33,7 +33,7 @@ class ModelChoice(Config):
 
     group: ClassVar[Group] = MODEL
 
-    model: str = "nvidia/Hymba-1.5B-Base"
+    model: Annotated[str, FIRST] = "nvidia/Hymba-1.5B-Base"
     """A Hub id, an alias (hymba-1.5b, hymba-1.5b-instruct, hymba-nano), a folder, or a run directory."""
 
 
@@ -83,7 +83,7 @@ class ReadingOptions(Config):
 
     group: ClassVar[Group] = DATA
 
-    map: Pairs = Field(default_factory=list)
+    map: Annotated[Pairs, FIRST] = Field(default_factory=list)
     """Column and role names that differ: --map prompt=question --map completion=answer --map role.bot=assistant."""
     chat_template: str | None = None
     """Chat template: hymba, alpaca, or a Jinja file. Default: the model's own, or hymba."""
@@ -91,7 +91,7 @@ class ReadingOptions(Config):
     """Compute the loss on all answers of a conversation, or only on the last."""
     escape_special_tokens: bool = False
     """Write special tokens inside texts as plain text, with a space in them, so that they end no answer."""
-    max_length: int = Field(default=2048, ge=8)
+    max_length: Annotated[int, FIRST] = Field(default=2048, ge=8)
     """Maximum tokens of a row; longer rows are cut (common: 512 to 8192)."""
 
 
@@ -109,7 +109,7 @@ class SourceOptions(Config):
 
     group: ClassVar[Group] = DATA
 
-    data: Names = Field(default_factory=list)
+    data: Annotated[Names, FIRST] = Field(default_factory=list)
     """JSONL, JSON, CSV or Parquet files, a mix of them (.yaml), a Hub dataset id, or demo (packaged)."""
     weights: Weights = Field(default_factory=list)
     """Sampling weight of each source of --data: 0.3 keeps 30 % of its rows, 2.5 repeats rows 2.5 times on average."""
@@ -122,7 +122,7 @@ class HeldOutOptions(Config):
 
     group: ClassVar[Group] = EVALUATION
 
-    eval_data: Names = Field(default_factory=list)
+    eval_data: Annotated[Names, FIRST] = Field(default_factory=list)
     """Held-out data in the same formats. Default: a split of --data."""
     eval_split: Fraction = 0.05
     """Share of --data to hold out if there is no --eval-data; 0 trains on everything."""
@@ -153,11 +153,11 @@ class AdapterOptions(Config):
 
     group: ClassVar[Group] = ADAPTER
 
-    method: Method = Method.lora
+    method: Annotated[Method, FIRST] = Method.lora
     """lora, dora (LoRA with learned magnitudes), or full (every weight)."""
-    quantize: Scheme | None = None
+    quantize: Annotated[Scheme | None, FIRST] = None
     """Quantize the base model's weights (QLoRA): nf4 (4 bits; best), fp4 or int8."""
-    rank: int = Field(default=16, ge=1)
+    rank: Annotated[int, FIRST] = Field(default=16, ge=1)
     """Rank of the adapter (common: 8 to 64)."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """LoRA alpha; the update is scaled by alpha / rank. Default: twice the rank."""
@@ -178,18 +178,18 @@ class TrainingOptions(Config):
 
     group: ClassVar[Group] = TRAINING
 
-    epochs: float = Field(default=1.0, gt=0, le=1e6)
+    epochs: Annotated[float, FIRST] = Field(default=1.0, gt=0, le=1e6)
     """Passes over the data; ignored with --steps."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: Annotated[int | None, FIRST] = Field(default=None, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, FIRST] = Field(default=8, ge=1)
     """Rows in a batch on each device."""
-    grad_accum: int = Field(default=1, ge=1)
+    grad_accum: Annotated[int, FIRST] = Field(default=1, ge=1)
     """Gradient accumulation: batches in an optimizer step."""
     packing: bool = False
     """Pack whole documents into rows of --max-length, for steps of even size. No document sees another. Padding costs
     nothing here, packed or not."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
     """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for full training."""
     lr_meta: float | None = Field(default=None, gt=0)
     """Separate peak learning rate of the meta tokens, or of their adapter."""
@@ -219,7 +219,7 @@ class TrainingOptions(Config):
     or near that of a uniform guess."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """NEFTune: scale of the noise on the embeddings during training (common: 5 to 15)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FIRST] = False
     """Recompute activations instead of storing them: less memory, about a third more time."""
     activation_offload: bool = False
     """Store activations in CPU memory instead of GPU memory. CUDA only."""
@@ -246,7 +246,7 @@ class AnswerOptions(Config):
 
     group: ClassVar[Group] = EVALUATION
 
-    answers: Comparison | None = None
+    answers: Annotated[Comparison | None, FIRST] = None
     """Answer the prompts of the held-out data before and after training, and count the right answers: by what follows
     #### (gsm8k), by the last number, or by the whole answer (exact). Needs --eval-data, or data that comes with it."""
 
@@ -256,13 +256,13 @@ class RunOptions(Config):
 
     group: ClassVar[Group] = RUN
 
-    out: Path | None = None
+    out: Annotated[Path | None, FIRST] = None
     """Run directory. Default: runs/MODEL-DATA-TIME."""
     overwrite: bool = Field(default=False, exclude=True)
     """Replace the run in --out once the new run has its first checkpoint. Only runs are ever replaced."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, FIRST] = None
     """Run directory to resume, from its last complete checkpoint."""
-    dry_run: bool = Field(default=False, exclude=True)
+    dry_run: Annotated[bool, FIRST] = Field(default=False, exclude=True)
     """Do everything except training: checks, data, memory, steps. Leaves no files."""
     log_every: int | None = Field(default=None, ge=1)
     """Steps between two rows of the table. Default: 10, or a fifth of a short run."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from cyclopts import Group
 from pydantic import Field, model_validator
 
 from hymba_tune.config.base import Accuracy, Method, Verb
-from hymba_tune.config.groups import PREFERENCES
+from hymba_tune.config.groups import FIRST, PREFERENCES
 from hymba_tune.config.verbs import PreferenceConfig
 
 
@@ -28,9 +28,9 @@ class ORPOConfig(PreferenceConfig):
         figures=("accuracy", "margin"),
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 1e-4, Method.dora: 1e-4, Method.full: 8e-6}
-    beta: float = Field(default=0.1, gt=0)
+    beta: Annotated[float, FIRST] = Field(default=0.1, gt=0)
     """Weight of the odds ratio, relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to 1)."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
     """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training."""
 
     @model_validator(mode="after")

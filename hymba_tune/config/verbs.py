@@ -24,8 +24,8 @@ from hymba_tune.config.base import (
     Start,
     Verb,
 )
-from hymba_tune.config.distributed import DistributedOptions
-from hymba_tune.config.groups import COMPUTING, PREFERENCES, RESULT
+from hymba_tune.config.distributed import Count, DistributedOptions, Strategy
+from hymba_tune.config.groups import COMPUTING, FIRST, PREFERENCES, RESULT
 from hymba_tune.config.options import (
     AdapterOptions,
     AnswerOptions,
@@ -40,6 +40,8 @@ from hymba_tune.config.options import (
     RunOptions,
     TrainingOptions,
 )
+
+HIDDEN = Parameter(show=False)
 
 
 class TrainingConfig(
@@ -149,6 +151,17 @@ class SFTConfig(TrainingConfig, AnswerOptions, KeptDataOptions):
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
 
+class PlanConfig(SFTConfig):
+    """Settings of `hymba-tune plan`: those of a run. What concerns its output is accepted, and has no effect."""
+
+    nproc: Annotated[Count, FIRST] = "1"
+    strategy: Annotated[Strategy, FIRST] = "ddp"
+    out: Annotated[Path | None, HIDDEN] = None
+    overwrite: Annotated[bool, HIDDEN] = Field(default=False, exclude=True)
+    resume: Annotated[Path | None, HIDDEN] = None
+    dry_run: Annotated[bool, HIDDEN] = Field(default=False, exclude=True)
+
+
 class PreferenceConfig(TrainingConfig, KeptDataOptions):
     """Settings of the verbs that train on preferences."""
 
@@ -167,7 +180,7 @@ class ReferenceConfig(PreferenceConfig):
     group: ClassVar[Group] = PREFERENCES
 
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 5e-5, Method.dora: 5e-5, Method.full: 1e-6}
-    beta: float = Field(default=0.1, gt=0)
+    beta: Annotated[float, FIRST] = Field(default=0.1, gt=0)
     """Strength of the penalty on divergence from the reference (common: 0.01 to 0.5); tau of the ipo loss."""
     start: Start = Start.merge
     """Start from a run: merge its adapter, then train a new one (the reference is the run's model); or continue its
@@ -176,7 +189,7 @@ class ReferenceConfig(PreferenceConfig):
     """Source of the reference's log-probabilities: adapter-off computes them with each batch, with the adapter
     disabled; precompute computes them once before training. Default: precompute if there is no new adapter to disable
     (--method full, --start continue), else adapter-off."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
     """Peak learning rate. Default: 5e-5 for an adapter, 1e-6 for full training."""
 
     @property
@@ -209,22 +222,25 @@ class DPOConfig(ReferenceConfig):
         accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
         figures=("accuracy", "margin"),
     )
-    loss: Literal[
-        "sigmoid",
-        "sigmoid_norm",
-        "hinge",
-        "ipo",
-        "robust",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sft",
+    loss: Annotated[
+        Literal[
+            "sigmoid",
+            "sigmoid_norm",
+            "hinge",
+            "ipo",
+            "robust",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sft",
+        ],
+        FIRST,
     ] = "sigmoid"
     """Loss, by TRL's names: sigmoid is DPO's own; robust tolerates swapped pairs (--label-smoothing)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -253,7 +269,7 @@ class KTOConfig(ReferenceConfig):
         accuracy=Accuracy("answers", "classified correctly", chance=None),
         figures=("accuracy", "margin"),
     )
-    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    loss: Annotated[Literal["kto", "apo_zero_unpaired"], FIRST] = "kto"
     """Loss, by TRL's names."""
     desirable_weight: float = Field(default=1.0, gt=0)
     """Weight of good answers. The KTO paper recommends weight × number of 1 to 4/3 times that of bad answers."""

@@ -2,71 +2,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cyclopts import App
 
 import hymba_tune
-from hymba_tune.cli.main import VERBS, app, main
+from hymba_tune.cli.main import main
 from hymba_tune.errors import ConfigError
 from tests.cli.conftest import Command
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-
-
-@pytest.mark.parametrize("verb", ["sft", "chat", "merge", "plan"])
-def test_help_of_a_verb_shows_an_example(verb: str, command: Command) -> None:
-    result = command(verb, "--help")
-    assert result.code == 0
-    assert f"Example: hymba-tune {verb} " in result.out
-    assert "--model" in result.out
-
-
-def verbs(app: App, *path: str) -> Iterator[tuple[str, App]]:
-    for name in app:
-        if not name.startswith("-"):
-            yield " ".join((*path, name)), app[name]
-            yield from verbs(app[name], *path, name)
-
-
-def test_every_flag_of_every_verb_stands_in_a_group() -> None:
-    """Those of function parameters as well, which no class of settings groups."""
-    groups_by_flag = {
-        f"{path} {argument.name}": [group.name for group in argument.parameter.group]
-        for path, verb in verbs(app)
-        if verb.default_command
-        for argument in verb.assemble_argument_collection()
-        if argument.index is None and argument.show
-    }
-    assert {
-        name: groups for name, groups in groups_by_flag.items() if len(groups) != 1 or groups == ["Parameters"]
-    } == {}
-    sft = [groups[0] for name, groups in groups_by_flag.items() if name.startswith("sft ")]
-    assert set(sft) == {"Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing", "Distributed"}
-    # Settings that a verb changes stay where they are.
-    assert (groups_by_flag["dpo --lr"], groups_by_flag["eval --score"], groups_by_flag["merge --dtype"]) == (
-        ["Training"],
-        ["Data"],
-        ["Computing"],
-    )
-
-
-def test_help_begins_with_what_is_needed_first(command: Command) -> None:
-    titles = re.findall(r"╭─ (\w+) ─", command("sft", "--help").out)
-    assert titles == ["Model", "Data", "Training", "Adapter", "Evaluation", "Run", "Computing", "Distributed"]
-
-
-def test_help_names_the_verbs_and_something_to_try(command: Command) -> None:
-    for words in ([], ["--help"]):
-        result = command(*words)
-        assert result.code == 0
-        assert all(verb in result.out for verb in ("sft", "chat", "merge"))
-        assert "Try it: hymba-tune sft --model hymba-nano --data demo" in result.out
 
 
 @pytest.mark.parametrize(("own", "limit"), [(None, "64"), ("7", "7")])
@@ -85,18 +32,6 @@ def test_version(command: Command) -> None:
         assert command(word).out.strip() == hymba_tune.__version__
 
 
-def test_help_is_also_a_verb(command: Command) -> None:
-    assert command("help").out == command("--help").out
-    assert command("help", "sft").out == command("sft", "help").out == command("sft", "--help").out
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_summary_of_a_verb_begins_its_help(verb: str, command: Command) -> None:
-    help_of_verb = " ".join(command(verb, "--help").out.split())
-    assert f"hymba-tune {verb}" in help_of_verb
-    assert VERBS[verb] in help_of_verb
-
-
 LARGE = {"torch", "transformers", "peft", "trl", "datasets", "pandas", "pyarrow", "huggingface_hub", "matplotlib"}
 IMPORTED = """
 import sys
@@ -112,6 +47,7 @@ print(*sorted(sys.modules), file=sys.stderr)
     [
         ("--help", ""),
         ("sft --help", ""),
+        ("sft --help-all", ""),
         ("sft --rank 0", ""),
         ("sft --learning-rate 1", ""),
         ("sft", ""),
