@@ -194,6 +194,7 @@ def test_json_document_that_cannot_be_used_says_why(tmp_path: Path, content: byt
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.parquet", b"not parquet"), ("a.parquet", b""), ("a.jsonl.gz", gzip.compress(b"\n".join(LINES))[:-12])],
+    ids=["not Parquet", "empty", "cut"],  # the time of compression is in the content
 )
 def test_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(DataError, match=rf"Cannot read .*{name}: "):
