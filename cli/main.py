@@ -25,6 +25,7 @@ VERBS = {
     "dpo": "Train a model to prefer the better of two answers.",
     "kto": "Train a model on single answers that are labeled good or bad.",
     "orpo": "Train a model on pairs of a better and a worse answer, without a reference model.",
+    "reward": "Train a reward model: it scores texts, and learns from pairs of a better and a worse answer.",
     "grpo": "Train a model from rewards of answers that it samples itself, compared with reference answers.",
     "distill": "Distill a teacher into a model; the two tokenizers may differ.",
     "data": "Check, preview, convert and split data before training.",
@@ -40,8 +41,8 @@ VERBS = {
     "doctor": "Show this machine's hardware and libraries, the kernels that are used on it, and why others are not.",
 }
 """The verbs, with the first sentences of their help. Listing them imports none of them."""
-TAKE_DATA = ("sft", "dpo", "kto", "orpo", "grpo", "distill", "plan")
-IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "distill")
+TAKE_DATA = ("sft", "dpo", "kto", "orpo", "reward", "grpo", "distill", "plan")
+IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "reward", "distill")
 """Verbs that work in several processes together."""
 ANYWHERE = ("doctor", "recipes")
 """Verbs that do no work of which several processes would do the whole each."""

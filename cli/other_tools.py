@@ -158,7 +158,7 @@ def other_verb(word: str) -> ConfigError | None:
     usual = OTHER_VERBS.get(word.lower().lstrip("-"))
     if usual is None:
         return None
-    trains = "sft, dpo, kto, orpo, grpo and distill train" if usual[0].startswith("sft") else ""
+    trains = "sft, dpo, kto, orpo, reward, grpo and distill train" if usual[0].startswith("sft") else ""
     return ConfigError(f"There is no verb {word}.", expected=trains, fix=command(*usual[0].split()))
 
 

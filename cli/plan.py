@@ -41,7 +41,7 @@ def plan(
     config
         A recipe. Flags override it, as for the verb itself.
     verb
-        The verb to plan for, where no recipe names it: sft (default), dpo, kto, orpo, grpo or distill.
+        The verb to plan for, where no recipe names it: sft (default), dpo, kto, orpo, reward, grpo or distill.
     as_json
         Print the plan as JSON.
     """

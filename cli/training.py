@@ -111,11 +111,17 @@ def _show_result(run: Run, verb: Verb) -> None:
     _show_samples(run)
     for note in judge(RunRecord.read(run.path)).notes:
         console.print(f"\n {note}", markup=False)
+    console.print("\n " + "\n ".join(_next_steps(run, verb)), markup=False, soft_wrap=True)
+
+
+def _next_steps(run: Run, verb: Verb) -> list[str]:
     lines = [f"run directory        {run.path}", f"report               {run.path}/report.html"]
+    if verb.scores:
+        return [*lines, f"score texts with it  {run.path}/README.md"]
     lines.append(f"chat with it         {command('chat', run.path)}")
     if run.adapter.is_dir():
         lines.append(f"merge into one model {command('merge', run.path, '--out', f'{run.name}-merged')}")
-    console.print("\n " + "\n ".join(lines), markup=False, soft_wrap=True)
+    return lines
 
 
 def _show_samples(run: Run) -> None:

@@ -191,6 +191,12 @@ def load_config(source: ModelSource) -> Any:
         raise CheckpointError(f"{source.folder}/config.json cannot be used: {error}") from error
     if config.model_type != "hymba":
         raise CheckpointError(f"{source.name} is a {config.model_type} model.", expected="a Hymba model")
+    if any("Classification" in str(name) for name in config.architectures or []):
+        raise CheckpointError(
+            f"{source.name} is a model that scores texts and writes none, such as a reward model.",
+            expected="a model that writes",
+            fix="transformers loads it: see docs/preferences.md",
+        )
     stored_quantization(config)  # raises if another library quantized the model
     return config
 

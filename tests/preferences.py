@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig
+from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, RewardConfig
 from hymba_tune.train.orpo import run_orpo
 from hymba_tune.train.preference import run_dpo, run_kto
+from hymba_tune.train.reward import run_reward
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.runs import ANSWER_TOKENS
@@ -48,10 +49,10 @@ def save_labeled(path: Path, count: int = 24) -> Path:
 USUAL: dict[str, Any] = {"dtype": "float32", "rank": 4, "lr": 1e-2, "batch_size": 4, "steps": 2, "log_every": 1}
 
 
-RUNS: dict[type, Any] = {DPOConfig: run_dpo, KTOConfig: run_kto, ORPOConfig: run_orpo}
+RUNS: dict[type, Any] = {DPOConfig: run_dpo, KTOConfig: run_kto, ORPOConfig: run_orpo, RewardConfig: run_reward}
 
 
-def run_short(config: DPOConfig | KTOConfig | ORPOConfig, screen: Screen | None = None) -> Run:
+def run_short(config: DPOConfig | KTOConfig | ORPOConfig | RewardConfig, screen: Screen | None = None) -> Run:
     """A run with short sample answers."""
     with patch("hymba_tune.train.samples.SAMPLE_TOKENS", ANSWER_TOKENS):
         return RUNS[type(config)](config, screen or Screen())
@@ -70,3 +71,8 @@ def kto(model: Path, data: Path, out: Path, screen: Screen | None = None, **chan
 def orpo(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
     """Two steps of ORPO by default."""
     return run_short(ORPOConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)
+
+
+def reward(model: Path, data: Path, out: Path, screen: Screen | None = None, **changes: Any) -> Run:
+    """Two steps of a reward model by default."""
+    return run_short(RewardConfig(**{"model": str(model), "data": [str(data)], "out": out} | USUAL | changes), screen)

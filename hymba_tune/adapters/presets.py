@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hymba_tune.config import MetaTokens, Method
 from hymba_tune.errors import ConfigError, did_you_mean
+from hymba_tune.model import HymbaForSequenceClassification
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 PRESETS = {
@@ -46,7 +47,8 @@ def lora_config(
     """Return PEFT's configuration of an adapter.
 
     Args:
-        model: The Hymba model to adapt. Its weights are not read, so it may be on the meta device.
+        model: The Hymba model to adapt. Its weights are not read, so it may be on the meta device. The head of a
+            classifier is trained with the adapter.
         targets: One preset, or the ends of names of linear layers: `in_proj`, `x_proj.0`, `layers.3.mamba.in_proj`.
         method: The method: LoRA or DoRA.
         rank: The rank of every update.
@@ -67,7 +69,7 @@ def lora_config(
     if rows and not model.config.tie_word_embeddings:
         rows = {"embed_tokens": rows, "lm_head": rows}
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if isinstance(model, HymbaForSequenceClassification) else "CAUSAL_LM",
         target_modules=[*names, META_TOKENS] if meta_tokens == MetaTokens.lora else names,
         modules_to_save=[META_TOKENS] if meta_tokens == MetaTokens.full else None,
         r=rank,

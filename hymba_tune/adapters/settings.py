@@ -49,6 +49,12 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a LoRA adapter: its peft_type is {str(settings.get('peft_type'))[:80]}.", expected="LORA"
         )
+    if settings.get("task_type") == "SEQ_CLS":
+        raise CheckpointError(
+            f"{path.parent} is the adapter of a model that scores texts and writes none, such as a reward model.",
+            expected="an adapter of a model that writes",
+            fix="transformers and PEFT load it: see docs/preferences.md",
+        )
     check_initialization(settings, path.parent)
     _check_types(settings, path)
     _check_pattern(settings, path)

@@ -35,6 +35,7 @@ from hymba_tune.config.options import (
 )
 from hymba_tune.config.orpo import ORPOConfig
 from hymba_tune.config.quantize import QuantizeConfig
+from hymba_tune.config.reward import RewardConfig
 from hymba_tune.config.verbs import (
     DoctorConfig,
     DPOConfig,
@@ -86,6 +87,7 @@ __all__ = [
     "ReferenceConfig",
     "ReferenceSource",
     "RewardChoice",
+    "RewardConfig",
     "SFTConfig",
     "Scheme",
     "ServeConfig",

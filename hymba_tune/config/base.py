@@ -153,6 +153,7 @@ class Verb:
         logit_copies: The float32 copies of the logits of a whole batch that a step holds at its peak; 0 where the loss
             is computed in chunks of tokens.
         accuracy: Words for its accuracy; `None` if it measures none.
+        scores: Whether its model scores texts instead of writing them.
         figures: The held-out measures that a report shows with the losses: their columns without ``eval_``.
     """
 
@@ -162,6 +163,7 @@ class Verb:
     paired: bool
     logit_copies: int
     accuracy: Accuracy | None
+    scores: bool
     figures: tuple[str, ...]
 
     def __str__(self) -> str:

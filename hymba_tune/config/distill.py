@@ -126,7 +126,7 @@ class DistillConfig(TeacherOptions, TrainingConfig, KeptDataOptions):
     group: ClassVar[Group] = DISTILLATION
 
     verb: ClassVar[Verb] = Verb(
-        "distill", "Distillation", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+        "distill", "Distillation", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, scores=False, figures=()
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 

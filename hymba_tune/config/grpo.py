@@ -84,6 +84,7 @@ class GRPOConfig(TrainingConfig, KeptDataOptions):
         paired=False,
         logit_copies=0,
         accuracy=None,
+        scores=False,
         figures=("answer_tokens",),
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-5, Method.dora: 2e-5, Method.full: 1e-6}

@@ -25,6 +25,7 @@ class ORPOConfig(PreferenceConfig):
         paired=True,
         logit_copies=4,
         accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
+        scores=False,
         figures=("accuracy", "margin"),
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 1e-4, Method.dora: 1e-4, Method.full: 8e-6}

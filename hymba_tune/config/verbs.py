@@ -146,7 +146,7 @@ class SFTConfig(TrainingConfig, AnswerOptions, KeptDataOptions):
     """Settings of `hymba-tune sft`: supervised fine-tuning."""
 
     verb: ClassVar[Verb] = Verb(
-        "sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, figures=()
+        "sft", "Fine-tuning", NATS_PER_TOKEN, paired=False, logit_copies=0, accuracy=None, scores=False, figures=()
     )
     learning_rates: ClassVar[Mapping[Method, float]] = {Method.lora: 2e-4, Method.dora: 2e-4, Method.full: 2e-5}
 
@@ -220,6 +220,7 @@ class DPOConfig(ReferenceConfig):
         paired=True,
         logit_copies=0,
         accuracy=Accuracy("pairs", "ranked correctly", chance=0.5),
+        scores=False,
         figures=("accuracy", "margin"),
     )
     loss: Annotated[
@@ -267,6 +268,7 @@ class KTOConfig(ReferenceConfig):
         paired=False,
         logit_copies=0,
         accuracy=Accuracy("answers", "classified correctly", chance=None),
+        scores=False,
         figures=("accuracy", "margin"),
     )
     loss: Annotated[Literal["kto", "apo_zero_unpaired"], FIRST] = "kto"

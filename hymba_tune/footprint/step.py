@@ -147,7 +147,7 @@ class StepMemory:
         held = held_by_each(weights, sharding, moment_bytes=MOMENT_BYTES[optimizer], accumulates=accumulates)
         tied = loss.gradients  # of the head, to which the embedding's backward adds at the end
         around = self._around_layers(batch)
-        whole_logits = 4 * logit_copies * batch.places * self._base.lm_head.weight.shape[0]
+        whole_logits = 4 * logit_copies * batch.places * self._base.config.vocab_size
 
         # Each moment: gradients, activations, head.
         moments = [
@@ -252,6 +252,8 @@ class StepMemory:
         return self._counted[key]
 
     def _loss(self, learned: int) -> LossCost:
+        if not hasattr(self._base, "lm_head"):
+            return LossCost(0, 0)  # one score of each text
         weight = self._base.lm_head.weight  # outside of the block, as PEFT computes it if rows of it are trained
         with without_memory(self.dtype, own_kernels=self.own_kernels):
             return loss_cost(weight, learned)

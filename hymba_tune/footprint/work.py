@@ -221,13 +221,14 @@ def step_work(
         quantized: The bytes of each quantized layer, by its name.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, head = base.config, base.lm_head.weight  # here, as PEFT computes the head if rows of it are trained
+    config = base.config
+    head = base.lm_head.weight if hasattr(base, "lm_head") else None  # here, as PEFT computes it if rows are trained
     passes = (2, 1) if checkpointing else (1, 1)  # of the forward, of the backward
     texts = max(1, batch.tokens // batch.longest)
     # Layers that are alike take equally long.
     kinds = [(config.is_global(index), config.kv_source(index) == index) for index in range(config.num_hidden_layers)]
     with without_memory(dtype, own_kernels=own_kernels):
-        work = loss_work(head, max(1, batch.learned))
+        work = Work() if head is None else loss_work(head, max(1, batch.learned))
         for kind in dict.fromkeys(kinds):
             parts = layer_work(base.base_model, kinds.index(kind), texts, batch.longest)
             for times, part in zip(passes, parts, strict=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import (
@@ -12,9 +15,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from .autocast import at_least_float32, without_autocast
 from .cache import CACHE_NAME, HymbaCache
 from .configuration_hymba import HymbaConfig
-from .modeling_hymba import HymbaModel
+from .modeling_hymba import HymbaForCausalLM, HymbaModel
 from .pretrained import HymbaPreTrainedModel
 
 # Pipelines use these names to decide whether a model has their head.
@@ -27,6 +31,16 @@ def _with_named_outputs(_: nn.Module, inputs: tuple[Any, ...], options: dict[str
     return inputs, options | {"return_dict": True}
 
 
+class HymbaScore(nn.Linear):
+    """The output layer of a classifier, in float32: in bfloat16, texts of nearly the same score would be equal."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the scores ``(..., num_labels)`` of hidden states, in float32."""
+        with without_autocast(hidden.device.type):
+            bias = None if self.bias is None else at_least_float32(self.bias)
+            return linear(at_least_float32(hidden), at_least_float32(self.weight), bias)
+
+
 class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreTrainedModel):
     """Hymba that classifies or scores a text by its last token."""
 
@@ -36,8 +50,26 @@ class HymbaForSequenceClassification(GenericForSequenceClassification, HymbaPreT
         self.num_labels = config.num_labels
         self.model = HymbaModel(config)
         self.model.register_forward_pre_hook(_with_named_outputs, with_kwargs=True)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = HymbaScore(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @classmethod
+    def on_layers_of(cls, model: HymbaForCausalLM, num_labels: int) -> Self:
+        """Return a classifier that has the layers of another model, not copies of them, and a new head.
+
+        Args:
+            model: The other model, on any device; its weights may be quantized.
+            num_labels: The number of classes, or of scores.
+        """
+        config = copy.deepcopy(model.config)
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            classifier = cls(config)
+        classifier.model = model.model
+        classifier.model.register_forward_pre_hook(_with_named_outputs, with_kwargs=True)
+        classifier.score.to_empty(device=model.device)
+        classifier._init_weights(classifier.score)
+        return classifier
 
     def forward(
         self,

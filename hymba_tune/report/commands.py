@@ -35,6 +35,8 @@ def next_commands(record: RunRecord) -> dict[str, str]:
     commands = {}
     if any(record.path.glob("checkpoints/checkpoint-*")):
         commands["resume it"] = command(record.verb, "--resume", record.path)
+    if record.verb.scores:
+        return commands
     if any((record.path / folder).is_dir() for folder in ("adapter", "model")):
         commands["chat with it"] = command("chat", record.path)
     if (record.path / "adapter").is_dir():

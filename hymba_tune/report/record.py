@@ -164,7 +164,7 @@ def _verb(name: str) -> Verb:
     return (
         known[name].verb
         if name in known
-        else Verb(name, name, "", paired=False, logit_copies=0, accuracy=None, figures=())
+        else Verb(name, name, "", paired=False, logit_copies=0, accuracy=None, scores=False, figures=())
     )
 
 

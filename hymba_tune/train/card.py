@@ -47,9 +47,31 @@ def write_card(run: Run, config: TrainingConfig, summary: Sequence[str]) -> None
         f"Data: {data['rows']:,} rows; {' · '.join(summary)}; SHA-256 of the encoded rows {data['fingerprint']}.",
         f"Training: {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens; all settings are in config.yaml.",
         "",
-        f"The {trained}/ folder holds the {trained}. Chat with it: `{command('chat', run.path)}`",
+        f"The {trained}/ folder holds the {trained}. {_how_to_use(run, config, trained)}",
     ]
     write_text(run.path / "README.md", "\n".join(lines) + "\n")
+
+
+def _how_to_use(run: Run, config: TrainingConfig, trained: str) -> str:
+    if not config.verb.scores:
+        return f"Chat with it: `{command('chat', run.path)}`"
+    options = "" if trained == "model" else ", num_labels=1"
+    loader = {
+        "model": "from transformers import AutoModelForSequenceClassification as Model, AutoTokenizer",
+        "adapter": "from peft import AutoPeftModelForSequenceClassification as Model\n"
+        "from transformers import AutoTokenizer",
+    }
+    return f"""It gives a conversation with its answer one score, the higher the better:
+```python
+import hymba_tune  # transformers' Auto classes now know Hymba
+{loader[trained]}
+
+folder = {str(run.path / trained)!r}
+model, tokenizer = Model.from_pretrained(folder{options}).eval(), AutoTokenizer.from_pretrained(folder)
+conversation = [{{"role": "user", "content": "Who are you?"}}, {{"role": "assistant", "content": "A reward model."}}]
+text = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+print(model(**text).logits.item())
+```"""
 
 
 def _table(first: MetricsRow, last: MetricsRow) -> list[str]:

@@ -35,6 +35,7 @@ from hymba_tune.errors import ConfigError, DataError
 from hymba_tune.files import atomic_folder
 from hymba_tune.files.checkpoints import step_of
 from hymba_tune.memory import keep_freed_memory
+from hymba_tune.model import HymbaForSequenceClassification
 from hymba_tune.registry import ModelSource, loadable_name
 from hymba_tune.train.arguments import global_batch, learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
@@ -223,9 +224,11 @@ def _open(setup: Setup) -> PreTrainedModel:
     source = _base(setup)
     quantization = setup.quantization.while_loading if setup.quantization else None
     model = open_model(source, dtype=setup.weights_dtype, device=setup.device, quantization=quantization)
-    model.name_or_path, revision = loadable_name(setup.base)  # PEFT records it with the adapter
     if setup.added_tokens:
         widen_vocabulary(model, setup.model_config.vocab_size)
+    if config.verb.scores:
+        model = HymbaForSequenceClassification.on_layers_of(model, num_labels=1)
+    model.name_or_path, revision = loadable_name(setup.base)  # PEFT records it with the adapter
     if setup.continues and setup.source.adapter:
         adapted = load_adapter(model, setup.source.adapter, trainable=True)
         restrict_rows(adapted, config.targets)

@@ -138,7 +138,7 @@ class PreferenceTask(Generic[P]):
                 setup.tokenizer,
                 paired=config.verb.paired,
                 seed=config.seed,
-                prompts=SAMPLES,
+                prompts=0 if config.verb.scores else SAMPLES,
                 working=screen.working,
             )
         report = data.report

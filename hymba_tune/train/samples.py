@@ -34,6 +34,8 @@ def answer_samples(setup: Setup, data: Data, model: PreTrainedModel, when: str, 
     """
     path = setup.run.path / "samples.json"
     prompts = data.prompts[:SAMPLES]
+    if not prompts:
+        return
     most = setup.config.max_new_tokens if isinstance(setup.config, GRPOConfig) else SAMPLE_TOKENS
     samples: list[dict[str, str]] = read_json(path, list) or []
     if len(samples) != len(prompts) or not all(isinstance(sample, dict) for sample in samples):

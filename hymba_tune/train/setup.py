@@ -43,6 +43,7 @@ from hymba_tune.distributed.processes import agree, first_of_node, from_main, jo
 from hymba_tune.errors import ConfigError, command
 from hymba_tune.evaluate.questions import Extraction
 from hymba_tune.inputs import check_inputs
+from hymba_tune.model import HymbaForSequenceClassification
 from hymba_tune.model.backends import Choice
 from hymba_tune.registry import ModelSource, lasting_name, resolve_model
 from hymba_tune.schemes import WeightQuantization, decide_quantization, stored_quantization
@@ -244,6 +245,8 @@ def lay_out(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        if config.verb.scores:
+            model = HymbaForSequenceClassification.on_layers_of(model, num_labels=1)
         if config.method is not Method.full:
             model = add_adapter(model, adapter_config(config, model, added_tokens), config.targets)
     return model

@@ -100,7 +100,7 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
         (["sfft"], 'Did you mean "sft"?'),
         (
             ["train"],
-            "There is no verb train.\n  expected   sft, dpo, kto, orpo, grpo and distill train\n"
+            "There is no verb train.\n  expected   sft, dpo, kto, orpo, reward, grpo and distill train\n"
             "  to fix     hymba-tune sft",
         ),
         (["generate"], "There is no verb generate.\n  to fix     hymba-tune chat MODEL"),

@@ -27,7 +27,9 @@ def test_a_new_verb_is_found_by_its_name() -> None:
     class Trial(DPOConfig):
         """Settings of a verb that is not part of the kit."""
 
-        verb: ClassVar[Verb] = Verb("trial", "A trial", "", paired=True, logit_copies=0, accuracy=None, figures=())
+        verb: ClassVar[Verb] = Verb(
+            "trial", "A trial", "", paired=True, logit_copies=0, accuracy=None, scores=False, figures=()
+        )
 
     try:
         assert TrainingConfig.of("trial") is Trial

@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 import torch
 
-from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, SFTConfig, TrainingConfig
+from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from hymba_tune.footprint import Footprint
 from hymba_tune.train import flow
 from hymba_tune.train.memory_estimate import MemoryEstimate
 from hymba_tune.train.orpo import run_orpo
 from hymba_tune.train.preference import run_dpo, run_kto
+from hymba_tune.train.reward import run_reward
 from hymba_tune.train.screen import Screen
 from hymba_tune.train.sft import run_sft
 from tests.train.processes import FORKS, TIMEOUT_SECONDS
@@ -78,7 +79,13 @@ def _as_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[...
         pipe.send(error)
 
 
-RUNS: dict[type, Any] = {SFTConfig: run_sft, DPOConfig: run_dpo, KTOConfig: run_kto, ORPOConfig: run_orpo}
+RUNS: dict[type, Any] = {
+    SFTConfig: run_sft,
+    DPOConfig: run_dpo,
+    KTOConfig: run_kto,
+    ORPOConfig: run_orpo,
+    RewardConfig: run_reward,
+}
 
 
 def train(config: TrainingConfig, screen: Screen | None = None) -> None:

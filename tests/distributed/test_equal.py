@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, SFTConfig, TrainingConfig
+from hymba_tune.config import DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from hymba_tune.train.run import Run
 from tests.distributed.processes import in_processes, train
 from tests.preferences import save_labeled, save_pairs
@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[type[TrainingConfig], int, dict[str, Any]]] = {
     "kto": (KTOConfig, 4, ACROSS_AN_EPOCH),
     "kto, precomputed": (KTOConfig, 4, {"reference": "precompute", "steps": 3}),
     "orpo": (ORPOConfig, 4, ACROSS_AN_EPOCH),
+    "reward": (RewardConfig, 4, ACROSS_AN_EPOCH),
 }
 """The settings of each kind of training, and its rows at a time, over all processes."""
 SAVE: dict[type, Any] = {
@@ -42,6 +43,7 @@ SAVE: dict[type, Any] = {
     DPOConfig: save_pairs,
     KTOConfig: save_labeled,
     ORPOConfig: save_pairs,
+    RewardConfig: save_pairs,
 }
 
 

@@ -28,7 +28,7 @@ from hymba_tune.train.preference import run_dpo
 from hymba_tune.train.resuming import resume_config
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import MetricsRow, Screen
-from tests.preferences import dpo, kto, orpo, run_short, save_labeled, save_pairs
+from tests.preferences import dpo, kto, orpo, reward, run_short, save_labeled, save_pairs
 from tests.runs import merge_run, same_tensors, tensors
 
 
@@ -189,6 +189,7 @@ METHODS: dict[str, tuple[Callable[..., Run], dict[str, Any]]] = {
     "full": (dpo, {"method": "full", "lr": 1e-3}),
     "continue": (dpo, {"start": "continue"}),
     "orpo": (orpo, {"lora_dropout": 0.3, "grad_accum": 2}),
+    "reward": (reward, {"grad_accum": 2}),
 }
 
 
