@@ -164,4 +164,6 @@ def test_nothing_is_installed_beside_the_package() -> None:
 
 
 def test_version_is_one() -> None:
-    assert PROJECT["project"]["version"] == hymba_tune.__version__
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "hymba_tune.__version__"}
+    assert distribution("hymba-tune").version == hymba_tune.__version__

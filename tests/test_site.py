@@ -10,6 +10,7 @@ from hymba_tune import config
 from hymba_tune.cli.main import VERBS
 from hymba_tune.config import Config
 from hymba_tune.recipes import packaged
+from release.address import address
 from website import links, reference
 from website.environment import described, in_the_code
 from website.settings import commands, prose
@@ -96,8 +97,8 @@ def test_navigation_has_every_page_of_the_reference() -> None:
         ("how-to/serve.md", "../../README.md", "../index.md"),
         ("changelog.md", "docs/data.md", "data.md"),
         ("data.md", "https://arxiv.org/abs/2411.13676", "https://arxiv.org/abs/2411.13676"),
-        ("performance.md", "../benchmarks/results", f"{links.project_address()}/tree/main/benchmarks/results"),
-        ("data.md", "../Makefile", f"{links.project_address()}/blob/main/Makefile"),
+        ("performance.md", "../benchmarks/results", f"{address()}/tree/main/benchmarks/results"),
+        ("data.md", "../Makefile", f"{address()}/blob/main/Makefile"),
     ],
 )
 def test_links_work_on_the_site_as_in_the_repository(page: str, link: str, expected: str) -> None:

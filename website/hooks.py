@@ -13,8 +13,9 @@ from mkdocs.structure.pages import Page
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from website import reference  # noqa: E402 (MkDocs imports this file by its path)
-from website.links import COPIED, ROOT, for_the_site, project_address  # noqa: E402
+from release.address import address  # noqa: E402 (MkDocs imports this file by its path)
+from website import reference  # noqa: E402
+from website.links import COPIED, ROOT, for_the_site  # noqa: E402
 
 ASSETS = ("worker.js", "tables.css")
 log = logging.getLogger("mkdocs.hooks.links")
@@ -22,7 +23,7 @@ log = logging.getLogger("mkdocs.hooks.links")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Set the project's address, and add the reference to the navigation."""
-    config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": project_address(), "name": "Source code"}]
+    config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": address(), "name": "Source code"}]
     assert config.nav is not None
     place = next(number for number, item in enumerate(config.nav) if "Changelog" in item)
     config.nav.insert(place, {"Reference": reference.navigation()})

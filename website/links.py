@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import posixpath
 import re
-import tomllib
 from collections.abc import Container
 from pathlib import Path
+
+from release.address import address
 
 ROOT = Path(__file__).parents[1]
 COPIED = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Files at the root of the repository that are pages of the site, with their names there."""
 LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s]+)([^)]*\))")
-
-
-def project_address() -> str:
-    """Return the address of the repository, from the project's metadata."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return str(project["urls"]["Repository"])
 
 
 def for_the_site(text: str, page: str, pages: Container[str]) -> tuple[str, list[str]]:
@@ -45,6 +40,6 @@ def for_the_site(text: str, page: str, pages: Container[str]) -> tuple[str, list
         if target.startswith("..") or not (ROOT / target).exists():
             broken.append(link)
         kind = "tree" if (ROOT / target).is_dir() else "blob"
-        return f"{before}{project_address()}/{kind}/main/{target}{after}"
+        return f"{before}{address()}/{kind}/main/{target}{after}"
 
     return LINK.sub(rewritten, text), broken
