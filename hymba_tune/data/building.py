@@ -172,6 +172,8 @@ def _write(
 def stopped(bad: Reading, after: Iterable[Reading]) -> RowError:
     """Build the error of the first row that cannot be used, with the number of such rows after it.
 
+    If no row of a file can be used, skipping them is not proposed.
+
     Args:
         bad: The reading with the problem.
         after: The readings after it; read only as far as `LOOK_AHEAD`, and not beyond its source.
@@ -181,7 +183,8 @@ def stopped(bad: Reading, after: Iterable[Reading]) -> RowError:
     are_bad = [other.problem is not None for other in islice(same_file, LOOK_AHEAD)]
     count = f"{1 + sum(are_bad)} such rows" if any(are_bad) else "the only one"
     extent = f"{count} in the file" if len(are_bad) < LOOK_AHEAD else f"{count} among {LOOK_AHEAD:,} rows"
-    return RowError(bad.row.place, bad.problem, extent=extent)
+    nothing_left = bad.row.place.number == 1 and all(are_bad)
+    return RowError(bad.row.place, bad.problem, extent="" if nothing_left else extent)
 
 
 def _encoded_rows(kind: RowSchema[R, D], batch: list[R], report: D, dropped: TextIO) -> Iterator[dict[str, Any]]:

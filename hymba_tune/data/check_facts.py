@@ -61,7 +61,7 @@ def problems(check: Check) -> list[DataProblem]:
         result.append(
             DataProblem(f"{counted(finding.rows, 'row')}: {finding.what}", finding.fix, tuple(finding.examples))
         )
-    if check.bad_rows:
+    if 0 < check.bad_rows < check.rows:
         result.append(DataProblem("or skip all of these rows", "--on-bad-row skip"))
 
     if check.too_long:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from hymba_tune.errors import CheckpointError, ConfigError
+from hymba_tune.errors import CheckpointError, ConfigError, did_you_mean
 from hymba_tune.files.sealing import is_whole
 from hymba_tune.files.torn import read_metrics
 
@@ -14,6 +14,20 @@ CHECKPOINTS = "checkpoints"
 """The folder of the checkpoints in a run directory."""
 NAME = re.compile(r"checkpoint-\d+")
 """Names of checkpoints. What has another name, such as a copy ``checkpoint-3.bak``, is the user's."""
+
+
+def check_run(path: Path) -> None:
+    """Check that a folder is a run directory.
+
+    Raises:
+        CheckpointError: If it is not; the message names the run beside it whose name is most alike.
+    """
+    if (path / "config.yaml").is_file():
+        return
+    runs = [str(config.parent) for config in path.parent.glob("*/config.yaml")]
+    raise CheckpointError(
+        f"{path} is not a run: it has no config.yaml.", expected="runs/<name>", fix=did_you_mean(str(path), runs)
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:

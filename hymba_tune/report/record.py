@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
 from hymba_tune.files import read_json, read_json_lines, read_metrics, read_yaml
+from hymba_tune.files.checkpoints import check_run
 
 SHOWN_DROPPED = 10
 """The number of dropped rows that are read in full; the others are only counted."""
@@ -58,8 +59,7 @@ class RunRecord:
         Raises:
             CheckpointError: If the directory is not a run, or its settings cannot be read.
         """
-        if not (path / "config.yaml").is_file():
-            raise CheckpointError(f"{path} is not a run: it has no config.yaml.", expected="runs/<name>")
+        check_run(path)
         try:
             settings = dict(read_yaml(path / "config.yaml"))
             verb = _verb(settings.pop("verb", SFTConfig.verb.name))

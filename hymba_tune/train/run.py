@@ -31,7 +31,7 @@ from hymba_tune.files import (
     remove,
     write_text,
 )
-from hymba_tune.files.checkpoints import forget_torn, newest_whole
+from hymba_tune.files.checkpoints import check_run, forget_torn, newest_whole
 from hymba_tune.train.screen import MetricsRow
 
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -103,9 +103,8 @@ class Run:
         Raises:
             CheckpointError: If this is not a run's directory, or its settings cannot be read.
         """
+        check_run(self.path)
         path = self.path / "config.yaml"
-        if not path.is_file():
-            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml.", expected="runs/<name>")
         try:
             settings = dict(read_yaml(path))
             verb = settings.pop("verb", SFTConfig.verb.name)  # the first version had one verb and did not write it

@@ -65,6 +65,11 @@ def test_bad_rows_are_counted_by_kind_with_the_first_places(hymba: PreTrainedTok
     assert result.files[0].formats == {"messages": 5, "prompt and completion": 1, "unreadable": 1}
 
 
+@pytest.mark.parametrize(("rows", "proposed"), [([BOT, GOOD], True), ([BOT, BOT], False)])
+def test_skipping_every_row_is_not_proposed(rows: list[object], proposed: bool, hymba: PreTrainedTokenizerFast) -> None:
+    assert any("--on-bad-row skip" in problem.fix for problem in problems(check(rows, hymba))) == proposed
+
+
 def test_kinds_of_findings_have_a_bound(hymba: PreTrainedTokenizerFast) -> None:
     rows = [
         {"messages": [USER, {"role": f"bot{chr(97 + n % 26)}{chr(97 + n // 26)}", "content": "x"}]} for n in range(99)

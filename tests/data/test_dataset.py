@@ -107,12 +107,18 @@ def test_bad_row_stops_with_its_place_and_how_many_there_are(hymba: PreTrainedTo
     ]
 
 
+def test_skipping_every_row_is_not_proposed(hymba: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RowError) as refusal:
+        build_dataset([source([EMPTY, "text", EMPTY])], hymba, max_length=64)
+    assert "skip" not in str(refusal.value)
+
+
 def test_only_so_many_rows_are_searched_for_more_bad_ones(
     hymba: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hymba_tune.data.building.LOOK_AHEAD", 2)
     with pytest.raises(RowError, match=r"\(2 such rows among 2 rows\)"):
-        build_dataset([source([EMPTY, EMPTY, GOOD, EMPTY])], hymba, max_length=64)
+        build_dataset([source([GOOD, EMPTY, EMPTY, GOOD, EMPTY])], hymba, max_length=64)
 
 
 def test_unreadable_row_stops_with_its_place(tmp_path: Path, hymba: PreTrainedTokenizerFast) -> None:

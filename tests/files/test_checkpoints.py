@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from hymba_tune.errors import CheckpointError
 from hymba_tune.files import WHOLE, is_whole, seal
-from hymba_tune.files.checkpoints import forget_oldest, forget_torn, newest_whole, step_of
+from hymba_tune.files.checkpoints import check_run, forget_oldest, forget_torn, newest_whole, step_of
 
 FILES = {"adapter.safetensors": b"weights" * 40, "trainer_state.json": b"{}", "global_step/shard.pt": b"moments"}
 
@@ -90,3 +91,14 @@ def test_newest_and_best_checkpoints_are_kept(keep: int, best: int | None, kept:
         seal(checkpoint(tmp_path, step))
     forget_oldest(tmp_path, keep=keep, best=best and str(tmp_path / f"checkpoint-{best}"))
     assert {step_of(path) for path in tmp_path.iterdir()} == kept
+
+
+def test_misspelled_run_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").touch()
+    (tmp_path / "frost").mkdir()
+    check_run(tmp_path / "first")
+    with pytest.raises(
+        CheckpointError, match=r"frist is not a run: it has no config\.yaml(.|\n)*did you mean .*first\?"
+    ):
+        check_run(tmp_path / "frist")
