@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from hymba_tune.model import backends, use_kernels
 from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import OPERATIONS, Backend, Operation, Problem, Task, survey
 from hymba_tune.model.scan import SCAN
+from tests.conftest import ROOT
 
 CPU = Task("cpu", torch.float32)
 
@@ -254,3 +256,13 @@ def test_a_survey_names_every_backend() -> None:
     for name, choice in survey(CPU).items():
         names = [choice.taken, *choice.usable, *choice.obstacles]
         assert sorted(names) == sorted(OPERATIONS[name].backends)
+
+
+def test_the_page_on_kernels_lists_the_backends_of_each_operation() -> None:
+    listed = {}
+    for line in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines():
+        names, *backends_of = line.split("|")[1:-1] or [""]
+        for name in names.partition(":")[0].split(","):
+            listed[name.strip()] = set(re.findall(r"`(\w+)`", " ".join(backends_of)))
+    for name, operation in OPERATIONS.items():
+        assert listed[name] == set(operation.backends)
