@@ -16,7 +16,7 @@ from hymba_tune.data import Conversation, Message
 from hymba_tune.data.building import stopped
 from hymba_tune.data.chat import Rendered, render_prompt, tokenize
 from hymba_tune.data.converting import TARGETS
-from hymba_tune.data.encoding import readings
+from hymba_tune.data.encoding import read_question, readings
 from hymba_tune.data.sources import Source
 from hymba_tune.distill.alignment_report import CAUSES
 from hymba_tune.distill.outputs import Teacher
@@ -70,7 +70,7 @@ class TeacherGenerations:
 
 
 class TeacherGenerator:
-    """Generates the teacher's answer to each conversation of the data, in place of its last answer.
+    """Generates the teacher's answer to each conversation: in place of its last answer, or to its last question.
 
     Args:
         config: The run's settings.
@@ -206,6 +206,7 @@ class TeacherGenerator:
             self._pair.student.tokenizer,
             learn=config.learn,
             seed=config.seed,
+            parse_row=read_question,
         )
         for reading in rows:
             prompt: list[int] = []

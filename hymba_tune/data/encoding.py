@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from hymba_tune.config import Learn
 from hymba_tune.data.chat import Encoded, Rendered, render, tokenize
-from hymba_tune.data.formats import Example, Names, needed_columns, parse
+from hymba_tune.data.formats import Conversation, Example, Names, needed_columns, parse
+from hymba_tune.data.messages import Message
+from hymba_tune.data.prompts import parse_prompt
 from hymba_tune.data.rows import SourceRow
 from hymba_tune.data.sources import Source
 from hymba_tune.data.special_tokens import SpecialTokens
@@ -21,6 +23,8 @@ if TYPE_CHECKING:  # importing transformers imports torch
 
 BATCH_ROWS = 256
 BATCH_CHARS = 2**20  # bounds memory if rows are megabytes long
+NO_ANSWER = "?"
+"""What stands for an answer that is still to be generated."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,37 @@ class ExampleReading(Reading):
 R = TypeVar("R", bound=Reading)
 
 
+def read_example(row: SourceRow, names: Names) -> Example:
+    """Parse a row.
+
+    Raises:
+        DataError: If the row could not be read, or matches no format.
+    """
+    if row.error:
+        raise row.error
+    return parse(row.value, names)
+
+
+def read_question(row: SourceRow, names: Names) -> Example:
+    """Parse a row for which an answer will be generated; one that ends with a question gets `NO_ANSWER` as its answer.
+
+    Raises:
+        DataError: If the row could not be read, or matches no format.
+    """
+    try:
+        example = read_example(row, names)
+    except DataError as problem:
+        if row.error:
+            raise
+        try:
+            example = parse_prompt(row.value, names)
+        except DataError:
+            raise problem from None
+    if isinstance(example, Conversation) and example.messages[-1].role == "user":
+        return replace(example, messages=(*example.messages, Message("assistant", NO_ANSWER)))
+    return example
+
+
 def readings(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
@@ -65,6 +100,7 @@ def readings(
     mapping: Mapping[str, str] | None = None,
     learn: Learn = Learn.all,
     seed: int = 0,
+    parse_row: Callable[[SourceRow, Names], Example] = read_example,
 ) -> Iterator[ExampleReading]:
     """Read and render every row of the sources, one source after the other.
 
@@ -74,6 +110,7 @@ def readings(
         mapping: Column and role names, as for `Names.parse`. A source's own mapping takes precedence.
         learn: Which answers the loss covers.
         seed: Random seed of the draws.
+        parse_row: Parses a row, such as `read_example` or `read_question`.
 
     Raises:
         DataError: If a source cannot be read.
@@ -85,7 +122,7 @@ def readings(
         for row in drawn(source.only(partial(needed_columns, names[number])), seed + number):
             reading = ExampleReading(number, row)
             try:
-                example = read_example(row, names[number])
+                example = parse_row(row, names[number])
                 reading.example = special.escape(example) if source.escape else example
                 reading.special = special.find(reading.example)
                 reading.rendered = (render(reading.example, tokenizer, learn),)
@@ -98,17 +135,6 @@ def drawn(source: Source, seed: int) -> Iterator[SourceRow]:
     """Yield the rows of a source; if its weight is below 1, a random share of them that depends on the seed."""
     draw = random.Random(seed)
     return (row for row in source if source.weight >= 1 or draw.random() < source.weight)
-
-
-def read_example(row: SourceRow, names: Names) -> Example:
-    """Parse a row.
-
-    Raises:
-        DataError: If the row could not be read, or matches no format.
-    """
-    if row.error:
-        raise row.error
-    return parse(row.value, names)
 
 
 def encoded_batches(rows: Iterable[R], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[R]]:

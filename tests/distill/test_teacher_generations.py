@@ -98,6 +98,19 @@ def test_last_answers_are_the_teachers_and_the_only_ones_with_a_loss(
     assert "Bye" not in prompt
 
 
+def test_questions_need_no_answer(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
+    talk = [{"role": role, "content": turn} for role, turn in zip(["user", "assistant", "user"], TURNS, strict=False)]
+    rows: list[dict[str, Any]] = [{"prompt": "Number 0?"}, {"messages": talk[:1]}, {"messages": talk}]
+    script = Scripted()
+    found = generated(generator([*rows, TALKS[1]]), tmp_path / "a", lambda: script)
+    assert (found.rows, found.left_out) == (4, 0)
+    said = [[m["content"] for m in json.loads(line)["messages"]] for line in found.path.read_text().splitlines()]
+    assert [texts[:-1] for texts in said] == [["Number 0?"], ["Hi"], TURNS[:3], ["Number 1?"]]
+    assert [texts[-1] for texts in said] == [f"answer {len(prompt)}" for prompt in script.prompts]
+    with pytest.raises(DataError, match="--map prompt=question"):
+        generator([{"question": "Why?", "answer": "So."}]).questions(quiet)
+
+
 def test_interrupted_generation_continues(generator: Callable[..., TeacherGenerator], tmp_path: Path) -> None:
     whole = generated(generator(), tmp_path / "whole", Scripted)
     with pytest.raises(KeyboardInterrupt):
