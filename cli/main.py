@@ -182,5 +182,5 @@ def _unexpected(error: UnusedCliTokensError) -> ConfigError:
     near = nearest(word, verbs)
     fix = f"{verb} {near or '--help'}"
     if chain and chain[0] in TAKE_DATA and not near:
-        fix = command(*chain, "--data", word)
+        fix = command(*chain, "--config" if word.endswith((".yaml", ".yml")) else "--data", word)
     return ConfigError(f"{verb}: unexpected argument {word!r}.", expected=", ".join(verbs), fix=fix)

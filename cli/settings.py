@@ -158,10 +158,11 @@ def find_recipe(recipe: str) -> Path:
     names = sorted(file.stem for file in packaged.glob("*.yaml"))
     if path.stem in names and path.parent == Path():
         return packaged / f"{path.stem}.yaml"
+    files = [str(file) for file in path.parent.glob("*.yaml")] if path.suffix else []
     raise ConfigError(
         f"There is no recipe {recipe}.",
         expected=f"a YAML file, or a packaged recipe: {', '.join(names)}",
-        fix=did_you_mean(path.stem, names) or "hymba-tune recipes lists them",
+        fix=did_you_mean(str(path), files) or did_you_mean(path.stem, names) or "hymba-tune recipes lists them",
     )
 
 

@@ -342,7 +342,11 @@ def _conversation(messages: list[Message], fields: Fields, names: Names) -> Conv
     if system.strip() and (not messages or messages[0].role != "system"):
         messages = [Message("system", system), *messages]
     if not any(message.role == "assistant" for message in messages):
-        raise DataError("it has no message from the assistant", expected="an answer to train on", fix="remove the row")
+        raise DataError(
+            "it has no message from the assistant",
+            expected="an answer to train on",
+            fix="remove the row, or let a teacher answer it: hymba-tune distill --loss seq auto",
+        )
     if not _has_learned(messages):
         raise DataError("all its answers have weight 0", expected="an answer to train on", fix="remove the row")
     messages = with_context_first(messages)

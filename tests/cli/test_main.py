@@ -111,6 +111,7 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
             ["sft", "my.jsonl"],
             "hymba-tune sft: unexpected argument 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl",
         ),
+        (["sft", "recipe.yaml"], "  to fix     hymba-tune sft --config recipe.yaml"),
         (["recipes", "shw", "kto"], "expected   list, show, copy, validate\n  to fix     hymba-tune recipes show"),
         (["distill", "captre"], "to fix     hymba-tune distill capture"),
         (["distill", "my.jsonl"], "to fix     hymba-tune distill --data my.jsonl"),

@@ -76,6 +76,15 @@ def test_missing_recipe_suggests_a_packaged_one() -> None:
         combine("some/demo.yaml", SFTConfig())
 
 
+def test_missing_recipe_suggests_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "distill.yaml").touch()
+    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/distill\.yaml\?$"):
+        combine(str(tmp_path / "distil.yaml"), SFTConfig())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"did you mean distill\.yaml\?$"):
+        combine("distil.yaml", SFTConfig())
+
+
 def test_recipe_may_say_its_verb(recipe: Path) -> None:
     recipe.write_text("verb: sft\nrank: 3\n")
     assert combine(str(recipe), SFTConfig()).rank == 3
