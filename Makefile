@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python and nothing else: `make demo` and `make test`.
 #   make demo PYTHON=python3.12    with another Python
-#   make demo TORCH_INDEX=         PyTorch from the index that pip is set to
+#   make demo TORCH_INDEX=         PyTorch from the index that pip is set to, and no other is asked
 PYTHON ?= python3
 BIN := .venv/bin
 PIP = PIP_USER=0 $(BIN)/python -m pip install -qq
@@ -10,6 +10,7 @@ RUNTIME := build/runtime
 # For Linux, PyPI has PyTorch with gigabytes of CUDA libraries; PyTorch's own index has a small one for the CPU.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
+SMALL := $(PIP) --no-deps --index-url $(TORCH_INDEX) --timeout 15 --retries 1 $(TESTED) torch 2>/dev/null
 
 .PHONY: demo test end-to-end check docs release lock address nano clean
 
@@ -17,13 +18,14 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.14. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	"$(PYTHON)" -m venv .venv
-	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the index that pip is set to) ..."
-	@$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) --timeout 20 --retries 2 $(TESTED) torch ||) \
-		$(PIP) $(TESTED) torch || \
+	@$(if $(TORCH_INDEX),{ echo "Installing PyTorch from $(TORCH_INDEX): about 0.2 GB to download ..."; $(SMALL); } ||) \
+		{ echo "Installing PyTorch from the index that pip is set to: about 0.2 GB to download, or 3 GB with CUDA ..."; \
+			$(PIP) $(TESTED) torch; } || \
 		{ echo "The tested PyTorch is not available here. Installing another version ..."; $(PIP) torch; }
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
+	@echo "Installing hymba-tune and its libraries: about 0.2 GB to download ..."
 	$(PIP) --editable .
 	touch $@
 
@@ -40,9 +42,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU_INDEX))
 	touch $@
 
 demo: .venv/installed  ## Fine-tune the packaged model on the packaged data, talk to it, merge it.
-	$(BIN)/hymba-tune sft --config demo --out runs/demo --overwrite
-	$(BIN)/hymba-tune chat runs/demo --temperature 0 --prompt "How long does the ferry to Little Cross take?"
-	$(BIN)/hymba-tune merge runs/demo --out runs/demo-merged --overwrite
+	$(BIN)/hymba-tune demo
 
 test: .venv/developing  ## The suite without whole runs, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

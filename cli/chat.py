@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -59,7 +60,8 @@ def chat(
 
 def _converse(session: ChatSession) -> None:
     """Answer the lines that are typed, until /quit or the end of the input."""
-    import readline  # noqa: F401 (input() then edits lines and remembers them)
+    with suppress(ModuleNotFoundError):  # Windows, whose consoles do that themselves
+        import readline  # noqa: F401 (input() then edits lines and remembers them)
 
     names = " | ".join(chat.name for chat in session.chats)
     console.print(f" {names} · /help lists commands, /quit or Ctrl-D quits", style="dim", markup=False)
@@ -88,7 +90,7 @@ def _prompt() -> str:
     GNU readline takes what stands between the characters 1 and 2 to need no room. Without them it would draw a line
     that wraps in the wrong place.
     """
-    bold = sys.stdin.isatty() and console.is_terminal and not console.no_color
+    bold = "readline" in sys.modules and sys.stdin.isatty() and console.is_terminal and not console.no_color
     return "\001\033[1m\002> \001\033[0m\002" if bold else "> "
 
 

@@ -21,6 +21,7 @@ from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, wit
 
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 VERBS = {
+    "demo": "Fine-tune the packaged model on the packaged data, chat with the result, and merge it: minutes on a CPU.",
     "sft": "Fine-tune a model on conversations or texts.",
     "dpo": "Train a model to prefer the better of two answers.",
     "kto": "Train a model on single answers that are labeled good or bad.",
@@ -59,8 +60,7 @@ def build_app(*, summaries: bool = False) -> App:
     app = App(
         name="hymba-tune",
         help="Fine-tune Hymba models on the machine you have.",
-        help_epilogue="Try it: hymba-tune sft --model hymba-nano --data demo --steps 100. "
-        "With --debug, errors show where.",
+        help_epilogue="Try it: hymba-tune demo. With --debug, errors show where.",
         help_format="plaintext",
         help_flags=HELP_FLAGS,
         version=__version__,
@@ -90,8 +90,10 @@ def main(words: Sequence[str] | None = None) -> None:
     # Where DeepSpeed is installed, Accelerate imports it for every command, and it says so on the screen.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     words = list(sys.argv[1:] if words is None else words)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that a piped table shows each row at once
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A piped table shows each row at once, and one in an encoding without → and ▼ shows them as ?.
+            stream.reconfigure(line_buffering=True, errors="replace")
     console.quiet = error_console.quiet = not is_main()
     debug = "--debug" in words
     sys.exit(_run(_as_flags([word for word in words if word != "--debug"]), debug=debug))

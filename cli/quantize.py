@@ -108,4 +108,4 @@ def _print_search(result: Searched, flags: QuantizeConfig) -> None:
 
 def _lines(*lines: tuple[str, str]) -> None:
     for label, line in lines:
-        console.print(f" {label:<11}{line}", markup=False, soft_wrap=True)
+        console.print(f" {label:<14}{line}", markup=False, soft_wrap=True)

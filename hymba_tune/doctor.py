@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +12,7 @@ import torch
 
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels
 from hymba_tune.config import DoctorConfig
+from hymba_tune.memory import machine_memory
 from hymba_tune.model import HymbaConfig
 from hymba_tune.model.backends import Choice
 
@@ -21,7 +21,7 @@ LIBRARIES = (
     *("triton", "mamba-ssm", "causal-conv1d", "flash-attn", "kernels"),
 )
 PLATFORMS = {
-    "CPU": "works: tested with every release",
+    "CPU": "works: tested with every release, on Linux",
     "NVIDIA": "unknown: kernels compile for sm_80 to sm_120; each is used after its self-test on your GPU",
     "ROCm (AMD)": "unknown: kernels compile for gfx942 and gfx1100; each is used after its self-test on your GPU",
     "mps (Apple)": "refused: nothing has been tried there; --device cpu works",
@@ -124,15 +124,18 @@ def _describe_cuda(device: torch.device) -> tuple[str, int, list[str]]:
 
 
 def _describe_cpu() -> tuple[str, int, list[str]]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     details = [f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
-    return _cpu_name(), memory, details
+    return _cpu_name(), machine_memory(), details
 
 
 def _cpu_name() -> str:
     """The processor's name from the Linux kernel if available; `platform` knows only the architecture there."""
     if (info := Path("/proc/cpuinfo")).is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line
+            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
         if lines:
             return lines[0].partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
-MEMINFO = Path("/proc/meminfo")
+if sys.platform != "win32":
+    import resource
+
 CONTAINER = Path("/sys/fs/cgroup")
 """The limits of a container's memory, where there is one."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -26,20 +28,25 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak bytes so far: of the CUDA device's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return int(psutil.virtual_memory().total)
 
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process can still use: of the CUDA device, or of this machine or its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if MEMINFO.is_file():
-        free = int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    free = int(psutil.virtual_memory().available)
     limit, used = CONTAINER / "memory.max", CONTAINER / "memory.current"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+    if limit.is_file() and (most := limit.read_text("ascii").strip()) != "max":
+        free = min(free, int(most) - int(used.read_text("ascii")))
     return max(free, 0)
 
 

@@ -65,7 +65,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 TESTED = "--constraint constraints.txt torch"
-FROM_CPU_INDEX = f"--no-deps {CPU} --timeout 20 --retries 2 {TESTED}"
+FROM_CPU_INDEX = f"--no-deps {CPU} --timeout 15 --retries 1 {TESTED}"
 
 
 def test_pytorch_for_the_cpu_is_installed_where_there_is_no_gpu(checkout: Checkout) -> None:

@@ -83,7 +83,7 @@ class TrainingConfig(
     @property
     def inputs(self) -> list[str]:
         """What is read, by the names that the user gave; some may be files and folders of this machine."""
-        return [*self.data, *self.eval_data, self.chat_template or ""]
+        return [*self.data, *self.eval_data, *([self.chat_template] if self.chat_template else [])]
 
     @property
     def answers_per_row(self) -> int:

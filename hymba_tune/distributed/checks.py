@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import metadata
 
 from hymba_tune.config import DistributedOptions, LaunchOptions
@@ -76,7 +77,7 @@ def processes_here(nproc: str, device: str) -> int:
     """
     gpus = 0 if device == "cpu" else count_gpus()
     if nproc == "auto":
-        return gpus or 1
+        return gpus if gpus and sys.platform != "win32" else 1
     if int(nproc) > (limit := gpus or count_cores()) and int(nproc) > 1:
         have = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else f"no GPU, and {limit} CPU core{'s' * (limit > 1)}"
         raise ConfigError(

@@ -156,6 +156,11 @@ def launch(verb: str, settings: LaunchOptions, processes: int, *, run: Path | No
         HymbaTuneError: If a worker has ended by a mistake of the user, or has died.
         KeyboardInterrupt: If Ctrl-C ended the workers.
     """
+    if sys.platform == "win32":
+        raise ConfigError(
+            f"{verb}: several processes cannot work together on Windows: they need signals and sessions of Linux.",
+            fix="leave out --nproc, --nnodes, --strategy and --max-restarts, or run it in WSL 2",
+        )
     with tempfile.TemporaryDirectory(prefix="hymba-tune-processes-") as folder:
         errors = Path(folder, "error")
         (errors.parent / SETTINGS).write_bytes(pickle.dumps(settings))
@@ -311,7 +316,7 @@ def _signal_name(number: int) -> str:
 
 
 def _reason(number: int) -> str:
-    return " (the system does that when memory is full)" if number == signal.SIGKILL else ""
+    return " (the system does that when memory is full)" if _signal_name(number) == "SIGKILL" else ""
 
 
 def _ways_on(verb: str, run: Path | None) -> tuple[str, str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
-from pathlib import Path
-
+import psutil
 import torch
+
+from hymba_tune.memory import machine_memory
 
 LOADED_LATER = {torch.float32: 40 * 2**20, torch.bfloat16: 450 * 2**20}
 """Bytes by dtype that a CPU run holds in addition to tensors once it computes (measured over 40 steps): libraries,
@@ -20,7 +18,7 @@ def device_memory(device: torch.device) -> int:
     """Return the bytes of a CUDA device, or of this machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_memory()
 
 
 def process_overhead(device: torch.device, dtype: torch.dtype) -> int:
@@ -31,13 +29,4 @@ def process_overhead(device: torch.device, dtype: torch.dtype) -> int:
     """
     if device.type == "cuda":
         return GPU_RESERVE
-    return _resident() + LOADED_LATER.get(dtype, 0)
-
-
-def _resident() -> int:
-    """Return the bytes of this process in memory: now, or at its peak where the current ones cannot be read."""
-    status = Path("/proc/self/statm")
-    if status.is_file():
-        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(psutil.Process().memory_info().rss) + LOADED_LATER.get(dtype, 0)

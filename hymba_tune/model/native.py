@@ -150,10 +150,12 @@ class Library:
     def _load(self) -> ctypes.CDLL | str:
         """Return the compiled library, or why there is none."""
         try:
-            command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+            # On Windows a backslash separates folders.
+            given = shlex.split(os.environ.get("CXX", ""), posix=os.name == "posix")
+            command = given or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
             library = self._opened(command)
-        except FileNotFoundError as error:
-            return f"no C++ compiler: {error.filename} was not found; install g++ or clang++, or name one in $CXX"
+        except FileNotFoundError:
+            return f"no C++ compiler: {command[0]} was not found; install g++ or clang++, or name one in $CXX"
         except subprocess.CalledProcessError as error:
             return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
         except (OSError, ValueError, AttributeError) as error:  # AttributeError: a function is missing
@@ -173,7 +175,7 @@ class Library:
         # Several processes may compile it at once: each has its own folder, and a rename is atomic.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source, built = Path(scratch, f"{self.name}.cpp"), Path(scratch, f"{self.name}.so")
-            source.write_text(self._source)
+            source.write_text(self._source, encoding="utf-8")
             _output([*command, *self._flags, str(source), "-o", str(built)])
             return self._checked(store_library(built, folder, stem))
 

@@ -118,7 +118,7 @@ def test_command_prints_its_folder_and_the_sizes(
     monkeypatch.chdir(tmp_path)
     done = command("quantize", wide_model, "--max-tokens", 50)
     assert done.code == 0, done.err
-    assert " quantized  exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage     Perplexity on demo: " in done.out
+    assert " quantized     exports/wide-nf4 (weights 1.6 MB → 1.1 MB)\n damage        Perplexity on demo: " in done.out
     assert "hymba-tune chat exports/wide-nf4" in done.out
     refused = command("quantize", wide_model, "--scheme", "nf3")
     assert (refused.code, refused.err) == (

@@ -99,10 +99,11 @@ def test_folder_is_left_as_it_was(
     assert sorted(tmp_path.rglob("*")) == folders
 
 
-def test_run_is_replaced_once_the_new_one_has_begun(
-    small_model: Path, questions: Path, finished_run: Path, tmp_path: Path
+def test_run_in_the_current_folder_is_replaced_once_the_new_one_has_begun(
+    small_model: Path, questions: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = shutil.copytree(finished_run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    out = shutil.copytree(finished_run, Path("out"))
     (out / "evaluations.json").write_text("[]")
     run(settings(small_model, questions, out, overwrite=True))
     assert [row.step for row in Run(out).rows() if row.loss] == [1, 2]
