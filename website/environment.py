@@ -10,7 +10,7 @@ import yaml
 
 HERE = Path(__file__).parent
 FOLDERS = ("hymba_tune", "cli", "distill", "quant", "recipes")
-OTHERS = """BF16 F16 F32 F64 U8 SC_PAGE_SIZE SC_PHYS_PAGES SIGHUP SIGINT SIGQUIT SIGTERM DEEPSPEED FSDP
+OTHERS = """BF16 F16 F32 F64 U8 SC_PAGE_SIZE SC_PHYS_PAGES DEEPSPEED FSDP
 FULL_STATE_DICT MULTI_
 GPU MIG FATAL MODEL BLOCK BLOCK_E BLOCK_N CARD CHANNELS GROUPS STATES"""
 """Texts in capitals that are no variables, in modules that use the environment."""
@@ -28,5 +28,9 @@ def in_the_code() -> set[str]:
     for path in (path for folder in FOLDERS for path in (HERE.parent / folder).rglob("*.py")):
         if "environ" in (text := path.read_text(encoding="utf-8")):
             nodes = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
-            found |= {value for value in nodes if isinstance(value, str) and re.fullmatch(r"[A-Z][A-Z0-9_]+", value)}
+            found |= {
+                value
+                for value in nodes
+                if isinstance(value, str) and re.fullmatch(r"(?!SIG[A-Z])[A-Z][A-Z0-9_]+", value)
+            }
     return found - {*OTHERS.split()}
