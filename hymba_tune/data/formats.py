@@ -23,6 +23,7 @@ from hymba_tune.errors import ConfigError, DataError, did_you_mean, nearest
 
 LIKELY_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem")
 LIKELY_ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
+LIKELY_SYSTEMS = ("system_prompt", "system_message")
 LIKELY_CONTEXTS = ("context", "passage", "paragraph", "document")
 LIKELY_TEXTS = ("content", "body", "article", "document", "passage", "story", "page", "raw_content")
 LIKELY_LABELS = ("label", "kto_tag")
@@ -314,11 +315,12 @@ def suggested_map(fields: Mapping[str, object], *, plain: bool = False) -> str:
     prompt = next((name for name in LIKELY_PROMPTS if name in texts), None)
     answer = next((name for name in LIKELY_ANSWERS if name in texts and name != prompt), None)
     context = next((name for name in LIKELY_CONTEXTS if name in texts), None)
+    system = next((name for name in LIKELY_SYSTEMS if name in texts and "system" not in fields), "system")
     if prompt and answer and context:  # the one format that shows a context after the question
-        return map_flags({"instruction": prompt, "input": context, "output": answer})
+        return map_flags({"system": system, "instruction": prompt, "input": context, "output": answer})
     if plain and not prompt and not answer and len(texts) == 1 and texts[0] in LIKELY_TEXTS:
         return map_flags({"text": texts[0]})
-    return map_flags({"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
+    return map_flags({"system": system, "prompt": prompt or "COLUMN", "completion": answer or "COLUMN"})
 
 
 def map_flags(columns: Mapping[str, str]) -> str:

@@ -224,6 +224,10 @@ BAD_ROWS = {
         {"question": "Hi", "answer": "Hello"},
         r"match no format \(question, answer\)(.|\n)*--map prompt=question --map completion=answer",
     ),
+    "a system prompt": (
+        {"system_prompt": "Be brief.", "question": "Hi", "response": "Hello"},
+        "--map system=system_prompt --map prompt=question --map completion=response",
+    ),
     "other columns": ({"a": "x", "b": "y"}, "--map prompt=COLUMN --map completion=COLUMN"),
     "one other column": ({"body": "x"}, "--map text=body"),
     "messages by another name": ({"dialog": [USER, ANSWER]}, "--map messages=dialog"),

@@ -41,6 +41,7 @@ CORPUS: dict[str, Any] = {
     "plain": {"prompt": "u", "completion": "GOOD"},
     "other names": {"question": "u", "response": "GOOD", "source": "x"},
     "Dolly": {"instruction": "u", "context": "c", "response": "GOOD", "category": "x"},
+    "OpenOrca": {"id": "x", "system_prompt": "s", "question": "u", "response": "GOOD"},
     "a passage": {"question": "u", "passage": "p", "answer": "GOOD"},
     "SQuAD": {"question": "u", "context": "c", "answers": {"text": ["x"], "answer_start": [0]}},
     "choices": {"question": "u", "choices": ["x", "y"], "answer": 1},
