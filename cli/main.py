@@ -39,13 +39,14 @@ VERBS = {
     "report": "Write a run's report.html again, or compare several runs on one page.",
     "plan": "Estimate the memory and time of a run, and what to change where it does not fit. Loads no weights.",
     "recipes": "List the packaged recipes, show or copy one, or check one of your own.",
+    "completion": "Print a script with which a shell completes verbs, flags, choices, recipes and files.",
     "doctor": "Show this machine's hardware and libraries, the kernels that are used on it, and why others are not.",
 }
 """The verbs, with the first sentences of their help. Listing them imports none of them."""
 TAKE_DATA = ("sft", "dpo", "kto", "orpo", "reward", "grpo", "distill", "plan")
 IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "reward", "distill")
 """Verbs that work in several processes together."""
-ANYWHERE = ("doctor", "recipes")
+ANYWHERE = ("doctor", "recipes", "completion")
 """Verbs that do no work of which several processes would do the whole each."""
 FUNCTIONS = {"eval": "measure"}
 """Functions that do not have the name of their verb."""

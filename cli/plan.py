@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hymba_tune.cli.screen import RichScreen, console, loading, quiet_libraries
-from hymba_tune.cli.settings import AsJson, checking, combine_for
+from hymba_tune.cli.settings import AsJson, RecipeName, checking, combine_for
 from hymba_tune.config import PlanConfig
 from hymba_tune.config.groups import FIRST, RUN
 from hymba_tune.formatting import duration, format_bytes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def plan(
     *,
-    config: Annotated[str | None, Parameter(name=("--config", "--recipe"), group=(RUN, FIRST))] = None,
+    config: Annotated[RecipeName | None, Parameter(name=("--config", "--recipe"), group=(RUN, FIRST))] = None,
     verb: Annotated[str | None, Parameter(group=(RUN, FIRST))] = None,
     as_json: AsJson = False,
     flags: Annotated[PlanConfig, Parameter(name="*")] = PlanConfig(),  # noqa: B008 (cyclopts reads the default)

@@ -21,9 +21,12 @@ from hymba_tune.config.groups import FIRST, RESULT, RUN
 from hymba_tune.errors import ConfigError, command, did_you_mean, shortened
 
 C = TypeVar("C", bound=Config)
-Recipe = Annotated[str | None, Parameter(group=(RUN, FIRST))]
+RecipeName = Annotated[str, Parameter(completer=lambda context: recipes_and_files(context.incomplete))]
+Recipe = Annotated[RecipeName | None, Parameter(group=(RUN, FIRST))]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", group=(RESULT, FIRST))]
 Overwrite = Annotated[bool, Parameter(negative="", group=RESULT)]
+PACKAGED = Path(str(resources.files("hymba_tune.recipes")))
+"""The folder of the packaged recipes."""
 CHOICES = ("enum", "literal_error")
 """Kinds of errors of settings that have a few values."""
 LIMITS = {
@@ -145,6 +148,18 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, str | Path) else reprlib.repr(value)
 
 
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes."""
+    return sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+
+
+def recipes_and_files(beginning: str) -> list[str]:
+    """Return what a shell may complete the beginning of a recipe's name to."""
+    found = [*Path().glob(f"{beginning}*")] if beginning and not Path(beginning).is_absolute() else []
+    folders = [f"{path}/" for path in found if path.is_dir()]
+    return [*recipe_names(), *folders, *(str(path) for path in found if path.suffix in (".yaml", ".yml"))]
+
+
 def find_recipe(recipe: str) -> Path:
     """Return the file of a recipe, given as a file or by the name of a packaged recipe.
 
@@ -154,10 +169,9 @@ def find_recipe(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    packaged = Path(str(resources.files("hymba_tune.recipes")))
-    names = sorted(file.stem for file in packaged.glob("*.yaml"))
+    names = recipe_names()
     if path.stem in names and path.parent == Path():
-        return packaged / f"{path.stem}.yaml"
+        return PACKAGED / f"{path.stem}.yaml"
     files = [str(file) for file in path.parent.glob("*.yaml")] if path.suffix else []
     raise ConfigError(
         f"There is no recipe {recipe}.",

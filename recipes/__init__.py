@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 
-LABELS = ("hardware", "memory", "time")
+LABELS = ("data", "hardware", "memory", "time")
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class Recipe:
     Attributes:
         name: To be used with ``--config``.
         path: Its file.
-        what: What it does, in a sentence.
+        what: What it is for, in a sentence.
         command: A command that uses it.
+        data: The data that it takes.
         hardware: What it is meant for.
-        memory: Measured, or "not measured".
+        memory: Measured or estimated.
         time: Likewise.
     """
 
@@ -28,6 +29,7 @@ class Recipe:
     path: Path
     what: str
     command: str
+    data: str
     hardware: str
     memory: str
     time: str
@@ -42,10 +44,12 @@ def packaged() -> list[Recipe]:
 def read_header(path: Path) -> Recipe:
     """What the comment at the head of a recipe says; empty where it says nothing."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    header = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    comment = [line.removeprefix("#") for line in lines if line.startswith("#")]
+    sentences = takewhile(lambda line: not line.startswith("  "), comment)  # until the commands
+    header = [line.strip() for line in comment]
     labels = {label: text.strip() for label, _, text in (line.partition(":") for line in header) if label in LABELS}
     commands = [line for line in header if line.startswith("hymba-tune ")]
-    what = re.split(r"(?<=[.:])\s", header[0])[0].rstrip(".:") if header else ""
+    what = " ".join(line.strip() for line in sentences).rstrip(":")
     return Recipe(
         path.stem,
         path,

@@ -40,7 +40,12 @@ def _checked_pairs(value: list[str]) -> list[str]:
 
 Comparison = Literal["gsm8k", "number", "exact"]
 """How an answer is compared with the known one: by what follows ####, by the last number, or as a whole."""
-Pairs = Annotated[Names, BeforeValidator(_written_as_pairs), AfterValidator(_checked_pairs)]
+Pair = Annotated[str, Field(pattern=r"^[^=]+=[\s\S]+$")]
+Pairs = Annotated[
+    Names,
+    BeforeValidator(_written_as_pairs, json_schema_input_type=list[Pair] | dict[str, str | int | float]),
+    AfterValidator(_checked_pairs),
+]
 
 
 class Method(StrEnum):

@@ -58,7 +58,9 @@ def _stage_as_text(stage: Mapping[str, Any]) -> str:
     return f"{stage.get('share', '')}:{rest}"
 
 
-Stages = Annotated[list[str], LIST, BeforeValidator(_written_as_stages)]
+Stages = Annotated[
+    list[str], LIST, BeforeValidator(_written_as_stages, json_schema_input_type=list[str | float | dict[str, Any]])
+]
 
 
 class TeacherOptions(Config):

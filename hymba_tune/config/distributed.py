@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from cyclopts import Group
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from hymba_tune.config.base import Config
 from hymba_tune.config.groups import DISTRIBUTED
@@ -31,8 +31,9 @@ def _checked_address(value: str) -> str:
     return value
 
 
-Count = Annotated[str, BeforeValidator(_as_text), AfterValidator(_checked_count)]
-Address = Annotated[str, AfterValidator(_checked_address)]
+Written = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern="^(auto|[1-9][0-9]{0,5})$")]
+Count = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Written), AfterValidator(_checked_count)]
+Address = Annotated[str, AfterValidator(_checked_address), WithJsonSchema({"type": "string", "pattern": "^.+:[0-9]+$"})]
 Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
 
 

@@ -4,19 +4,39 @@ from pathlib import Path
 
 import pytest
 
+from hymba_tune.config import TrainingConfig
+from hymba_tune.files import read_yaml
+from hymba_tune.recipes import packaged
+from hymba_tune.recipes.schema import SCHEMA_FILE
 from tests.cli.conftest import Command
+from tests.conftest import ROOT
 
 
-def test_recipes_are_listed_with_a_line_each(command: Command) -> None:
+def test_recipes_are_listed_with_what_they_are_for_and_need(command: Command) -> None:
     listed = command("recipes")
     assert listed.code == 0
     assert command("recipes", "list") == listed
-    assert "sft_full" in listed.out
-    assert "(not measured)" in listed.out
+    for recipe in packaged():
+        assert all((recipe.what, recipe.memory, recipe.data)), recipe.name
+        assert f"\n  {recipe.command}\n" in listed.out
+        assert recipe.command.startswith(
+            f"hymba-tune {TrainingConfig.of(read_yaml(recipe.path)['verb']).verb} --config"
+        )
+    assert "(estimated, not measured)" in listed.out
+    assert max(map(len, listed.out.splitlines())) <= 80
 
 
 def test_shown_recipe_is_its_file(command: Command) -> None:
-    assert command("recipes", "show", "sft_lora").out.startswith("# LoRA on every projection")
+    shown = command("recipes", "sft_lora")
+    assert shown.out.startswith("# Teach Hymba-1.5B to answer as your data does")
+    assert command("recipes", "show", "sft_lora") == shown
+    assert command("recipes", "sft_lora", "kto").out == shown.out + command("recipes", "kto").out
+
+
+def test_printed_schema_is_the_packaged_one(command: Command) -> None:
+    """To renew it: hymba-tune recipes --schema > new.json, then move that to recipes/hymba-recipe.schema.json."""
+    printed = command("recipes", "--schema").out
+    assert printed == (ROOT / "recipes" / SCHEMA_FILE).read_text(encoding="utf-8")
 
 
 def test_copied_recipe_is_well_formed_and_not_overwritten(tmp_path: Path, command: Command) -> None:
