@@ -22,6 +22,7 @@ from hymba_tune.errors import ConfigError, HymbaTuneError, command, nearest, wit
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 VERBS = {
     "demo": "Fine-tune the packaged model on the packaged data, chat with the result, and merge it: minutes on a CPU.",
+    "init": "Ask for your data and your GPU, and write a recipe that fits.",
     "sft": "Fine-tune a model on conversations or texts.",
     "dpo": "Train a model to prefer the better of two answers.",
     "kto": "Train a model on single answers that are labeled good or bad.",
@@ -46,7 +47,7 @@ VERBS = {
 TAKE_DATA = ("sft", "dpo", "kto", "orpo", "reward", "grpo", "distill", "plan")
 IN_SEVERAL_PROCESSES = ("sft", "dpo", "kto", "orpo", "reward", "distill")
 """Verbs that work in several processes together."""
-ANYWHERE = ("doctor", "recipes", "completion")
+ANYWHERE = ("init", "doctor", "recipes", "completion")
 """Verbs that do no work of which several processes would do the whole each."""
 FUNCTIONS = {"eval": "measure"}
 """Functions that do not have the name of their verb."""

@@ -21,7 +21,8 @@ _VERBS = {
     "data preview FILE": "preview show view",
     "data convert FILE": "convert",
     "distill --teacher MODEL --data FILE": "distil distillation gkd",
-    "recipes": "recipe list config configs init examples ls",
+    "recipes": "recipe list config configs examples ls",
+    "init": "configure setup new wizard",
     "doctor": "info env diagnose check-env status",
     "plan": "estimate memory dry-run",
 }
