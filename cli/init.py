@@ -31,11 +31,11 @@ Card = Literal["here", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb", "cpu"]
 CARDS: dict[str, str] = {
     "here": "the GPU of this machine",
     "8gb": "a GPU of 8 GB, such as an RTX 4060",
-    "12gb": "12 GB, such as an RTX 4070",
-    "16gb": "16 GB, such as an RTX 4080",
-    "24gb": "24 GB, such as an RTX 4090",
-    "48gb": "48 GB, such as an L40S",
-    "80gb": "80 GB, such as an A100",
+    "12gb": "a GPU of 12 GB, such as an RTX 4070",
+    "16gb": "a GPU of 16 GB, such as an RTX 4080",
+    "24gb": "a GPU of 24 GB, such as an RTX 4090",
+    "48gb": "a GPU of 48 GB, such as an L40S",
+    "80gb": "a GPU of 80 GB, such as an A100",
     "cpu": "no GPU; slow for more than the packaged model hymba-nano",
 }
 UNCHECKED = {"8gb": "--batch-size 2 --grad-accum 8 --quantize nf4"}
@@ -147,6 +147,7 @@ def _recipe(answers: Answers, out: Path) -> str:
         settings["device"] = "cpu"
     check_first(TrainingConfig.of(answers.verb).model_validate(settings))
     settings, memory = _fitted(answers, settings)
+    console.print(f" memory    {memory}", markup=False, soft_wrap=True)
     heading = [
         described,
         f"  {command(answers.verb, '--config', out)}",
@@ -188,10 +189,12 @@ def _ask(question: str, default: str) -> str:
 def _choose(question: str, choices: Mapping[str, str], default: str) -> str:
     for name, meaning in choices.items():
         console.print(f"   {name:<8} {meaning}", style="dim", markup=False)
-    while (answer := _ask(question, default)) not in choices:
+    while True:
+        answer = _ask(question, default).lower().replace(" ", "")
+        if found := next((choice for choice in choices if choice in (answer, f"{answer}gb")), ""):
+            return found
         console.print(f"   one of {', '.join(choices)}", style="yellow", markup=False)
-        default = nearest(answer.lower(), choices) or default
-    return answer
+        default = nearest(answer, choices) or default
 
 
 def _until_usable(read: Callable[[], T]) -> T:
@@ -203,17 +206,19 @@ def _until_usable(read: Callable[[], T]) -> T:
 
 
 def _ask_card() -> str:
-    from hymba_tune.footprint import device_memory
+    if (size := _memory_of_gpu()) is None:
+        return _choose("memory", {name: what for name, what in CARDS.items() if name != "here"}, "cpu")
+    return _choose("memory", CARDS | {"here": f"{CARDS['here']}, {format_bytes(size)}"}, "here")
 
+
+def _memory_of_gpu() -> int | None:
+    """Return the bytes of this machine's GPU; None if it has none."""
     with loading():
         from hymba_tune.checkpoint import choose_device
+        from hymba_tune.footprint import device_memory
+
     device = choose_device("auto")
-    cards = dict(CARDS)
-    if device.type == "cuda":
-        cards["here"] += f", {format_bytes(device_memory(device))}"
-    else:
-        del cards["here"]
-    return _choose("memory", cards, next(iter(cards)) if device.type == "cuda" else "cpu")
+    return device_memory(device) if device.type == "cuda" else None
 
 
 def _ask_model(proposed: str) -> str:
@@ -235,6 +240,8 @@ def _fitted(answers: Answers, settings: dict[str, Any]) -> tuple[dict[str, Any],
     """
     from hymba_tune.recipes.choosing import with_changes
 
+    if answers.card == "here" and _memory_of_gpu() is None:
+        raise ConfigError("--card here: this machine has no GPU.", expected=", ".join(CARDS), fix="--card cpu")
     try:
         estimate = _estimate(answers, settings)
         if estimate.change:

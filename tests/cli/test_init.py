@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hymba_tune.cli import init
 from hymba_tune.cli.settings import combine_for
@@ -155,6 +156,7 @@ def test_without_the_hub_the_memory_is_not_checked(command: Command, monkeypatch
         (["--data", "gone.jsonl", "--card", "8gb"], "Cannot find gone.jsonl."),
         (["--data", "bad.jsonl", "--card", "8gb"], "No row of bad.jsonl can be used. bad.jsonl, line 1: "),
         (["--data", "demo", "--card", "9gb"], "card"),
+        (["--data", "demo", "--card", "here"], "--card here: this machine has no GPU."),
         (["--data", "demo", "--card", "cpu", "--model", "gone"], "--model gone: no such folder"),
         (
             ["--data", "demo", "--card", "cpu", "--out", "bad.jsonl"],
@@ -199,14 +201,27 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 def test_questions_have_defaults_and_are_asked_until_answers_can_be_used(
     answers: Callable[..., list[str]], command: Command
 ) -> None:
-    asked = answers("gone.jsonl", save(QUESTION), "sfft", "distill", "", "no-such-model", "hymba-nano", "")
+    asked = answers("gone.jsonl", save(QUESTION), "sfft", "distill", "8 GB", "no-such-model", "hymba-nano", "")
     done = command("init")
     assert done.code == 0, done.err
     assert asked == ["data"] * 2 + ["what to do"] * 2 + ["memory"] + ["model"] * 2 + ["teacher"]
     assert "Cannot find gone.jsonl." in done.out
     assert "one of sft, distill, grpo" in done.out
     settings = read()
-    assert (settings.verb.name, settings.model, settings.device) == ("distill", "hymba-nano", "cpu")
+    assert (settings.verb.name, settings.model, settings.device) == ("distill", "hymba-nano", "auto")
+
+
+@pytest.mark.usefixtures("fits")
+def test_a_gpu_that_is_found_is_proposed(
+    answers: Callable[..., list[str]], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hymba_tune.checkpoint.choose_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr("hymba_tune.footprint.device_memory", lambda _: 12 * 2**30)
+    answers("demo", "", "", "")
+    done = command("init")
+    assert "here     the GPU of this machine, 12.0 GB\n" in done.out
+    assert "# hardware: the GPU of this machine\n" in Path("recipe.yaml").read_text()
+    assert read().device == "auto"
 
 
 @pytest.mark.parametrize("words", [(), ("demo",), ("demo", "sft"), ("demo", "sft", "8gb"), ("^D",)])
