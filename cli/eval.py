@@ -102,3 +102,5 @@ def _show(facts: dict[str, Any]) -> None:
     for line in table.lines:
         grid.add_row(Text(f" {line.label}", style="dim"), *map(Text, line.cells))
     console.print(grid)
+    for verdict in table.verdicts:
+        console.print(f" {verdict}", markup=False)

@@ -63,6 +63,9 @@ def _show_verdict(verdict: Verdict) -> None:
 
 
 def _show_comparison(runs: list[tuple[str, RunRecord, dict[str, str]]]) -> None:
+    from hymba_tune.report import best_run
+
+    console.print(f" {best_run({letter: record for letter, record, _ in runs})}", markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("", overflow="fold")
     for letter, record, _ in runs:

@@ -85,15 +85,16 @@ def _show_result(run: Run, verb: Verb) -> None:
     evaluations = list(run.evaluations())
     console.print()
     rewards = [row.more["eval_reward"] for row in evaluations if "eval_reward" in row.more]
+    verdict = judge(RunRecord.read(run.path))
+    tested = f", {verdict.tested}" if verdict.tested else ""
     if len(rewards) > 1:
-        console.print(f" held-out reward  {rewards[0]:.3f} → {rewards[-1]:.3f}", markup=False)
+        console.print(f" held-out reward  {rewards[0]:.3f} → {rewards[-1]:.3f}{tested}", markup=False)
     elif len(evaluations) > 1:
         final = run.facts()["kept"]
         best = min(evaluations[1:], key=lambda row: row.eval_loss or 0.0)
         where = f"step {final['step']}, the {final['why']} weights"
-        console.print(
-            f" held-out loss  {evaluations[0].eval_loss:.3f} → {final['eval_loss']:.3f} ({where})", markup=False
-        )
+        change = f"{evaluations[0].eval_loss:.3f} → {final['eval_loss']:.3f}"
+        console.print(f" held-out loss  {change} ({where}){tested}", markup=False)
         ended = next((row for row in evaluations if row.step == final["step"]), best)
         for name, loss in evaluations[0].source_losses.items():
             if name in ended.source_losses:
@@ -107,9 +108,10 @@ def _show_result(run: Run, verb: Verb) -> None:
             console.print(f" {label}: {ended.eval_accuracy:.0%}", markup=False)
     if "before" in (answers := run.facts().get("answers", {})):
         counts = f"{answers['before']:,} → {answers['after']:,} of {answers['questions']:,}"
-        console.print(f" right answers {counts}", markup=False)
+        outcome = f", {verdict.answers.word}" if verdict.answers else ""
+        console.print(f" right answers {counts}{outcome}", markup=False)
     _show_samples(run)
-    for note in judge(RunRecord.read(run.path)).notes:
+    for note in verdict.notes:
         console.print(f"\n {note}", markup=False)
     console.print("\n " + "\n ".join(_next_steps(run, verb)), markup=False, soft_wrap=True)
 

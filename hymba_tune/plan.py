@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hymba_tune.adapters import tokenizer_of, weights_of
+from hymba_tune.adapters import count_parameters, tokenizer_of, weights_of
 from hymba_tune.checkpoint import choose_device, choose_dtype, choose_kernels, load_config
 from hymba_tune.config import DistillConfig, Method, Scheme, TrainingConfig, as_mapping
 from hymba_tune.data import open_sources, with_chat_template
@@ -27,6 +27,7 @@ from hymba_tune.footprint.work import Work, step_work
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import ModelSource, resolve_model
 from hymba_tune.schemes import decide_quantization, stored_bytes
+from hymba_tune.train.by_size import default_epochs
 from hymba_tune.train.memory_estimate import full_batch, step_settings
 from hymba_tune.train.setup import base_quantization, lay_out
 
@@ -135,6 +136,8 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
     choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
     base_quantization(config, source, model_config, gpu_dtype)
     model = _lay_out(config, model_config, gpu_dtype)
+    trained, size = count_parameters(model)
+    size -= 0 if config.method is Method.full else trained
     extra_bytes = _teacher(config, model_config, device)
     memory = _Memory(StepMemory(model, dtype=gpu_dtype, own_kernels=False), model_config, gpu_dtype, extra_bytes)
     parts, in_nf4 = memory.of(config), memory.in_nf4(config)
@@ -155,7 +158,7 @@ def plan(config: TrainingConfig, progress: Callable[[int], None] | None = None) 
             StepMemory(model, dtype=dtype, own_kernels=device.type == "cpu"), model_config, dtype, extra_bytes
         )
     here = _here(config, memory, device, dtype, model)
-    length = run_length(config, source, progress)
+    length = run_length(config, source, size, progress)
     return Plan(
         source.name,
         _in_words(config),
@@ -186,9 +189,15 @@ def _timed(estimate: DeviceEstimate, length: Length | None) -> DeviceEstimate:
 
 
 def run_length(
-    config: TrainingConfig, source: ModelSource, progress: Callable[[int], None] | None = None
+    config: TrainingConfig, source: ModelSource, parameters: int, progress: Callable[[int], None] | None = None
 ) -> Length | None:
     """Return the length of a run from its data, or from --steps with full batches; None where neither is given.
+
+    Args:
+        config: The run's settings.
+        source: The model.
+        parameters: The number of the model's parameters, without a new adapter.
+        progress: Called with the number of rows read so far.
 
     Raises:
         DataError: If the data cannot be read, or holds nothing to train on.
@@ -201,8 +210,9 @@ def run_length(
     rows, tokens = _rows_and_tokens(config, source, progress)
     rows = tokens / config.max_length if config.packing else rows
     rows, tokens = rows * config.answers_per_row, tokens * config.answers_per_row  # answers as long as the references
-    steps = config.steps or math.ceil(config.epochs * rows / step_rows)
-    read = config.epochs * tokens if config.steps is None else steps * min(step_rows, rows) * tokens / rows
+    epochs = config.epochs or default_epochs(config, parameters, math.ceil(rows / step_rows))
+    steps = config.steps or math.ceil(epochs * rows / step_rows)
+    read = epochs * tokens if config.steps is None else steps * min(step_rows, rows) * tokens / rows
     return Length(steps, round(read))
 
 

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE_DIRS: dict[str, str] = {"hymba_tune": "hymba_tune", **PROJECT["tool"]["setuptools"]["package-dir"]}
 
 FLOORS = [
-    {"errors", "formatting"},
+    {"errors", "formatting", "significance"},
     {"config", "files", "memory", "pages"},
     {"distributed", "registry"},
     {"model", "schemes"},

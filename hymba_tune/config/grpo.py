@@ -123,7 +123,8 @@ class GRPOConfig(TrainingConfig, KeptDataOptions):
     mask_cut: bool = False
     """Leave answers that were cut at --max-new-tokens out of the loss."""
     lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
-    """Peak learning rate. Default: 2e-5 for an adapter, 1e-6 for full training."""
+    """Peak learning rate. Default: 2e-5 for an adapter, 1e-6 for full training, and up to 20 times that for models
+    smaller than Hymba-1.5B."""
     batch_size: Annotated[int, FIRST] = Field(default=8, ge=1)
     """Answers in a batch on each device."""
     grad_accum: int = Field(default=4, ge=1)

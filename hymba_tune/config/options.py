@@ -178,8 +178,9 @@ class TrainingOptions(Config):
 
     group: ClassVar[Group] = TRAINING
 
-    epochs: Annotated[float, FIRST] = Field(default=1.0, gt=0, le=1e6)
-    """Passes over the data; ignored with --steps."""
+    epochs: Annotated[float | None, FIRST] = Field(default=None, gt=0, le=1e6)
+    """Passes over the data; ignored with --steps. Default: 1, and more on few rows for models smaller than
+    Hymba-1.5B."""
     steps: Annotated[int | None, FIRST] = Field(default=None, ge=1)
     """Optimizer steps."""
     batch_size: Annotated[int, FIRST] = Field(default=8, ge=1)
@@ -190,7 +191,8 @@ class TrainingOptions(Config):
     """Pack whole documents into rows of --max-length, for steps of even size. No document sees another. Padding costs
     nothing here, packed or not."""
     lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
-    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for full training."""
+    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for full training, and up to 20 times that for models
+    smaller than Hymba-1.5B."""
     lr_meta: float | None = Field(default=None, gt=0)
     """Separate peak learning rate of the meta tokens, or of their adapter."""
     lr_ssm: float | None = Field(default=None, gt=0)

@@ -32,7 +32,8 @@ class ORPOConfig(PreferenceConfig):
     beta: Annotated[float, FIRST] = Field(default=0.1, gt=0)
     """Weight of the odds ratio, relative to the loss on the chosen answer; lambda in the paper (common: 0.1 to 1)."""
     lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
-    """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training."""
+    """Peak learning rate. Default: 1e-4 for an adapter, 8e-6 for full training, and up to 20 times that for models
+    smaller than Hymba-1.5B."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:

@@ -190,7 +190,8 @@ class ReferenceConfig(PreferenceConfig):
     disabled; precompute computes them once before training. Default: precompute if there is no new adapter to disable
     (--method full, --start continue), else adapter-off."""
     lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
-    """Peak learning rate. Default: 5e-5 for an adapter, 1e-6 for full training."""
+    """Peak learning rate. Default: 5e-5 for an adapter, 1e-6 for full training, and up to 20 times that for models
+    smaller than Hymba-1.5B."""
 
     @property
     def precomputes(self) -> bool:

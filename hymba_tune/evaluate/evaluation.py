@@ -31,6 +31,7 @@ from hymba_tune.files.checkpoints import at_checkpoint
 from hymba_tune.generate import LoadableModel, find_model
 from hymba_tune.inputs import check_inputs
 from hymba_tune.registry import resolve_model
+from hymba_tune.significance import Outcome, compare_counts, compare_sums
 
 
 @dataclass
@@ -46,6 +47,7 @@ class ModelResult:
             ``exact_match``, ``exact_match_stderr`` and ``answers_found`` on questions.
         tasks: The metrics of each lm-eval task, by task name and metric name.
         texts: Counts of the texts that were scored.
+        row_nats: The summed loss of each row of these texts.
         answered: The questions with the model's answers.
     """
 
@@ -56,7 +58,23 @@ class ModelResult:
     measures: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     texts: TextCounts | None = None
+    row_nats: Sequence[float] = ()
     answered: list[AnsweredQuestion] = field(default_factory=list)
+
+    def tested(self, other: ModelResult) -> dict[str, Outcome]:
+        """Test whether this model is better than another one on the same rows and questions, by measure.
+
+        Models with different tokenizers are compared by their bits per byte.
+        """
+        tests = {}
+        if self.texts and other.texts and len(self.row_nats) == len(other.row_nats):
+            same_tokens = self.texts.fingerprint == other.texts.fingerprint
+            tests["loss" if same_tokens else "bits_per_byte"] = compare_sums(other.row_nats, self.row_nats)
+        if self.answered:
+            right = [(mine.correct, theirs.correct) for mine, theirs in zip(self.answered, other.answered, strict=True)]
+            gained, lost = right.count((True, False)), right.count((False, True))
+            tests["exact_match"] = compare_counts(gained, lost, n=len(right))
+        return tests
 
 
 @dataclass
@@ -150,7 +168,7 @@ def _score(
 ) -> None:
     with working(f"scoring {counts.parts:,} rows with {result.name}") as progress:
         score = score_rows(model, texts.rows(), batch_size=config.batch_size, progress=progress)
-    result.texts = counts
+    result.texts, result.row_nats = counts, score.row_nats
     result.measures |= {
         "loss": score.loss,
         "perplexity": score.perplexity,

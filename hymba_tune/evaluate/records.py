@@ -22,11 +22,17 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
     """The settings and results, without the answers, as a JSON object."""
     config = evaluation.config
     settings = config.model_dump(mode="json", include=config.model_fields_set - {"out", "save_answers"})
+    first, *others = evaluation.results
+    compared = [
+        {"with": other.name, "tests": {name: asdict(test) for name, test in first.tested(other).items()}}
+        for other in others
+    ]
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
         "settings": settings,
         "models": [_model(result) for result in evaluation.results],
+        "compared": compared,
     }
 
 

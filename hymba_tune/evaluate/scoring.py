@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,12 +25,14 @@ class TextScore:
         tokens: Number of scored tokens.
         spelled: Number of UTF-8 bytes that the scored tokens spell.
         right: Number of scored tokens that are the model's likeliest ones.
+        row_nats: The part of ``nats`` of each row.
     """
 
     nats: float
     tokens: int
     spelled: int
     right: int
+    row_nats: Sequence[float] = ()
 
     @property
     def loss(self) -> float:
@@ -64,16 +67,18 @@ def score_rows(
         progress: Called with the number of finished rows.
     """
     nats = 0.0
+    row_nats = array("d")
     tokens = spelled = right = done = 0
     for batch in _batches(rows, batch_size):
         for log_probs, likeliest in score_tokens(model, [row.encoded for row in batch]):
-            nats -= sum(log_probs)
+            row_nats.append(-sum(log_probs))
+            nats += row_nats[-1]
             right += sum(likeliest)
             tokens += len(log_probs)
         spelled += sum(row.spelled for row in batch)
         done += len(batch)
         progress(done)
-    return TextScore(nats, tokens, spelled, right)
+    return TextScore(nats, tokens, spelled, right, row_nats)
 
 
 def score_tokens(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[tuple[list[float], list[bool]]]:

@@ -83,7 +83,7 @@ RUN = FolderKind(
     {"config.yaml": "verb: ", "run.json": '"verb":'},
     (
         *("config.yaml", "run.json", "metrics.jsonl", "log.txt", "samples.json", "updates.json", "dropped.jsonl"),
-        *("rollouts.json", "evaluations.json", ".evaluations.lock", "report.html", "README.md"),
+        *("held_out.jsonl", "rollouts.json", "evaluations.json", ".evaluations.lock", "report.html", "README.md"),
         *("adapter", "model", "checkpoints", "track", f"{REPLACED}.*"),
     ),
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from hymba_tune.formatting import duration, format_bytes, share
 from hymba_tune.pages.theme import DARK, LIGHT
+
+TOGETHER = re.compile(r"(?<=\d) (?=(?:%|GB|MB|kB|min|nats|steps?|rows?|[hs]\b))|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)")
+"""The space between a number and its unit, and those of ``n = 24``."""
 
 
 def render(package: str, template: str, **facts: Any) -> str:
@@ -25,7 +29,13 @@ def render(package: str, template: str, **facts: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_unbroken,
     )
     environment.filters |= {"duration": duration, "format_bytes": format_bytes}
     environment.globals |= {"share": share, "themes": {"light": LIGHT, "dark": DARK}}
     return environment.get_template(template).render(facts)
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep numbers and their units on one line."""
+    return TOGETHER.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value

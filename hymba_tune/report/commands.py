@@ -17,9 +17,14 @@ def defaults(verb: Verb) -> dict[str, Any]:
 
 
 def chosen(record: RunRecord) -> dict[str, Any]:
-    """Return the settings of a run that differ from the defaults."""
+    """Return the settings of a run that differ from the defaults, those by model size included."""
     default = defaults(record.verb)
-    return {name: value for name, value in record.settings.items() if name not in default or default[name] != value}
+    by_size = record.facts.get("by_size", [])
+    return {
+        name: value
+        for name, value in record.settings.items()
+        if name not in by_size and (name not in default or default[name] != value)
+    }
 
 
 def repeat(record: RunRecord) -> str:
@@ -48,4 +53,11 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [f"--{flag}", *map(written, value if isinstance(value, list) else [value])]
+
+
+def written(value: Any) -> str:
+    """Write the value of a setting as people do: ``8`` for 8.0."""
+    if isinstance(value, list):
+        return ", ".join(map(written, value))
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)

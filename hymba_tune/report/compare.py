@@ -12,11 +12,11 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.pages import render
-from hymba_tune.report.commands import defaults
+from hymba_tune.report.commands import defaults, written
 from hymba_tune.report.curves import overlaid_plots
 from hymba_tune.report.measures import measure
 from hymba_tune.report.record import RunRecord, edits_explained
-from hymba_tune.report.verdict import FEW_ROWS, HARDLY
+from hymba_tune.significance import LEVEL, METHOD, compare_sums
 
 MOST = len(ascii_uppercase)
 CHOOSING = ("model", "data", "caps", "eval_data", "eval_split", "eval_max_rows", "seed", "max_length", "learn", "map")
@@ -51,7 +51,8 @@ def write_comparison(
             "hymba_tune.report",
             "compare.html.j2",
             records=records,
-            best=_best(records),
+            best=best_run(records),
+            method=METHOD,
             figures=_aligned(figures),
             plots=overlaid_plots(records),
             differing=differing(settings),
@@ -100,7 +101,7 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
 def _written(value: Any) -> str:
     if value is None or value == []:
         return "–"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return written(value)
 
 
 def _aligned(figures: dict[str, dict[str, str]]) -> dict[str, list[str]]:
@@ -108,10 +109,10 @@ def _aligned(figures: dict[str, dict[str, str]]) -> dict[str, list[str]]:
     return {name: [one.get(name, "–") for one in figures.values()] for name in names}
 
 
-def _best(records: dict[str, RunRecord]) -> str:
-    """Say which run has the lowest held-out loss, or why that cannot be said."""
-    lowest = {letter: min(record.series("eval_loss")[1], default=None) for letter, record in records.items()}
-    known = {letter: loss for letter, loss in lowest.items() if loss is not None}
+def best_run(records: Mapping[str, RunRecord]) -> str:
+    """Say which run ended with the lowest held-out loss, or why that cannot be said."""
+    final = {letter: record.series("eval_loss")[1][record.final_evaluation :] for letter, record in records.items()}
+    known = {letter: losses[0] for letter, losses in final.items() if losses}
     if len(known) < 2:
         return "Fewer than two of these runs have a held-out loss, so they cannot be compared."
     if len({record.verb for record in records.values()}) > 1:
@@ -123,15 +124,30 @@ def _best(records: dict[str, RunRecord]) -> str:
     ranked = sorted(known, key=lambda letter: known[letter])
     rewarded = bool(_rewards(records[ranked[0]]))
     losses = ", ".join(f"{letter} {-known[letter] if rewarded else known[letter]:.3f}" for letter in ranked)
-    rows = min((rows for letter in known if (rows := records[letter].held_out_rows) is not None), default=FEW_ROWS)
-    if rows < FEW_ROWS:
-        return f"{rows} held-out rows are too few to say which run is best: {losses}."
-    best = known[ranked[0]]
-    close = [letter for letter in ranked if known[letter] - best <= HARDLY * abs(best)]
-    if len(close) > 1:
-        return f"{' and '.join(close)} are about equally good: {losses}."
+    rows = records[ranked[0]].held_out_rows
+    n = "" if rows is None else f" on {rows:,} held-out {'prompts' if rewarded else 'rows'}"
+    chances = [_chance(records[ranked[0]], records[letter]) for letter in ranked[1:]]
+    if None in chances:
+        return f"Which run is best was not tested, as the losses of the parts of the data differ in kind: {losses}{n}."
+    # The more pairs of runs there are, the more often one of them differs by chance.
+    pairs = len(known) * (len(known) - 1) // 2
+    equal = [letter for letter, p in zip(ranked[1:], chances, strict=True) if p is None or p * pairs > LEVEL]
+    if equal:
+        return f"Too few rows to say which is best, {' or '.join([ranked[0], *equal])}: {losses}{n}."
     what = "highest held-out reward" if rewarded else "lowest held-out loss"
-    return f"{ranked[0]} is best, with the {what}: {losses}."
+    return f"{ranked[0]} is best, with the {what}: {losses}{n}."
+
+
+def _chance(best: RunRecord, other: RunRecord) -> float | None:
+    """Return the p-value of the difference of two runs at their ends; None where it cannot be tested."""
+    ends = []
+    for record in (best, other):
+        step = record.series("eval_loss")[0][record.final_evaluation]
+        if step not in record.parts:
+            return None
+        ends.append(record.parts[step])
+    (sums, counts), (other_sums, other_counts) = ends
+    return compare_sums(other_sums, sums).p if counts == other_counts else None
 
 
 def _rewards(record: RunRecord) -> str:

@@ -79,7 +79,11 @@ def _labels(names: Iterable[str]) -> list[str]:
 
 def _with_held_out(record: RunRecord, name: str) -> Plot | None:
     drawing = _drawing(record, name)
-    return plot(*drawing) if drawing else None
+    if drawing is None:
+        return None
+    broken = sum(not math.isfinite(value) for which in (name, f"eval_{name}") for value in record.series(which)[1])
+    values = "1 value is" if broken == 1 else f"{broken:,} values are"
+    return plot(*drawing, note=f"Gaps: {values} NaN or infinite." if broken else "")
 
 
 def _drawing(record: RunRecord, name: str) -> tuple[str, str, Callable[[Axes], None]] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hymba_tune.formatting import format_bytes
+from hymba_tune.significance import Outcome
 
 ERROR = "_stderr"
 NONE = "–"
@@ -34,18 +35,20 @@ class EvaluationTable:
         what: The data and tasks of the evaluation.
         columns: The models' names, and "change" where there are two: the first model's value less the second's.
         lines: The measures.
+        verdicts: Whether the first model is better than each other one, a line each.
     """
 
     when: str
     what: str
     columns: list[str]
     lines: list[Line]
+    verdicts: list[str]
 
 
 def tabulate(facts: dict[str, Any]) -> EvaluationTable:
     """Return the table of an evaluation that `hymba_tune.evaluate` recorded."""
     models = facts["models"]
-    columns = [name.rsplit("/", 1)[-1] if name.startswith("/") else name for name in (m["name"] for m in models)]
+    columns = [_short(model["name"]) for model in models]
     texts = [model["measures"] for model in models]
     lines = [
         _line(label, texts, name, written)
@@ -57,7 +60,26 @@ def tabulate(facts: dict[str, Any]) -> EvaluationTable:
         names = dict.fromkeys(name for one in values for name in one if not name.endswith(ERROR))
         lines += [_line(f"{task}: {name}", values, name, "{:.4g}".format) for name in names]
     lines.append(Line("weights", [format_bytes(model["weight_bytes"]) for model in models] + [""] * (len(models) == 2)))
-    return EvaluationTable(facts["when"], _what(facts), columns + ["change"] * (len(models) == 2), lines)
+    columns += ["change"] * (len(models) == 2)
+    return EvaluationTable(facts["when"], _what(facts), columns, lines, _verdicts(facts))
+
+
+def _verdicts(facts: dict[str, Any]) -> list[str]:
+    """Say for each other model on which measures the first one is better, with the number of rows."""
+    verdicts = []
+    for one in facts.get("compared", []):
+        tests = [
+            f"{TEXT_MEASURES[name][0].partition(',')[0]} {Outcome.of_facts(test)}"
+            for name, test in one["tests"].items()
+        ]
+        if tests:
+            verdicts.append(f"against {_short(one['with'])}: {' · '.join(tests)}")
+    return verdicts
+
+
+def _short(name: str) -> str:
+    """Return the last part of a path, and other names as they are."""
+    return name.rsplit("/", 1)[-1] if name.startswith("/") else name
 
 
 def _percent(value: float) -> str:

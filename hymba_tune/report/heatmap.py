@@ -13,6 +13,9 @@ from hymba_tune.pages import LIGHT, SIZE, Plot, plot
 
 GROUPS = ("attention", "SSM", "attention + SSM", "MLP")
 """Groups of the map's rows, from the top; parts outside the layers are named in the note below."""
+SMALL_NORMS = (
+    " Above 100 %, a part moved by more than its norm, as is usual where that is small: in meta tokens, for one."
+)
 SHADES = 40
 """The number of colors: few enough that the color bar is drawn as vectors, not embedded as a picture."""
 
@@ -84,8 +87,11 @@ def _note(parts: list[dict[str, Any]]) -> str:
     sizes = {group: [p["size"] for p in parts if p["group"] == group and p["size"] is not None] for group in groups}
     medians = " · ".join(f"{group} {_written(median(known))}" for group, known in sizes.items() if known)
     broken = sum(part["size"] is None for part in parts)
-    explained = "‖ΔW‖ / ‖W‖ of each part, by layer; blank parts were not trained. Medians"
-    return f"{explained}: {medians}." + (f" {broken} parts hold NaN or infinity." if broken else "")
+    explained = "‖ΔW‖ / ‖W‖ of each part, by layer. Blank: not trained, or shared with the layer before. Medians"
+    large = any(median(known) > 1 for known in sizes.values() if known)
+    return f"{explained}: {medians}.{SMALL_NORMS if large else ''}" + (
+        f" {broken} parts hold NaN or infinity." if broken else ""
+    )
 
 
 def _alt(inside: list[dict[str, Any]]) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 from hymba_tune.files import check_file, write_errors, write_text
 from hymba_tune.formatting import duration, format_bytes
 from hymba_tune.pages import render
-from hymba_tune.report.commands import chosen, next_commands, repeat
+from hymba_tune.report.commands import chosen, next_commands, repeat, written
 from hymba_tune.report.curves import loss_plot, other_plots
 from hymba_tune.report.evaluations import tabulate
 from hymba_tune.report.heatmap import updates_plot
 from hymba_tune.report.record import RunRecord, edits_explained
 from hymba_tune.report.verdict import Verdict, judge
+from hymba_tune.significance import METHOD
 
 REPORT = "report.html"
 
@@ -51,6 +52,7 @@ def _page(record: RunRecord, verdict: Verdict) -> str:
         "run.html.j2",
         record=record,
         verdict=verdict,
+        method=METHOD,
         title=record.verb.title,
         state=_state(record),
         brief=_brief(record),
@@ -60,7 +62,11 @@ def _page(record: RunRecord, verdict: Verdict) -> str:
         memory=_memory(record.facts),
         evaluations=[tabulate(facts) for facts in reversed(record.evaluations)],
         data=_data(record),
-        chosen=chosen(record),
+        chosen={name: written(value) for name, value in chosen(record).items()},
+        by_size={
+            name: written(record.settings[name]) for name in record.facts.get("by_size", []) if name in record.settings
+        },
+        settings={name: written(value) for name, value in record.settings.items()},
         repeat=repeat(record),
         next=next_commands(record),
     )

@@ -15,6 +15,7 @@ from hymba_tune.config import SFTConfig, TrainingConfig, Verb
 from hymba_tune.errors import CheckpointError
 from hymba_tune.files import read_json, read_json_lines, read_metrics, read_yaml
 from hymba_tune.files.checkpoints import check_run
+from hymba_tune.significance import Outcome, compare_sums
 
 SHOWN_DROPPED = 10
 """The number of dropped rows that are read in full; the others are only counted."""
@@ -30,6 +31,8 @@ class RunRecord:
         verb: The command that made the run.
         facts: The content of ``run.json``.
         rows: The lines of ``metrics.jsonl``: numbers by name.
+        parts: The lines of ``held_out.jsonl`` by step: the summed losses of the parts of the held-out data, and what
+            each is summed over.
         samples: The answers in ``samples.json``: ``prompt``, ``reference``, ``before`` and, after training, ``after``.
         rollouts: The content of ``rollouts.json``: the last ``groups`` of answers with their rewards, and the ``step``.
         updates: The content of ``updates.json``: ``parts``, how far each moved, or the reason why it is ``absent``.
@@ -44,6 +47,7 @@ class RunRecord:
     verb: Verb
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    parts: dict[int, tuple[list[float], list[float]]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     rollouts: dict[str, Any] = field(default_factory=dict)
     updates: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +93,7 @@ class RunRecord:
             settings=settings,
             facts=facts or {},
             rows=rows,
+            parts=_parts(path / "held_out.jsonl"),
             samples=[one for one in samples or [] if _is_sample(one)],
             rollouts=rollouts or {},
             updates=updates or {},
@@ -119,6 +124,25 @@ class RunRecord:
         """The steps and held-out losses of each source, by its name, where there are several."""
         names = [name.removeprefix("loss/") for name in self.measures if name.startswith("loss/")]
         return {name: self.series(f"eval_loss/{name}") for name in names}
+
+    @property
+    def final_evaluation(self) -> int:
+        """The index of the evaluation of the weights that the run ended with; of the last one if it has not ended."""
+        steps, _ = self.series("eval_loss")
+        kept = (self.facts.get("kept") or {}).get("step")
+        return steps.index(kept) if kept in steps else len(steps) - 1
+
+    def tested(self, before: int, after: int) -> Outcome | None:
+        """Test whether the held-out loss of one step is lower than that of another; None where that is not recorded.
+
+        Args:
+            before: The step to compare with.
+            after: The step that may be better.
+        """
+        if before not in self.parts or after not in self.parts:
+            return None
+        (first, counts), (last, counts_after) = self.parts[before], self.parts[after]
+        return compare_sums(first, last, n=self.held_out_rows) if counts == counts_after else None
 
     @property
     def held_out_rows(self) -> int | None:
@@ -175,6 +199,15 @@ def _rows(path: Path) -> tuple[list[dict[str, float]], int]:
         if row.get("eval_margin") == 0:
             row.pop("eval_accuracy", None)
     return rows, torn
+
+
+def _parts(path: Path) -> dict[int, tuple[list[float], list[float]]]:
+    found = {}
+    for line in read_json_lines(path):
+        step, sums, counts = ((line or {}).get(name) for name in ("step", "sums", "counts"))
+        if type(step) is int and isinstance(sums, list) and isinstance(counts, list) and len(sums) == len(counts):
+            found[step] = ([float(value) for value in sums], [float(value) for value in counts])
+    return found
 
 
 def _is_sample(one: Any) -> bool:

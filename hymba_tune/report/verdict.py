@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from statistics import mean
 
 from hymba_tune.formatting import share
+from hymba_tune.report.advice import FEW_ROWS, RISEN, advice, after_the_best, few_rows, risen_reward, stuck
 from hymba_tune.report.measures import measure
 from hymba_tune.report.record import RunRecord
+from hymba_tune.significance import Outcome, compare_counts
 
-WORSE = 1.02
-"""The least ratio to the best held-out loss that counts as worse; a smaller one may be chance."""
-FEW_ROWS = 10
-"""The fewest held-out rows whose loss says whether a run improved the model."""
-FEW_STEPS = 20
-"""The fewest steps that are not said to be few."""
 HARDLY = 0.01
 """The change of a loss, as a share of it, below which it hardly changed."""
-UNMOVED = 0.003
-"""The change of the held-out loss, as a share of it, below which it did not move."""
 MOSTLY_EQUAL = 0.8
 """The share of groups with equal rewards that is worth a note."""
-RISEN = 0.01
-"""The least rise of a reward that counts."""
+RISEN_SOURCE = 1.02
+"""The least ratio to the loss before training that counts as a rise on one source of several."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +28,20 @@ class Verdict:
         better: Whether the run improved the model; None if that is unknown.
         figures: The most important numbers, each with a label, its value and a comment.
         notes: Further remarks.
+        tested: The test of the held-out loss, or reward, before training against that of the weights at the end.
+        answers: The test of the right answers, where the run counted them.
     """
 
     sentence: str
     better: bool | None
     figures: list[tuple[str, str, str]]
     notes: list[str] = field(default_factory=list)
+    tested: Outcome | None = None
+    answers: Outcome | None = None
 
 
 def judge(record: RunRecord) -> Verdict:
-    """Judge a run by its held-out loss."""
+    """Judge a run by its held-out loss: the weights that it ended with against those before it."""
     steps, losses = record.series("eval_loss")
     rewards = record.series("eval_reward")
     if len(rewards[1]) > 1:
@@ -53,10 +50,11 @@ def judge(record: RunRecord) -> Verdict:
         verdict = _held_out(record, steps, losses)
     else:
         verdict = _without_held_out(record, evaluated=bool(losses))
-    stuck = [] if rewards[1] else _stuck(record)
-    notes = [*verdict.notes, *stuck, *_few_steps(record)]
+    unmoved = [] if rewards[1] else stuck(record)
+    better = False if unmoved and verdict.better else verdict.better
+    notes = [*verdict.notes, *(unmoved or advice(record, better))]
     notes += [f"After a crash, these cannot be read: {', '.join(record.damaged)}."] if record.damaged else []
-    return replace(verdict, notes=notes, better=False if stuck and verdict.better else verdict.better)
+    return replace(verdict, notes=notes, better=better)
 
 
 def _without_held_out(record: RunRecord, *, evaluated: bool) -> Verdict:
@@ -77,49 +75,46 @@ def _without_held_out(record: RunRecord, *, evaluated: bool) -> Verdict:
 
 
 def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdict:
-    first, last = losses[0], losses[-1]
+    at = record.final_evaluation
+    first, last = losses[0], losses[at]
     best = min(range(1, len(losses)), key=lambda index: losses[index])
     measured = measure("loss", record.verb)
-    sentence, better, notes = _change(record, first, losses[best])
-    if last > WORSE * losses[best]:
-        notes.append(
-            f"After step {steps[best]:,} the held-out loss rose again, to {last:.3f}: the run overfits its "
-            "training data. Use fewer --epochs, a lower --lr, or more data."
-        )
+    tested = record.tested(steps[0], steps[at])
+    sentence, better, notes = _change(record, tested, first, last, "loss", measured.written(last))
+    notes += after_the_best(record, steps, losses)
     worse = [
-        f"{name} {curve[0]:.3f} → {curve[best]:.3f}"
+        f"{name} {curve[0]:.3f} → {curve[at]:.3f}"
         for name, (_, curve) in record.source_losses.items()
-        if len(curve) > best and curve[best] > WORSE * curve[0]
+        if len(curve) > at and curve[at] > RISEN_SOURCE * curve[0]
     ]
     if better and worse:
         notes.append(f"The held-out loss rose on some sources: {', '.join(worse)}.")
     figures = [
         ("held-out loss before", f"{first:.3f}", measured.unit),
-        ("best", f"{losses[best]:.3f}", f"step {steps[best]:,}"),
-        ("last", f"{last:.3f}", f"step {steps[-1]:,}"),
+        ("at the end", f"{last:.3f}", f"step {steps[at]:,}"),
     ]
+    if best != at:
+        figures.append(("lowest", f"{losses[best]:.3f}", f"step {steps[best]:,}"))
     if measured.unit:
-        figures.append(("perplexity", _perplexity(losses[best]), f"{_perplexity(first)} before"))
-    counted, counts = _answers(record)
-    return Verdict(f"{sentence}{_accuracy(record)}{counted}.", better, figures + counts + _others(record), notes)
+        figures.append(("perplexity", _perplexity(last), f"{_perplexity(first)} before"))
+    counted, counts, answers = _answers(record)
+    sentence = f"{sentence}{_accuracy(record)}{counted}."
+    return Verdict(sentence, better, figures + counts + _others(record), notes, tested, answers)
 
 
 def _rewarded(record: RunRecord, steps: list[int], rewards: list[float]) -> Verdict:
     """Judge a run by the reward of its answers to held-out prompts."""
     measured = measure("reward", record.verb)
-    first, last = rewards[0], rewards[-1]
+    at = record.final_evaluation
+    first, last = rewards[0], rewards[at]
     best = max(range(1, len(rewards)), key=lambda index: rewards[index])
-    rows = record.held_out_rows
-    on = f" on {rows:,} prompts" if rows is not None else ""
-    change = f"held-out reward {first:.3f} → {measured.written(rewards[best])}{on}"
-    figures = [
-        ("held-out reward before", f"{first:.3f}", ""),
-        ("best", f"{rewards[best]:.3f}", f"step {steps[best]:,}"),
-        ("last", f"{last:.3f}", f"step {steps[-1]:,}"),
-        *_others(record),
-    ]
-    notes = []
-    if rewards[best] - last > RISEN:
+    tested = record.tested(steps[0], steps[at])
+    sentence, better, notes = _change(record, tested, -first, -last, "reward", measured.written(last))
+    figures = [("held-out reward before", f"{first:.3f}", ""), ("at the end", f"{last:.3f}", f"step {steps[at]:,}")]
+    if best != at:
+        figures.append(("highest", f"{rewards[best]:.3f}", f"step {steps[best]:,}"))
+    fell = record.tested(steps[best], steps[at])
+    if fell and fell.better is False and rewards[best] - last > RISEN:
         notes.append(
             f"After step {steps[best]:,} the held-out reward fell again, to {last:.3f}. Use a lower --lr, or --keep "
             "best."
@@ -130,83 +125,42 @@ def _rewarded(record: RunRecord, steps: list[int], rewards: list[float]) -> Verd
             f"At the end, all answers to a prompt had the same reward in {equal[-1]:.0%} of the groups, which teach "
             "nothing. Use other prompts, a larger --group-size, or a reward by parts."
         )
-    if rows is not None and rows < FEW_ROWS:
-        few = "1 held-out prompt is" if rows == 1 else f"{rows} held-out prompts are"
-        return Verdict(f"{few} too few to say whether it got better: {change}.", None, figures, notes)
-    if abs(rewards[best] - first) <= RISEN:
-        return Verdict(f"It hardly changed: {change}.", None, figures, notes)
-    better = rewards[best] > first
-    return Verdict(f"It {'got' if better else 'did not get'} better: {change}.", better, figures, notes)
+    return Verdict(f"{sentence}.", better, figures + _others(record), notes, tested)
 
 
-def _change(record: RunRecord, first: float, best: float) -> tuple[str, bool | None, list[str]]:
+def _change(
+    record: RunRecord, tested: Outcome | None, first: float, last: float, what: str, written: str
+) -> tuple[str, bool | None, list[str]]:
     """Return how the held-out loss changed, in words; whether that is better, None if it is unknown; and notes."""
     rows = record.held_out_rows
-    on = f" on {rows:,} rows" if rows is not None else ""
-    change = f"held-out loss {first:.3f} → {measure('loss', record.verb).written(best)}{on}"
-    if rows is not None and rows < FEW_ROWS:
-        few = "1 held-out row is" if rows == 1 else f"{rows} held-out rows are"
-        note = f"Hold out at least {FEW_ROWS} rows, or better 100: a larger --eval-split, or --eval-data FILE."
-        return f"{few} too few to say whether it got better: {change}", None, [note]
-    if (risen := _risen_reward(record)) and best < first:
-        return f"It is not clear that it got better: {change}", None, [risen]
-    if abs(first - best) < HARDLY * abs(first):
+    unit = "prompts" if what == "reward" else "rows"
+    on = f" on {rows:,} {unit}" if rows is not None else ""
+    change = f"held-out {what} {abs(first) if what == 'reward' else first:.3f} → {written}{on}"
+    small = abs(first - last) <= RISEN if what == "reward" else abs(first - last) < HARDLY * abs(first)
+    if tested is None:
+        return f"Whether it got better was not tested: {change}", None, []
+    if tested.word == "the same" or (small and tested.n >= FEW_ROWS):
         return f"It hardly changed: {change}", None, []
-    if best > first:
-        return f"It did not get better: {change}", False, []
-    return f"It got better: {change}, {share(first - best, first)} less", True, []
+    if tested.better is None:
+        few = f"1 held-out {unit[:-1]} is" if tested.n == 1 else f"{tested.n:,} held-out {unit} are"
+        return f"{few} too few to say whether it got better: {change.removesuffix(on)}", None, few_rows(tested.n)
+    if (risen := risen_reward(record)) and tested.better:
+        return f"It is not clear that it got better: {change}", None, [risen]
+    if not tested.better:
+        return f"It got worse: {change}", False, []
+    return f"It got better: {change}" + (f", {share(first - last, first)} less" * (what == "loss")), True, []
 
 
-def _risen_reward(record: RunRecord) -> str:
-    """Return a note if the reward of worse answers rose; empty otherwise."""
-    _, rewards = record.series("eval_rejected_reward")
-    if len(rewards) < 2 or not rewards[-1] - rewards[0] > RISEN:
-        return ""
-    kind = "rejected" if record.verb.paired else "bad"
-    return (
-        f"The reward of {kind} answers rose, {rewards[0]:.3f} → {rewards[-1]:.3f}: the model writes them more often "
-        "than before. Use a lower --lr, fewer --epochs, or pairs that differ more."
-    )
-
-
-def _few_steps(record: RunRecord) -> list[str]:
-    steps = record.last_step
-    if not 0 < steps < FEW_STEPS:
-        return []
-    few = "1 step is" if steps == 1 else f"{steps} steps are"
-    return [f"{few} few: most runs need a hundred or more. Try --steps 100, more --epochs, or a smaller --batch-size."]
-
-
-def _stuck(record: RunRecord) -> list[str]:
-    """Return a note if the loss did not move, or if it ended at that of a uniform guess."""
-    evaluated, trained = record.series("eval_loss")[1], record.series("loss")[1]
-    losses = evaluated if len(evaluated) > 1 else trained
-    if record.last_step < FEW_STEPS or len(losses) < 2 or not all(map(math.isfinite, losses)):
-        return []
-    vocabulary = record.vocabulary if record.verb.loss_unit else None
-    if vocabulary and abs(losses[-1] / math.log(vocabulary) - 1) < HARDLY:
-        return [
-            f"The loss is stuck at {losses[-1]:.3f}, about ln({vocabulary:,}) = {math.log(vocabulary):.3f}: the model "
-            "gives every token the same probability. Use a lower --lr."
-        ]
-    # Batches differ; held-out rows are the same at every evaluation.
-    part, least = (1, UNMOVED) if losses is evaluated else (max(1, len(losses) // 3), HARDLY)
-    before, after = mean(losses[:part]), mean(losses[-part:])
-    if abs(after - before) >= least * abs(before):
-        return []
-    return [
-        f"The loss did not move in {record.last_step:,} steps: {before:.3f} at first, {after:.3f} at last. Try a "
-        "higher --lr, or a lower one if it is above the default."
-    ]
-
-
-def _answers(record: RunRecord) -> tuple[str, list[tuple[str, str, str]]]:
+def _answers(record: RunRecord) -> tuple[str, list[tuple[str, str, str]], Outcome | None]:
     """Return how many held-out prompts are answered right after training, where the run counted them."""
     counts = record.facts.get("answers", {})
     if "after" not in counts:
-        return "", []
+        return "", [], None
+    tested = compare_counts(counts["gained"], counts["lost"], n=counts["questions"]) if "gained" in counts else None
+    verdict = f", {tested.word}" if tested else ""
     right = f"{counts['after']:,} of {counts['questions']:,}"
-    return f"; {right} answers right", [("right answers", right, f"{counts['before']:,} before")]
+    figures = [("right answers", right, f"{counts['before']:,} before{verdict}")]
+    return f"; {right} answers right, {counts['before']:,} before", figures, tested
 
 
 def _accuracy(record: RunRecord) -> str:

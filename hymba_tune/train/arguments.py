@@ -8,31 +8,35 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hymba_tune.config import TrainingConfig
+from hymba_tune.config import GRPOConfig, KTOConfig, TrainingConfig
 from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.strategies import strategy_arguments
+from hymba_tune.train.by_size import default_epochs, default_rate
 from hymba_tune.train.optimizers import Rates, optimizer_name, schedule
 from hymba_tune.train.setup import Setup
 from hymba_tune.train.tracking import tracker_arguments
 
 EVALUATIONS = 5
 """The default number of evaluations, and of checkpoints, in a run."""
+EVALUATED_BATCHES = 20
+"""The least number of held-out batches, where there are as many rows."""
 LOG_EVERY = 10
 """The default for the most steps between two rows of the metrics."""
 
 
-def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
+def shared_arguments(setup: Setup, *, held_out: int) -> dict[str, Any]:
     """Return the arguments by their names in TRL's configurations.
 
     Args:
         setup: The run's setup.
-        evaluate: Whether there is held-out data.
+        held_out: The number of held-out rows.
     """
     config, device = setup.config, setup.device
+    evaluate = held_out > 0
     return {
         "output_dir": str(setup.run.checkpoints),
         "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
+        "per_device_eval_batch_size": evaluation_batch(config, held_out),
         "gradient_accumulation_steps": config.grad_accum,
         "learning_rate": learning_rates(setup).base,
         "warmup_steps": config.warmup,
@@ -69,8 +73,20 @@ def shared_arguments(setup: Setup, *, evaluate: bool) -> dict[str, Any]:
 def learning_rates(setup: Setup) -> Rates:
     """Return the peak learning rates of a run."""
     config = setup.config
-    base = config.lr or config.learning_rates[config.method]
+    base = config.lr or default_rate(config, setup.parameters)
     return Rates(base, meta=config.lr_meta, ssm=config.lr_ssm, loraplus=config.loraplus_ratio)
+
+
+def evaluation_batch(config: TrainingConfig, rows: int) -> int:
+    """Return the rows of a held-out batch: few rows make several batches, as a test compares their losses.
+
+    Args:
+        config: The run's settings.
+        rows: The number of held-out rows.
+    """
+    if isinstance(config, KTOConfig | GRPOConfig):  # the first compares the rows of a batch, the other tests each row
+        return config.batch_size
+    return max(1, min(config.batch_size, rows // (EVALUATED_BATCHES * world_size())))
 
 
 def global_batch(config: TrainingConfig) -> int:
@@ -78,22 +94,38 @@ def global_batch(config: TrainingConfig) -> int:
     return config.batch_size * config.grad_accum * world_size()
 
 
-def run_steps(config: TrainingConfig, rows: int) -> int:
-    """Return the number of optimizer steps of a run.
+def run_epochs(setup: Setup, rows: int) -> float:
+    """Return the number of epochs of a run, which counts where it sets no steps.
 
     Args:
-        config: The run's settings.
+        setup: The run's setup.
         rows: The number of rows that the trainer draws batches from; packed rows if it packs them.
     """
+    return setup.config.epochs or default_epochs(setup.config, setup.parameters, _steps_per_epoch(setup.config, rows))
+
+
+def run_steps(setup: Setup, rows: int) -> int:
+    """Return the number of optimizer steps of a run; the arguments are those of `run_epochs`."""
+    config = setup.config
+    return config.steps or max(1, math.ceil(run_epochs(setup, rows) * _steps_per_epoch(config, rows)))
+
+
+def by_size(setup: Setup, rows: int) -> dict[str, float]:
+    """Return the settings that the run leaves to the defaults that depend on the size of the model, by name."""
+    config = setup.config
+    rate = {"lr": learning_rates(setup).base} if config.lr is None else {}
+    return rate | ({"epochs": run_epochs(setup, rows)} if config.epochs is None and config.steps is None else {})
+
+
+def _steps_per_epoch(config: TrainingConfig, rows: int) -> int:
     texts = rows * config.answers_per_row
-    per_epoch = math.ceil(math.ceil(texts / (config.batch_size * world_size())) / config.grad_accum)
-    return config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    return math.ceil(math.ceil(texts / (config.batch_size * world_size())) / config.grad_accum)
 
 
 def set_length(trainer: Trainer, setup: Setup) -> None:
     """Set the number of steps and the intervals of a run. They depend on the trainer's rows, which may be packed."""
     config = setup.config
-    steps = run_steps(config, len(trainer.train_dataset))
+    steps = run_steps(setup, len(trainer.train_dataset))
     every = max(1, steps // EVALUATIONS)
     trainer.args.max_steps = steps
     trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = schedule(

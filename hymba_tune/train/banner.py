@@ -46,7 +46,7 @@ def describe_run(setup: Setup, data: Data, outline: Outline, memory_estimate: Me
             ]
         ),
         **({"mix": shares} if (shares := report.shares()) else {}),
-        "batch": " · ".join([describe_batch(config), lengths, f"{outline.steps:,} steps"]),
+        "batch": " · ".join([describe_batch(config), lengths, _steps(outline)]),
         **({"optimizer": line} if (line := _optimizer(setup, outline)) else {}),
         "memory": describe_memory(setup, memory_estimate),
         "run": str(setup.run.path),
@@ -70,14 +70,30 @@ def describe_batch(config: TrainingConfig) -> str:
     return own if processes == 1 else f"{own} × {processes} processes = {global_batch(config)} rows a step"
 
 
+def _steps(outline: Outline) -> str:
+    """Describe the number of steps, and the epochs that few rows are given."""
+    steps = "1 step" if outline.steps == 1 else f"{outline.steps:,} steps"
+    epochs = outline.by_size.get("epochs", 1)
+    return f"{steps} ({epochs:g} epochs, by model size and rows)" if epochs > 1 else steps
+
+
 def _optimizer(setup: Setup, outline: Outline) -> str:
     """Describe an optimizer other than the default, or learning rates that differ; empty where there are none."""
     config = setup.config
+    rate = outline.by_size.get("lr")
+    by_size = rate is not None and rate != config.learning_rates[config.method]
     rates = {group["name"].removesuffix(", no decay"): group["lr"] for group in outline.groups}
-    parts: list[str] = [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
+    parts = [f"learning rate {short_rate(rate)}, by model size"] if rate is not None and by_size else []
+    parts += [config.optimizer] if config.optimizer != "adamw" or len(rates) > 1 else []
     if config.optimizer.startswith("paged") and setup.device.type == "cpu":
         parts.append("not paged: there is no GPU to page out of")
     return " · ".join(parts + ([f"{name} {rate:.1e}" for name, rate in rates.items()] if len(rates) > 1 else []))
+
+
+def short_rate(rate: float) -> str:
+    """Write a learning rate as people do: ``4e-3``."""
+    digits, _, exponent = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def describe_memory(setup: Setup, memory_estimate: MemoryEstimate) -> str:

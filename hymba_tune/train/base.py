@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hymba_tune.distributed.environment import world_size
-from hymba_tune.distributed.processes import sums, together
+from hymba_tune.distributed.processes import gathered, sums, together
 from hymba_tune.distributed.sharding import load_optimizer_state, state_of, whole_optimizer_state, whole_weights
 from hymba_tune.files import seal
 from hymba_tune.files.checkpoints import forget_oldest
@@ -40,6 +41,8 @@ class RunTrainer(Trainer):
         step_batches: The batches of the current step, each with its share of the step's loss.
         kept_checkpoints: The number of checkpoints to keep; None for all.
         restrict: Excludes rows of an adapter from training again (`restrict_rows`), as FSDP replaces its parameters.
+        held_out_parts: The summed loss of each part of the held-out data at the last evaluation, and what it is summed
+            over: of each batch, or of each row where `held_out_sums` returns those.
         stop_requested: Whether Ctrl-C was pressed in this process.
         stop_agreed: Whether it was in any process by the time of the step.
     """
@@ -54,6 +57,7 @@ class RunTrainer(Trainer):
         self.step_batches: list[tuple[dict[str, Any], Tensor]] = []
         self._grad_norm: Tensor | float = 0.0
         self._step_tokens: list[Tensor] = []
+        self.held_out_parts: list[tuple[float, float]] = []
         self.stop_requested = False
         self.stop_agreed = False
         self._order: EvenOrder | None = None
@@ -129,7 +133,7 @@ class RunTrainer(Trainer):
 
         Returns:
             The sum of each measure over the batch and what it is summed over (tokens, answers, pairs), by its logged
-            name without ``eval_``. ``loss`` must be among them.
+            name without ``eval_``. ``loss`` must be among them; both of its values may be ``(n,)``, of each row.
         """
         raise NotImplementedError
 
@@ -147,6 +151,7 @@ class RunTrainer(Trainer):
             return torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
         parts: dict[str, Tensor] = defaultdict(zeros)
+        losses: list[Tensor] = []
         for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
                 measured = self.held_out_sums(inputs)
@@ -154,13 +159,17 @@ class RunTrainer(Trainer):
                 continue  # measured all the same, as all processes must run their models equally often
 
             for name, pair in measured.items():
-                part = torch.stack([torch.as_tensor(value).to(zeros()) for value in pair])
+                own = torch.stack([torch.as_tensor(value).to(zeros()).reshape(-1) for value in pair])
+                part = own.sum(1)
                 parts[name] += part
+                if name == "loss":
+                    losses.append(own)
                 if name == "loss" and source:
                     parts[f"loss/{source}"] += part
 
         totals = sums({name: float(part[0]) for name, part in parts.items()})
         counts = sums({name: float(part[1]) for name, part in parts.items()})
+        self.held_out_parts = _in_turn(gathered([[tuple(pair) for pair in own.T.tolist()] for own in losses]))
         means = {name: total / counts[name] if counts[name] else 0.0 for name, total in totals.items()}
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
@@ -341,3 +350,8 @@ def quantization_unseen(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         vars(base).update(flags)
+
+
+def _in_turn(parts: list[list[list[Any]]]) -> list[Any]:
+    """Return the parts of the batches of all processes in the order of the rows: each process takes a batch in turn."""
+    return [part for batches in zip_longest(*parts, fillvalue=()) for batch in batches for part in batch]

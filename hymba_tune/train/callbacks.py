@@ -106,6 +106,23 @@ class Metrics(TrainerCallback):
         self._screen.row(row, total_steps=state.max_steps, seconds_left=seconds_left)
 
 
+class HeldOutParts(TrainerCallback):
+    """Writes the losses of the parts of the held-out data, on which verdicts are tested.
+
+    Args:
+        trainer: The run's trainer.
+        run: The run.
+    """
+
+    def __init__(self, trainer: RunTrainer, run: Run) -> None:
+        self._trainer, self._run = trainer, run
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write a line."""
+        del args, control
+        self._run.log_parts(state.global_step, self._trainer.held_out_parts)
+
+
 class Account(TrainerCallback, ExportableState):
     """Adds up the time and memory of a run over all its processes: each resumption starts a new one.
 

@@ -40,7 +40,7 @@ from hymba_tune.registry import ModelSource, loadable_name
 from hymba_tune.train.arguments import global_batch, learning_rates, set_length, shared_arguments
 from hymba_tune.train.banner import describe_memory, describe_run
 from hymba_tune.train.base import RunTrainer, quantization_unseen
-from hymba_tune.train.callbacks import Account, FirstStep, Interrupt, Metrics
+from hymba_tune.train.callbacks import Account, FirstStep, HeldOutParts, Interrupt, Metrics
 from hymba_tune.train.card import write_card
 from hymba_tune.train.claim import claimed
 from hymba_tune.train.ending import reported, whole_model
@@ -122,7 +122,7 @@ def _train_claimed(setup: Setup, task: TrainingTask[TrainingConfig], screen: Scr
             model = _open(setup)
         digest = from_main(partial(_base_digest, setup, screen), "reading the base model")
         trainer = _trainer(setup, data, builder, model, screen)
-        outline = outline_of(trainer)
+        outline = outline_of(setup, trainer)
         screen.banner(describe_run(setup, data, outline, memory_estimate) | described)
         _record_begin(setup, data, outline, memory_estimate, described, digest)
         if not resuming:
@@ -144,7 +144,11 @@ def _record_begin(
     digest: dict[str, Any],
 ) -> None:
     """Record what is known about a run before its first step."""
+    # A resumed run has the same defaults, whatever the next version's are.
     config = setup.config
+    if outline.by_size and not config.resume:
+        config = config.model_copy(update=outline.by_size)
+        setup.run.write_config(config)
     settings = config.model_dump(mode="json", exclude={"out", "resume"})
     # Another number of processes may have divided a step otherwise; these settings are compared with config.yaml.
     first = setup.run.facts().get("settings", {}) if config.resume else {}
@@ -163,6 +167,7 @@ def _record_begin(
         global_batch=global_batch(config),
         quantized=setup.scheme,
         kernels={name: asdict(choice) for name, choice in setup.kernels.items()},
+        **({} if config.resume else {"by_size": sorted(outline.by_size)}),
         memory={"predicted_bytes": memory_estimate.peak, "parts": asdict(memory_estimate.step)},
         optimizer={"name": config.optimizer, "groups": outline.groups},
         packed_share=outline.packed_share,
@@ -251,7 +256,7 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
     callbacks: list[Any] = [Metrics(setup.run, screen)]
     if config.method is not Method.full:
         callbacks.append(FirstStep())
-    arguments = shared_arguments(setup, evaluate=data.held_out is not None)
+    arguments = shared_arguments(setup, held_out=len(data.held_out or ()))
     with screen.working("handing the data to the trainer"), quantization_unseen(model):
         trainer = builder.make_trainer(model, arguments, callbacks)
     check_strategy(config.strategy, trainer.accelerator)
@@ -265,6 +270,7 @@ def _trainer(setup: Setup, data: Data, builder: TrainerBuilder, model: PreTraine
     vocabulary = setup.model_config.vocab_size if config.verb.loss_unit else None
     guard = LossGuard(trainer, setup.run, max_spike=config.max_loss_spike, vocabulary=vocabulary, places=places)
     trainer.add_callback(guard)
+    trainer.add_callback(HeldOutParts(trainer, setup.run))
     for noisy in list(trainer.callback_handler.callbacks):
         if type(noisy).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(noisy)

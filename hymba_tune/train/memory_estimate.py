@@ -129,7 +129,7 @@ def _drawn(count: int, config: TrainingConfig) -> np.ndarray[Any, np.dtype[np.in
     """Return row numbers ``(batches, batch size)``, drawn at random, as many as a run draws."""
     generator = np.random.default_rng(0)
     size = min(config.batch_size, count)
-    wanted = config.steps * config.grad_accum * size if config.steps else round(config.epochs * count)
+    wanted = config.steps * config.grad_accum * size if config.steps else round((config.epochs or 1) * count)
     wanted = max(size, min(wanted, MOST_DRAWN))
     epochs = [generator.permutation(count) for _ in range(-(-wanted // count))]
     drawn = np.concatenate(epochs)[:wanted]

@@ -13,7 +13,7 @@ import trl
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hymba_tune.train.arguments import learning_rates, run_steps
+from hymba_tune.train.arguments import by_size, learning_rates, run_steps
 from hymba_tune.train.base import RunTrainer
 from hymba_tune.train.optimizers import describe_groups, parameter_groups
 from hymba_tune.train.setup import Data, Setup, lay_out
@@ -31,21 +31,24 @@ class Outline:
         steps: The number of optimizer steps.
         packed_share: The share of the packed rows that is filled with tokens; None where rows are not packed.
         groups: The parameter groups, as `describe_groups` describes them.
+        by_size: The settings that the size of the model decides, by name.
     """
 
     model: PreTrainedModel | PeftModel
     steps: int
     packed_share: float | None
     groups: list[dict[str, Any]]
+    by_size: dict[str, float]
 
 
-def outline_of(trainer: RunTrainer) -> Outline:
+def outline_of(setup: Setup, trainer: RunTrainer) -> Outline:
     """Return the outline of a run whose trainer is built and whose number of steps is set."""
     return Outline(
         trainer.model,
         trainer.args.max_steps,
         packed_share(trainer.train_dataset, trainer.args.max_length),
         describe_groups(trainer.parameter_groups()),
+        by_size(setup, len(trainer.train_dataset)),
     )
 
 
@@ -58,7 +61,13 @@ def outline_without_weights(setup: Setup, data: Data) -> Outline:
         with _without_progress_bars():
             rows = trl.pack_dataset(rows.select_columns(["input_ids"]), config.max_length, PACKING)
     groups = parameter_groups(model, learning_rates(setup), weight_decay=config.weight_decay, decayed=())
-    return Outline(model, run_steps(config, len(rows)), packed_share(rows, config.max_length), describe_groups(groups))
+    return Outline(
+        model,
+        run_steps(setup, len(rows)),
+        packed_share(rows, config.max_length),
+        describe_groups(groups),
+        by_size(setup, len(rows)),
+    )
 
 
 def packed_share(rows: datasets.Dataset, max_length: int) -> float | None:

@@ -75,7 +75,7 @@ class RolloutTrainer(RunTrainer, GRPOTrainer):
         scores = self._rewards.scores(self._rewarded(rows, ids))
         totals = [self._rewards.total(row) for row in scores]
         sums: dict[str, tuple[Tensor | float, Tensor | float]] = {
-            "loss": (-sum(totals), len(rows)),
+            "loss": (-torch.tensor(totals), torch.ones(len(totals))),
             f"{MORE}reward": (sum(totals), len(rows)),
             f"{MORE}answer_tokens": (sum(map(len, ids)), len(rows)),
             f"{MORE}cut_answers": (sum(one[-1] not in self.eos_token_ids for one in ids), len(rows)),

@@ -7,7 +7,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from hymba_tune.files import (
     check_folder,
     entries,
     read_json,
+    read_json_lines,
     read_metrics,
     read_yaml,
     remove,
@@ -34,6 +35,8 @@ from hymba_tune.files import (
 from hymba_tune.files.checkpoints import check_run, forget_torn, newest_whole
 from hymba_tune.train.screen import MetricsRow
 
+PARTS = "held_out.jsonl"
+"""The losses of the parts of the held-out data at each evaluation."""
 LIBRARIES = ("hymba-tune", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -91,11 +94,16 @@ class Run:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.write_config(config)
+        except OSError as error:
+            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
+
+    def write_config(self, config: TrainingConfig) -> None:
+        """Write ``config.yaml``."""
+        if is_main():
             settings = {"verb": config.verb.name}
             settings |= config.model_dump(mode="json", exclude={"out", "resume"}, exclude_none=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        except OSError as error:
-            raise ConfigError(f"--out {self.path} cannot be written: {error.strerror}.", fix="another --out") from error
 
     def read_config(self) -> TrainingConfig:
         """Return the settings that the run was started with.
@@ -163,6 +171,14 @@ class Run:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_as_line(row))
 
+    def log_parts(self, step: int, parts: Sequence[tuple[float, float]]) -> None:
+        """Add a line to ``held_out.jsonl``: the summed loss of each part of the held-out data, and what it is over."""
+        if not is_main():
+            return
+        with (self.path / PARTS).open("a", encoding="utf-8") as file:
+            sums, counts = zip(*parts, strict=True)
+            file.write(json.dumps({"step": step, "sums": sums, "counts": counts}) + "\n")
+
     def rows(self) -> list[MetricsRow]:
         """Return the lines of ``metrics.jsonl``, without those that a crash has torn."""
         return [MetricsRow.of_columns(columns) for columns in read_metrics(self.path / "metrics.jsonl")[0]]
@@ -177,11 +193,14 @@ class Run:
                 remove(path)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after the step that a run is resumed from."""
+        """Drop the lines of ``metrics.jsonl`` and ``held_out.jsonl`` after the step that a run is resumed from."""
         if not is_main():
             return
         lines = [_as_line(row) for row in self.rows() if row.step <= step]
         write_text(self.path / "metrics.jsonl", "".join(lines))
+        if (self.path / PARTS).is_file():
+            kept = [line for line in read_json_lines(self.path / PARTS) if line and line.get("step", 0) <= step]
+            write_text(self.path / PARTS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def evaluations(self) -> Iterator[MetricsRow]:
         """Return the lines with a held-out loss."""

@@ -75,7 +75,14 @@ def _count_right(
         else:
             answered = _answered(model, tokenizer, questions, extract, **most, progress=progress)
     known = setup.run.facts().get("answers", {})
-    setup.run.record(answers={**known, "questions": len(questions), when: score_answers(answered).correct})
+    counts = {**known, "questions": len(questions), when: score_answers(answered).correct}
+    right = [number for number, one in enumerate(answered) if one.correct]
+    if when == "before":
+        counts["right_before"] = right
+    elif "right_before" in known:
+        before = set(known["right_before"])
+        counts |= {"gained": len(set(right) - before), "lost": len(before - set(right))}
+    setup.run.record(answers=counts)
 
 
 def _answered(

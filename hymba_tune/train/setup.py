@@ -66,6 +66,7 @@ class Setup:
         model_config: The configuration of the model's weights.
         quantization: The quantization of the base weights, whether stored already or applied when they are loaded.
         kernels: The kernel chosen for each operation.
+        parameters: The number of the model's parameters, without a new adapter.
         added_tokens: The tokens for which rows are added to the embedding and the head, and trained.
     """
 
@@ -78,6 +79,7 @@ class Setup:
     model_config: PretrainedConfig
     quantization: WeightQuantization | None
     kernels: dict[str, Choice]
+    parameters: int
     added_tokens: Sequence[int] = ()
 
     @property
@@ -169,7 +171,8 @@ def check(config: TrainingConfig) -> Setup:
     trained, total = count_parameters(lay_out(config, model_config, torch.float32, added_tokens))
     check_disk(run, disk_needed(config, trained=trained, total=total))
     kernels = choose_kernels(as_mapping(config.kernels), model_config, device, dtype)
-    return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels, added_tokens)
+    size = total if config.method is Method.full else total - trained
+    return Setup(run, config, source, tokenizer, device, dtype, model_config, quantization, kernels, size, added_tokens)
 
 
 def _facts(config: TrainingConfig) -> dict[str, str]:

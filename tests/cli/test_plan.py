@@ -231,3 +231,15 @@ def test_run_too_large_for_the_machine_says_so(
     monkeypatch.setattr(memory_estimate, "device_memory", lambda _: 2**20)
     assert run(settings(small_model, questions, tmp_path / "out", dry_run=True), Seeing()) is None
     assert "may run out: --batch-size 2 --grad-accum 2" in banner["memory"]
+
+
+def test_plan_and_banner_have_the_same_defaults_by_size(command: Command, questions: Path) -> None:
+    shown = command("sft", "--model", "hymba-nano", "--data", questions, "--dry-run").out
+    assert "learning rate 4e-3, by model size" in shown
+    assert "150 steps (50 epochs, by model size and rows)" in " ".join(shown.split())
+    assert "143 steps ·" in command("plan", "--model", "hymba-nano", "--data", questions).out  # of 22.8 rows
+
+    chosen_by_user = command(
+        "sft", "--model", "hymba-nano", "--data", questions, "--dry-run", "--lr", 1e-3, "--steps", 5
+    )
+    assert "by model size" not in chosen_by_user.out

@@ -30,6 +30,8 @@ def write_run(
         facts: The content of run.json.
         settings: Settings in config.yaml in addition to a model and data.
         columns: Further measures with one value for each training loss, or for each evaluation (``eval_...``).
+
+    The held-out rows, 40 unless ``facts`` says otherwise, all have the mean loss.
     """
     path.mkdir()
     columns = columns or {}
@@ -47,6 +49,9 @@ def write_run(
     (path / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["step"]))
     )
+    count = (facts or {}).get("held_out", {}).get("rows", 40)
+    parts = [{"step": 10 * i, "sums": [loss] * count, "counts": [1] * count} for i, loss in enumerate(evaluations)]
+    (path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in parts))
     if facts is not None:
         (path / "run.json").write_text(json.dumps(facts))
     return path

@@ -131,11 +131,15 @@ def test_runs_on_different_held_out_data_are_not_ranked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("losses", "rows", "verdict"),
-    [((2.0, 1.99), 100, "B and A are about equally good"), ((2.0, 1.0), 2, "2 held-out rows are too few to say")],
+    [
+        ((2.0, 1.9), 100, "B is best, with the lowest held-out loss: B 1.900, A 2.000 on 100 held-out rows."),
+        ((2.0, 1.0), 2, "Too few rows to say which is best, B or A: B 1.000, A 2.000 on 2 held-out rows."),
+        ((2.0, 2.0), 100, "Too few rows to say which is best, A or B"),
+    ],
 )
-def test_no_winner_by_chance(losses: tuple[float, float], rows: int, verdict: str, tmp_path: Path) -> None:
+def test_a_winner_is_not_chance(losses: tuple[float, float], rows: int, verdict: str, tmp_path: Path) -> None:
     facts = {"held_out": {"rows": rows, "fingerprint": "x"}}
-    runs = [write_run(tmp_path / str(loss), [3.0], [4.0, loss], facts=facts) for loss in losses]
+    runs = [write_run(tmp_path / str(number), [3.0], [4.0, loss], facts=facts) for number, loss in enumerate(losses)]
     write_comparison(runs, tmp_path / "compare.html")
     assert verdict in (tmp_path / "compare.html").read_text()
 

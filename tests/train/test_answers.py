@@ -40,7 +40,9 @@ def counted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_right_answers_are_counted_before_and_after(counted: Run) -> None:
-    assert counted.facts()["answers"] == {"questions": 8, "before": 0, "after": 6}
+    answers = counted.facts()["answers"]
+    changed = {"right_before": [], "gained": 6, "lost": 0}
+    assert answers == {"questions": 8, "before": 0, "after": 6} | changed
 
 
 def test_count_is_that_of_an_evaluation(counted: Run) -> None:
@@ -63,7 +65,7 @@ def test_count_by_cuda_graphs_is_the_same(
     assert captured
     eval_data = {"eval_data": [str(questions)], "eval_max_rows": 4}
     trained = run(settings(small_model, questions, tmp_path, steps=1, **eval_data, **changes))
-    assert trained.facts()["answers"].keys() == {"questions", "before", "after"}
+    assert trained.facts()["answers"].keys() >= {"questions", "before", "after", "gained", "lost"}
     assert len(graphs) > captured
 
 
@@ -71,8 +73,8 @@ def test_count_is_told_by_card_and_report(counted: Run) -> None:
     card = (counted.path / "README.md").read_text()
     assert "Right answers to the 8 held-out prompts: 0 before training, 6 after." in card
     verdict = judge(RunRecord.read(counted.path))
-    assert verdict.sentence.endswith("; 6 of 8 answers right.")
-    assert ("right answers", "6 of 8", "0 before") in verdict.figures
+    assert verdict.sentence.endswith("; 6 of 8 answers right, 0 before.")
+    assert ("right answers", "6 of 8", "0 before, better") in verdict.figures
 
 
 def test_few_of_the_prompts_are_kept_as_samples(counted: Run) -> None:
@@ -85,10 +87,10 @@ def test_run_that_was_stopped_keeps_the_count_before_it(small_model: Path, quest
     with pytest.raises(KeyboardInterrupt):
         run(config, Pressing(1))
     stopped = Run(tmp_path)
-    assert stopped.facts()["answers"] == {"questions": 4, "before": 0}
+    assert stopped.facts()["answers"] == {"questions": 4, "before": 0, "right_before": []}
     assert "answers right" not in judge(RunRecord.read(tmp_path)).sentence
     run(resume_config(SFTConfig(resume=tmp_path)))
-    assert stopped.facts()["answers"].keys() == {"questions", "before", "after"}
+    assert stopped.facts()["answers"].keys() >= {"questions", "before", "after", "gained", "lost"}
 
 
 @pytest.mark.parametrize(

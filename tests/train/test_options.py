@@ -175,7 +175,7 @@ def test_evaluation_never_holds_the_logits_of_all_tokens(
 
 def test_packing_says_how_full_its_rows_are(small_model: Path, questions: Path, tmp_path: Path) -> None:
     banner = Banner()
-    changes = {"packing": True, "max_length": 100, "batch_size": 1, "eval_split": 0, "steps": None}
+    changes = {"packing": True, "max_length": 100, "batch_size": 1, "eval_split": 0, "steps": None, "epochs": 1}
     finished = run(settings(small_model, questions, tmp_path / "out", **changes), banner)
     facts = finished.facts()
     # One step a row, one pass over all tokens.

@@ -30,7 +30,7 @@ class Banner(Screen):
     "changes",
     [
         {"steps": None, "epochs": 1.5, "grad_accum": 2, "eval_split": 0.2},
-        {"packing": True, "max_length": 100, "steps": None, "batch_size": 2},
+        {"packing": True, "max_length": 100, "steps": None, "epochs": 2, "batch_size": 2},
         {"method": "full", "lr_ssm": 1e-3, "optimizer": "lion", "weight_decay": 0.1},
         {"method": "dora", "quantize": "nf4", "targets": ["mlp"], "loraplus_ratio": 4},
     ],

@@ -27,7 +27,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def test_run_directory_holds_what_a_run_made(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     made = {"config.yaml", "run.json", "metrics.jsonl", "samples.json", "dropped.jsonl", "README.md"}
-    made |= {"updates.json", "report.html"}
+    made |= {"updates.json", "report.html", "held_out.jsonl"}
     assert names - {"log.txt"} == made | {"adapter", "checkpoints"}
     if "log.txt" in names:
         assert (finished_run / "log.txt").read_text()
