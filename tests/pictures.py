@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import tempfile
 from contextlib import chdir, suppress
 from io import StringIO
@@ -36,11 +37,11 @@ MOST_BYTES = 150_000
 def draw_terminal(folder: Path) -> str:
     """Run the demo in a folder, and return what its terminal shows as SVG without fonts from the network."""
     # Without a terminal no spinner is recorded, and with this patch nothing is said of what took seconds.
-    with patch("hymba_tune.cli.screen.QUIET_SECONDS", 1e9), patch.multiple(console, record=True, file=StringIO()):
-        console.width = COLUMNS
-        with chdir(folder), suppress(SystemExit):
-            main([*COMMAND, "--out", str(RUN)])
-        svg = console.export_svg(title=" ".join(["hymba-tune", *COMMAND]))
+    console.record, console.file, console.width = True, StringIO(), COLUMNS
+    with patch("hymba_tune.cli.screen.QUIET_SECONDS", 1e9), chdir(folder), suppress(SystemExit):
+        main([*COMMAND, "--out", str(RUN)])
+    console.file = sys.stdout
+    svg = console.export_svg(title=" ".join(["hymba-tune", *COMMAND]))
     return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "monospace")
 
 

@@ -32,4 +32,5 @@ class RewardConfig(PreferenceConfig):
     center_rewards: Annotated[float, FIRST] = Field(default=0.0, ge=0)
     """Weight of a penalty on the squared sum of a pair's scores, which keeps scores around zero (common: 0.01)."""
     lr: Annotated[float | None, FIRST] = Field(default=None, gt=0)
-    """Peak learning rate. Default: 1e-4 for an adapter, 1e-5 for full training."""
+    """Peak learning rate. Default: 1e-4 for an adapter, 1e-5 for full training, and up to 20 times that for models
+    smaller than Hymba-1.5B."""
