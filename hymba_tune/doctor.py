@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ LIBRARIES = (
     *("triton", "mamba-ssm", "causal-conv1d", "flash-attn", "kernels"),
 )
 PLATFORMS = {
-    "CPU": "works: tested with every release, on Linux",
+    "CPU": f"works: tested with every release{'' if sys.platform == 'linux' else ', but never on this system'}",
     "NVIDIA": "unknown: kernels compile for sm_80 to sm_120; each is used after its self-test on your GPU",
     "ROCm (AMD)": "unknown: kernels compile for gfx942 and gfx1100; each is used after its self-test on your GPU",
     "mps (Apple)": "refused: nothing has been tried there; --device cpu works",

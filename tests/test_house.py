@@ -163,6 +163,17 @@ def test_nothing_is_installed_beside_the_package() -> None:
     assert (distribution("hymba-tune").read_text("top_level.txt") or "").split() == ["hymba_tune"]
 
 
+def test_badges_say_what_the_metadata_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    badges = dict(
+        re.findall(r"^\[!\[(\w+(?: \w+)*): ([^\]]+)\]", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    )
+    versions = [entry.rpartition(" ")[2] for entry in project["classifiers"] if "Python :: 3." in entry]
+    assert badges["Python"] == f"{versions[0]} to {versions[-1]}"
+    assert badges["License"] == project["license"]
+    assert any(entry.lower().endswith(badges["Status"]) for entry in project["classifiers"])
+
+
 def test_version_is_one() -> None:
     assert "version" in PROJECT["project"]["dynamic"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "hymba_tune.__version__"}

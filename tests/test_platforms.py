@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hymba_tune.cli.main import main
+from hymba_tune.cli.screen import console
 from hymba_tune.distributed import checks, launch
 from hymba_tune.errors import ConfigError
 from tests.conftest import ROOT
@@ -57,3 +60,13 @@ def test_several_processes_are_refused_on_windows(monkeypatch: pytest.MonkeyPatc
     assert checks.processes_here("auto", "cuda") == 1
     with pytest.raises(ConfigError, match="sft: several processes cannot work together on Windows"):
         launch.launch("sft", None, 2)  # type: ignore[arg-type]
+
+
+def test_an_encoding_without_arrows_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["recipes", "show", "demo"])
+    console.print("5.475 → 0.046 ▼")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"5.475 ? 0.046 ?\n")
