@@ -112,8 +112,7 @@ def test_mistake_gets_one_message(words: str, command: Command) -> None:
             "hymba-tune sft: unexpected argument 'my.jsonl'.\n  to fix     hymba-tune sft --data my.jsonl",
         ),
         (["sft", "recipe.yaml"], "  to fix     hymba-tune sft --config recipe.yaml"),
-        (["recipes", "shw", "kto"], "There is no recipe shw.
-  to fix     hymba-tune recipes show kto"),
+        (["recipes", "shw", "kto"], "There is no recipe shw.\n  to fix     hymba-tune recipes show kto"),
         (["distill", "captre"], "to fix     hymba-tune distill capture"),
         (["distill", "my.jsonl"], "to fix     hymba-tune distill --data my.jsonl"),
         (["distill", "--data", "demo"], "--teacher is missing."),
