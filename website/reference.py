@@ -22,7 +22,9 @@ from website.settings import Command, commands, describe, prose, tables
 API = {
     "hymba_tune": "Importing the package registers Hymba with the Auto classes of transformers",
     "hymba_tune.model": "The model: configuration, Auto classes, cache, kernels",
-    "hymba_tune.config": "The settings of every command",
+    "hymba_tune.generate": "Opening a model, and generating texts with it",
+    "hymba_tune.data": "Reading data, and encoding it with a chat template and a loss mask",
+    "hymba_tune.config": "The settings: a class for each command, with the attributes that [its page](index.md) lists",
     "hymba_tune.errors": "The errors",
 }
 """The public modules. Others may change in any version."""
@@ -97,5 +99,6 @@ def _filled(template: str, **facts: Any) -> str:
 
 def _api(module: str, what: str) -> str:
     """Write a page for mkdocstrings, which reads the docstrings of a module."""
-    members = "" if "." in module else "    options:\n      members: [__version__]\n"
-    return f"# {module}\n\n{what}.\n\n::: {module}\n{members}"
+    limits = {"hymba_tune": "members: [__version__]", "hymba_tune.config": "filters: ['!^[a-z_]']"}
+    options = f"    options:\n      {limits[module]}\n" if module in limits else ""
+    return f"# {module}\n\n{what}.\n\n::: {module}\n{options}"

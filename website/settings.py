@@ -88,8 +88,8 @@ def tables(command: Command, *, level: int) -> str:
     parts = []
     for name, arguments in groups.items():
         parts += [f"{'#' * level} {name}\n"]
-        parts += ["| flag | recipe key | type | default | |", "|---|---|---|---|---|"] if has_recipe else []
-        parts += [] if has_recipe else ["| flag | type | default | |", "|---|---|---|---|"]
+        titles = ["flag", "description", "type", "default", *(["recipe key"] if has_recipe else [])]
+        parts += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         parts += [_line(argument, schema, "-".join(command.words[1:]), has_recipe=has_recipe) for argument in arguments]
         parts += [""]
     return "\n".join(parts)
@@ -107,8 +107,8 @@ def _line(argument: Argument, schema: Schema, prefix: str, *, has_recipe: bool) 
     flags = ", ".join(f"`{name}`" for name in names)
     anchor = f"{{ #{prefix}{names[0]} }}" if names[0].startswith("--") else ""
     kind = _kind(own, schema) if own else _plain_kind(argument.hint)
-    cells = [f"{flags}{anchor}", *([f"`{key}`" if key else ""] if has_recipe else []), kind]
-    return f"| {' | '.join([*cells, _default(argument), prose(argument.parameter.help or '')])} |"
+    cells = [f"{flags}{anchor}", prose(argument.parameter.help or ""), kind, _default(argument)]
+    return f"| {' | '.join([*cells, *([f'`{key}`' if key else ''] if has_recipe else [])])} |"
 
 
 def _kind(schema: Schema, root: Schema) -> str:
