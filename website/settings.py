@@ -17,7 +17,14 @@ from cyclopts.argument import Argument
 from hymba_tune.cli.main import app
 from hymba_tune.config import Config
 
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "switch", "array": "list"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "switch",
+    "array": "list",
+    "object": "mapping",
+}
 """Words for the types of a JSON schema."""
 BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
 Schema = Mapping[str, Any]
