@@ -87,7 +87,8 @@ release: .venv/releasing  ## What is published for a tag: make release TAG=v0.1.
 	"$(PYTHON)" -m venv $(RUNTIME)
 	$(if $(TORCH_INDEX),$(RUNTIME)/bin/pip install -qq --no-deps --index-url $(TORCH_INDEX) $(TESTED) torch ||) true
 	$(RUNTIME)/bin/pip install -qq --constraint constraints-full.txt build/dist/*.whl
-	$(BIN)/cyclonedx-py environment $(RUNTIME)/bin/python --pyproject pyproject.toml --output-reproducible \
+	sed 's/^dynamic = .*/version = "$(TAG:v%=%)"/' pyproject.toml > build/pyproject.toml
+	$(BIN)/cyclonedx-py environment $(RUNTIME)/bin/python --pyproject build/pyproject.toml --output-reproducible \
 		--output-file build/release/sbom.cdx.json
 
 lock: .venv/developing .venv/documenting  ## Write the versions of this environment, with which the tests ran, to constraints-full.txt.
