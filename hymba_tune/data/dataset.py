@@ -111,7 +111,7 @@ def fit_reading(reading: ExampleReading, max_length: int, report: DataReport) ->
         first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
         return f"its first answer begins at token {first + 1:,} of {size:,}, past --max-length {max_length:,}"
 
-    report.cut += size > max_length
+    report.cut += size > max_length and not rendered.plain
     report.texts += rendered.plain
     report.conversations += not rendered.plain
     report.tokens += sum(len(row.input_ids) for row in rows)

@@ -76,8 +76,7 @@ class DataReport:
         rows: Rows read.
         conversations: Encoded conversations.
         texts: Encoded plain texts.
-        cut: Rows longer than the maximum length: conversations that lost their end, texts that continue in further
-            rows.
+        cut: Conversations longer than the maximum length, which lost their end. Texts continue in further rows.
         tokens: Encoded tokens.
         learned: Encoded tokens with loss.
         longest: Tokens of the longest encoded row.
