@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their commands work and print what is shown, their links lead somewhere."""
+"""The README and the pages of docs/ and examples/: their commands work and print what is shown, their links lead on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.walk import Block, blocks, commands, differences, walk
 
 pytestmark = pytest.mark.end_to_end
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [ROOT / "examples" / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), *EXAMPLES]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 README_LINES = 200
 
