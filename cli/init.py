@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hymba_tune.plan import DeviceEstimate
 
 T = TypeVar("T")
+Verb = Literal["sft", "dpo", "kto", "orpo", "reward", "grpo", "distill"]
 Card = Literal["here", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb", "cpu"]
 CARDS: dict[str, str] = {
     "here": "the GPU of this machine",
@@ -64,7 +65,7 @@ def init(
     *,
     data: Annotated[Names | None, Parameter(group=DATA)] = None,
     map: Annotated[Pairs | None, Parameter(group=DATA)] = None,
-    verb: Annotated[Literal["sft", "dpo", "kto", "orpo", "grpo", "distill"] | None, Parameter(group=RUN)] = None,
+    verb: Annotated[Verb | None, Parameter(group=RUN)] = None,
     model: Annotated[str | None, Parameter(group=MODEL)] = None,
     card: Annotated[Card | None, Parameter(group=RUN)] = None,
     teacher: Annotated[str | None, Parameter(group=MODEL)] = None,
@@ -84,7 +85,7 @@ def init(
     map
         Column and role names that differ: --map prompt=question.
     verb
-        What to do: sft, dpo, kto, orpo, grpo or distill. Default: what the data is usually for.
+        What to do: sft, dpo, kto, orpo, reward, grpo or distill. Default: what the data is usually for.
     model
         The model to train, as for sft --model. Default: Hymba-1.5B, or hymba-nano on a CPU.
     card

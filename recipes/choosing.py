@@ -16,6 +16,7 @@ RECIPES = {
     "dpo": "dpo_lora",
     "kto": "kto",
     "orpo": "orpo_lora",
+    "reward": "reward_lora",
     "grpo": "grpo_lora",
     "distill": "distill_llama3",
 }

@@ -24,7 +24,7 @@ MARK = "####"
 """The mark before the result of an answer of GSM8K."""
 PAIRS = "pairs of a chosen and a rejected answer"
 LABELED = "answers with a label"
-VERBS = {PAIRS: ("dpo", "orpo", "kto"), LABELED: ("kto",), "text": ("sft",)}
+VERBS = {PAIRS: ("dpo", "orpo", "kto", "reward"), LABELED: ("kto",), "text": ("sft",)}
 """The verbs that can train on a format, the usual one first; all other formats are conversations."""
 WITH_ANSWERS = ("sft", "distill", "grpo")
 

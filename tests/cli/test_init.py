@@ -20,6 +20,7 @@ from hymba_tune.config import SFTConfig, TrainingConfig
 from hymba_tune.errors import HubError
 from hymba_tune.files import read_yaml
 from hymba_tune.plan import DeviceEstimate
+from hymba_tune.recipes.choosing import RECIPES
 from hymba_tune.recipes.schema import SCHEMA_FILE
 from tests.cli.conftest import Command
 from tests.tiny import RELEASED
@@ -32,7 +33,7 @@ ROWS: dict[str, tuple[dict[str, object], list[str]]] = {
         ["sft", "distill", "grpo"],
     ),
     "other columns": (QUESTION, ["sft", "distill", "grpo"]),
-    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["dpo", "orpo", "kto"]),
+    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["dpo", "orpo", "kto", "reward"]),
     "labels": ({"prompt": "a", "completion": "b", "label": True}, ["kto"]),
     "texts": ({"text": "a"}, ["sft"]),
 }
@@ -71,7 +72,7 @@ def test_recipes_are_for_what_the_data_allows(kind: str, command: Command) -> No
     for verb in verbs:
         assert command("init", "--data", data, "--card", "8gb", "--verb", verb, "--out", f"{verb}.yaml").code == 0
         assert read(f"{verb}.yaml").verb.name == verb
-    for verb in TrainingConfig.by_verb().keys() - verbs:
+    for verb in RECIPES.keys() - verbs:
         refused = command("init", "--data", data, "--card", "8gb", "--verb", verb, "--out", "no.yaml")
         assert (refused.code, f"--verb {verb}: the data holds " in refused.err) == (2, True)
     assert not Path("no.yaml").exists()
