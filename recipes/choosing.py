@@ -24,8 +24,8 @@ RECIPES = {
 TOKEN_BYTES = 3
 """Bytes of text in a token, at least, in most languages."""
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-UNTUNED = ("lr", "gradient_checkpointing", "grad_accum")
-"""Settings of the recipes for the released model that a small model takes its own defaults for."""
+UNTUNED = ("epochs", "gradient_checkpointing", "grad_accum")
+"""Settings for the released model that the packaged one takes its own defaults for."""
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,6 @@ def with_changes(settings: Mapping[str, Any], flags: str) -> dict[str, Any]:
 def _recipe(verb: str) -> dict[str, Any]:
     path = next(recipe.path for recipe in packaged() if recipe.name == RECIPES[verb])
     settings: dict[str, Any] = read_yaml(path)
-    settings.pop("verb")
+    del settings["verb"]
+    settings.pop("lr", None)  # the default is the same, and depends on the size of the model
     return settings

@@ -88,6 +88,19 @@ def test_columns_lengths_and_rewards_come_from_the_data(command: Command) -> Non
 
 
 @pytest.mark.usefixtures("fits")
+def test_learning_rates_are_the_defaults_for_the_size_of_the_model(command: Command) -> None:
+    assert command("init", "--data", "demo", "--card", "8gb").code == 0
+    assert command("init", "--data", "demo", "--card", "cpu", "--out", "nano.yaml").code == 0
+    assert (read().lr, read("nano.yaml").lr, read("nano.yaml").epochs) == (None, None, None)
+
+
+def test_packaged_recipes_have_the_default_learning_rate() -> None:
+    for verb, name in RECIPES.items():
+        settings = read(name)
+        assert settings.lr == TrainingConfig.of(verb).learning_rates[settings.method]
+
+
+@pytest.mark.usefixtures("fits")
 def test_bad_rows_are_skipped_and_named(command: Command) -> None:
     save({"prompt": "a", "completion": "b"})
     Path("my.jsonl").write_text(Path("my.jsonl").read_text() + "no\n")
