@@ -65,7 +65,7 @@ def _list() -> None:
         table.add_row("  memory", Text(recipe.memory))
         table.add_row("  data", Text(recipe.data))
         console.print(Text(f" {recipe.name}", style="bold"))
-        console.print(Padding(Text(recipe.what), (0, 0, 0, 2)))
+        console.print(Padding(Text(f"{recipe.what}."), (0, 0, 0, 2)))
         console.print(table)
         console.print(f"  {recipe.command}\n", markup=False, soft_wrap=True)
     console.print(" see one   hymba-tune recipes NAME\n copy one  hymba-tune recipes copy NAME my.yaml", markup=False)

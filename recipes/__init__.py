@@ -49,7 +49,7 @@ def read_header(path: Path) -> Recipe:
     header = [line.strip() for line in comment]
     labels = {label: text.strip() for label, _, text in (line.partition(":") for line in header) if label in LABELS}
     commands = [line for line in header if line.startswith("hymba-tune ")]
-    what = " ".join(line.strip() for line in sentences).rstrip(":")
+    what = " ".join(line.strip() for line in sentences).rstrip(".:")
     return Recipe(
         path.stem,
         path,
