@@ -34,7 +34,11 @@ def demo(*, out: Annotated[Path | None, Parameter(group=RESULT)] = None) -> None
     run = out or next(path for path in _names(DEFAULT) if not _taken(path))
     if taken := _taken(run):
         raise ConfigError(f"--out {run}: {taken} exists.", expected="a new or empty folder", fix="another --out")
-    check_new_folder(_merged(run))
+    try:
+        check_new_folder(_merged(run))
+    except ConfigError as error:
+        fix = f"{command('demo', '--out', 'DIR')}, in a folder that can be written"
+        raise ConfigError(error.what, fix=fix) from error
     for words in steps(run):
         console.print(f"\n$ {command(*words)}", markup=False, soft_wrap=True)
         _run(words)

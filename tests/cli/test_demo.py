@@ -56,6 +56,7 @@ def test_demo_says_at_once_that_its_folder_cannot_be_written(ran: list[list[str]
     result = command("demo")
     assert result.code == 2
     assert "--out runs/demo-merged cannot be written: Not a directory." in result.err
+    assert "  to fix     hymba-tune demo --out DIR, in a folder that can be written" in result.err
     assert ran == []
 
 
