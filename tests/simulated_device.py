@@ -29,7 +29,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hymba_tune.model import one_token
+from hymba_tune.model import few_rows
 from hymba_tune.model.backends import OPERATIONS
 from tests.simulated_autocast import register_autocast
 
@@ -165,7 +165,7 @@ def simulated_device(*, interpret: bool = True) -> Iterator[torch.device]:
         stack.enter_context(patch.object(_Hooks, "available", True))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(_kernels_on_device(interpret=interpret))
-        stack.enter_context(patch.object(one_token, "PLAIN", {*one_token.PLAIN, Simulated}))
+        stack.enter_context(patch.object(few_rows, "PLAIN", {*few_rows.PLAIN, Simulated}))
         for operation in OPERATIONS.values():  # kernels for CUDA also run here, without a self test
             backends = {name: _on_device(backend) for name, backend in operation.backends.items()}
             stack.enter_context(patch.object(operation, "backends", backends))

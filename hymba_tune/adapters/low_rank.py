@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hymba_tune.model.autocast import outside_autocast
-from hymba_tune.model.one_token import is_plain
+from hymba_tune.model.few_rows import is_plain
 
 
 class LowRankLinear(Linear):

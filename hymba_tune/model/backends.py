@@ -119,7 +119,7 @@ class Backend:
             return "it has no backward"
         if task.has_initial_state and not self.initial_state:
             return "it cannot continue from an initial state"
-        return self.unavailable_reason() or self.unsupported_reason(task)
+        return self.unsupported_reason(task) or self.unavailable_reason()  # the latter may compile
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .documents import Documents
+from .few_rows import has_few_rows, is_plain, multiply
 from .log_probs import TokenScores, score_tokens
 from .loss import linear_cross_entropy
 
@@ -20,7 +21,12 @@ class HymbaHead(nn.Linear):
 
     def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """Return the logits ``(..., V)`` of hidden states, or a loss of the hidden states and the weight ``(V, d)``."""
-        return super().forward(hidden) if loss is None else loss(hidden, self.weight)
+        if loss is not None:
+            return loss(hidden, self.weight)
+        rows = hidden.flatten(0, -2)
+        if has_few_rows(rows) and is_plain(self, HymbaHead) and hidden.dtype is self.weight.dtype:
+            return multiply(rows, self.weight, self.bias).unflatten(0, hidden.shape[:-1])
+        return super().forward(hidden)
 
 
 def head_loss(

@@ -24,7 +24,8 @@ from .configuration_hymba import HymbaConfig
 from .convolution import packed_conv1d
 from .documents import Documents
 from .elementwise import add_rms_norm, gated_silu, mean_of_norms, norm_rotate, rms_norm, rotate
-from .one_token import gate_up, has_few_rows, is_plain, prepare, update
+from .few_rows import gate_up, has_few_rows, is_plain, project
+from .one_token import prepare, update
 from .one_token_inputs import StateInputs, TokenInputs
 from .scan import packed_scan
 
@@ -173,18 +174,13 @@ class HymbaMLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map ``(rows, d)`` to ``(rows, d)``; a residual stream is added to, possibly in place."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        few = has_few_rows(x)
         if gate is None:
-            inner = torch.relu(up(x)).square()
-        elif few and is_plain(gate, nn.Linear) and is_plain(up, nn.Linear):
+            inner = torch.relu(project(up, x)).square()
+        elif has_few_rows(x) and is_plain(gate, nn.Linear) and is_plain(up, nn.Linear):
             inner = gate_up(x, gate.weight, up.weight)
         else:
             inner = gated_silu(gate(x), up(x))
-
-        if residual is not None and few and residual.dtype == inner.dtype and is_plain(down, nn.Linear):
-            return residual.addmm_(inner, down.weight.t())
-        projected: Tensor = down(inner)
-        return projected if residual is None else residual + projected
+        return project(down, inner, residual)
 
 
 class HymbaExperts(nn.Module):
@@ -313,7 +309,7 @@ class HymbaMixer(nn.Module):
         new_key, new_value = cache.reserve(self.layer) if self.source == self.layer else (None, None)
         key, value = cache.keys[self.source], cache.values[self.source]
 
-        projected = self.in_proj(hidden)
+        projected = project(self.in_proj, hidden)
         q_norm, k_norm = (None, None) if self.self_attn is None else self.self_attn.weights
         heads = self.head_dim, q_norm, k_norm, self.eps, tables, new_key, new_value, documents.past
         convolution = self.conv1d.weight.squeeze(1), self.conv1d.bias, cache.tails[self.layer]
@@ -322,13 +318,13 @@ class HymbaMixer(nn.Module):
 
         modules = self.dt_layernorm, self.B_layernorm, self.C_layernorm
         dt_norm, B_norm, C_norm = (None if module is None else module.weight for module in modules)
-        inputs = x, self.x_proj[0](x), projected[:, -x.shape[1] :], dt_norm, B_norm, C_norm, self.eps
+        inputs = x, project(self.x_proj[0], x), projected[:, -x.shape[1] :], dt_norm, B_norm, C_norm, self.eps
         step: Any = self.dt_proj[0]
         scanned = update(
             StateInputs(*inputs, step.weight, step.bias, self.A_log[0], self.D[0], cache.states[self.layer])
         )
         joined = self.pre_avg_layernorm1(attended, partial(self.pre_avg_layernorm2, scanned))
-        return self.out_proj(joined), key, value
+        return project(self.out_proj, joined), key, value
 
     def _heads(self, flat: Tensor, width: int, norm: str, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         heads = flat.unflatten(-1, (-1, width))

@@ -67,19 +67,30 @@ class Arguments(ctypes.Structure):
     """
 
     def __init__(self, **values: Any) -> None:
-        types = dict(self._fields_)  # type: ignore[arg-type]
-        self.values = values  # keeps the tensors alive while the C++ reads them
-        super().__init__(**{name: _convert(value, types[name]) for name, value in values.items() if value is not None})
+        super().__init__()
+        types = _field_types(type(self))
+        self.tensors: dict[str, Tensor] = {}  # keeps them alive while the C++ reads them
+        for name, value in values.items():
+            kind: type = type(value)
+            if _is_a(kind, Tensor):
+                self.tensors[name] = value
+                value = _address(value) if types[name] is ctypes.c_void_p else types[name].of(value)
+            if value is not None:
+                setattr(self, name, value)
 
 
-def _convert(value: Any, field_type: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return field_type.of(value) if issubclass(field_type, View) else _address(value)
+@cache
+def _field_types(structure: type[Arguments]) -> dict[str, Any]:
+    return dict(structure._fields_)  # type: ignore[arg-type]
 
 
 def _address(tensor: Tensor) -> int:
-    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    return 0 if _is_a(type(tensor), FakeTensor) else tensor.data_ptr()
+
+
+@cache
+def _is_a(kind: type, wanted: type) -> bool:
+    return issubclass(kind, wanted)  # kept, because tensors make `isinstance` slow
 
 
 def fields(field_type: type, names: str) -> tuple[tuple[str, type], ...]:
@@ -133,14 +144,15 @@ class Library:
         Raises:
             RuntimeError: If the library cannot run on this machine, or a tensor has no memory to read.
         """
-        if any(isinstance(value, FakeTensor) for value in arguments.values.values()):
+        tensors = arguments.tensors
+        if any(_is_a(type(tensor), FakeTensor) for tensor in tensors.values()):
             return
-        for name, value in arguments.values.items():
-            if isinstance(value, Tensor) and value.numel() and not value.data_ptr():
+        for name, tensor in tensors.items():
+            if not tensor.data_ptr() and tensor.numel():
                 raise RuntimeError(
-                    f"the native {self.name} cannot read {name!r}: a tensor of shape {tuple(value.shape)} on "
-                    f"{value.device} has no memory, for example a weight that is offloaded, sharded or not loaded yet; "
-                    "load it, or call the module that owns it"
+                    f"the native {self.name} cannot read {name!r}: a tensor of shape {tuple(tensor.shape)} on "
+                    f"{tensor.device} has no memory, for example a weight that is offloaded, sharded or not loaded "
+                    "yet; load it, or call the module that owns it"
                 )
         library = self.load()
         if isinstance(library, str):

@@ -13,24 +13,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from .autocast import at_least_float32, autocast_is_on
+from .autocast import at_least_float32
 from .backends import GPU_DTYPES, Backend, Operation, Problem, Task, random_leaves
 from .convolution import causal_conv1d
-from .elementwise import gated_silu, rms_norm, rotate
+from .elementwise import rms_norm, rotate
 from .native import DTYPES
 from .one_token_inputs import StateInputs, TokenInputs
 from .one_token_native import LIBRARY, native_prepare, native_update
-from .one_token_triton import LEAST_ROWS, triton_gate_up, triton_prepare, triton_update
+from .one_token_triton import triton_prepare, triton_update
 from .scan import selective_scan
-from .triton_kernels import power_of_2, triton_unavailable_reason
-
-FEW_ROWS = 128
-"""The number of rows up to which a matrix product takes as long as reading its weights."""
-PLAIN: set[type] = {nn.Parameter}
-"""The types of weights that are what they seem, not divided among processes, quantized or empty."""
+from .triton_kernels import triton_unavailable_reason
 
 
 def prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -55,43 +50,6 @@ def update(inputs: StateInputs) -> Tensor:
     """
     y: Tensor = UPDATE.compute(Task.of(inputs.x, sizes=(*inputs.dt_weight.shape, inputs.A_log.shape[1])), inputs)
     return y
-
-
-def gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Compute the `gated_silu` of two projections of a few rows.
-
-    Args:
-        x: ``(rows, d)``, at most `FEW_ROWS`.
-        gate: The weight of the gate's projection, ``(inner, d)``.
-        up: The weight of the other projection, ``(inner, d)``.
-
-    Returns:
-        ``(rows, inner)``.
-    """
-    # Kernels have versions by the rounded number of rows, each of which is tested once.
-    rows = max(LEAST_ROWS, power_of_2(len(x)))
-    y: Tensor = GATE_UP.compute(Task.of(x, sizes=(*gate.shape, rows)), x, gate, up)
-    return y
-
-
-def has_few_rows(x: Tensor) -> bool:
-    """Return whether `gate_up` and sums in place apply: a step of generation, with products in the dtype of x."""
-    return len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not autocast_is_on(x.device.type)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether nothing would change if the weights of the module were used without calling the module.
-
-    Adapters and parametrizations have classes of their own, offloading and sharding have hooks or replace `forward`,
-    and quantized or divided weights are no plain parameters. Every layer asks this for every token, so it must be fast.
-    """
-    own = module.__dict__
-    if type(module) is not kind or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-        return False
-    for parameter in own["_parameters"].values():
-        if type(parameter) not in PLAIN and parameter is not None:
-            return False
-    return True
 
 
 def _separate_prepare(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -131,10 +89,6 @@ def _separate_update(inputs: StateInputs) -> Tensor:
     )
     inputs.state.copy_(final)
     return y
-
-
-def _separate_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return gated_silu(linear(x, gate), linear(x, up))
 
 
 def _small_preparation(task: Task) -> Problem:
@@ -178,13 +132,6 @@ def _small_update(task: Task) -> Problem:
     return Problem(compute, [x, gate, parameters])
 
 
-def _small_gate_up(task: Task) -> Problem:
-    """Return a problem in the sizes of the task."""
-    inner, width, rows = task.sizes or (40, 96, 3)
-    x, gate, up = random_leaves(replace(task, gradients=False), [(rows, width)] + [(inner, width)] * 2)
-    return Problem(lambda backend: (backend.run(x, gate / width**0.5, up / width**0.5),), [x, gate, up])
-
-
 PREPARE = Operation(
     "prepare",
     [
@@ -223,21 +170,3 @@ UPDATE = Operation(
     trains=False,
 )
 """The backends of `update`, the fastest first."""
-GATE_UP = Operation(
-    "gate_up",
-    [
-        Backend(
-            "triton",
-            triton_gate_up,
-            ("cuda",),
-            (torch.bfloat16, torch.float16),
-            needs_self_test=True,
-            unavailable_reason=triton_unavailable_reason,
-        ),
-        Backend("separate", _separate_gate_up),
-    ],
-    plain="separate",
-    problem=_small_gate_up,
-    trains=False,
-)
-"""The backends of `gate_up`, the fastest first."""

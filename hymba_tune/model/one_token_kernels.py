@@ -285,7 +285,7 @@ def multiply_gate_up(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    """Compute `one_token.gate_up` with weights ``(inner, width)``. A program computes some columns of all rows."""
+    """Compute `few_rows.gate_up` with weights ``(inner, width)``. A program computes some columns of all rows."""
     m = tl.arange(0, BLOCK_M)[:, None]
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     gates = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -126,7 +126,7 @@ def triton_update(inputs: StateInputs) -> Tensor:
 
 
 def triton_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """Compute `one_token.gate_up`."""
+    """Compute `few_rows.gate_up`."""
     x, gate, up = readable(x), gate.contiguous(), up.contiguous()
     inner, width = gate.shape
     y = x.new_empty(len(x), inner)

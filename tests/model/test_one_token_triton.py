@@ -16,14 +16,8 @@ from hymba_tune.model import (
     use_kernels,
 )
 from hymba_tune.model.backends import Operation, Task
-from hymba_tune.model.one_token import (
-    GATE_UP,
-    PREPARE,
-    UPDATE,
-    _separate_gate_up,
-    _separate_prepare,
-    _separate_update,
-)
+from hymba_tune.model.few_rows import GATE_UP, _separate_gate_up
+from hymba_tune.model.one_token import PREPARE, UPDATE, _separate_prepare, _separate_update
 from hymba_tune.model.one_token_inputs import StateInputs, TokenInputs
 from hymba_tune.model.one_token_triton import triton_gate_up, triton_prepare, triton_update
 from hymba_tune.model.triton_kernels import triton_unavailable_reason

@@ -12,7 +12,14 @@ import yaml
 from hymba_tune.config import ChatConfig, SFTConfig
 from hymba_tune.errors import CheckpointError, ConfigError, DataError, HymbaTuneError, TrainingError
 from hymba_tune.generate import Chat
-from hymba_tune.model import attention_native, convolution_native, elementwise_native, one_token_native, scan_native
+from hymba_tune.model import (
+    attention_native,
+    convolution_native,
+    elementwise_native,
+    few_rows_native,
+    one_token_native,
+    scan_native,
+)
 from hymba_tune.model.attention import ATTENTION
 from hymba_tune.model.backends import OPERATIONS, Task
 from hymba_tune.model.layers import HymbaMLP
@@ -153,10 +160,8 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """A machine without a compiler, on which nothing was compiled before."""
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    libraries = [
-        module.LIBRARY
-        for module in (attention_native, convolution_native, elementwise_native, one_token_native, scan_native)
-    ]
+    modules = attention_native, convolution_native, elementwise_native, few_rows_native, one_token_native, scan_native
+    libraries = [module.LIBRARY for module in modules]
     answers = [attention_native.native_unavailable_reason, *(library.load for library in libraries)]
     for answer in answers:
         answer.cache_clear()
@@ -172,7 +177,14 @@ def test_bfloat16_is_trained_without_a_compiler(small_model: Path, questions: Pa
     finished = run(settings(small_model, questions, tmp_path / "out", dtype="bfloat16", steps=10, eval_split=0.2))
     taken = {name: choice["taken"] for name, choice in finished.facts()["kernels"].items()}
     training = {"scan": "torch", "conv": "torch", "attention": "blocks", "elementwise": "torch"}
-    assert taken == training | {"attend": "torch", "prepare": "separate", "update": "separate", "gate_up": "separate"}
+    one_token = {
+        "attend": "torch",
+        "prepare": "separate",
+        "update": "separate",
+        "gate_up": "separate",
+        "linear": "torch",
+    }
+    assert taken == training | one_token
     first, *_, last = (row["eval_loss"] for row in rows(finished.path) if "eval_loss" in row)
     assert last < first
 
