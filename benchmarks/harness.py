@@ -1,7 +1,8 @@
 """The common parts of all benchmarks: command line, timing, peak memory and report.
 
 Rules: variants are timed in turn, so that a machine that slows down slows all of them; their ratios within one round
-are compared; and every report includes the machine and the library versions.
+are compared; and every report includes the machine and the library versions. On a machine that others use too,
+``--cpu-time`` counts the time that one core computes, without the time that it works for others.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -47,6 +49,8 @@ WIDTH = 120
 M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h: blocks of at least this size get their own pages, which are returned when freed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
+"""The clock that all timings read."""
 
 Cell = str | int | float | None
 P = ParamSpec("P")
@@ -63,6 +67,7 @@ class Options:
         device: The device to measure.
         dtypes: The dtypes to measure.
         out: Folder for the results; None only prints them.
+        switches: The switches of this benchmark that are given.
     """
 
     quick: bool
@@ -70,15 +75,23 @@ class Options:
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     out: Path | None
+    switches: frozenset[str] = frozenset()
 
 
-def options(description: str | None, arguments: Sequence[str] | None = None, *, repeats: int) -> Options:
+def options(
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    repeats: int,
+    switches: Mapping[str, str] = MappingProxyType({}),
+) -> Options:
     """Parse the command line, and silence libraries.
 
     Args:
         description: The benchmark's docstring.
         arguments: The command-line arguments; None uses those of the process.
         repeats: Default number of timed rounds.
+        switches: The switches of this benchmark alone, and what they do.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -88,7 +101,15 @@ def options(description: str | None, arguments: Sequence[str] | None = None, *, 
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, and the device's default dtype")
     parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time what one core computes, on a CPU that others use too"
+    )
+    for name, meaning in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     parsed = parser.parse_args(arguments)
+    if parsed.cpu_time:
+        torch.set_num_threads(1)
+        CLOCK["now"] = time.process_time
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = choose_device(parsed.device)
@@ -99,6 +120,7 @@ def options(description: str | None, arguments: Sequence[str] | None = None, *, 
         device=device,
         dtypes=tuple(DTYPES[name] for name in parsed.dtype) if parsed.dtype else tuple(default),
         out=parsed.out or (None if parsed.quick else HERE / "results"),
+        switches=frozenset(name for name in switches if getattr(parsed, name)),
     )
 
 
@@ -157,10 +179,10 @@ def interleave(ways: Mapping[str, Callable[[], object]], repeats: int, warmup: i
 
 def _time(way: Callable[[], object]) -> float:
     _wait()
-    start = time.perf_counter()
+    start = CLOCK["now"]()
     way()
     _wait()
-    return time.perf_counter() - start
+    return CLOCK["now"]() - start
 
 
 def _wait() -> None:
@@ -329,7 +351,8 @@ def report(
         "notes": list(notes),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.{described['run']['slug']}.json"
+    suffix = "_cpu_time" if CLOCK["now"] is time.process_time else ""
+    path = options.out / f"{name}{suffix}.{described['run']['slug']}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hymba_tune.model import HymbaCache
+from hymba_tune.model.few_rows import multiply
 
 BATCHES, CONTEXT = (1, 4, 8), 8192
 READ = 2**30
@@ -32,46 +33,47 @@ READ = 2**30
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    options = harness.options(__doc__, arguments, repeats=3)
+    switches = {"own": "measure Hymba alone, in 6 GB of memory"}
+    options = harness.options(__doc__, arguments, repeats=3, switches=switches)
     context, batches = (40, (1, 2)) if options.quick else (CONTEXT, BATCHES)
     memory = torch.ones(READ // 1024 if options.quick else READ // 4, device=options.device)
-    both = {
-        "hymba": gpu_models.hymba(options.device, quick=options.quick).eval(),
-        "llama": gpu_models.llama(options.device, quick=options.quick).eval(),
-    }
+    makers = {"hymba": gpu_models.hymba} | ({} if options.switches else {"llama": gpu_models.llama})
+    compared = {name: make(options.device, quick=options.quick).eval() for name, make in makers.items()}
     rows: list[dict[str, harness.Cell]] = []
     with torch.inference_mode():
         for batch in batches:
-            rows += compare(both, batch, context, options.repeats, memory)
+            rows += compare(compared, batch, context, options.repeats, memory)
     notes = [
         f"{context:,} tokens of each text in the cache; {STEPS} tokens a call, greedy, head included.",
         "MB a token: what a step reads and writes, over its tokens. GB/s: the bandwidth. % limit: the least time",
-        "of these bytes over the time needed. x linear: the time over that of the model's linear layers alone.",
+        "of these bytes over the time needed. x linear: the time over that of the model's linear layers alone, as",
+        "PyTorch computes them; x own linear: as this package does.",
     ]
-    harness.report("headline", list(rows[0]), rows, notes, options)
+    columns = list(rows[0])  # those of Hymba, which are all
+    harness.report("headline" if "llama" in compared else "headline_own", columns, rows, notes, options)
 
 
 def compare(
-    both: dict[str, PreTrainedModel], batch: int, context: int, repeats: int, memory: Tensor
+    compared: dict[str, PreTrainedModel], batch: int, context: int, repeats: int, memory: Tensor
 ) -> list[dict[str, harness.Cell]]:
-    """Time a batch of both models, their linear layers and the memory; returns a row of the report for each model."""
+    """Time a batch of the models, their linear layers and the memory; returns a row of the report for each model."""
     room = 2 * STEPS * (repeats + 1)  # a short call is made twice
-    caches = {
-        "hymba": hymba_cache(both["hymba"], batch, context),
-        "llama": llama_cache(both["llama"], batch, context, room),
-    }
     ways: dict[str, Callable[[], object]] = {"memory": memory.amax}
     step_bytes = {}
-    for name, model in both.items():
-        ways[name] = Generation(model, caches[name], batch)
-        ways[f"{name} linear"] = partial(linear_layers, linear_inputs(model, batch))
-        keys, states = bytes_per_text(caches[name], batch)
+    for name, model in compared.items():
+        cache = hymba_cache(model, batch, context) if name == "hymba" else llama_cache(model, batch, context, room)
+        ways[name] = Generation(model, cache, batch)
+        inputs = linear_inputs(model, batch)
+        ways[f"{name} linear"] = partial(linear_layers, inputs, linear)
+        if name == "hymba":
+            ways["own linear"] = partial(linear_layers, inputs, multiply)
+        keys, states = bytes_per_text(cache, batch)
         step_bytes[name] = weight_bytes(model) + batch * (keys + 2 * states)
 
     timings = harness.interleave(ways, repeats)
     bandwidth = [memory.nbytes / seconds for seconds in timings["memory"].rounds]
     rows: list[dict[str, harness.Cell]] = []
-    for name in both:
+    for name in compared:
         step = harness.Timing(tuple(seconds / STEPS for seconds in timings[name].rounds))
         limit = harness.Timing(tuple(step_bytes[name] / each for each in bandwidth))
         rows.append(
@@ -80,8 +82,9 @@ def compare(
                 "batch": batch,
                 **step.cells(),
                 "tokens/s": batch / step.median,
-                "x llama": timings["llama"].over(timings[name]),
+                "x llama": timings["llama"].over(timings[name]) if "llama" in timings else None,
                 "x linear": step.over(timings[f"{name} linear"]),
+                "x own linear": step.over(timings["own linear"]) if name == "hymba" else None,
                 "MB a token": harness.megabytes(round(step_bytes[name] / batch)),
                 "GB/s": memory.nbytes / timings["memory"].median / 1e9,
                 "% limit": 100 * limit.over(step),
@@ -101,10 +104,10 @@ def linear_inputs(model: PreTrainedModel, batch: int) -> list[tuple[Tensor, Tens
     return [(torch.randn(batch, layer.in_features).to(layer.weight), layer.weight) for layer in layers]
 
 
-def linear_layers(inputs: list[tuple[Tensor, Tensor]]) -> None:
+def linear_layers(inputs: list[tuple[Tensor, Tensor]], product: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Compute the linear layers of one token of each text."""
     for x, weight in inputs:
-        linear(x, weight)
+        product(x, weight)
 
 
 def hymba_cache(model: PreTrainedModel, batch: int, context: int) -> HymbaCache:

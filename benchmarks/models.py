@@ -169,13 +169,16 @@ def backward_of(loss: Callable[[], Tensor], model: nn.Module) -> Step:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of memory that a cache keeps allocated, including whole tensors of which it holds only a view."""
-    if isinstance(cache, HymbaCache):
-        parts: list[Tensor] = [part for pair in cache.meta.values() for part in pair]
-        for held in (cache.keys, cache.values, cache.tails, cache.states):
-            parts += held.values()
-    else:
-        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    """Bytes of memory that a cache keeps allocated, including whole tensors of which it holds only a view.
+
+    Room for more tokens counts in Hymba's cache only: Llama's has it to be fast, not because it must.
+    """
+    if not isinstance(cache, HymbaCache):
+        used = [part[:, :, : layer.get_seq_length()] for layer in cache.layers for part in (layer.keys, layer.values)]
+        return sum(part.nbytes for part in used)
+    parts: list[Tensor] = [part for pair in cache.meta.values() for part in pair]
+    for held in (cache.keys, cache.values, cache.tails, cache.states):
+        parts += held.values()
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     return sum(storages.values())
 
