@@ -27,7 +27,7 @@ def notes(tag: str, changelog: str, *, version: str = __version__) -> str:
     for section in re.split(r"^## ", changelog, flags=re.M):
         heading, _, text = section.partition("\n")
         if re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", heading.strip()):
-            return text.strip() + "\n"
+            return re.split(r"^\[", text, flags=re.M)[0].strip() + "\n"  # without the addresses at the end of the file
     raise ValueError(f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD': rename '## [Unreleased]'.")
 
 

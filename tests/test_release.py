@@ -24,7 +24,11 @@ CHANGELOG = """\
 - One.
 
 ## [0.1.0] - 2026-12-01
+
+### Fixed
 - Two.
+
+[0.1.0]: https://example.org/releases/v0.1.0
 """
 
 
@@ -52,6 +56,7 @@ def test_an_address_that_is_none_is_refused(wrong: str, tmp_path: Path) -> None:
 
 def test_notes_are_the_section_of_the_version() -> None:
     assert notes("v0.2.0", CHANGELOG, version="0.2.0") == "### Added\n- One.\n"
+    assert notes("v0.1.0", CHANGELOG, version="0.1.0") == "### Fixed\n- Two.\n"
 
 
 def test_notes_need_the_tag_of_the_version() -> None:
@@ -77,3 +82,9 @@ def test_a_file_that_a_distribution_lacks_is_found() -> None:
 def test_sources_are_the_files_of_the_repository() -> None:
     assert {"pyproject.toml", ".github/workflows/ci.yml", "tests/tiny.py", "cli/main.py"} <= sources()
     assert not [name for name in sources() if name.startswith((".git/", ".venv/", "build/"))]
+
+
+def test_changelog_has_the_sections_of_keep_a_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall("^## (.*)$", text, re.M)[0] == "[Unreleased]"
+    assert {*re.findall("^### (.*)$", text, re.M)} <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
