@@ -89,7 +89,7 @@ test -f none
 """
 
 
-@pytest.mark.parametrize("shown", ["one\n3.5 s", "…", "o…e\n  7.0  s", "…\n1.0 s"])
+@pytest.mark.parametrize("shown", ["one\n3 min", "…", "o…e\n  7.0  s", "…\n1.0 s"])
 def test_walk_compares_outputs_but_for_what_varies(shown: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.replace("SHOWN", shown).replace("test -f none\n", ""), encoding="utf-8")
@@ -97,7 +97,7 @@ def test_walk_compares_outputs_but_for_what_varies(shown: str, tmp_path: Path) -
     assert not list(differences(page, walk(page, tmp_path / "work")))
 
 
-@pytest.mark.parametrize("shown", ["one", "two\n3.5 s", "one\n3.5 min", "…\none"])
+@pytest.mark.parametrize("shown", ["one", "two\n3.5 s", "one\n3 rows", "…\none"])
 def test_walk_finds_other_outputs(shown: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.replace("SHOWN", shown).replace("test -f none\n", ""), encoding="utf-8")

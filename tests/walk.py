@@ -3,8 +3,8 @@
 A ```text block shows the output of the ```bash block before it. It is compared line by line, by these rules:
 
 - ``…`` in a line stands for any text, and as a line by itself for any lines.
-- Decimal numbers, whole numbers with a unit of time, memory or speed, and the numbers of a run's table, but its steps,
-  differ between machines: each stands for any number.
+- Decimal numbers, numbers with a unit of time, memory or speed, and the numbers of a run's table, but its steps, differ
+  between machines: each stands for any number, with any unit.
 - Spaces count as one. Progress, which a terminal removes when it ends, is left out.
 
 A line that is to fail ends with the comment ``# exit code N``.
@@ -31,9 +31,11 @@ PORT = "8000"
 """The port that pages name; a walk takes a free one."""
 TIMEOUT = 3600
 PROGRESS = re.compile(r"^ (?:.* · \d+ s|loading torch and transformers)$|^\[\d+\][ +-]")
-STEP = re.compile(r"^(\s*\d+/\d+)(?= )(.*)$")
-NUMBER = re.compile(r"(?:< )?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
-VARIES = re.compile(r"\d[\d,]*\.\d+(?:e[+-]\d+)?|(?:< )?\d[\d,]*(?=\s(?:s|min|h|GB|MB|KB|kB|tok/s|threads)\b)")
+STEP = re.compile(r"^(\d+/\d+)(?= )(.*)$")
+UNIT = r"\s(?:s|min|h|B|KB|MB|GB|tok/s|threads?)\b"
+DECIMALS = r"\.\d+(?:e[+-]\d+)?"
+NUMBER = re.compile(rf"(?:< )?\d[\d,]*(?:{DECIMALS})?(?:{UNIT})?")
+VARIES = re.compile(rf"(?:< )?\d[\d,]*(?:{DECIMALS}(?:{UNIT})?|{UNIT})")
 SHELL = (
     """set -m; trap 'echo "$LINENO $?" >> {folder}/failures' ERR; trap 'kill $(jobs -p) 2>/dev/null || true' EXIT; """
 )
@@ -155,9 +157,10 @@ def _kept(output: str) -> list[str]:
 
 
 def _masked(line: str) -> str:
+    line = " ".join(line.split())
     if step := STEP.match(line):
-        line = step[1] + NUMBER.sub("#", re.sub("[▲▼]", "", step[2]))
-    return " ".join(VARIES.sub("#", line).split())
+        line = step[1] + NUMBER.sub("#", step[2].replace(" ▲", "").replace(" ▼", ""))
+    return VARIES.sub("#", line)
 
 
 def _pattern(shown: list[str]) -> re.Pattern[str]:
