@@ -9,8 +9,8 @@ A ```text block shows the output of the ```bash block before it. It is compared 
 
 A line that is to fail ends with the comment ``# exit code N``.
 
-``python -m tests.walk docs/tutorial.md`` runs a page, writes new outputs into it where they differ, and prints the
-difference of those with ``…``, which are written by hand.
+``python -m tests.walk docs/tutorial.md`` runs a page, writes new outputs into it where they differ or nothing but ``…``
+is shown, and prints the difference of others with ``…``, which are written by hand.
 """
 
 from __future__ import annotations
@@ -181,6 +181,8 @@ def _free_port() -> str:
 
 def main(page: Path) -> None:
     """Run a page and refresh its outputs."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("```text\n…\n```", "```text\n```"), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         (work := Path(folder, "work")).mkdir()
         printed = walk(page, work)
