@@ -87,7 +87,10 @@ def count_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tal
 
 def read_talks(name: str) -> list[list[dict]]:
     """The conversations of a file of data/."""
-    lines = Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    path = Path("data", f"{name}.jsonl")
+    if not path.is_file():
+        raise SystemExit(f"There is no {path} here. Run make_data.py first, in this folder.")
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["messages"] for line in lines]
 
 

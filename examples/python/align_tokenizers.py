@@ -34,11 +34,11 @@ def main() -> None:
     """Print a table of one answer's tokens, and the counts that a run of distillation prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("answer", nargs="?", default="The first ferry leaves at 7:15.")
-    parser.add_argument("--student", default=NANO, help="a folder, or nvidia/Hymba-1.5B-Base")
+    parser.add_argument("--student", default="hymba-nano", help="hymba-nano, a folder, or nvidia/Hymba-1.5B-Base")
     parser.add_argument("--teacher", help="a folder or a Hub id; without it, a small byte-level one")
     options = parser.parse_args()
 
-    student = AutoTokenizer.from_pretrained(options.student)
+    student = AutoTokenizer.from_pretrained(NANO if options.student == "hymba-nano" else options.student)
     pair = make_pair(student, AutoTokenizer.from_pretrained(options.teacher) if options.teacher else byte_level())
     row = Conversation((Message("user", "When does it leave?"), Message("assistant", options.answer)))
     (aligned,) = align([row], pair)

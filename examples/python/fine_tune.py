@@ -20,13 +20,14 @@ QUESTIONS = ("What color is {}?", "Which color has {}?", "Tell me the color of {
 def main() -> None:
     """Train a LoRA adapter, save it, and ask the model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=NANO, help="a folder, or nvidia/Hymba-1.5B-Base")
+    parser.add_argument("--model", default="hymba-nano", help="hymba-nano, a folder, or nvidia/Hymba-1.5B-Base")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", default="adapter")
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    name = NANO if options.model == "hymba-nano" else options.model
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     targets = ["in_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "memory_tokens"]
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
