@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from hymba_tune.cli.main import VERBS
 from hymba_tune.cli.screen import RichScreen, console, error_console, loading, quiet_libraries, visible
@@ -61,13 +61,30 @@ class Answers:
         return not self.data or self.card is None
 
 
+def _meant(answer: str, choices: Iterable[str]) -> str:
+    """Return the choice that an answer means, in any case and for memory with or without its unit; empty if none."""
+    plain = answer.lower().replace(" ", "")
+    return next((choice for choice in choices if choice in (plain, f"{plain}gb")), "")
+
+
+def _card(_: Any, tokens: Sequence[Token]) -> str:
+    """Return the card that a flag names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if found := _meant(tokens[0].value, CARDS):
+        return found
+    raise ValueError(f"{tokens[0].value} is none of {', '.join(CARDS)}")
+
+
 def init(
     *,
     data: Annotated[Names | None, Parameter(group=DATA)] = None,
     map: Annotated[Pairs | None, Parameter(group=DATA)] = None,
     verb: Annotated[Verb | None, Parameter(group=RUN)] = None,
     model: Annotated[str | None, Parameter(group=MODEL)] = None,
-    card: Annotated[Card | None, Parameter(group=RUN)] = None,
+    card: Annotated[Card | None, Parameter(group=RUN, converter=_card)] = None,
     teacher: Annotated[str | None, Parameter(group=MODEL)] = None,
     reward: Annotated[str | None, Parameter(group=RUN)] = None,
     out: Annotated[Path, Parameter(group=RESULT)] = Path("recipe.yaml"),
@@ -191,8 +208,8 @@ def _choose(question: str, choices: Mapping[str, str], default: str) -> str:
     for name, meaning in choices.items():
         console.print(f"   {name:<8} {meaning}", style="dim", markup=False)
     while True:
-        answer = _ask(question, default).lower().replace(" ", "")
-        if found := next((choice for choice in choices if choice in (answer, f"{answer}gb")), ""):
+        answer = _ask(question, default)
+        if found := _meant(answer, choices):
             return found
         console.print(f"   one of {', '.join(choices)}", style="yellow", markup=False)
         default = nearest(answer, choices) or default

@@ -91,6 +91,8 @@ def test_columns_lengths_and_rewards_come_from_the_data(command: Command) -> Non
 def test_learning_rates_are_the_defaults_for_the_size_of_the_model(command: Command) -> None:
     assert command("init", "--data", "demo", "--card", "8gb").code == 0
     assert command("init", "--data", "demo", "--card", "cpu", "--out", "nano.yaml").code == 0
+    assert command("init", "--data", "demo", "--card", "8 GB", "--out", "same.yaml").code == 0
+    assert read("same.yaml") == read()
     assert (read().lr, read("nano.yaml").lr, read("nano.yaml").epochs) == (None, None, None)
 
 
@@ -169,7 +171,7 @@ def test_without_the_hub_the_memory_is_not_checked(command: Command, monkeypatch
         ),
         (["--data", "gone.jsonl", "--card", "8gb"], "Cannot find gone.jsonl."),
         (["--data", "bad.jsonl", "--card", "8gb"], "No row of bad.jsonl can be used. bad.jsonl, line 1: "),
-        (["--data", "demo", "--card", "9gb"], "card"),
+        (["--data", "demo", "--card", "9gb"], "Invalid value for --card: 9gb is none of here, 8gb, "),
         (["--data", "demo", "--card", "here"], "--card here: this machine has no GPU."),
         (["--data", "demo", "--card", "cpu", "--model", "gone"], "--model gone: no such folder"),
         (
