@@ -116,7 +116,7 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._receive()
         facts = self._call("Runtime.evaluate", expression=FACTS, returnByValue=True)["result"]["value"]
-        facts["text"] = facts["text"].replace("\xa0", " ")
+        facts = json.loads(json.dumps(facts).replace(r"\u00a0", " "))
         facts["plots"] = [Plot(**plot) for plot in facts["plots"]]
         if picture is not None:
             shot = self._call("Page.captureScreenshot", captureBeyondViewport=True)

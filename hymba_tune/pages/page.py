@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from hymba_tune.formatting import duration, format_bytes, share
 from hymba_tune.pages.theme import DARK, LIGHT
@@ -31,7 +32,7 @@ def render(package: str, template: str, **facts: Any) -> str:
         lstrip_blocks=True,
         finalize=_unbroken,
     )
-    environment.filters |= {"duration": duration, "format_bytes": format_bytes}
+    environment.filters |= {"duration": duration, "format_bytes": format_bytes, "flags": _with_flags}
     environment.globals |= {"share": share, "themes": {"light": LIGHT, "dark": DARK}}
     return environment.get_template(template).render(facts)
 
@@ -39,3 +40,8 @@ def render(package: str, template: str, **facts: Any) -> str:
 def _unbroken(value: Any) -> Any:
     """Keep numbers and their units on one line."""
     return TOGETHER.sub("\N{NO-BREAK SPACE}", value) if type(value) is str else value
+
+
+def _with_flags(text: str) -> Markup:
+    """Keep each flag of a sentence on one line."""
+    return Markup(re.sub(r"--[a-z][a-z-]*", r'<span class="flag">\g<0></span>', str(escape(_unbroken(text)))))

@@ -101,7 +101,7 @@ def _drawing(record: RunRecord, name: str) -> tuple[str, str, Callable[[Axes], N
             _line(axes, held_out, measured, color=LIGHT["second"], marker="o", markersize=5, label="held out")
         if measured.chance is not None:
             _compare_with(axes, measured.chance / measured.scale, "by chance")
-        elif held_out[0]:
+        elif held_out[0][:1] == [0]:
             _compare_with(axes, held_out[1][0] / measured.scale, "held out, before")
         if predicted:
             _compare_with(axes, predicted / measured.scale, "predicted")

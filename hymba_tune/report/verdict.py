@@ -93,7 +93,7 @@ def _held_out(record: RunRecord, steps: list[int], losses: list[float]) -> Verdi
         ("held-out loss before", f"{first:.3f}", measured.unit),
         ("at the end", f"{last:.3f}", f"step {steps[at]:,}"),
     ]
-    if best != at:
+    if losses[best] < last:
         figures.append(("lowest", f"{losses[best]:.3f}", f"step {steps[best]:,}"))
     if measured.unit:
         figures.append(("perplexity", _perplexity(last), f"{_perplexity(first)} before"))
@@ -111,7 +111,7 @@ def _rewarded(record: RunRecord, steps: list[int], rewards: list[float]) -> Verd
     tested = record.tested(steps[0], steps[at])
     sentence, better, notes = _change(record, tested, -first, -last, "reward", measured.written(last))
     figures = [("held-out reward before", f"{first:.3f}", ""), ("at the end", f"{last:.3f}", f"step {steps[at]:,}")]
-    if best != at:
+    if rewards[best] > last:
         figures.append(("highest", f"{rewards[best]:.3f}", f"step {steps[best]:,}"))
     fell = record.tested(steps[best], steps[at])
     if fell and fell.better is False and rewards[best] - last > RISEN:
@@ -174,14 +174,12 @@ def _others(record: RunRecord) -> list[tuple[str, str, str]]:
     """Return how the other held-out measures changed, where the run has them."""
     figures = []
     for name in record.verb.figures:
-        _, values = record.series(f"eval_{name}")
+        steps, values = record.series(f"eval_{name}")
         measured = measure(name, record.verb)
         if values:
-            compared = (
-                f"{measured.written(values[0])} before"
-                if measured.chance is None
-                else f"{measured.written(measured.chance)} by chance"
-            )
+            compared = f"{measured.written(values[0])} before" if steps[0] == 0 else ""
+            if measured.chance is not None:
+                compared = f"{measured.written(measured.chance)} by chance"
             figures.append((measured.title.lower(), measured.written(values[-1]), compared))
     return figures
 

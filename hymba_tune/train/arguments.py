@@ -84,7 +84,7 @@ def evaluation_batch(config: TrainingConfig, rows: int) -> int:
         config: The run's settings.
         rows: The number of held-out rows.
     """
-    if isinstance(config, KTOConfig | GRPOConfig):  # the first compares the rows of a batch, the other tests each row
+    if isinstance(config, KTOConfig | GRPOConfig):  # the losses of rows are known, and KTO's depend on their batch
         return config.batch_size
     return max(1, min(config.batch_size, rows // (EVALUATED_BATCHES * world_size())))
 

@@ -175,6 +175,11 @@ class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
         good = int(labels.sum())
         return {"all": len(labels), "chosen": good, "rejected": len(labels) - good}
 
+    def held_out_sums(self, inputs: dict[str, Any]) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+        """Return sums over the answers of a batch, and the loss of each, which depends on the others of its batch."""
+        sums = super().held_out_sums(inputs)
+        return sums | {"loss": (self._row_losses, torch.ones_like(self._row_losses))}
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Return TRL's loss, and add the accuracy, which TRL measures on pairs only."""
         if "ref_KL_logps" in inputs:
@@ -186,7 +191,10 @@ class UnpairedTrainer(PreferenceTrainer, KTOTrainer):
         reference = inputs["ref_logps"] if "ref_logps" in inputs else scores[-1].sum(-1)
         metrics = self._metrics["train" if self.model.training else "eval"]
         beyond = policy.detach() - reference - metrics["kl"][-1]
-        right = torch.where(inputs["label"].bool(), beyond > 0, beyond < 0)
+        good = inputs["label"].bool()
+        right = torch.where(good, beyond > 0, beyond < 0)
+        weights = torch.where(good, self.desirable_weight, self.undesirable_weight)
+        self._row_losses = weights * torch.sigmoid(-self.beta * torch.where(good, beyond, -beyond))
         metrics["rewards/accuracies"].append(self.accelerator.gather_for_metrics(right.float()).mean().item())
         return loss
 

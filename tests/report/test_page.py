@@ -75,6 +75,45 @@ def test_page_of_a_run_that_has_everything_in_a_browser(browser: Browser, tmp_pa
     assert "3.0 GB predicted, 2.9 GB measured (-3 %)" in seen.text
 
 
+def test_tables_break_no_words_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [3.0], [4.0, 2.0], settings={"rank": len(name)}) for name in ("a", "bb", "ccc")]
+    write_comparison(runs, tmp_path / "compare.html")
+    lines = browser.look(tmp_path / "compare.html", 360).text.splitlines()
+    assert "held-out loss, before" in lines
+    measures = {"model": "m", "weight_bytes": 1, "measures": {"loss": 2.0, "exact_match": 0.5}, "tasks": {}}
+    tests = {"loss": {"word": "better", "n": 24, "p": 0.01}, "exact_match": {"word": "too few to say", "n": 4, "p": 1}}
+    evaluation = {
+        "when": "2026-11-30T11:28:01+0000",
+        "settings": {"data": ["held.jsonl"]},
+        "models": [measures | {"name": name} for name in ("runs/my-run", "hymba-nano")],
+        "compared": [{"with": "hymba-nano", "tests": tests}],
+    }
+    (runs[0] / "evaluations.json").write_text(json.dumps([evaluation]))
+    seen = browser.look(write_report(runs[0])[0], 360)
+    assert_sound(seen, 360)
+    assert "tokens that are the likeliest" not in seen.text
+    assert "loss, nats a token" in seen.text.splitlines()
+    assert "against hymba-nano: loss better (n = 24) · right answers too few to say (n = 4)" in seen.text
+
+
+def test_answers_come_before_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [3.0], [4.0, 2.0])
+    page = write_report(run)[0].read_text()
+    assert page.index("Answers before and after") < page.index("What happened")
+
+
+def test_gaps_and_large_changes_are_explained(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [3.0, float("nan"), 2.0], [4.0, 2.0])
+    part = {"group": "MLP", "part": "up_proj", "layer": 0, "size": 0.1}
+    meta = {"group": "meta tokens", "part": "memory_tokens", "layer": None, "size": 5.76}
+    for parts, explained in (([part], False), ([part, meta], True)):
+        (run / "updates.json").write_text(json.dumps({"parts": parts}))
+        page = write_report(run)[0].read_text()
+        assert "Gaps: 1 value is NaN or infinite." in page
+        assert "shared with the layer before" in page
+        assert ("moved by more than its norm" in page) == explained
+
+
 def test_page_says_from_where_the_weights_moved(tmp_path: Path) -> None:
     parts = [{"group": "MLP", "part": "up_proj", "layer": layer, "size": 0.1} for layer in (0, 1)]
     for start in ("merge", "continue"):
@@ -109,7 +148,9 @@ def test_comparison_names_the_best_and_what_differs(tmp_path: Path) -> None:
     assert of_source == {"held-out loss on A.jsonl, last": "1.000 nats a token"}
     page = (tmp_path / "compare.html").read_text()
     assert "B is best, with the lowest held-out loss: B 1.500, A 2.000." in page
-    rows = re.findall(r"<tr><td>(\w+)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    rows = re.findall(
+        r"<tr><td>(\w+)</td><td data-of=.A.>(.*?)</td><td data-of=.B.>(.*?)</td><td data-of=.C.>(.*?)</td></tr>", page
+    )
     assert rows == [("rank", "8", "16", "16"), ("lr", "–", "–", "0.1")]
 
 

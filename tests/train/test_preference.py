@@ -307,6 +307,10 @@ def test_kto_accuracy_compares_with_the_divergence_from_the_reference(
     beyond = after - before - divergence
     right = torch.cat([beyond[:, 0] > 0, beyond[:, 1] < 0]).float().mean().item()
     assert run.rows()[-1].eval_accuracy == pytest.approx(right, abs=1e-6)
+    losses = torch.stack([50 * (-0.1 * beyond[:, 0]).sigmoid(), (0.1 * beyond[:, 1]).sigmoid()])
+    assert run.rows()[-1].eval_loss == pytest.approx(losses.mean().item(), rel=1e-4)
+    parts = json.loads((run.path / "held_out.jsonl").read_text().splitlines()[-1])
+    assert (len(parts["sums"]), set(parts["counts"])) == (losses.numel(), {1})
 
 
 @pytest.mark.parametrize(
