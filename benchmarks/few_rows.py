@@ -15,7 +15,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -117,14 +117,19 @@ def measure(name: str, size: int, seed: int, settings: dict[str, Any], options: 
 def draw(name: str, size: int, held_out: int, seed: int) -> tuple[Rows, Rows]:
     """Draw training rows, which may repeat, and held-out rows whose prompts are not among them."""
     rng = random.Random(f"{name} {seed}")
-    apart = dict(DATA[name](rng) for _ in range(held_out))
+    apart: dict[str, str] = {}
     while len(apart) < held_out:
-        apart |= dict([DATA[name](rng)])
+        question, answer = DATA[name](rng)
+        apart[question] = answer
     train: list[tuple[str, str]] = []
     while len(train) < size:
         row = DATA[name](rng)
         train += [row] if row[0] not in apart else []
-    return ([{"prompt": p, "completion": c} for p, c in rows] for rows in (train, apart.items()))  # type: ignore[return-value]
+    return _as_rows(train), _as_rows(apart.items())
+
+
+def _as_rows(pairs: Iterable[tuple[str, str]]) -> Rows:
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 
 def fit(folder: Path, seed: int, settings: dict[str, Any], options: harness.Options) -> Run:

@@ -55,6 +55,9 @@ COLUMNS = {
             *("dpo loss", "dpo accuracy", "dpo margin", "minutes"),
         },
     },
+    "few_rows": {
+        "few_rows": {"data", "rows", "defaults", "loss before", "loss", "right %", "steps", "cpu s"},
+    },
     "rewards": {
         "rewards": {
             *("seed", "exact %", "exact %, grpo", "exact %, sft again", "sampled %", "sampled %, grpo"),
