@@ -92,6 +92,7 @@ release: .venv/releasing  ## What is published for a tag: make release TAG=v0.1.
 		--output-file build/release/sbom.cdx.json
 
 lock: .venv/developing .venv/documenting  ## Write the versions of this environment, with which the tests ran, to constraints-full.txt.
+	mkdir -p build
 	{ sed -n 1p constraints-full.txt; $(BIN)/python -m pip freeze --exclude-editable | \
 		grep -viE '^(torch|triton|nvidia-[^=]*|cuda-[^=]*)==' | LC_ALL=C sort -f; } > build/constraints-full.txt
 	mv build/constraints-full.txt constraints-full.txt

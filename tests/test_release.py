@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from release.address import address, files, replace_address
 from release.distributions import problems, sources
@@ -88,3 +91,14 @@ def test_changelog_has_the_sections_of_keep_a_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall("^## (.*)$", text, re.M)[0] == "[Unreleased]"
     assert {*re.findall("^### (.*)$", text, re.M)} <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_lock_has_a_fitting_version_of_every_direct_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ("dev", "docs", "eval", "serve", "deepspeed")
+    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    lines = (ROOT / "constraints-full.txt").read_text(encoding="utf-8").splitlines()[1:]
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    for requirement in map(Requirement, wanted):
+        if requirement.name not in ("torch", "triton"):  # constraints.txt; PyTorch's own
+            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
