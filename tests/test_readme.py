@@ -25,6 +25,8 @@ WALKS: dict[str, tuple[dict[str, str], str]] = {
         {"--steps 20": "--steps 2 --eval-max-rows 8", "--base --data": "--max-rows 8 --data"},
         "my-model/model.safetensors",
     ),
+    "docs/tutorial.md": ({}, "ferry-export/model.safetensors"),
+    "docs/how-to/own-data.md": ({}, "runs/desk/report.html"),
 }
 """Pages that are run line by line: what is changed in them to save time, and a file that is there at the end."""
 
