@@ -133,11 +133,13 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
         )
     if batches % processes:
         fitting = [number for number in range(1, batches + 1) if batches % number == 0]
+        smaller = next((size for size in range(batch_size, 0, -1) if global_batch % (size * processes) == 0), None)
         raise ConfigError(
-            f"--global-batch {global_batch} is {batches} batches of {batch_size} rows, which {processes} processes "
-            "cannot share evenly.",
-            expected=f"{_listed(fitting)} processes in all (--nproc), or a --global-batch that is a multiple of "
-            f"{batch_size * processes}",
+            f"--global-batch {global_batch} is {'1 batch' if batches == 1 else f'{batches} batches'} of {batch_size} "
+            f"rows, which {processes} processes cannot share evenly.",
+            expected=f"{_listed(fitting)} process{'es' if batches > 1 else ''} in all (--nproc), or a --global-batch "
+            f"that is a multiple of {batch_size * processes}",
+            fix=f"--batch-size {smaller}" if smaller else "",
         )
     return batches // processes
 

@@ -134,6 +134,8 @@ def test_global_batch_sets_the_accumulation() -> None:
 def test_global_batch_that_does_not_fit_names_those_that_do() -> None:
     with pytest.raises(ConfigError, match=r"3 processes cannot share evenly\.\n .*1, 2, 4 or 8 processes .*of 24"):
         accumulation(64, 8, 3)
+    with pytest.raises(ConfigError, match=r"1 batch of 8 rows, (.|\n)* 1 process in all(.|\n)*--batch-size 4$"):
+        accumulation(8, 8, 2)
     with pytest.raises(ConfigError, match=r"64 is not a multiple of --batch-size 5\.\n .*--batch-size 1, 2 or 4"):
         accumulation(64, 5, 2)
     with pytest.raises(ConfigError, match=r"--batch-size 1$"):
