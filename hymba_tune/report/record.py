@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import UndefinedError
 
@@ -205,9 +205,13 @@ def _parts(path: Path) -> dict[int, tuple[list[float], list[float]]]:
     found = {}
     for line in read_json_lines(path):
         step, sums, counts = ((line or {}).get(name) for name in ("step", "sums", "counts"))
-        if type(step) is int and isinstance(sums, list) and isinstance(counts, list) and len(sums) == len(counts):
-            found[step] = ([float(value) for value in sums], [float(value) for value in counts])
+        if type(step) is int and _are_numbers(sums) and _are_numbers(counts) and len(sums) == len(counts):
+            found[step] = (sums, counts)
     return found
+
+
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
 def _is_sample(one: Any) -> bool:

@@ -121,7 +121,10 @@ def test_a_change_that_may_be_chance_is_no_verdict(tmp_path: Path) -> None:
     assert str(verdict.tested) == "too few to say (n = 40)"
 
 
-@pytest.mark.parametrize("parts", ["", '{"step": 0}\n', '{"step": 0, "sums": [1], "counts": [1]}\n'])
+@pytest.mark.parametrize(
+    "parts",
+    ["", '{"step": 0}\n', '{"step": 0, "sums": ["x"], "counts": [1]}\n', '{"step": 0, "sums": [1], "counts": [1]}\n'],
+)
 def test_without_the_parts_of_the_loss_nothing_is_claimed(parts: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [2.0, 1.0], [4.0, 2.0, 1.0])
     (run / "held_out.jsonl").write_text(parts)
