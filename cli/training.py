@@ -133,4 +133,4 @@ def _show_samples(run: Run) -> None:
             if label not in sample:  # a crash has torn the file before the run was resumed
                 continue
             reward = f" [reward {sample[f'reward {label}']}]" if f"reward {label}" in sample else ""
-            console.print(Text(f" {label:<8}", style="dim").append(f"{sample[label]}{reward}", style=style))
+            console.print(Text.assemble((f" {label:<8}", "dim"), (f"{sample[label]}{reward}", style)))

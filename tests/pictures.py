@@ -28,7 +28,7 @@ TERMINAL, REPORT = "run.svg", "report.webp"
 COMMAND = ["sft", "--config", "demo"]
 RUN = Path("runs", "demo")
 COLUMNS = 80
-WIDTH, HEIGHT = 1200, 1180
+WIDTH, HEIGHT = 1200, 1225
 """Size of the report's picture in pixels: its verdict, its answers and the first curves."""
 MOST_BYTES = 150_000
 """The most bytes of a picture."""
@@ -41,15 +41,29 @@ def draw_terminal(folder: Path) -> str:
     with patch("hymba_tune.cli.screen.QUIET_SECONDS", 1e9), chdir(folder), suppress(SystemExit):
         main([*COMMAND, "--out", str(RUN)])
     console.file = sys.stdout
-    svg = console.export_svg(title=" ".join(["hymba-tune", *COMMAND]))
-    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "monospace")
+    return lighten(console.export_svg(title=" ".join(["hymba-tune", *COMMAND]), unique_id="run"))
+
+
+def lighten(svg: str) -> str:
+    """Remove fonts from the network and what clips lines that fit anyway, and add a title."""
+    for part in (
+        r"@font-face \{.*?\}",
+        r"<clipPath id=\"run-line-.*?</clipPath>",
+        r" clip-path=\"url\(#run-line-\d+\)\"",
+    ):
+        svg = re.sub(part, "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\n\s*", "\n", svg).replace("Fira Code, ", "").replace("&#160;", "\N{NO-BREAK SPACE}")
+    return svg.replace(">", f"><title>The terminal of {' '.join(['hymba-tune', *COMMAND])}</title>", 1)
 
 
 def draw_report(run: Path, picture: Path) -> None:
     """Draw the top of a run's report."""
     program = find()
     assert program, "the report is drawn by Chromium, which is not installed"
-    with tempfile.TemporaryDirectory() as profile, launched(program, Path(profile)) as browser:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        launched(program, Path(profile)) as browser,
+    ):
         png = Path(profile, "page.png")
         browser.look(run / "report.html", WIDTH, picture=png)
         with Image.open(png) as page:

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from hymba_tune.formatting import duration, format_bytes, share
 from hymba_tune.pages.theme import DARK, LIGHT
 
-TOGETHER = re.compile(r"(?<=\d) (?=(?:%|GB|MB|kB|min|nats|steps?|rows?|[hs]\b))|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)")
+TOGETHER = re.compile(r"(?<=\d) (?=(?:%|(?:GB|MB|kB|min|nats|steps?|rows?|h|s)\b))|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)")
 """The space between a number and its unit, and those of ``n = 24``."""
 
 
