@@ -18,14 +18,14 @@ SMALL := $(PIP) --no-deps --index-url $(TORCH_INDEX) --timeout 15 --retries 1 $(
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.14. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	"$(PYTHON)" -m venv .venv
-	@$(if $(TORCH_INDEX),{ echo "Installing PyTorch from $(TORCH_INDEX): about 0.2 GB to download ..."; $(SMALL); } ||) \
-		{ echo "Installing PyTorch from the index that pip is set to: about 0.2 GB to download, or 3 GB with CUDA ..."; \
+	@$(if $(TORCH_INDEX),{ echo "Installing PyTorch from $(TORCH_INDEX): 0.2 GB to download ..."; $(SMALL); } ||) \
+		{ echo "Installing PyTorch from the index that pip is set to: 0.2 GB to download, or 2.6 GB with CUDA ..."; \
 			$(PIP) $(TESTED) torch; } || \
 		{ echo "The tested PyTorch is not available here. Installing another version ..."; $(PIP) torch; }
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
-	@echo "Installing hymba-tune and its libraries: about 0.2 GB to download ..."
+	@echo "Installing hymba-tune and its libraries: 0.2 GB to download ..."
 	$(PIP) --editable .
 	touch $@
 
