@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         "of these bytes over the time needed. x linear: the time over that of the model's linear layers alone, as",
         "PyTorch computes them; x own linear: as this package does.",
     ]
-    columns = list(rows[0])  # those of Hymba, which are all
-    harness.report("headline" if "llama" in compared else "headline_own", columns, rows, notes, options)
+    harness.report("headline" if "llama" in compared else "headline_own", list(rows[0]), rows, notes, options)
 
 
 def compare(
@@ -65,8 +64,7 @@ def compare(
         ways[name] = Generation(model, cache, batch)
         inputs = linear_inputs(model, batch)
         ways[f"{name} linear"] = partial(linear_layers, inputs, linear)
-        if name == "hymba":
-            ways["own linear"] = partial(linear_layers, inputs, multiply)
+        ways[f"{name} own linear"] = partial(linear_layers, inputs, multiply)
         keys, states = bytes_per_text(cache, batch)
         step_bytes[name] = weight_bytes(model) + batch * (keys + 2 * states)
 
@@ -82,9 +80,9 @@ def compare(
                 "batch": batch,
                 **step.cells(),
                 "tokens/s": batch / step.median,
-                "x llama": timings["llama"].over(timings[name]) if "llama" in timings else None,
+                **({"x llama": timings["llama"].over(timings[name])} if "llama" in timings else {}),
                 "x linear": step.over(timings[f"{name} linear"]),
-                "x own linear": step.over(timings["own linear"]) if name == "hymba" else None,
+                "x own linear": step.over(timings[f"{name} own linear"]),
                 "MB a token": harness.megabytes(round(step_bytes[name] / batch)),
                 "GB/s": memory.nbytes / timings["memory"].median / 1e9,
                 "% limit": 100 * limit.over(step),

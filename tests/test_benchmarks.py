@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,7 @@ COLUMNS = {
     },
     "headline": {
         "headline": {
-            *("model", "batch", "tokens/s", "x llama", "x linear", "MB a token", "GB/s", "% limit"),
+            *("model", "batch", "tokens/s", "x llama", "x linear", "x own linear", "MB a token", "GB/s", "% limit"),
             *TIMES,
         },
     },
@@ -132,6 +133,21 @@ def test_quick_runs_write_no_results_by_default(benchmark: Any) -> None:
     harness: ModuleType = benchmark("harness")
     assert harness.options("", ["--quick"], repeats=5).out is None
     assert harness.options("", [], repeats=5).out == ROOT / "benchmarks" / "results"
+
+
+def test_one_model_is_timed_by_the_work_of_one_core(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, threads = benchmark("harness"), torch.get_num_threads()
+    monkeypatch.setitem(harness.CLOCK, "now", harness.CLOCK["now"])
+    benchmark("headline").main(["--quick", "--device", "cpu", "--own", "--cpu-time", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert harness.CLOCK["now"] is time.process_time
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("headline_own_cpu_time.")
+    result = json.loads(path.read_text())
+    assert {row["model"] for row in result["rows"]} == {"hymba"}
+    assert "x llama" not in result["columns"]
 
 
 def test_scaling_compares_with_the_same_rows_in_one_process(

@@ -51,12 +51,102 @@ struct Matrix {
     Rows rows() const { return {data, stride, bf16}; }
 };
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+// Products of bfloat16 matrices. MKL's are no faster than those of float32 for matrices as small as these.
+//
+// An instruction adds the products of two adjacent numbers, so the second factor is packed in pairs of its rows.
+constexpr int TALL = 8, WIDE = 2;  // the rows, and vectors of columns, of the result that are summed in registers
+typedef Scratch<__m512i> Pairs;
+
+// Rows `row` and `row + 1` of some adjacent columns, in pairs; a row after the last is zero.
+inline __m512i pair_rows(const uint16_t *x, int64_t stride, int64_t row, int64_t rows, int lanes) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(lanes), x + row * stride));
+    if (row + 1 == rows) return low;
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(lanes), x + (row + 1) * stride));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The same of a transposed matrix: columns `column` and `column + 1` of some adjacent rows.
+inline __m512i pair_columns(const uint16_t *x, int64_t stride, int64_t column, int64_t columns, int lanes) {
+    alignas(64) uint32_t pairs[W] = {};
+    for (int lane = 0; lane < lanes; lane++)
+        memcpy(pairs + lane, x + lane * stride + column, column + 1 < columns ? 4 : 2);
+    return _mm512_load_si512(pairs);
+}
+
+// The first factor: number k of row m is at data[m * row + k / 2 * pair + k % 2].
+struct Factor {
+    const uint16_t *data;
+    int64_t row, pair;
+};
+
+template <int R> void multiply_tile(const Factor &a, const __m512i *b, int64_t k, float alpha, bool add, float *c,
+                                    int64_t stride, int64_t columns) {
+    V sums[R][WIDE]{};
+    auto step = [&](int64_t pair, size_t bytes) INLINE {
+        unrolled<R>([&](int r) INLINE {
+            uint32_t own = 0;
+            memcpy(&own, a.data + r * a.row + pair * a.pair, bytes);
+            __m512bh wide = (__m512bh)_mm512_set1_epi32((int)own);
+            unrolled<WIDE>([&](int w) INLINE {
+                sums[r][w] = _mm512_dpbf16_ps(sums[r][w], wide, (__m512bh)_mm512_loadu_si512(b + pair * WIDE + w));
+            });
+        });
+    };
+    for (int64_t pair = 0; pair < k / 2; pair++) step(pair, 4);
+    if (k % 2) step(k / 2, 2);
+    unrolled<R>([&](int r) INLINE {
+        unrolled<WIDE>([&](int w) INLINE {
+            int lanes = (int)std::min<int64_t>(W, columns - w * W);
+            if (lanes <= 0) return;
+            float *to = c + r * stride + w * W;
+            V product = sums[r][w] * alpha;
+            store(to, lanes, add ? product + load(to, lanes) : product);
+        });
+    });
+}
+
+void multiply(bool transposed_a, bool transposed_b, int64_t m, int64_t n, int64_t k, float alpha, const Matrix &a,
+              const Matrix &b, bool add, const Matrix &c) {
+    int64_t pairs = (k + 1) / 2, groups = (m + W - 1) / W;
+    const uint16_t *a_data = (const uint16_t *)a.data, *b_data = (const uint16_t *)b.data;
+    Pairs packed_a(transposed_a ? groups * pairs : 0), packed_b(pairs * WIDE);
+    if (transposed_a)
+        for (int64_t group = 0; group < groups; group++)
+            for (int64_t pair = 0; pair < pairs; pair++)
+                packed_a.data()[group * pairs + pair] = pair_rows(a_data + group * W, a.stride, 2 * pair, k,
+                                                                  (int)std::min<int64_t>(W, m - group * W));
+    for (int64_t column = 0; column < n; column += WIDE * W) {
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int w = 0; w < WIDE; w++) {
+                int64_t at = column + w * W;
+                int lanes = (int)std::max<int64_t>(0, std::min<int64_t>(W, n - at));
+                packed_b.data()[pair * WIDE + w] =
+                    !lanes ? __m512i{} : transposed_b ? pair_columns(b_data + at * b.stride, b.stride, 2 * pair, k, lanes)
+                                                      : pair_rows(b_data + at, b.stride, 2 * pair, k, lanes);
+            }
+        for (int64_t row = 0; row < m;) {
+            Factor own{a_data + row * a.stride, a.stride, 2};
+            if (transposed_a)
+                own = {(const uint16_t *)(packed_a.data() + row / W * pairs) + 2 * (row % W), 2, 2 * W};
+            float *to = (float *)c.data + row * c.stride + column;
+            auto run = [&](auto tile) { tile(own, packed_b.data(), k, alpha, add, to, c.stride, n - column); };
+            if (row + TALL <= m) run(multiply_tile<TALL>), row += TALL;
+            else run(multiply_tile<1>), row++;
+        }
+    }
+}
+#endif
+
 struct Product {
     Gemm *gemm;
 
     void operator()(const char *a_layout, const char *b_layout, int64_t m, int64_t n, int64_t k, float alpha,
                     const Matrix &a, const Matrix &b, float beta, const Matrix &c) const {
         if (!m || !n) return;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+        if (a.bf16) return multiply(*a_layout == 'T', *b_layout == 'T', m, n, k, alpha, a, b, beta != 0, c);
+#endif
         int M = (int)m, N = (int)n, K = (int)k, lda = (int)a.stride, ldb = (int)b.stride, ldc = (int)c.stride;
         // A row-major matrix is a transposed column-major one, so the factors are swapped.
         gemm(b_layout, a_layout, &N, &M, &K, &alpha, b.data, &ldb, a.data, &lda, &beta, (float *)c.data, &ldc);

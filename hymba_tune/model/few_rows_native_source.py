@@ -49,16 +49,6 @@ template <> struct Part<uint16_t> {
 };
 #endif
 
-#define INLINE __attribute__((always_inline))
-
-// Calls `work` with 0 to N - 1, as constants: only then are arrays of sums kept in registers.
-template <int N, class Work> inline INLINE void unrolled(const Work &work) {
-    if constexpr (N > 0) {
-        unrolled<N - 1>(work);
-        work(N - 1);
-    }
-}
-
 // Multiplies S rows of a weight by R rows of x; product s of row r goes to to[r * UNIT + s].
 template <class Element, int S, int R>
 void multiply(const Element *x, int64_t x_stride, const Element *weight, int64_t stride, int64_t width, float *to) {

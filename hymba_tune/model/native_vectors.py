@@ -212,6 +212,16 @@ inline float highest(V v) {
 }
 #endif
 
+#define INLINE __attribute__((always_inline))
+
+// Calls `work` with 0 to N - 1, as constants: only then are arrays of sums kept in registers.
+template <int N, class Work> inline INLINE void unrolled(const Work &work) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(work);
+        work(N - 1);
+    }
+}
+
 // States that decay become denormal numbers, and arithmetic on those is many times slower.
 struct FlushDenormals {
 #if defined(__SSE2__)

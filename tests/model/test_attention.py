@@ -14,6 +14,7 @@ from hymba_tune.model.attention import ATTENTION, packed_attention
 from hymba_tune.model.attention_native import BLOCK, native_attention, native_unavailable_reason
 from hymba_tune.model.backends import Backend, Task
 from hymba_tune.model.documents import Documents, find_documents
+from tests.model import attention_inputs
 from tests.model.attention_inputs import naive, with_gradients
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT32_GRADIENT, FLOAT64
 
@@ -113,6 +114,18 @@ def test_native_equals_naive_twin(lengths: list[int], meta: int, window: int | N
         assert actual[name].dtype == dtype
         close = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32_GRADIENT
         close.check(actual[name], tensor, name)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("width", "value"), [(7, 13), (33, 40), (64, 128)])
+def test_native_multiplies_bfloat16_of_any_width(width: int, value: int) -> None:
+    lengths, meta = [45, 1, 38], 3
+    inputs = attention_inputs.random_inputs(meta + sum(lengths), width=width, value=value)
+    rounded = tuple(x.detach().bfloat16() for x in inputs)
+    narrow = tuple(x.requires_grad_() for x in attention_inputs.strided(rounded))
+    wide = tuple(x.double().requires_grad_() for x in rounded)
+    actual = with_gradients(narrow, native_attention(*narrow, documents(lengths, meta), 20))
+    BFLOAT16.check_all(actual, with_gradients(wide, naive(*wide, lengths, meta, 20)))
 
 
 @pytest.mark.usefixtures("native")
