@@ -121,9 +121,10 @@ void multiply(bool transposed_a, bool transposed_b, int64_t m, int64_t n, int64_
             for (int w = 0; w < WIDE; w++) {
                 int64_t at = column + w * W;
                 int lanes = (int)std::max<int64_t>(0, std::min<int64_t>(W, n - at));
-                packed_b.data()[pair * WIDE + w] =
-                    !lanes ? __m512i{} : transposed_b ? pair_columns(b_data + at * b.stride, b.stride, 2 * pair, k, lanes)
-                                                      : pair_rows(b_data + at, b.stride, 2 * pair, k, lanes);
+                __m512i &packed = packed_b.data()[pair * WIDE + w];
+                if (!lanes) packed = __m512i{};
+                else if (transposed_b) packed = pair_columns(b_data + at * b.stride, b.stride, 2 * pair, k, lanes);
+                else packed = pair_rows(b_data + at, b.stride, 2 * pair, k, lanes);
             }
         for (int64_t row = 0; row < m;) {
             Factor own{a_data + row * a.stride, a.stride, 2};
