@@ -157,7 +157,8 @@ def test_plan_tells_how_long_steps_take(command: Command) -> None:
 
 def test_plan_tells_how_long_its_data_takes(small_model: Path, questions: Path) -> None:
     def length(**changes: Any) -> Length:
-        planned = plan(SFTConfig(model=str(small_model), data=[str(questions)], batch_size=4, **changes))
+        settings = {"model": str(small_model), "data": [str(questions)], "batch_size": 4, "epochs": 1, **changes}
+        planned = plan(SFTConfig(**settings))
         assert planned.length
         assert planned.here.seconds == pytest.approx(planned.length.tokens / planned.here.tokens_per_s)
         return planned.length
