@@ -19,8 +19,12 @@ Wheel = Mapping[str, bytes]
 
 def sources(root: Path = ROOT) -> set[str]:
     """Return the files of the repository that a source distribution must have."""
-    paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return {path.as_posix() for path in paths if not MADE_HERE & {*path.parts}}
+    paths = (path.relative_to(root).parts for path in root.rglob("*") if path.is_file())
+    return {"/".join(parts) for parts in paths if not MADE_HERE & {*parts} and not _is_example_data(parts)}
+
+
+def _is_example_data(parts: tuple[str, ...]) -> bool:
+    return parts[0] == "examples" and parts[2:3] == ("data",)
 
 
 def problems(in_sdist: set[str], in_tree: set[str], of_sdist: Wheel, of_tree: Wheel) -> list[str]:
