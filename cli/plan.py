@@ -93,8 +93,9 @@ def _show(planned: Plan) -> None:
     if offloaded:
         console.print(f" in CPU memory, for each process: {format_bytes(offloaded)}", style="dim", markup=False)
     console.print(
-        " Memory is counted, not measured on a GPU. Speed and time are rough guesses: on GPUs 30 % of their "
-        "manufacturers' figures, here from a matrix product timed now. Time covers the steps, without evaluations.",
+        " Memory is counted, not measured on a GPU. Speed and time are estimates from the matrix products, bytes and "
+        "kernels of a step: on GPUs at shares of their makers' figures, here at speeds timed now. Time covers the steps, "
+        "without evaluations.",
         style="dim",
         markup=False,
     )
