@@ -94,8 +94,8 @@ def _show(planned: Plan) -> None:
         console.print(f" in CPU memory, for each process: {format_bytes(offloaded)}", style="dim", markup=False)
     console.print(
         " Memory is counted, not measured on a GPU. Speed and time are estimates from the matrix products, bytes and "
-        "kernels of a step: on GPUs at shares of their makers' figures, here at speeds timed now. Time covers the steps, "
-        "without evaluations.",
+        "kernels of a step: on GPUs at shares of their makers' figures, here at speeds timed now. Time covers the "
+        "steps, without evaluations.",
         style="dim",
         markup=False,
     )

@@ -49,7 +49,8 @@ def write_run(
     (path / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["step"]))
     )
-    count = (facts or {}).get("held_out", {}).get("rows", 40)
+    held_out_facts = (facts or {}).get("held_out", {})
+    count = held_out_facts.get("rows", 40) if isinstance(held_out_facts, dict) else 40
     parts = [{"step": 10 * i, "sums": [loss] * count, "counts": [1] * count} for i, loss in enumerate(evaluations)]
     (path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in parts))
     if facts is not None:
