@@ -108,4 +108,5 @@ def device_in_words(device: torch.device) -> str:
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         others = f", 1 of {count} GPUs" if (count := torch.cuda.device_count()) > 1 else ""
         return f"{device} ({torch.cuda.get_device_name(device)}, {memory:.0f} GB{others})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
