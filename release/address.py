@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("*.md", "*.toml", "*.cff", "*.yml", ".github/**/*.*", "docs/**/*.md", "website/*.*", "examples/**/*.*")
+PLACES = (
+    "*.md",
+    "*.toml",
+    "*.cff",
+    "*.yml",
+    ".github/**/*.*",
+    "docs/**/*.md",
+    "website/*.*",
+    "examples/**/*.md",
+    "examples/**/*.py",
+    "examples/*.ipynb",
+)
 """Files that may hold the address, which is read from `pyproject.toml`."""
 
 
