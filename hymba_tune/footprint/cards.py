@@ -13,11 +13,9 @@ from hymba_tune.footprint.traffic import Network
 from hymba_tune.footprint.work import Speeds
 
 MATRIX_SHARE = 0.7
-"""The share of a GPU's operations that matrix products are assumed to reach. Large ones reach more: of 8,192 x 8,192
-random numbers in bfloat16, an H200 was seen at 0.79."""
+"""The share of a GPU's operations that matrix products are assumed to reach."""
 MEMORY_SHARE = 0.8
-"""The share of a GPU's memory bandwidth that kernels are assumed to reach. A large copy reaches more: 0.9 of an
-H200's."""
+"""The share of a GPU's memory bandwidth that kernels are assumed to reach."""
 LAUNCH = 6e-6
 """Seconds that PyTorch is assumed to take on the host for a kernel, with autograd."""
 
