@@ -32,6 +32,8 @@ def demo(*, out: Annotated[Path | None, Parameter(group=RESULT)] = None) -> None
         written beside it, into a directory whose name ends in -merged. Nothing that exists is replaced.
     """
     run = out or next(path for path in _names(DEFAULT) if not _taken(path))
+    if run.name in ("", ".."):
+        raise ConfigError(f"--out {run} names no new folder.", expected="a folder for the run, such as runs/demo")
     if taken := _taken(run):
         raise ConfigError(f"--out {run}: {taken} exists.", expected="a new or empty folder", fix="another --out")
     try:

@@ -109,5 +109,7 @@ def if_restarted(settings: C) -> C:
     if settings.resume is not None:
         return settings
     if checkpoint is not None:
-        return settings.model_copy(update={"resume": settings.out, "out": None})
+        saved = run.read_config()  # with the defaults that the run has chosen by the size of the model
+        chosen = {"lr": saved.lr, "epochs": saved.epochs}
+        return settings.model_copy(update={"resume": settings.out, "out": None, **chosen})
     return settings.model_copy(update={"overwrite": True})  # what the first try has left

@@ -15,7 +15,7 @@ from hymba_tune.config import RewardConfig
 def reward(*, config: Recipe = None, flags: Annotated[RewardConfig, Parameter(name="*")] = RewardConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Train a reward model: it scores texts, and learns from pairs of a better and a worse answer.
 
-    Example: hymba-tune reward --data pairs.jsonl --model runs/my-sft
+    Example: hymba-tune reward --data pairs.jsonl --model my-model
 
     Rows have prompt, chosen and rejected, as texts or messages; or two whole conversations that differ in their last
     answer. The result loads with transformers and PEFT; the verbs of the kit that write do not take it.

@@ -15,6 +15,8 @@ ENUMERATED = 12
 """The most differences of which all choices of signs are tried; of more, a sample is."""
 SAMPLED = 10_000
 """The number of sampled choices of signs."""
+BLOCK = 100
+"""The number of them that are in memory at a time."""
 METHOD = (
     "Better and worse are said at a p-value of at most 0.05, by a two-sided test on the same rows: for losses and "
     "rewards a permutation test that flips the signs of the differences, for right answers an exact sign test of those "
@@ -28,7 +30,8 @@ class Outcome:
     """The outcome of a test.
 
     Attributes:
-        word: ``better``, ``worse``, ``the same`` where no row differs, or ``too few to say``.
+        word: ``better``, ``worse``, ``the same`` where no row differs, ``too few to say``, or ``not finite`` where a
+            loss is infinite or no number.
         n: The number of rows, pairs or questions.
         p: The p-value.
     """
@@ -68,15 +71,19 @@ def compare_sums(before: Sequence[float], after: Sequence[float], *, n: int | No
     if not len(differences):
         return Outcome("the same", rows, 1.0)
     if not np.isfinite(differences).all():
-        return Outcome("too few to say", rows, 1.0)
+        return Outcome("not finite", rows, 1.0)
     seen = abs(differences.sum()) * (1 - 1e-9)
     size = len(differences)
     if size <= ENUMERATED:
         bits = np.arange(2**size)[:, None] >> np.arange(size) & 1
         p = float((abs((2 * bits - 1) @ differences) >= seen).mean())
     else:
-        signs = 2 * np.random.default_rng(0).integers(0, 2, (SAMPLED, size), dtype=np.int8) - 1
-        p = float(((abs(signs @ differences) >= seen).sum() + 1) / (SAMPLED + 1))
+        generator = np.random.default_rng(0)
+        as_far = 0
+        for _ in range(SAMPLED // BLOCK):
+            signs = 2 * generator.integers(0, 2, (BLOCK, size), dtype=np.int8) - 1
+            as_far += int((abs(signs @ differences) >= seen).sum())
+        p = (as_far + 1) / (SAMPLED + 1)
     return _tested(differences.sum() > 0, p, rows)
 
 

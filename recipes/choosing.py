@@ -21,8 +21,8 @@ RECIPES = {
     "distill": "distill_llama3",
 }
 """The packaged recipe that a new one of a verb begins with."""
-TOKEN_BYTES = 3
-"""Bytes of text in a token, at least, in most languages."""
+TOKEN_BYTES = 2
+"""Bytes of text in a token, at least, in most texts."""
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 UNTUNED = ("epochs", "gradient_checkpointing", "grad_accum")
 """Settings for the released model that the packaged one takes its own defaults for."""

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def summarize(data: Sequence[str], mapping: Mapping[str, str]) -> DataSummary:
     """
     sources = open_sources(data)
     rows = chain.from_iterable(sources)
-    first = [row for row, _ in zip(rows, range(PARSED), strict=False)]
+    first = list(islice(rows, PARSED))
     mapping = dict(mapping) or _proposed(first)
     names = Names.parse(mapping, [*dict.fromkeys((*FIELDS, "text"))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -75,8 +76,16 @@ def _open_locked(path: Path, what: str, *, wait: bool, shared: bool) -> IO[bytes
 if sys.platform == "win32":
 
     def _lock(file: IO[bytes], *, wait: bool, shared: bool) -> None:
-        if not shared:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        if shared:
+            return
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                if wait and error.errno == errno.EDEADLK:  # it gives up after ten seconds
+                    continue
+                raise
+            return
 else:
 
     def _lock(file: IO[bytes], *, wait: bool, shared: bool) -> None:

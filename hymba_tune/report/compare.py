@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -113,6 +114,35 @@ def best_run(records: Mapping[str, RunRecord]) -> str:
     """Say which run ended with the lowest held-out loss, or why that cannot be said."""
     final = {letter: record.series("eval_loss")[1][record.final_evaluation :] for letter, record in records.items()}
     known = {letter: losses[0] for letter, losses in final.items() if losses}
+    if (reason := _reason_against_comparing(records, list(known))) is not None:
+        return reason
+    lost = [letter for letter, loss in known.items() if not math.isfinite(loss)]
+    set_aside = f" The losses of {', '.join(lost)} are not finite." if lost else ""
+    known = {letter: loss for letter, loss in known.items() if letter not in lost}
+    if not known:
+        return "None of these runs ended with a finite loss."
+    ranked = sorted(known, key=lambda letter: known[letter])
+    rewarded = bool(_rewards(records[ranked[0]]))
+    losses = ", ".join(f"{letter} {-known[letter] if rewarded else known[letter]:.3f}" for letter in ranked)
+    rows = records[ranked[0]].held_out_rows
+    n = "" if rows is None else f" on {rows:,} held-out {'prompts' if rewarded else 'rows'}"
+    chances = [_chance(records[ranked[0]], records[letter]) for letter in ranked[1:]]
+    if None in chances:
+        return (
+            "Which run is best was not tested, as they have not recorded the losses of the same parts of the data: "
+            f"{losses}{n}.{set_aside}"
+        )
+    # The more pairs of runs there are, the more often one of them differs by chance.
+    pairs = len(known) * (len(known) - 1) // 2
+    equal = [letter for letter, p in zip(ranked[1:], chances, strict=True) if p is None or p * pairs > LEVEL]
+    if equal:
+        return f"Too few rows to say which is best, {' or '.join([ranked[0], *equal])}: {losses}{n}.{set_aside}"
+    what = "highest held-out reward" if rewarded else "lowest held-out loss"
+    return f"{ranked[0]} is best, with the {what}: {losses}{n}.{set_aside}"
+
+
+def _reason_against_comparing(records: Mapping[str, RunRecord], known: Sequence[str]) -> str | None:
+    """Return why the losses of runs cannot be compared, of which some are known; None if they can."""
     if len(known) < 2:
         return "Fewer than two of these runs have a held-out loss, so they cannot be compared."
     if len({record.verb for record in records.values()}) > 1:
@@ -121,21 +151,7 @@ def best_run(records: Mapping[str, RunRecord]) -> str:
         return "These runs were evaluated on different held-out data, so their losses cannot be compared."
     if len({_rewards(records[letter]) for letter in known}) > 1:
         return "These runs have different rewards, which cannot be compared."
-    ranked = sorted(known, key=lambda letter: known[letter])
-    rewarded = bool(_rewards(records[ranked[0]]))
-    losses = ", ".join(f"{letter} {-known[letter] if rewarded else known[letter]:.3f}" for letter in ranked)
-    rows = records[ranked[0]].held_out_rows
-    n = "" if rows is None else f" on {rows:,} held-out {'prompts' if rewarded else 'rows'}"
-    chances = [_chance(records[ranked[0]], records[letter]) for letter in ranked[1:]]
-    if None in chances:
-        return f"Which run is best was not tested, as the losses of the parts of the data differ in kind: {losses}{n}."
-    # The more pairs of runs there are, the more often one of them differs by chance.
-    pairs = len(known) * (len(known) - 1) // 2
-    equal = [letter for letter, p in zip(ranked[1:], chances, strict=True) if p is None or p * pairs > LEVEL]
-    if equal:
-        return f"Too few rows to say which is best, {' or '.join([ranked[0], *equal])}: {losses}{n}."
-    what = "highest held-out reward" if rewarded else "lowest held-out loss"
-    return f"{ranked[0]} is best, with the {what}: {losses}{n}."
+    return None
 
 
 def _chance(best: RunRecord, other: RunRecord) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hymba_tune.config import GRPOConfig, KTOConfig, TrainingConfig
+from hymba_tune.config import DPOConfig, GRPOConfig, KTOConfig, TrainingConfig
 from hymba_tune.distributed.environment import world_size
 from hymba_tune.distributed.strategies import strategy_arguments
 from hymba_tune.train.by_size import default_epochs, default_rate
@@ -20,6 +20,8 @@ EVALUATIONS = 5
 """The default number of evaluations, and of checkpoints, in a run."""
 EVALUATED_BATCHES = 20
 """The least number of held-out batches, where there are as many rows."""
+OF_BATCH = ("aot", "aot_unpaired", "bco_pair")
+"""The DPO losses that depend on which pairs are in a batch together."""
 LOG_EVERY = 10
 """The default for the most steps between two rows of the metrics."""
 
@@ -84,9 +86,10 @@ def evaluation_batch(config: TrainingConfig, rows: int) -> int:
         config: The run's settings.
         rows: The number of held-out rows.
     """
-    if isinstance(config, KTOConfig | GRPOConfig):  # the losses of rows are known, and KTO's depend on their batch
+    of_batch = isinstance(config, DPOConfig) and config.loss in OF_BATCH
+    if of_batch or isinstance(config, KTOConfig | GRPOConfig):  # of these two, the losses of rows are known
         return config.batch_size
-    return max(1, min(config.batch_size, rows // (EVALUATED_BATCHES * world_size())))
+    return max(1, min(config.batch_size, rows // EVALUATED_BATCHES))
 
 
 def global_batch(config: TrainingConfig) -> int:

@@ -155,8 +155,9 @@ class RunTrainer(Trainer):
         for source, inputs in self.held_out_batches(dataloader):
             with torch.no_grad(), self.compute_loss_context_manager():
                 measured = self.held_out_sums(inputs)
-            if isinstance(inputs, FillerBatch):
-                continue  # measured all the same, as all processes must run their models equally often
+            if isinstance(inputs, FillerBatch):  # measured, as all processes must run their models equally often
+                losses.append(zeros()[:, None][:, :0])
+                continue
 
             for name, pair in measured.items():
                 own = torch.stack([torch.as_tensor(value).to(zeros()).reshape(-1) for value in pair])

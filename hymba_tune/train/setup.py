@@ -166,6 +166,12 @@ def check(config: TrainingConfig) -> Setup:
     model_config.vocab_size, model_config.tie_word_embeddings = merged.vocab_size, merged.tie_word_embeddings
     if _continues(config) and (reason := reason_against_continuing(source)) is not None:
         raise ConfigError(f"--start continue: the adapter {source.name} {reason}.", fix="--start merge")
+    if config.verb.scores and source.adapter is not None:
+        raise ConfigError(
+            f"{source.name} is an adapter, and other libraries, which are to load the reward model, would not find the "
+            "model below it.",
+            fix=f"{command('merge', config.model, '--out', 'merged')}, then --model merged",
+        )
     added_tokens = _added_tokens(config, tokenizer, model_config)
     quantization = base_quantization(config, source, model_config, dtype)
     trained, total = count_parameters(lay_out(config, model_config, torch.float32, added_tokens))

@@ -51,6 +51,14 @@ def test_demo_refuses_a_folder_that_holds_something(taken: str, ran: list[list[s
     assert ran == []
 
 
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_demo_needs_a_name_for_its_folder(out: str, ran: list[list[str]], command: Command) -> None:
+    result = command("demo", "--out", out)
+    assert result.code == 2
+    assert f"--out {out} names no new folder." in result.err
+    assert ran == []
+
+
 def test_demo_says_at_once_that_its_folder_cannot_be_written(ran: list[list[str]], command: Command) -> None:
     Path("runs").touch()
     result = command("demo")

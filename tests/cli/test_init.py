@@ -80,7 +80,7 @@ def test_recipes_are_for_what_the_data_allows(kind: str, command: Command) -> No
 
 @pytest.mark.usefixtures("fits")
 def test_columns_lengths_and_rewards_come_from_the_data(command: Command) -> None:
-    data = save(QUESTION | {"question": "x" * 4000})
+    data = save(QUESTION | {"question": "x" * 2800})
     assert command("init", "--data", data, "--card", "8gb", "--verb", "grpo").code == 0
     settings = read()
     assert (settings.map, settings.max_length) == (["prompt=question", "completion=answer"], 2048)

@@ -97,11 +97,13 @@ def test_restarted_run_goes_on_from_its_checkpoint(
     (run / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     (run / "checkpoints" / "checkpoint-5" / "weights").touch()
     seal(run / "checkpoints" / "checkpoint-5")
+    (run / "config.yaml").write_text("lr: 0.004\nepochs: 3\n")  # the run's own defaults
     given = settings(out=run, max_restarts=2)
     assert if_restarted(given) is given
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = if_restarted(given)
     assert (again.resume, again.out) == (run, None)
+    assert (again.lr, again.epochs) == (0.004, 3)
     assert "a process has died; restart 1 of 2, from " in capsys.readouterr().err
     resumed = settings(resume=run)
     assert if_restarted(resumed) is resumed

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hymba_tune.data import Conversation, open_source, parse_pair, parse_unpaired
+from hymba_tune.data import Conversation, open_source, parse_pair, parse_unpaired, summary
 from hymba_tune.data.chat import render
 from hymba_tune.data.check_facts import next_commands, problems
 from hymba_tune.data.checking import check_sources
@@ -247,3 +247,10 @@ def test_hints_are_quoted_for_the_shell(label: str, named: str) -> None:
     with pytest.raises(DataError) as refusal:
         parse({label: [U, A]})
     assert refusal.value.details["to fix"] == f"--map {named}"
+
+
+def test_summary_counts_the_rows_that_it_does_not_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "PARSED", 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Hi", "completion": "Hello."}\n' * 5)
+    assert summary.summarize([str(path)], {}).rows == 5

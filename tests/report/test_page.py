@@ -314,3 +314,17 @@ def test_page_that_cannot_be_written_can_go_elsewhere(tmp_path: Path) -> None:
         write_report(run, tmp_path / "page.html")
     write_report(run, tmp_path / "page.html", overwrite=True)
     assert not (run / "report.html").exists()
+
+
+def test_run_whose_loss_is_not_finite_is_set_aside(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one", [3.0], [4.0, float("nan")]),
+        write_run(tmp_path / "two", [3.0], [4.0, 1.5]),
+        write_run(tmp_path / "three", [3.0], [4.0, 2.0]),
+    ]
+    write_comparison(runs, tmp_path / "compare.html")
+    page = (tmp_path / "compare.html").read_text()
+    assert "B is best, with the lowest held-out loss: B 1.500, C 2.000" in page
+    assert "The losses of A are not finite." in page
+    write_comparison([runs[0], runs[0]], tmp_path / "none.html")
+    assert "None of these runs ended with a finite loss." in (tmp_path / "none.html").read_text()

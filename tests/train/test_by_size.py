@@ -12,6 +12,7 @@ import yaml
 from hymba_tune.config import DistillConfig, DPOConfig, GRPOConfig, ORPOConfig, SFTConfig, TrainingConfig
 from hymba_tune.report import RunRecord
 from hymba_tune.report.commands import chosen, repeat
+from hymba_tune.train.arguments import evaluation_batch
 from hymba_tune.train.banner import short_rate
 from hymba_tune.train.by_size import default_epochs, default_rate, factor
 from hymba_tune.train.resuming import resume_config
@@ -67,3 +68,10 @@ def test_a_run_keeps_its_defaults(small_model: Path, questions: Path, tmp_path: 
     assert (resumed.lr, resumed.epochs) == (4e-3, 3)
     assert run(resumed).facts()["steps"] == 3
     assert RunRecord.read(finished.path).facts["by_size"] == ["epochs", "lr"]
+
+
+def test_held_out_batches_do_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluation_batch(SFTConfig(batch_size=8), 100) == 5
+    assert evaluation_batch(SFTConfig(batch_size=8), 7) == 1
+    assert evaluation_batch(DPOConfig(batch_size=8, loss="aot"), 7) == 8  # its loss is that of a batch

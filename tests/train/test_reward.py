@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from hymba_tune.checkpoint import load_config, load_tokenizer
 from hymba_tune.config import DPOConfig, RewardConfig
 from hymba_tune.data import build_preferences, open_sources, with_chat_template
-from hymba_tune.errors import CheckpointError
+from hymba_tune.errors import CheckpointError, ConfigError
 from hymba_tune.plan import plan
 from hymba_tune.registry import resolve_model
 from hymba_tune.train import flow
@@ -140,6 +140,13 @@ def test_what_writes_refuses_a_model_that_scores(trained: Run, small_model: Path
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"whole is a model that scores texts and writes none"):
         load_config(resolve_model(str(folder)))
+
+
+def test_training_does_not_start_from_an_adapter_that_other_libraries_cannot_open(
+    finished_run: Path, four_pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"finished is an adapter, (.|\n)*hymba-tune merge .*finished --out merged"):
+        reward(finished_run, four_pairs, tmp_path / "out")
 
 
 def test_plan_counts_no_head_and_no_reference(small_model: Path) -> None:
