@@ -89,6 +89,8 @@ class Backend:
             or None if it can.
         unsupported_reason: A function that returns why the backend cannot compute a task, for reasons that the fields
             above do not cover, or None if it can.
+        slower_reason: A function that returns why another backend computes a task faster, or None. It matters only
+            where the user has not chosen one.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Backend:
     needs_self_test: bool = False
     unavailable_reason: Callable[[], str | None] = _always_available
     unsupported_reason: Callable[[Task], str | None] = _supports_every_task
+    slower_reason: Callable[[Task], str | None] = _supports_every_task
 
     def __post_init__(self) -> None:
         run: Any = self.run
@@ -199,7 +202,8 @@ class Operation:
 
     def _choose(self, task: Task, name: str) -> Backend:
         if name == AUTO:
-            return next(backend for backend in self._by_preference(task) if self._obstacle(backend, task) is None)
+            obstacles = ((backend, self._reason_against(backend, task)) for backend in self._by_preference(task))
+            return next(backend for backend, reason in obstacles if reason is None)
         self.check(name)
         if reason := self._obstacle(self.backends[name], task):
             usable = [other for other, obstacle in self.obstacles(task).items() if obstacle is None]
@@ -267,10 +271,13 @@ class Operation:
 
     def obstacles(self, task: Task) -> dict[str, str | None]:
         """Return for each backend, the preferred one first, why it cannot compute the task, or None if it can."""
-        return {backend.name: self._obstacle(backend, task) for backend in self._by_preference(task)}
+        return {backend.name: self._reason_against(backend, task) for backend in self._by_preference(task)}
 
     def _by_preference(self, task: Task) -> list[Backend]:
         return sorted(self.backends.values(), key=lambda backend: backend.slow_start and not task.gradients)
+
+    def _reason_against(self, backend: Backend, task: Task) -> str | None:
+        return backend.slower_reason(task) or self._obstacle(backend, task)
 
     def _obstacle(self, backend: Backend, task: Task) -> str | None:
         if task.gradients and not self._trains:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from .autocast import autocast_is_on
 from .backends import Backend, Operation, Problem, Task, random_leaves
 from .elementwise import gated_silu
-from .few_rows_native import LIBRARY, native_gate_up, native_linear, unsupported_reason
+from .few_rows_native import LIBRARY, native_gate_up, native_linear, slower_reason
 from .native import DTYPES
 from .one_token_triton import LEAST_ROWS, triton_gate_up
 from .triton_kernels import power_of_2, triton_unavailable_reason
@@ -138,7 +138,7 @@ LINEAR = Operation(
             ("cpu",),
             DTYPES,
             unavailable_reason=LIBRARY.unavailable_reason,
-            unsupported_reason=unsupported_reason,
+            slower_reason=slower_reason,
         ),
         Backend("torch", _torch_linear),
     ],
@@ -164,7 +164,7 @@ GATE_UP = Operation(
             ("cpu",),
             DTYPES,
             unavailable_reason=LIBRARY.unavailable_reason,
-            unsupported_reason=unsupported_reason,
+            slower_reason=slower_reason,
         ),
         Backend("separate", _separate_gate_up),
     ],

@@ -46,7 +46,7 @@ def native_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return _product(x, gate, up=readable(up))
 
 
-def unsupported_reason(task: Task) -> str | None:
+def slower_reason(task: Task) -> str | None:
     """Return why torch is preferred for a task, whose sizes are outputs, width and rows; None if it is not."""
     if not task.sizes:
         return None

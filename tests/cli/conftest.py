@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from rich.console import Console
 
-from hymba_tune.cli.main import main
+from hymba_tune.cli.main import app, main
 from hymba_tune.cli.screen import console, error_console
 
 
@@ -25,6 +26,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def call(*words: object) -> Result:
         capsys.readouterr()
+        app.console = Console()  # cyclopts would keep the one of the first call, with its width
         try:
             with pytest.raises(SystemExit) as ended:
                 main([str(word) for word in words])

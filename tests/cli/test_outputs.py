@@ -106,10 +106,10 @@ def test_evaluations_that_end_together_are_all_kept(tmp_path: Path) -> None:
 
     from hymba_tune.config import EvalConfig
     from hymba_tune.evaluate import add_to_run
-    from hymba_tune.evaluate.evaluation import Evaluation
+    from hymba_tune.evaluate.evaluation import Evaluation, ModelResult
 
     run = shutil.copytree("one", tmp_path / "run")
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda _: add_to_run(Evaluation(EvalConfig(), []), run), range(16)))
+        list(threads.map(lambda _: add_to_run(Evaluation(EvalConfig(), [ModelResult("one")]), run), range(16)))
     assert len(json.loads((run / "evaluations.json").read_text())) == 16
     assert not (run / ".evaluations.lock").exists()

@@ -70,7 +70,9 @@ def test_ties_identical_pairs_and_length_bias_are_reported(hymba: PreTrainedToke
     assert ("preferences", "5 pairs, 1 ties, 1 identical; chosen longer in 80%") in overview(result)
     assert result.files[0].formats == {"chosen and rejected": 6}
     assert next_commands(result, ["a"], "m", [], 64)[0][1].startswith("hymba-tune dpo --data a --model m")
-    assert "The chosen answer is longer in 80 % of the pairs." in check_page(result, model="m", commands=[])
+    assert "The chosen answer is longer in 80\N{NO-BREAK SPACE}% of the pairs." in check_page(
+        result, model="m", commands=[]
+    )
 
 
 def test_pairs_under_other_names_are_recognized(hymba: PreTrainedTokenizerFast) -> None:

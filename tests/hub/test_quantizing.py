@@ -162,11 +162,11 @@ def test_command_prints_the_proposal_and_the_next_command(
     assert " all " in done.out
     if holds:
         assert done.code == 0, done.err
-        assert " proposal   leave gate_proj up_proj: +0.00 % (measured whole; 1 % allowed)\n" in done.out
+        assert " proposal      leave gate_proj up_proj: +0.00 % (measured whole; 1 % allowed)\n" in done.out
         assert f"hymba-tune quantize {wide_model} --scheme nf4 --skip gate_proj up_proj\n" in done.out
     else:
         assert done.code == 2
-        assert " proposal   no set of them keeps the rise within 1 %\n" in done.out
+        assert " proposal      no set of them keeps the rise within 1 %\n" in done.out
     assert not list(tmp_path.iterdir())
     refused = command("quantize", wide_model, "--max-rise", 2)
     assert (refused.code, refused.err) == (

@@ -94,7 +94,7 @@ def test_rows_may_be_columns_of_a_wider_matrix(dtype: torch.dtype) -> None:
 
 def test_torch_is_preferred_for_many_rows_and_for_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(*sizes: int) -> str | None:
-        return few_rows_native.unsupported_reason(Task("cpu", torch.bfloat16, sizes=sizes))
+        return few_rows_native.slower_reason(Task("cpu", torch.bfloat16, sizes=sizes))
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     assert reason(1600, 3200, MOST_ROWS) is None

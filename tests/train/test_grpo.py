@@ -128,7 +128,7 @@ def test_answers_are_those_of_the_adapter_at_that_step(
     first, *_, last = run.evaluations()
     assert last.more["eval_reward"] == pytest.approx(sum(map(sum, scores)) / 3)
     assert last.more["eval_reward/letters"] == pytest.approx(sum(score[0] for score in scores) / 3)
-    assert last.eval_loss == -last.more["eval_reward"]
+    assert last.eval_loss == pytest.approx(-last.more["eval_reward"], rel=1e-6)
     assert last.more["eval_reward"] != first.more["eval_reward"]
 
 

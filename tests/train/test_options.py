@@ -157,6 +157,7 @@ def test_evaluation_never_holds_the_logits_of_all_tokens(
 ) -> None:
     """The control is a loss with chunks as large as the batch, which does hold all logits."""
     monkeypatch.setattr("hymba_tune.model.loss.CHUNK", 8 if chunked else 2**20)
+    monkeypatch.setattr("hymba_tune.train.arguments.EVALUATED_BATCHES", 1)
     largest: list[int] = []
     evaluate = HymbaTrainer.evaluation_loop
 
