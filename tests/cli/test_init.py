@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,12 @@ def test_on_a_terminal_questions_are_asked_and_ctrl_c_ends_them() -> None:
     shown = b""
     while b"data: files" not in shown:
         shown += os.read(master, 1024)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    for _ in range(12):  # Python misses a signal that comes just before it waits for a line
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            break
+    process.kill()
+    assert process.wait() == 130
     assert not list(Path().iterdir())
     os.close(master)
