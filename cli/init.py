@@ -45,7 +45,7 @@ UNCHECKED = {"8gb": "--batch-size 2 --grad-accum 8 --quantize nf4"}
 
 @dataclass
 class Answers:
-    """What `init` is told, by flags or by a person. What is None is not known yet."""
+    """The answers to the questions of `init`, from flags or a person. Those not given yet are None."""
 
     data: Sequence[str] | None
     mapping: Mapping[str, str]

@@ -40,6 +40,17 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
 """Changes to it with which every linear layer that is to be quantized to 4 bits can be."""
 ANSWER_TOKENS = 6
 """Tokens that sample answers may have: writing them takes longest of all."""
+GRADIENT_STEP: dict[str, Any] = {
+    "method": "full",
+    "optimizer": "sgd",
+    "lr": 1.0,
+    "lr_schedule": "constant",
+    "warmup": 0.0,
+    "max_grad_norm": 1e9,
+    "steps": 1,
+    "eval_split": 0.0,
+}
+"""One step of plain gradient descent, which moves each weight by its gradient."""
 
 
 def save_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -63,7 +63,7 @@ def _always_available() -> None:
     return None
 
 
-def _supports_every_task(_: Task) -> None:
+def _no_reason(_: Task) -> None:
     return None
 
 
@@ -103,8 +103,8 @@ class Backend:
     slow_start: bool = False
     needs_self_test: bool = False
     unavailable_reason: Callable[[], str | None] = _always_available
-    unsupported_reason: Callable[[Task], str | None] = _supports_every_task
-    slower_reason: Callable[[Task], str | None] = _supports_every_task
+    unsupported_reason: Callable[[Task], str | None] = _no_reason
+    slower_reason: Callable[[Task], str | None] = _no_reason
 
     def __post_init__(self) -> None:
         run: Any = self.run

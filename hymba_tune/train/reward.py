@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hymba_tune.config import RewardConfig
 from hymba_tune.train.flow import train
-from hymba_tune.train.preference import PreferenceRun, PreferenceTask, describe_start
+from hymba_tune.train.preference import PreferenceRun, PreferenceTask
 from hymba_tune.train.preference_trainers import PreferenceTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
@@ -97,7 +97,7 @@ class RewardRun(PreferenceRun[RewardConfig]):
         return trl.RewardConfig(**shared, center_rewards_coefficient=self.config.center_rewards or None)
 
     def describe(self) -> dict[str, str]:
-        """Return the banner's lines on where training starts and on the loss."""
+        """Return the banner's line on the loss."""
         centered = self.config.center_rewards
         loss = "the better answer of a pair scores higher" + (f" · centered by {centered:g}" if centered else "")
-        return describe_start(self.setup) | {"loss": loss}
+        return {"loss": loss}

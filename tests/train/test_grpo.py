@@ -28,22 +28,10 @@ from hymba_tune.train.rollouts import RolloutTrainer
 from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.rewarded import grpo, run_short, save_reward
-from tests.runs import same_tensors, save_questions
+from tests.runs import GRADIENT_STEP, same_tensors, save_questions
 from tests.tolerances import FLOAT32_GRADIENT
 
 TEMPERATURE = 0.7
-GRADIENT_STEP: dict[str, Any] = {
-    "method": "full",
-    "optimizer": "sgd",
-    "lr": 1.0,
-    "lr_schedule": "constant",
-    "warmup": 0.0,
-    "max_grad_norm": 1e9,
-    "steps": 1,
-    "eval_split": 0.0,
-    "temperature": TEMPERATURE,
-}
-"""One step of plain gradient descent, which moves each weight by its gradient."""
 SIMPLE_MEANS = {"dapo": False, "grpo": True}
 """Losses, and whether they average the mean of each answer, instead of all tokens."""
 
@@ -91,7 +79,7 @@ def test_gradient_is_that_of_the_equation_however_answers_are_batched(
     loss: str, batch_size: int, grad_accum: int, small_model: Path, questions: Path, tmp_path: Path, sampled: Any
 ) -> None:
     changes = {**GRADIENT_STEP, "loss": loss, "batch_size": batch_size, "grad_accum": grad_accum}
-    run = grpo(small_model, questions, tmp_path / "out", **changes)
+    run = grpo(small_model, questions, tmp_path / "out", **changes, temperature=TEMPERATURE)
     model = opened(small_model).requires_grad_(True)
     rewards = torch.tensor([reward for *_, reward in sampled]).view(2, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()

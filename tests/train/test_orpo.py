@@ -17,21 +17,10 @@ from hymba_tune.data import build_preferences, open_sources, with_chat_template
 from hymba_tune.plan import plan
 from hymba_tune.registry import resolve_model
 from tests.preferences import orpo, save_pairs
+from tests.runs import GRADIENT_STEP
 from tests.tolerances import FLOAT32_GRADIENT
 
 BETA = 0.3
-GRADIENT_STEP: dict[str, Any] = {
-    "method": "full",
-    "optimizer": "sgd",
-    "lr": 1.0,
-    "lr_schedule": "constant",
-    "warmup": 0.0,
-    "max_grad_norm": 1e9,
-    "steps": 1,
-    "eval_split": 0.0,
-    "beta": BETA,
-}
-"""One step of plain gradient descent, which moves each weight by its gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,15 @@ def test_loss_and_gradient_are_those_of_the_paper_however_pairs_are_batched(
     model, terms = pair_terms(small_model, four_pairs)
     loss = torch.stack([term["loss"] for term in terms]).mean()
     loss.backward()
-    run = orpo(small_model, four_pairs, tmp_path / "out", batch_size=batch_size, grad_accum=grad_accum, **GRADIENT_STEP)
+    run = orpo(
+        small_model,
+        four_pairs,
+        tmp_path / "out",
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        **GRADIENT_STEP,
+        beta=BETA,
+    )
     assert run.rows()[-1].loss == pytest.approx(loss.item(), rel=1e-5)
     after = dict(opened(run.model).named_parameters())
     moved = {name: (before - after[name]).detach() for name, before in model.named_parameters()}

@@ -22,21 +22,10 @@ from hymba_tune.registry import resolve_model
 from hymba_tune.train import flow
 from hymba_tune.train.run import Run
 from tests.preferences import reward, save_pairs
+from tests.runs import GRADIENT_STEP
 from tests.tolerances import FLOAT32_GRADIENT
 
 CENTERED = 0.05
-GRADIENT_STEP: dict[str, Any] = {
-    "method": "full",
-    "optimizer": "sgd",
-    "lr": 1.0,
-    "lr_schedule": "constant",
-    "warmup": 0.0,
-    "max_grad_norm": 1e9,
-    "steps": 1,
-    "eval_split": 0.0,
-    "center_rewards": CENTERED,
-}
-"""One step of plain gradient descent, which moves each weight by its gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,13 @@ def test_loss_and_gradient_are_those_of_the_formula_however_pairs_are_batched(
     opened = flow._open
     monkeypatch.setattr(flow, "_open", lambda setup: _saved(opened(setup), tmp_path / "before"))
     run = reward(
-        small_model, four_pairs, tmp_path / "out", batch_size=batch_size, grad_accum=grad_accum, **GRADIENT_STEP
+        small_model,
+        four_pairs,
+        tmp_path / "out",
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        **GRADIENT_STEP,
+        center_rewards=CENTERED,
     )
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "before").eval()
