@@ -33,11 +33,6 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
     Returns:
         What it returned in each, or the error that it raised there; an EOFError for one that was killed.
     """
-    return collect(start_in_processes(count, function, *args))
-
-
-def start_in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[tuple[Any, Any]]:
-    """Start them; return each with the connection that `collect` reads."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = []
@@ -47,11 +42,6 @@ def start_in_processes(count: int, function: Callable[..., Any], *args: Any) -> 
         process.start()
         sender.close()
         started.append((process, receiver))
-    return started
-
-
-def collect(started: list[tuple[Any, Any]]) -> list[Any]:
-    """Wait for the processes, and return what the function returned, or the error that it raised."""
     try:
         results = [_received(pipe) if pipe.poll(TIMEOUT_SECONDS) else None for _, pipe in started]
     finally:

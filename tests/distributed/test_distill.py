@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,9 +25,9 @@ from hymba_tune.train.run import Run
 from hymba_tune.train.screen import Screen
 from tests.distill.runs import random_teacher, settings
 from tests.distill.teachers import random_model, save_teacher
-from tests.distributed.processes import in_processes, start_in_processes
+from tests.distributed.processes import in_processes
 from tests.runs import save_questions, tensors
-from tests.train.processes import TIMEOUT_SECONDS
+from tests.train.processes import FORKS, TIMEOUT_SECONDS
 
 pytestmark = pytest.mark.end_to_end
 
@@ -115,19 +114,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
-def capture(config: DistillCaptureConfig, dies_at: dict[int, int]) -> int:
+def capture(config: DistillCaptureConfig, dies_at: dict[int, int], all_began: Any, one_died: Any) -> int:
     """Capture in shards of two rows as one of the processes; return the number of shards that this one has made.
+
+    How many a process makes hangs on the machine's load. So each waits with its first shard for the others' first, and
+    one that lives on also for another's death.
 
     Args:
         config: The settings.
         dies_at: The shard at which a process dies while writing it, 0 for its first one, by the process's rank.
+        all_began: A barrier of all processes.
+        one_died: An event that a process sets before it dies.
     """
-    write, made = cache.write_shard, []
+    write, made, own = cache.write_shard, [], int(os.environ.get("RANK", "0"))
 
     def write_or_die(path: Path, *args: Any) -> None:
         if path.name.startswith("0"):
-            if dies_at.get(int(os.environ.get("RANK", "0"))) == len(made):
+            if not made:
+                all_began.wait(TIMEOUT_SECONDS)
+                assert not dies_at or own in dies_at or one_died.wait(TIMEOUT_SECONDS)
+            if dies_at.get(own) == len(made):
                 path.write_bytes(b"torn")
+                one_died.set()
                 os.kill(os.getpid(), signal.SIGKILL)
             made.append(path)
         write(path, *args)
@@ -137,14 +145,10 @@ def capture(config: DistillCaptureConfig, dies_at: dict[int, int]) -> int:
     return len(made)
 
 
-def captured(processes: int, config: DistillCaptureConfig, dies_at: dict[int, int]) -> list[int]:
-    """Capture in processes, some of which die; return their exit codes."""
-    started = start_in_processes(processes, capture, config, dies_at)
-    for process, pipe in started:
-        with suppress(EOFError):
-            pipe.poll(TIMEOUT_SECONDS) and pipe.recv()
-        process.join(TIMEOUT_SECONDS)
-    return [process.exitcode for process, _ in started]
+def captured(processes: int, config: DistillCaptureConfig, dies_at: dict[int, int]) -> list[int | str]:
+    """Capture in processes; return the number of shards that each has made, "died" for one that was killed."""
+    made = in_processes(processes, capture, config, dies_at, FORKS.Barrier(processes), FORKS.Event())
+    return ["died" if isinstance(shards, EOFError) else shards for shards in made]
 
 
 def test_targets_of_two_processes_are_those_of_one_whoever_dies(
@@ -154,15 +158,15 @@ def test_targets_of_two_processes_are_those_of_one_whoever_dies(
         given = {"model": str(small_model), "data": [str(questions)], "device": "cpu", "top_k": 4}
         return DistillCaptureConfig(**given | random_teacher(teacher, tmp_path) | {"teacher_cache": tmp_path / name})
 
-    assert in_processes(1, capture, config("one"), {}) == [12]
-    made = in_processes(2, capture, config("two"), {})
+    assert captured(1, config("one"), {}) == [12]
+    made = captured(2, config("two"), {})
     assert sum(made) == 12
     assert min(made) > 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
-    assert captured(2, config("killed"), {0: 2, 1: 1}) == [-signal.SIGKILL] * 2
+    assert captured(2, config("killed"), {0: 2, 1: 1}) == ["died", "died"]
     assert len(list((tmp_path / "killed").glob("*.arrow"))) == 3
     assert len(list((tmp_path / "killed").glob("*.partial"))) == 2
     assert not is_full(tmp_path / "killed")
-    assert captured(2, config("killed"), {1: 2}) == [0, -signal.SIGKILL]
+    assert captured(2, config("killed"), {1: 2}) == [7, "died"]
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
