@@ -74,7 +74,8 @@ def examine(config: DoctorConfig) -> Diagnosis:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     name, memory, details = _describe_cuda(device) if device.type == "cuda" else _describe_cpu()
-    versions = {library: _version(library) for library in LIBRARIES}
+    # The metadata of a wheel from PyPI leave out which CUDA it was built for.
+    versions = {library: _version(library) for library in LIBRARIES} | {"torch": torch.__version__}
     missing = [extra for extra, packages in BUILT.items() if not all(versions[package] for package in packages)]
     return Diagnosis(
         python=platform.python_version(),

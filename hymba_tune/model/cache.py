@@ -58,6 +58,8 @@ class HymbaCache(Cache):
 
     is_compileable = False
     is_croppable = False
+    # PEFT's prefix tuning reads this before `forward` can refuse its cache; -1 is no limit.
+    max_cache_len = -1
     # `generate` reads this from the layers of a cache. This cache has no layers, and its keys count tokens.
     is_linear = (False,)
 
