@@ -296,8 +296,9 @@ def request(
             with opener.open(message, timeout=timeout or TIMEOUT) as answer:
                 return dict(json.loads(answer.read()))
         except urllib.error.HTTPError as error:
-            if pause is None or not (error.code == 429 or error.code >= 500):
-                raise _refused(url, error, key) from None  # the request, within the error, holds the key
+            with error:
+                if pause is None or not (error.code == 429 or error.code >= 500):
+                    raise _refused(url, error, key) from None  # the request, within the error, holds the key
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             if pause is None:
                 raise TrainingError(
@@ -311,8 +312,7 @@ def request(
 
 
 def _refused(url: str, error: urllib.error.HTTPError, key: str | None) -> TrainingError:
-    with error:
-        text = error.read(2000).decode("utf-8", "replace").strip()
+    text = error.read(2000).decode("utf-8", "replace").strip()
     if key:
         text = text.replace(key, "…")
     if error.code in (401, 403):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,10 +62,16 @@ def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
 
     Args:
         dtype: The dtype of autocast, as in training; float32 disables autocast.
-        own_kernels: Whether to use the kernels chosen for this process. Otherwise the fastest CPU kernels are used, as
-            they keep the same tensors for the backward as a GPU's.
+        own_kernels: Whether to use the kernels chosen for this process. Otherwise the fastest CPU kernels are used,
+            also on a machine without a compiler, as they keep the same tensors for the backward as a GPU's.
     """
     before = {} if own_kernels else use_kernels(**dict.fromkeys(OPERATIONS, AUTO))
+    backends = {operation: operation.backends for operation in OPERATIONS.values()}
+    if not own_kernels:
+        for operation in backends:
+            if native := operation.backends.get("native"):  # which computes nothing on fake tensors
+                available = replace(native, unavailable_reason=lambda: None)
+                operation.backends = operation.backends | {"native": available}
     forget_kept()
     # float16 needs as many bytes as bfloat16, and CPU kernels support only the latter.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32)
@@ -74,6 +81,8 @@ def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
     finally:
         forget_kept()
         use_kernels(**before)
+        for operation, own in backends.items():
+            operation.backends = own
 
 
 def fake_parameters(module: nn.Module) -> dict[str, Tensor]:

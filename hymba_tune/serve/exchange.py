@@ -47,9 +47,8 @@ class KeyCheck:
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
-        # Its body is not read, so the connection ends with the response.
-        headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
-        await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+        # The connection stays open for the body: a client that still sends it to a closed one reads no response.
+        await JSONResponse(error.body, error.status, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -175,8 +175,9 @@ def test_gpu_that_is_used_of_several_is_said(
 
 
 LONG = "n" * 300
+SAYS = "find" if sys.version_info >= (3, 14) else "use"  # since 3.14 pathlib says that there is no such file
 NAMES = {
-    **{f"sft --data {name}": "Cannot use nnn" for name in (LONG, f"{LONG}/rows.jsonl")},
+    **{f"sft --data {name}": f"Cannot {SAYS} nnn" for name in (LONG, f"{LONG}/rows.jsonl")},
     f"sft --data rows.jsonl --model {LONG}": "Cannot use nnn",
     f"sft --data rows.jsonl --config {LONG}": "Cannot use nnn",
     f"sft --data rows.jsonl --out {LONG}": "--out nnn",

@@ -20,6 +20,7 @@ from hymba_tune.errors import ConfigError
 from hymba_tune.footprint import Batch
 from hymba_tune.footprint.cards import CARDS, LAUNCH
 from hymba_tune.footprint.work import DECODING_LAUNCHES, Speeds, Work, step_work, token_work
+from hymba_tune.model.backends import OPERATIONS
 from hymba_tune.plan import Length, Plan, plan
 from tests.cli.conftest import Command
 from tests.runs import run, settings
@@ -41,6 +42,16 @@ def test_a_plan_needs_no_weights_and_what_it_proposes_fits(released: str) -> Non
     assert len({verdict.needs for verdict in planned.gpus}) == 1
     assert (planned.gpus[0].fits, planned.gpus[0].change) == (False, "--batch-size 32 --grad-accum 2")
     assert (planned.gpus[-1].fits, planned.gpus[-1].change) == (True, "")
+
+
+def test_a_plan_for_gpus_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SFTConfig(model="hymba-nano", max_length=256, batch_size=2)
+    gpus = plan(config).gpus
+    for operation in OPERATIONS.values():
+        if native := operation.backends.get("native"):
+            missing = replace(native, unavailable_reason=lambda: "no C++ compiler")
+            monkeypatch.setattr(operation, "backends", operation.backends | {"native": missing})
+    assert plan(config).gpus == gpus
 
 
 def test_every_weight_in_little_memory_cannot_be_helped(released: str) -> None:

@@ -23,10 +23,9 @@ def adapted(dtype: torch.dtype) -> Any:
     return add_adapter(model, config, ["all"])
 
 
-def estimated(model: Any, dtype: torch.dtype, *, checkpointing: bool, batch: Batch | None = None) -> Footprint:
+def estimated(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> Footprint:
     memory = StepMemory(model, dtype=dtype, own_kernels=True)
-    batch = batch or Batch.full(TEXTS, LENGTH)
-    return memory.of(batch, checkpointing=checkpointing, accumulates=False, optimizer="sgd")
+    return memory.of(Batch.full(TEXTS, LENGTH), checkpointing=checkpointing, accumulates=False, optimizer="sgd")
 
 
 def counted(model: Any, dtype: torch.dtype, *, checkpointing: bool) -> int:
@@ -86,9 +85,10 @@ def test_parts_follow_the_settings() -> None:
 
 
 def test_padding_takes_little_and_longer_texts_more() -> None:
-    model = tiny_model(**SHAPE, sliding_window=64)
-    plain = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 256)).total
-    padded = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 128, 256, 512)).total
-    longer = estimated(model, torch.float32, checkpointing=True, batch=Batch(256, 256, 256, 256)).total
+    memory = StepMemory(tiny_model(**SHAPE, sliding_window=64), dtype=torch.float32, own_kernels=False)
+    batches = [Batch(256, 128, 256, 256), Batch(256, 128, 256, 512), Batch(256, 256, 256, 256)]
+    plain, padded, longer = (
+        memory.of(batch, checkpointing=True, accumulates=False, optimizer="sgd").total for batch in batches
+    )
     assert plain < padded < 1.3 * plain
     assert longer >= plain

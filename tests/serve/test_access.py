@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hymba_tune.config import ServeConfig
 from hymba_tune.errors import ConfigError
 from hymba_tune.serve import Server
-from tests.serve.servers import QUESTION, address, raw, serving, working
+from tests.serve.servers import QUESTION, address, connected, raw, received, request_head, serving, working
 
 KEY = "sk-never-printed"
 PAGE = "https://chat.example.com"
@@ -37,6 +37,14 @@ def test_requests_need_the_key(locked: Server) -> None:
     assert KEY not in str(caught.value)
     assert raw(locked, "GET", "/v1/models")[0] == raw(locked, "GET", "/v1/models", Authorization="é")[0] == 401
     assert raw(locked, "GET", "/health") == (200, {"status": "ok"})
+
+
+def test_a_body_that_follows_the_refusal_does_not_hide_it(locked: Server) -> None:
+    with connected(locked) as client:
+        client.sendall(request_head(10))
+        assert client.recv(12) == b"HTTP/1.1 401"
+        client.sendall(b"a" * 10 + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200" in received(client)
 
 
 def test_pages_of_the_given_origin_may_read_responses(locked: Server) -> None:
