@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from hymba_tune.data.readers import BATCH_ROWS, KINDS, kind, read_arrow, read_file, unreadable
 from hymba_tune.data.rows import ColumnChoice, SourceRow, listing
-from hymba_tune.errors import DataError, HubError, nearest
+from hymba_tune.errors import DataError, HubError, nearest, shortened
 
 if TYPE_CHECKING:
     import datasets
@@ -109,7 +109,7 @@ def open_source(name: str) -> Source:
     hub = HUB_NAME.fullmatch(name)
     if hub and kind(path) not in KINDS and not path.parent.is_dir():
         return _open_hub(name, hub["path"], hub["config"], hub["split"] or "train")
-    raise DataError(f"Cannot find {name}.", expected=NAMEABLE, fix=_near_names(path))
+    raise DataError(f"Cannot find {shortened(name)}.", expected=NAMEABLE, fix=_near_names(path))
 
 
 def _demo(split: str, name: str) -> Source:
@@ -206,7 +206,7 @@ def digest(path: Path, name: str) -> str:
 
 def _near_names(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either"
+        return f"there is no folder {shortened(str(path.parent))} either"
     near = nearest(path.name, (file.name for file in path.parent.iterdir()))
     return f"did you mean {path.parent / near}?" if near else ""
 
