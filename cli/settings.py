@@ -76,7 +76,7 @@ def combine(recipe: str | None, flags: C) -> C:
             own = f"{flags_of_keys[flag]}: {value or '…'}" if flag else ""
             fix = own or did_you_mean(str(key), known) or "remove it"
             raise ConfigError(f"{recipe}: there is no setting {reprlib.repr(key)}.", fix=fix)
-    settings |= {name: getattr(flags, name) for name in flags.model_fields_set}
+    settings |= flags.given()
     try:
         return type(flags).model_validate(settings)
     except ValidationError as error:
@@ -113,8 +113,7 @@ def combine_for(recipe: str | None, flags: TrainingConfig, verb: str | None) -> 
     """
     try:
         own = TrainingConfig.of(verb or (recipe and read_recipe(find_recipe(recipe)).get("verb")) or flags.verb.name)
-        set_flags = {name: getattr(flags, name) for name in flags.model_fields_set}
-        return combine(recipe, own.model_validate(set_flags))
+        return combine(recipe, own.model_validate(flags.given()))
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
     except ValueError as error:

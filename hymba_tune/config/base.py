@@ -210,6 +210,10 @@ class Config(BaseModel):
             yield kind
             yield from kind.kinds()
 
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, without those left at their defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
     model_config = ConfigDict(
         extra="forbid",
         allow_inf_nan=False,

@@ -38,7 +38,7 @@ def resume_config(flags: C) -> C:
             f"{flags.resume} is a run of hymba-tune {saved.verb}, not of {flags.verb}.",
             fix=command(saved.verb, "--resume", flags.resume),
         )
-    changed = {name: getattr(flags, name) for name in flags.model_fields_set}
+    changed = flags.given()
     if fixed := [name for name in changed.keys() - CHANGEABLE if changed[name] != getattr(saved, name)]:
         raise ConfigError(
             f"--resume continues {flags.resume} with its own settings; {_as_flags(fixed)} cannot change.",
