@@ -69,7 +69,7 @@ def final_figures(record: RunRecord) -> dict[str, str]:
     figures: dict[str, str] = {}
     for name in record.measures:
         measured = measure(name, record.verb)
-        _, held_out = record.series(f"eval_{name}")
+        _, held_out = record.held_out(name)
         if held_out:
             ends = {"last": held_out[-1]}
             if not name.startswith("loss/"):  # for a single source the last loss is enough

@@ -53,9 +53,10 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
     plots = []
     for name in (both for one in names for both in (f"eval_{one}", one)):
         measured = measure(name.removeprefix("eval_"), verb)
-        curves = {letter: record.series(name) for letter, record in records.items()}
+        held_out = name.startswith("eval_")
+        values = RunRecord.held_out if held_out else RunRecord.series
+        curves = {letter: values(record, name.removeprefix("eval_")) for letter, record in records.items()}
         if any(steps for steps, _ in curves.values()):
-            held_out = name.startswith("eval_")
             title = f"Held-out {measured.title[0].lower()}{measured.title[1:]}" if held_out else measured.title
             plots.append(_overlaid(title, measured, curves))
     return plots
@@ -81,7 +82,8 @@ def _with_held_out(record: RunRecord, name: str) -> Plot | None:
     drawing = _drawing(record, name)
     if drawing is None:
         return None
-    broken = sum(not math.isfinite(value) for which in (name, f"eval_{name}") for value in record.series(which)[1])
+    shown = [*record.series(name)[1], *record.held_out(name)[1]]
+    broken = sum(not math.isfinite(value) for value in shown)
     values = "1 value is" if broken == 1 else f"{broken:,} values are"
     return plot(*drawing, note=f"Gaps: {values} NaN or infinite." if broken else "")
 
@@ -89,7 +91,7 @@ def _with_held_out(record: RunRecord, name: str) -> Plot | None:
 def _drawing(record: RunRecord, name: str) -> tuple[str, str, Callable[[Axes], None]] | None:
     """Return the title of a plot, its content as a sentence, and the function that draws it."""
     measured = measure(name, record.verb)
-    trained, held_out = record.series(name), record.series(f"eval_{name}")
+    trained, held_out = record.series(name), record.held_out(name)
     if not trained[0] and not held_out[0]:
         return None
     predicted = record.facts.get("memory", {}).get("predicted_bytes") if name == "memory_bytes" else None

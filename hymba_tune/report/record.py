@@ -119,11 +119,17 @@ class RunRecord:
         known = [(int(row["step"]), row[measure]) for row in self.rows if measure in row]
         return [step for step, _ in known], [value for _, value in known]
 
+    def held_out(self, measure: str) -> tuple[list[int], list[float]]:
+        """Return the steps and held-out values of a measure to show: no loss that is the reward with a minus sign."""
+        negated = measure.partition("/")[0] == "loss" and any("eval_reward" in row for row in self.rows)
+        return ([], []) if negated else self.series(f"eval_{measure}")
+
     @property
     def source_losses(self) -> dict[str, tuple[list[int], list[float]]]:
         """The steps and held-out losses of each source, by its name, where there are several."""
         names = [name.removeprefix("loss/") for name in self.measures if name.startswith("loss/")]
-        return {name: self.series(f"eval_loss/{name}") for name in names}
+        curves = {name: self.held_out(f"loss/{name}") for name in names}
+        return {name: curve for name, curve in curves.items() if curve[0]}
 
     @property
     def final_evaluation(self) -> int:

@@ -114,6 +114,22 @@ def test_gaps_and_large_changes_are_explained(tmp_path: Path) -> None:
         assert ("moved by more than its norm" in page) == explained
 
 
+def test_a_reward_is_not_shown_as_a_held_out_loss(tmp_path: Path) -> None:
+    for name, rewards in (("one", [0.5, 0.7]), ("two", [0.5, 0.6])):
+        losses = [-reward for reward in rewards]
+        columns = {"reward": [0.4, 0.6], "eval_reward": rewards}
+        settings = {"verb": "grpo", "reward": ["exact"]}
+        write_run(tmp_path / name, [0.1, 0.2], losses, settings=settings, columns=columns)
+    page = write_report(tmp_path / "one")[0].read_text()
+    assert "-0.700" not in page
+    assert re.search(r"Reward of answers: .*0\.700", page)
+    write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "compared.html")
+    page = (tmp_path / "compared.html").read_text()
+    assert "Held-out reward" in page
+    assert "Held-out loss:" not in page
+    assert "-0.700" not in page
+
+
 def test_page_says_from_where_the_weights_moved(tmp_path: Path) -> None:
     parts = [{"group": "MLP", "part": "up_proj", "layer": layer, "size": 0.1} for layer in (0, 1)]
     for start in ("merge", "continue"):
