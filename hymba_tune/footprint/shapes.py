@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -65,24 +65,30 @@ def without_memory(dtype: torch.dtype, *, own_kernels: bool) -> Iterator[None]:
         own_kernels: Whether to use the kernels chosen for this process. Otherwise the fastest CPU kernels are used,
             also on a machine without a compiler, as they keep the same tensors for the backward as a GPU's.
     """
-    before = {} if own_kernels else use_kernels(**dict.fromkeys(OPERATIONS, AUTO))
-    backends = {operation: operation.backends for operation in OPERATIONS.values()}
-    if not own_kernels:
-        for operation in backends:
-            if native := operation.backends.get("native"):  # which computes nothing on fake tensors
-                available = replace(native, unavailable_reason=lambda: None)
-                operation.backends = operation.backends | {"native": available}
     forget_kept()
     # float16 needs as many bytes as bfloat16, and CPU kernels support only the latter.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32)
     try:
-        with FakeTensorMode(), autocast:
+        with nullcontext() if own_kernels else _fastest_kernels(), FakeTensorMode(), autocast:
             yield
     finally:
         forget_kept()
-        use_kernels(**before)
+
+
+@contextmanager
+def _fastest_kernels() -> Iterator[None]:
+    """Use the fastest CPU kernels, even those that this machine cannot compile: fake tensors give them no work."""
+    before = use_kernels(**dict.fromkeys(OPERATIONS, AUTO))
+    backends = {operation: operation.backends for operation in OPERATIONS.values()}
+    for operation, own in backends.items():
+        if native := own.get("native"):
+            operation.backends = own | {"native": replace(native, unavailable_reason=lambda: None)}
+    try:
+        yield
+    finally:
         for operation, own in backends.items():
             operation.backends = own
+        use_kernels(**before)
 
 
 def fake_parameters(module: nn.Module) -> dict[str, Tensor]:
