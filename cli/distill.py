@@ -16,7 +16,7 @@ distill = App(
     name="distill",
     help_flags=HELP_FLAGS,
     help="Distill a teacher into a model; the two tokenizers may differ.\n\n"
-    "Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl",
+    "Example: hymba-tune distill --teacher llama-3.2-3b-instruct --data my.jsonl",
 )
 
 
@@ -24,7 +24,7 @@ distill = App(
 def train(*, config: Recipe = None, flags: Annotated[DistillConfig, Parameter(name="*")] = DistillConfig()) -> None:  # noqa: B008 (cyclopts reads the default)
     """Distill a teacher into a model; the two tokenizers may differ.
 
-    Example: hymba-tune distill --teacher llama-3.2-3b --data my.jsonl
+    Example: hymba-tune distill --teacher llama-3.2-3b-instruct --data my.jsonl
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ def capture(
     The same command continues a pass that was interrupted, and --nproc shares it among GPUs. Machines that are given
     the same command with the same --teacher-cache, a folder that they share, fill it together.
 
-    Example: hymba-tune distill capture --teacher llama-3.2-3b --data my.jsonl
+    Example: hymba-tune distill capture --teacher llama-3.2-3b-instruct --data my.jsonl
 
     Parameters
     ----------

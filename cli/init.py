@@ -108,7 +108,7 @@ def init(
     card
         The memory: that of the GPU here, of another one (8gb to 80gb), or cpu.
     teacher
-        The teacher of distill. Default: llama-3.2-3b.
+        The teacher of distill. Default: llama-3.2-3b-instruct.
     reward
         The reward of grpo. Default: gsm8k where answers have ####, else exact.
     out
@@ -157,7 +157,7 @@ def _recipe(answers: Answers, out: Path) -> str:
     proposed = usual_model(answers.verb, on_cpu=answers.card == "cpu")
     answers.model = answers.model or (_ask_model(proposed) if asks else proposed)
     if answers.verb == "distill" and answers.teacher is None and asks:
-        answers.teacher = _ask("teacher: a Hub id, an alias, or a folder", "llama-3.2-3b")
+        answers.teacher = _ask("teacher: a Hub id, an alias, or a folder", "llama-3.2-3b-instruct")
 
     wish = RecipeWish(answers.verb, answers.data or (), answers.model, answers.teacher, answers.reward)
     settings = first_settings(wish, summary)

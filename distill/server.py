@@ -36,6 +36,8 @@ WRITING_TIMEOUT = 1200.0
 """Seconds to wait for a response with generated text."""
 PAUSES = (1.0, 4.0, 16.0)
 """Seconds before each retry of a request."""
+BATCH_ROWS = 32
+"""The most rows in a request: servers accept so many texts at once, `hymba-tune serve` as many as its --queue."""
 BATCH_TOKENS = 4096
 """Prompt tokens in one request."""
 ROUNDING = 0.01
@@ -97,7 +99,7 @@ class ServedTeacher:
         Raises:
             TrainingError: If the server does not answer, or its answer cannot be used.
         """
-        for batch in batches([len(row) for row in rows], BATCH_TOKENS):
+        for batch in batches([len(row) for row in rows], BATCH_TOKENS, BATCH_ROWS):
             answers = self._request([list(rows[index]) for index in batch])
             for index, answer in zip(batch, answers, strict=True):
                 yield index, self._outputs(rows[index], answer)

@@ -338,19 +338,20 @@ class ModelTeacher:
         return scale if abs(scale - 1) > ROUNDING else 1.0
 
 
-def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], tokens: int, rows: int | None = None) -> Iterator[list[int]]:
     """Group rows of similar length into batches, the longest rows first.
 
     Args:
         lengths: The number of tokens of each row.
         tokens: The maximum number of tokens in a batch with its padding; a longer row is a batch on its own.
+        rows: The maximum number of rows in a batch; None is no limit.
 
     Yields:
         The indices of the rows of a batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+        if batch and ((len(batch) + 1) * lengths[batch[0]] > tokens or len(batch) == rows):
             yield batch
             batch = []
         batch.append(index)

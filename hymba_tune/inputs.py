@@ -123,7 +123,7 @@ def _check_teacher(options: TeacherOptions) -> None:
     if not options.teacher:
         raise ConfigError(
             "--teacher is missing.",
-            expected="a Hub id, an alias (llama-3.2-3b), a folder, a run directory, or a server's address",
+            expected="a Hub id, an alias (llama-3.2-3b-instruct), a folder, a run directory, or a server's address",
         )
     if not options.served:
         return
@@ -138,7 +138,7 @@ def _check_teacher(options: TeacherOptions) -> None:
         raise ConfigError(
             "--teacher-tokenizer is missing: a server does not give its model's.",
             expected="a Hub id, an alias or a folder",
-            fix="--teacher-tokenizer llama-3.2-3b",
+            fix="--teacher-tokenizer llama-3.2-3b-instruct",
         )
 
 

@@ -102,6 +102,7 @@ def recorded_graphs(patch: pytest.MonkeyPatch) -> list[Graph]:
 
     patch.setattr(torch.cuda, "Stream", _Stream)
     patch.setattr(torch.cuda, "current_stream", _Stream)
+    patch.setattr(torch.cuda, "set_stream", lambda _: None)
     patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     patch.setattr(torch.cuda, "CUDAGraph", make)

@@ -69,8 +69,8 @@ class TeacherOptions(Config):
     group: ClassVar[Group] = TEACHER
 
     teacher: Annotated[str, FIRST] = ""
-    """Teacher: a Hub id, an alias (llama-3.2-3b, qwen2.5-7b-instruct, …), a folder, a run directory, or the URL of an
-    OpenAI-compatible server (http://…)."""
+    """Teacher: a Hub id, an alias (llama-3.2-3b-instruct, qwen2.5-7b-instruct, …), a folder, a run directory, or the
+    URL of an OpenAI-compatible server (http://…)."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the teacher's weights; auto is bfloat16 if the device computes in it, else float32."""
     teacher_quantize: Scheme | None = None

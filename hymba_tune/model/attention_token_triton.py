@@ -54,7 +54,8 @@ def triton_attend(
     """
     texts, heads, width = query.shape
     groups, columns, value_width = value.shape[1:]
-    meta_key, meta_value = (query.new_empty(0, 1, 1),) * 2 if meta is None else map(readable, meta)
+    meta = meta or (key.new_empty(0, 1, 1), value.new_empty(0, 1, 1))
+    meta_key, meta_value = map(readable, meta)
     # The heads of a text are adjacent; texts may be rows of a wider matrix.
     query = query if query.stride()[1:] == (width, 1) else query.contiguous()
     key, value = readable(key), readable(value)

@@ -62,7 +62,8 @@ def mamba_ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
     y: Tensor = compute(u, dt, A, B, C, D, z, dt_bias, delta_softplus=True)
     tokens = [row[:, :length].mT for row, length in zip(y.unbind(), lengths, strict=True)]
-    return torch.cat(tokens).to(inputs.u.dtype), y[..., -states:]
+    # A cache keeps the state and updates it in place, which must neither reach y nor keep it in memory.
+    return torch.cat(tokens).to(inputs.u.dtype), y[..., -states:].contiguous()
 
 
 @cache

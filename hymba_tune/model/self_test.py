@@ -35,6 +35,8 @@ def failure(problem: Callable[[], Problem], backend: Backend, plain: Backend, ta
             try:
                 with torch.autocast(task.device, enabled=autocast):
                     actual = _results(small, backend, task)
+            except torch.OutOfMemoryError:  # says nothing about the backend
+                raise
             except Exception as error:  # compilers and other packages raise any type of error
                 return f"it failed on a small problem{context}: {type(error).__name__}: {first_line(error)}"
             error_size = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))

@@ -52,6 +52,7 @@ class StepGraphs:
         """Forget all graphs, because tensors have moved."""
         self._graphs.clear()
         self._warm.clear()
+        self._pool = None  # which ends with its last graph
 
     def _warm_up(self, step: Callable[[], Tensor]) -> Tensor:
         self._stream = self._stream or torch.cuda.Stream()
@@ -64,6 +65,7 @@ class StepGraphs:
     def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             # Another thread of a server may use the device meanwhile.
             with (
@@ -74,7 +76,10 @@ class StepGraphs:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # kernels of other packages raise any type of error
-            raise CaptureError(str(error).strip().partition("\n")[0]) from error
+            # Ending a capture that has failed raises another error, and leaves its stream the current one.
+            torch.cuda.set_stream(stream)
+            reason = error.__context__ or error
+            raise CaptureError(str(reason).strip().partition("\n")[0]) from error
         return graph, result
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hymba_tune.generate import ChunkedDecoder, Generation
@@ -179,6 +180,9 @@ class Worker:
             raise StoppedError
 
     def _run(self) -> None:
+        device = self._model.device
+        if device.type == "cuda":  # the current device is one of a thread; a new thread has cuda:0
+            torch.cuda.set_device(device)
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_work)

@@ -149,6 +149,13 @@ def test_top_k_is_the_models(way: str, server: Server, monkeypatch: pytest.Monke
         FLOAT32.check(top.cut, 1 - expected.sum(-1), "mass outside the top-k")
 
 
+def test_a_request_has_no_more_rows_than_servers_take(server: Server) -> None:
+    server.answer = server.prompt_logprobs
+    outputs = connect(server).load(torch.device("cpu"), torch.float32).outputs([[5, 6]] * 70)
+    assert sorted(index for index, _ in outputs) == list(range(70))
+    assert [len(request["prompt"]) for request in server.requests] == [32, 32, 6]
+
+
 def test_temperature_is_that_of_the_server(server: Server) -> None:
     ((_, outputs),) = connect(server).outputs([[1, 2]])
     with pytest.raises(ValueError, match=r"temperature is 2\.0; a server's probabilities are those at 1"):

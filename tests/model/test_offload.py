@@ -167,3 +167,15 @@ def test_moving_an_empty_model_is_the_error_of_torch() -> None:
         model = AutoModelForCausalLM.from_config(tiny_model().config)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         model.to("cpu")
+
+
+def test_layers_on_several_devices_are_refused() -> None:
+    """Accelerate moves the tensors of a layer to its device, but not the layout of the texts."""
+
+    def move(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
+
+    model = tiny_model()
+    model.model.layers[1].register_forward_pre_hook(move)
+    with pytest.raises(ValueError, match=r"a layer is on meta and the texts are on cpu: Hymba computes on one device"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))

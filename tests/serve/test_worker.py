@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hymba_tune.generate import Generation
 from hymba_tune.generate.prefixes import PrefixStore
 from hymba_tune.serve import worker as module
 from hymba_tune.serve.worker import Job, StoppedError, Worker
+
+ON_CPU: Any = SimpleNamespace(device=torch.device("cpu"))
 
 
 class CountingDecoder:
@@ -57,10 +61,21 @@ class CountingDecoder:
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(CountingDecoder, "calls", [], raising=False)
     monkeypatch.setattr(module, "ChunkedDecoder", CountingDecoder)
-    worker = Worker(None, None, batch_size=4, queue=8, cache_bytes=10)  # type: ignore[arg-type]
+    worker = Worker(ON_CPU, None, batch_size=4, queue=8, cache_bytes=10)  # type: ignore[arg-type]
     yield worker
     worker.stop()
     worker.join()
+
+
+def test_the_thread_computes_on_the_gpu_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(module, "ChunkedDecoder", CountingDecoder)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    model: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    worker = Worker(model, None, batch_size=4, queue=8, cache_bytes=10)  # type: ignore[arg-type]
+    worker.stop()
+    worker.join()
+    assert current == [torch.device("cuda", 1)]
 
 
 class Waiting(Job):
@@ -145,7 +160,7 @@ def test_a_text_that_is_too_long_for_the_cache_is_generated_alone(worker: Worker
 
 def test_the_decoder_gets_the_memory_and_the_graphs_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ChunkedDecoder", CountingDecoder)
-    worker: Any = Worker(None, None, batch_size=4, queue=8, cache_bytes=10, cuda_graphs=True)  # type: ignore[arg-type]
+    worker: Any = Worker(ON_CPU, None, batch_size=4, queue=8, cache_bytes=10, cuda_graphs=True)  # type: ignore[arg-type]
     worker.stop()
     worker.join()
     assert worker._decoder.options == {"chunk": 128, "prefix_bytes": 0, "cuda_graphs": True, "cache_bytes": 10}
