@@ -102,9 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, and make the tables; returns 1 if anything failed or was wrong."""
     parsed = _read(arguments)
     device = torch.device(parsed.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # which synchronizing, timing and graphs are about
     out = parsed.out or (parsed.tables.parent if parsed.tables else None if parsed.quick else HERE / "results")
     repeats = 1 if parsed.quick else parsed.repeats
     options = Options(parsed.quick, repeats, device, (torch.float32, torch.bfloat16), out)
@@ -113,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     use_kernels(**{operation: name for operation, _, name in (choice.partition("=") for choice in parsed.kernels)})
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # the one that is synchronized, timed and captured
         # Above its limit torch.compile stops compiling without an error; this process uses more shapes than a run.
         torch._dynamo.config.recompile_limit = 64
     journal = Journal.of(options)
