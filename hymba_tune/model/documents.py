@@ -23,7 +23,13 @@ NO_PREFIX = (
 
 
 def to_device(numbers: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Return integers, or a tensor of the CPU, on a device without waiting for it, as ``torch.tensor`` would."""
+    """Return integers, or a tensor of the CPU, on a device without waiting for it, as ``torch.tensor`` would.
+
+    Raises:
+        RuntimeError: If a CUDA graph is captured: its replays would copy them from memory that is free by then.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the layout of the texts is not on the device")
     on_host = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
     return on_host.to(device, non_blocking=True)
 
@@ -51,6 +57,18 @@ class Documents:
     num_meta: int
     positions: Tensor
     past: Tensor | None = None
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that a layer is on the device of the texts, which it is not where a model is divided among GPUs.
+
+        Raises:
+            ValueError: If it is on another one.
+        """
+        if self.cu_seqlens.device != device:
+            raise ValueError(
+                f"a layer is on {device} and the texts are on {self.cu_seqlens.device}: Hymba computes on one device; "
+                'load it with device_map={"": 0}, or offload layers to the CPU or the disk'
+            )
 
     @cached_property
     def ids(self) -> Tensor:

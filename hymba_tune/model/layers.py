@@ -374,16 +374,8 @@ class HymbaDecoderLayer(GradientCheckpointingLayer):
         tables: tuple[Tensor, Tensor] | None,
         cache: HymbaCache | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the layer to the residual stream; see `HymbaMixer.forward` for the arguments.
-
-        Raises:
-            ValueError: If the layer is on another device than the texts, as where a model is divided among GPUs.
-        """
-        if documents.cu_seqlens.device != hidden.device:
-            raise ValueError(
-                f"a layer is on {hidden.device} and the texts are on {documents.cu_seqlens.device}: Hymba computes on "
-                'one device; load it with device_map={"": 0}, or offload layers to the CPU or the disk'
-            )
+        """Apply the layer to the residual stream; see `HymbaMixer.forward` for the arguments."""
+        documents.check_device(hidden.device)
         mixed, key, value = self.mamba(self.input_layernorm(hidden), key, value, documents, tables, cache)
         hidden, normed = self.pre_moe_layernorm(hidden, mixed)
         if hidden.is_cpu or torch.is_grad_enabled() or not self._adds_unobserved():

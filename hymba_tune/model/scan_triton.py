@@ -197,13 +197,7 @@ class _Chunks(NamedTuple):
 
 @lru_cache(maxsize=16)  # every layer has the same chunks
 def _chunks(layout: _Layout, chunk: int, device: torch.device) -> _Chunks:
-    """Divide the texts into chunks.
-
-    Raises:
-        RuntimeError: If a CUDA graph is captured: its replays would copy the numbers from memory that is free by then.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the layout of the texts is not on the device")
+    """Divide the texts into chunks."""
     starts: list[int] = []
     firsts: list[int] = []
     ending: list[int] = []

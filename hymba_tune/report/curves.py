@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -51,11 +51,10 @@ def overlaid_plots(records: Mapping[str, RunRecord]) -> list[Plot]:
     verb = verbs.pop() if len(verbs) == 1 else None
     names = sorted(dict.fromkeys(name for record in records.values() for name in record.measures), key=order)
     plots = []
-    for name in (both for one in names for both in (f"eval_{one}", one)):
-        measured = measure(name.removeprefix("eval_"), verb)
-        held_out = name.startswith("eval_")
+    for name, held_out in product(names, (True, False)):
+        measured = measure(name, verb)
         values = RunRecord.held_out if held_out else RunRecord.series
-        curves = {letter: values(record, name.removeprefix("eval_")) for letter, record in records.items()}
+        curves = {letter: values(record, name) for letter, record in records.items()}
         if any(steps for steps, _ in curves.values()):
             title = f"Held-out {measured.title[0].lower()}{measured.title[1:]}" if held_out else measured.title
             plots.append(_overlaid(title, measured, curves))
